@@ -1,0 +1,123 @@
+"""``Fumi``: options, handlers, listen, close."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fumi_core import options as _options
+from fumi_core.dialogue import Chains
+from fumi_core.middleware import Handler, compose
+from fumi_core.observer import Observer
+from fumi_core.options import Options
+from fumi_core.protocol import Tally
+from fumi_core.runtime.addresses import SocketAddress, bind
+from fumi_core.server import Server
+
+H = TypeVar("H", bound=Callable[..., Any])
+PHASES = ("connect", "auth", "mail_from", "rcpt_to", "data", "close")
+
+
+class Fumi:
+    """An SMTP server to which handlers are added, a phase at a time.
+
+    Each ``on_…`` takes a function ``(ctx, next)``, as decorator or call; several per phase run in order of registration.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        """Raises TypeError for an unknown option, ValueError for an impossible value. The options: see ``Options``."""
+        self.options: Options = _options.read(options)
+        self.observer = Observer()
+        self.tally = Tally()
+        self._handlers: dict[str, list[Handler]] = {phase: [] for phase in PHASES}
+        self._chains: Chains = dict.fromkeys(PHASES)
+        self._server: Server | None = None
+
+    # Handlers
+
+    def on_connect(self, handler: H) -> H:
+        """Before the banner; a refusal takes its place and closes the connection."""
+        return self._on("connect", handler)
+
+    def on_auth(self, handler: H) -> H:
+        """AUTH: ``ctx.accept(user)`` lets the client in; a chain that ends without it refuses."""
+        return self._on("auth", handler)
+
+    def on_mail_from(self, handler: H) -> H:
+        """MAIL: ``ctx.address`` is the reverse-path."""
+        return self._on("mail_from", handler)
+
+    def on_rcpt_to(self, handler: H) -> H:
+        """RCPT, once for each: ``ctx.address`` is the forward-path."""
+        return self._on("rcpt_to", handler)
+
+    def on_data(self, handler: H) -> H:
+        """The message: ``ctx.stream`` is its text. 250 is sent when the chain has ended."""
+        return self._on("data", handler)
+
+    def on_close(self, handler: H) -> H:
+        """Once for each connection that reached ``on_connect``, when it has ended."""
+        return self._on("close", handler)
+
+    def _on(self, phase: str, handler: H) -> H:
+        self._handlers[phase].append(handler)
+        self._chains[phase] = compose(self._handlers[phase])
+        return handler
+
+    def use(self, plugin: Callable[[Fumi], Any]) -> Fumi:
+        """Let a plugin, ``(app) -> None``, add its handlers. Returns the app."""
+        plugin(self)
+        return self
+
+    def configure(self, **options: Any) -> None:
+        """Override options, before ``listen()``. Raises as the constructor does."""
+        _options.read(options)
+        self.options = replace(self.options, **options)
+
+    # Serving
+
+    async def listen(
+        self, port: int = 0, host: str = "127.0.0.1", *, path: str | None = None, sock: socket.socket | None = None
+    ) -> None:
+        """Listen on a port (0 picks one), on a Unix socket's ``path``, or on a listening ``sock``; returns once bound.
+
+        May be called several times. Raises OSError when the address cannot be bound.
+        """
+        if sock is not None:
+            sockets = [sock]
+        elif path is not None:
+            sockets = bind(SocketAddress("unix", path=path))
+        else:
+            sockets = bind(SocketAddress("tcp", host=host, port=port))
+        if self._server is None:
+            self._server = Server(self.options, self._chains, self.observer, self.tally, self._logger())
+        for each in sockets:
+            await self._server.listen(each)
+
+    async def close(self) -> None:
+        """Stop accepting, let transactions end for ``close_timeout`` seconds, then cut what is left."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.close(self.options.close_timeout)
+
+    @property
+    def addresses(self) -> list[tuple[str, int] | str]:
+        """Where it listens: (host, port), or a Unix socket's path."""
+        names = [sock.getsockname() for sock in (self._server.sockets if self._server else ())]
+        return [name[:2] if isinstance(name, tuple) else name for name in names]
+
+    @property
+    def port(self) -> int:
+        """The first TCP port it listens on. Raises RuntimeError where there is none."""
+        for address in self.addresses:
+            if isinstance(address, tuple):
+                return address[1]
+        raise RuntimeError("not listening on a TCP port")
+
+    def _logger(self) -> logging.Logger | None:
+        if isinstance(self.options.logger, logging.Logger):
+            return self.options.logger
+        return logging.getLogger("fumi.core") if self.options.logger else None

@@ -1,0 +1,26 @@
+"""The app that ``fumi-core`` runs when it is given none: takes mail for the domains it is told, and delivers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fumi_core.app import Fumi
+from fumi_core.delivery import Target, parse_target
+from fumi_core.observer import Observer
+from fumi_core.plugins import rcpt_filter
+
+
+def build(deliver: str, *, domains: Sequence[str] = (), observer: Observer | None = None, **options: Any) -> Fumi:
+    """Raises ValueError for an unknown target, OSError when its place cannot be made ready, TypeError for a bad option."""
+    app = Fumi(**{"auth_optional": True, **options})
+    if observer is not None:
+        app.observer = observer
+    return equip(app, parse_target(deliver), domains)
+
+
+def equip(app: Fumi, target: Target, domains: Sequence[str]) -> Fumi:
+    """Make an app without handlers the built-in one."""
+    if domains:
+        app.use(rcpt_filter(domains))
+    return app.use(target)

@@ -1,0 +1,96 @@
+"""What a handler gets, one class a phase. All have ``session`` and ``reject(message, code)``, which raises SMTPError."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn
+
+from fumi_core.errors import SMTPError
+from fumi_core.session import Address, Session
+from fumi_core.stream import MessageStream
+
+
+class Context:
+    """The connection's ``session``, and the way to say no."""
+
+    __slots__ = ("session",)
+    default_code: ClassVar[int] = 550
+    default_status: ClassVar[str | None] = None
+    """The enhanced status code for ``default_code``, where the message has none; None is the usual one."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def reject(self, message: str, code: int | None = None) -> NoReturn:
+        """Answer with this refusal. Raises SMTPError, and ValueError for a code outside 400 to 599."""
+        raise SMTPError(message, self.default_code if code is None else code)
+
+
+class ConnectContext(Context):
+    """A client has connected, and the PROXY header, if one is required, was read; no banner was sent."""
+
+    __slots__ = ()
+
+
+class AuthContext(Context):
+    """A client wants to authenticate: ``credentials`` says how and as whom. Accept it, or it is refused with 535."""
+
+    __slots__ = ("accepted", "credentials", "user")
+    default_code = 535
+
+    def __init__(self, session: Session, credentials: Any) -> None:
+        super().__init__(session)
+        self.credentials = credentials
+        self.accepted = False
+        self.user: Any = None
+
+    def accept(self, user: Any) -> None:
+        """Let the client in; ``session.user`` is then ``user``."""
+        self.accepted = True
+        self.user = user
+
+
+class MailContext(Context):
+    """MAIL: ``address`` is the reverse-path, its address "" for ``<>``."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, session: Session, address: Address) -> None:
+        super().__init__(session)
+        self.address = address
+
+
+class RcptContext(Context):
+    """RCPT: ``address`` is the forward-path."""
+
+    __slots__ = ("address",)
+    default_status = "5.1.1"
+
+    def __init__(self, session: Session, address: Address) -> None:
+        super().__init__(session)
+        self.address = address
+
+
+class DataContext(Context):
+    """The message: ``stream`` is its text. ``accept(text)`` chooses the words of the 250."""
+
+    __slots__ = ("accepted", "stream")
+    default_code = 552
+
+    def __init__(self, session: Session, stream: MessageStream) -> None:
+        super().__init__(session)
+        self.stream = stream
+        self.accepted: str | None = None
+
+    @property
+    def size_exceeded(self) -> bool:
+        return self.stream.size_exceeded
+
+    def accept(self, text: str) -> None:
+        """Answer 250 with these words, once the chain has ended without a refusal."""
+        self.accepted = text
+
+
+class CloseContext(Context):
+    """The connection is gone; there is nobody left to reject."""
+
+    __slots__ = ()

@@ -1,0 +1,34 @@
+"""Where accepted mail goes. A target is a plugin: it adds the handlers that make 250 true.
+
+It has ``name``, the label of its metrics, and ``problem()``: why it cannot deliver now, or None.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fumi_core.app import Fumi
+from fumi_core.delivery.discard import Discard
+from fumi_core.delivery.maildir import Maildir
+
+TARGETS = ("maildir", "discard")
+
+
+class Target(Protocol):
+    """A place for mail; see above."""
+
+    name: str
+
+    def __call__(self, app: Fumi) -> None: ...
+
+    def problem(self) -> str | None: ...
+
+
+def parse_target(text: str) -> Target:
+    """``maildir:PATH`` or ``discard:``. Raises ValueError for anything else."""
+    kind, colon, rest = text.partition(":")
+    if kind == "maildir" and rest:
+        return Maildir(rest)
+    if kind == "discard" and colon and not rest:
+        return Discard()
+    raise ValueError(f"{text!r} is not a target: write maildir:PATH or discard:")

@@ -1,0 +1,170 @@
+"""``maildir:PATH``: one file a message (https://cr.yp.to/proto/maildir.html), safe before the client hears 250.
+
+Safe means: written into tmp/, fsynced, renamed into new/, and new/ fsynced. Before the rename nobody sees the file; after the
+last fsync no power loss takes it. All of it happens in threads, in one job for a message that fits into a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fumi_core.contexts import DataContext
+from fumi_core.errors import SMTPError
+from fumi_core.middleware import Next
+from fumi_core.runtime.logs import event
+from fumi_core.session import Session
+
+if TYPE_CHECKING:
+    from fumi_core.app import Fumi
+
+BATCH = 64 * 1024
+"""Octets gathered before a thread is asked to write them."""
+THREADS = 16
+"""Messages on their way to the disk at once; each mostly waits for fsync."""
+
+_log = logging.getLogger("fumi.core")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Maildir:
+    """A Maildir at ``path``, made with its tmp, new and cur when it is first used."""
+
+    name = "maildir"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="maildir")
+        self._count = itertools.count(1)
+        self._host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
+
+    def __call__(self, app: Fumi) -> None:
+        """Raises OSError when the directories cannot be made."""
+        self.create()
+        observer = app.observer
+
+        async def deliver(ctx: DataContext, next: Next) -> None:
+            try:
+                await self._deliver(ctx)
+            except SMTPError:
+                observer.delivery(self.name, "deferred")
+                raise
+            observer.delivery(self.name, "ok")
+
+        app.on_data(deliver)
+
+    def create(self) -> None:
+        for name in ("tmp", "new", "cur"):
+            (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sync_directory(self.path)
+        _sync_directory(self.path.parent)
+
+    def problem(self) -> str | None:
+        for name in ("tmp", "new"):
+            if not os.access(self.path / name, os.W_OK | os.X_OK):
+                return f"cannot write to {self.path / name}"
+        return None
+
+    async def _deliver(self, ctx: DataContext) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def in_thread(job: Callable[..., Any], *arguments: Any) -> None:
+            try:
+                await loop.run_in_executor(self._threads, job, *arguments)
+            except OSError as error:
+                event(_log, logging.ERROR, "cannot deliver", id=ctx.session.id, path=self.path, problem=error.strerror)
+                full = error.errno in _FULL
+                raise SMTPError(
+                    *(("4.3.1 Insufficient system storage", 452) if full else ("4.3.0 Mail store error", 451))
+                ) from None
+
+        message = _Message(self.path, self._unique_name())
+        batch, size = [trace_headers(ctx.session)], 0
+        try:
+            async for piece in ctx.stream:
+                batch.append(piece)
+                size += len(piece)
+                if size >= BATCH:
+                    await in_thread(message.write, batch)
+                    batch, size = [], 0
+            if ctx.size_exceeded:
+                ctx.reject("5.3.4 Message too large", 552)
+            await in_thread(message.commit, batch)
+            ctx.accept(f"Ok: queued as {message.name}")
+        except BaseException:
+            message.discard()
+            raise
+
+    def _unique_name(self) -> str:
+        now = time.time_ns()
+        return f"{now // 10**9}.M{now // 1000 % 10**6}P{os.getpid()}Q{next(self._count)}.{self._host}"
+
+
+def trace_headers(session: Session) -> bytes:
+    """What final delivery puts in front (RFC 5321 §4.4): Return-Path, a Delivered-To for each recipient, Received."""
+    envelope = session.envelope
+    sender = envelope.mail_from.address if envelope.mail_from else ""
+    lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each.address}\r\n" for each in envelope.rcpt_to)]
+    return ("".join(lines) + session.received_header()).encode()
+
+
+class _Message:
+    """One file on its way from tmp/ to new/. Its methods run in a thread, one after the other."""
+
+    def __init__(self, maildir: Path, name: str) -> None:
+        self.name = name
+        self._temporary = maildir / "tmp" / name
+        self._final = maildir / "new" / name
+        self._fd = -1
+        self._carriage_return = b""
+
+    def write(self, pieces: list[bytes]) -> None:
+        if self._fd < 0:
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        data = memoryview(self._local_lines(b"".join(pieces)))
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def _local_lines(self, text: bytes) -> bytes:
+        """CRLF to LF. A piece may end between the two; the CR then waits for the next."""
+        text = self._carriage_return + text
+        self._carriage_return = b"\r" if text.endswith(b"\r") else b""
+        return text[: len(text) - len(self._carriage_return)].replace(b"\r\n", b"\n")
+
+    def commit(self, pieces: list[bytes]) -> None:
+        self.write(pieces)
+        if self._carriage_return:
+            os.write(self._fd, self._carriage_return)
+        os.fsync(self._fd)
+        self._close()
+        os.rename(self._temporary, self._final)
+        _sync_directory(self._final.parent)
+
+    def discard(self) -> None:
+        """Leave nothing in tmp/."""
+        opened = self._fd >= 0
+        self._close()
+        if opened:
+            self._temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,305 @@
+"""Between the protocol and the handlers: takes the protocol's events, runs the handlers of that phase, gives their answer back.
+
+Knows no sockets: bytes come in by ``receive()``, and ``changed`` is called when there may be output or the end to see to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fumi_core import replies
+from fumi_core.contexts import CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
+from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.fiber import Fiber
+from fumi_core.middleware import Chain
+from fumi_core.observer import Observer
+from fumi_core.options import Options
+from fumi_core.protocol import (
+    Mail,
+    MessageBroken,
+    MessageData,
+    MessageEnd,
+    MessageStart,
+    Protocol,
+    Rcpt,
+    State,
+    Tally,
+)
+from fumi_core.replies import Reply, from_text
+from fumi_core.runtime.logs import event as log_event
+from fumi_core.session import Session
+from fumi_core.stream import MessageStream
+
+errors = logging.getLogger("fumi.core")
+
+Chains = dict[str, Chain | None]
+"""The composed handlers of each phase: connect auth mail_from rcpt_to data close; None where there is none."""
+
+
+class _Message:
+    """The message that is arriving, and what its handlers made of it."""
+
+    __slots__ = ("aborted", "context", "ended", "error", "result", "started", "stream")
+
+    def __init__(self, session: Session, stream: MessageStream) -> None:
+        self.stream = stream
+        self.context = DataContext(session, stream)
+        self.started = time.monotonic()
+        self.result = "waiting"  # then running, then done
+        self.error: BaseException | None = None
+        self.ended = False
+        self.aborted = False
+
+
+class Dialogue:
+    """One connection's conversation. ``messages`` counts the accepted ones."""
+
+    def __init__(
+        self,
+        session: Session,
+        options: Options,
+        tally: Tally,
+        chains: Chains,
+        observer: Observer,
+        changed: Callable[[], None],
+    ) -> None:
+        self.session = session
+        self.protocol = Protocol(session, options, tally)
+        self.messages = 0
+        self._options = options
+        self._chains = chains
+        self._observer = observer
+        self._changed = changed
+        self._fiber = Fiber(asyncio.get_running_loop())
+        self._running: Context | None = None
+        self._pumping = False
+        self._message: _Message | None = None
+        self._draining = False
+        self._gone: Callable[[], None] | None = None
+
+    # What the connection asks and tells
+
+    def start(self) -> None:
+        """The client's identity is known: ask the handlers, and greet it."""
+        self._observer.session_started(self.session)
+        self._pumping = True
+        self._run("connect", ConnectContext(self.session), self._connect_done)
+        self._pump()
+
+    def receive(self, data: bytes) -> None:
+        self.protocol.receive(data)
+        self._pump()
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more will be said, apart from the output that is waiting."""
+        return self.protocol.state is State.CLOSED
+
+    @property
+    def busy(self) -> bool:
+        """The client waits for us, not we for it."""
+        return self.protocol.pending is not None
+
+    @property
+    def full(self) -> bool:
+        """Enough bytes wait here for now."""
+        if self._message is not None and self._message.stream.full:
+            return True
+        return self.protocol.pending is not None and self.protocol.buffered > 0
+
+    @property
+    def message_started(self) -> float | None:
+        """When the message that is now arriving began to, by the monotonic clock."""
+        return None if self._message is None or self._message.ended else self._message.started
+
+    def time_out(self) -> None:
+        self._observer.rejected("timeout")
+        self._end(replies.TIMED_OUT, "timed out")
+
+    def drain(self) -> None:
+        """Say 421 as soon as no transaction is under way."""
+        self._draining = True
+        self._pump()
+
+    def gone(self, closed: Callable[[], None]) -> None:
+        """The client has gone: stop the handlers, run those of the close phase, then call ``closed``."""
+        self._gone = closed
+        self.protocol.abandon()
+        self._abort_message("client went away")
+        if self._running is None:
+            self._after_gone()
+        elif not isinstance(self._running, DataContext):
+            self._fiber.cancel()
+
+    # Events
+
+    def _pump(self) -> None:
+        self._pumping = True
+        try:
+            while (event := self.protocol.next_event()) is not None:
+                _HANDLERS[type(event)](self, event)
+            if self._message is not None and self._message.stream.has_text:
+                self._run_message(self._message)
+        finally:
+            self._pumping = False
+        if self._draining and not self.protocol.in_transaction and not self.closed:
+            self._observer.rejected("draining")
+            self.protocol.close(replies.SHUTTING_DOWN)
+        self._changed()
+
+    def _mail(self, event: Mail) -> None:
+        self._run("mail_from", MailContext(self.session, event.address), self._answer)
+
+    def _rcpt(self, event: Rcpt) -> None:
+        self._run("rcpt_to", RcptContext(self.session, event.address), self._answer)
+
+    def _message_start(self, event: MessageStart) -> None:
+        self._message = _Message(self.session, MessageStream(self._options.size, self._changed))
+
+    def _message_data(self, event: MessageData) -> None:
+        assert self._message is not None
+        self._message.stream.feed(event.text)
+
+    def _message_end(self, event: MessageEnd) -> None:
+        message = self._message
+        assert message is not None
+        message.ended = True
+        message.stream.end()
+        self._run_message(message)
+        if message.result == "done" and self._message is message:
+            self._answer_message(message)
+
+    def _message_broken(self, event: MessageBroken) -> None:
+        self._abort_message("bare newline in message", "rejected")
+
+    # Handlers
+
+    def _run(self, phase: str, context: Context, done: Callable[[Context, BaseException | None], None]) -> None:
+        chain = self._chains[phase]
+        if chain is None:
+            done(context, None)
+            return
+        self._running = context
+
+        def ended(error: BaseException | None) -> None:
+            self._running = None
+            done(context, error)
+            if self._gone is not None:
+                if not isinstance(context, CloseContext):
+                    self._after_gone()
+            elif not self._pumping:
+                self._pump()
+
+        self._fiber.run(chain(context), ended)  # type: ignore[arg-type]
+
+    def _connect_done(self, context: Context, error: BaseException | None) -> None:
+        if error is None or isinstance(error, SMTPError):
+            self._answer(context, error)
+        elif self._gone is None:
+            self._log_failure(error)
+            self.protocol.refuse(replies.CONNECT_FAILED)
+
+    def _answer(self, context: Context, error: BaseException | None) -> None:
+        if self.protocol.pending is None:
+            return  # abandoned: there is nobody to answer
+        if error is None:
+            self.protocol.accept()
+        else:
+            self.protocol.refuse(self._refusal(context, error))
+
+    def _refusal(self, context: Context, error: BaseException) -> Reply:
+        if isinstance(error, SMTPError):
+            return from_text(error.code, error.message, context.default_status if error.code == context.default_code else None)
+        self._log_failure(error)
+        return replies.LOCAL_ERROR
+
+    def _log_failure(self, error: BaseException) -> None:
+        fields = {"id": self.session.id, "client": self.session.remote_address}
+        errors.error("a handler failed", exc_info=error, extra={"fields": fields})
+
+    # The message
+
+    def _run_message(self, message: _Message) -> None:
+        if message.result == "waiting":
+            message.result = "running"
+            self._run("data", message.context, self._message_done)
+
+    def _message_done(self, context: Context, error: BaseException | None) -> None:
+        message = self._message
+        assert message is not None
+        message.result = "done"
+        message.error = error
+        message.stream.discard()
+        if message.aborted:
+            self._message = None
+            if isinstance(error, MessageAborted):
+                log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error))
+            elif error is not None and not isinstance(error, SMTPError):
+                self._log_failure(error)
+        elif message.ended and not self._pumping:
+            self._answer_message(message)
+
+    def _answer_message(self, message: _Message) -> None:
+        self._message = None
+        stream = message.stream
+        if stream.size_exceeded:
+            reply = replies.SIZE_EXCEEDED
+        elif message.error is not None:
+            reply = self._refusal(message.context, message.error)
+        else:
+            text = message.context.accepted
+            reply = replies.OK if text is None else from_text(250, text)
+        result = "accepted" if reply.code == 250 else "deferred" if reply.code < 500 else "rejected"
+        self._observer.message(result, stream.size, time.monotonic() - message.started)
+        if reply.code == 250:
+            self.messages += 1
+            self.protocol.accept(reply)
+        else:
+            self.protocol.refuse(reply)
+
+    def _abort_message(self, reason: str, result: str = "aborted") -> None:
+        message = self._message
+        if message is None or message.ended or message.aborted:
+            return  # a whole message is the handler's: it may be safe already, whoever still listens
+        message.aborted = True
+        self._observer.message(result, message.stream.size, time.monotonic() - message.started)
+        message.stream.abort(reason)
+        if message.result == "done":
+            self._message = None
+        else:
+            self._run_message(message)
+
+    # The end
+
+    def _end(self, reply: Reply, reason: str) -> None:
+        self.protocol.close(reply)
+        self._abort_message(reason)
+        if self._running is not None and not isinstance(self._running, DataContext):
+            self._fiber.cancel()
+        self._changed()
+
+    def _after_gone(self) -> None:
+        closed = self._gone
+        assert closed is not None
+
+        def done(context: Context, error: BaseException | None) -> None:
+            if error is not None:
+                self._log_failure(error)
+            self._fiber.close()
+            closed()
+
+        self._run("close", CloseContext(self.session), done)
+
+
+_HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
+    Mail: Dialogue._mail,
+    Rcpt: Dialogue._rcpt,
+    MessageStart: Dialogue._message_start,
+    MessageData: Dialogue._message_data,
+    MessageEnd: Dialogue._message_end,
+    MessageBroken: Dialogue._message_broken,
+}

@@ -1,0 +1,135 @@
+"""Runs a connection's handlers one after another: the first step where it stands, the rest, if any, in a task.
+
+Most handlers never suspend, and a task for each of them would cost more than the handler. So a coroutine's first step is run
+by the caller, in the context and in the name of the connection's one task: ``asyncio.timeout()`` and ``current_task()`` work
+in it as anywhere. Only a coroutine that suspends is handed to that task. (What ``eager_start`` does from Python 3.12 on, for
+3.11 too, and without making a task for each call.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from asyncio.tasks import _enter_task, _leave_task
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+Done = Callable[[BaseException | None], None]
+_Pending = tuple[Coroutine[Any, Any, None], Any, Done]
+
+
+class Fiber:
+    """One at a time: ``run()`` may be called again only when the former coroutine has ended."""
+
+    __slots__ = ("_context", "_loop", "_pending", "_task", "_wakeup")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._context = contextvars.copy_context()
+        self._task: asyncio.Task[None] | None = None
+        self._pending: _Pending | None = None
+        self._wakeup: asyncio.Future[None] | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, None], done: Done) -> None:
+        """Run it; ``done`` is called with its exception or None, at once when it did not suspend."""
+        if self._task is None:
+            self._task = self._loop.create_task(self._serve(), context=self._context)
+        try:
+            yielded = self._first_step(coroutine, self._task)
+        except StopIteration:
+            done(None)
+            return
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            done(error)
+            return
+        self._pending = (coroutine, yielded, done)
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    def _first_step(self, coroutine: Coroutine[Any, Any, None], task: asyncio.Task[None]) -> Any:
+        outer = asyncio.current_task(self._loop)
+        if outer is not None:
+            _leave_task(self._loop, outer)
+        _enter_task(self._loop, task)
+        try:
+            return self._context.run(coroutine.send, None)
+        finally:
+            _leave_task(self._loop, task)
+            if outer is not None:
+                _enter_task(self._loop, outer)
+
+    def cancel(self) -> None:
+        """Cancel the coroutine that is running, if one is; its ``done`` gets the CancelledError."""
+        if self._pending is not None and self._task is not None:
+            self._task.cancel()
+
+    def close(self) -> None:
+        """Nothing will be run any more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _serve(self) -> None:
+        while True:
+            error = await self._work_arrives()
+            assert self._pending is not None
+            coroutine, yielded, done = self._pending
+            try:
+                await _Rest(coroutine, yielded, error)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as raised:
+                self._pending = None
+                self._forget_cancellation()
+                done(raised)
+            else:
+                self._pending = None
+                done(None)
+
+    async def _work_arrives(self) -> asyncio.CancelledError | None:
+        """A cancellation that comes between a first step and its continuation is the coroutine's, not the task's."""
+        if self._pending is None:
+            self._wakeup = self._loop.create_future()
+            try:
+                await self._wakeup
+            except asyncio.CancelledError as error:
+                if self._pending is None:
+                    raise
+                return error
+            finally:
+                self._wakeup = None
+        return None
+
+    def _forget_cancellation(self) -> None:
+        while self._task is not None and self._task.cancelling():
+            self._task.uncancel()
+
+
+class _Rest:
+    """A coroutine whose first step was run elsewhere, from what that step yielded on."""
+
+    __slots__ = ("_coroutine", "_error", "_yielded")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], yielded: Any, error: BaseException | None) -> None:
+        self._coroutine = coroutine
+        self._yielded = yielded
+        self._error = error
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        coroutine, yielded, error = self._coroutine, self._yielded, self._error
+        while True:
+            try:
+                if error is None:
+                    yield yielded
+                    step = coroutine.send
+                    argument: Any = None
+                else:
+                    step, argument = coroutine.throw, error
+            except BaseException as thrown:
+                step, argument = coroutine.throw, thrown
+            error = None
+            try:
+                yielded = step(argument)
+            except StopIteration:
+                return

@@ -1,0 +1,64 @@
+"""Composes the handlers of one phase, Koa-style: each gets the context and ``next``, which runs the rest.
+
+A handler is a coroutine function, or a plain function: what a plain one returns is awaited if it can be, and a ``next()`` that
+it called without returning it runs when it has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from inspect import isawaitable
+from typing import Any
+
+Handler = Callable[[Any, "Next"], Any]
+Chain = Callable[[Any], Awaitable[None]]
+
+
+class Next:
+    """The rest of the chain, to be called and awaited once: ``await next()``."""
+
+    __slots__ = ("_called", "_context", "_handlers", "_index", "_started")
+
+    def __init__(self, handlers: Sequence[Handler], context: Any, index: int) -> None:
+        self._handlers = handlers
+        self._context = context
+        self._index = index
+        self._called = False
+        self._started = False
+
+    def __call__(self) -> Next:
+        """Raises RuntimeError the second time."""
+        if self._called:
+            raise RuntimeError("next() called twice")
+        self._called = True
+        return self
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        self._started = True
+        if self._index == len(self._handlers):
+            return iter(())  # type: ignore[return-value]
+        return _step(self._handlers, self._context, self._index).__await__()
+
+    @property
+    def owed(self) -> bool:
+        """Called, and then not awaited."""
+        return self._called and not self._started
+
+
+async def _step(handlers: Sequence[Handler], context: Any, index: int) -> None:
+    rest = Next(handlers, context, index + 1)
+    result = handlers[index](context, rest)
+    if result is not None and isawaitable(result):
+        await result
+    if rest.owed:
+        await rest
+
+
+def compose(handlers: Sequence[Handler]) -> Chain:
+    """One function that runs the handlers in order."""
+    handlers = tuple(handlers)
+
+    async def chain(context: Any) -> None:
+        await Next(handlers, context, 0)
+
+    return chain

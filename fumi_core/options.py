@@ -1,0 +1,81 @@
+"""The options of ``Fumi(…)``: names, defaults, and what is wrong with a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import socket
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fumi_core.runtime.addresses import Networks
+
+_TLS_OPTIONS = {"secure", "key", "cert", "ca"}
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Options:
+    """Times are in seconds, ``size`` in octets; None is no limit."""
+
+    require_tls: bool = False
+    auth_methods: tuple[str, ...] = ("PLAIN", "LOGIN")
+    auth_optional: bool = False
+    allow_insecure_auth: bool = False
+    size: int | None = None
+    max_clients: int | None = None
+    name: str = field(default_factory=socket.getfqdn)
+    banner: str = ""
+    disabled_commands: tuple[str, ...] = ()
+    hide_starttls: bool = False
+    hide_size: bool = False
+    hide_pipelining: bool = False
+    hide_enhancedstatuscodes: bool = False
+    hide_dsn: bool = False
+    hide_requiretls: bool = False
+    hide_8bitmime: bool = False
+    hide_smtputf8: bool = False
+    hide_chunking: bool = False
+    lmtp: bool = False
+    use_xclient: bool = False
+    use_xforward: bool = False
+    proxy_protocol: str = "off"
+    trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128", "unix")
+    assume_tls: bool = False
+    bare_newlines: str = "reject"
+    max_recipients: int = 100
+    max_errors: int = 10
+    max_unauthenticated_commands: int = 10
+    socket_timeout: float = 300.0
+    data_timeout: float = 600.0
+    proxy_timeout: float = 5.0
+    close_timeout: float = 30.0
+    logger: bool | logging.Logger = False
+
+    disabled_verbs: frozenset[bytes] = field(init=False, default=frozenset())
+
+    def __post_init__(self) -> None:
+        # The protocol compares verbs as they arrive: bytes.
+        object.__setattr__(self, "disabled_verbs", frozenset(verb.upper().encode() for verb in self.disabled_commands))
+        _one_of("proxy_protocol", self.proxy_protocol, ("off", "required"))
+        _one_of("bare_newlines", self.bare_newlines, ("reject", "normalize"))
+        Networks(self.trusted_proxies)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {' or '.join(map(repr, allowed))}, not {value!r}")
+
+
+def read(given: dict[str, Any]) -> Options:
+    """Raises TypeError for an unknown option, naming the nearest; ValueError for a value that cannot be."""
+    known = [each.name for each in fields(Options) if each.init]
+    for option in given:
+        if option in _TLS_OPTIONS:
+            raise TypeError(f"fumi_core.Fumi speaks no TLS: {option!r} is an option of fumi_edge.Fumi")
+        if option not in known:
+            nearest = difflib.get_close_matches(option, known, 1, 0)
+            raise TypeError(f"Fumi has no option {option!r}; did you mean {nearest[0]!r}?")
+    for option in ("auth_methods", "disabled_commands", "trusted_proxies"):
+        if option in given:
+            given = {**given, option: tuple(given[option])}
+    return Options(**given)

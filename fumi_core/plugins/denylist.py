@@ -1,0 +1,25 @@
+"""``denylist(ips)``: turns away clients by their address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import ConnectContext
+from fumi_core.middleware import Next
+from fumi_core.runtime.addresses import Networks
+
+
+def denylist(ips: Iterable[str]) -> Callable[[Fumi], None]:
+    """Answer these addresses and CIDR blocks with ``554 5.7.1`` in place of the banner. Raises ValueError for others."""
+    denied = Networks(ips)
+
+    async def check(ctx: ConnectContext, next: Next) -> None:
+        if ctx.session.remote_address in denied:
+            ctx.reject("5.7.1 Access denied", 554)
+        await next()
+
+    def plugin(app: Fumi) -> None:
+        app.on_connect(check)
+
+    return plugin

@@ -1,0 +1,28 @@
+"""``max_size(n)``: refuses messages over a size, whatever the ``size`` option says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import DataContext, MailContext
+from fumi_core.middleware import Next
+
+
+def max_size(n: int) -> Callable[[Fumi], None]:
+    """Answer a message that declares, or has, more than ``n`` octets with ``552 5.3.4``."""
+
+    async def check_declared(ctx: MailContext, next: Next) -> None:
+        if int(ctx.address.args.get("SIZE", 0)) > n:
+            ctx.reject("5.3.4 Message size exceeds fixed limit", 552)
+        await next()
+
+    async def check_real(ctx: DataContext, next: Next) -> None:
+        ctx.stream.restrict(n)
+        await next()
+
+    def plugin(app: Fumi) -> None:
+        app.on_mail_from(check_declared)
+        app.on_data(check_real)
+
+    return plugin

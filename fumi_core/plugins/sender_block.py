@@ -1,0 +1,25 @@
+"""``sender_block(domains)``: refuses senders by their domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import MailContext
+from fumi_core.middleware import Next
+from fumi_core.session import domain_of
+
+
+def sender_block(domains: Iterable[str]) -> Callable[[Fumi], None]:
+    """Answer MAIL from these domains, compared without case, with ``550 5.7.1``."""
+    blocked = frozenset(domain.lower() for domain in domains)
+
+    async def check(ctx: MailContext, next: Next) -> None:
+        if domain_of(ctx.address.address) in blocked:
+            ctx.reject("5.7.1 Sender domain blocked", 550)
+        await next()
+
+    def plugin(app: Fumi) -> None:
+        app.on_mail_from(check)
+
+    return plugin

@@ -1,0 +1,98 @@
+"""Every reply the server can give, once, as bytes, with its enhanced status code (RFC 5321 §4.2, RFC 3463, RFC 5248).
+
+The words are Postfix's where Postfix has the same reply.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_TEXT = 500  # octets of text in a line, so that code and CRLF fit into 512 (RFC 5321 §4.5.3.1.5)
+
+_ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: +|$)(.*)", re.DOTALL)
+_UNSENDABLE = re.compile(r"[^\x20-\x7e]")
+
+# The status to supply where a handler's message has none. RFC 5248's registry names these codes for them.
+_DEFAULT_STATUS = {
+    250: "2.0.0", 421: "4.3.2", 450: "4.2.0", 451: "4.3.0", 452: "4.3.1", 454: "4.7.0", 455: "4.5.4",
+    500: "5.5.2", 501: "5.5.4", 502: "5.5.1", 503: "5.5.1", 504: "5.5.4", 521: "5.3.2", 523: "5.3.4", 524: "5.2.4", 525: "5.7.13",
+    530: "5.7.0", 534: "5.7.9", 535: "5.7.8", 538: "5.7.11", 541: "5.7.1", 550: "5.7.1", 551: "5.1.6", 552: "5.3.4", 553: "5.1.3",
+    554: "5.7.1", 555: "5.5.4", 556: "5.1.10",
+}  # fmt: skip
+
+
+class Reply:
+    """One reply: ``code``, and the bytes with (``data``) and without (``plain``) the enhanced status code."""
+
+    __slots__ = ("code", "data", "plain")
+
+    def __init__(self, code: int, text: str, status: str | None = None) -> None:
+        """``status`` is the enhanced status code, None for the replies that have none: 220, 334, 354 and EHLO's 250."""
+        self.code = code
+        lines = [_UNSENDABLE.sub("?", line) for line in text.splitlines() or [""]]
+        lines = [line[at : at + MAX_TEXT] for line in lines for at in range(0, len(line) or 1, MAX_TEXT)]
+        self.plain = _encode(code, lines)
+        self.data = _encode(code, [f"{status} {line}".rstrip() for line in lines]) if status else self.plain
+
+    def __repr__(self) -> str:
+        return f"<Reply {self.data!r}>"
+
+
+def _encode(code: int, lines: list[str]) -> bytes:
+    *first, last = lines
+    return "".join([*(f"{code}-{line}\r\n" for line in first), f"{code} {last}\r\n"]).encode("ascii")
+
+
+def from_text(code: int, message: str, status: str | None = None) -> Reply:
+    """A reply in a handler's words: the enhanced code is the message's own, else ``status``, else the usual one for the code."""
+    match = _ENHANCED.match(message)
+    if match and match[1][0] == str(code)[0]:
+        return Reply(code, match[2], match[1])
+    return Reply(code, message, status or _DEFAULT_STATUS.get(code, f"{code // 100}.0.0"))
+
+
+# 2yz and 3yz
+BYE = Reply(221, "Bye", "2.0.0")
+OK = Reply(250, "Ok", "2.0.0")
+SENDER_OK = Reply(250, "Ok", "2.1.0")
+RECIPIENT_OK = Reply(250, "Ok", "2.1.5")
+CANNOT_VERIFY = Reply(252, "Cannot VRFY user, but will accept message and attempt delivery", "2.5.0")
+HELP = Reply(214, "See RFC 5321 for the commands: HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT", "2.0.0")
+START_DATA = Reply(354, "End data with <CR><LF>.<CR><LF>")
+
+# 4yz
+SHUTTING_DOWN = Reply(421, "Service shutting down, closing connection", "4.3.2")
+CONNECT_FAILED = Reply(421, "Local error, closing connection", "4.3.0")
+TOO_MANY_CLIENTS = Reply(421, "Too many connections, try again later", "4.7.0")
+TOO_MANY_ERRORS = Reply(421, "Error: too many errors", "4.7.0")
+TIMED_OUT = Reply(421, "Error: timeout exceeded", "4.4.2")
+LOCAL_ERROR = Reply(451, "Local error in processing", "4.3.0")
+TOO_MANY_RECIPIENTS = Reply(452, "Error: too many recipients", "4.5.3")
+
+# 5yz
+LINE_TOO_LONG = Reply(500, "Error: line too long", "5.5.2")
+NOT_RECOGNIZED = Reply(500, "Error: command not recognized", "5.5.2")
+BARE_NEWLINE_IN_COMMAND = Reply(500, "Error: a line must end with <CR><LF>", "5.5.2")
+NOT_ASCII = Reply(500, "Error: bad syntax", "5.5.2")
+SYNTAX_HELO = Reply(501, "Syntax: HELO hostname", "5.5.4")
+SYNTAX_EHLO = Reply(501, "Syntax: EHLO hostname", "5.5.4")
+SYNTAX_MAIL = Reply(501, "Syntax: MAIL FROM:<address>", "5.5.4")
+SYNTAX_RCPT = Reply(501, "Syntax: RCPT TO:<address>", "5.5.4")
+SYNTAX_VRFY = Reply(501, "Syntax: VRFY address", "5.5.4")
+SYNTAX_NO_ARGUMENT = Reply(501, "Syntax: no argument allowed", "5.5.4")
+SYNTAX_SIZE = Reply(501, "Bad message size syntax", "5.5.4")
+BAD_SENDER = Reply(501, "Bad sender address syntax", "5.1.7")
+BAD_RECIPIENT = Reply(501, "Bad recipient address syntax", "5.1.3")
+NOT_IMPLEMENTED = Reply(502, "Error: command not implemented", "5.5.1")
+HELO_FIRST = Reply(503, "Error: send HELO/EHLO first", "5.5.1")
+NESTED_MAIL = Reply(503, "Error: nested MAIL command", "5.5.1")
+NEED_MAIL = Reply(503, "Error: need MAIL command", "5.5.1")
+NEED_RCPT = Reply(503, "Error: need RCPT command", "5.5.1")
+ALREADY_TLS = Reply(503, "Error: TLS already active", "5.5.1")
+MUST_STARTTLS = Reply(530, "Must issue a STARTTLS command first", "5.7.0")
+AUTHENTICATION_REQUIRED = Reply(530, "Authentication required", "5.7.0")
+BARE_NEWLINE = Reply(550, "Error: bare <LF> or <CR> received", "5.6.11")
+SIZE_DECLARED = Reply(552, "Message size exceeds fixed limit", "5.3.4")
+SIZE_EXCEEDED = Reply(552, "Error: message too large", "5.3.4")
+NOT_SMTP = Reply(554, "Error: this is an SMTP server", "5.5.1")
+UNSUPPORTED_PARAMETER = Reply(555, "Unsupported option", "5.5.4")

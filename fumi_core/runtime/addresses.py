@@ -1,0 +1,174 @@
+"""Addresses as an operator writes them, and the sockets they stand for.
+
+``HOST:PORT``, ``[V6]:PORT``, ``:PORT`` (every interface), ``unix:/path``, ``fd:N`` (a socket inherited from the parent).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_network
+from typing import Any, Literal
+
+BACKLOG = 4096
+"""Connections the kernel may queue before accept; it caps this at net.core.somaxconn."""
+
+
+@dataclass(frozen=True, slots=True)
+class SocketAddress:
+    """A place to listen on or to connect to. ``host`` is empty for every interface."""
+
+    kind: Literal["tcp", "unix", "fd"]
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    fd: int = -1
+
+    def __str__(self) -> str:
+        if self.kind == "unix":
+            return f"unix:{self.path}"
+        if self.kind == "fd":
+            return f"fd:{self.fd}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> SocketAddress:
+    """Read ADDR; a ValueError says what is wrong with it."""
+    scheme, _, rest = text.partition(":")
+    if scheme == "unix":
+        if not rest:
+            raise ValueError(f"{text!r} has no path: write unix:/path/to/socket")
+        if len(os.fsencode(rest)) > 107:
+            raise ValueError(f"{text!r} is too long: the path of a Unix socket has at most 107 bytes")
+        return SocketAddress("unix", path=rest)
+    if scheme == "fd":
+        if not rest.isascii() or not rest.isdigit():
+            raise ValueError(f"{text!r} names no descriptor: write fd:3")
+        return SocketAddress("fd", fd=int(rest))
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not an address: write HOST:PORT, [V6]:PORT, :PORT, unix:/path or fd:N")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r} is ambiguous: write an IPv6 address in brackets, as in [::1]:{port}")
+    return SocketAddress("tcp", host=host, port=int(port))
+
+
+def bind(address: SocketAddress) -> list[socket.socket]:
+    """Listening, non-blocking sockets for an address: one, or one for each address a host name has.
+
+    Raises OSError when the address is taken, unknown or not allowed.
+    """
+    if address.kind == "fd":
+        return [_inherited(address.fd)]
+    if address.kind == "unix":
+        return [_listen(socket.AF_UNIX, address.path)]
+    if not address.host:
+        return [_listen_everywhere(address.port)]
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    with contextlib.ExitStack() as undo:
+        for family, name in dict.fromkeys((family, name) for family, _, _, _, name in found):
+            sockets.append(_listen(family, name))
+            undo.callback(sockets[-1].close)
+        undo.pop_all()
+    return sockets
+
+
+def _inherited(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+        accepting = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise OSError(error.errno, f"descriptor {fd} is not an open socket") from None
+    if not accepting:
+        sock.detach()
+        raise OSError(errno.EINVAL, f"descriptor {fd} is not a listening socket")
+    sock.setblocking(False)
+    return sock
+
+
+def _listen_everywhere(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        # A kernel booted without IPv6 still claims it; IPv4 alone is then all there is.
+        with contextlib.suppress(OSError):
+            return _listen(socket.AF_INET6, ("::", port), v6only=False)
+    return _listen(socket.AF_INET, ("0.0.0.0", port))
+
+
+def _listen(family: int, name: Any, v6only: bool = True) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_UNIX:
+            _remove_stale(name)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
+        sock.bind(name)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Unlink a socket that nobody listens on any more; leave everything else for bind() to refuse."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+
+
+def peer_of(name: Any) -> tuple[str, int]:
+    """(host, port) out of what getpeername() gives: ("unix", 0) for a Unix socket, IPv4 for an IPv4-mapped IPv6 address."""
+    if not isinstance(name, tuple):
+        return "unix", 0
+    host: str = name[0]
+    if host.startswith("::ffff:") and "." in host:
+        host = host[7:]
+    return host.partition("%")[0], name[1]
+
+
+class Networks:
+    """A set of CIDR blocks, and ``unix`` for every peer on a Unix socket; ``host in networks`` takes microseconds."""
+
+    __slots__ = ("_blocks", "_unix")
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """Raises ValueError for what is neither a network, an address nor ``unix``."""
+        self._unix = False
+        self._blocks: list[tuple[int, int, int]] = []
+        for text in texts:
+            if text == "unix":
+                self._unix = True
+                continue
+            try:
+                network = ip_network(text)
+            except ValueError as error:
+                raise ValueError(f"{text!r} is not a network: write 192.0.2.0/24, 2001:db8::/32 or unix ({error})") from None
+            self._blocks.append((network.version, int(network.network_address), int(network.netmask)))
+
+    def __contains__(self, host: str) -> bool:
+        if host == "unix":
+            return self._unix
+        version, family = (6, socket.AF_INET6) if ":" in host else (4, socket.AF_INET)
+        try:
+            number = int.from_bytes(socket.inet_pton(family, host), "big")
+        except OSError:
+            return False
+        return any(kind == version and number & mask == network for kind, network, mask in self._blocks)

@@ -1,0 +1,124 @@
+"""The HTTP side of both programs: /metrics, /healthz, /readyz and whatever else a program adds.
+
+It runs in a thread of its own, so that a slow scraper never delays mail. wsgiref serves, prometheus_client writes the metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
+
+from fumi_core.runtime.addresses import SocketAddress, bind
+
+# A second series for each counter, with the time it was made: nothing here uses it.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+Page = Callable[[], tuple[str, str, bytes]]
+"""A page: returns the HTTP status, the content type and the body."""
+Problem = Callable[[], str | None]
+"""A readiness check: None when ready, else the reason in a few words. Called in the endpoint's thread."""
+
+CLIENTS = 16
+"""Requests served at once; a client beyond them is closed."""
+
+
+class Endpoint:
+    """Serves until ``close()``; ``port`` tells where, when port 0 was asked for."""
+
+    def __init__(
+        self,
+        address: SocketAddress,
+        registry: CollectorRegistry,
+        *,
+        ready: Problem,
+        refresh: Callable[[], None] = lambda: None,
+        pages: Mapping[str, Page] | None = None,
+    ) -> None:
+        """Bind and start serving. Raises OSError when the address cannot be bound.
+
+        ``refresh`` is called before each scrape, in the endpoint's thread, to bring the metrics up to date.
+        """
+        metrics = make_wsgi_app(registry)
+        routes: dict[str, Page] = {"/healthz": lambda: ("200 OK", "text/plain", b"ok\n"), "/readyz": _readiness(ready)}
+        routes |= pages or {}
+
+        def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            path = environ.get("PATH_INFO", "")
+            if path == "/metrics":
+                refresh()
+                return metrics(environ, start_response)  # type: ignore[no-any-return]
+            page = routes.get(path)
+            status, kind, body = page() if page else ("404 Not Found", "text/plain", b"not found\n")
+            headers = [("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
+            start_response(status, [*headers, ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+        self._servers = [_Server(sock) for sock in bind(address)]
+        for server in self._servers:
+            server.set_app(application)
+            threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return int(self._servers[0].server_port)
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+
+def _readiness(ready: Problem) -> Page:
+    def page() -> tuple[str, str, bytes]:
+        problem = ready()
+        if problem is None:
+            return "200 OK", "text/plain", b"ready\n"
+        return "503 Service Unavailable", "text/plain", f"{problem}\n".encode()
+
+    return page
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10  # seconds a client may be silent
+
+    def log_message(self, format: str, *args: object) -> None:
+        logging.getLogger("fumi.endpoint").debug(format, *args)
+
+    def address_string(self) -> str:
+        return str(self.client_address[0]) if self.client_address else "unix"
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(("", 0), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sock
+        name = sock.getsockname()
+        self.server_name, self.server_port = (name[0], name[1]) if isinstance(name, tuple) else ("unix", 0)
+        self.setup_environ()
+        self._free = threading.BoundedSemaphore(CLIENTS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address or ("unix", 0))
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A scraper that hangs up in mid-answer is its own affair; anything else is worth a traceback.
+        logging.getLogger("fumi.endpoint").debug("request failed", exc_info=True)

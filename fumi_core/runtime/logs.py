@@ -1,0 +1,72 @@
+"""Logs for people and for machines: one line an event on stderr, text or JSON, with named fields.
+
+A field's value may come from a client, so text quotes whatever is not plain and JSON escapes it: nobody can forge a line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from typing import Any
+
+_PLAIN = re.compile(r"[!#-~]+")
+
+
+def event(logger: logging.Logger, level: int, message: str, /, **fields: object) -> None:
+    """Log one event with its fields; a field that is None is left out."""
+    if logger.isEnabledFor(level):
+        logger.log(level, message, extra={"fields": fields})
+
+
+def configure(form: str, level: str) -> None:
+    """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # These are looked up for every record and shown in none.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def _stamp(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
+
+
+class TextFormatter(logging.Formatter):
+    """``2026-01-31T12:00:00.123Z INFO fumi.core session ended id=… client=…``; a traceback follows on lines of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        words = [_stamp(record), record.levelname, record.name, _one_line(record.getMessage())]
+        words += [f"{name}={_quoted(value)}" for name, value in _fields(record).items()]
+        if record.exc_info:
+            words.append("\n" + self.formatException(record.exc_info))
+        return " ".join(words)
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line: ``time level logger event``, the fields, and ``traceback`` where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {"time": _stamp(record), "level": record.levelname.lower(), "logger": record.name}
+        line["event"] = record.getMessage()
+        line |= _fields(record)
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)[1:-1]

@@ -1,0 +1,92 @@
+"""How both programs read their settings: flags, then environment variables, then ``--config FILE.toml``, then defaults.
+
+A wrong setting is one line on stderr and exit status 2, as click does it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class AddressType(click.ParamType):  # type: ignore[type-arg]
+    """ADDR: HOST:PORT, [V6]:PORT, :PORT, unix:/path or fd:N."""
+
+    name = "addr"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> SocketAddress:
+        if isinstance(value, SocketAddress):
+            return value
+        try:
+            return parse_address(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class NetworkType(click.ParamType):  # type: ignore[type-arg]
+    """A CIDR block, an address, or ``unix``; stays text, since a set of them is what is used."""
+
+    name = "cidr|unix"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            Networks([str(value)])
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+ADDRESS = AddressType()
+NETWORK = NetworkType()
+SECONDS = click.FloatRange(min=0, min_open=True)
+
+
+class SettingError(click.ClickException):
+    """A setting that cannot work: one line on stderr, exit status 2."""
+
+    exit_code = 2
+
+
+def config_option(section: str) -> Callable[[F], F]:
+    """``--config FILE.toml``: keys are the flags without the dashes in front, at top level or under ``[section]``."""
+
+    def load(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value:
+            ctx.default_map = {**(ctx.default_map or {}), **_read(ctx, value, section)}
+
+    return click.option(
+        "--config",
+        metavar="FILE.toml",
+        type=click.Path(exists=True, dir_okay=False),
+        is_eager=True,
+        expose_value=False,
+        callback=load,
+        help="Read settings from a TOML file.",
+    )
+
+
+def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            document = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}") from None
+    tables = {name: value for name, value in document.items() if isinstance(value, dict)}
+    if stray := set(tables) - {"core", "edge"}:
+        raise click.BadParameter(f"{path}: unknown section [{sorted(stray)[0]}]; there are [core] and [edge]")
+    known = {option[2:]: param.name for param in ctx.command.params for option in param.opts if option.startswith("--")}
+    settings: dict[str, Any] = {}
+    own = tables.get(section, {})
+    for key, value in {**{k: v for k, v in document.items() if k not in tables}, **own}.items():
+        name = known.get(key.replace("_", "-"))
+        if name is None:
+            raise click.BadParameter(f"{path}: unknown key {key!r}; the keys are the flags without dashes in front")
+        settings[name] = value
+    return settings

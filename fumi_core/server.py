@@ -1,0 +1,347 @@
+"""Sockets: the only file of the core that touches asyncio's transports.
+
+A connection is, in this order: expecting a PROXY header (where one is required), open, and, when the dialogue has ended with
+the client perhaps still sending, lingering: half-closed and read to its end, so that no reset destroys the last reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from enum import Enum
+from typing import Any, cast
+
+from fumi_core import replies
+from fumi_core.dialogue import Chains, Dialogue
+from fumi_core.observer import Observer
+from fumi_core.options import Options
+from fumi_core.protocol import Tally
+from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse
+from fumi_core.runtime.addresses import BACKLOG, Networks, peer_of
+from fumi_core.runtime.logs import event
+from fumi_core.session import Session
+
+READ_SIZE = 128 * 1024
+"""Octets taken from a socket at once, into one buffer that all connections share."""
+LINGER = 5.0
+"""Seconds a client has to notice that the dialogue is over."""
+
+
+class Phase(Enum):
+    HEADER = "header"
+    OPEN = "open"
+    LINGERING = "lingering"
+    CLOSED = "closed"
+
+
+class Server:
+    """Listeners and connections of one ``Fumi``; made anew by each ``listen()`` after a ``close()``."""
+
+    def __init__(self, options: Options, chains: Chains, observer: Observer, tally: Tally, logger: logging.Logger | None) -> None:
+        self.options = options
+        self.chains = chains
+        self.observer = observer
+        self.tally = tally
+        self.logger = logger
+        self.trusted = Networks(options.trusted_proxies)
+        self.loop = asyncio.get_running_loop()
+        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.connections: set[Connection] = set()
+        self.open = 0
+        self.draining = False
+        self._listeners: list[asyncio.Server] = []
+        self._empty = asyncio.Event()
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept connections from a listening socket, which is the server's from here on."""
+        self._listeners.append(await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG))
+
+    @property
+    def sockets(self) -> list[Any]:
+        return [sock for listener in self._listeners for sock in listener.sockets]
+
+    async def close(self, timeout: float) -> None:
+        """Stop accepting, let transactions end for ``timeout`` seconds, then cut what is left."""
+        self.draining = True
+        for listener in self._listeners:
+            listener.close()
+        for connection in list(self.connections):
+            connection.drain()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_empty(), timeout)
+        for connection in list(self.connections):
+            connection.abort()
+        # Handlers of connections that were cut run on_close; one that hangs is not waited for.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_empty(), 1)
+
+    def forget(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+
+    async def _wait_empty(self) -> None:
+        while self.connections:
+            self._empty.clear()
+            await self._empty.wait()
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One client: bytes, timeouts and flow control around a Dialogue."""
+
+    __slots__ = (
+        "_deadline",
+        "_dialogue",
+        "_ended",
+        "_header",
+        "_paused",
+        "_phase",
+        "_server",
+        "_session",
+        "_started",
+        "_timer",
+        "_transport",
+        "_write_blocked",
+    )
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._phase = Phase.HEADER
+        self._header = b""
+        self._dialogue: Dialogue | None = None
+        self._ended = False
+        self._paused = False
+        self._write_blocked = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = 0.0
+        self._started = 0.0
+        self._transport: asyncio.Transport
+
+    # asyncio's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        server = self._server
+        server.connections.add(self)
+        server.observer.connection_opened()
+        self._started = server.loop.time()
+        peer = peer_of(transport.get_extra_info("peername"))
+        local = peer_of(transport.get_extra_info("sockname"))
+        self._session = session = Session(secrets.token_hex(8), server.options.name)
+        session.remote_address, session.remote_port = peer
+        session.local_address, session.local_port = local
+        if server.options.proxy_protocol == "off":
+            session.secure = server.options.assume_tls
+            self._open()
+        elif peer[0] not in server.trusted:
+            self._refuse_header("none", "untrusted", f"{peer[0]} is not a trusted proxy")
+        else:
+            self._watch(server.options.proxy_timeout)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._server.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._phase is Phase.OPEN:
+            self._deadline = self._server.loop.time() + self._server.options.socket_timeout
+            self._dialogue.receive(bytes(self._server.buffer[:nbytes]))  # type: ignore[union-attr]
+        elif self._phase is Phase.HEADER:
+            self._read_header(bytes(self._server.buffer[:nbytes]))
+
+    def eof_received(self) -> bool:
+        if self._phase is Phase.HEADER:
+            self._refuse_header("none", "closed", "closed before a PROXY header")
+        elif self._phase is Phase.OPEN and self._dialogue is not None and self._dialogue.busy:
+            # The client has said all it will say and may still read: it gets its reply, and then the end.
+            self._ended = True
+            return True
+        return False
+
+    def pause_writing(self) -> None:
+        self._write_blocked = True
+        self._regulate()
+
+    def resume_writing(self) -> None:
+        self._write_blocked = False
+        self._regulate()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._phase = Phase.CLOSED
+        if self._timer is not None:
+            self._timer.cancel()
+        self._server.observer.connection_closed()
+        if self._dialogue is None:
+            self._server.forget(self)
+        else:
+            self._server.open -= 1
+            self._dialogue.gone(self._closed)
+
+    # The PROXY header
+
+    def _read_header(self, data: bytes) -> None:
+        self._header += data
+        try:
+            found = parse(self._header)
+        except ProxyProtocolError as error:
+            self._refuse_header("none", "malformed", str(error))
+            return
+        if found is None:
+            return
+        header, length = found
+        rest, self._header = self._header[length:], b""
+        self._server.observer.proxy_header(str(header.version), "ok")
+        self._identify(header)
+        self._open()
+        if rest and self._phase is Phase.OPEN:
+            self._dialogue.receive(rest)  # type: ignore[union-attr]
+
+    def _identify(self, header: ProxyHeader) -> None:
+        """Who the client is, as the terminator says. LOCAL is the terminator itself, by the connection's own addresses."""
+        session = self._session
+        session.proxy_address = session.remote_address
+        session.secure = self._server.options.assume_tls
+        if header.command == "LOCAL":
+            return
+        session.remote_address, session.remote_port = _endpoint(header.source, session.remote_address, session.remote_port)
+        session.local_address, session.local_port = _endpoint(header.destination, session.local_address, session.local_port)
+        session.tls = header.tls
+        session.secure = session.secure or header.tls is not None
+        if header.unique_id:
+            session.id = _readable(header.unique_id)
+
+    def _refuse_header(self, version: str, result: str, problem: str) -> None:
+        self._server.observer.proxy_header(version, result)
+        # A health check that connects and hangs up is not worth a line above debug.
+        level = logging.DEBUG if result == "closed" else logging.WARNING
+        event(logging.getLogger("fumi.core"), level, "no PROXY header", peer=self._session.remote_address, problem=problem)
+        self._phase = Phase.CLOSED
+        self._transport.abort()
+
+    # The dialogue
+
+    def _open(self) -> None:
+        server = self._server
+        if server.options.max_clients is not None and server.open >= server.options.max_clients:
+            server.observer.rejected("max_clients")
+            self._transport.write(replies.TOO_MANY_CLIENTS.data)
+            self._linger()
+            return
+        server.open += 1
+        self._phase = Phase.OPEN
+        self._dialogue = Dialogue(self._session, server.options, server.tally, server.chains, server.observer, self._regulate)
+        self._watch(server.options.socket_timeout)
+        self._dialogue.start()
+        if server.draining:
+            self._dialogue.drain()
+
+    def _regulate(self) -> None:
+        """After anything that may have changed it: send the output, rest or read on, end."""
+        dialogue = self._dialogue
+        if self._phase is not Phase.OPEN or dialogue is None:
+            return
+        output = dialogue.protocol.take_output()
+        if output:
+            self._transport.write(output)
+        if dialogue.closed:
+            self._end(dialogue)
+        elif self._ended:
+            if not dialogue.busy:
+                self._transport.close()
+        elif (self._write_blocked or dialogue.full) is not self._paused:
+            self._paused = not self._paused
+            if self._paused:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def _end(self, dialogue: Dialogue) -> None:
+        if dialogue.protocol.quit or self._ended:
+            self._phase = Phase.CLOSED
+            self._transport.close()
+        else:
+            self._linger()
+
+    def _linger(self) -> None:
+        self._phase = Phase.LINGERING
+        if self._paused:
+            self._transport.resume_reading()
+        self._transport.write_eof()
+        self._watch(LINGER)
+
+    def drain(self) -> None:
+        if self._dialogue is not None and self._phase is Phase.OPEN:
+            self._dialogue.drain()
+        elif self._phase is Phase.HEADER:
+            self.abort()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def _closed(self) -> None:
+        """The handlers have ended too."""
+        server, session, dialogue = self._server, self._session, self._dialogue
+        server.forget(self)
+        if server.logger is not None and dialogue is not None:
+            event(
+                server.logger,
+                logging.INFO,
+                "session ended",
+                id=session.id,
+                client=session.remote_address,
+                proxy=session.proxy_address,
+                helo=session.client_hostname,
+                tls=session.tls.version if session.tls else ("yes" if session.secure else None),
+                user=session.user,
+                messages=dialogue.messages,
+                seconds=round(server.loop.time() - self._started, 3),
+            )
+
+    # Timeouts: one timer a connection, set again only when it fires
+
+    def _watch(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        now = self._server.loop.time()
+        self._deadline = now + seconds
+        self._look_again(now)
+
+    def _look_again(self, now: float) -> None:
+        """Set the timer for the deadline; sooner where a message that begins in the meantime could be overdue by then."""
+        due = min(self._due(), now + self._server.options.data_timeout)
+        self._timer = self._server.loop.call_at(due, self._look)
+
+    def _due(self) -> float:
+        """When the client's silence, or the message that is arriving, has lasted too long."""
+        started = self._dialogue.message_started if self._dialogue is not None else None
+        return self._deadline if started is None else min(self._deadline, started + self._server.options.data_timeout)
+
+    def _look(self) -> None:
+        now = self._server.loop.time()
+        if self._paused or (self._dialogue is not None and self._dialogue.busy):
+            # The silence is ours.
+            self._deadline = max(self._deadline, now + self._server.options.socket_timeout)
+        if now < self._due():
+            self._look_again(now)
+        elif self._phase is Phase.HEADER:
+            self._refuse_header("none", "timeout", "no PROXY header in time")
+        elif self._phase is Phase.OPEN:
+            self._dialogue.time_out()  # type: ignore[union-attr]
+        else:
+            self._transport.abort()
+
+
+def _endpoint(place: tuple[str, int] | str | None, address: str, port: int) -> tuple[str, int]:
+    """What the header says of one side; what the connection itself says where the header says nothing."""
+    if place is None:
+        return address, port
+    if isinstance(place, str):
+        return place or "unix", 0
+    return place
+
+
+def _readable(unique_id: bytes) -> str:
+    text = unique_id.decode("latin-1")
+    return text if text.isascii() and text.isprintable() and " " not in text else unique_id.hex()

@@ -54,16 +54,16 @@ class Fumi:
         """RCPT, once for each: ``ctx.address`` is the forward-path."""
         return self._on("rcpt_to", handler)
 
-    def on_data(self, handler: H) -> H:
-        """The message: ``ctx.stream`` is its text. 250 is sent when the chain has ended."""
-        return self._on("data", handler)
+    def on_data(self, handler: H, *, first: bool = False) -> H:
+        """The message: ``ctx.stream`` is its text. 250 is sent when the chain has ended. ``first`` puts it before the others."""
+        return self._on("data", handler, first)
 
     def on_close(self, handler: H) -> H:
         """Once for each connection that reached ``on_connect``, when it has ended."""
         return self._on("close", handler)
 
-    def _on(self, phase: str, handler: H) -> H:
-        self._handlers[phase].append(handler)
+    def _on(self, phase: str, handler: H, first: bool = False) -> H:
+        self._handlers[phase].insert(0 if first else len(self._handlers[phase]), handler)
         self._chains[phase] = compose(self._handlers[phase])
         return handler
 

@@ -99,12 +99,11 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
 class _Program:
     app: Fumi
     target: Target | None
-    metrics: CoreMetrics
     registry: CollectorRegistry
+    metrics: CoreMetrics | None = None
 
 
 def _program(settings: dict[str, Any], given: set[str]) -> _Program:
-    registry = CollectorRegistry()
     if settings["app"]:
         for flag in ("deliver", "domain"):
             if flag in given:
@@ -118,13 +117,15 @@ def _program(settings: dict[str, Any], given: set[str]) -> _Program:
         app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
     except ValueError as error:
         raise SettingError(str(error)) from None
-    app.observer = metrics = CoreMetrics(registry, app.tally, TARGETS if target else ())
+    program = _Program(app, target, CollectorRegistry())
+    if settings["metrics"]:
+        app.observer = program.metrics = CoreMetrics(program.registry, app.tally, TARGETS if target else ())
     if target is not None:
         try:
             builtin.equip(app, target, settings["domain"])
         except OSError as error:
             raise SettingError(f"--deliver: {error.strerror}: {error.filename}") from None
-    return _Program(app, target, metrics, registry)
+    return program
 
 
 def _target(text: str) -> Target:
@@ -178,7 +179,7 @@ async def _serve(program: _Program, settings: dict[str, Any]) -> None:
 
 
 def _endpoint(program: _Program, address: SocketAddress | None) -> Endpoint | None:
-    if address is None:
+    if address is None or program.metrics is None:
         return None
 
     def problem() -> str | None:

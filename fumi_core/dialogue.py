@@ -127,9 +127,9 @@ class Dialogue:
 
     def gone(self, closed: Callable[[], None]) -> None:
         """The client has gone: stop the handlers, run those of the close phase, then call ``closed``."""
-        self._gone = closed
         self.protocol.abandon()
         self._abort_message("client went away")
+        self._gone = closed  # from here on the end of a running handler leads to the close phase
         if self._running is None:
             self._after_gone()
         elif not isinstance(self._running, DataContext):

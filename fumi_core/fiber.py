@@ -50,6 +50,8 @@ class Fiber:
 
     def _first_step(self, coroutine: Coroutine[Any, Any, None], task: asyncio.Task[None]) -> Any:
         outer = asyncio.current_task(self._loop)
+        if outer is task:
+            return coroutine.send(None)  # called from a former coroutine's done: all is in place
         if outer is not None:
             _leave_task(self._loop, outer)
         _enter_task(self._loop, task)
@@ -85,6 +87,7 @@ class Fiber:
                 done(raised)
             else:
                 self._pending = None
+                self._forget_cancellation()
                 done(None)
 
     async def _work_arrives(self) -> asyncio.CancelledError | None:

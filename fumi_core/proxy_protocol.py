@@ -25,6 +25,9 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from typing import NamedTuple
+
+from fumi_core.crc32c import crc32c
 
 PP2_TYPE_ALPN = 0x01
 PP2_TYPE_AUTHORITY = 0x02
@@ -105,8 +108,7 @@ class TLSInfo:
     client_cn: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SSLValue:
+class SSLValue(NamedTuple):
     """The value of a PP2_TYPE_SSL TLV (section 2.2.6): PP2_CLIENT_… flags, the verify result, the TLVs inside.
 
     `sig_alg`, `key_alg` and `sig_scheme` are those of the certificate that the proxy showed, not of the client's.
@@ -118,15 +120,9 @@ class SSLValue:
 
     @classmethod
     def from_bytes(cls, value: bytes) -> SSLValue:
-        _check_ssl(value, 0, len(value))
+        tlvs = _split_ssl(value, 0, len(value))
         client, verify = _SSL_HEAD.unpack_from(value)
-        tlvs = []
-        offset = _SSL_HEAD.size
-        while offset < len(value):
-            kind, length = _TLV_HEAD.unpack_from(value, offset)
-            tlvs.append((kind, value[offset + 3 : offset + 3 + length]))
-            offset += 3 + length
-        return cls(client, verify, tuple(tlvs))
+        return cls(client, verify, tlvs)
 
     def to_bytes(self) -> bytes:
         return _SSL_HEAD.pack(self.client, self.verify) + b"".join([_tlv(kind, value) for kind, value in self.tlvs])
@@ -427,7 +423,7 @@ def _split_tlvs(data: bytes, offset: int, end: int) -> tuple[tuple[TLV, ...], in
         if value > end:
             raise ProxyProtocolError("TLV past the end of the header")
         kind = data[offset]
-        stop = value + (data[offset + 1] << 8 | data[offset + 2])
+        stop = value + ((data[offset + 1] << 8) | data[offset + 2])
         if stop > end:
             raise ProxyProtocolError("TLV past the end of the header")
         if kind == PP2_TYPE_CRC32C:
@@ -435,7 +431,7 @@ def _split_tlvs(data: bytes, offset: int, end: int) -> tuple[tuple[TLV, ...], in
                 raise ProxyProtocolError("CRC32C twice, or not of 4 bytes")
             crc_at = value
         elif kind == PP2_TYPE_SSL:
-            _check_ssl(data, value, stop)
+            _split_ssl(data, value, stop)
         elif kind == PP2_TYPE_UNIQUE_ID and stop - value > UNIQUE_ID_MAX_LENGTH:
             raise ProxyProtocolError("UNIQUE_ID longer than 128 bytes")
         tlvs.append((kind, data[value:stop]))
@@ -443,16 +439,22 @@ def _split_tlvs(data: bytes, offset: int, end: int) -> tuple[tuple[TLV, ...], in
     return tuple(tlvs), crc_at
 
 
-def _check_ssl(data: bytes, offset: int, end: int) -> None:
+def _split_ssl(data: bytes, offset: int, end: int) -> tuple[TLV, ...]:
+    """The TLVs inside the SSL TLV whose value lies between *offset* and *end*."""
+    tlvs = []
     offset += _SSL_HEAD.size
     if offset > end:
         raise ProxyProtocolError("SSL TLV shorter than 5 bytes")
     while offset < end:
-        if offset + 3 > end:
+        value = offset + 3
+        if value > end:
             raise ProxyProtocolError("TLV past the end of the SSL TLV")
-        offset += 3 + (data[offset + 1] << 8 | data[offset + 2])
-    if offset != end:
-        raise ProxyProtocolError("TLV past the end of the SSL TLV")
+        stop = value + ((data[offset + 1] << 8) | data[offset + 2])
+        if stop > end:
+            raise ProxyProtocolError("TLV past the end of the SSL TLV")
+        tlvs.append((data[offset], data[value:stop]))
+        offset = stop
+    return tuple(tlvs)
 
 
 def _v2_addresses(transport: str, data: bytes) -> tuple[Endpoint, Endpoint]:
@@ -479,12 +481,25 @@ def _v2_to_bytes(header: ProxyHeader) -> bytes:
     else:
         version_command, family = _PROXY, _FAMILY_BYTES[header.transport]
         addresses = _addresses_to_bytes(header)
-    tlvs = b"".join([_tlv(kind, value) for kind, value in header.tlvs if kind != PP2_TYPE_CRC32C])
+    tlvs = _tlvs_to_bytes(header.tlvs)
     length = len(addresses) + len(tlvs) + len(_CRC32C_HEAD) + 4
     if _FIXED_LENGTH + length > V2_MAX_LENGTH:
         raise ValueError("PROXY header longer than 4096 bytes")
     head = _FIXED.pack(_V2_SIGNATURE, version_command, family, length) + addresses + tlvs + _CRC32C_HEAD
     return head + crc32c(head + bytes(4)).to_bytes(4, "big")
+
+
+def _tlvs_to_bytes(tlvs: tuple[TLV, ...]) -> bytes:
+    """All but CRC32C, held to what a receiver will hold them to."""
+    parts = []
+    for kind, value in tlvs:
+        if kind == PP2_TYPE_SSL:
+            _split_ssl(value, 0, len(value))
+        elif kind == PP2_TYPE_UNIQUE_ID and len(value) > UNIQUE_ID_MAX_LENGTH:
+            raise ValueError("UNIQUE_ID longer than 128 bytes")
+        if kind != PP2_TYPE_CRC32C:
+            parts.append(_tlv(kind, value))
+    return b"".join(parts)
 
 
 def _addresses_to_bytes(header: ProxyHeader) -> bytes:
@@ -532,8 +547,6 @@ def _unix_field(path: Endpoint) -> bytes:
 
 
 def _tlv(kind: int, value: bytes) -> bytes:
-    if kind == PP2_TYPE_UNIQUE_ID and len(value) > UNIQUE_ID_MAX_LENGTH:
-        raise ValueError("UNIQUE_ID longer than 128 bytes")
     try:
         return _TLV_HEAD.pack(kind, len(value)) + value
     except struct.error as error:
@@ -554,55 +567,3 @@ def _text(tlvs: tuple[TLV, ...], kind: int) -> str | None:
 
 def _encoded(texts: list[tuple[int, str | None]]) -> tuple[TLV, ...]:
     return tuple([(kind, text.encode("utf-8", "backslashreplace")) for kind, text in texts if text is not None])
-
-
-# Section 2.2.3 and RFC 4960 appendix B: the checksum.
-
-# A polynomial over GF(2) is an int, x^i its bit i. Every row (k, s, t, u, v, w, x) is an identity that holds modulo the
-# Castagnoli polynomial: x^k = 1 + x^s + x^t + x^u + x^v + x^w + x^x. It lets whatever lies above bit k be folded onto
-# what lies below it in seven shifts of one big int, which C does. A search found the rows; the tests prove them.
-_FOLDS = tuple(
-    (k, (1 << k) - 1, *rest)
-    for k, *rest in (
-        (1990, 1, 6, 11, 26, 28, 38),
-        (764, 2, 7, 18, 21, 26, 43),
-        (381, 9, 17, 27, 32, 33, 49),
-        (247, 3, 15, 38, 40, 47, 49),
-        (180, 4, 36, 38, 46, 59, 60),
-    )
-)
-_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-
-def _byte_table() -> tuple[int, ...]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return tuple(table)
-
-
-_BYTE_TABLE = _byte_table()
-
-
-def crc32c(data: bytes) -> int:
-    """The CRC32C of *data*, which has at least four bytes.
-
-    The textbook's loop over a table costs 14 µs for a header of 178 bytes, more than the rest of the parsing; a table of
-    16-bit steps 9 µs, one table a position with `reduce(xor, map(…))` 10 µs, and both cost 10 ms or 2 MB at import.
-    Folding first leaves 23 bytes to that loop, and costs 5 µs in all.
-    """
-    bits = len(data) * 8
-    # The CRC takes the low bit of each byte first and starts from all ones.
-    rest = int.from_bytes(data.translate(_REVERSED_BITS), "big") ^ 0xFFFFFFFF << bits - 32
-    for k, mask, s, t, u, v, w, x in _FOLDS:
-        while bits > k:
-            high = rest >> k
-            rest = rest & mask ^ high ^ high << s ^ high << t ^ high << u ^ high << v ^ high << w ^ high << x
-            bits = max(k, bits - k + x)
-    crc = 0
-    table = _BYTE_TABLE
-    for byte in rest.to_bytes(bits + 7 >> 3, "big").translate(_REVERSED_BITS):
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF

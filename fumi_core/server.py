@@ -339,7 +339,7 @@ def _endpoint(place: tuple[str, int] | str | None, address: str, port: int) -> t
         return address, port
     if isinstance(place, str):
         return place or "unix", 0
-    return place
+    return peer_of(place)
 
 
 def _readable(unique_id: bytes) -> str:

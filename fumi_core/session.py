@@ -105,15 +105,19 @@ class Session:
 
         ``for`` is there only with a single recipient, so that nobody learns of the others.
         """
-        said = _UNSAFE_IN_TRACE.sub("?", self.client_hostname or "unknown")
-        lines = [f"from {said} ([{_tagged(self.remote_address)}])"]
+        lines = [f"from {_safe(self.client_hostname or 'unknown')} ([{_tagged(self.remote_address)}])"]
         if self.tls is not None and self.tls.version:
-            cipher = f" with cipher {self.tls.cipher}" if self.tls.cipher else ""
-            lines.append(f"(using {self.tls.version}{cipher})")
+            cipher = f" with cipher {_safe(self.tls.cipher)}" if self.tls.cipher else ""
+            lines.append(f"(using {_safe(self.tls.version)}{cipher})")
         lines.append(f"by {self.name} with {self.transmission_type} id {self.id}")
         if len(self.envelope.rcpt_to) == 1 and self.envelope.rcpt_to[0].address.isascii():
             lines.append(f"for <{self.envelope.rcpt_to[0].address}>")
         return "Received: " + "\r\n\t".join(lines) + f";\r\n\t{formatdate(localtime=True)}\r\n"
+
+
+def _safe(word: str) -> str:
+    """What a client or a header said, fit for a trace line."""
+    return _UNSAFE_IN_TRACE.sub("?", word)
 
 
 def _tagged(address: str) -> str:

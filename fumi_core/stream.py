@@ -19,7 +19,7 @@ class MessageStream:
     the text then ends early, and the server answers 552 whatever the handler says.
     """
 
-    __slots__ = ("_aborted", "_buffered", "_discarding", "_ended", "_limit", "_pieces", "_resume", "_waiter", "size")
+    __slots__ = ("_aborted", "_buffered", "_discarding", "_ended", "_limit", "_listener", "_pieces", "_resume", "_waiter", "size")
 
     def __init__(self, limit: int | None, resume: Callable[[], None]) -> None:
         """``resume`` is called when the handler has taken all there was."""
@@ -32,6 +32,7 @@ class MessageStream:
         self._aborted: str | None = None
         self._discarding = False
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[bytes], object] | None = None
 
     # The handler's side
 
@@ -67,6 +68,12 @@ class MessageStream:
         finally:
             self._waiter = None
 
+    def tap(self, listener: Callable[[bytes], object]) -> None:
+        """Call ``listener`` with each piece as it arrives, those that wait here first, whoever reads the stream."""
+        for piece in self._pieces:
+            listener(piece)
+        self._listener = listener
+
     def restrict(self, limit: int) -> None:
         """Allow at most ``limit`` octets from here on, if that is less than is allowed already."""
         self._limit = limit if self._limit is None else min(limit, self._limit)
@@ -84,6 +91,8 @@ class MessageStream:
 
     def feed(self, piece: bytes) -> None:
         self.size += len(piece)
+        if self._listener is not None:
+            self._listener(piece)
         if not self._discarding and not self.size_exceeded:
             self._pieces.append(piece)
             self._buffered += len(piece)

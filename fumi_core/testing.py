@@ -1,0 +1,79 @@
+"""For tests of programs that use Fumi: ``with running(app) as server:`` serves in a thread and records what was accepted.
+
+with running(Fumi(auth_optional=True)) as server:
+    smtplib.SMTP("127.0.0.1", server.port).sendmail("a@example.com", ["b@example.com"], "Subject: hi\\r\\n\\r\\nhi\\r\\n")
+    assert server.messages[0].body.endswith(b"hi\\r\\n")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import DataContext
+from fumi_core.middleware import Next
+from fumi_core.session import Envelope, Session
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class RecordedMessage:
+    """A message that was answered 250: its session, its envelope, and its text with CRLF line ends."""
+
+    session: Session
+    envelope: Envelope
+    body: bytes
+
+
+class RunningServer:
+    """A serving app: ``host``, ``port``, and the ``messages`` accepted so far."""
+
+    def __init__(self, app: Fumi, loop: asyncio.AbstractEventLoop, messages: list[RecordedMessage]) -> None:
+        self.app = app
+        self.host = "127.0.0.1"
+        self.port = app.port
+        self.messages = messages
+        self._loop = loop
+
+    def run(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine function in the server's loop and wait for its result."""
+        return asyncio.run_coroutine_threadsafe(function(), self._loop).result(30)
+
+
+@contextmanager
+def running(app: Fumi) -> Iterator[RunningServer]:
+    """Serve ``app`` on a free port of 127.0.0.1 until the block ends."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="fumi", daemon=True)
+    thread.start()
+    messages: list[RecordedMessage] = []
+    _record(app, messages)
+    asyncio.run_coroutine_threadsafe(app.listen(0, "127.0.0.1"), loop).result(30)
+    server = RunningServer(app, loop, messages)
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(app.close(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def _record(app: Fumi, messages: list[RecordedMessage]) -> None:
+    """Ahead of the app's own handlers, so that it sees the text whatever they do with it."""
+
+    async def recorder(ctx: DataContext, next: Next) -> None:
+        envelope, pieces = ctx.session.envelope, list[bytes]()
+        ctx.stream.tap(pieces.append)
+        await next()
+        await ctx.stream.read()
+        if not ctx.size_exceeded:
+            messages.append(RecordedMessage(ctx.session, envelope, b"".join(pieces)))
+
+    app.on_data(recorder, first=True)

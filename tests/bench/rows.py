@@ -1,0 +1,161 @@
+"""The rows of the table: what is done, by whom, and the ratio to reach (design.md §10). To add one is to add it here."""
+
+from dataclasses import dataclass
+
+from .contestants import (
+    Contestant,
+    aiosmtpd,
+    fumi_both,
+    fumi_core,
+    fumi_edge,
+    haproxy,
+    smtp_server,
+    smtp_sink,
+    stunnel,
+)
+from .loads import client, smtp_source
+from .measures import CpuPerUnit, Measure, MemoryPerConnection, Silent
+
+# Two descriptors a session in the edge, and some for the rest.
+DESCRIPTORS = 20_000
+IDLE_SESSIONS = DESCRIPTORS // 2 - 100
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contestant that Fumi is compared to, and how large Fumi's figure may be as a ratio to its; None is no target."""
+
+    contestant: Contestant
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A piece of work for all contestants. Without peers, Fumi's figure itself may be `at_most` so large."""
+
+    name: str
+    work: str
+    unit: str
+    measure: Measure
+    ours: Contestant
+    peers: tuple[Peer, ...] = ()
+    at_most: float | None = None
+    rounds: int | None = None
+
+    def contestants(self) -> tuple[Contestant, ...]:
+        """Ours first."""
+        return (self.ours, *(peer.contestant for peer in self.peers))
+
+
+CORE = Contestant("fumi-core", fumi_core("--deliver", "discard:"))
+CORE_WITH_HOOKS = Contestant("fumi-core", fumi_core("tests.bench.noop_hooks:app"))
+EDGE_AND_CORE = Contestant("edge + core", fumi_both)
+AIOSMTPD = Contestant("aiosmtpd", aiosmtpd())
+AIOSMTPD_TLS = Contestant("aiosmtpd", aiosmtpd(tls=True))
+SMTP_SERVER = Contestant("smtp-server", smtp_server)
+SMTP_SINK = Contestant("smtp-sink", smtp_sink)
+
+KEPT = CpuPerUnit(smtp_source(sessions=10, kept=True), units=3_000, units_of_warm_up=3_000)
+# smtp-server lets every client wait 100 ms for its banner, to catch those that talk early: many at a time, or it takes minutes.
+CONNECTING = CpuPerUnit(smtp_source(sessions=50, kept=False), units=500, units_of_warm_up=500)
+LARGE = CpuPerUnit(client("messages", "--sessions", "2", "--size", "5000000"), units=4, units_of_warm_up=2)
+HANDSHAKES = CpuPerUnit(client("handshakes", "--sessions", "8"), units=400, units_of_warm_up=160)
+UPLOAD = CpuPerUnit(client("transfer", "--direction", "up"), units=96, units_of_warm_up=32)
+DOWNLOAD = CpuPerUnit(client("transfer", "--direction", "down"), units=96, units_of_warm_up=32)
+TLS_MESSAGES = CpuPerUnit(client("messages", "--tls", "--sessions", "10"), units=1_000, units_of_warm_up=500)
+MEMORY = MemoryPerConnection(connections=1_000, before=100)
+
+
+def edge_row(name: str, work: str, unit: str, measure: Measure, talk: str, of_haproxy: float, of_stunnel: float | None) -> Row:
+    """A row of the edge against HAProxy and stunnel, each in front of the same backend."""
+    peers = (Peer(Contestant("haproxy", haproxy(talk)), of_haproxy), Peer(Contestant("stunnel", stunnel(talk)), of_stunnel))
+    return Row(name, work, unit, measure, Contestant("fumi-edge", fumi_edge(talk)), peers)
+
+
+ROWS = (
+    Row(
+        "core-kept",
+        "1 KiB messages on kept connections",
+        "µs a message",
+        KEPT,
+        CORE,
+        (Peer(AIOSMTPD, 0.30), Peer(SMTP_SERVER, 1.2), Peer(SMTP_SINK)),
+    ),
+    Row(
+        "core-connect",
+        "one message of 1 KiB a connection",
+        "µs a message",
+        CONNECTING,
+        CORE,
+        (Peer(AIOSMTPD, 0.40), Peer(SMTP_SERVER), Peer(SMTP_SINK)),
+    ),
+    Row(
+        "core-large",
+        "messages of 5 MB",
+        "µs a message",
+        LARGE,
+        CORE,
+        (Peer(AIOSMTPD, 0.15), Peer(SMTP_SERVER), Peer(SMTP_SINK)),
+    ),
+    Row(
+        "core-hooks",
+        "core-kept with six async no-op hooks in Fumi, none in aiosmtpd",
+        "µs a message",
+        KEPT,
+        CORE_WITH_HOOKS,
+        (Peer(AIOSMTPD, 0.45),),
+    ),
+    edge_row(
+        "edge-handshake",
+        "full TLS 1.3 handshake, PROXY header delivered, banner and EOF read",
+        "µs a connection",
+        HANDSHAKES,
+        "greet",
+        of_haproxy=1.4,
+        of_stunnel=0.95,
+    ),
+    edge_row(
+        "edge-bytes-up",
+        "bytes to the backend through one connection, all arriving",
+        "µs a MiB",
+        UPLOAD,
+        "transfer",
+        of_haproxy=1.1,
+        of_stunnel=0.90,
+    ),
+    edge_row(
+        "edge-bytes-down",
+        "bytes from the backend through one connection, all arriving",
+        "µs a MiB",
+        DOWNLOAD,
+        "transfer",
+        of_haproxy=1.1,
+        of_stunnel=0.90,
+    ),
+    edge_row(
+        "edge-memory",
+        "memory of an idle TLS connection",
+        "KiB a connection",
+        MEMORY,
+        "hold",
+        of_haproxy=1.5,
+        of_stunnel=None,
+    ),
+    Row(
+        "tls-session",
+        "a TLS session's messages of 1 KiB, edge and core together",
+        "µs a message",
+        TLS_MESSAGES,
+        EDGE_AND_CORE,
+        (Peer(AIOSMTPD_TLS, 0.5),),
+    ),
+    Row(
+        "tls-idle",
+        f"{IDLE_SESSIONS} idle TLS sessions through edge and core, all still answering",
+        "silent sessions",
+        Silent(IDLE_SESSIONS),
+        EDGE_AND_CORE,
+        at_most=0,
+        rounds=1,
+    ),
+)

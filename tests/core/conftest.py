@@ -42,7 +42,7 @@ class Client:
         self.sock.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def connect() -> Iterator[Callable[..., Client]]:
     clients: list[Client] = []
 
@@ -55,7 +55,7 @@ def connect() -> Iterator[Callable[..., Client]]:
         client.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def send() -> Callable[..., dict[str, Any]]:
     def function(port: int, text: str, *recipients: str) -> dict[str, Any]:
         with smtplib.SMTP("127.0.0.1", port, timeout=20) as smtp:
@@ -64,7 +64,7 @@ def send() -> Callable[..., dict[str, Any]]:
     return function
 
 
-@pytest.fixture()
+@pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], None]:
     def wait(condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 20
@@ -75,12 +75,12 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
     return wait
 
 
-@pytest.fixture()
-def reset() -> Callable[[socket.socket], None]:
+@pytest.fixture
+def reset() -> Callable[[Client], None]:
     """Close with a reset instead of an orderly end."""
 
-    def abort(sock: socket.socket) -> None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-        sock.close()
+    def abort(client: Client) -> None:
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        client.close()
 
     return abort

@@ -45,7 +45,18 @@ def test_the_text_is_the_same_however_it_is_cut(sent: bytes, text: bytes) -> Non
 
 @pytest.mark.parametrize(
     "ending",
-    [b"\n.\n", b"\r.\r", b"\n.\r\n", b"\r\n.\n", b"\r\n.\r", b"\r\n\x00.\r\n", b"\r\n.\x00\r\n", b"\r.\r\n", b"\n\n.\r\n", b"\r\r\n.\r\r\n"],
+    [
+        b"\n.\n",
+        b"\r.\r",
+        b"\n.\r\n",
+        b"\r\n.\n",
+        b"\r\n.\r",
+        b"\r\n\x00.\r\n",
+        b"\r\n.\x00\r\n",
+        b"\r.\r\n",
+        b"\n\n.\r\n",
+        b"\r\r\n.\r\r\n",
+    ],
 )
 def test_no_other_ending_ends_a_message(ending: bytes) -> None:
     for pieces in cuts(b"a" + ending + b"b"):

@@ -13,7 +13,7 @@ from fumi_core import Fumi, MessageAborted, SMTPError
 from fumi_core.testing import running
 
 
-@pytest.fixture()
+@pytest.fixture
 def app() -> Fumi:
     return Fumi(auth_optional=True, name="mx.example", close_timeout=0.2)
 
@@ -219,7 +219,9 @@ def test_a_message_that_breaks_off_raises_in_the_reader_and_on_close_follows(
     assert caplog.text.count("message aborted") == 2
 
 
-def test_on_close_comes_once_for_each_connection_that_reached_on_connect(app: Fumi, connect: Any, eventually: Any, reset: Any) -> None:
+def test_on_close_comes_once_for_each_connection_that_reached_on_connect(
+    app: Fumi, connect: Any, eventually: Any, reset: Any
+) -> None:
     opened: list[str] = []
     closed: list[str] = []
     app.on_connect(lambda ctx, next: opened.append(ctx.session.id))
@@ -227,14 +229,16 @@ def test_on_close_comes_once_for_each_connection_that_reached_on_connect(app: Fu
     with running(app) as server:
         connect(server.port).say("QUIT")
         connect(server.port).close()
-        reset(connect(server.port).sock)
-        connect(server.port).say("GET / HTTP/1.0")
+        reset(connect(server.port))
+        browser = connect(server.port)
+        browser.say("GET / HTTP/1.0")
+        browser.close()
         eventually(lambda: len(closed) == 4)
     assert sorted(opened) == sorted(closed)
     assert len(set(closed)) == 4
 
 
-def test_a_handler_is_cancelled_when_its_client_goes(app: Fumi, connect: Any, eventually: Any) -> None:
+def test_a_handler_is_cancelled_when_its_client_is_gone(app: Fumi, connect: Any, eventually: Any, reset: Any) -> None:
     seen: list[str] = []
 
     @app.on_rcpt_to
@@ -253,7 +257,7 @@ def test_a_handler_is_cancelled_when_its_client_goes(app: Fumi, connect: Any, ev
         client.say("MAIL FROM:<>")
         client.sock.sendall(b"RCPT TO:<a@b.example>\r\n")
         eventually(lambda: seen == ["waiting"])
-        client.close()
+        reset(client)
         eventually(lambda: seen == ["waiting", "cancelled", "closed"])
 
 

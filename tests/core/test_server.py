@@ -1,0 +1,326 @@
+"""Sockets: the PROXY header, limits, silence, flow control, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fumi_core import Fumi
+from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
+from fumi_core.testing import running
+
+TLS = TLSInfo(version="TLSv1.3", cipher="TLS_AES_256_GCM_SHA384", sni="mx.example")
+CLIENT, SERVER = ("192.0.2.7", 4711), ("198.51.100.1", 25)
+
+
+def header(tls: TLSInfo | None = TLS, unique_id: bytes = b"conn-1", **changes: Any) -> bytes:
+    tlvs = (*(tls_tlvs(tls) if tls else ()), (PP2_TYPE_UNIQUE_ID, unique_id))
+    fields = {"version": 2, "command": "PROXY", "transport": "TCP4", "source": CLIENT, "destination": SERVER, "tlvs": tlvs}
+    return ProxyHeader(**{**fields, **changes}).to_bytes()
+
+
+@pytest.fixture
+def behind() -> Callable[..., tuple[Fumi, list[Any]]]:
+    """An app behind a terminator, and the sessions its handlers saw."""
+
+    def make(**options: Any) -> tuple[Fumi, list[Any]]:
+        app = Fumi(**{"auth_optional": True, "proxy_protocol": "required", "close_timeout": 0.2, **options})
+        sessions: list[Any] = []
+        app.on_connect(lambda ctx, next: sessions.append(ctx.session))
+        return app, sessions
+
+    return make
+
+
+def test_the_header_says_who_the_client_is_and_how_it_came(behind: Any, connect: Any) -> None:
+    app, sessions = behind()
+    with running(app) as server:
+        client = connect(server.port, header())
+        client.envelope()
+        client.say("DATA")
+        assert client.say("hi\r\n.").startswith(b"250")
+        session = sessions[0]
+        trace = server.messages[0].session.received_header()
+    assert (session.id, session.secure, session.tls) == ("conn-1", True, TLS)
+    assert (session.remote_address, session.remote_port) == CLIENT
+    assert (session.local_address, session.local_port) == SERVER
+    assert session.proxy_address == "127.0.0.1"
+    assert session.transmission_type == "ESMTPS"
+    assert "from client.example ([192.0.2.7])" in trace
+    assert "(using TLSv1.3 with cipher TLS_AES_256_GCM_SHA384)" in trace
+    assert " with ESMTPS id conn-1" in trace
+
+
+def test_the_header_may_come_byte_by_byte_with_commands_behind_it(behind: Any, connect: Any) -> None:
+    app, sessions = behind()
+    with running(app) as server:
+        client = connect(server.port, banner=False)
+        client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in header() + b"NOOP\r\n":
+            client.sock.sendall(bytes([byte]))
+        assert client.reply().startswith(b"220")
+        assert client.reply().startswith(b"250")
+    assert sessions[0].remote_address == "192.0.2.7"
+
+
+def test_without_the_ssl_tlv_a_session_is_not_secure(behind: Any, connect: Any) -> None:
+    app, sessions = behind()
+    with running(app) as server:
+        connect(server.port, header(tls=None))
+        connect(server.port, b"PROXY TCP6 2001:db8::1 2001:db8::2 1 2\r\n")
+    assert [(session.secure, session.tls) for session in sessions] == [(False, None)] * 2
+    assert sessions[1].remote_address == "2001:db8::1"
+
+
+def test_assume_tls_makes_every_session_secure(behind: Any, connect: Any) -> None:
+    app, sessions = behind(assume_tls=True)
+    with running(app) as server:
+        connect(server.port, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+    assert (sessions[0].secure, sessions[0].tls) == (True, None)
+
+
+def test_a_unique_id_that_cannot_be_printed_comes_as_hex(behind: Any, connect: Any) -> None:
+    app, sessions = behind()
+    with running(app) as server:
+        for unique_id in (b"a b", b"\x00\xff", b"ok"):
+            connect(server.port, header(unique_id=unique_id))
+    assert [session.id for session in sessions] == ["612062", "00ff", "ok"]
+
+
+def test_a_local_header_is_greeted_by_the_connections_own_addresses(behind: Any, connect: Any) -> None:
+    app, sessions = behind()
+    with running(app) as server:
+        assert connect(server.port, ProxyHeader(2, "LOCAL").to_bytes()).banner.startswith(b"220")
+    assert (sessions[0].remote_address, sessions[0].secure) == ("127.0.0.1", False)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"EHLO x\r\n", b"PROXY TCP4 1 2 3 4\r\n", header()[:-1] + b"\x00", b"\r\n\r\n\x00\r\nQUIT\n\x31"]
+)
+def test_a_bad_header_ends_the_connection_without_a_word(behind: Any, connect: Any, sent: bytes) -> None:
+    app, sessions = behind()
+    with running(app) as server:
+        client = connect(server.port, sent, banner=False)
+        assert client.reply() == b""
+    assert sessions == []
+
+
+def test_a_peer_that_is_not_trusted_is_closed_at_once(behind: Any, connect: Any) -> None:
+    app, sessions = behind(trusted_proxies=["192.0.2.0/24"])
+    with running(app) as server:
+        client = connect(server.port, banner=False)
+        try:
+            client.sock.sendall(header())
+            said = client.reply()
+        except ConnectionError:
+            said = b""
+    assert said == b""
+    assert sessions == []
+
+
+def test_a_header_that_does_not_come_is_not_waited_for(behind: Any, connect: Any) -> None:
+    app, sessions = behind(proxy_timeout=0.05)
+    with running(app) as server:
+        client = connect(server.port, header()[:20], banner=False)
+        assert client.reply() == b""
+    assert sessions == []
+
+
+def test_one_client_too_many_is_421(connect: Any, eventually: Any) -> None:
+    app = Fumi(auth_optional=True, max_clients=2, close_timeout=0.2)
+    with running(app) as server:
+        first, _second = connect(server.port), connect(server.port)
+        third = connect(server.port)
+        assert third.banner == b"421 4.7.0 Too many connections, try again later\r\n"
+        assert third.reply() == b""
+        first.say("QUIT")
+        first.close()
+        eventually(lambda: connect(server.port).banner.startswith(b"220"))
+
+
+def test_silence_is_421(connect: Any) -> None:
+    app = Fumi(auth_optional=True, socket_timeout=0.05, close_timeout=0.2)
+    with running(app) as server:
+        client = connect(server.port)
+        assert client.reply() == b"421 4.4.2 Error: timeout exceeded\r\n"
+        assert client.reply() == b""
+
+
+def test_silence_in_a_message_is_421_and_the_handler_hears_of_it(connect: Any) -> None:
+    app = Fumi(auth_optional=True, socket_timeout=0.05, close_timeout=0.2)
+    failures: list[BaseException] = []
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        try:
+            await ctx.stream.read()
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall(b"half")
+        assert client.reply().startswith(b"421 4.4.2")
+        assert server.messages == []
+    assert [type(failure).__name__ for failure in failures] == ["MessageAborted"]
+
+
+def test_a_message_that_drips_in_is_cut_by_data_timeout(connect: Any) -> None:
+    app = Fumi(auth_optional=True, data_timeout=0.1, close_timeout=0.2)
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        stop = threading.Event()
+
+        def drip() -> None:
+            try:
+                while not stop.wait(0.01):
+                    client.sock.sendall(b"x\r\n")
+            except OSError:
+                pass  # the server has closed, as it should
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        assert client.reply().startswith(b"421 4.4.2")
+        stop.set()
+        thread.join()
+
+
+def test_a_slow_handler_is_no_silence_of_the_client(connect: Any) -> None:
+    app = Fumi(auth_optional=True, socket_timeout=0.05, close_timeout=0.2)
+
+    @app.on_mail_from
+    async def mail(ctx: Any, next: Any) -> None:
+        await asyncio.sleep(0.3)
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        assert client.say("MAIL FROM:<>").startswith(b"250")
+
+
+def test_a_slow_reader_of_a_message_slows_the_client_down(connect: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2)
+    go = threading.Event()
+    streams: list[Any] = []
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        streams.append(ctx.stream)
+        await asyncio.to_thread(go.wait, 20)
+        await next()
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.sock.settimeout(0.3)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < 100_000_000:
+                sent += client.sock.send(b"x" * 998 + b"\r\n" * 1)
+        assert streams[0]._buffered <= 256 * 1024
+        client.sock.settimeout(20)
+        go.set()
+        left = -sent % 1000
+        client.sock.sendall((b"x" * (left - 2) + b"\r\n" if left > 2 else b"\n"[: left % 2]) + b"\r\n.\r\n")
+        assert client.reply()[:3] in (b"250", b"550")
+
+
+def test_a_client_that_does_not_read_its_replies_is_not_read_either(connect: Any) -> None:
+    app = Fumi(auth_optional=True, max_errors=10**9, close_timeout=0.2)
+    with running(app) as server:
+        client = connect(server.port)
+        client.sock.settimeout(0.5)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < 200_000_000:
+                sent += client.sock.send(b"NOOP\r\n" * 10000)
+        replies = 0
+        client.sock.settimeout(20)
+        client.sock.shutdown(socket.SHUT_WR)
+        while data := client.file.read1(1 << 20):
+            replies += data.count(b"\n")
+        assert replies == sent // 6 + (1 if sent % 6 else 0) or replies == sent // 6
+
+
+def test_an_endless_line_is_discarded_and_answered_once(connect: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2)
+    with running(app) as server:
+        client = connect(server.port)
+        for _ in range(100):
+            client.sock.sendall(b"x" * 100_000)
+        assert client.say("") == b"500 5.5.2 Error: line too long\r\n"
+        assert client.say("NOOP " + "x" * 4089).startswith(b"250")
+        assert client.say("NOOP " + "x" * 4090).startswith(b"500")
+
+
+def test_close_lets_a_transaction_end_and_says_421_to_the_idle(connect: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=20)
+    with running(app) as server:
+        idle, busy = connect(server.port), connect(server.port)
+        busy.envelope()
+        busy.say("DATA")
+        closing = threading.Thread(target=lambda: server.run(app.close))
+        closing.start()
+        assert idle.reply() == b"421 4.3.2 Service shutting down, closing connection\r\n"
+        assert idle.reply() == b""
+        assert busy.say("hi\r\n.").startswith(b"250")
+        assert busy.reply().startswith(b"421 4.3.2")
+        idle.close()
+        busy.close()
+        closing.join(20)
+        assert len(server.messages) == 1
+
+
+def test_close_cuts_what_does_not_end_in_time(connect: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.05)
+    closed: list[str] = []
+    app.on_close(lambda ctx, next: closed.append(ctx.session.id))
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        server.run(app.close)
+        assert len(closed) == 1
+
+
+def test_it_listens_on_a_unix_socket_too(tmp_path: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2)
+    path = str(tmp_path / "smtp.sock")
+    with running(app) as server:
+        server.run(lambda: app.listen(path=path))
+        assert path in app.addresses
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            assert client.recv(100).startswith(b"220")
+
+
+def test_a_session_is_logged_once_when_a_logger_is_wanted(connect: Any, caplog: Any, eventually: Any) -> None:
+    app = Fumi(auth_optional=True, logger=True, close_timeout=0.2)
+    with running(app) as server, caplog.at_level(logging.INFO):
+        connect(server.port).say("QUIT")
+        eventually(lambda: caplog.text.count("session ended") == 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"), [({"szie": 1}, "'size'"), ({"key": "x"}, "fumi_edge.Fumi"), ({"secure": True}, "fumi_edge")]
+)
+def test_an_unknown_option_is_a_type_error_with_advice(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(TypeError, match=problem):
+        Fumi(**options)
+
+
+@pytest.mark.parametrize("options", [{"proxy_protocol": "auto"}, {"bare_newlines": "accept"}, {"trusted_proxies": ["nonsense"]}])
+def test_an_impossible_value_is_a_value_error(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Fumi(**options)

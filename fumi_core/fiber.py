@@ -79,8 +79,8 @@ class Fiber:
             coroutine, yielded, done = self._pending
             try:
                 await _Rest(coroutine, yielded, error)
-            except (KeyboardInterrupt, SystemExit):
-                raise
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise  # GeneratorExit: the loop was closed over it
             except BaseException as raised:
                 self._pending = None
                 self._forget_cancellation()

@@ -124,12 +124,14 @@ class _Message:
         self.name = name
         self._temporary = maildir / "tmp" / name
         self._final = maildir / "new" / name
+        self._path: Path | None = None  # where the file is now
         self._fd = -1
         self._carriage_return = b""
 
     def write(self, pieces: list[bytes]) -> None:
         if self._fd < 0:
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._path = self._temporary
         data = memoryview(self._local_lines(b"".join(pieces)))
         while data:
             data = data[os.write(self._fd, data) :]
@@ -147,14 +149,14 @@ class _Message:
         os.fsync(self._fd)
         self._close()
         os.rename(self._temporary, self._final)
+        self._path = self._final
         _sync_directory(self._final.parent)
 
     def discard(self) -> None:
-        """Leave nothing in tmp/."""
-        opened = self._fd >= 0
+        """Leave nothing: the client has not heard 250, and comes again."""
         self._close()
-        if opened:
-            self._temporary.unlink(missing_ok=True)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._fd >= 0:

@@ -1,0 +1,178 @@
+"""250 means that the message is in new/, whole; anything else means that it is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fumi_core import builtin
+from fumi_core.delivery import maildir
+from fumi_core.testing import running
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    return tmp_path / "box"
+
+
+def build(box: Path, **options: Any) -> Any:
+    return builtin.build(f"maildir:{box}", name="mx.example", close_timeout=0.2, **options)
+
+
+def stored(box: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((box / "new").iterdir())]
+
+
+def body_of(message: bytes) -> bytes:
+    """What is behind the trace headers, the folded Received the last of them."""
+    lines = message.split(b"\n")
+    at = next(number for number, line in enumerate(lines) if line.startswith(b"Received:")) + 1
+    while lines[at].startswith(b"\t"):
+        at += 1
+    return b"\n".join(lines[at:])
+
+
+def test_a_message_is_one_file_with_trace_headers_and_lf(box: Path, connect: Any) -> None:
+    with running(build(box)) as server:
+        client = connect(server.port)
+        client.envelope("a@b.example", "c@d.example", "e@f.example")
+        client.say("DATA")
+        reply = client.say("Subject: hi\r\n\r\n..stuffed\r\nbye\r\n.")
+    (message,) = stored(box)
+    (path,) = (box / "new").iterdir()
+    assert reply == f"250 2.0.0 Ok: queued as {path.name}\r\n".encode()
+    head = b"Return-Path: <a@b.example>\nDelivered-To: c@d.example\nDelivered-To: e@f.example\nReceived: from client.example "
+    assert message.startswith(head)
+    assert body_of(message) == b"Subject: hi\n\n.stuffed\nbye\n"
+    assert b"\r" not in message
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("size", [0, 1, maildir.BATCH - 1, maildir.BATCH, 3 * maildir.BATCH + 7, 2_000_000])
+def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Any, size: int) -> None:
+    lines = (b"%06d " % (size % 7) + b"x" * 60 + b"\r\n") * (size // 69)
+    with running(build(box)) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        assert client.say(lines + b".").startswith(b"250")
+    assert body_of(stored(box)[0]) == lines.replace(b"\r\n", b"\n")
+
+
+def test_a_message_that_breaks_off_leaves_nothing(box: Path, connect: Any, eventually: Any) -> None:
+    app = build(box)
+    closed: list[Any] = []
+    app.on_close(lambda ctx, next: closed.append(ctx))
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall((b"x" * 70 + b"\r\n") * 5000)
+        eventually(lambda: bool(list((box / "tmp").iterdir())))
+        client.close()
+        eventually(lambda: len(closed) == 1)
+    assert list((box / "tmp").iterdir()) == []
+    assert stored(box) == []
+
+
+def test_a_message_over_the_size_leaves_nothing(box: Path, connect: Any) -> None:
+    with running(build(box, size=200_000)) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        assert client.say((b"x" * 70 + b"\r\n") * 5000 + b".") == b"552 5.3.4 Error: message too large\r\n"
+        assert list((box / "tmp").iterdir()) == []
+    assert stored(box) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "reply"),
+    [(28, b"452 4.3.1 Insufficient system storage\r\n"), (5, b"451 4.3.0 Mail store error\r\n")],
+)
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_failing_disk_is_a_4yz_and_leaves_nothing(
+    box: Path, connect: Any, monkeypatch: Any, number: int, reply: bytes, call: str
+) -> None:
+    with running(build(box)) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+
+        def fail(*arguments: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fumi_core.delivery.maildir.os.{call}", fail)
+            assert client.say("hi\r\n.") == reply
+        assert list((box / "tmp").iterdir()) == []
+        assert stored(box) == []
+        client.envelope()
+        client.say("DATA")
+        assert client.say("hi\r\n.").startswith(b"250")
+
+
+def test_nothing_is_promised_before_file_and_directory_are_synced(box: Path, connect: Any, monkeypatch: Any) -> None:
+    steps: list[str] = []
+    for call in ("write", "fsync", "rename"):
+        real = getattr(os, call)
+
+        def watched(*arguments: Any, call: str = call, real: Any = real) -> Any:
+            steps.append(call)
+            return real(*arguments)
+
+        monkeypatch.setattr(f"fumi_core.delivery.maildir.os.{call}", watched)
+    with running(build(box)) as server:
+        client = connect(server.port)
+        steps.clear()
+        client.envelope()
+        client.say("DATA")
+        assert client.say("hi\r\n.").startswith(b"250")
+        assert steps == ["write", "fsync", "rename", "fsync"]
+
+
+def test_a_killed_core_has_kept_what_it_promised_and_shows_nothing_half_written(tmp_path: Path, connect: Any) -> None:
+    box = tmp_path / "box"
+    command = [str(Path(sys.executable).with_name("fumi-core")), "--proxy-protocol", "off", "--listen"]
+    path = tmp_path / "s"
+    process = subprocess.Popen([*command, f"unix:{path}", "--deliver", f"maildir:{box}"], stderr=subprocess.PIPE)
+    try:
+        assert process.stderr is not None
+        while b"listening" not in process.stderr.readline():
+            pass
+        promised = _load_until_killed(path, process)
+    finally:
+        process.kill()
+        process.wait()
+    messages = stored(box)
+    assert promised > 5
+    # One more may be safe already without its 250 having got out.
+    assert promised <= len(messages) <= promised + 1
+    assert all(message.endswith(b"x" * 70 + b"\n") for message in messages)
+
+
+def _load_until_killed(path: Path, process: subprocess.Popen[bytes]) -> int:
+    import socket
+
+    promised = 0
+    with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as replies:
+        sock.connect(str(path))
+        replies.readline()
+        try:
+            for number in range(10_000):
+                for line in ("RSET" if number else "HELO x", "MAIL FROM:<>", "RCPT TO:<c@d.example>", "DATA"):
+                    sock.sendall(line.encode() + b"\r\n")
+                    replies.readline()
+                sock.sendall((b"x" * 70 + b"\r\n") * 3000 + b".\r\n")
+                if number == 10:
+                    process.send_signal(signal.SIGKILL)
+                if replies.readline().startswith(b"250"):
+                    promised += 1
+        except ConnectionError:
+            pass
+    return promised

@@ -1,0 +1,74 @@
+"""Each ready-made plugin, by what a client hears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fumi_core import Fumi, plugins
+from fumi_core.testing import running
+
+
+@pytest.fixture
+def app() -> Fumi:
+    return Fumi(auth_optional=True, close_timeout=0.2)
+
+
+def test_require_tls(app: Fumi, connect: Any) -> None:
+    with running(app.use(plugins.require_tls())) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        assert client.say("MAIL FROM:<>") == b"530 5.7.0 Must issue a STARTTLS command first\r\n"
+
+
+def test_require_tls_is_content_with_it(connect: Any) -> None:
+    app = Fumi(auth_optional=True, assume_tls=True).use(plugins.require_tls())
+    with running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        assert client.say("MAIL FROM:<>").startswith(b"250")
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("ips", "banner"), [(["127.0.0.1"], b"554 5.7.1"), (["127.0.0.0/8"], b"554"), (["::1", "10.0.0.0/8"], b"220")]
+)
+def test_denylist(app: Fumi, connect: Any, ips: list[str], banner: bytes) -> None:
+    with running(app.use(plugins.denylist(ips))) as server:
+        assert connect(server.port).banner.startswith(banner)
+
+
+def test_denylist_wants_networks() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        plugins.denylist(["nonsense"])
+
+
+def test_sender_block(app: Fumi, connect: Any) -> None:
+    with running(app.use(plugins.sender_block(["Blocked.example"]))) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        assert client.say("MAIL FROM:<a@blocked.EXAMPLE>").startswith(b"550 5.7.1")
+        assert client.say("MAIL FROM:<a@sub.blocked.example>").startswith(b"250")
+
+
+def test_rcpt_filter(app: Fumi, connect: Any) -> None:
+    with running(app.use(plugins.rcpt_filter(["ours.example"]))) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        client.say("MAIL FROM:<>")
+        assert client.say("RCPT TO:<a@theirs.example>").startswith(b"550 5.7.1")
+        assert client.say("RCPT TO:<a@OURS.example>").startswith(b"250")
+        assert client.say("RCPT TO:<postmaster>").startswith(b"250")
+
+
+def test_max_size(app: Fumi, connect: Any) -> None:
+    with running(app.use(plugins.max_size(20))) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        assert client.say("MAIL FROM:<> SIZE=21").startswith(b"552 5.3.4")
+        for text, code in (("x" * 18, b"250"), ("x" * 19, b"552 5.3.4")):
+            client.envelope()
+            client.say("DATA")
+            assert client.say(text + "\r\n.").startswith(code)
+        assert len(server.messages) == 1

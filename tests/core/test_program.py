@@ -1,0 +1,214 @@
+"""fumi-core as an operator meets it: flags, files, environment, signals, metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
+
+
+class Program:
+    """A running fumi-core; ``port`` is read from its log."""
+
+    def __init__(self, directory: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self.log = directory / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [PROGRAM, *flags], stderr=log, cwd=directory, env={**os.environ, **(environment or {})}
+            )
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def start(tmp_path: Path, eventually: Any) -> Iterator[Callable[..., Program]]:
+    programs: list[Program] = []
+
+    def run(*flags: str, environment: dict[str, str] | None = None, wait: str = "listening") -> Program:
+        programs.append(program := Program(tmp_path, *flags, environment=environment))
+        eventually(lambda: wait in program.log.read_text() or program.process.poll() is not None)
+        assert program.process.poll() is None, program.log.read_text()
+        return program
+
+    yield run
+    for program in programs:
+        if program.process.poll() is None:
+            program.process.kill()
+            program.process.wait()
+
+
+def get(url: str) -> tuple[int, str]:
+    with contextlib.closing(urllib.request.urlopen(url, timeout=10)) as answer:
+        return answer.status, answer.read().decode()
+
+
+def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(start: Any, connect: Any, tmp_path: Path) -> None:
+    port = free_port()
+    program = start("--listen", f"127.0.0.1:{port}", "--name", "mx.example", "--banner", "hello")
+    client = connect(port, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+    assert client.banner == b"220 mx.example ESMTP hello\r\n"
+    client.envelope()
+    client.say("DATA")
+    assert client.say("hi\r\n.").startswith(b"250")
+    (path,) = (tmp_path / "maildir" / "new").iterdir()
+    assert b"([192.0.2.1])" in path.read_bytes()
+    client.close()
+    assert program.stop() == 0
+    assert "session ended" in program.log.read_text()
+
+
+def test_settings_come_from_flags_then_environment_then_file(start: Any, connect: Any, tmp_path: Path) -> None:
+    port = free_port()
+    config = tmp_path / "fumi.toml"
+    config.write_text(
+        f'name = "file"\nlog-format = "json"\n[core]\nlisten = ["127.0.0.1:{port}"]\nproxy_protocol = "off"\n'
+        'banner = "file"\ndeliver = "discard:"\n[edge]\nnothing = 1\n'
+    )
+    program = start("--config", str(config), "--name", "flag", environment={"FUMI_CORE_BANNER": "environment"})
+    assert connect(port).banner == b"220 flag ESMTP environment\r\n"
+    program.stop()
+    lines = [json.loads(line) for line in program.log.read_text().splitlines()]
+    assert lines[0]["event"] == "listening"
+
+
+def test_an_app_keeps_its_options_unless_a_flag_is_given(start: Any, connect: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from fumi_core import Fumi\napp = Fumi(auth_optional=True, name='own', banner='own')\n")
+    port = free_port()
+    start("--listen", f"127.0.0.1:{port}", "--banner", "flag", "mine:app")
+    assert connect(port).banner == b"220 own ESMTP flag\r\n"
+
+
+def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any) -> None:
+    port, metrics = free_port(), free_port()
+    flags = ("--proxy-protocol", "off", "--deliver", "discard:", "--metrics", f"127.0.0.1:{metrics}")
+    start("--listen", f"127.0.0.1:{port}", *flags)
+    base = f"http://127.0.0.1:{metrics}"
+    eventually(lambda: reachable(metrics))
+    assert get(f"{base}/healthz") == (200, "ok\n")
+    assert get(f"{base}/readyz") == (200, "ready\n")
+    client = connect(port)
+    client.envelope()
+    client.say("DATA")
+    client.say("hi\r\n.")
+    client.say("QUIT")
+    text = get(f"{base}/metrics")[1]
+    values = dict(re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE))
+    for name, value in {
+        "fumi_core_connections_total": 1,
+        'fumi_core_sessions_total{secure="false",tls_version="none"}': 1,
+        'fumi_core_commands_total{command="DATA"}': 1,
+        'fumi_core_commands_total{command="VRFY"}': 0,
+        'fumi_core_replies_total{code="250"}': 4,
+        'fumi_core_messages_total{result="accepted"}': 1,
+        'fumi_core_messages_total{result="aborted"}': 0,
+        'fumi_core_deliveries_total{result="ok",target="discard"}': 1,
+        "fumi_core_message_bytes_sum": 4,
+        "fumi_core_data_seconds_count": 1,
+        'fumi_core_rejected_total{reason="max_clients"}': 0,
+        'fumi_core_proxy_headers_total{result="malformed",version="none"}': 0,
+    }.items():
+        assert float(values[name]) == value, name
+    with pytest.raises(urllib.error.HTTPError):
+        get(f"{base}/nothing")
+
+
+def reachable(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=30, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--listen", "nonsense"],
+        ["--listen", "::1:25"],
+        ["--listen", "fd:77"],
+        ["--listen", "192.0.2.1:2525"],
+        ["--deliver", "pigeon:"],
+        ["--deliver", "maildir:/proc/nothing"],
+        ["--trusted-proxy", "nonsense"],
+        ["--config", "missing.toml"],
+        ["--size", "-1"],
+        ["--drain-timeout", "0"],
+        ["--nonsense"],
+        ["nomodule:app"],
+        ["noapp"],
+        ["json:dumps"],
+        ["json:nothing"],
+        ["--deliver", "discard:", "json:dumps"],
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_2(arguments: list[str], tmp_path: Path) -> None:
+    done = run("--proxy-protocol", "off", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
+
+
+def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        done = run("--listen", f"127.0.0.1:{sock.getsockname()[1]}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [("lisen = 1", "lisen"), ("[cores]\na=1", "cores"), ("=", "Invalid"), ("[core]\nsize='x'", "size")]
+)
+def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "f.toml").write_text(text)
+    done = run("--config", "f.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_says_so_and_ends(tmp_path: Path) -> None:
+    done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "settings are good\n")
+
+
+def test_it_listens_on_an_inherited_descriptor(tmp_path: Path, connect: Any) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        os.set_inheritable(sock.fileno(), True)
+        flags = ["--listen", f"fd:{sock.fileno()}", "--proxy-protocol", "off", "--deliver", "discard:"]
+        process = subprocess.Popen([PROGRAM, *flags], pass_fds=[sock.fileno()], stderr=subprocess.DEVNULL)
+        try:
+            assert connect(sock.getsockname()[1]).banner.startswith(b"220")
+        finally:
+            process.terminate()
+            assert process.wait(40) == 0

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fumi_core import options as _options
-from fumi_core.dialogue import Chains
+from fumi_core.dialogue import Chains, Service
+from fumi_core.greetings import Greetings
 from fumi_core.middleware import Handler, compose
 from fumi_core.observer import Observer
 from fumi_core.options import Options
@@ -93,7 +94,8 @@ class Fumi:
         else:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
-            self._server = Server(self.options, self._chains, self.observer, self.tally, self._logger())
+            service = Service(self.options, self._chains, Greetings(self.options), self.tally, self.observer)
+            self._server = Server(service, self._logger())
         for each in sockets:
             await self._server.listen(each)
 

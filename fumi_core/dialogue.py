@@ -9,12 +9,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fumi_core import replies
 from fumi_core.contexts import CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.fiber import Fiber
+from fumi_core.greetings import Greetings
 from fumi_core.middleware import Chain
 from fumi_core.observer import Observer
 from fumi_core.options import Options
@@ -40,6 +42,17 @@ Chains = dict[str, Chain | None]
 """The composed handlers of each phase: connect auth mail_from rcpt_to data close; None where there is none."""
 
 
+@dataclass(slots=True)
+class Service:
+    """What all dialogues of a server share."""
+
+    options: Options
+    chains: Chains
+    greetings: Greetings
+    tally: Tally
+    observer: Observer
+
+
 class _Message:
     """The message that is arriving, and what its handlers made of it."""
 
@@ -58,21 +71,12 @@ class _Message:
 class Dialogue:
     """One connection's conversation. ``messages`` counts the accepted ones."""
 
-    def __init__(
-        self,
-        session: Session,
-        options: Options,
-        tally: Tally,
-        chains: Chains,
-        observer: Observer,
-        changed: Callable[[], None],
-    ) -> None:
+    def __init__(self, session: Session, service: Service, changed: Callable[[], None]) -> None:
         self.session = session
-        self.protocol = Protocol(session, options, tally)
+        self.protocol = Protocol(session, service.options, service.greetings, service.tally)
         self.messages = 0
-        self._options = options
-        self._chains = chains
-        self._observer = observer
+        self._service = service
+        self._observer = service.observer
         self._changed = changed
         self._fiber = Fiber(asyncio.get_running_loop())
         self._running: Context | None = None
@@ -158,7 +162,7 @@ class Dialogue:
         self._run("rcpt_to", RcptContext(self.session, event.address), self._answer)
 
     def _message_start(self, event: MessageStart) -> None:
-        self._message = _Message(self.session, MessageStream(self._options.size, self._changed))
+        self._message = _Message(self.session, MessageStream(self._service.options.size, self._changed))
 
     def _message_data(self, event: MessageData) -> None:
         assert self._message is not None
@@ -179,7 +183,7 @@ class Dialogue:
     # Handlers
 
     def _run(self, phase: str, context: Context, done: Callable[[Context, BaseException | None], None]) -> None:
-        chain = self._chains[phase]
+        chain = self._service.chains[phase]
         if chain is None:
             done(context, None)
             return

@@ -71,6 +71,7 @@ class Fiber:
         """Nothing will be run any more."""
         if self._task is not None:
             self._task.cancel()
+            self._task = None  # its coroutine knows this fiber: a circle that only the garbage collector would open
 
     async def _serve(self) -> None:
         while True:

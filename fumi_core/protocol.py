@@ -15,6 +15,7 @@ from enum import Enum
 
 from fumi_core import grammar, replies
 from fumi_core.data import BareNewline, DotReader
+from fumi_core.greetings import Greetings
 from fumi_core.options import Options
 from fumi_core.replies import Reply
 from fumi_core.session import Address, Envelope, Session
@@ -107,7 +108,7 @@ class Tally:
 class Protocol:
     """One connection's dialogue. ``session`` is kept up to date with what the client says."""
 
-    def __init__(self, session: Session, options: Options, tally: Tally) -> None:
+    def __init__(self, session: Session, options: Options, greetings: Greetings, tally: Tally) -> None:
         self.session = session
         self.state = State.START
         self.pending: Event | None = Connect()
@@ -115,6 +116,7 @@ class Protocol:
         self.quit = False
         """The client said goodbye."""
         self._options = options
+        self._greetings = greetings
         self._tally = tally
         self._enhanced = not options.hide_enhancedstatuscodes
         self._input = b""
@@ -177,8 +179,7 @@ class Protocol:
             self._reset()
             self._reply(reply or replies.OK)
         elif type(event) is Connect:
-            banner = f"{self.session.name} {'LMTP' if self._options.lmtp else 'ESMTP'} {self._options.banner}"
-            self._reply(Reply(220, banner.rstrip()))
+            self._reply(reply or self._greetings.banner)
 
     def refuse(self, reply: Reply) -> None:
         """Say no to the pending event. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
@@ -283,12 +284,12 @@ class Protocol:
     def _helo(self, argument: bytes) -> Reply:
         if not self._introduce("HELO", argument):
             return replies.SYNTAX_HELO
-        return Reply(250, self.session.name)
+        return self._greetings.helo
 
     def _ehlo(self, argument: bytes) -> Reply:
         if not self._introduce("EHLO", argument):
             return replies.SYNTAX_EHLO
-        return Reply(250, "\n".join([self.session.name, *self._extensions()]))
+        return self._greetings.ehlo(self.session.secure)
 
     def _introduce(self, verb: str, argument: bytes) -> bool:
         hostname = (_text(argument) or "").strip()
@@ -298,17 +299,6 @@ class Protocol:
         self.session.opening_command = verb
         self._reset()
         return True
-
-    def _extensions(self) -> list[str]:
-        """What EHLO offers, a line each (RFC 5321 §4.1.1.1)."""
-        options = self._options
-        offered = [
-            ("PIPELINING", not options.hide_pipelining),
-            (f"SIZE {options.size}" if options.size else "SIZE", not options.hide_size),
-            ("8BITMIME", not options.hide_8bitmime),
-            ("ENHANCEDSTATUSCODES", not options.hide_enhancedstatuscodes),
-        ]
-        return [keyword for keyword, shown in offered if shown]
 
     def _mail(self, argument: bytes) -> Event | Reply:
         if self._options.require_tls and not self.session.secure:

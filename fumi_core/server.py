@@ -15,10 +15,7 @@ from enum import Enum
 from typing import Any, cast
 
 from fumi_core import replies
-from fumi_core.dialogue import Chains, Dialogue
-from fumi_core.observer import Observer
-from fumi_core.options import Options
-from fumi_core.protocol import Tally
+from fumi_core.dialogue import Dialogue, Service
 from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse
 from fumi_core.runtime.addresses import BACKLOG, Networks, peer_of
 from fumi_core.runtime.logs import event
@@ -40,11 +37,10 @@ class Phase(Enum):
 class Server:
     """Listeners and connections of one ``Fumi``; made anew by each ``listen()`` after a ``close()``."""
 
-    def __init__(self, options: Options, chains: Chains, observer: Observer, tally: Tally, logger: logging.Logger | None) -> None:
-        self.options = options
-        self.chains = chains
-        self.observer = observer
-        self.tally = tally
+    def __init__(self, service: Service, logger: logging.Logger | None) -> None:
+        self.service = service
+        self.options = options = service.options
+        self.observer = service.observer
         self.logger = logger
         self.trusted = Networks(options.trusted_proxies)
         self.loop = asyncio.get_running_loop()
@@ -231,7 +227,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         server.open += 1
         self._phase = Phase.OPEN
-        self._dialogue = Dialogue(self._session, server.options, server.tally, server.chains, server.observer, self._regulate)
+        self._dialogue = Dialogue(self._session, server.service, self._regulate)
         self._watch(server.options.socket_timeout)
         self._dialogue.start()
         if server.draining:
@@ -283,6 +279,7 @@ class Connection(asyncio.BufferedProtocol):
     def _closed(self) -> None:
         """The handlers have ended too."""
         server, session, dialogue = self._server, self._session, self._dialogue
+        self._dialogue = None  # it knows this connection: a circle that only the garbage collector would open
         server.forget(self)
         if server.logger is not None and dialogue is not None:
             event(

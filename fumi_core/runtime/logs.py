@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import time
+from functools import lru_cache
 from typing import Any
 
 _PLAIN = re.compile(r"[!#-~]+")
@@ -33,7 +34,12 @@ def configure(form: str, level: str) -> None:
 
 
 def _stamp(record: logging.LogRecord) -> str:
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+
+
+@lru_cache(2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

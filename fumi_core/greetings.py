@@ -1,0 +1,41 @@
+"""What a server says of itself: the banner, and the answers to HELO and EHLO. The same for all clients, so encoded once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from fumi_core.options import Options
+from fumi_core.replies import Reply
+
+
+class Greetings:
+    """A server's greetings, as its options want them."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._ehlo: dict[bool, Reply] = {}
+
+    @cached_property
+    def banner(self) -> Reply:
+        options = self._options
+        return Reply(220, f"{options.name} {'LMTP' if options.lmtp else 'ESMTP'} {options.banner}".rstrip())
+
+    @cached_property
+    def helo(self) -> Reply:
+        return Reply(250, self._options.name)
+
+    def ehlo(self, secure: bool) -> Reply:
+        """The name, and the extensions, a line each (RFC 5321 §4.1.1.1)."""
+        if secure not in self._ehlo:
+            self._ehlo[secure] = Reply(250, "\n".join([self._options.name, *self._extensions()]))
+        return self._ehlo[secure]
+
+    def _extensions(self) -> list[str]:
+        options = self._options
+        offered = [
+            ("PIPELINING", not options.hide_pipelining),
+            (f"SIZE {options.size}" if options.size else "SIZE", not options.hide_size),
+            ("8BITMIME", not options.hide_8bitmime),
+            ("ENHANCEDSTATUSCODES", not options.hide_enhancedstatuscodes),
+        ]
+        return [keyword for keyword, shown in offered if shown]

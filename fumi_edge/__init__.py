@@ -1,0 +1,1 @@
+"""The TLS side of Fumi: terminates TLS and STARTTLS and tells the SMTP server behind it, by PROXY protocol, who the client is."""

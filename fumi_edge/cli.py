@@ -1,0 +1,143 @@
+"""fumi-edge, the program: flags to an Edge that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import sys
+import time
+from typing import Any
+
+import click
+
+from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
+from fumi_core.runtime.logs import configure, event
+from fumi_core.runtime.settings import ADDRESS, SECONDS, SettingError, config_option
+from fumi_edge import dev
+from fumi_edge.backends import greeting, probe
+from fumi_edge.certificates import CertificateError, Certificates, Policy
+from fumi_edge.edge import Edge
+
+log = logging.getLogger("fumi.edge")
+
+_HINTS = {
+    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
+    errno.EADDRINUSE: "another process has it; stop that one or choose another address",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+}
+
+
+@click.command(context_settings={"auto_envvar_prefix": "FUMI_EDGE", "show_default": True, "max_content_width": 120})
+@config_option("edge")
+@click.option("--listen", type=ADDRESS, multiple=True, help="Listen for implicit TLS.  [default: :465 when no listener is named]")
+@click.option("--starttls-listen", type=ADDRESS, multiple=True, help="Listen for SMTP with STARTTLS.")
+@click.option("--cert", metavar="FILE", multiple=True, help="Certificate chain, PEM, with or without its key.")
+@click.option("--key", metavar="FILE", multiple=True, help="Private key, PEM; one for each --cert, in their order.")
+@click.option("--backend", type=ADDRESS, multiple=True, help="Where the SMTP server is. The first that answers is used.")
+@click.option(
+    "--proxy-protocol", type=click.Choice(["v2", "v1", "off"]), default="v2", help="What the backend is told of the client."
+)
+@click.option("--require-tls", is_flag=True, help="Answer 530 to mail in plaintext on STARTTLS ports.")
+@click.option("--hide-starttls", is_flag=True, help="Do not advertise STARTTLS.")
+@click.option("--min-tls", type=click.Choice(["1.2", "1.3"]), default="1.2", help="The oldest TLS version to accept.")
+@click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, comma-separated.")
+@click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
+@click.option("--handshake-timeout", type=SECONDS, default=10.0, help="Seconds for a TLS handshake.")
+@click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
+@click.option("--idle-timeout", type=SECONDS, default=900.0, help="Seconds of silence in both directions.")
+@click.option("--max-clients", type=click.IntRange(min=1), help="Connections at once.")
+@click.option("--drain-timeout", type=click.FloatRange(min=0), default=30.0, help="Seconds for connections to end at a stop.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option("--check", is_flag=True, help="Check certificates, addresses and backends, and exit.")
+@click.option("--dev", "dev_mode", is_flag=True, help="Try it out: own certificate, own server, mail to ./maildir.")
+@click.version_option(package_name="fumi")
+def main(log_format: str, log_level: str, check: bool, dev_mode: bool, **flags: Any) -> None:
+    """Terminate TLS and STARTTLS in front of an SMTP server."""
+    configure(log_format, log_level)
+    raise_descriptor_limit()
+    with contextlib.ExitStack() as stack:
+        if dev_mode:
+            directory = stack.enter_context(dev.directory())
+            flags |= dev.defaults(flags, directory)
+        edge = _edge(flags)
+        if check:
+            _check(edge, flags)
+            return
+        with asyncio.Runner() as runner:
+            runner.run(_run(edge, dev.Bench(edge, directory) if dev_mode else None))
+
+
+def _edge(flags: dict[str, Any]) -> Edge:
+    cert, key, alpn = flags.pop("cert"), flags.pop("key"), flags.pop("alpn")
+    protocols = tuple(name.strip() for name in alpn.split(",")) if alpn else ()
+    if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
+        raise SettingError("--alpn: every protocol's name has 1 to 255 ASCII characters")
+    policy = Policy(flags.pop("min_tls"), protocols)
+    if not cert:
+        raise SettingError("no certificate: name one with --cert, or try --dev")
+    if not flags["backend"]:
+        raise SettingError("no backend: name one with --backend, for example --backend 127.0.0.1:2525")
+    if key and len(key) != len(cert):
+        raise SettingError(
+            f"{len(cert)} --cert but {len(key)} --key: give each --cert its --key, or none when the PEM files hold them"
+        )
+    for address in flags["backend"]:
+        if address.kind == "fd" or (address.kind == "tcp" and not address.port):
+            raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
+    try:
+        certificates = Certificates(list(zip(cert, key or [None] * len(cert), strict=True)), policy)
+    except CertificateError as error:
+        raise SettingError(str(error)) from None
+    if not flags["listen"] and not flags["starttls_listen"]:
+        flags["listen"] = (parse_address(":465"),)
+    return Edge(certificates=certificates, backends=flags.pop("backend"), **flags)
+
+
+def _check(edge: Edge, flags: dict[str, Any]) -> None:
+    """Exit with status 2 and a line for each thing that is wrong."""
+    problems = [edge.certificates.problem(time.time())]
+    for address in edge.backend_addresses:
+        trouble = probe(address, flags["connect_timeout"], greeting(flags["proxy_protocol"]))
+        problems.append(trouble and f"backend {address}: {trouble}")
+    if found := [problem for problem in problems if problem]:
+        raise SettingError("\n       ".join(found))
+    click.echo("everything is in order")
+
+
+async def _run(edge: Edge, bench: dev.Bench | None) -> None:
+    if bench is not None:
+        await bench.start()
+    try:
+        await edge.start()
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0)
+        raise SettingError((error.strerror or str(error)) + (f" ({hint})" if hint else "")) from None
+    sys.unraisablehook = _unraisable
+    _tune_collector()
+    if bench is not None:
+        click.echo(bench.instructions())
+    number = await stop_signal()
+    event(log, logging.INFO, "stopping", signal=number.name)
+    await edge.close()
+    if bench is not None:
+        await bench.close()
+
+
+def _tune_collector() -> None:
+    """What is here now stays, and a connection leaves no cycles behind: so look seldom, and only at what is new."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 100)
+
+
+def _unraisable(problem: sys.UnraisableHookArgs) -> None:
+    """Python's ssl prints a traceback for a server name that is not ASCII; a client's nonsense is worth a line, not that."""
+    if isinstance(problem.exc_value, UnicodeDecodeError):
+        event(log, logging.INFO, "server name is not ASCII")
+    else:
+        sys.__unraisablehook__(problem)

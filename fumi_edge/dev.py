@@ -1,0 +1,102 @@
+"""--dev: everything needed to try it out, in one process, with nothing left behind but ./maildir.
+
+A self-signed certificate by the openssl program, the core behind a Unix socket, and the commands that send a test message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from fumi_core.runtime.addresses import SocketAddress, parse_address
+from fumi_core.runtime.settings import SettingError
+from fumi_edge.edge import Edge
+
+LISTEN, STARTTLS, METRICS = "127.0.0.1:4650", "127.0.0.1:5870", "127.0.0.1:9465"
+DELIVER = "maildir:./maildir"
+
+_OPENSSL = (
+    *("openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-days", "30"),
+    *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"),
+)
+
+
+@contextlib.contextmanager
+def directory() -> Iterator[str]:
+    """A private directory with cert.pem and key.pem; it is gone at the end. Raises SettingError without openssl."""
+    with tempfile.TemporaryDirectory(prefix="fumi-dev-") as path:
+        command = [*_OPENSSL, "-keyout", f"{path}/key.pem", "-out", f"{path}/cert.pem"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+        except FileNotFoundError:
+            raise SettingError("--dev makes its certificate with the openssl program, which is not installed") from None
+        except subprocess.CalledProcessError as error:
+            raise SettingError(f"openssl could not make a certificate: {error.stderr.strip().splitlines()[-1:]}") from None
+        yield path
+
+
+def defaults(flags: dict[str, Any], path: str) -> dict[str, Any]:
+    """What --dev sets; addresses that were given stay."""
+    return {
+        "cert": (f"{path}/cert.pem",),
+        "key": (f"{path}/key.pem",),
+        "backend": (SocketAddress("unix", path=f"{path}/core.sock"),),
+        "proxy_protocol": "v2",
+        "listen": flags["listen"] or (parse_address(LISTEN),),
+        "starttls_listen": flags["starttls_listen"] or (parse_address(STARTTLS),),
+        "metrics": flags["metrics"] or parse_address(METRICS),
+    }
+
+
+class Bench:
+    """The core in the edge's own event loop, delivering to ./maildir."""
+
+    def __init__(self, edge: Edge, path: str) -> None:
+        self._edge = edge
+        self._path = path
+        self._core: Any = None
+
+    async def start(self) -> None:
+        from fumi_core.builtin import build
+
+        self._core = build(DELIVER, proxy_protocol="required", trusted_proxies=("unix",))
+        await self._core.listen(path=f"{self._path}/core.sock")
+
+    async def close(self) -> None:
+        await self._core.close()
+
+    def instructions(self) -> str:
+        """Commands to copy and paste."""
+        tls, starttls = (self._address(each) for each in (False, True))
+        host, _, port = starttls.rpartition(":")
+        message = r"From: a@example.org\nTo: b@example.org\nSubject: test\n\nhello\n"
+        crlf = message.replace(r"\n", r"\r\n")
+        return f"""
+fumi-edge takes mail for everyone and keeps it in ./maildir/new. To send some, from another shell:
+
+  swaks --server {tls} --tls-on-connect --from a@example.org --to b@example.org
+  swaks --server {starttls} --tls --from a@example.org --to b@example.org
+  printf '{crlf}' | \\
+      curl --insecure --url smtps://{tls} --mail-from a@example.org --mail-rcpt b@example.org --upload-file -
+  printf 'EHLO me\\nMAIL FROM:<a@example.org>\\nRCPT TO:<b@example.org>\\nDATA\\n{message}.\\nQUIT\\n' | \\
+      openssl s_client -quiet -crlf -starttls smtp -connect {starttls}
+  python3 -c 'import smtplib, ssl; s = smtplib.SMTP("{host.strip("[]")}", {port}); \\
+      s.starttls(context=ssl._create_unverified_context()); s.sendmail("a@example.org", ["b@example.org"], "{message}"); s.quit()'
+
+The certificate is self-signed. Metrics: http://{self._metrics()}/metrics. Stop with Ctrl-C.
+"""
+
+    def _address(self, starttls: bool) -> str:
+        for listener in self._edge.listeners:
+            if listener.starttls is starttls and isinstance(listener.address, tuple):
+                host, port = listener.address
+                host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+                return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return "127.0.0.1:0"
+
+    def _metrics(self) -> str:
+        return f"127.0.0.1:{self._edge.endpoint.port}" if self._edge.endpoint else ""

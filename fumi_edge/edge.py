@@ -1,0 +1,169 @@
+"""The edge: listeners, certificates, backends and metrics, started and stopped together in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry
+
+from fumi_core.runtime.addresses import SocketAddress, bind
+from fumi_core.runtime.endpoint import Endpoint, Problem
+from fumi_core.runtime.logs import event
+from fumi_edge.backends import Backends, Name, greeting, probe
+from fumi_edge.certificates import Certificates
+from fumi_edge.connection import Connection
+from fumi_edge.listener import Listener
+from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.tunnel import BUFFER
+
+log = logging.getLogger("fumi.edge")
+
+HEARTBEAT = 5.0
+"""Seconds between two looks at all connections, for idleness and for the metrics."""
+PROBE = 2.0
+"""Seconds a backend has to answer when somebody asks whether the edge is ready."""
+
+
+class Edge:
+    """A TLS terminator in the running event loop: ``await start()``, ``await close()``.
+
+    Times are in seconds. ``proxy_protocol`` is what backends are sent: v2, v1 or off. ``max_clients`` None means no limit.
+    """
+
+    def __init__(
+        self,
+        *,
+        certificates: Certificates,
+        backends: Sequence[SocketAddress],
+        listen: Sequence[SocketAddress] = (),
+        starttls_listen: Sequence[SocketAddress] = (),
+        proxy_protocol: str = "v2",
+        require_tls: bool = False,
+        hide_starttls: bool = False,
+        handshake_timeout: float = 10.0,
+        connect_timeout: float = 5.0,
+        idle_timeout: float = 900.0,
+        max_clients: int | None = None,
+        drain_timeout: float = 30.0,
+        metrics: SocketAddress | None = None,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
+        self.certificates = certificates
+        self.proxy_protocol = proxy_protocol
+        self.require_tls = require_tls
+        self.hide_starttls = hide_starttls
+        self.handshake_timeout = handshake_timeout
+        self.idle_timeout = idle_timeout
+        self.buffer = memoryview(bytearray(BUFFER))
+        self.listeners: list[Listener] = []
+        self.endpoint: Endpoint | None = None
+        self._registry = registry or CollectorRegistry()
+        self.metrics = EdgeMetrics(self._registry, certificates.ciphers(), version("fumi"))
+        self.metrics.certificates((entry.name, entry.not_after) for entry in certificates.entries)
+        self.backends = Backends(backends, connect_timeout, self.metrics)
+        self.backend_addresses = backends
+        self._listen = [(address, False) for address in listen] + [(address, True) for address in starttls_listen]
+        self._max_clients = max_clients
+        self._drain_timeout = drain_timeout
+        self._metrics_address = metrics
+        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._heartbeat: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Bind everything and begin to serve. Raises OSError, with the address in it, and then nothing is bound."""
+        bound: list[tuple[socket.socket, str, bool]] = []
+        try:
+            for address, starttls in self._listen:
+                bound += [(sock, _name(address, sock), starttls) for sock in _bind(address)]
+            if self._metrics_address is not None:
+                self.endpoint = _serve(self._metrics_address, self._registry, self._problem)
+        except BaseException:
+            for sock, _, _ in bound:
+                sock.close()
+            raise
+        for sock, name, starttls in bound:
+            self.listeners.append(Listener(self, sock, name, starttls))
+            event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
+        if self.endpoint is not None:
+            event(log, logging.INFO, "metrics", port=self.endpoint.port)
+        self._beat()
+
+    async def close(self) -> None:
+        """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest."""
+        for listener in self.listeners:
+            listener.close()
+        if self._connections:
+            event(log, logging.INFO, "draining", connections=len(self._connections))
+            await asyncio.wait(self._connections, timeout=self._drain_timeout)
+        for task in list(self._connections):
+            task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        await self.backends.close()
+        if self.endpoint is not None:
+            await asyncio.to_thread(self.endpoint.close)
+
+    @property
+    def full(self) -> bool:
+        return self._max_clients is not None and len(self._connections) >= self._max_clients
+
+    def serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
+        """Start an accepted connection on its walk."""
+        connection = Connection(self, listener, client, source, destination)
+        task = asyncio.get_running_loop().create_task(connection.run())
+        self._connections[task] = connection
+        listener.metrics.active.inc()
+        task.add_done_callback(self._served)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        connection = self._connections.pop(task)
+        connection.listener.metrics.active.dec()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("connection failed", exc_info=error)
+
+    def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in self._connections.values():
+            connection.tick(now)
+        self._heartbeat = loop.call_later(min(HEARTBEAT, self.idle_timeout / 4), self._beat)
+
+    def _problem(self) -> str | None:
+        """Why the edge is not ready, or None. Runs in the endpoint's thread, and asks the backends now."""
+        problem = self.certificates.problem(time.time())
+        if problem is None:
+            for address in self.backend_addresses:
+                trouble = probe(address, PROBE, greeting(self.proxy_protocol))
+                if trouble is None:
+                    return None
+                problem = f"backend {address}: {trouble}"
+        return problem
+
+
+def _bind(address: SocketAddress) -> list[socket.socket]:
+    try:
+        return bind(address)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror or error}") from None
+
+
+def _serve(address: SocketAddress, registry: CollectorRegistry, ready: Problem) -> Endpoint:
+    try:
+        return Endpoint(address, registry, ready=ready)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot serve metrics on {address}: {error.strerror or error}") from None
+
+
+def _name(address: SocketAddress, sock: socket.socket) -> str:
+    """How a listener is called in logs and metrics: as it was written, but for a port that the kernel chose."""
+    if address.kind == "tcp" and address.port == 0:
+        host, port = sock.getsockname()[:2]
+        return str(SocketAddress("tcp", host=host, port=port))
+    return str(address)

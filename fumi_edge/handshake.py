@@ -1,0 +1,110 @@
+"""The TLS handshake (RFC 8446 §4) on a raw non-blocking socket, driven by the loop's callbacks.
+
+No task wakes up between its steps; the walk awaits one future. The reader stays registered afterwards, because replacing it
+costs nothing where removing and adding it costs two system calls; it parks itself if bytes arrive before the tunnel takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+
+from fumi_core.proxy_protocol import TLSInfo
+from fumi_edge.certificates import TLSSocket
+
+RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
+_CERTIFICATE_REASONS = ("CERTIFICATE", "UNKNOWN_CA")
+
+
+class HandshakeError(Exception):
+    """A handshake that failed: ``result`` is one of RESULTS, the message what OpenSSL or the kernel says."""
+
+    def __init__(self, result: str, detail: str) -> None:
+        super().__init__(detail)
+        self.result = result
+
+
+def classify(error: OSError) -> HandshakeError:
+    """Name what went wrong: the client went away, one side refused a certificate, or what came was not TLS we speak."""
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError) or not isinstance(error, ssl.SSLError):
+        return HandshakeError("reset", "the client went away")
+    reason = error.reason or "unknown"
+    certificate = isinstance(error, ssl.SSLCertVerificationError) or any(part in reason for part in _CERTIFICATE_REASONS)
+    return HandshakeError("certificate" if certificate else "protocol", reason.lower().replace("_", " "))
+
+
+class _Handshake:
+    __slots__ = ("_fd", "_loop", "_sock", "_writing", "done")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: TLSSocket) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._writing = False
+        self.done: asyncio.Future[None] = loop.create_future()
+
+    def start(self) -> None:
+        self._loop.add_reader(self._fd, self.step)
+
+    def step(self) -> None:
+        if self.done.done():
+            # These bytes are for whoever reads next.
+            self._loop.remove_reader(self._fd)
+            return
+        try:
+            self._sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self._write(False)
+        except ssl.SSLWantWriteError:
+            self._write(True)
+        except OSError as error:
+            self._write(False)
+            self.done.set_exception(classify(error))
+        else:
+            self._write(False)
+            self.done.set_result(None)
+
+    def _write(self, wanted: bool) -> None:
+        if wanted == self._writing:
+            return
+        self._writing = wanted
+        if wanted:
+            self._loop.remove_reader(self._fd)
+            self._loop.add_writer(self._fd, self.step)
+        else:
+            self._loop.remove_writer(self._fd)
+            self._loop.add_reader(self._fd, self.step)
+
+    def expire(self) -> None:
+        if not self.done.done():
+            self.done.set_exception(HandshakeError("timeout", "the client fell silent"))
+
+    def abandon(self) -> None:
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+
+
+async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: float) -> TLSInfo:
+    """Shake hands within ``timeout`` seconds. Raises HandshakeError; the socket's reader may stay registered when it succeeds."""
+    driver = _Handshake(loop, sock)
+    driver.start()
+    timer = loop.call_later(timeout, driver.expire)
+    try:
+        await driver.done
+    except BaseException:
+        driver.abandon()
+        # The exception's traceback keeps this frame, which would keep the exception.
+        del driver
+        raise
+    finally:
+        timer.cancel()
+    cipher = sock.cipher()
+    return TLSInfo(
+        version=sock.version(),
+        cipher=cipher[0] if cipher else None,
+        sni=sock.server_name,
+        alpn=sock.selected_alpn_protocol(),
+        client_cert=False,
+        client_cert_verified=False,
+        client_cn=None,
+    )

@@ -1,0 +1,105 @@
+"""One listening socket: accepts, applies the limits, and starts each connection on its walk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from typing import TYPE_CHECKING, Any
+
+from fumi_core.runtime.addresses import peer_of
+from fumi_core.runtime.logs import event
+from fumi_edge.ending import TOO_MANY_CLIENTS
+
+if TYPE_CHECKING:
+    from fumi_edge.backends import Name
+    from fumi_edge.edge import Edge
+
+log = logging.getLogger("fumi.edge.listener")
+
+BURST = 32
+"""Connections accepted before the others get a turn."""
+PAUSE = 0.5
+"""Seconds without accepting when descriptors or the kernel's memory have run out."""
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+class Listener:
+    """A listening socket of an edge; ``starttls`` says whether its clients begin in plaintext."""
+
+    def __init__(self, edge: Edge, sock: socket.socket, name: str, starttls: bool) -> None:
+        self._edge = edge
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._resume: asyncio.TimerHandle | None = None
+        self._exhausted = False
+        self.name = name
+        self.starttls = starttls
+        self.metrics = edge.metrics.listener(name)
+        own = sock.getsockname()
+        self.address: Name = own if isinstance(own, str) else (own[0], own[1])
+        self._destination: Name | None = None
+        if isinstance(own, str):
+            self._destination = own
+        else:
+            if own[0] not in _WILDCARDS:
+                self._destination = peer_of(own)
+            # Accepted sockets inherit these from the listening one.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._loop.add_reader(sock.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Take in what has already connected, then stop listening."""
+        if self._sock.fileno() < 0:
+            return
+        if self._resume is not None:
+            self._resume.cancel()
+        else:
+            self._accept()
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+
+    def _accept(self) -> None:
+        for _ in range(BURST):
+            try:
+                client, name = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._pause(error)
+                return
+            self._exhausted = False
+            self._admit(client, name)
+
+    def _pause(self, error: OSError) -> None:
+        if not self._exhausted:
+            # Once, until one is accepted again: this can last.
+            event(log, logging.ERROR, "cannot accept, pausing", listener=self.name, error=error.strerror)
+        self._exhausted = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._resume = self._loop.call_later(PAUSE, self._unpause)
+
+    def _unpause(self) -> None:
+        self._resume = None
+        self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    def _admit(self, client: socket.socket, name: Any) -> None:
+        client.setblocking(False)
+        self.metrics.connections.inc()
+        if self._edge.full:
+            self._edge.metrics.rejected["max_clients"].inc()
+            event(log, logging.INFO, "rejected", client=peer_of(name)[0], listener=self.name, reason="max_clients")
+            if self.starttls:
+                with contextlib.suppress(OSError):
+                    client.send(TOO_MANY_CLIENTS)
+            client.close()
+            return
+        try:
+            destination = self._destination or peer_of(client.getsockname())
+        except OSError:
+            client.close()
+            return
+        source: Name = peer_of(name) if isinstance(name, tuple) else ""
+        self._edge.serve(self, client, source, destination)

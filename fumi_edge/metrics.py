@@ -1,0 +1,109 @@
+"""What the edge counts, under the prefix fumi_edge_.
+
+Every label value is known before the first client comes, and is there at 0: nothing that a client sends becomes a label.
+Children are bound once; the tunnel adds up in plain integers, and ``EdgeMetrics.moved`` is told now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from fumi_core.proxy_protocol import TLSInfo
+from fumi_edge.handshake import RESULTS
+
+STARTTLS_RESULTS = ("upgraded", "plaintext", "refused", "injection")
+BACKEND_ERRORS = ("refused", "timeout", "unreachable", "resolve", "banner", "other")
+REJECTIONS = ("max_clients", "injection", "not_smtp")
+TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
+
+_HANDSHAKE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_CONNECT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_SESSION_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
+
+
+class ListenerMetrics:
+    """The children of one listener."""
+
+    __slots__ = ("active", "connections", "handshakes")
+
+    def __init__(self, connections: Counter, active: Gauge, handshakes: Counter, name: str) -> None:
+        self.connections = connections.labels(name)
+        self.active = active.labels(name)
+        self.handshakes = {result: handshakes.labels(name, result) for result in RESULTS}
+
+
+class BackendMetrics:
+    """The children of one backend."""
+
+    __slots__ = ("connect_seconds", "errors", "up")
+
+    def __init__(self, seconds: Histogram, errors: Counter, up: Gauge, name: str) -> None:
+        self.connect_seconds = seconds.labels(name)
+        self.errors = {reason: errors.labels(name, reason) for reason in BACKEND_ERRORS}
+        self.up = up.labels(name)
+
+
+class EdgeMetrics:
+    """All of them, in ``registry``. ``ciphers`` are the (TLS version, cipher) pairs that can be negotiated."""
+
+    def __init__(self, registry: CollectorRegistry, ciphers: Sequence[tuple[str, str]], version: str) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"fumi_edge_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"fumi_edge_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(f"fumi_edge_{name}", text, labels, registry=registry, buckets=buckets)
+
+        self._connections = counter("connections", "Client connections accepted.", "listener")
+        self._active = gauge("connections_active", "Client connections open now.", "listener")
+        self._handshakes = counter("handshakes", "TLS handshakes by result.", "listener", "result")
+        self.handshake_seconds = histogram("handshake_seconds", "Duration of TLS handshakes.", _HANDSHAKE_SECONDS)
+        sessions = counter("tls_sessions", "TLS sessions by what was negotiated.", "version", "cipher", "resumed")
+        starttls = counter("starttls", "Connections to STARTTLS ports by what became of them.", "result")
+        moved = counter("bytes", "Bytes carried: in is from clients, out is to clients.", "direction")
+        self._connect_seconds = histogram("backend_connect_seconds", "Time to connect.", _CONNECT_SECONDS, "backend")
+        self._backend_errors = counter("backend_errors", "Connections to a backend that failed.", "backend", "reason")
+        self._backend_up = gauge("backend_up", "1 when the last connection to the backend worked.", "backend")
+        rejected = counter("rejected", "Connections turned away, by the limit or rule they ran into.", "reason")
+        self._not_after = gauge("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
+        self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS)
+        gauge("build_info", "Always 1.", "version").labels(version).set(1)
+
+        self._sessions = {
+            (tls, cipher, resumed): sessions.labels(tls, cipher, "true" if resumed else "false")
+            for tls, cipher in [*ciphers, *((each, "unknown") for each in TLS_VERSIONS)]
+            for resumed in (False, True)
+        }
+        self.starttls = {result: starttls.labels(result) for result in STARTTLS_RESULTS}
+        self.rejected = {reason: rejected.labels(reason) for reason in REJECTIONS}
+        self._bytes_in, self._bytes_out = moved.labels("in"), moved.labels("out")
+
+    def listener(self, name: str) -> ListenerMetrics:
+        return ListenerMetrics(self._connections, self._active, self._handshakes, name)
+
+    def backend(self, name: str) -> BackendMetrics:
+        return BackendMetrics(self._connect_seconds, self._backend_errors, self._backend_up, name)
+
+    def certificates(self, expiries: Iterable[tuple[str, float]]) -> None:
+        """Publish (name, seconds since 1970); of several certificates with one name, the one that expires first."""
+        earliest: dict[str, float] = {}
+        for name, not_after in expiries:
+            earliest[name] = min(not_after, earliest.get(name, not_after))
+        for name, not_after in earliest.items():
+            self._not_after.labels(name).set(not_after)
+
+    def tls_session(self, tls: TLSInfo, resumed: bool) -> None:
+        version = tls.version if tls.version in TLS_VERSIONS else TLS_VERSIONS[-1]
+        child = self._sessions.get((version, tls.cipher or "", resumed)) or self._sessions[version, "unknown", resumed]
+        child.inc()
+
+    def moved(self, received: int, sent: int) -> None:
+        """Add bytes from clients and bytes to clients."""
+        if received:
+            self._bytes_in.inc(received)
+        if sent:
+            self._bytes_out.inc(sent)

@@ -1,0 +1,110 @@
+"""Carries the STARTTLS preamble (starttls.py) between two plain sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from fumi_edge.ending import TIMED_OUT, Ended
+from fumi_edge.readiness import readable, send_all
+from fumi_edge.starttls import INJECTED, READY, Preamble, Step, Verdict
+
+CHUNK = 4096
+_NOTHING = Step()
+
+
+class Negotiation:
+    """One connection's preamble on the wire. ``received`` and ``sent`` count the client's bytes."""
+
+    def __init__(self, client: socket.socket, backend: socket.socket, preamble: Preamble, idle_timeout: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._client = client
+        self._backend = backend
+        self._preamble = preamble
+        self._idle_timeout = idle_timeout
+        self.received = self.sent = 0
+
+    async def run(self) -> Step:
+        """Relay until the client has decided: UPGRADE, the 220 being sent, or PLAINTEXT with what the tunnel starts with.
+
+        Raises Ended when there is nothing more to relay.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_timeout):
+                    step = await self._step()
+                    if step.verdict is Verdict.PLAINTEXT:
+                        return step
+                    await self._say(step.client)
+                    await self._forward(step.backend)
+            except TimeoutError:
+                raise Ended("idle_timeout", TIMED_OUT) from None
+            if step.verdict is Verdict.UPGRADE:
+                await self._go_ahead()
+                return step
+            if step.verdict is not None:
+                raise Ended(step.verdict.value)
+
+    async def _step(self) -> Step:
+        if not self._preamble.wants_command:
+            await readable(self._loop, self._backend.fileno())
+            return self._from_backend()
+        await readable(self._loop, self._client.fileno(), self._backend.fileno())
+        # The backend first: when it has closed, the client's command would get no answer.
+        step = self._from_backend()
+        return self._from_client() if step is _NOTHING else step
+
+    def _from_backend(self) -> Step:
+        try:
+            data = self._backend.recv(CHUNK)
+        except BlockingIOError:
+            return _NOTHING
+        except OSError:
+            raise Ended("backend_reset", self._preamble.backend_ended()) from None
+        if not data:
+            raise Ended("backend_closed", self._preamble.backend_ended())
+        return self._preamble.backend_said(data)
+
+    def _from_client(self) -> Step:
+        try:
+            data = self._client.recv(CHUNK)
+        except BlockingIOError:
+            return _NOTHING
+        except OSError:
+            raise Ended("client_reset") from None
+        if not data:
+            raise Ended("client_closed")
+        self.received += len(data)
+        return self._preamble.client_said(data)
+
+    async def _say(self, reply: bytes) -> None:
+        try:
+            await send_all(self._loop, self._client, reply)
+        except TimeoutError:
+            raise
+        except OSError:
+            raise Ended("client_reset") from None
+        self.sent += len(reply)
+
+    async def _forward(self, command: bytes) -> None:
+        try:
+            await send_all(self._loop, self._backend, command)
+        except TimeoutError:
+            raise
+        except OSError:
+            # The backend has closed; what it said before is still to be read, and then its end.
+            pass
+
+    async def _go_ahead(self) -> None:
+        """Send the 220, unless the client did not wait for it: what came by now came in plaintext, whoever sent it."""
+        try:
+            early = self._client.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            await self._say(READY)
+            return
+        except OSError:
+            raise Ended("client_reset") from None
+        if not early:
+            raise Ended("client_closed")
+        await self._say(INJECTED)
+        raise Ended("injection")

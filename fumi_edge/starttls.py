@@ -1,0 +1,201 @@
+"""The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: bytes of both sides in, bytes for both sides and a verdict out.
+
+Until the client upgrades, or sends a command behind which content may follow, the dialogue is held in lock-step: one command of
+the client, one whole reply of the backend. Only so can the edge say which bytes came in plaintext, offer STARTTLS in the one
+reply where it belongs, and let nothing said before the handshake survive it (RFC 3207 §4.2, CVE-2011-0411).
+
+    BANNER ──reply──▶ COMMAND ──forwarded──▶ REPLY ──reply──▶ COMMAND …
+                         │ STARTTLS → UPGRADE, with bytes behind it → INJECTION
+                         │ MAIL, AUTH, DATA, BDAT … → PLAINTEXT, from there on the tunnel
+                         └ not SMTP at all → NOT_SMTP
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import NamedTuple
+
+LINE_LIMIT = 4096
+REPLY_LIMIT = 64 * 1024
+
+READY = b"220 2.0.0 Ready to start TLS\r\n"
+NO_ARGUMENT = b"501 5.5.4 Syntax: STARTTLS takes no argument\r\n"
+MUST_STARTTLS = b"530 5.7.0 Must issue a STARTTLS command first\r\n"
+LINE_TOO_LONG = b"500 5.5.2 Error: line too long\r\n"
+INJECTED = b"554 5.7.0 Error: commands behind STARTTLS are refused\r\n"
+NOT_SMTP = b"554 5.5.1 Error: this is an SMTP server\r\n"
+
+_CONTENT = frozenset((b"MAIL", b"AUTH", b"DATA", b"BDAT"))
+"""Commands behind which bytes may follow that are no command; with RCPT and the like, a client that gets there has said MAIL."""
+_BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
+_GREETINGS = frozenset((b"EHLO", b"LHLO"))
+_KEYWORD = re.compile(rb"^250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE | re.MULTILINE)
+_LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
+_VERB = re.compile(rb"[^\s]*")
+_CONTROL = bytes(set(range(0x20)) - {0x09, 0x0A, 0x0D}) + b"\x7f"
+
+
+class Verdict(enum.Enum):
+    """How a preamble ends."""
+
+    UPGRADE = "upgraded"
+    PLAINTEXT = "plaintext"
+    INJECTION = "injection"
+    NOT_SMTP = "not_smtp"
+
+
+class Step(NamedTuple):
+    """What to send to whom and, at the end, the verdict. With PLAINTEXT both are what the tunnel starts with."""
+
+    client: bytes = b""
+    backend: bytes = b""
+    verdict: Verdict | None = None
+
+
+class Replies:
+    """Collects whole replies (RFC 5321 §4.2.1) of a backend."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes | None:
+        """The next whole reply, or None while more of it is to come; what is behind it stays in ``rest``."""
+        self.rest += data
+        end = _LAST_LINE.search(self.rest)
+        if end is None:
+            if len(self.rest) <= REPLY_LIMIT:
+                return None
+            reply, self.rest = self.rest, b""
+            return reply
+        reply, self.rest = self.rest[: end.end()], self.rest[end.end() :]
+        return reply
+
+
+class _Await(enum.Enum):
+    REPLY = 1
+    GREETING_REPLY = 2
+    COMMAND = 3
+
+
+class Preamble:
+    """The dialogue of one connection. After a verdict it must not be used any more."""
+
+    def __init__(self, require_tls: bool = False, hide_starttls: bool = False) -> None:
+        self._require_tls = require_tls
+        self._hide = hide_starttls
+        self._await = _Await.REPLY
+        self._replies = Replies()
+        self._commands = b""
+        self._overlong = False
+        self.refused = False
+        """Whether a command got a 530."""
+
+    @property
+    def wants_command(self) -> bool:
+        """Whether it is the client's turn; while it is not, nothing is to be read from the client."""
+        return self._await is _Await.COMMAND
+
+    def backend_said(self, data: bytes) -> Step:
+        """Take bytes from the backend. A whole reply goes to the client, and the next command that is waiting to the backend."""
+        if self._await is _Await.COMMAND:
+            # Unasked for, such as a 421 when the backend shuts down.
+            return Step(client=data)
+        reply = self._replies.feed(data)
+        if reply is None:
+            return Step()
+        if self._await is _Await.GREETING_REPLY and reply.startswith(b"250"):
+            reply = self._offer(reply)
+        rest, self._replies.rest = self._replies.rest, b""
+        self._await = _Await.COMMAND
+        if reply.startswith(b"3") and not self._require_tls:
+            # Whatever command that was, what comes now is not one.
+            return Step(reply + rest, self._commands, Verdict.PLAINTEXT)
+        step = self.client_said(b"")
+        return step._replace(client=reply + rest + step.client)
+
+    def backend_ended(self) -> bytes:
+        """What the backend said last, be it half a reply: for the client."""
+        rest, self._replies.rest = self._replies.rest, b""
+        return rest
+
+    def client_said(self, data: bytes) -> Step:
+        """Take bytes from the client, act on the commands that are whole, and stop at the first one that the backend answers."""
+        self._commands += data
+        answers = b""
+        while self._await is _Await.COMMAND:
+            line = self._next_line()
+            if line is None:
+                step = self._unfinished()
+            elif not line:
+                step = Step(LINE_TOO_LONG)
+            else:
+                step = self._command(line)
+            answers += step.client
+            if line is None or step.verdict is not None or step.backend:
+                return step._replace(client=answers)
+        return Step(client=answers)
+
+    def _next_line(self) -> bytes | None:
+        """The next line with its end, empty for one that was too long, None while there is none."""
+        end = self._commands.find(b"\n") + 1
+        if self._overlong:
+            line, self._commands = (b"" if end else None), self._commands[end:] if end else b""
+            self._overlong = line is None
+            return line
+        if not end:
+            return None
+        line, self._commands = self._commands[:end], self._commands[end:]
+        return line if len(line) <= LINE_LIMIT or self._is_content(line) else b""
+
+    def _unfinished(self) -> Step:
+        """Judge the beginning of a line that is not whole yet."""
+        if self._commands[:1] and self._commands[0] in _CONTROL:
+            return Step(NOT_SMTP, verdict=Verdict.NOT_SMTP)
+        if len(self._commands) > LINE_LIMIT:
+            if self._is_content(self._commands):
+                # AUTH's line may be longer (RFC 4954 §4), and is the backend's to judge.
+                return Step(backend=self._commands, verdict=Verdict.PLAINTEXT)
+            self._commands, self._overlong = b"", True
+        return Step()
+
+    def _is_content(self, line: bytes) -> bool:
+        return not self._require_tls and _verb(line) in _CONTENT
+
+    def _command(self, line: bytes) -> Step:
+        verb = _verb(line)
+        if line[0] in _CONTROL:
+            return Step(NOT_SMTP, verdict=Verdict.NOT_SMTP)
+        if verb == b"STARTTLS" and line.endswith(b"\r\n"):
+            return self._starttls(line)
+        if self._require_tls and (verb not in _BEFORE_TLS or b"\r" in line.rstrip(b"\r\n")):
+            self.refused = True
+            return Step(MUST_STARTTLS)
+        if verb in _CONTENT:
+            return Step(backend=line + self._commands, verdict=Verdict.PLAINTEXT)
+        self._await = _Await.GREETING_REPLY if verb in _GREETINGS else _Await.REPLY
+        return Step(backend=line)
+
+    def _starttls(self, line: bytes) -> Step:
+        if line.strip().upper() != b"STARTTLS":
+            return Step(NO_ARGUMENT)
+        if self._commands:
+            return Step(INJECTED, verdict=Verdict.INJECTION)
+        return Step(verdict=Verdict.UPGRADE)
+
+    def _offer(self, reply: bytes) -> bytes:
+        """Put STARTTLS into EHLO's list (RFC 5321 §4.1.1.1), once; with ``hide_starttls`` take it out."""
+        if self._hide:
+            return _relist(_KEYWORD.sub(b"", reply))
+        return reply if _KEYWORD.search(reply) else _relist(reply + b"250 STARTTLS\r\n")
+
+
+def _relist(reply: bytes) -> bytes:
+    """Number the lines of a 250 reply anew: a hyphen behind every code but the last."""
+    lines = reply.splitlines(keepends=True)
+    return b"".join([b"250-" + line[4:] for line in lines[:-1]] + [b"250 " + line[4:] for line in lines[-1:]])
+
+
+def _verb(line: bytes) -> bytes:
+    found = _VERB.match(line)
+    return found[0].upper() if found else b""

@@ -1,0 +1,414 @@
+"""Two sockets, one buffer: the hot loop.
+
+Theory of operation. A tunnel is two flows, client to backend and backend to client. A flow reads from its source into a buffer
+that all tunnels of a loop share, and at once writes what it read to its sink. What the sink does not take becomes the flow's
+leftover, and a flow with a leftover does not read: that is the back-pressure, and the bound on memory. Two rules keep the bytes
+whole, both learned by losing some:
+
+- A flow reads only in ``_pump``, and ``_pump`` is never entered while there is a leftover. Callbacks may have been scheduled
+  before that came about, so they ask the flow and not the event.
+- What the shared buffer holds is sent or copied before the callback returns.
+
+A flow whose source has ended is CLOSING until its leftover is out and its sink knows of the end (close_notify and FIN), then
+CLOSED. The other flow goes on: half-close works both ways. A flow whose sink is gone is DISCARDING: it reads on, because
+closing a socket with unread bytes sends RST, and RST destroys a reply that is still on its way.
+
+TLS knows two oddities. Reading may have to write and writing to read; then the flow waits for the other kind of readiness
+on that socket. And OpenSSL may hold decrypted bytes that no event announces; ``_resume`` schedules the read itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import socket
+import ssl
+
+BUFFER = 128 * 1024
+RECORD = 16 * 1024
+"""The most that one TLS record carries (RFC 8446 §5.1)."""
+COMMAND = 1024
+"""A first read shorter than this is a command or a reply: trying at once for more would only find nothing."""
+LINGER = 30.0
+"""Seconds a client may take to end its side after the backend has ended."""
+
+
+class State(enum.IntEnum):
+    OPEN = 0
+    DISCARDING = 1
+    CLOSING = 2
+    CLOSED = 3
+
+
+_OPEN, _DISCARDING, _CLOSING, _CLOSED = State.OPEN, State.DISCARDING, State.CLOSING, State.CLOSED
+
+
+class _End:
+    """One of the two sockets, and what the loop watches it for."""
+
+    __slots__ = ("fd", "inward", "outward", "reading", "sock", "tls", "writing")
+
+    inward: _Flow
+    outward: _Flow
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.tls = isinstance(sock, ssl.SSLSocket)
+        self.fd = sock.fileno()
+        self.reading = self.writing = False
+
+
+class _Flow:
+    """One direction. ``total`` counts the bytes read from the source."""
+
+    __slots__ = ("held", "leftover", "sink", "source", "state", "total", "wants_read", "wants_write")
+
+    def __init__(self, source: _End, sink: _End, leftover: bytes) -> None:
+        self.source = source
+        self.sink = sink
+        self.leftover = leftover
+        self.state = _OPEN
+        self.total = len(leftover)
+        self.held = False  # the end is told later, see Tunnel._quiet
+        self.wants_read = False  # TLS: writing to the sink waits for the sink to be readable
+        self.wants_write = False  # TLS: reading from the source waits for the source to be writable
+        source.inward = sink.outward = self
+
+
+class Tunnel:
+    """Carries bytes until both sides have ended; ``await tunnel.run()`` says how it ended.
+
+    The sockets are non-blocking and stay the caller's to close. ``upstream`` and ``downstream`` are bytes already received
+    for the backend and for the client.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_client",
+        "_deadline",
+        "_done",
+        "_down",
+        "_idle_timeout",
+        "_loop",
+        "_moved",
+        "_moved_at",
+        "_reason",
+        "_up",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        buffer: memoryview,
+        client: socket.socket,
+        backend: socket.socket,
+        idle_timeout: float,
+        upstream: bytes = b"",
+        downstream: bytes = b"",
+    ) -> None:
+        self._loop = loop
+        self._buffer = buffer
+        self._client = _End(client)
+        server = _End(backend)
+        self._up = _Flow(self._client, server, upstream)
+        self._down = _Flow(server, self._client, downstream)
+        self._done: asyncio.Future[str] = loop.create_future()
+        self._reason = ""
+        self._idle_timeout = idle_timeout
+        self._deadline: float | None = None
+        self._moved, self._moved_at = 0, loop.time()
+
+    @property
+    def received(self) -> int:
+        """Bytes from the client so far."""
+        return self._up.total
+
+    @property
+    def sent(self) -> int:
+        """Bytes for the client so far."""
+        return self._down.total
+
+    async def run(self) -> str:
+        """Returns why it ended: client_closed, backend_closed, client_reset, backend_reset or idle_timeout."""
+        ends = (self._client, self._up.sink)
+        for end in ends:
+            # Replaces the handshake's reader where that is still there, without a system call.
+            self._loop.add_reader(end.fd, self._readable, end)
+            end.reading = True
+        try:
+            for flow in (self._up, self._down):
+                if flow.leftover:
+                    self._flush(flow)
+                self._resume(flow)
+            for end in ends:
+                self._watch(end)
+            return await self._done
+        finally:
+            for end in ends:
+                self._loop.remove_reader(end.fd)
+                self._loop.remove_writer(end.fd)
+                # The flows and the ends know each other; without this only the garbage collector would free them.
+                del end.inward, end.outward
+
+    def tick(self, now: float) -> None:
+        """To be called now and then, ``now`` being the loop's time: ends a tunnel that is idle or lingers."""
+        moved = self._up.total + self._down.total
+        if moved != self._moved:
+            self._moved, self._moved_at = moved, now
+        if self._deadline is not None:
+            if now >= self._deadline:
+                self._finish(self._reason)
+        elif now - self._moved_at >= self._idle_timeout:
+            self._reason = "idle_timeout"
+            self._finish(self._reason)
+
+    def _finish(self, reason: str) -> None:
+        if not self._done.done():
+            self._done.set_result(self._reason or reason)
+
+    # Readiness
+
+    def _readable(self, end: _End) -> None:
+        if self._done.done():
+            return
+        flow = end.inward
+        if end.outward.wants_read:
+            self._flush(end.outward)
+            self._watch(end.outward.source)
+        if flow.state <= _DISCARDING and not flow.leftover and not flow.wants_write:
+            self._pump(flow)
+        else:
+            self._watch(end)
+
+    def _writable(self, end: _End) -> None:
+        if self._done.done():
+            return
+        if end.inward.wants_write:
+            end.inward.wants_write = False
+            self._pump(end.inward)
+        flow = end.outward
+        if (flow.leftover or (flow.state is _CLOSING and not flow.held)) and self._flush(flow) and flow.state is _OPEN:
+            # More is likely to be waiting: while the sink stays the slower side, neither socket's registration has to change.
+            self._pump(flow)
+        if self._down.held and not self._up.leftover:
+            self._end_again()
+        self._watch(end)
+        self._watch(flow.source)
+
+    def _watch(self, end: _End) -> None:
+        """Make the loop watch a socket for exactly what its two flows wait for."""
+        inward, outward = end.inward, end.outward
+        read = outward.wants_read or (inward.state <= _DISCARDING and not inward.leftover and not inward.wants_write)
+        if read is not end.reading:
+            end.reading = read
+            if read:
+                self._loop.add_reader(end.fd, self._readable, end)
+                self._resume(inward)
+            else:
+                self._loop.remove_reader(end.fd)
+        write = inward.wants_write or (
+            not outward.wants_read and (bool(outward.leftover) or (outward.state is _CLOSING and not outward.held))
+        )
+        if write is not end.writing:
+            end.writing = write
+            if write:
+                self._loop.add_writer(end.fd, self._writable, end)
+            else:
+                self._loop.remove_writer(end.fd)
+
+    def _resume(self, flow: _Flow) -> None:
+        sock = flow.source.sock
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            self._loop.call_soon(self._readable, flow.source)
+
+    # Moving bytes
+
+    def _pump(self, flow: _Flow) -> None:
+        """Read once, at most a buffer full, and pass it on. Only for a flow without a leftover."""
+        source = flow.source
+        try:
+            count, ended = self._fill(flow, source.sock) if source.tls else self._receive(source.sock)
+        except OSError:
+            self._source_failed(flow)
+            return
+        if count:
+            flow.total += count
+            if flow.state is _OPEN:
+                data = self._buffer[:count]
+                taken = self._put(flow, data)
+                if taken < count and flow.state is _OPEN:
+                    flow.leftover = bytes(data[taken:])
+        if ended:
+            self._source_ended(flow)
+        elif flow.leftover or flow.wants_write:
+            self._watch(source)
+            self._watch(flow.sink)
+
+    def _receive(self, sock: socket.socket) -> tuple[int, bool]:
+        try:
+            # The plain socket's own, also where TLS has ended.
+            count = socket.socket.recv_into(sock, self._buffer)
+        except (BlockingIOError, InterruptedError):
+            return 0, False
+        return count, not count
+
+    def _fill(self, flow: _Flow, sock: socket.socket) -> tuple[int, bool]:
+        """Decrypt records until there are no more, the buffer is full, or it was only a command."""
+        assert isinstance(sock, ssl.SSLSocket)
+        buffer = self._buffer
+        read = sock.read
+        count = 0
+        try:
+            while count <= BUFFER - RECORD:
+                got = read(RECORD, buffer[count:])
+                if not got:
+                    return count, True
+                count += got  # type: ignore[operator]
+                if count < COMMAND:
+                    break
+        except ssl.SSLWantReadError:
+            return count, False
+        except ssl.SSLWantWriteError:
+            flow.wants_write = True
+            return count, False
+        except ssl.SSLZeroReturnError:
+            return count, True
+        if sock.pending():
+            self._loop.call_soon(self._readable, flow.source)
+        return count, False
+
+    def _put(self, flow: _Flow, data: memoryview | bytes) -> int:
+        """Write to the sink; the number of bytes that it took. One that fails is said to have taken all."""
+        sink = flow.sink
+        try:
+            if not sink.tls:
+                return sink.sock.send(data)
+            return self._encrypt(flow, data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:
+            self._sink_failed(flow)
+            return len(data)
+
+    def _encrypt(self, flow: _Flow, data: memoryview | bytes) -> int:
+        flow.wants_read = False
+        send = flow.sink.sock.send
+        taken = 0
+        size = len(data)
+        view = data if isinstance(data, memoryview) else memoryview(data)
+        try:
+            while taken < size:
+                taken += send(view[taken:])
+        except ssl.SSLWantWriteError:
+            pass
+        except ssl.SSLWantReadError:
+            flow.wants_read = True
+        return taken
+
+    def _flush(self, flow: _Flow) -> bool:
+        """Write the leftover and, when the source has ended, the end. True when nothing is left to do."""
+        if flow.leftover:
+            flow.leftover = flow.leftover[self._put(flow, flow.leftover) :]
+        if not flow.leftover and flow.state is _CLOSING and self._end_sink(flow):
+            flow.state = _CLOSED
+            self._closed(flow)
+        return not flow.leftover and flow.state is not _CLOSING
+
+    # Ends
+
+    def _source_ended(self, flow: _Flow) -> None:
+        self._reason = self._reason or ("client_closed" if flow is self._up else "backend_closed")
+        if flow.state is _DISCARDING:
+            flow.state = _CLOSED
+            self._closed(flow)
+        else:
+            flow.state = _CLOSING
+            self._flush(flow)
+        self._watch(flow.source)
+        self._watch(flow.sink)
+
+    def _source_failed(self, flow: _Flow) -> None:
+        """A client that broke off gets no more; a backend that did has sent all it will, and the client is still to have that."""
+        if flow is self._up:
+            self._finish("client_reset")
+            return
+        self._reason = self._reason or "backend_reset"
+        self._source_ended(flow)
+
+    def _sink_failed(self, flow: _Flow) -> None:
+        """A backend that takes no more may have said why: that still goes to the client, while what comes from it is dropped."""
+        if flow is self._down:
+            self._finish("client_reset")
+        elif flow.state is _CLOSING:
+            flow.state = _CLOSED
+            self._closed(flow)
+        else:
+            flow.state = _DISCARDING
+
+    def _end_sink(self, flow: _Flow) -> bool:
+        """Tell the sink that nothing more will come. False when that has to wait."""
+        sock = flow.sink.sock
+        try:
+            if isinstance(sock, ssl.SSLSocket) and not (self._quiet(flow) and self._close_notify(sock)):
+                return False
+            # Not sock.shutdown(), which would end a TLS socket's reading too.
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+        except OSError:
+            self._sink_failed(flow)
+        return True
+
+    def _quiet(self, flow: _Flow) -> bool:
+        """Whether the client has sent nothing that is not read yet. If it has, ``_end_again`` comes back for its close_notify.
+
+        Python cannot send close_notify without looking at once for the client's, and OpenSSL takes any data that it finds there
+        for a fatal error: then a backend that has only half closed would lose it.
+        """
+        up = self._up
+        if up.state <= _DISCARDING and not up.leftover and not up.wants_write:
+            before = up.total
+            self._pump(up)
+            if up.total == before or self._done.done():
+                return True
+            if not up.leftover:
+                self._loop.call_soon(self._end_again)
+        elif up.state > _DISCARDING:
+            return True
+        flow.held = True
+        self._deadline = self._deadline or self._loop.time() + LINGER
+        return False
+
+    def _end_again(self) -> None:
+        if not self._done.done() and self._down.held:
+            self._down.held = False
+            self._flush(self._down)
+            self._watch(self._client)
+            self._watch(self._up.sink)
+
+    def _close_notify(self, sock: ssl.SSLSocket) -> bool:
+        """Send the client TLS's own end (RFC 8446 §6.1). False when it did not fit."""
+        if sock.family != socket.AF_UNIX:
+            # Lets it leave together with the FIN, and not before OpenSSL has looked for the client's answer.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        try:
+            sock.unwrap()
+        except ssl.SSLWantWriteError:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+            return False
+        except ssl.SSLWantReadError:
+            return True
+        except (OSError, ValueError):
+            # There was something else. What the client sends from here on cannot be read, only thrown away.
+            self._client.tls = False
+            if self._up.state is _OPEN:
+                self._up.state = _DISCARDING
+            return True
+        # OpenSSL found the client's, and Python has taken TLS off the socket: there is nothing more to read.
+        if self._up.state <= _DISCARDING:
+            self._source_ended(self._up)
+        return True
+
+    def _closed(self, flow: _Flow) -> None:
+        if self._up.state is _CLOSED and self._down.state is _CLOSED:
+            self._finish("closed")
+        elif flow is self._down:
+            self._deadline = self._loop.time() + LINGER

@@ -1,0 +1,379 @@
+"""What the edge's tests share: a certificate, backends in threads, the real program, and clients."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fumi_core.proxy_protocol import ProxyHeader, parse
+
+PATIENCE = 30.0
+"""Seconds until something that ought to happen is given up; nothing waits that long when all is well."""
+
+
+def until(condition: Callable[[], Any], what: str = "it") -> Any:
+    """Poll until the condition holds, and return what it gave."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.01)
+    return value
+
+
+class Peer:
+    """A socket with lines: the backend's side of a connection, or a client."""
+
+    def __init__(self, sock: socket.socket, buffered: bytes = b"") -> None:
+        sock.settimeout(PATIENCE)
+        self.sock = sock
+        self.header: ProxyHeader | None = None
+        self._buffered = buffered
+
+    def more(self) -> bool:
+        try:
+            data = self.sock.recv(65536)
+        except ssl.SSLZeroReturnError:
+            return False
+        self._buffered += data
+        return bool(data)
+
+    def line(self) -> bytes:
+        """The next line with its end; what there was before the end of the stream."""
+        while b"\n" not in self._buffered and self.more():
+            pass
+        line, end, self._buffered = self._buffered.partition(b"\n")
+        return line + end
+
+    def reply(self) -> list[bytes]:
+        """The lines of one SMTP reply."""
+        lines = [self.line()]
+        while lines[-1][3:4] == b"-":
+            lines.append(self.line())
+        return lines
+
+    def rest(self) -> bytes:
+        """Everything up to the end of the stream."""
+        while self.more():
+            pass
+        data, self._buffered = self._buffered, b""
+        return data
+
+    def say(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def ask(self, command: bytes) -> list[bytes]:
+        self.say(command)
+        return self.reply()
+
+    def take_header(self) -> None:
+        while (parsed := parse(self._buffered)) is None:
+            if not self.more():
+                raise EOFError
+        self.header, used = parsed
+        self._buffered = self._buffered[used:]
+
+    def end(self) -> None:
+        """End this side and leave the other open; over TLS, where Python cannot, without a close_notify."""
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.close()
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def smtp(peer: Peer) -> None:
+    """A small SMTP server: answers 250 to everything, takes DATA, and keeps what it heard in ``peer.heard``."""
+    peer.say(b"220 backend.test ESMTP\r\n")
+    while line := peer.line():
+        peer.heard.append(line)
+        verb = line.split()[0].upper() if line.split() else b""
+        if verb in (b"EHLO", b"LHLO"):
+            peer.say(b"250-backend.test\r\n250-PIPELINING\r\n250 SIZE 1000\r\n")
+        elif verb == b"DATA":
+            peer.say(b"354 go ahead\r\n")
+            while (content := peer.line()) not in (b".\r\n", b""):
+                peer.heard.append(content)
+            peer.say(b"250 2.0.0 queued\r\n")
+        elif verb == b"QUIT":
+            peer.say(b"221 2.0.0 bye\r\n")
+            return
+        else:
+            peer.say(b"250 2.0.0 ok\r\n")
+
+
+class Backend:
+    """A backend in threads: ``handler`` is run with a Peer for every connection; ``peers`` are those that came, probes apart."""
+
+    def __init__(self, handler: Callable[[Peer], None], proxy: bool = True, path: str | None = None) -> None:
+        self._handler = handler
+        self._proxy = proxy
+        if path:
+            self._listening = socket.socket(socket.AF_UNIX)
+            self._listening.bind(path)
+            self._listening.listen(64)
+            self.address = f"unix:{path}"
+        else:
+            self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+            self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self.peers: list[Peer] = []
+        self.errors: list[Exception] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listening.accept()
+                threading.Thread(target=self._serve, args=(Peer(sock),), daemon=True).start()
+
+    def _serve(self, peer: Peer) -> None:
+        peer.heard = []
+        try:
+            if self._proxy:
+                peer.take_header()
+            if peer.header is None or peer.header.command == "PROXY":
+                self.peers.append(peer)
+            self._handler(peer)
+        except (OSError, EOFError):
+            pass
+        except Exception as error:
+            self.errors.append(error)
+        finally:
+            peer.close()
+
+    def peer(self, number: int = 0) -> Peer:
+        until(lambda: len(self.peers) > number, "a connection to the backend")
+        return self.peers[number]
+
+    def close(self) -> None:
+        # close() alone leaves the thread in accept() to take one more.
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+
+class Program:
+    """The real fumi-edge, logging JSON."""
+
+    def __init__(self, *flags: str, cwd: Path | None = None) -> None:
+        program = Path(sys.executable).with_name("fumi-edge")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
+        self.process = subprocess.Popen(
+            [program, "--log-format", "json", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=cwd,
+        )
+        self.logs: list[dict[str, Any]] = []
+        self.noise: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._wait_until_started("--metrics" in flags or "--dev" in flags)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            try:
+                self.logs.append(json.loads(line))
+            except ValueError:
+                self.noise.append(line)
+
+    def _wait_until_started(self, metrics: bool) -> None:
+        last = "metrics" if metrics else "listening"
+        until(lambda: self.events(last) or self.process.poll() is not None, "the start of the edge")
+        assert self.process.poll() is None, self.noise
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.logs if entry["event"] == name]
+
+    def _port(self, mode: str) -> int:
+        found = until(lambda: [entry for entry in self.events("listening") if entry["mode"] == mode], f"a {mode} listener")
+        return int(found[0]["listener"].rpartition(":")[2])
+
+    @property
+    def tls_port(self) -> int:
+        return self._port("tls")
+
+    @property
+    def starttls_port(self) -> int:
+        return self._port("starttls")
+
+    def fetch(self, path: str) -> tuple[int, str]:
+        url = "http://127.0.0.1:{}{}".format(self.events("metrics")[0]["port"], path)
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, name: str, /, **labels: str) -> float:
+        """One sample of /metrics; all the given labels must be there, others may."""
+        for line in self.fetch("/metrics")[1].splitlines():
+            found = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
+            if found and found[1] == name:
+                have = dict(re.findall(r'(\w+)="([^"]*)"', found[2] or ""))
+                if labels.items() <= have.items():
+                    return float(found[3])
+        raise LookupError(f"{name} {labels}")
+
+    def ended(self, count: int = 1) -> list[dict[str, Any]]:
+        """The log lines of connections that have ended, once there are so many."""
+        until(lambda: len(self.events("connection ended")) >= count, f"the end of {count} connections")
+        return self.events("connection ended")
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Clients:
+    """Makes clients of 127.0.0.1 and closes them in the end."""
+
+    def __init__(self, authority: Path) -> None:
+        self._authority = authority
+        self._peers: list[Peer] = []
+
+    def context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self._authority))
+
+    def plain(self, port: int, buffer: int | None = None) -> Peer:
+        sock = socket.socket()
+        if buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+        sock.settimeout(PATIENCE)
+        sock.connect(("127.0.0.1", port))
+        return self._keep(Peer(sock))
+
+    def tls(self, port: int, name: str = "localhost", context: ssl.SSLContext | None = None, buffer: int | None = None) -> Peer:
+        return self.upgrade(self.plain(port, buffer), name, context)
+
+    def upgrade(self, peer: Peer, name: str = "localhost", context: ssl.SSLContext | None = None) -> Peer:
+        # With ragged ends not suppressed, a stream that ends without close_notify is an error.
+        sock = (context or self.context()).wrap_socket(peer.sock, server_hostname=name, suppress_ragged_eofs=False)
+        return self._keep(Peer(sock))
+
+    def _keep(self, peer: Peer) -> Peer:
+        self._peers.append(peer)
+        return peer
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.close()
+
+
+class Kit:
+    """The names above, for test modules, which cannot import this one."""
+
+    Peer = Peer
+    Program = Program
+    smtp = staticmethod(smtp)
+    until = staticmethod(until)
+    hash = staticmethod(lambda data: hashlib.sha256(data).hexdigest())
+
+
+@pytest.fixture(scope="session")
+def kit() -> type[Kit]:
+    return Kit
+
+
+@pytest.fixture(scope="session")
+def make_certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Makes a self-signed certificate for the names given; returns the paths of certificate and key."""
+    assert shutil.which("openssl"), "these tests need the openssl program"
+
+    def make(*names: str, options: tuple[str, ...] = ("-days", "2")) -> tuple[Path, Path]:
+        directory = tmp_path_factory.mktemp("certificate")
+        key, cert = directory / "key.pem", directory / "cert.pem"
+        alternatives = ",".join(f"IP:{name}" if name[0].isdigit() else f"DNS:{name}" for name in names)
+        subprocess.run(
+            ["openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", key,
+             "-out", cert,
+             "-subj", f"/CN={names[0]}", "-addext", f"subjectAltName={alternatives}", *options],
+            check=True,
+            capture_output=True,
+        )  # fmt: skip
+        return cert, key
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def certificate(make_certificate: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    return make_certificate("localhost", "127.0.0.1")
+
+
+@pytest.fixture
+def clients(certificate: tuple[Path, Path]) -> Iterator[Clients]:
+    clients = Clients(certificate[0])
+    yield clients
+    clients.close()
+
+
+@pytest.fixture
+def backend() -> Iterator[Callable[..., Backend]]:
+    """Starts backends; fails the test when a handler raised."""
+    started: list[Backend] = []
+
+    def start(handler: Callable[[Peer], None] = smtp, **options: Any) -> Backend:
+        started.append(Backend(handler, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+        assert each.errors == []
+
+
+@pytest.fixture
+def edge(certificate: tuple[Path, Path]) -> Iterator[Callable[..., Program]]:
+    """Starts fumi-edge with a TLS listener, a STARTTLS listener and metrics; nothing but log lines may come from it."""
+    started: list[Program] = []
+    cert, key = certificate
+
+    def start(*flags: str, backend: Backend | str) -> Program:
+        address = backend if isinstance(backend, str) else backend.address
+        everything = ["--cert", str(cert), "--key", str(key), "--backend", address, "--listen", "127.0.0.1:0"]
+        everything += ["--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *flags]
+        started.append(Program(*everything))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+        each._reader.join(PATIENCE)
+        assert each.noise == []
+        assert not [entry for entry in each.logs if "traceback" in entry]

@@ -1,0 +1,269 @@
+"""fumi-edge as an operator meets it: flags, limits, signals, metrics."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import smtplib
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(sys.executable).with_name("fumi-edge")
+
+
+def run(*flags, environment=None):
+    """Run to the end; (status, lines of stderr)."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
+    done = subprocess.run([PROGRAM, *flags], capture_output=True, text=True, timeout=30, env=clean | (environment or {}))
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.fixture
+def flags(certificate):
+    cert, key = certificate
+    return ["--cert", str(cert), "--key", str(key), "--backend", "127.0.0.1:9", "--listen", "127.0.0.1:0"]
+
+
+def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certificate, tmp_path):
+    cert, _ = certificate
+    other = make_certificate("other.test")[1]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for wrong, complaint in (
+            ((), "no certificate"),
+            (("--cert", str(cert)), "no backend"),
+            (("--cert", str(cert), "--backend", "127.0.0.1:9"), "no private key"),
+            (("--cert", str(cert), "--key", str(other), "--backend", "127.0.0.1:9"), "does not belong"),
+            (("--cert", str(tmp_path / "none"), "--backend", "127.0.0.1:9"), "cannot read the certificate"),
+            ((*flags, "--cert", str(cert)), "2 --cert but 1 --key"),
+            ((*flags, "--backend", "nonsense"), "is not an address"),
+            ((*flags, "--backend", "127.0.0.1:0"), "is no backend"),
+            ((*flags, "--listen", f"127.0.0.1:{port}"), f"cannot listen on 127.0.0.1:{port}"),
+            ((*flags, "--starttls-listen", "192.0.2.1:25"), "cannot listen on 192.0.2.1:25"),
+            ((*flags, "--metrics", f"127.0.0.1:{port}"), f"cannot serve metrics on 127.0.0.1:{port}"),
+            ((*flags, "--listen", "fd:77"), "descriptor 77"),
+            ((*flags, "--max-clients", "0"), "--max-clients"),
+            ((*flags, "--handshake-timeout", "soon"), "--handshake-timeout"),
+            ((*flags, "--min-tls", "1.1"), "--min-tls"),
+            ((*flags, "--alpn", "x" * 300), "--alpn"),
+            ((*flags, "--no-such-flag"), "--no-such-flag"),
+            ((*flags, "--config", str(tmp_path / "none.toml")), "--config"),
+        ):
+            status, lines = run(*wrong)
+            assert status == 2, (wrong, lines)
+            assert complaint in lines[-1], (wrong, lines)
+            assert lines[-1].startswith("Error: ")
+            assert len([line for line in lines if not line.startswith(("Usage:", "Try ")) and line]) == 1, lines
+
+
+def test_settings_come_from_flags_then_environment_then_file(backend, clients, flags, tmp_path, edge):
+    server = backend()
+    config = tmp_path / "edge.toml"
+    config.write_text("[edge]\nmax-clients = 1\nalpn = 'file'\n[core]\nlisten = ['127.0.0.1:1']\n")
+    program = edge("--config", str(config), backend=server)
+    context = clients.context()
+    context.set_alpn_protocols(["other", "file"])
+    client = clients.tls(program.tls_port, context=context)
+    assert client.sock.selected_alpn_protocol() == "file"
+    assert client.line().startswith(b"220")
+    assert clients.plain(program.starttls_port).rest().startswith(b"421 4.7.0")
+    assert run(*flags, environment={"FUMI_EDGE_MIN_TLS": "1.1"})[0] == 2
+    assert run(*flags, "--min-tls", "1.2", "--check", environment={"FUMI_EDGE_MIN_TLS": "1.1"})[1][0].startswith("Error: backend")
+
+
+def test_check_says_what_is_wrong_or_that_nothing_is(flags, backend):
+    status, lines = run(*flags, "--check")
+    assert status == 2
+    assert lines == ["Error: backend 127.0.0.1:9: Connection refused"]
+    server = backend()
+    assert run(*flags[:4], "--backend", server.address, "--check") == (0, [])
+    assert server.peers == []  # it came as LOCAL
+    refusing = backend(lambda peer: peer.say(b"554 no\r\n"))
+    assert run(*flags[:4], "--backend", refusing.address, "--check")[1] == [
+        f"Error: backend {refusing.address}: answered '554 no' instead of 220"
+    ]
+
+
+def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend, edge, clients):
+    program = edge("--max-clients", "2", backend=backend())
+    first, second = clients.tls(program.tls_port), clients.plain(program.starttls_port)
+    first.line()
+    second.line()
+    with pytest.raises((ssl.SSLError, OSError)):
+        clients.tls(program.tls_port)
+    assert clients.plain(program.starttls_port).rest() == b"421 4.7.0 Too many connections, try again later\r\n"
+    assert program.metric("fumi_edge_rejected_total", reason="max_clients") == 2
+    first.ask(b"QUIT\r\n")
+    first.close()
+    program.ended()
+    assert clients.tls(program.tls_port).line().startswith(b"220")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_accepting_and_lets_connections_end(backend, edge, clients, kit, number):
+    program = edge(backend=backend())
+    ports = program.tls_port, program.starttls_port
+    client = clients.tls(program.tls_port)
+    client.line()
+    program.process.send_signal(number)
+    kit.until(lambda: program.events("draining"), "the drain")
+    for port in ports:
+        with pytest.raises(ConnectionRefusedError):
+            clients.plain(port)
+    assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+    assert client.rest() == b""
+    client.close()
+    assert program.process.wait(30) == 0
+
+
+def test_what_has_not_ended_after_the_drain_timeout_is_broken_off(backend, edge, clients):
+    program = edge("--drain-timeout", "0.2", backend=backend())
+    client, plain = clients.tls(program.tls_port), clients.plain(program.starttls_port)
+    client.line()
+    plain.line()
+    assert program.stop() == 0
+    assert client.rest() == b""
+    assert {entry["reason"] for entry in program.events("connection ended")} == {"shutdown"}
+
+
+def test_metrics_are_there_from_the_start_and_count(backend, edge, clients, kit):
+    server = backend()
+    program = edge(backend=server)
+    status, text = program.fetch("/metrics")
+    assert status == 200
+    counters = ["connections", "handshakes", "tls_sessions", "starttls", "bytes", "backend_errors", "rejected"]
+    histograms = ["handshake_seconds", "backend_connect_seconds", "session_seconds"]
+    gauges = ["connections_active", "backend_up", "certificate_not_after_timestamp_seconds", "build_info"]
+    for name in [*(f"{each}_total" for each in counters), *(f"{each}_count" for each in histograms), *gauges]:
+        assert f"\nfumi_edge_{name}" in text, name
+    before = {line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+    listener = f"127.0.0.1:{program.tls_port}"
+    for result in ("ok", "timeout", "protocol", "certificate", "reset"):
+        assert program.metric("fumi_edge_handshakes_total", listener=listener, result=result) == 0
+    client = clients.tls(program.tls_port)
+    banner = client.line()
+    assert program.metric("fumi_edge_connections_active", listener=listener) == 1
+    client.ask(b"QUIT\r\n")
+    client.close()
+    program.ended()
+    kit.until(lambda: program.metric("fumi_edge_connections_active", listener=listener) == 0, "the end")
+    assert program.metric("fumi_edge_connections_total", listener=listener) == 1
+    assert program.metric("fumi_edge_handshakes_total", listener=listener, result="ok") == 1
+    assert program.metric("fumi_edge_handshake_seconds_count") == 1
+    assert program.metric("fumi_edge_session_seconds_count") == 1
+    assert program.metric("fumi_edge_backend_connect_seconds_count", backend=server.address) == 1
+    assert program.metric("fumi_edge_bytes_total", direction="in") == 6
+    assert program.metric("fumi_edge_bytes_total", direction="out") == len(banner) + len(b"221 2.0.0 bye\r\n")
+    cipher = program.events("connection ended")[0]["cipher"]
+    assert program.metric("fumi_edge_tls_sessions_total", version="TLSv1.3", cipher=cipher, resumed="false") == 1
+    assert program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost") > 1.7e9
+    after = {line.rpartition(" ")[0] for line in program.fetch("/metrics")[1].splitlines() if not line.startswith("#")}
+    assert before == after  # nothing a client did has made a new series
+
+
+def test_a_connection_that_lasts_counts_its_bytes_meanwhile(backend, edge, clients, kit):
+    program = edge("--idle-timeout", "4", backend=backend())
+    client = clients.tls(program.tls_port)
+    client.line()
+    client.ask(b"NOOP\r\n")
+    kit.until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == 6, "the bytes")
+
+
+def test_ready_means_that_a_backend_answers(backend, edge, kit):
+    server = backend()
+    program = edge(backend=server)
+    assert program.fetch("/healthz") == (200, "ok\n")
+    assert program.fetch("/readyz") == (200, "ready\n")
+    server.close()
+    status, text = program.fetch("/readyz")
+    assert status == 503
+    assert server.address in text
+    assert program.fetch("/healthz")[0] == 200
+
+
+def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clients, kit):
+    """With few descriptors, accept pauses, says so once, and resumes when some are free."""
+    program = edge(backend=backend())
+    most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (24, most))
+    waiting = [clients.plain(program.starttls_port) for _ in range(20)]
+    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    for client in waiting:
+        client.close()
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (most, most))
+
+    def answered():
+        client = clients.tls(program.tls_port)
+        return client.line().startswith(b"220")
+
+    kit.until(answered, "an answer")
+    assert len(program.events("cannot accept, pausing")) == 1
+
+
+def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path, kit):
+    server = backend()
+    path = str(tmp_path / "edge.sock")
+    edge("--starttls-listen", f"unix:{path}", backend=server)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        client = kit.Peer(sock)
+        assert client.line() == b"220 backend.test ESMTP\r\n"
+        assert server.peer().header.transport == "UNIX"
+        assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+
+
+def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend, edge, clients, kit):
+    program = edge(backend=backend())
+
+    def vanish(step):
+        client = clients.plain(program.starttls_port)
+        if step > 0:
+            client.line()
+        if step > 1:
+            client.say(b"EHLO x\r\n")
+        if step > 2:
+            client.reply()
+            client.say(b"STARTTLS\r\n")
+        if step > 3:
+            client.reply()
+            client = clients.upgrade(client)
+        if step > 4:
+            client.ask(b"NOOP\r\n")
+        client.reset() if step % 2 else client.close()
+
+    threads = [threading.Thread(target=vanish, args=(step,)) for step in range(6) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    program.ended(30)
+    kit.until(
+        lambda: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{program.starttls_port}") == 0, "the end"
+    )
+
+
+def test_dev_mode_takes_a_message_over_both_ports(tmp_path, kit):
+    ports = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+    program = kit.Program("--dev", *ports, cwd=tmp_path)
+    try:
+        context = ssl._create_unverified_context()
+        with smtplib.SMTP_SSL("127.0.0.1", program.tls_port, context=context) as client:
+            client.sendmail("a@example.org", ["b@example.org"], "Subject: one\n\nhello\n")
+        with smtplib.SMTP("127.0.0.1", program.starttls_port) as client:
+            client.starttls(context=context)
+            client.sendmail("a@example.org", ["b@example.org"], "Subject: two\n\nhello\n")
+        assert len(list((tmp_path / "maildir" / "new").iterdir())) == 2
+        assert program.stop() == 0
+        printed = program.process.stdout.read()
+        for name in ("swaks", "curl", "openssl s_client", "smtplib", str(program.tls_port)):
+            assert name in printed
+    finally:
+        program.kill()

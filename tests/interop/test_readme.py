@@ -1,0 +1,112 @@
+"""Every command of the README does what the README says, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import smtplib
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+SHELL = [text for kind, text in BLOCKS if kind == "sh"]
+RUN, SWAKS, INSTALL, SERVE, MINE, TEST = SHELL
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def other_ports(text: str, ports: dict[str, int]) -> str:
+    """The same commands on ports that are free here, and on this host alone."""
+    for port, free in ports.items():
+        text = re.sub(rf"(?:127\.0\.0\.1)?:{port}\b", f"127.0.0.1:{free}", text)
+    return text
+
+
+def sh(text: str, cwd: Path) -> str:
+    done = subprocess.run(
+        ["sh", "-euc", text], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "PATH": PATH}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> None:
+    # ops/run makes ./maildir and .venv where the project is: a copy keeps the checkout clean, a link spares the installation.
+    checkout = programs.directory / "fumi"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in filter(None, os.fsdecode(files).split("\0")):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, checkout / name)
+    (checkout / ".venv").symlink_to(ROOT / ".venv")
+    assert RUN == "ops/run\n"
+    dev = programs.start("sh", "-c", f"cd {checkout} && exec ops/run", port=5870)
+    for command in SWAKS.splitlines():
+        assert " 250 2.0.0 Ok: queued as " in sh(command, checkout)
+    assert len(list((checkout / "maildir" / "new").iterdir())) == 2
+    assert programs.stop(dev, signal.SIGINT) == 0
+
+
+def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
+    text = INSTALL.replace("/opt/fumi", str(tmp_path / "fumi")).replace("pip install .", f"pip install --quiet {ROOT}")
+    text += f"{tmp_path}/fumi/bin/fumi-core --version\n{tmp_path}/fumi/bin/fumi-edge --version\n"
+    # Not from the checkout: what is not in the package is not there.
+    assert sh(text, tmp_path).count("version") == 2
+
+
+def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certificate: tuple[Path, Path]) -> None:
+    for path in certificate:
+        (programs.directory / path.name).write_bytes(path.read_bytes())
+    ports = {port: programs.free_port() for port in ("2525", "9525", "465", "25", "9465", "587")}
+    core, edge = re.split(r"\n(?=fumi-edge)", other_ports(SERVE, ports))
+    programs.start("sh", "-c", f"PATH={PATH} exec {core.strip()}", port=ports["2525"])
+    programs.start("sh", "-c", f"PATH={PATH} exec {edge.strip()}", port=ports["9465"])
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    with smtplib.SMTP("localhost", ports["25"]) as smtp:
+        smtp.starttls(context=context)
+        smtp.sendmail("a@example.com", ["b@example.org"], "Subject: hi\r\n\r\nhi\r\n")
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            smtp.sendmail("a@example.com", ["b@elsewhere.example"], "Subject: hi\r\n\r\nhi\r\n")
+    assert len(list((programs.directory / "inbox" / "new").iterdir())) == 1
+    (config,) = (text for kind, text in BLOCKS if kind == "toml")
+    others = {port: programs.free_port() for port in ("25", "587")} | {"2525": ports["2525"]}
+    (programs.directory / "edge.toml").write_text(other_ports(config, others))
+    others["2525"] = programs.free_port()
+    (programs.directory / "core.toml").write_text(other_ports(config, others))
+    for program in ("core", "edge"):
+        sh(f"fumi-{program} --config {program}.toml --check", programs.directory)
+
+
+def test_the_server_of_ones_own_runs(programs: Any) -> None:
+    (source,) = (text for kind, text in BLOCKS if kind == "python")
+    (programs.directory / "mine.py").write_text(source)
+    port = programs.free_port()
+    programs.start("sh", "-c", f"PATH={PATH} exec {MINE.strip()} --listen 127.0.0.1:{port}", port=port)
+    with smtplib.SMTP() as smtp:
+        smtp._get_socket = _with_header(smtp._get_socket)  # type: ignore[method-assign, attr-defined]
+        smtp.connect("127.0.0.1", port)
+        smtp.ehlo()
+        assert smtp.mail("a@blocked.example") == (550, b"5.7.1 Domain blocked")
+        smtp.mail("a@example.com")
+        assert smtp.rcpt("b@elsewhere.example")[0] == 550
+        assert smtp.rcpt("b@example.org")[0] == 250
+        assert smtp.data("hi\r\n") == (250, b"2.0.0 queued as 1")
+
+
+def _with_header(connect: Any) -> Any:
+    def connected(*arguments: Any) -> Any:
+        sock = connect(*arguments)
+        sock.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+        return sock
+
+    return connected
+
+
+def test_the_test_command_is_the_one_of_continuous_integration() -> None:
+    assert TEST.strip() in (ROOT / ".ci" / "run").read_text().splitlines()

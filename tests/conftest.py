@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 BIN = Path(sys.executable).parent
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

@@ -57,14 +57,57 @@ class DotReader:
         return text
 
     def _text(self, text: bytes, stuffed: bool) -> bytes:
-        # Taking the pairs away and looking for what is left costs half of counting the three: looking is memchr.
-        unpaired = text.replace(b"\r\n", b"")
-        bare = b"\n" in unpaired or b"\r" in unpaired
+        bare = _has_bare_newlines(text)
         if bare and not self._normalize:
             raise BareNewline
         if stuffed:
             text = text.replace(b"\r\n.", b"\r\n")
         return _BARE.sub(b"\r\n", text) if bare else text
+
+
+class ChunkReader:
+    """Counts out the chunks of BDAT (RFC 3030 §2); what is in them is text all the same, unless it is declared binary.
+
+    A chunk may end between a CR and its LF; the CR then waits for the next chunk.
+    """
+
+    __slots__ = ("_bare_newlines", "_held", "_last", "_left", "rest")
+
+    def __init__(self, bare_newlines: str) -> None:
+        """``bare_newlines`` is ``reject``, ``normalize``, or ``keep`` for BODY=BINARYMIME."""
+        self._bare_newlines = bare_newlines
+        self._held = b""
+        self._left = 0
+        self._last = False
+        self.rest: bytes | None = None
+        """What followed the end of the chunk; None until the end was seen."""
+
+    def begin(self, size: int, last: bool) -> None:
+        """A chunk of ``size`` octets follows; with ``last`` the message ends with it."""
+        self._left, self._last, self.rest = size, last, None
+
+    def feed(self, data: bytes) -> bytes:
+        """The text that ``data`` brings. Raises BareNewline where such are refused."""
+        chunk = data[: self._left]
+        self._left -= len(chunk)
+        if self._left == 0:
+            self.rest = data[len(chunk) :]
+        if self._bare_newlines == "keep":
+            return chunk
+        text, self._held = self._held + chunk, b""
+        if text.endswith(b"\r") and not (self._last and self._left == 0):
+            text, self._held = text[:-1], b"\r"
+        if not _has_bare_newlines(text):
+            return text
+        if self._bare_newlines == "reject":
+            raise BareNewline
+        return _BARE.sub(b"\r\n", text)
+
+
+def _has_bare_newlines(text: bytes) -> bool:
+    # Taking the pairs away and looking for what is left costs half of counting the three: looking is memchr.
+    unpaired = text.replace(b"\r\n", b"")
+    return b"\n" in unpaired or b"\r" in unpaired
 
 
 def _undecided(buffer: bytes) -> int:

@@ -1,0 +1,88 @@
+"""SASL mechanisms (RFC 4422), sans-IO: each is a generator that yields challenges, is sent responses, returns Credentials.
+
+PLAIN is RFC 4616, CRAM-MD5 RFC 2195; LOGIN (draft-murchison-sasl-login) and XOAUTH2 (Google's, a bearer token) were never
+standards and are everywhere. A challenge of b"" is one that a client may have answered already, with an initial response.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+Exchange = Generator[bytes, bytes, "Credentials"]
+Mechanism = Callable[[str], Exchange]
+"""Called with the server's name."""
+
+
+class Malformed(Exception):
+    """A response that is not what the mechanism prescribes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a client says it is. ``method`` is the mechanism; what that does not carry is empty.
+
+    Secrets are not in the representation, so that no log gets them.
+    """
+
+    method: str
+    username: str
+    password: str = field(default="", repr=False)
+    access_token: str = field(default="", repr=False)
+    challenge: str = field(default="", repr=False)
+    challenge_response: str = field(default="", repr=False)
+
+    def validate_password(self, password: str) -> bool:
+        """Whether the client knows this password, in a time that says nothing about where it differs."""
+        if self.method == "CRAM-MD5":
+            digest = hmac.new(password.encode(), self.challenge.encode(), "md5").hexdigest()
+            return hmac.compare_digest(digest, self.challenge_response)
+        if self.method == "XOAUTH2":
+            return False
+        return hmac.compare_digest(password.encode(), self.password.encode())
+
+
+def _plain(name: str) -> Exchange:
+    parts = (yield b"").split(b"\x00")
+    if len(parts) != 3 or not parts[1]:
+        raise Malformed
+    return Credentials("PLAIN", _text(parts[1]), password=_text(parts[2]))
+
+
+def _login(name: str) -> Exchange:
+    # The first challenge is not b"", yet the user's name may come as an initial response.
+    username = yield b"Username:"
+    password = yield b"Password:"
+    if not username:
+        raise Malformed
+    return Credentials("LOGIN", _text(username), password=_text(password))
+
+
+def _cram_md5(name: str) -> Exchange:
+    challenge = f"<{secrets.randbits(64)}.{time.time_ns()}@{name}>"
+    username, _, digest = _text((yield challenge.encode())).rpartition(" ")
+    if not username:
+        raise Malformed
+    return Credentials("CRAM-MD5", username, challenge=challenge, challenge_response=digest.lower())
+
+
+def _xoauth2(name: str) -> Exchange:
+    fields = dict(part.partition("=")[::2] for part in _text((yield b"")).split("\x01") if part)
+    scheme, _, token = fields.get("auth", "").partition(" ")
+    if scheme.lower() != "bearer" or not token or not fields.get("user"):
+        raise Malformed
+    return Credentials("XOAUTH2", fields["user"], access_token=token)
+
+
+def _text(response: bytes) -> str:
+    try:
+        return response.decode()
+    except UnicodeDecodeError:
+        raise Malformed from None
+
+
+MECHANISMS: dict[str, Mechanism] = {"PLAIN": _plain, "LOGIN": _login, "CRAM-MD5": _cram_md5, "XOAUTH2": _xoauth2}
+TAKES_INITIAL_RESPONSE = frozenset({"PLAIN", "LOGIN", "XOAUTH2"})

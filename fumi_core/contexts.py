@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, NoReturn
 
 from fumi_core.errors import SMTPError
+from fumi_core.sasl import Credentials
 from fumi_core.session import Address, Session
 from fumi_core.stream import MessageStream
 
@@ -37,7 +38,7 @@ class AuthContext(Context):
     __slots__ = ("accepted", "credentials", "user")
     default_code = 535
 
-    def __init__(self, session: Session, credentials: Any) -> None:
+    def __init__(self, session: Session, credentials: Credentials) -> None:
         super().__init__(session)
         self.credentials = credentials
         self.accepted = False
@@ -71,15 +72,19 @@ class RcptContext(Context):
 
 
 class DataContext(Context):
-    """The message: ``stream`` is its text. ``accept(text)`` chooses the words of the 250."""
+    """The message: ``stream`` is its text. ``accept(text)`` chooses the words of the 250.
 
-    __slots__ = ("accepted", "stream")
+    In LMTP every recipient has a reply of its own: ``reject_recipient`` refuses it to one, and the rest get it.
+    """
+
+    __slots__ = ("accepted", "rejected", "stream")
     default_code = 552
 
     def __init__(self, session: Session, stream: MessageStream) -> None:
         super().__init__(session)
         self.stream = stream
         self.accepted: str | None = None
+        self.rejected: dict[str, SMTPError] = {}
 
     @property
     def size_exceeded(self) -> bool:
@@ -88,6 +93,15 @@ class DataContext(Context):
     def accept(self, text: str) -> None:
         """Answer 250 with these words, once the chain has ended without a refusal."""
         self.accepted = text
+
+    def reject_recipient(self, address: str, message: str, code: int = 550) -> None:
+        """LMTP alone: refuse the message for this recipient.
+
+        Raises ValueError for a code outside 400 to 599, LookupError for an address that is no recipient.
+        """
+        if address not in [each.address for each in self.session.envelope.rcpt_to]:
+            raise LookupError(f"{address!r} is not a recipient of this message")
+        self.rejected[address] = SMTPError(message, code)
 
 
 class CloseContext(Context):

@@ -13,27 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fumi_core import replies
-from fumi_core.contexts import CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
+from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.events import Auth, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
 from fumi_core.fiber import Fiber
 from fumi_core.greetings import Greetings
 from fumi_core.middleware import Chain
 from fumi_core.observer import Observer
 from fumi_core.options import Options
-from fumi_core.protocol import (
-    Mail,
-    MessageBroken,
-    MessageData,
-    MessageEnd,
-    MessageStart,
-    Protocol,
-    Rcpt,
-    State,
-    Tally,
-)
+from fumi_core.protocol import Protocol, State, Tally
 from fumi_core.replies import Reply, from_text
 from fumi_core.runtime.logs import event as log_event
-from fumi_core.session import Session
+from fumi_core.session import Address, Session
 from fumi_core.stream import MessageStream
 
 errors = logging.getLogger("fumi.core")
@@ -73,7 +64,9 @@ class Dialogue:
 
     def __init__(self, session: Session, service: Service, changed: Callable[[], None]) -> None:
         self.session = session
-        self.protocol = Protocol(session, service.options, service.greetings, service.tally)
+        self.protocol = Protocol(
+            session, service.options, service.greetings, service.tally, authenticates=service.chains["auth"] is not None
+        )
         self.messages = 0
         self._service = service
         self._observer = service.observer
@@ -155,6 +148,9 @@ class Dialogue:
             self.protocol.close(replies.SHUTTING_DOWN)
         self._changed()
 
+    def _auth(self, event: Auth) -> None:
+        self._run("auth", AuthContext(self.session, event.credentials), self._auth_done)
+
     def _mail(self, event: Mail) -> None:
         self._run("mail_from", MailContext(self.session, event.address), self._answer)
 
@@ -178,7 +174,7 @@ class Dialogue:
             self._answer_message(message)
 
     def _message_broken(self, event: MessageBroken) -> None:
-        self._abort_message("bare newline in message", "rejected")
+        self._abort_message(event.reason, event.result)
 
     # Handlers
 
@@ -206,6 +202,14 @@ class Dialogue:
         elif self._gone is None:
             self._log_failure(error)
             self.protocol.refuse(replies.CONNECT_FAILED)
+
+    def _auth_done(self, context: Context, error: BaseException | None) -> None:
+        assert isinstance(context, AuthContext)
+        if error is not None or context.accepted:
+            self.session.user = context.user if error is None else None
+            self._answer(context, error)
+        elif self.protocol.pending is not None:
+            self.protocol.refuse(replies.AUTH_FAILED)
 
     def _answer(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None:
@@ -249,21 +253,27 @@ class Dialogue:
 
     def _answer_message(self, message: _Message) -> None:
         self._message = None
-        stream = message.stream
-        if stream.size_exceeded:
-            reply = replies.SIZE_EXCEEDED
-        elif message.error is not None:
-            reply = self._refusal(message.context, message.error)
-        else:
-            text = message.context.accepted
-            reply = replies.OK if text is None else from_text(250, text)
-        result = "accepted" if reply.code == 250 else "deferred" if reply.code < 500 else "rejected"
-        self._observer.message(result, stream.size, time.monotonic() - message.started)
-        if reply.code == 250:
-            self.messages += 1
-            self.protocol.accept(reply)
-        else:
-            self.protocol.refuse(reply)
+        answers = self._verdicts(message)
+        accepted = sum(reply.code == 250 for reply in answers)
+        result = "accepted" if accepted else "deferred" if any(reply.code < 500 for reply in answers) else "rejected"
+        self._observer.message(result, message.stream.size, time.monotonic() - message.started)
+        self.messages += accepted > 0
+        self.protocol.settle(answers)
+
+    def _verdicts(self, message: _Message) -> list[Reply]:
+        """What to say of a whole message: one reply or, in LMTP, one for each recipient."""
+        context = message.context
+        recipients = self.session.envelope.rcpt_to if self._service.options.lmtp else [None]
+        if message.stream.size_exceeded:
+            return [replies.SIZE_EXCEEDED for _ in recipients]
+        if message.error is not None:
+            return [self._refusal(context, message.error)] * len(recipients)
+        good = replies.OK if context.accepted is None else from_text(250, context.accepted)
+        return [good if each is None else self._verdict(context, each, good) for each in recipients]
+
+    def _verdict(self, context: DataContext, recipient: Address, good: Reply) -> Reply:
+        error = context.rejected.get(recipient.address)
+        return good if error is None else from_text(error.code, error.message)
 
     def _abort_message(self, reason: str, result: str = "aborted") -> None:
         message = self._message
@@ -300,6 +310,7 @@ class Dialogue:
 
 
 _HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
+    Auth: Dialogue._auth,
     Mail: Dialogue._mail,
     Rcpt: Dialogue._rcpt,
     MessageStart: Dialogue._message_start,

@@ -13,7 +13,7 @@ class Greetings:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._ehlo: dict[bool, Reply] = {}
+        self._ehlo: dict[tuple[bool, bool], Reply] = {}
 
     @cached_property
     def banner(self) -> Reply:
@@ -24,18 +24,26 @@ class Greetings:
     def helo(self) -> Reply:
         return Reply(250, self._options.name)
 
-    def ehlo(self, secure: bool) -> Reply:
-        """The name, and the extensions, a line each (RFC 5321 §4.1.1.1)."""
-        if secure not in self._ehlo:
-            self._ehlo[secure] = Reply(250, "\n".join([self._options.name, *self._extensions()]))
-        return self._ehlo[secure]
+    def ehlo(self, secure: bool, auth: bool) -> Reply:
+        """The name, and the extensions, a line each (RFC 5321 §4.1.1.1). ``auth`` tells whether AUTH would be heard."""
+        if (secure, auth) not in self._ehlo:
+            lines = [self._options.name, *self._extensions(secure, auth)]
+            self._ehlo[secure, auth] = Reply(250, "\n".join(lines))
+        return self._ehlo[secure, auth]
 
-    def _extensions(self) -> list[str]:
+    def _extensions(self, secure: bool, auth: bool) -> list[str]:
         options = self._options
         offered = [
             ("PIPELINING", not options.hide_pipelining),
             (f"SIZE {options.size}" if options.size else "SIZE", not options.hide_size),
             ("8BITMIME", not options.hide_8bitmime),
             ("ENHANCEDSTATUSCODES", not options.hide_enhancedstatuscodes),
+            ("DSN", not options.hide_dsn),
+            ("SMTPUTF8", not options.hide_smtputf8),
+            ("CHUNKING", not options.hide_chunking),
+            ("BINARYMIME", not options.hide_chunking),
+            ("REQUIRETLS", secure and not options.hide_requiretls),
+            (f"LIMITS RCPTMAX={options.max_recipients}", True),
+            (f"AUTH {' '.join(options.auth_methods)}", auth and bool(options.auth_methods)),
         ]
         return [keyword for keyword, shown in offered if shown]

@@ -1,26 +1,30 @@
-"""The SMTP state machine (RFC 5321 §3 and §4), sans-IO: bytes in, events and replies out.
+"""The SMTP state machine (RFC 5321 §3 and §4; RFC 2033 for LMTP), sans-IO: bytes in, events and replies out.
 
 Theory of operation. ``receive()`` takes bytes; ``next_event()`` works through them, one command after the other, appends
-replies to the output and stops at what the application has to decide: ``Connect`` (pending from the start), ``Mail``,
-``Rcpt``, ``MessageEnd``. Each is pending until ``accept()`` or ``refuse()``; nothing behind it is looked at before, so replies
-are in order however the client pipelines. ``MessageStart`` and ``MessageData`` tell, and wait for nothing. Everything else is
-answered here. Which command may come when is data: ``ORDER``.
+replies to the output and stops at what the application has to decide: the events that ask (events.py), ``Connect`` being
+pending from the start. Each is pending until it is answered; nothing behind it is looked at before, so replies are in order
+however the client pipelines. Everything else is answered here. Which command may come when is data: ``ORDER``.
+
+What follows a command need not be one: a message behind DATA, a chunk behind BDAT, a response to AUTH's challenge. There is at
+most one of them at a time, and ``next_event`` begins with it.
 """
 
 from __future__ import annotations
 
+import binascii
 import re
-from collections.abc import Callable
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
 from enum import Enum
 
-from fumi_core import grammar, replies
-from fumi_core.data import BareNewline, DotReader
+from fumi_core import grammar, parameters, replies, sasl
+from fumi_core.data import BareNewline, ChunkReader, DotReader
+from fumi_core.events import Auth, Connect, Event, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
 from fumi_core.greetings import Greetings
+from fumi_core.lines import MAX_AUTH_LINE, MAX_LINE, Input, LineTooLong
 from fumi_core.options import Options
 from fumi_core.replies import Reply
 from fumi_core.session import Address, Envelope, Session
-
-MAX_LINE = 4096  # octets of a command line, CRLF included; RFC 5321 §4.5.3.1.4 wants 512 and more with extensions
 
 
 class State(Enum):
@@ -28,102 +32,60 @@ class State(Enum):
     READY = "ready"  # introduced, no transaction
     MAIL = "mail"  # a reverse-path
     RCPT = "rcpt"  # and a forward-path
-    DATA = "data"  # the message is arriving
+    DATA = "data"  # the message is arriving, behind DATA or the last BDAT
+    CHUNKS = "chunks"  # the message is arriving; more BDAT will come
     CLOSED = "closed"
 
 
 # The reply to a verb that comes in the wrong state; in every other state it is allowed.
+_CHUNKED = {State.CHUNKS: replies.IN_CHUNKS}
+_BEFORE_MAIL = {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, State.MAIL: replies.NEED_RCPT}
+_IN_TRANSACTION = {State.MAIL: replies.IN_TRANSACTION, State.RCPT: replies.IN_TRANSACTION, **_CHUNKED}
 ORDER: dict[bytes, dict[State, Reply]] = {
-    b"MAIL": {State.START: replies.HELO_FIRST, State.MAIL: replies.NESTED_MAIL, State.RCPT: replies.NESTED_MAIL},
-    b"RCPT": {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL},
-    b"DATA": {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, State.MAIL: replies.NEED_RCPT},
+    b"AUTH": {State.START: replies.HELO_FIRST, **_IN_TRANSACTION},
+    b"MAIL": {State.START: replies.HELO_FIRST, State.MAIL: replies.NESTED_MAIL, State.RCPT: replies.NESTED_MAIL, **_CHUNKED},
+    b"RCPT": {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, **_CHUNKED},
+    b"DATA": {**_BEFORE_MAIL, **_CHUNKED},
 }
-
-
-class Connect:
-    """A client wants to be greeted."""
-
-    __slots__ = ()
-
-
-class Mail:
-    """MAIL wants to begin a transaction."""
-
-    __slots__ = ("address",)
-
-    def __init__(self, address: Address) -> None:
-        self.address = address
-
-
-class Rcpt:
-    """RCPT wants to add a recipient."""
-
-    __slots__ = ("address",)
-
-    def __init__(self, address: Address) -> None:
-        self.address = address
-
-
-class MessageStart:
-    """DATA was accepted; the message follows."""
-
-    __slots__ = ()
-
-
-class MessageData:
-    """A piece of the message's text."""
-
-    __slots__ = ("text",)
-
-    def __init__(self, text: bytes) -> None:
-        self.text = text
-
-
-class MessageEnd:
-    """The message is whole and wants its reply."""
-
-    __slots__ = ()
-
-
-class MessageBroken:
-    """The message will never be whole: its framing was refused. The connection is closing."""
-
-    __slots__ = ()
-
-
-Event = Connect | Mail | Rcpt | MessageStart | MessageData | MessageEnd | MessageBroken
-_MESSAGE_START, _MESSAGE_END, _MESSAGE_BROKEN = MessageStart(), MessageEnd(), MessageBroken()
+_MESSAGE_START, _MESSAGE_END = MessageStart(), MessageEnd()
 
 
 class Tally:
-    """How many commands and replies there were, shared by all connections of a server. Keys are closed sets."""
+    """What happened how often, in all connections of a server. Keys are closed sets."""
 
-    __slots__ = ("commands", "replies")
+    __slots__ = ("authentications", "commands", "replies")
 
     def __init__(self) -> None:
         self.commands: dict[bytes, int] = dict.fromkeys([*_COMMANDS, b"OTHER"], 0)
         self.replies: dict[int, int] = {}
+        results = ("ok", "failed", "aborted")
+        self.authentications = dict.fromkeys(((method, result) for method in sasl.MECHANISMS for result in results), 0)
 
 
 class Protocol:
     """One connection's dialogue. ``session`` is kept up to date with what the client says."""
 
-    def __init__(self, session: Session, options: Options, greetings: Greetings, tally: Tally) -> None:
+    def __init__(self, session: Session, options: Options, greetings: Greetings, tally: Tally, authenticates: bool) -> None:
+        """``authenticates`` tells whether there is somebody to decide about AUTH."""
         self.session = session
         self.state = State.START
         self.pending: Event | None = Connect()
-        """The event that waits for ``accept()`` or ``refuse()``."""
+        """The event that waits for an answer."""
         self.quit = False
         """The client said goodbye."""
         self._options = options
         self._greetings = greetings
         self._tally = tally
+        self._authenticates = authenticates
         self._enhanced = not options.hide_enhancedstatuscodes
-        self._input = b""
-        self._at = 0
-        self._too_long = False
-        self._reader: DotReader | None = None
+        self._input = Input()
         self._output: list[bytes] = []
+        self._reader: DotReader | ChunkReader | None = None
+        self._chunks: ChunkReader | None = None
+        self._skip: tuple[int, Reply] | None = None  # octets of a chunk that nobody wants, and what to say behind them
+        self._exchange: _Exchange | None = None
+        self._size = 0
+        self._broken: MessageBroken | None = None
         self._recognized = False
         self._errors = 0
         self._unauthenticated = 0
@@ -132,15 +94,13 @@ class Protocol:
 
     def receive(self, data: bytes) -> None:
         """Take bytes from the client; ``next_event()`` looks at them."""
-        if self.state is State.CLOSED:
-            return
-        self._input = self._input[self._at :] + data if self._at < len(self._input) else data
-        self._at = 0
+        if self.state is not State.CLOSED:
+            self._input.receive(data)
 
     @property
     def buffered(self) -> int:
         """Bytes received and not yet looked at."""
-        return len(self._input) - self._at
+        return len(self._input)
 
     def take_output(self) -> bytes:
         """The replies since the last call, to be sent in this order."""
@@ -150,44 +110,80 @@ class Protocol:
     def next_event(self) -> Event | None:
         """Go on until the application is concerned; None when more bytes, or an answer, are needed first."""
         while self.pending is None and self.state is not State.CLOSED:
+            if self._broken is not None:
+                broken, self._broken = self._broken, None
+                return broken
             if self._reader is not None:
                 return self._read_message(self._reader)
-            line = self._read_line()
+            if self._skip is not None:
+                if not self._skip_chunk(*self._skip):
+                    return None
+                continue
+            try:
+                line = self._input.line(self._limit())
+            except LineTooLong:
+                self._exchange = None
+                self._answer(replies.LINE_TOO_LONG)
+                continue
             if line is None:
+                self._look_at_beginning()
                 return None
-            event = self._command(line)
+            event = self._answer(self._command(line) if self._exchange is None else self._respond(self._exchange, line))
             if event is not None:
                 return event
         return None
 
+    def _limit(self) -> int:
+        """How long the next line may be."""
+        return MAX_AUTH_LINE if self._exchange is not None or self._input.beginning()[:5].upper() == b"AUTH " else MAX_LINE
+
+    def _look_at_beginning(self) -> None:
+        if not self._recognized and grammar.NOT_TEXT.match(self._input.beginning()):
+            # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
+            self.close(replies.NOT_SMTP)
+
     # The application's answers
 
-    def accept(self, reply: Reply | None = None) -> None:
-        """Say yes to the pending event."""
+    def accept(self) -> None:
+        """Say yes to the pending event, other than the end of a message."""
         event, self.pending = self.pending, None
         envelope = self.session.envelope
         if type(event) is Rcpt:
             envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != event.address.address]
             envelope.rcpt_to.append(event.address)
             self.state = State.RCPT
-            self._reply(reply or replies.RECIPIENT_OK)
+            self._reply(replies.RECIPIENT_OK)
         elif type(event) is Mail:
             envelope.mail_from = event.address
             self.state = State.MAIL
-            self._reply(reply or replies.SENDER_OK)
-        elif type(event) is MessageEnd:
-            self._reset()
-            self._reply(reply or replies.OK)
+            self._reply(replies.SENDER_OK)
+        elif type(event) is Auth:
+            self._tally.authentications[event.credentials.method, "ok"] += 1
+            self._reply(replies.AUTHENTICATED)
         elif type(event) is Connect:
-            self._reply(reply or self._greetings.banner)
+            self._reply(self._greetings.banner)
 
     def refuse(self, reply: Reply) -> None:
-        """Say no to the pending event. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
+        """Say no to it. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
         event, self.pending = self.pending, None
-        if type(event) is Mail or type(event) is MessageEnd:
+        if type(event) is Auth:
+            self._refuse_authentication(event, reply)
+            return
+        if type(event) is Mail:
             self._reset()
         self._reply(reply)
         if reply.code == 421 or type(event) is Connect:
+            self.state = State.CLOSED
+
+    def settle(self, answers: Sequence[Reply]) -> None:
+        """Answer the end of a message: with one reply or, in LMTP, one for each recipient in order (RFC 2033 §4.2)."""
+        if self.pending is None:
+            return
+        self.pending = None
+        self._reset()
+        for reply in answers:
+            self._reply(reply)
+        if any(reply.code == 421 for reply in answers):
             self.state = State.CLOSED
 
     def close(self, reply: Reply) -> None:
@@ -203,31 +199,12 @@ class Protocol:
 
     @property
     def in_transaction(self) -> bool:
-        return self.pending is not None or self.state in (State.MAIL, State.RCPT, State.DATA)
+        return self.pending is not None or self.state not in (State.START, State.READY, State.CLOSED)
 
-    # Lines
+    # Commands
 
-    def _read_line(self) -> bytes | None:
-        end = self._input.find(b"\n", self._at)
-        if end < 0:
-            self._wait_for_line()
-            return None
-        line = self._input[self._at : end + 1]
-        self._at = end + 1
-        return line
-
-    def _wait_for_line(self) -> None:
-        waiting = len(self._input) - self._at
-        if waiting > MAX_LINE or self._too_long:
-            self._too_long = True
-            self._input = b""
-            self._at = 0
-        elif waiting and not self._recognized and grammar.NOT_TEXT.match(self._input, self._at):
-            # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
-            self.close(replies.NOT_SMTP)
-
-    def _command(self, line: bytes) -> Event | None:
-        answer = self._answer(line)
+    def _answer(self, answer: Event | Reply | None) -> Event | None:
+        """Send what a command was answered with; an event is for the application."""
         if answer is None or not isinstance(answer, Reply):
             return answer
         if answer in _FINAL:
@@ -238,10 +215,7 @@ class Protocol:
             self._mistake(answer)
         return None
 
-    def _answer(self, line: bytes) -> Event | Reply | None:
-        if self._too_long or len(line) > MAX_LINE:
-            self._too_long = False
-            return replies.LINE_TOO_LONG
+    def _command(self, line: bytes) -> Event | Reply | None:
         if line[-2:] != b"\r\n":
             return replies.BARE_NEWLINE_IN_COMMAND
         word, _, argument = line[:-2].partition(b" ")
@@ -259,7 +233,7 @@ class Protocol:
         refusal = ORDER.get(verb, _ALWAYS).get(self.state)
         return refusal or handler(self, argument)
 
-    def _not_recognized(self, line: bytes) -> Reply | None:
+    def _not_recognized(self, line: bytes) -> Reply:
         """Not a command. Another protocol altogether ends the dialogue, so that nobody can be made to speak SMTP by it."""
         if grammar.HTTP_REQUEST.match(line) or (not self._recognized and grammar.NOT_TEXT.search(line[:-2])):
             return replies.NOT_SMTP
@@ -279,17 +253,30 @@ class Protocol:
         self._unauthenticated += 1
         return self._unauthenticated > self._options.max_unauthenticated_commands
 
-    # Commands: each answers with a reply, or with the event that asks for one
-
     def _helo(self, argument: bytes) -> Reply:
+        if self._options.lmtp:
+            return replies.USE_LHLO
         if not self._introduce("HELO", argument):
             return replies.SYNTAX_HELO
         return self._greetings.helo
 
     def _ehlo(self, argument: bytes) -> Reply:
+        if self._options.lmtp:
+            return replies.USE_LHLO
         if not self._introduce("EHLO", argument):
             return replies.SYNTAX_EHLO
-        return self._greetings.ehlo(self.session.secure)
+        return self._extensions()
+
+    def _lhlo(self, argument: bytes) -> Reply:
+        if not self._options.lmtp:
+            return replies.NOT_RECOGNIZED
+        if not self._introduce("LHLO", argument):
+            return replies.SYNTAX_LHLO
+        return self._extensions()
+
+    def _extensions(self) -> Reply:
+        secure = self.session.secure
+        return self._greetings.ehlo(secure, self._authenticates and (secure or self._options.allow_insecure_auth))
 
     def _introduce(self, verb: str, argument: bytes) -> bool:
         hostname = (_text(argument) or "").strip()
@@ -309,56 +296,31 @@ class Protocol:
         if path is None:
             return replies.BAD_SENDER if _has_path(argument) else replies.SYNTAX_MAIL
         envelope = Envelope()
-        refusal = self._read_mail_parameters(envelope, path.parameters) if path.parameters else None
-        if refusal is not None:
-            return refusal
+        if path.parameters:
+            refusal = parameters.read_mail(envelope, path.parameters, self.session, self._options)
+            if refusal is not None:
+                return refusal
+        if not envelope.smtputf8 and not path.address.isascii():
+            return replies.NEED_SMTPUTF8
         self.session.envelope = envelope
         self.session.transaction += 1
         self.pending = event = Mail(Address(path.address, path.parameters))
         return event
 
-    def _read_mail_parameters(self, envelope: Envelope, parameters: dict[str, str | bool]) -> Reply | None:
-        for keyword, value in parameters.items():
-            read = _MAIL_PARAMETERS.get(keyword)
-            refusal = read(self, envelope, value) if read else replies.UNSUPPORTED_PARAMETER
-            if refusal is not None:
-                return refusal
-        return None
-
-    def _size_parameter(self, envelope: Envelope, value: str | bool) -> Reply | None:
-        """SIZE (RFC 1870 §6)."""
-        if value is True or not str(value).isascii() or not str(value).isdigit() or len(str(value)) > 20:
-            return replies.SYNTAX_SIZE
-        if self._options.size is not None and int(value) > self._options.size:
-            return replies.SIZE_DECLARED
-        return None
-
-    def _body_parameter(self, envelope: Envelope, value: str | bool) -> Reply | None:
-        """BODY (RFC 6152)."""
-        body = str(value).upper()
-        if body not in ("7BIT", "8BITMIME"):
-            return replies.SYNTAX_MAIL if value is True else replies.UNSUPPORTED_PARAMETER
-        envelope.body = body
-        return None
-
     def _rcpt(self, argument: bytes) -> Event | Reply:
         path = _path(grammar.RCPT_ARGUMENT, argument)
         if path is None:
             return replies.BAD_RECIPIENT if _has_path(argument) else replies.SYNTAX_RCPT
-        if path.parameters:
-            return replies.UNSUPPORTED_PARAMETER
-        if len(self.session.envelope.rcpt_to) >= self._options.max_recipients:
+        refusal = parameters.read_rcpt(path.parameters, self._options) if path.parameters else None
+        if refusal is not None:
+            return refusal
+        envelope = self.session.envelope
+        if not envelope.smtputf8 and not path.address.isascii():
+            return replies.NEED_SMTPUTF8
+        if len(envelope.rcpt_to) >= self._options.max_recipients:
             return replies.TOO_MANY_RECIPIENTS
         self.pending = event = Rcpt(Address(path.address, path.parameters))
         return event
-
-    def _data(self, argument: bytes) -> Event | Reply:
-        if argument:
-            return replies.SYNTAX_NO_ARGUMENT
-        self.state = State.DATA
-        self._reader = DotReader(self._options.bare_newlines)
-        self._reply(replies.START_DATA)
-        return _MESSAGE_START
 
     def _rset(self, argument: bytes) -> Reply:
         if argument:
@@ -373,42 +335,161 @@ class Protocol:
     def _vrfy(self, argument: bytes) -> Reply:
         return replies.CANNOT_VERIFY if argument else replies.SYNTAX_VRFY
 
+    def _expn(self, argument: bytes) -> Reply:
+        return replies.CANNOT_EXPAND if argument else replies.SYNTAX_EXPN
+
     def _help(self, argument: bytes) -> Reply:
         return replies.HELP
 
     def _starttls(self, argument: bytes) -> Reply:
         return replies.ALREADY_TLS if self.session.secure else replies.NOT_IMPLEMENTED
 
-    def _quit(self, argument: bytes) -> Reply | None:
+    def _quit(self, argument: bytes) -> Reply:
         if argument:
             return replies.SYNTAX_NO_ARGUMENT
         self.quit = True
         return replies.BYE
 
-    # The message
+    # AUTH (RFC 4954)
 
-    def _read_message(self, reader: DotReader) -> Event | None:
-        if reader.rest is not None:
-            self._reader = None
-            self._input, self._at = reader.rest, 0
-            self.pending = _MESSAGE_END
-            return _MESSAGE_END
-        data = self._input[self._at :] if self._at else self._input
-        self._input, self._at = b"", 0
-        if not data:
-            return None
+    def _auth(self, argument: bytes) -> Event | Reply | None:
+        session, options = self.session, self._options
+        if not self._authenticates:
+            return replies.AUTH_NOT_ENABLED
+        if not session.secure and options.require_tls:
+            return replies.MUST_STARTTLS
+        if not session.secure and not options.allow_insecure_auth:
+            return replies.ENCRYPTION_REQUIRED
+        if session.user is not None:
+            return replies.ALREADY_AUTHENTICATED
+        word, space, initial = argument.partition(b" ")
+        method = word.decode("latin-1").upper()
+        if not method:
+            return replies.SYNTAX_AUTH
+        if method not in options.auth_methods or method not in sasl.MECHANISMS:
+            return replies.UNKNOWN_MECHANISM
+        self._exchange = exchange = _Exchange(method, sasl.MECHANISMS[method](session.name))
+        challenge = next(exchange.steps)
+        if not space:
+            return _challenge(challenge)
+        if method not in sasl.TAKES_INITIAL_RESPONSE:
+            return self._abort_authentication(exchange, replies.NO_INITIAL_RESPONSE)
+        return self._respond(exchange, b"\r\n" if initial == b"=" else initial + b"\r\n")
+
+    def _respond(self, exchange: _Exchange, line: bytes) -> Event | Reply | None:
+        """Go on with a response of the client's: base64, or ``*`` to give up."""
+        response = line.rstrip(b"\r\n")
+        if exchange.verdict is not None:
+            self._exchange = None
+            return exchange.verdict
+        if response == b"*":
+            return self._abort_authentication(exchange, replies.AUTH_ABORTED)
         try:
-            text = reader.feed(data)
-        except BareNewline:
-            self._reader = None
-            self.close(replies.BARE_NEWLINE)
-            return _MESSAGE_BROKEN
-        return MessageData(text) if text else self.next_event()
+            return _challenge(exchange.steps.send(b64decode(response, validate=True)))
+        except StopIteration as ended:
+            self._exchange = None
+            self.pending = event = Auth(ended.value)
+            return event
+        except (binascii.Error, sasl.Malformed):
+            return self._abort_authentication(exchange, replies.AUTH_MALFORMED)
+
+    def _abort_authentication(self, exchange: _Exchange, reply: Reply) -> Reply:
+        self._exchange = None
+        self._tally.authentications[exchange.method, "aborted"] += 1
+        return reply
+
+    def _refuse_authentication(self, event: Auth, reply: Reply) -> None:
+        method = event.credentials.method
+        self._tally.authentications[method, "failed"] += 1
+        if method == "XOAUTH2" and reply.code == 535:
+            # Its clients want to be told why in a challenge, and answer that, before they hear the 535.
+            self._exchange = _Exchange(method, iter(()), reply)  # type: ignore[arg-type]
+            self._reply(_challenge(b'{"status":"401","schemes":"bearer","scope":"mail"}'))
+        elif reply.code == 421:
+            self.close(reply)
+        else:
+            self._mistake(reply)
+
+    # The message: behind DATA, or in the chunks of BDAT (RFC 3030)
+
+    def _data(self, argument: bytes) -> Event | Reply:
+        if argument:
+            return replies.SYNTAX_NO_ARGUMENT
+        if self.session.envelope.body == "BINARYMIME":
+            return replies.NEED_BDAT
+        self.state = State.DATA
+        self._reader = DotReader(self._options.bare_newlines)
+        self._reply(replies.START_DATA)
+        return _MESSAGE_START
+
+    def _bdat(self, argument: bytes) -> Event | Reply | None:
+        if self._options.hide_chunking:
+            return replies.NOT_IMPLEMENTED
+        words = argument.split()
+        last = len(words) == 2 and words[1].upper() == b"LAST"
+        if not words or len(words) > 1 + last or not words[0].isdigit() or len(words[0]) > 20:
+            return replies.SYNTAX_BDAT
+        size = int(words[0])
+        refusal = _BEFORE_MAIL.get(self.state)
+        if refusal is not None:
+            # The chunk follows all the same (§2): nobody waits to hear whether it is wanted.
+            self._skip = (size, refusal)
+            return None
+        started = self._chunks is not None
+        if self._chunks is None:
+            self._size = 0
+            binary = self.session.envelope.body == "BINARYMIME"
+            self._chunks = ChunkReader("keep" if binary else self._options.bare_newlines)
+        if self._options.size is not None and self._size + size > self._options.size:
+            self._skip = (size, replies.SIZE_EXCEEDED)
+            self._reset("too large", "rejected")
+            return None
+        self._size += size
+        self._chunks.begin(size, last)
+        self._reader = self._chunks
+        self.state = State.DATA if last else State.CHUNKS
+        return None if started else _MESSAGE_START
+
+    def _skip_chunk(self, left: int, reply: Reply) -> bool:
+        """Drop octets of a chunk; True when it was the whole rest."""
+        data = self._input.take()
+        self._input.receive(data[left:])
+        left -= min(left, len(data))
+        self._skip = (left, reply) if left else None
+        if self._skip is None:
+            self._answer(reply)
+        return self._skip is None
+
+    def _read_message(self, reader: DotReader | ChunkReader) -> Event | None:
+        if reader.rest is None:
+            # A chunk may be empty, and ends then without a byte more.
+            if not len(self._input) and not isinstance(reader, ChunkReader):
+                return None
+            try:
+                text = reader.feed(self._input.take())
+            except BareNewline:
+                self._reader = None
+                self.close(replies.BARE_NEWLINE)
+                return MessageBroken("bare newline in the message", "rejected")
+            if text:
+                return MessageData(text)
+            if reader.rest is None:
+                return None
+        self._input.receive(reader.rest)
+        self._reader = None
+        if self.state is State.CHUNKS:
+            self._reply(replies.CHUNK_OK)
+            return self.next_event()
+        self.pending = _MESSAGE_END
+        return _MESSAGE_END
 
     # State
 
-    def _reset(self) -> None:
+    def _reset(self, reason: str = "the client gave it up", result: str = "aborted") -> None:
         """No transaction: RSET, EHLO, the end of a message, a refused MAIL (RFC 5321 §4.1.1.5)."""
+        if self.state is State.CHUNKS:
+            self._broken = MessageBroken(reason, result)
+        self._chunks = None
         self.session.envelope = Envelope()
         self.state = State.READY
 
@@ -416,6 +497,21 @@ class Protocol:
         self._output.append(reply.data if self._enhanced else reply.plain)
         counts = self._tally.replies
         counts[reply.code] = counts.get(reply.code, 0) + 1
+
+
+class _Exchange:
+    """AUTH under way: the mechanism's steps; or, when it is over but for a last response, the verdict to give behind that."""
+
+    __slots__ = ("method", "steps", "verdict")
+
+    def __init__(self, method: str, steps: sasl.Exchange, verdict: Reply | None = None) -> None:
+        self.method = method
+        self.steps = steps
+        self.verdict = verdict
+
+
+def _challenge(text: bytes) -> Reply:
+    return Reply(334, b64encode(text).decode())
 
 
 # The answers that end the dialogue.
@@ -444,6 +540,10 @@ _ALWAYS: dict[State, Reply] = {}
 _Handler = Callable[[Protocol, bytes], Event | Reply | None]
 _COMMANDS: dict[bytes, _Handler] = {
     b"HELO": Protocol._helo,
+    b"LHLO": Protocol._lhlo,
+    b"AUTH": Protocol._auth,
+    b"BDAT": Protocol._bdat,
+    b"EXPN": Protocol._expn,
     b"EHLO": Protocol._ehlo,
     b"MAIL": Protocol._mail,
     b"RCPT": Protocol._rcpt,
@@ -455,5 +555,3 @@ _COMMANDS: dict[bytes, _Handler] = {
     b"QUIT": Protocol._quit,
     b"STARTTLS": Protocol._starttls,
 }
-_Parameter = Callable[[Protocol, Envelope, str | bool], Reply | None]
-_MAIL_PARAMETERS: dict[str, _Parameter] = {"SIZE": Protocol._size_parameter, "BODY": Protocol._body_parameter}

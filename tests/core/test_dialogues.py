@@ -1,9 +1,9 @@
 """Plain-text dialogues: what the client says, what the server must answer. One file each in dialogues/.
 
 ``C: text`` sends text and CRLF; ``C! text`` sends text as it stands, with Python's escapes; ``S: text`` expects exactly this
-line, ``S? regex`` a line that matches; ``S.`` expects the connection to be closed with nothing more said; ``# …`` is a comment.
-``@ option = value`` lines at the top set options of Fumi, values as Python literals. Replies are read only where S lines stand,
-so several C lines in a row are pipelined.
+line, ``S? regex`` a line that matches, ``S* code`` a whole reply with this code; ``S.`` expects the connection to be closed
+with nothing more said; ``# …`` is a comment. ``@ option = value`` lines at the top set options of Fumi, values as Python
+literals. Replies are read only where S lines stand, so several C lines in a row are pipelined.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ def test_the_server_answers_as_written(path: Path) -> None:
             kind, text = line[:2], line[3:]
             if kind in ("C:", "C!"):
                 waiting += text.encode() + b"\r\n" if kind == "C:" else ast.literal_eval(f'b"{text}"')
-            elif kind in ("S:", "S?", "S."):
+            elif kind in ("S:", "S?", "S*", "S."):
                 sock.sendall(waiting)
                 waiting = b""
-                _expect(kind, text, replies.readline(), f"{path.name}:{number}")
+                got = replies.readline()
+                while kind == "S*" and got[3:4] == b"-":
+                    got = replies.readline()
+                _expect(kind, text, got, f"{path.name}:{number}")
 
 
 def _option(line: str) -> tuple[str, object]:
@@ -50,6 +53,8 @@ def _option(line: str) -> tuple[str, object]:
 def _expect(kind: str, text: str, got: bytes, where: str) -> None:
     if kind == "S.":
         assert got == b"", where
+    elif kind == "S*":
+        assert got.startswith(text.encode() + b" "), f"{where}: {got!r} is not a {text}"
     elif kind == "S:":
         assert got.decode() == text + "\r\n", where
     else:

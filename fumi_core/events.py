@@ -1,0 +1,73 @@
+"""What the protocol tells the application. Those that ask are pending until they are accepted or refused."""
+
+from __future__ import annotations
+
+from fumi_core.sasl import Credentials
+from fumi_core.session import Address
+
+
+class Connect:
+    """Asks: a client wants to be greeted."""
+
+    __slots__ = ()
+
+
+class Auth:
+    """Asks: a client wants to be somebody."""
+
+    __slots__ = ("credentials",)
+
+    def __init__(self, credentials: Credentials) -> None:
+        self.credentials = credentials
+
+
+class Mail:
+    """Asks: MAIL wants to begin a transaction."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+
+
+class Rcpt:
+    """Asks: RCPT wants to add a recipient."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+
+
+class MessageStart:
+    """Tells: a message follows."""
+
+    __slots__ = ()
+
+
+class MessageData:
+    """Tells: a piece of the message's text."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+
+
+class MessageEnd:
+    """Asks: the message is whole and wants its reply."""
+
+    __slots__ = ()
+
+
+class MessageBroken:
+    """Tells: the message will never be whole. ``reason`` is for the log, ``result`` for the metrics."""
+
+    __slots__ = ("reason", "result")
+
+    def __init__(self, reason: str, result: str) -> None:
+        self.reason = reason
+        self.result = result
+
+
+Event = Connect | Auth | Mail | Rcpt | MessageStart | MessageData | MessageEnd | MessageBroken

@@ -1,0 +1,55 @@
+"""What a client has sent and nobody has looked at yet: command lines out of it, or all of it at once."""
+
+from __future__ import annotations
+
+MAX_LINE = 4096
+"""Octets of a command line, CRLF included; RFC 5321 §4.5.3.1.4 wants 512, and more with extensions."""
+MAX_AUTH_LINE = 12288
+"""Octets of AUTH's line and of its responses (RFC 4954 §4)."""
+
+
+class LineTooLong(Exception):
+    """A line was longer than allowed; all of it has been dropped."""
+
+
+class Input:
+    """Bytes in order of arrival. A line that is too long is dropped as it arrives: it takes no memory."""
+
+    __slots__ = ("_at", "_data", "_dropping")
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._at = 0
+        self._dropping = False
+
+    def __len__(self) -> int:
+        return len(self._data) - self._at
+
+    def receive(self, data: bytes) -> None:
+        self._data = self._data[self._at :] + data if self._at < len(self._data) else data
+        self._at = 0
+
+    def line(self, limit: int) -> bytes | None:
+        """The next line, up to and with its LF; None while it is not whole. Raises LineTooLong when a long one has ended."""
+        end = self._data.find(b"\n", self._at) + 1
+        if end == 0:
+            if len(self) >= limit or self._dropping:
+                self._dropping = True
+                self.take()
+            return None
+        line = self._data[self._at : end]
+        self._at = end
+        if self._dropping or len(line) > limit:
+            self._dropping = False
+            raise LineTooLong
+        return line
+
+    def beginning(self) -> bytes:
+        """The first bytes of a line that is not whole."""
+        return self._data[self._at : self._at + 16]
+
+    def take(self) -> bytes:
+        """All there is."""
+        data = self._data[self._at :] if self._at else self._data
+        self._data, self._at = b"", 0
+        return data

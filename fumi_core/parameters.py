@@ -1,0 +1,135 @@
+"""The parameters of MAIL and RCPT, each by its extension's RFC: what they must look like, and what they mean for the envelope."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from fumi_core import replies
+from fumi_core.options import Options
+from fumi_core.replies import Reply
+from fumi_core.session import Envelope, Session
+
+Value = str | bool
+"""What stands behind the =; True where there is no =."""
+
+# xtext = *( xchar / hexchar ) (RFC 3461 §4)
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
+_XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")
+_NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
+# addr-type ";" xtext, or utf-8-addr-xtext (RFC 3461 §4.2, RFC 6533 §3)
+_ORCPT = re.compile(r"[A-Za-z0-9-]+;(?:[!-*,-<>-~\u0080-\U0010ffff]|\+[0-9A-F]{2})+")
+
+
+def read_xtext(text: str) -> str | None:
+    """The text that xtext stands for (RFC 3461 §4), None when it is not xtext."""
+    if not _XTEXT.fullmatch(text):
+        return None
+    return _XTEXT_HEX.sub(lambda found: chr(int(found[1], 16)), text)
+
+
+def read_mail(envelope: Envelope, given: Mapping[str, Value], session: Session, options: Options) -> Reply | None:
+    """Take the parameters of MAIL into the envelope; the refusal where one is unknown, not offered or malformed."""
+    for keyword, value in given.items():
+        read = _MAIL.get(keyword)
+        refusal = read(envelope, value, session, options) if read else replies.UNSUPPORTED_PARAMETER
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def read_rcpt(given: Mapping[str, Value], options: Options) -> Reply | None:
+    """Look at the parameters of RCPT: NOTIFY and ORCPT (RFC 3461 §4.1, §4.2)."""
+    for keyword, value in given.items():
+        if keyword not in ("NOTIFY", "ORCPT") or options.hide_dsn:
+            return replies.UNSUPPORTED_PARAMETER
+        if value is True or not (_is_notify(str(value)) if keyword == "NOTIFY" else _is_orcpt(str(value))):
+            return replies.BAD_PARAMETER
+    return None
+
+
+def _is_notify(value: str) -> bool:
+    words = value.upper().split(",")
+    return words == ["NEVER"] or (set(words) <= _NOTIFY and len(set(words)) == len(words))
+
+
+def _is_orcpt(value: str) -> bool:
+    return len(value) <= 500 and _ORCPT.fullmatch(value) is not None
+
+
+def _size(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
+    """RFC 1870 §6."""
+    if value is True or not str(value).isascii() or not str(value).isdigit() or len(str(value)) > 20:
+        return replies.SYNTAX_SIZE
+    if options.size is not None and int(value) > options.size:
+        return replies.SIZE_DECLARED
+    return None
+
+
+def _body(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
+    """RFC 6152, and BINARYMIME of RFC 3030 §3."""
+    if value is True:
+        return replies.BAD_PARAMETER
+    body = str(value).upper()
+    if body not in ("7BIT", "8BITMIME", *(() if options.hide_chunking else ("BINARYMIME",))):
+        return replies.UNSUPPORTED_PARAMETER
+    envelope.body = body
+    return None
+
+
+def _smtputf8(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
+    """RFC 6531 §3.4."""
+    if options.hide_smtputf8:
+        return replies.UNSUPPORTED_PARAMETER
+    if value is not True:
+        return replies.BAD_PARAMETER
+    envelope.smtputf8 = True
+    return None
+
+
+def _requiretls(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
+    """RFC 8689 §4.2.1: it exists only where the session is secure."""
+    if options.hide_requiretls or not session.secure:
+        return replies.UNSUPPORTED_PARAMETER
+    if value is not True:
+        return replies.BAD_PARAMETER
+    envelope.require_tls = True
+    return None
+
+
+def _ret(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
+    """RFC 3461 §4.3."""
+    if options.hide_dsn:
+        return replies.UNSUPPORTED_PARAMETER
+    if value is True or str(value).upper() not in ("FULL", "HDRS"):
+        return replies.BAD_PARAMETER
+    envelope.dsn.ret = str(value).upper()
+    return None
+
+
+def _envid(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
+    """RFC 3461 §4.4."""
+    if options.hide_dsn:
+        return replies.UNSUPPORTED_PARAMETER
+    text = None if value is True or len(str(value)) > 100 else read_xtext(str(value))
+    if text is None:
+        return replies.BAD_PARAMETER
+    envelope.dsn.envid = text
+    return None
+
+
+def _auth(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
+    """RFC 4954 §5: who submitted it first. It is with the address's parameters for whoever trusts the client that far."""
+    return replies.BAD_PARAMETER if value is True or read_xtext(str(value)) is None else None
+
+
+_Reader = Callable[[Envelope, Value, Session, Options], Reply | None]
+_MAIL: dict[str, _Reader] = {
+    "SIZE": _size,
+    "BODY": _body,
+    "SMTPUTF8": _smtputf8,
+    "REQUIRETLS": _requiretls,
+    "RET": _ret,
+    "ENVID": _envid,
+    "AUTH": _auth,
+}

@@ -1,8 +1,8 @@
 """Fumi: a Koa-style SMTP server. It speaks plaintext SMTP; ``fumi_edge`` puts TLS in front of it."""
 
-from fumi_core import plugins
+from fumi_core import plugins, testing
 from fumi_core.app import Fumi
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.session import Address, Envelope, Session
 
-__all__ = ["Address", "Envelope", "Fumi", "MessageAborted", "SMTPError", "Session", "plugins"]
+__all__ = ["Address", "Envelope", "Fumi", "MessageAborted", "SMTPError", "Session", "plugins", "testing"]

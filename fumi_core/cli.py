@@ -7,7 +7,8 @@ import importlib
 import logging
 import os
 import sys
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -21,7 +22,7 @@ from fumi_core.runtime.addresses import SocketAddress, bind
 from fumi_core.runtime.endpoint import Endpoint
 from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
 from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SettingError, config_option
+from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, Program, SettingError, config_option
 
 log = logging.getLogger("fumi.core")
 
@@ -39,7 +40,7 @@ _OPTIONS = {
 }
 
 
-@click.command(context_settings={"auto_envvar_prefix": "FUMI_CORE", "help_option_names": ["-h", "--help"]})
+@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE", "help_option_names": ["-h", "--help"]})
 @click.argument("app", metavar="[MODULE:APP]", required=False)
 @click.option(
     "--listen", type=ADDRESS, multiple=True, default=["127.0.0.1:2525"], show_default=True, help="Where to listen; repeatable."
@@ -67,7 +68,7 @@ _OPTIONS = {
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 @config_option("core")
-@click.option("--check", is_flag=True, help="Check all settings, bind nothing for long, and exit.")
+@click.option("--check", is_flag=True, help="Check all settings, and exit.")
 @click.version_option(package_name="fumi")
 @click.pass_context
 def main(ctx: click.Context, /, **settings: Any) -> None:
@@ -86,7 +87,7 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
     given = {name for name in settings if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
     program = _program(settings, given)
     if settings["check"]:
-        _check(settings["listen"])
+        _check((*settings["listen"], *filter(None, [settings["metrics"]])))
         click.echo("settings are good")
         return
     try:
@@ -96,14 +97,14 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
 
 
 @dataclass(slots=True)
-class _Program:
+class _Setup:
     app: Fumi
     target: Target | None
     registry: CollectorRegistry
     metrics: CoreMetrics | None = None
 
 
-def _program(settings: dict[str, Any], given: set[str]) -> _Program:
+def _program(settings: dict[str, Any], given: set[str]) -> _Setup:
     if settings["app"]:
         for flag in ("deliver", "domain"):
             if flag in given:
@@ -117,14 +118,14 @@ def _program(settings: dict[str, Any], given: set[str]) -> _Program:
         app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
     except ValueError as error:
         raise SettingError(str(error)) from None
-    program = _Program(app, target, CollectorRegistry())
+    program = _Setup(app, target, CollectorRegistry())
     if settings["metrics"]:
         app.observer = program.metrics = CoreMetrics(program.registry, app.tally, TARGETS if target else ())
     if target is not None:
         try:
             builtin.equip(app, target, settings["domain"])
-        except OSError as error:
-            raise SettingError(f"--deliver: {error.strerror}: {error.filename}") from None
+        except (OSError, ValueError) as error:
+            raise SettingError(f"--deliver {settings['deliver']}: {getattr(error, 'strerror', None) or error}") from None
     return program
 
 
@@ -141,20 +142,26 @@ def _load(reference: str) -> Fumi:
         raise SettingError(f"{reference!r} is not MODULE:APP, as in myapp:app")
     sys.path.insert(0, os.getcwd())
     try:
-        app = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise SettingError(f"{reference}: {error}") from None
-    except AttributeError:
-        raise SettingError(f"{reference}: {module} has no {name}") from None
+        loaded = importlib.import_module(module)
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise SettingError(f"{reference}: {type(error).__name__}: {error} ({at.filename}:{at.lineno})") from None
+    if not hasattr(loaded, name):
+        raise SettingError(f"{reference}: {module} has no {name}")
+    app = getattr(loaded, name)
     if not isinstance(app, Fumi):
         raise SettingError(f"{reference} is a {type(app).__name__}, not a Fumi")
     return app
 
 
 def _check(addresses: tuple[SocketAddress, ...]) -> None:
+    """Whether the addresses are this host's; a server that runs on them already is no fault."""
     for address in addresses:
-        for sock in _bind(address):
-            sock.close()
+        if address.kind == "tcp":
+            for sock in _bind(replace(address, port=0)):
+                sock.close()
+        elif address.kind == "unix" and not os.access(os.path.dirname(address.path) or ".", os.W_OK | os.X_OK):
+            raise SettingError(f"--listen {address}: cannot write to its directory")
 
 
 def _bind(address: SocketAddress) -> list[Any]:
@@ -164,7 +171,7 @@ def _bind(address: SocketAddress) -> list[Any]:
         raise SettingError(f"--listen {address}: {error.strerror or error}") from None
 
 
-async def _serve(program: _Program, settings: dict[str, Any]) -> None:
+async def _serve(program: _Setup, settings: dict[str, Any]) -> None:
     app = program.app
     for address in settings["listen"]:
         for sock in _bind(address):
@@ -178,7 +185,7 @@ async def _serve(program: _Program, settings: dict[str, Any]) -> None:
         endpoint.close()
 
 
-def _endpoint(program: _Program, address: SocketAddress | None) -> Endpoint | None:
+def _endpoint(program: _Setup, address: SocketAddress | None) -> Endpoint | None:
     if address is None or program.metrics is None:
         return None
 

@@ -92,7 +92,7 @@ class DataContext(Context):
 
     def accept(self, text: str) -> None:
         """Answer 250 with these words, once the chain has ended without a refusal."""
-        self.accepted = text
+        self.accepted = str(text)
 
     def reject_recipient(self, address: str, message: str, code: int = 550) -> None:
         """LMTP alone: refuse the message for this recipient.

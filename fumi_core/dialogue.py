@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from fumi_core import replies
@@ -44,17 +45,25 @@ class Service:
     observer: Observer
 
 
+class Stage(Enum):
+    """How far a message's handlers are."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
 class _Message:
     """The message that is arriving, and what its handlers made of it."""
 
-    __slots__ = ("aborted", "context", "ended", "error", "result", "started", "stream")
+    __slots__ = ("aborted", "context", "ended", "refusal", "stage", "started", "stream")
 
     def __init__(self, session: Session, stream: MessageStream) -> None:
         self.stream = stream
         self.context = DataContext(session, stream)
         self.started = time.monotonic()
-        self.result = "waiting"  # then running, then done
-        self.error: BaseException | None = None
+        self.stage = Stage.WAITING
+        self.refusal: Reply | None = None
         self.ended = False
         self.aborted = False
 
@@ -76,6 +85,7 @@ class Dialogue:
         self._pumping = False
         self._message: _Message | None = None
         self._draining = False
+        self._reported = False
         self._gone: Callable[[], None] | None = None
 
     # What the connection asks and tells
@@ -106,15 +116,18 @@ class Dialogue:
         """Enough bytes wait here for now."""
         if self._message is not None and self._message.stream.full:
             return True
-        return self.protocol.pending is not None and self.protocol.buffered > 0
+        return (self.protocol.pending is not None and self.protocol.buffered > 0) or self.protocol.throttled
 
     @property
     def message_started(self) -> float | None:
         """When the message that is now arriving began to, by the monotonic clock."""
         return None if self._message is None or self._message.ended else self._message.started
 
+    def proceed(self) -> None:
+        """Go on after the replies that throttled it were sent."""
+        self._pump()
+
     def time_out(self) -> None:
-        self._observer.rejected("timeout")
         self._end(replies.TIMED_OUT, "timed out")
 
     def drain(self) -> None:
@@ -144,9 +157,16 @@ class Dialogue:
         finally:
             self._pumping = False
         if self._draining and not self.protocol.in_transaction and not self.closed:
-            self._observer.rejected("draining")
             self.protocol.close(replies.SHUTTING_DOWN)
+        self._report_end()
         self._changed()
+
+    def _report_end(self) -> None:
+        """Count, once, a dialogue that was ended because of something."""
+        reason = _REASONS.get(self.protocol.last)
+        if reason is not None and not self._reported:
+            self._reported = True
+            self._observer.rejected(reason)
 
     def _auth(self, event: Auth) -> None:
         self._run("auth", AuthContext(self.session, event.credentials), self._auth_done)
@@ -170,7 +190,7 @@ class Dialogue:
         message.ended = True
         message.stream.end()
         self._run_message(message)
-        if message.result == "done" and self._message is message:
+        if message.stage is Stage.DONE and self._message is message:
             self._answer_message(message)
 
     def _message_broken(self, event: MessageBroken) -> None:
@@ -197,9 +217,9 @@ class Dialogue:
         self._fiber.run(chain(context), ended)  # type: ignore[arg-type]
 
     def _connect_done(self, context: Context, error: BaseException | None) -> None:
-        if error is None or isinstance(error, SMTPError):
+        if self.protocol.pending is None or error is None or isinstance(error, SMTPError):
             self._answer(context, error)
-        elif self._gone is None:
+        else:
             self._log_failure(error)
             self.protocol.refuse(replies.CONNECT_FAILED)
 
@@ -213,8 +233,10 @@ class Dialogue:
 
     def _answer(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None:
-            return  # abandoned: there is nobody to answer
-        if error is None:
+            # Abandoned: there is nobody to answer. Cancelled it was by us, then.
+            if error is not None and not isinstance(error, SMTPError | asyncio.CancelledError):
+                self._log_failure(error)
+        elif error is None:
             self.protocol.accept()
         else:
             self.protocol.refuse(self._refusal(context, error))
@@ -232,22 +254,22 @@ class Dialogue:
     # The message
 
     def _run_message(self, message: _Message) -> None:
-        if message.result == "waiting":
-            message.result = "running"
+        if message.stage is Stage.WAITING:
+            message.stage = Stage.RUNNING
             self._run("data", message.context, self._message_done)
 
     def _message_done(self, context: Context, error: BaseException | None) -> None:
         message = self._message
         assert message is not None
-        message.result = "done"
-        message.error = error
+        message.stage = Stage.DONE
         message.stream.discard()
+        if isinstance(error, MessageAborted):
+            log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error))
+            message.refusal = replies.LOCAL_ERROR
+        elif error is not None:
+            message.refusal = self._refusal(context, error)
         if message.aborted:
-            self._message = None
-            if isinstance(error, MessageAborted):
-                log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error))
-            elif error is not None and not isinstance(error, SMTPError):
-                self._log_failure(error)
+            self._forget_broken_message()
         elif message.ended and not self._pumping:
             self._answer_message(message)
 
@@ -266,8 +288,8 @@ class Dialogue:
         recipients = self.session.envelope.rcpt_to if self._service.options.lmtp else [None]
         if message.stream.size_exceeded:
             return [replies.SIZE_EXCEEDED for _ in recipients]
-        if message.error is not None:
-            return [self._refusal(context, message.error)] * len(recipients)
+        if message.refusal is not None:
+            return [message.refusal] * len(recipients)
         good = replies.OK if context.accepted is None else from_text(250, context.accepted)
         return [good if each is None else self._verdict(context, each, good) for each in recipients]
 
@@ -282,15 +304,26 @@ class Dialogue:
         message.aborted = True
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         message.stream.abort(reason)
-        if message.result == "done":
-            self._message = None
+        if message.stage is Stage.DONE:
+            self._forget_broken_message()
         else:
             self._run_message(message)
 
+    def _forget_broken_message(self) -> None:
+        self._message = None
+        if type(self.protocol.pending) is MessageBroken:
+            self.protocol.accept()
+
     # The end
+
+    def kill(self) -> None:
+        """The server is closing, and the client has had its time: stop the handlers, whatever they do."""
+        self._end(replies.SHUTTING_DOWN, "the server is closing")
+        self._fiber.cancel()
 
     def _end(self, reply: Reply, reason: str) -> None:
         self.protocol.close(reply)
+        self._report_end()
         self._abort_message(reason)
         if self._running is not None and not isinstance(self._running, DataContext):
             self._fiber.cancel()
@@ -309,6 +342,12 @@ class Dialogue:
         self._run("close", CloseContext(self.session), done)
 
 
+_REASONS: dict[Reply | None, str] = {
+    replies.NOT_SMTP: "not_smtp",
+    replies.TOO_MANY_ERRORS: "errors",
+    replies.TIMED_OUT: "timeout",
+    replies.SHUTTING_DOWN: "draining",
+}
 _HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
     Auth: Dialogue._auth,
     Mail: Dialogue._mail,

@@ -14,7 +14,7 @@ class SMTPError(Exception):
         if not 400 <= code <= 599:
             raise ValueError(f"a refusal's code is between 400 and 599, not {code}")
         super().__init__(message)
-        self.message = message
+        self.message = str(message)
         self.code = code
 
 

@@ -61,7 +61,10 @@ class MessageEnd:
 
 
 class MessageBroken:
-    """Tells: the message will never be whole. ``reason`` is for the log, ``result`` for the metrics."""
+    """Asks for patience: the message will never be whole, and its handlers are to end before anything else begins.
+
+    ``reason`` is for the log, ``result`` for the metrics.
+    """
 
     __slots__ = ("reason", "result")
 

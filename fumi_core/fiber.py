@@ -21,18 +21,19 @@ _Pending = tuple[Coroutine[Any, Any, None], Any, Done]
 class Fiber:
     """One at a time: ``run()`` may be called again only when the former coroutine has ended."""
 
-    __slots__ = ("_context", "_loop", "_pending", "_task", "_wakeup")
+    __slots__ = ("_cancelled", "_context", "_loop", "_pending", "_task", "_wakeup")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._context = contextvars.copy_context()
         self._task: asyncio.Task[None] | None = None
         self._pending: _Pending | None = None
+        self._cancelled = False
         self._wakeup: asyncio.Future[None] | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, None], done: Done) -> None:
         """Run it; ``done`` is called with its exception or None, at once when it did not suspend."""
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = self._loop.create_task(self._serve(), context=self._context)
         try:
             yielded = self._first_step(coroutine, self._task)
@@ -65,6 +66,7 @@ class Fiber:
     def cancel(self) -> None:
         """Cancel the coroutine that is running, if one is; its ``done`` gets the CancelledError."""
         if self._pending is not None and self._task is not None:
+            self._cancelled = True
             self._task.cancel()
 
     def close(self) -> None:
@@ -78,18 +80,22 @@ class Fiber:
             error = await self._work_arrives()
             assert self._pending is not None
             coroutine, yielded, done = self._pending
+            outcome: BaseException | None = None
             try:
                 await _Rest(coroutine, yielded, error)
             except (KeyboardInterrupt, SystemExit, GeneratorExit):
                 raise  # GeneratorExit: the loop was closed over it
             except BaseException as raised:
-                self._pending = None
-                self._forget_cancellation()
-                done(raised)
-            else:
-                self._pending = None
-                self._forget_cancellation()
-                done(None)
+                outcome = raised
+            self._pending = None
+            stop = self._forget_cancellation() and not self._cancelled and isinstance(outcome, asyncio.CancelledError)
+            self._cancelled = False
+            try:
+                done(outcome)
+            except Exception as failure:
+                self._loop.call_exception_handler({"message": "a dialogue failed", "exception": failure})
+            if stop:
+                raise asyncio.CancelledError  # the loop is being shut down, and waits for this task to end
 
     async def _work_arrives(self) -> asyncio.CancelledError | None:
         """A cancellation that comes between a first step and its continuation is the coroutine's, not the task's."""
@@ -105,9 +111,13 @@ class Fiber:
                 self._wakeup = None
         return None
 
-    def _forget_cancellation(self) -> None:
+    def _forget_cancellation(self) -> bool:
+        """Whether the task was cancelled; it is not any more."""
+        cancelled = False
         while self._task is not None and self._task.cancelling():
             self._task.uncancel()
+            cancelled = True
+        return cancelled
 
 
 class _Rest:

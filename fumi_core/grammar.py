@@ -45,7 +45,8 @@ PATH_SHAPE = re.compile(r"(?:[Ff][Rr][Oo][Mm]|[Tt][Oo]): ?<.*>.*", re.DOTALL)
 CLIENT_HOSTNAME = re.compile(r"[!-~\u0080-\U0010ffff]{1,255}")
 
 # The verbs of HTTP: a browser, or a proxy made to speak to us by one.
-HTTP_REQUEST = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) [^\r\n]*", re.IGNORECASE)
+HTTP_REQUEST = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ", re.IGNORECASE)
+CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 # What no line of SMTP contains: control characters other than TAB, and bytes beyond ASCII.
 NOT_TEXT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")
 
@@ -66,7 +67,8 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Path | None:
     address = f"{local}@{domain}" if local is not None else (match.groupdict().get("postmaster") or "")
     if local is not None and not _fits(local, domain):
         return None
-    return Path(address, _parameters(match["parameters"]))
+    parameters = _parameters(match["parameters"])
+    return None if parameters is None else Path(address, parameters)
 
 
 def _fits(local: str, domain: str) -> bool:
@@ -89,9 +91,12 @@ def is_address_literal(text: str) -> bool:
     return True
 
 
-def _parameters(text: str) -> dict[str, str | bool]:
+def _parameters(text: str) -> dict[str, str | bool] | None:
+    """By keyword, in capitals; None when one comes twice (RFC 5321 §4.1.1.11)."""
     parameters: dict[str, str | bool] = {}
     for word in text.split():
         keyword, equals, value = word.partition("=")
+        if keyword.upper() in parameters:
+            return None
         parameters[keyword.upper()] = value if equals else True
     return parameters

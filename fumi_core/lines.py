@@ -8,19 +8,27 @@ MAX_AUTH_LINE = 12288
 """Octets of AUTH's line and of its responses (RFC 4954 §4)."""
 
 
+BEGINNING = 16
+"""Octets of a line by which another protocol can be told."""
+
+
 class LineTooLong(Exception):
-    """A line was longer than allowed; all of it has been dropped."""
+    """A line was longer than allowed; all of it has been dropped but its ``beginning``."""
+
+    def __init__(self, beginning: bytes) -> None:
+        super().__init__(beginning)
+        self.beginning = beginning
 
 
 class Input:
     """Bytes in order of arrival. A line that is too long is dropped as it arrives: it takes no memory."""
 
-    __slots__ = ("_at", "_data", "_dropping")
+    __slots__ = ("_at", "_data", "_dropped")
 
     def __init__(self) -> None:
         self._data = b""
         self._at = 0
-        self._dropping = False
+        self._dropped: bytes | None = None  # the beginning of the line that is being dropped
 
     def __len__(self) -> int:
         return len(self._data) - self._at
@@ -33,20 +41,20 @@ class Input:
         """The next line, up to and with its LF; None while it is not whole. Raises LineTooLong when a long one has ended."""
         end = self._data.find(b"\n", self._at) + 1
         if end == 0:
-            if len(self) >= limit or self._dropping:
-                self._dropping = True
+            if self._dropped is not None or len(self) >= limit:
+                self._dropped = self.beginning()
                 self.take()
             return None
         line = self._data[self._at : end]
         self._at = end
-        if self._dropping or len(line) > limit:
-            self._dropping = False
-            raise LineTooLong
+        if self._dropped is not None or len(line) > limit:
+            beginning, self._dropped = self._dropped or line[:BEGINNING], None
+            raise LineTooLong(beginning)
         return line
 
     def beginning(self) -> bytes:
         """The first bytes of a line that is not whole."""
-        return self._data[self._at : self._at + 16]
+        return self._dropped or self._data[self._at : self._at + BEGINNING]
 
     def take(self) -> bytes:
         """All there is."""

@@ -37,6 +37,9 @@ class State(Enum):
     CLOSED = "closed"
 
 
+MAX_REPLIES = 500
+"""Replies that may wait to be sent before the next command is looked at: a client that pipelines thousands waits its turn."""
+
 # The reply to a verb that comes in the wrong state; in every other state it is allowed.
 _CHUNKED = {State.CHUNKS: replies.IN_CHUNKS}
 _BEFORE_MAIL = {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, State.MAIL: replies.NEED_RCPT}
@@ -71,8 +74,10 @@ class Protocol:
         self.state = State.START
         self.pending: Event | None = Connect()
         """The event that waits for an answer."""
-        self.quit = False
-        """The client said goodbye."""
+        self.throttled = False
+        """So many replies wait to be sent that nothing is looked at before they are."""
+        self.last: Reply | None = None
+        """The reply that closed the dialogue."""
         self._options = options
         self._greetings = greetings
         self._tally = tally
@@ -109,10 +114,14 @@ class Protocol:
 
     def next_event(self) -> Event | None:
         """Go on until the application is concerned; None when more bytes, or an answer, are needed first."""
+        self.throttled = False
         while self.pending is None and self.state is not State.CLOSED:
+            if len(self._output) > MAX_REPLIES:
+                self.throttled = True
+                return None
             if self._broken is not None:
-                broken, self._broken = self._broken, None
-                return broken
+                self.pending, self._broken = self._broken, None
+                return self.pending
             if self._reader is not None:
                 return self._read_message(self._reader)
             if self._skip is not None:
@@ -121,12 +130,14 @@ class Protocol:
                 continue
             try:
                 line = self._input.line(self._limit())
-            except LineTooLong:
+            except LineTooLong as error:
                 self._exchange = None
-                self._answer(replies.LINE_TOO_LONG)
+                self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
                 continue
             if line is None:
-                self._look_at_beginning()
+                if self._exchange is None and self._is_foreign(self._input.beginning()):
+                    # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
+                    self.close(replies.NOT_SMTP)
                 return None
             event = self._answer(self._command(line) if self._exchange is None else self._respond(self._exchange, line))
             if event is not None:
@@ -136,11 +147,6 @@ class Protocol:
     def _limit(self) -> int:
         """How long the next line may be."""
         return MAX_AUTH_LINE if self._exchange is not None or self._input.beginning()[:5].upper() == b"AUTH " else MAX_LINE
-
-    def _look_at_beginning(self) -> None:
-        if not self._recognized and grammar.NOT_TEXT.match(self._input.beginning()):
-            # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
-            self.close(replies.NOT_SMTP)
 
     # The application's answers
 
@@ -162,6 +168,7 @@ class Protocol:
             self._reply(replies.AUTHENTICATED)
         elif type(event) is Connect:
             self._reply(self._greetings.banner)
+        # MessageBroken is told and waited for: there is nothing to say to it.
 
     def refuse(self, reply: Reply) -> None:
         """Say no to it. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
@@ -189,6 +196,7 @@ class Protocol:
     def close(self, reply: Reply) -> None:
         """End the dialogue with this reply; what the client still sends is not looked at."""
         if self.state is not State.CLOSED:
+            self.last = reply
             self._reply(reply)
             self.abandon()
 
@@ -217,13 +225,13 @@ class Protocol:
 
     def _command(self, line: bytes) -> Event | Reply | None:
         if line[-2:] != b"\r\n":
-            return replies.BARE_NEWLINE_IN_COMMAND
+            return replies.NOT_SMTP if self._is_foreign(line) else replies.BARE_NEWLINE_IN_COMMAND
         word, _, argument = line[:-2].partition(b" ")
         verb = word.upper()
         handler = _COMMANDS.get(verb)
         if handler is None:
             self._tally.commands[b"OTHER"] += 1
-            return self._not_recognized(line)
+            return replies.NOT_SMTP if self._is_foreign(line) else replies.NOT_RECOGNIZED
         self._tally.commands[verb] += 1
         self._recognized = True
         if verb in self._options.disabled_verbs:
@@ -233,11 +241,11 @@ class Protocol:
         refusal = ORDER.get(verb, _ALWAYS).get(self.state)
         return refusal or handler(self, argument)
 
-    def _not_recognized(self, line: bytes) -> Reply:
-        """Not a command. Another protocol altogether ends the dialogue, so that nobody can be made to speak SMTP by it."""
-        if grammar.HTTP_REQUEST.match(line) or (not self._recognized and grammar.NOT_TEXT.search(line[:-2])):
-            return replies.NOT_SMTP
-        return replies.NOT_RECOGNIZED
+    def _is_foreign(self, line: bytes) -> bool:
+        """Whether this is another protocol altogether. It ends the dialogue, so that nobody can be made to speak SMTP by it."""
+        return grammar.HTTP_REQUEST.match(line) is not None or (
+            not self._recognized and grammar.NOT_TEXT.search(line.rstrip(b"\r\n")) is not None
+        )
 
     def _mistake(self, reply: Reply) -> None:
         """Answer a client's mistake, or close at one too many."""
@@ -330,16 +338,16 @@ class Protocol:
         return replies.OK
 
     def _noop(self, argument: bytes) -> Reply:
-        return replies.OK
+        return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.OK
 
     def _vrfy(self, argument: bytes) -> Reply:
-        return replies.CANNOT_VERIFY if argument else replies.SYNTAX_VRFY
+        return replies.CANNOT_VERIFY if argument and not grammar.CONTROL.search(argument) else replies.SYNTAX_VRFY
 
     def _expn(self, argument: bytes) -> Reply:
-        return replies.CANNOT_EXPAND if argument else replies.SYNTAX_EXPN
+        return replies.CANNOT_EXPAND if argument and not grammar.CONTROL.search(argument) else replies.SYNTAX_EXPN
 
     def _help(self, argument: bytes) -> Reply:
-        return replies.HELP
+        return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.HELP
 
     def _starttls(self, argument: bytes) -> Reply:
         return replies.ALREADY_TLS if self.session.secure else replies.NOT_IMPLEMENTED
@@ -347,7 +355,6 @@ class Protocol:
     def _quit(self, argument: bytes) -> Reply:
         if argument:
             return replies.SYNTAX_NO_ARGUMENT
-        self.quit = True
         return replies.BYE
 
     # AUTH (RFC 4954)

@@ -69,8 +69,8 @@ class Server:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wait_empty(), timeout)
         for connection in list(self.connections):
-            connection.abort()
-        # Handlers of connections that were cut run on_close; one that hangs is not waited for.
+            connection.kill()
+        # Their handlers are cancelled, and on_close follows; one that does not end is not waited for.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wait_empty(), 1)
 
@@ -162,7 +162,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._write_blocked = False
-        self._regulate()
+        self._deadline = self._server.loop.time() + self._server.options.socket_timeout
+        self._proceed()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._phase = Phase.CLOSED
@@ -222,6 +223,8 @@ class Connection(asyncio.BufferedProtocol):
         server = self._server
         if server.options.max_clients is not None and server.open >= server.options.max_clients:
             server.observer.rejected("max_clients")
+            counts = server.service.tally.replies
+            counts[421] = counts.get(421, 0) + 1
             self._transport.write(replies.TOO_MANY_CLIENTS.data)
             self._linger()
             return
@@ -240,6 +243,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         output = dialogue.protocol.take_output()
         if output:
+            self._deadline = self._server.loop.time() + self._server.options.socket_timeout
             self._transport.write(output)
         if dialogue.closed:
             self._end(dialogue)
@@ -252,9 +256,18 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
+        if dialogue.protocol.throttled and not self._write_blocked:
+            # The others first.
+            self._server.loop.call_soon(self._proceed)
+
+    def _proceed(self) -> None:
+        if self._phase is Phase.OPEN and self._dialogue is not None and self._dialogue.protocol.throttled:
+            self._dialogue.proceed()
+        else:
+            self._regulate()
 
     def _end(self, dialogue: Dialogue) -> None:
-        if dialogue.protocol.quit or self._ended:
+        if dialogue.protocol.last is replies.BYE or self._ended:
             self._phase = Phase.CLOSED
             self._transport.close()
         else:
@@ -262,18 +275,24 @@ class Connection(asyncio.BufferedProtocol):
 
     def _linger(self) -> None:
         self._phase = Phase.LINGERING
-        if self._paused:
-            self._transport.resume_reading()
-        self._transport.write_eof()
         self._watch(LINGER)
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        try:
+            self._transport.write_eof()
+        except OSError:
+            self._transport.abort()  # the client was quicker
 
     def drain(self) -> None:
         if self._dialogue is not None and self._phase is Phase.OPEN:
             self._dialogue.drain()
         elif self._phase is Phase.HEADER:
-            self.abort()
+            self._transport.abort()
 
-    def abort(self) -> None:
+    def kill(self) -> None:
+        if self._dialogue is not None:
+            self._dialogue.kill()
         self._transport.abort()
 
     def _closed(self) -> None:
@@ -317,7 +336,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _look(self) -> None:
         now = self._server.loop.time()
-        if self._paused or (self._dialogue is not None and self._dialogue.busy):
+        dialogue = self._dialogue
+        if self._phase is Phase.OPEN and dialogue and (dialogue.busy or dialogue.full) and not self._write_blocked:
             # The silence is ours.
             self._deadline = max(self._deadline, now + self._server.options.socket_timeout)
         if now < self._due():
@@ -335,7 +355,8 @@ def _endpoint(place: tuple[str, int] | str | None, address: str, port: int) -> t
     if place is None:
         return address, port
     if isinstance(place, str):
-        return place or "unix", 0
+        # Whoever binds a socket chooses its path: it must not look like an address, nor break a line.
+        return "unix:" + "".join(each if each.isascii() and each.isprintable() else "?" for each in place), 0
     return peer_of(place)
 
 

@@ -122,4 +122,6 @@ def _safe(word: str) -> str:
 
 def _tagged(address: str) -> str:
     """An address as it stands in an address-literal (RFC 5321 §4.1.3)."""
+    if address.startswith("unix"):
+        return _safe(address)
     return f"IPv6:{address}" if ":" in address else address

@@ -16,7 +16,7 @@ import click
 from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
 from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.settings import ADDRESS, SECONDS, SettingError, config_option
+from fumi_core.runtime.settings import ADDRESS, SECONDS, Program, SettingError, config_option
 from fumi_edge import dev
 from fumi_edge.backends import greeting, probe
 from fumi_edge.certificates import CertificateError, Certificates, Policy
@@ -31,7 +31,7 @@ _HINTS = {
 }
 
 
-@click.command(context_settings={"auto_envvar_prefix": "FUMI_EDGE", "show_default": True, "max_content_width": 120})
+@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_EDGE", "show_default": True, "max_content_width": 120})
 @config_option("edge")
 @click.option("--listen", type=ADDRESS, multiple=True, help="Listen for implicit TLS.  [default: :465 when no listener is named]")
 @click.option("--starttls-listen", type=ADDRESS, multiple=True, help="Listen for SMTP with STARTTLS.")

@@ -55,8 +55,8 @@ class Maildir:
         async def deliver(ctx: DataContext, next: Next) -> None:
             try:
                 await self._deliver(ctx)
-            except SMTPError:
-                observer.delivery(self.name, "deferred")
+            except SMTPError as error:
+                observer.delivery(self.name, "failed" if error.code >= 500 else "deferred")
                 raise
             observer.delivery(self.name, "ok")
 
@@ -78,8 +78,12 @@ class Maildir:
         loop = asyncio.get_running_loop()
 
         async def in_thread(job: Callable[..., Any], *arguments: Any) -> None:
+            future = loop.run_in_executor(self._threads, job, *arguments)
             try:
-                await loop.run_in_executor(self._threads, job, *arguments)
+                await asyncio.shield(future)
+            except asyncio.CancelledError:
+                await asyncio.wait([future])  # nothing is taken from under a thread that is at work
+                raise
             except OSError as error:
                 event(_log, logging.ERROR, "cannot deliver", id=ctx.session.id, path=self.path, problem=error.strerror)
                 full = error.errno in _FULL

@@ -41,7 +41,7 @@ def parse_address(text: str) -> SocketAddress:
     """Read ADDR; a ValueError says what is wrong with it."""
     scheme, _, rest = text.partition(":")
     if scheme == "unix":
-        if not rest:
+        if not rest or "\0" in rest:
             raise ValueError(f"{text!r} has no path: write unix:/path/to/socket")
         if len(os.fsencode(rest)) > 107:
             raise ValueError(f"{text!r} is too long: the path of a Unix socket has at most 107 bytes")
@@ -71,7 +71,10 @@ def bind(address: SocketAddress) -> list[socket.socket]:
         return [_listen(socket.AF_UNIX, address.path)]
     if not address.host:
         return [_listen_everywhere(address.port)]
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError:
+        raise OSError(errno.EINVAL, f"{address.host!r} is not a host name") from None
     sockets: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         for family, name in dict.fromkeys((family, name) for family, _, _, _, name in found):
@@ -169,6 +172,6 @@ class Networks:
         version, family = (6, socket.AF_INET6) if ":" in host else (4, socket.AF_INET)
         try:
             number = int.from_bytes(socket.inet_pton(family, host), "big")
-        except OSError:
-            return False
+        except (OSError, ValueError):
+            return False  # no address at all: a Unix socket's path
         return any(kind == version and number & mask == network for kind, network, mask in self._blocks)

@@ -5,6 +5,7 @@ A wrong setting is one line on stderr and exit status 2, as click does it.
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -48,6 +49,20 @@ NETWORK = NetworkType()
 SECONDS = click.FloatRange(min=0, min_open=True)
 
 
+class Program(click.Command):
+    """A command whose errors are one line on stderr, with exit status 2."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            status = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            click.echo(f"Error: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(2)
+        except click.Abort:
+            sys.exit(130)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
 class SettingError(click.ClickException):
     """A setting that cannot work: one line on stderr, exit status 2."""
 
@@ -82,11 +97,20 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     if stray := set(tables) - {"core", "edge"}:
         raise click.BadParameter(f"{path}: unknown section [{sorted(stray)[0]}]; there are [core] and [edge]")
     known = {option[2:]: param.name for param in ctx.command.params for option in param.opts if option.startswith("--")}
+    repeatable = {param.name for param in ctx.command.params if getattr(param, "multiple", False)}
     settings: dict[str, Any] = {}
     own = tables.get(section, {})
     for key, value in {**{k: v for k, v in document.items() if k not in tables}, **own}.items():
         name = known.get(key.replace("_", "-"))
         if name is None:
             raise click.BadParameter(f"{path}: unknown key {key!r}; the keys are the flags without dashes in front")
-        settings[name] = value
+        settings[name] = _plain(path, key, value, many=name in repeatable)
     return settings
+
+
+def _plain(path: str, key: str, value: Any, many: bool) -> Any:
+    """A value as a flag could have it: repeatable ones are lists, and may be written without one."""
+    values = value if isinstance(value, list) and many else [value]
+    if not all(isinstance(each, str | int | float) for each in values):
+        raise click.BadParameter(f"{path}: {key} is {'text, or a list of texts' if many else 'text, a number, true or false'}")
+    return values if many else value

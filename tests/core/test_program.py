@@ -160,6 +160,9 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["--size", "-1"],
         ["--drain-timeout", "0"],
         ["--nonsense"],
+        ["--listen", "a..b:25"],
+        ["--listen", "x" * 70 + ":25"],
+        [".x:app"],
         ["nomodule:app"],
         ["noapp"],
         ["json:dumps"],
@@ -171,7 +174,8 @@ def test_a_wrong_setting_is_one_line_and_exit_2(arguments: list[str], tmp_path: 
     done = run("--proxy-protocol", "off", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fumi_core.runtime.endpoint import Endpoint
 from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, Program, SettingError, config_option
+from fumi_core.users import Users, hash_password
 
 log = logging.getLogger("fumi.core")
 
@@ -32,6 +33,8 @@ _OPTIONS = {
     "trusted_proxy": "trusted_proxies",
     "assume_tls": "assume_tls",
     "require_tls": "require_tls",
+    "allow_insecure_auth": "allow_insecure_auth",
+    "lmtp": "lmtp",
     "size": "size",
     "max_clients": "max_clients",
     "name": "name",
@@ -56,11 +59,16 @@ _OPTIONS = {
 @click.option("--assume-tls", is_flag=True, help="Take every client for one that came over TLS: for stunnel.")
 @click.option("--deliver", metavar="TARGET", help="maildir:PATH or discard:  [default: maildir:./maildir]")
 @click.option("--domain", multiple=True, help="Accept recipients of this domain alone; repeatable. [default: all]")
+@click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Let these users in: NAME:HASH a line.")
+@click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
+@click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")
+@click.option("--allow-insecure-auth", is_flag=True, help="Offer AUTH to clients that did not come over TLS, too.")
 @click.option("--require-tls", is_flag=True, help="Refuse MAIL from a client that did not come over TLS.")
 @click.option("--size", type=click.IntRange(1), help="Largest message, in octets. [default: no limit]")
 @click.option("--max-clients", type=click.IntRange(1), help="Most clients at once. [default: no limit]")
 @click.option("--name", help="The server's name in banner and trace lines. [default: this host's]")
 @click.option("--banner", default="", help="Words behind the name in the banner.")
+@click.option("--lmtp", is_flag=True, help="Speak LMTP: an answer for each recipient.")
 @click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
 @click.option(
     "--drain-timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds transactions get to end at SIGTERM."
@@ -82,6 +90,9 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
 
     Every flag can be given as an environment variable too: FUMI_CORE_LISTEN and so on.
     """
+    if settings["hash_password"]:
+        click.echo(hash_password(_ask_password()))
+        return
     configure(settings["log_format"], settings["log_level"])
     raise_descriptor_limit()
     given = {name for name in settings if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
@@ -114,6 +125,12 @@ def _program(settings: dict[str, Any], given: set[str]) -> _Setup:
     else:
         app, target = Fumi(auth_optional=True, logger=True), _target(settings["deliver"] or "maildir:./maildir")
         wanted = {flag for flag in _OPTIONS if settings[flag] not in (None, ())}
+    if settings["users"]:
+        app.use(_users(settings["users"]))
+    elif settings["auth_required"] and not settings["app"]:
+        raise SettingError("--auth-required needs --users FILE: nobody could send mail")
+    if settings["auth_required"]:
+        app.configure(auth_optional=False)
     try:
         app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
     except ValueError as error:
@@ -134,6 +151,21 @@ def _target(text: str) -> Target:
         return parse_target(text)
     except ValueError as error:
         raise SettingError(f"--deliver: {error}") from None
+
+
+def _users(path: str) -> Users:
+    try:
+        return Users(path)
+    except OSError as error:
+        raise SettingError(f"--users {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingError(f"--users: {error}") from None
+
+
+def _ask_password() -> str:
+    if sys.stdin.isatty():
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+    return sys.stdin.readline().rstrip("\r\n")
 
 
 def _load(reference: str) -> Fumi:

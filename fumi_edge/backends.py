@@ -26,6 +26,8 @@ FAREWELL = 5.0
 """Seconds an abandoned backend has to close its side."""
 _BUSY = 0.02  # seconds until a Unix socket with a full queue is asked again
 
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 Name = tuple[str, int] | str
 Target = tuple[int, Any]
 """Address family, and the address as connect() takes it."""
@@ -134,7 +136,11 @@ class Backends:
             try:
                 sock = await self._connect(loop, backend, opening)
             except OSError as error:
-                backend.failed(loop.time(), reason_of(error), error)
+                if error.errno in _OURS:
+                    # Nothing is known of the backend: it is this process that has no more.
+                    backend.metrics.errors["other"].inc()
+                else:
+                    backend.failed(loop.time(), reason_of(error), error)
                 continue
             backend.succeeded(loop.time() - begun)
             return sock, backend

@@ -107,6 +107,8 @@ def _complaint(error: ssl.SSLError, cert: str, key: str | None) -> str:
     reason = (error.reason or "").replace("_", " ").lower()
     if "mismatch" in reason:
         return f"{key or cert}: the private key does not belong to the certificate in {cert}"
+    if "pem lib" in str(error).lower():
+        return f"{cert}: OpenSSL cannot read the certificate, or the key in {key or cert}"
     verify = getattr(error, "verify_message", "")
     return f"{cert}: not usable by a TLS server: {verify or reason or error}"
 

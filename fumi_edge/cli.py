@@ -7,16 +7,18 @@ import contextlib
 import errno
 import gc
 import logging
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
 from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.settings import ADDRESS, SECONDS, Program, SettingError, config_option
+from fumi_core.runtime.settings import ADDRESS, SECONDS, SECONDS_OR_NONE, Program, SettingError, config_option
 from fumi_edge import dev
 from fumi_edge.backends import greeting, probe
 from fumi_edge.certificates import CertificateError, Certificates, Policy
@@ -50,7 +52,7 @@ _HINTS = {
 @click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
 @click.option("--idle-timeout", type=SECONDS, default=900.0, help="Seconds of silence in both directions.")
 @click.option("--max-clients", type=click.IntRange(min=1), help="Connections at once.")
-@click.option("--drain-timeout", type=click.FloatRange(min=0), default=30.0, help="Seconds for connections to end at a stop.")
+@click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option("--check", is_flag=True, help="Check certificates, addresses and backends, and exit.")
@@ -62,11 +64,15 @@ def main(log_format: str, log_level: str, check: bool, dev_mode: bool, **flags: 
     raise_descriptor_limit()
     with contextlib.ExitStack() as stack:
         if dev_mode:
+            if flags["cert"] or flags["key"] or flags["backend"]:
+                raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
             directory = stack.enter_context(dev.directory())
             flags |= dev.defaults(flags, directory)
         edge = _edge(flags)
+        if dev_mode:
+            dev.remove_key(directory)
         if check:
-            _check(edge, flags)
+            _check(edge, () if dev_mode else edge.backend_addresses, flags)
             return
         with asyncio.Runner() as runner:
             runner.run(_run(edge, dev.Bench(edge, directory) if dev_mode else None))
@@ -98,10 +104,10 @@ def _edge(flags: dict[str, Any]) -> Edge:
     return Edge(certificates=certificates, backends=flags.pop("backend"), **flags)
 
 
-def _check(edge: Edge, flags: dict[str, Any]) -> None:
+def _check(edge: Edge, backends: Sequence[SocketAddress], flags: dict[str, Any]) -> None:
     """Exit with status 2 and a line for each thing that is wrong."""
     problems = [edge.certificates.problem(time.time())]
-    for address in edge.backend_addresses:
+    for address in backends:
         trouble = probe(address, flags["connect_timeout"], greeting(flags["proxy_protocol"]))
         problems.append(trouble and f"backend {address}: {trouble}")
     if found := [problem for problem in problems if problem]:
@@ -121,7 +127,8 @@ async def _run(edge: Edge, bench: dev.Bench | None) -> None:
     _tune_collector()
     if bench is not None:
         click.echo(bench.instructions())
-    number = await stop_signal()
+    # In a terminal, to close it is to stop.
+    number = await stop_signal(*([signal.SIGHUP] if bench is not None else []))
     event(log, logging.INFO, "stopping", signal=number.name)
     await edge.close()
     if bench is not None:

@@ -22,7 +22,7 @@ from fumi_edge.certificates import TLSSocket
 from fumi_edge.ending import NO_BACKEND, Ended, reset_on_close, take_leave
 from fumi_edge.handshake import HandshakeError, handshake
 from fumi_edge.preamble import Negotiation
-from fumi_edge.readiness import receive
+from fumi_edge.readiness import Company
 from fumi_edge.starttls import Preamble, Replies, Step, Verdict
 from fumi_edge.tunnel import Tunnel
 
@@ -37,7 +37,7 @@ BANNER = 300.0
 """Seconds a backend may take for its banner (RFC 5321 §4.5.3.2.1)."""
 _GONE = ("client_closed", "client_reset", "handshake_timeout", "handshake_reset")
 """Ends at which nobody is left to hear last words."""
-_BROKEN_OFF = ("client_reset", "idle_timeout", "shutdown")
+_BROKEN_OFF = ("client_reset", "idle_timeout", "linger", "shutdown")
 
 _process = ""
 _numbers = itertools.count(1)
@@ -130,6 +130,7 @@ class Connection:
             else:
                 self._decide("plaintext")
                 upstream, downstream = step.backend, step.client
+                self.received -= len(upstream)  # the tunnel counts it
         else:
             await self._handshake()
             await self._connect()
@@ -171,7 +172,7 @@ class Connection:
         try:
             return await negotiation.run()
         except Ended as ended:
-            if ended.reason in ("injection", "not_smtp"):
+            if ended.reason in ("injection", "not_smtp", "errors"):
                 self._edge.metrics.rejected[ended.reason].inc()
             if ended.reason == "injection":
                 self._decide("injection")
@@ -200,11 +201,20 @@ class Connection:
         assert self.backend is not None
         loop = asyncio.get_running_loop()
         replies = Replies()
+        company = Company(loop, self._client)
         banner: bytes | None = None
-        with contextlib.suppress(OSError):
+        try:
             async with asyncio.timeout(min(BANNER, self._edge.idle_timeout)):
-                while banner is None and (data := await receive(loop, self._backend, 4096)):
+                while banner is None:
+                    await company.readable(self._backend.fileno())
+                    data = self._backend.recv(4096)
+                    if not data:
+                        break
                     banner = replies.feed(data)
+        except ConnectionResetError:
+            raise Ended("client_reset") from None
+        except OSError:
+            banner = None
         if banner is not None and banner.startswith(b"220"):
             return replies.rest
         self.backend.metrics.errors["banner"].inc()
@@ -241,6 +251,9 @@ class Connection:
         if isinstance(self._client, TLSSocket) and reason in ("idle_timeout", "shutdown"):
             with contextlib.suppress(OSError, ValueError):
                 self._client.unwrap()
+        if (fd := self._client.fileno()) >= 0:
+            # The handshake leaves its reader for the tunnel to replace; left behind, it would deafen the descriptor's next owner.
+            asyncio.get_running_loop().remove_reader(fd)
         self._client.close()
 
     def _report(self, reason: str) -> None:

@@ -39,6 +39,11 @@ def directory() -> Iterator[str]:
         yield path
 
 
+def remove_key(path: str) -> None:
+    """The key has been read, and nobody else is to read it."""
+    os.unlink(f"{path}/key.pem")
+
+
 def defaults(flags: dict[str, Any], path: str) -> dict[str, Any]:
     """What --dev sets; addresses that were given stay."""
     return {

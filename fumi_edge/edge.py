@@ -25,6 +25,7 @@ log = logging.getLogger("fumi.edge")
 
 HEARTBEAT = 5.0
 """Seconds between two looks at all connections, for idleness and for the metrics."""
+SHORTEST_BEAT = 0.05
 PROBE = 2.0
 """Seconds a backend has to answer when somebody asks whether the edge is ready."""
 
@@ -72,6 +73,7 @@ class Edge:
         self._drain_timeout = drain_timeout
         self._metrics_address = metrics
         self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._draining = False
         self._heartbeat: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -95,6 +97,7 @@ class Edge:
 
     async def close(self) -> None:
         """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest."""
+        self._draining = True
         for listener in self.listeners:
             listener.close()
         if self._connections:
@@ -133,10 +136,12 @@ class Edge:
         now = loop.time()
         for connection in self._connections.values():
             connection.tick(now)
-        self._heartbeat = loop.call_later(min(HEARTBEAT, self.idle_timeout / 4), self._beat)
+        self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self.idle_timeout / 4)), self._beat)
 
     def _problem(self) -> str | None:
         """Why the edge is not ready, or None. Runs in the endpoint's thread, and asks the backends now."""
+        if self._draining:
+            return "draining"
         problem = self.certificates.problem(time.time())
         if problem is None:
             for address in self.backend_addresses:

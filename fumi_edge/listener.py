@@ -22,6 +22,8 @@ BURST = 32
 """Connections accepted before the others get a turn."""
 PAUSE = 0.5
 """Seconds without accepting when descriptors or the kernel's memory have run out."""
+QUIET = 60.0
+"""Seconds without a pause after which the next one is worth a line again."""
 _WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -33,7 +35,8 @@ class Listener:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
-        self._exhausted = False
+        self._paused_at = float("-inf")
+        self._closing = False
         self.name = name
         self.starttls = starttls
         self.metrics = edge.metrics.listener(name)
@@ -56,28 +59,32 @@ class Listener:
             return
         if self._resume is not None:
             self._resume.cancel()
-        else:
-            self._accept()
+        self._closing = True
+        while not self._accept():
+            pass
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take in up to BURST connections; whether there are no more to be had now."""
         for _ in range(BURST):
             try:
                 client, name = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                return True
             except OSError as error:
-                self._pause(error)
-                return
-            self._exhausted = False
+                if not self._closing:
+                    self._pause(error)
+                return True
             self._admit(client, name)
+        return False
 
     def _pause(self, error: OSError) -> None:
-        if not self._exhausted:
-            # Once, until one is accepted again: this can last.
+        now = self._loop.time()
+        if now - self._paused_at > QUIET:
+            # Once: this can last, with one connection accepted now and then.
             event(log, logging.ERROR, "cannot accept, pausing", listener=self.name, error=error.strerror)
-        self._exhausted = True
+        self._paused_at = now
         self._loop.remove_reader(self._sock.fileno())
         self._resume = self._loop.call_later(PAUSE, self._unpause)
 

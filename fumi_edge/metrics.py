@@ -15,7 +15,7 @@ from fumi_edge.handshake import RESULTS
 
 STARTTLS_RESULTS = ("upgraded", "plaintext", "refused", "injection")
 BACKEND_ERRORS = ("refused", "timeout", "unreachable", "resolve", "banner", "other")
-REJECTIONS = ("max_clients", "injection", "not_smtp")
+REJECTIONS = ("max_clients", "injection", "not_smtp", "errors")
 TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
 
 _HANDSHAKE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)

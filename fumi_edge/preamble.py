@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from fumi_edge.ending import TIMED_OUT, Ended
-from fumi_edge.readiness import readable, send_all
+from fumi_edge.readiness import Company, readable, send_all
 from fumi_edge.starttls import INJECTED, READY, Preamble, Step, Verdict
 
 CHUNK = 4096
@@ -22,6 +22,7 @@ class Negotiation:
         self._backend = backend
         self._preamble = preamble
         self._idle_timeout = idle_timeout
+        self._company = Company(self._loop, client)
         self.received = self.sent = 0
 
     async def run(self) -> Step:
@@ -37,17 +38,20 @@ class Negotiation:
                         return step
                     await self._say(step.client)
                     await self._forward(step.backend)
+                    if step.verdict is Verdict.UPGRADE:
+                        await self._go_ahead()
+                        return step
             except TimeoutError:
                 raise Ended("idle_timeout", TIMED_OUT) from None
-            if step.verdict is Verdict.UPGRADE:
-                await self._go_ahead()
-                return step
             if step.verdict is not None:
                 raise Ended(step.verdict.value)
 
     async def _step(self) -> Step:
         if not self._preamble.wants_command:
-            await readable(self._loop, self._backend.fileno())
+            try:
+                await self._company.readable(self._backend.fileno())
+            except ConnectionResetError:
+                raise Ended("client_reset") from None
             return self._from_backend()
         await readable(self._loop, self._client.fileno(), self._backend.fileno())
         # The backend first: when it has closed, the client's command would get no answer.
@@ -75,6 +79,7 @@ class Negotiation:
         if not data:
             raise Ended("client_closed")
         self.received += len(data)
+        self._company.watch()
         return self._preamble.client_said(data)
 
     async def _say(self, reply: bytes) -> None:

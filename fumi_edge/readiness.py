@@ -10,18 +10,18 @@ import socket
 import ssl
 
 
-def _wake(future: asyncio.Future[None]) -> None:
+def _wake(future: asyncio.Future[int], fd: int) -> None:
     if not future.done():
-        future.set_result(None)
+        future.set_result(fd)
 
 
-async def readable(loop: asyncio.AbstractEventLoop, *descriptors: int) -> None:
-    """Return once one of the descriptors has something to read, or has ended."""
-    woken: asyncio.Future[None] = loop.create_future()
+async def readable(loop: asyncio.AbstractEventLoop, *descriptors: int) -> int:
+    """Return the first of the descriptors that has something to read, or has ended."""
+    woken: asyncio.Future[int] = loop.create_future()
     for fd in descriptors:
-        loop.add_reader(fd, _wake, woken)
+        loop.add_reader(fd, _wake, woken, fd)
     try:
-        await woken
+        return await woken
     finally:
         for fd in descriptors:
             loop.remove_reader(fd)
@@ -29,12 +29,41 @@ async def readable(loop: asyncio.AbstractEventLoop, *descriptors: int) -> None:
 
 async def writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
     """Return once the descriptor takes bytes, is connected, or has failed."""
-    woken: asyncio.Future[None] = loop.create_future()
-    loop.add_writer(fd, _wake, woken)
+    woken: asyncio.Future[int] = loop.create_future()
+    loop.add_writer(fd, _wake, woken, fd)
     try:
         await woken
     finally:
         loop.remove_writer(fd)
+
+
+class Company:
+    """Notices that a client has gone while a backend is waited for."""
+
+    __slots__ = ("_client", "_loop", "_watching")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, client: socket.socket) -> None:
+        self._loop = loop
+        self._client = client
+        self._watching = True
+
+    def watch(self) -> None:
+        """Look again: what the client had sent has been read."""
+        self._watching = True
+
+    async def readable(self, fd: int) -> None:
+        """Return once the descriptor has something to read. Raises ConnectionResetError when the client breaks off first."""
+        while self._watching:
+            if await readable(self._loop, fd, self._client.fileno()) == fd:
+                return
+            try:
+                socket.socket.recv(self._client, 1, socket.MSG_PEEK)
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise ConnectionResetError from None
+            self._watching = False  # it is ahead of us, or has said all it will say: that must wait
+        await readable(self._loop, fd)
 
 
 async def receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int) -> bytes:

@@ -1,12 +1,12 @@
 """The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: bytes of both sides in, bytes for both sides and a verdict out.
 
-Until the client upgrades, or sends a command behind which content may follow, the dialogue is held in lock-step: one command of
-the client, one whole reply of the backend. Only so can the edge say which bytes came in plaintext, offer STARTTLS in the one
-reply where it belongs, and let nothing said before the handshake survive it (RFC 3207 §4.2, CVE-2011-0411).
+Until the client upgrades, or content follows, the dialogue is held in lock-step: one command of the client, one whole reply of
+the backend. Only so can the edge say which bytes came in plaintext, offer STARTTLS in the one reply where it belongs, and let
+nothing said before the handshake survive it (RFC 3207 §4.2, CVE-2011-0411). A client whose MAIL was answered 530 can upgrade yet.
 
     BANNER ──reply──▶ COMMAND ──forwarded──▶ REPLY ──reply──▶ COMMAND …
                          │ STARTTLS → UPGRADE, with bytes behind it → INJECTION
-                         │ MAIL, AUTH, DATA, BDAT … → PLAINTEXT, from there on the tunnel
+                         │ BDAT, or a 3yz reply to DATA or AUTH → PLAINTEXT, from there on the tunnel
                          └ not SMTP at all → NOT_SMTP
 """
 
@@ -15,6 +15,8 @@ from __future__ import annotations
 import enum
 import re
 from typing import NamedTuple
+
+from fumi_core.grammar import HTTP_REQUEST
 
 LINE_LIMIT = 4096
 REPLY_LIMIT = 64 * 1024
@@ -26,14 +28,19 @@ LINE_TOO_LONG = b"500 5.5.2 Error: line too long\r\n"
 INJECTED = b"554 5.7.0 Error: commands behind STARTTLS are refused\r\n"
 NOT_SMTP = b"554 5.5.1 Error: this is an SMTP server\r\n"
 
-_CONTENT = frozenset((b"MAIL", b"AUTH", b"DATA", b"BDAT"))
-"""Commands behind which bytes may follow that are no command; with RCPT and the like, a client that gets there has said MAIL."""
+TOO_MANY_ERRORS = b"421 4.7.0 Error: too many errors\r\n"
+MAX_ERRORS = 20
+
+_CONTENT = frozenset((b"BDAT",))
+"""Commands behind which content follows unasked. Behind others it needs a 3yz reply: DATA's 354, AUTH's 334."""
+_LONG = frozenset((b"AUTH", b"BDAT"))
+"""Commands whose line may be longer (RFC 4954 §4), which is the backend's to judge."""
 _BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
 _GREETINGS = frozenset((b"EHLO", b"LHLO"))
 _KEYWORD = re.compile(rb"^250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE | re.MULTILINE)
 _LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
-_VERB = re.compile(rb"[^\s]*")
-_CONTROL = bytes(set(range(0x20)) - {0x09, 0x0A, 0x0D}) + b"\x7f"
+_VERB = re.compile(rb"[^ \t\r\n]*")
+_BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
 
 
 class Verdict(enum.Enum):
@@ -43,6 +50,7 @@ class Verdict(enum.Enum):
     PLAINTEXT = "plaintext"
     INJECTION = "injection"
     NOT_SMTP = "not_smtp"
+    ERRORS = "errors"
 
 
 class Step(NamedTuple):
@@ -88,6 +96,7 @@ class Preamble:
         self._replies = Replies()
         self._commands = b""
         self._overlong = False
+        self._errors = 0
         self.refused = False
         """Whether a command got a 530."""
 
@@ -128,7 +137,7 @@ class Preamble:
             if line is None:
                 step = self._unfinished()
             elif not line:
-                step = Step(LINE_TOO_LONG)
+                step = self._mistake(LINE_TOO_LONG)
             else:
                 step = self._command(line)
             answers += step.client
@@ -146,39 +155,43 @@ class Preamble:
         if not end:
             return None
         line, self._commands = self._commands[:end], self._commands[end:]
-        return line if len(line) <= LINE_LIMIT or self._is_content(line) else b""
+        return line if len(line) <= LINE_LIMIT or self._may_be_long(line) else b""
 
     def _unfinished(self) -> Step:
         """Judge the beginning of a line that is not whole yet."""
-        if self._commands[:1] and self._commands[0] in _CONTROL:
+        if _BINARY.match(self._commands):
             return Step(NOT_SMTP, verdict=Verdict.NOT_SMTP)
         if len(self._commands) > LINE_LIMIT:
-            if self._is_content(self._commands):
-                # AUTH's line may be longer (RFC 4954 §4), and is the backend's to judge.
+            if self._may_be_long(self._commands):
                 return Step(backend=self._commands, verdict=Verdict.PLAINTEXT)
             self._commands, self._overlong = b"", True
         return Step()
 
-    def _is_content(self, line: bytes) -> bool:
-        return not self._require_tls and _verb(line) in _CONTENT
+    def _may_be_long(self, line: bytes) -> bool:
+        return not self._require_tls and _verb(line) in _LONG
+
+    def _mistake(self, reply: bytes) -> Step:
+        """Answer what the backend never hears of; one too many ends it."""
+        self._errors += 1
+        return Step(reply) if self._errors <= MAX_ERRORS else Step(TOO_MANY_ERRORS, verdict=Verdict.ERRORS)
 
     def _command(self, line: bytes) -> Step:
         verb = _verb(line)
-        if line[0] in _CONTROL:
+        if _BINARY.match(line) or (self._require_tls and HTTP_REQUEST.match(line)):
             return Step(NOT_SMTP, verdict=Verdict.NOT_SMTP)
         if verb == b"STARTTLS" and line.endswith(b"\r\n"):
             return self._starttls(line)
         if self._require_tls and (verb not in _BEFORE_TLS or b"\r" in line.rstrip(b"\r\n")):
             self.refused = True
-            return Step(MUST_STARTTLS)
+            return self._mistake(MUST_STARTTLS)
         if verb in _CONTENT:
             return Step(backend=line + self._commands, verdict=Verdict.PLAINTEXT)
         self._await = _Await.GREETING_REPLY if verb in _GREETINGS else _Await.REPLY
         return Step(backend=line)
 
     def _starttls(self, line: bytes) -> Step:
-        if line.strip().upper() != b"STARTTLS":
-            return Step(NO_ARGUMENT)
+        if line[len(b"STARTTLS") : -2].strip(b" \t"):
+            return self._mistake(NO_ARGUMENT)
         if self._commands:
             return Step(INJECTED, verdict=Verdict.INJECTION)
         return Step(verdict=Verdict.UPGRADE)

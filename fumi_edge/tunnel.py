@@ -30,7 +30,7 @@ RECORD = 16 * 1024
 COMMAND = 1024
 """A first read shorter than this is a command or a reply: trying at once for more would only find nothing."""
 LINGER = 30.0
-"""Seconds a client may take to end its side after the backend has ended."""
+"""Seconds of silence after which a client that does not end its side, though the backend has, is cut off."""
 
 
 class State(enum.IntEnum):
@@ -129,7 +129,7 @@ class Tunnel:
         return self._down.total
 
     async def run(self) -> str:
-        """Returns why it ended: client_closed, backend_closed, client_reset, backend_reset or idle_timeout."""
+        """Returns why it ended: client_closed, backend_closed, client_reset, backend_reset, idle_timeout or linger."""
         ends = (self._client, self._up.sink)
         for end in ends:
             # Replaces the handshake's reader where that is still there, without a system call.
@@ -155,8 +155,11 @@ class Tunnel:
         moved = self._up.total + self._down.total
         if moved != self._moved:
             self._moved, self._moved_at = moved, now
+            if self._deadline is not None:
+                self._deadline = now + LINGER
         if self._deadline is not None:
             if now >= self._deadline:
+                self._reason = "linger"
                 self._finish(self._reason)
         elif now - self._moved_at >= self._idle_timeout:
             self._reason = "idle_timeout"
@@ -185,7 +188,8 @@ class Tunnel:
             return
         if end.inward.wants_write:
             end.inward.wants_write = False
-            self._pump(end.inward)
+            if not end.inward.leftover:
+                self._pump(end.inward)
         flow = end.outward
         if (flow.leftover or (flow.state is _CLOSING and not flow.held)) and self._flush(flow) and flow.state is _OPEN:
             # More is likely to be waiting: while the sink stays the slower side, neither socket's registration has to change.
@@ -225,6 +229,7 @@ class Tunnel:
 
     def _pump(self, flow: _Flow) -> None:
         """Read once, at most a buffer full, and pass it on. Only for a flow without a leftover."""
+        assert not flow.leftover
         source = flow.source
         try:
             count, ended = self._fill(flow, source.sock) if source.tls else self._receive(source.sock)
@@ -392,7 +397,8 @@ class Tunnel:
         try:
             sock.unwrap()
         except ssl.SSLWantWriteError:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
             return False
         except ssl.SSLWantReadError:
             return True

@@ -49,6 +49,8 @@ def parse_address(text: str) -> SocketAddress:
     if scheme == "fd":
         if not rest.isascii() or not rest.isdigit():
             raise ValueError(f"{text!r} names no descriptor: write fd:3")
+        if int(rest) > 2**31 - 1:
+            raise ValueError(f"{text!r} is no descriptor: the number is too great")
         return SocketAddress("fd", fd=int(rest))
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
@@ -57,6 +59,10 @@ def parse_address(text: str) -> SocketAddress:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"{text!r} is ambiguous: write an IPv6 address in brackets, as in [::1]:{port}")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"{text!r}: {host!r} is not a host name") from None
     return SocketAddress("tcp", host=host, port=int(port))
 
 
@@ -71,10 +77,7 @@ def bind(address: SocketAddress) -> list[socket.socket]:
         return [_listen(socket.AF_UNIX, address.path)]
     if not address.host:
         return [_listen_everywhere(address.port)]
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError:
-        raise OSError(errno.EINVAL, f"{address.host!r} is not a host name") from None
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         for family, name in dict.fromkeys((family, name) for family, _, _, _, name in found):

@@ -5,6 +5,7 @@ A wrong setting is one line on stderr and exit status 2, as click does it.
 
 from __future__ import annotations
 
+import math
 import sys
 import tomllib
 from collections.abc import Callable
@@ -44,9 +45,22 @@ class NetworkType(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
+class SecondsType(click.FloatRange):
+    """A finite number of seconds."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is not a number of seconds", param, ctx)
+        return seconds
+
+
 ADDRESS = AddressType()
 NETWORK = NetworkType()
-SECONDS = click.FloatRange(min=0, min_open=True)
+SECONDS = SecondsType(min=0.001)
+SECONDS_OR_NONE = SecondsType(min=0)
 
 
 class Program(click.Command):

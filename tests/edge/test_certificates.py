@@ -65,7 +65,7 @@ def test_what_cannot_be_used_is_one_line_that_names_the_file(make_certificate, t
         "other key": ((cert, other), "does not belong to the certificate"),
         "encrypted": ((cert, encrypted), "is encrypted"),
         "no key file": ((cert, tmp_path / "none.pem"), "cannot read the key: No such file"),
-        "nonsense": ((nonsense, key), "not usable by a TLS server"),
+        "nonsense": ((nonsense, key), "OpenSSL cannot read the certificate"),
     }[case]
     with pytest.raises(CertificateError, match=complaint) as caught:
         load(Policy(), *(each and str(each) for each in arguments))

@@ -57,11 +57,19 @@ def test_helo_is_offered_nothing():
     assert preamble.backend_said(b"250 hi\r\n").client == b"250 hi\r\n"
 
 
-@pytest.mark.parametrize("command", [b"MAIL FROM:<>", b"mail from:<>", b"AUTH PLAIN", b"DATA", b"BDAT 5"])
+@pytest.mark.parametrize("command", [b"BDAT 5", b"bdat 5 LAST"])
 def test_commands_with_content_end_the_preamble_with_all_that_is_there(command):
     preamble = started()
     step = preamble.client_said(command + b"\r\nSTARTTLS\r\nhalf a li")
     assert step == Step(backend=command + b"\r\nSTARTTLS\r\nhalf a li", verdict=Verdict.PLAINTEXT)
+
+
+@pytest.mark.parametrize("command", [b"MAIL FROM:<>", b"mail from:<>", b"RCPT TO:<a@b>", b"AUTH PLAIN", b"DATA"])
+def test_a_client_whose_command_was_refused_can_still_upgrade(command):
+    preamble = started()
+    assert preamble.client_said(command + b"\r\n") == Step(backend=command + b"\r\n")
+    assert preamble.backend_said(b"530 first\r\n") == Step(b"530 first\r\n")
+    assert preamble.client_said(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
 
 
 def test_a_reply_that_asks_for_more_ends_the_preamble():

@@ -81,7 +81,7 @@ def connect(request, clients):
             return clients.tls(program.tls_port, buffer=buffer)
         client = clients.plain(program.starttls_port, buffer=buffer)
         assert client.line() == b"220 ready\r\n"
-        client.say(b"MAIL\r\n")
+        client.say(b"BDAT\r\n")
         return client
 
     connect.tls = request.param == "tls"
@@ -92,7 +92,7 @@ def opening(peer, tls):
     """What a backend does to get a plaintext client out of the preamble."""
     if not tls:
         peer.say(b"220 ready\r\n")
-        assert peer.line() == b"MAIL\r\n"
+        assert peer.line() == b"BDAT\r\n"
 
 
 @pytest.mark.parametrize("slow", ["nobody", "client", "backend"])

@@ -13,23 +13,20 @@ import os
 import secrets
 import socket
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from fumi_core.proxy_protocol import TLSInfo
 from fumi_core.runtime.logs import event
-from fumi_edge.backends import Backend, NoBackend, header
-from fumi_edge.certificates import TLSSocket
+from fumi_edge.backends import Backend, Backends, Name, NoBackend, header
+from fumi_edge.certificates import Certificates, TLSSocket
 from fumi_edge.ending import NO_BACKEND, Ended, reset_on_close, take_leave
 from fumi_edge.handshake import HandshakeError, handshake
+from fumi_edge.listener import Listener
+from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.preamble import Negotiation
 from fumi_edge.readiness import Company
 from fumi_edge.starttls import Preamble, Replies, Step, Verdict
 from fumi_edge.tunnel import Tunnel
-
-if TYPE_CHECKING:
-    from fumi_edge.backends import Name
-    from fumi_edge.edge import Edge
-    from fumi_edge.listener import Listener
 
 log = logging.getLogger("fumi.edge")
 
@@ -57,6 +54,21 @@ def unique_id() -> str:
     return f"{_process}-{next(_numbers):x}"
 
 
+@dataclass(slots=True)
+class Service:
+    """What all connections of an edge share. Times are in seconds; ``buffer`` is the tunnels' one."""
+
+    certificates: Certificates
+    backends: Backends
+    metrics: EdgeMetrics
+    buffer: memoryview
+    proxy_protocol: str
+    require_tls: bool
+    hide_starttls: bool
+    handshake_timeout: float
+    idle_timeout: float
+
+
 class Connection:
     """One client connection. It owns its sockets and closes them."""
 
@@ -65,7 +77,7 @@ class Connection:
         "_client",
         "_counted",
         "_destination",
-        "_edge",
+        "_service",
         "_source",
         "_tunnel",
         "_undecided",
@@ -79,8 +91,8 @@ class Connection:
         "tls",
     )
 
-    def __init__(self, edge: Edge, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
-        self._edge = edge
+    def __init__(self, service: Service, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
+        self._service = service
         self.listener = listener
         self._client = client
         self._source = source
@@ -105,7 +117,7 @@ class Connection:
             reason = ended.reason
             if reason not in _GONE:
                 self.sent += len(ended.reply)
-                await take_leave(self._client, ended, self._edge.idle_timeout)
+                await take_leave(self._client, ended, self._service.idle_timeout)
         except asyncio.CancelledError:
             reason = "shutdown"
             raise
@@ -140,12 +152,12 @@ class Connection:
         metrics = self.listener.metrics
         begun = time.monotonic()
         try:
-            client = self._client = self._edge.certificates.wrap(self._client)
+            client = self._client = self._service.certificates.wrap(self._client)
         except OSError:
             metrics.handshakes["reset"].inc()
             raise Ended("handshake_reset") from None
         try:
-            self.tls = await handshake(asyncio.get_running_loop(), client, self._edge.handshake_timeout)
+            self.tls = await handshake(asyncio.get_running_loop(), client, self._service.handshake_timeout)
         except HandshakeError as error:
             metrics.handshakes[error.result].inc()
             self.detail = str(error)
@@ -153,27 +165,27 @@ class Connection:
         if self.listener.starttls:
             self._decide("upgraded")
         metrics.handshakes["ok"].inc()
-        self._edge.metrics.handshake_seconds.observe(time.monotonic() - begun)
-        self._edge.metrics.tls_session(self.tls, bool(client.session_reused))
+        self._service.metrics.handshake_seconds.observe(time.monotonic() - begun)
+        self._service.metrics.tls_session(self.tls, bool(client.session_reused))
 
     async def _connect(self) -> None:
         """Connect to a backend, telling it what is known of the client by now."""
-        opening = header(self._edge.proxy_protocol, self._source, self._destination, self.id, self.tls)
+        opening = header(self._service.proxy_protocol, self._source, self._destination, self.id, self.tls)
         try:
-            self._backend, self.backend = await self._edge.backends.connect(opening)
+            self._backend, self.backend = await self._service.backends.connect(opening)
         except NoBackend:
             upgraded = self.listener.starttls and self.tls is not None
             raise Ended("no_backend", NO_BACKEND, when_asked=upgraded) from None
 
     async def _negotiate(self) -> Step:
-        preamble = Preamble(self._edge.require_tls, self._edge.hide_starttls)
+        preamble = Preamble(self._service.require_tls, self._service.hide_starttls)
         assert self._backend is not None
-        negotiation = Negotiation(self._client, self._backend, preamble, self._edge.idle_timeout)
+        negotiation = Negotiation(self._client, self._backend, preamble, self._service.idle_timeout)
         try:
             return await negotiation.run()
         except Ended as ended:
             if ended.reason in ("injection", "not_smtp", "errors"):
-                self._edge.metrics.rejected[ended.reason].inc()
+                self._service.metrics.rejected[ended.reason].inc()
             if ended.reason == "injection":
                 self._decide("injection")
             elif ended.reason != "not_smtp" and not preamble.refused:
@@ -187,12 +199,12 @@ class Connection:
         """Count, once, what has become of a STARTTLS port's client; whoever gets nowhere was refused."""
         if self._undecided:
             self._undecided = False
-            self._edge.metrics.starttls[result].inc()
+            self._service.metrics.starttls[result].inc()
 
     def _retire(self) -> None:
         """Leave the backend that heard plaintext: it gets QUIT, and nothing of what was said lives on."""
         if self._backend is not None:
-            self._edge.backends.retire(self._backend)
+            self._service.backends.retire(self._backend)
             self._backend = None
 
     async def _swallow_banner(self) -> bytes:
@@ -204,7 +216,7 @@ class Connection:
         company = Company(loop, self._client)
         banner: bytes | None = None
         try:
-            async with asyncio.timeout(min(BANNER, self._edge.idle_timeout)):
+            async with asyncio.timeout(min(BANNER, self._service.idle_timeout)):
                 while banner is None:
                     await company.readable(self._backend.fileno())
                     data = self._backend.recv(4096)
@@ -223,8 +235,8 @@ class Connection:
     async def _carry(self, upstream: bytes, downstream: bytes) -> str:
         assert self._backend is not None
         loop = asyncio.get_running_loop()
-        edge = self._edge
-        tunnel = self._tunnel = Tunnel(loop, edge.buffer, self._client, self._backend, edge.idle_timeout, upstream, downstream)
+        buffer, idle_timeout = self._service.buffer, self._service.idle_timeout
+        tunnel = self._tunnel = Tunnel(loop, buffer, self._client, self._backend, idle_timeout, upstream, downstream)
         try:
             return await tunnel.run()
         finally:
@@ -241,7 +253,7 @@ class Connection:
     def _count(self, received: int, sent: int) -> None:
         counted = self._counted
         self._counted = received, sent
-        self._edge.metrics.moved(received - counted[0], sent - counted[1])
+        self._service.metrics.moved(received - counted[0], sent - counted[1])
 
     def _close(self, reason: str) -> None:
         if self._backend is not None:
@@ -259,7 +271,7 @@ class Connection:
     def _report(self, reason: str) -> None:
         seconds = time.monotonic() - self.started
         self._count(self.received, self.sent)
-        metrics = self._edge.metrics
+        metrics = self._service.metrics
         metrics.session_seconds.observe(seconds)
         self._decide("refused")
         if log.isEnabledFor(logging.INFO):

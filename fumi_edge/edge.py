@@ -16,7 +16,7 @@ from fumi_core.runtime.endpoint import Endpoint, Problem
 from fumi_core.runtime.logs import event
 from fumi_edge.backends import Backends, Name, greeting, probe
 from fumi_edge.certificates import Certificates
-from fumi_edge.connection import Connection
+from fumi_edge.connection import Connection, Service
 from fumi_edge.listener import Listener
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.tunnel import BUFFER
@@ -55,19 +55,23 @@ class Edge:
         registry: CollectorRegistry | None = None,
     ) -> None:
         self.certificates = certificates
-        self.proxy_protocol = proxy_protocol
-        self.require_tls = require_tls
-        self.hide_starttls = hide_starttls
-        self.handshake_timeout = handshake_timeout
-        self.idle_timeout = idle_timeout
-        self.buffer = memoryview(bytearray(BUFFER))
         self.listeners: list[Listener] = []
         self.endpoint: Endpoint | None = None
         self._registry = registry or CollectorRegistry()
         self.metrics = EdgeMetrics(self._registry, certificates.ciphers(), version("fumi"))
         self.metrics.certificates((entry.name, entry.not_after) for entry in certificates.entries)
-        self.backends = Backends(backends, connect_timeout, self.metrics)
         self.backend_addresses = backends
+        self._service = Service(
+            certificates=certificates,
+            backends=Backends(backends, connect_timeout, self.metrics),
+            metrics=self.metrics,
+            buffer=memoryview(bytearray(BUFFER)),
+            proxy_protocol=proxy_protocol,
+            require_tls=require_tls,
+            hide_starttls=hide_starttls,
+            handshake_timeout=handshake_timeout,
+            idle_timeout=idle_timeout,
+        )
         self._listen = [(address, False) for address in listen] + [(address, True) for address in starttls_listen]
         self._max_clients = max_clients
         self._drain_timeout = drain_timeout
@@ -83,13 +87,13 @@ class Edge:
             for address, starttls in self._listen:
                 bound += [(sock, _name(address, sock), starttls) for sock in _bind(address)]
             if self._metrics_address is not None:
-                self.endpoint = _serve(self._metrics_address, self._registry, self._problem)
+                self.endpoint = _serve_metrics(self._metrics_address, self._registry, self._problem)
         except BaseException:
             for sock, _, _ in bound:
                 sock.close()
             raise
         for sock, name, starttls in bound:
-            self.listeners.append(Listener(self, sock, name, starttls))
+            self.listeners.append(Listener(sock, name, starttls, self.metrics, self._serve))
             event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
         if self.endpoint is not None:
             event(log, logging.INFO, "metrics", port=self.endpoint.port)
@@ -109,21 +113,20 @@ class Edge:
             await asyncio.wait(self._connections)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        await self.backends.close()
+        await self._service.backends.close()
         if self.endpoint is not None:
             await asyncio.to_thread(self.endpoint.close)
 
-    @property
-    def full(self) -> bool:
-        return self._max_clients is not None and len(self._connections) >= self._max_clients
-
-    def serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
-        """Start an accepted connection on its walk."""
-        connection = Connection(self, listener, client, source, destination)
+    def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> bool:
+        """Start an accepted connection on its walk; False when there are too many already."""
+        if self._max_clients is not None and len(self._connections) >= self._max_clients:
+            return False
+        connection = Connection(self._service, listener, client, source, destination)
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         listener.metrics.active.inc()
         task.add_done_callback(self._served)
+        return True
 
     def _served(self, task: asyncio.Task[None]) -> None:
         connection = self._connections.pop(task)
@@ -136,7 +139,7 @@ class Edge:
         now = loop.time()
         for connection in self._connections.values():
             connection.tick(now)
-        self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self.idle_timeout / 4)), self._beat)
+        self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self._service.idle_timeout / 4)), self._beat)
 
     def _problem(self) -> str | None:
         """Why the edge is not ready, or None. Runs in the endpoint's thread, and asks the backends now."""
@@ -145,7 +148,7 @@ class Edge:
         problem = self.certificates.problem(time.time())
         if problem is None:
             for address in self.backend_addresses:
-                trouble = probe(address, PROBE, greeting(self.proxy_protocol))
+                trouble = probe(address, PROBE, greeting(self._service.proxy_protocol))
                 if trouble is None:
                     return None
                 problem = f"backend {address}: {trouble}"
@@ -159,7 +162,7 @@ def _bind(address: SocketAddress) -> list[socket.socket]:
         raise OSError(error.errno, f"cannot listen on {address}: {error.strerror or error}") from None
 
 
-def _serve(address: SocketAddress, registry: CollectorRegistry, ready: Problem) -> Endpoint:
+def _serve_metrics(address: SocketAddress, registry: CollectorRegistry, ready: Problem) -> Endpoint:
     try:
         return Endpoint(address, registry, ready=ready)
     except OSError as error:

@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import logging
 import socket
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.logs import event
+from fumi_edge.backends import Name
 from fumi_edge.ending import TOO_MANY_CLIENTS
+from fumi_edge.metrics import EdgeMetrics
 
-if TYPE_CHECKING:
-    from fumi_edge.backends import Name
-    from fumi_edge.edge import Edge
+Serve = Callable[["Listener", socket.socket, Name, Name], bool]
+"""Takes an accepted connection with the client's name and our own; False when there are too many already."""
 
 log = logging.getLogger("fumi.edge.listener")
 
@@ -30,8 +32,9 @@ _WILDCARDS = ("0.0.0.0", "::")
 class Listener:
     """A listening socket of an edge; ``starttls`` says whether its clients begin in plaintext."""
 
-    def __init__(self, edge: Edge, sock: socket.socket, name: str, starttls: bool) -> None:
-        self._edge = edge
+    def __init__(self, sock: socket.socket, name: str, starttls: bool, metrics: EdgeMetrics, serve: Serve) -> None:
+        self._serve = serve
+        self._rejected = metrics.rejected
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
@@ -39,7 +42,7 @@ class Listener:
         self._closing = False
         self.name = name
         self.starttls = starttls
-        self.metrics = edge.metrics.listener(name)
+        self.metrics = metrics.listener(name)
         own = sock.getsockname()
         self.address: Name = own if isinstance(own, str) else (own[0], own[1])
         self._destination: Name | None = None
@@ -95,18 +98,19 @@ class Listener:
     def _admit(self, client: socket.socket, name: Any) -> None:
         client.setblocking(False)
         self.metrics.connections.inc()
-        if self._edge.full:
-            self._edge.metrics.rejected["max_clients"].inc()
-            event(log, logging.INFO, "rejected", client=peer_of(name)[0], listener=self.name, reason="max_clients")
-            if self.starttls:
-                with contextlib.suppress(OSError):
-                    client.send(TOO_MANY_CLIENTS)
-            client.close()
-            return
         try:
             destination = self._destination or peer_of(client.getsockname())
         except OSError:
             client.close()
             return
         source: Name = peer_of(name) if isinstance(name, tuple) else ""
-        self._edge.serve(self, client, source, destination)
+        if not self._serve(self, client, source, destination):
+            self._turn_away(client, peer_of(name)[0])
+
+    def _turn_away(self, client: socket.socket, host: str) -> None:
+        self._rejected["max_clients"].inc()
+        event(log, logging.INFO, "rejected", client=host, listener=self.name, reason="max_clients")
+        if self.starttls:
+            with contextlib.suppress(OSError):
+                client.send(TOO_MANY_CLIENTS)
+        client.close()

@@ -50,6 +50,8 @@ class CoreMetrics(Observer):
         self._commands = {verb: commands.labels(verb.decode()) for verb in tally.commands}
         replies = counter("replies", "Replies sent.", ("code",))
         self._replies = {code: replies.labels(code) for code in _CODES}
+        authentications = counter("auth", "Authentications, by mechanism and how they ended.", ("method", "result"))
+        self._authentications = {key: authentications.labels(*key) for key in tally.authentications}
         messages = counter("messages", "Messages, by how they ended.", ("result",))
         self._messages = {result: messages.labels(result) for result in ("accepted", "rejected", "deferred", "aborted")}
         self._bytes = Histogram("fumi_core_message_bytes", "Octets of messages, as received.", buckets=_SIZES, registry=registry)
@@ -69,6 +71,8 @@ class CoreMetrics(Observer):
         with self._carrying:
             for verb, count in list(self._tally.commands.items()):
                 self._carry(verb, self._commands[verb], count)
+            for key, count in list(self._tally.authentications.items()):
+                self._carry(key, self._authentications[key], count)
             for code, count in list(self._tally.replies.items()):
                 self._carry(code, self._replies.get(str(code), self._replies["other"]), count)
 

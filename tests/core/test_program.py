@@ -101,9 +101,11 @@ def test_an_app_keeps_its_options_unless_a_flag_is_given(start: Any, connect: An
     assert connect(port).banner == b"220 own ESMTP flag\r\n"
 
 
-def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any) -> None:
+def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any, tmp_path: Path) -> None:
     port, metrics = free_port(), free_port()
+    (tmp_path / "users").write_text("")
     flags = ("--proxy-protocol", "off", "--deliver", "discard:", "--metrics", f"127.0.0.1:{metrics}")
+    flags = (*flags, "--users", "users", "--allow-insecure-auth")
     start("--listen", f"127.0.0.1:{port}", *flags)
     base = f"http://127.0.0.1:{metrics}"
     eventually(lambda: reachable(metrics))
@@ -114,16 +116,23 @@ def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any) 
     client.say("DATA")
     client.say("hi\r\n.")
     client.say("QUIT")
+    client = connect(port)
+    client.say("EHLO x")
+    client.say("AUTH PLAIN AGpvZQB3cm9uZw==")
+    connect(port).say("GET / HTTP/1.0")
     text = get(f"{base}/metrics")[1]
     values = dict(re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE))
     for name, value in {
-        "fumi_core_connections_total": 1,
-        'fumi_core_sessions_total{secure="false",tls_version="none"}': 1,
+        "fumi_core_connections_total": 3,
+        'fumi_core_sessions_total{secure="false",tls_version="none"}': 3,
         'fumi_core_commands_total{command="DATA"}': 1,
         'fumi_core_commands_total{command="VRFY"}': 0,
-        'fumi_core_replies_total{code="250"}': 4,
+        'fumi_core_replies_total{code="250"}': 5,
         'fumi_core_messages_total{result="accepted"}': 1,
         'fumi_core_messages_total{result="aborted"}': 0,
+        'fumi_core_auth_total{method="PLAIN",result="failed"}': 1,
+        'fumi_core_auth_total{method="CRAM-MD5",result="ok"}': 0,
+        'fumi_core_rejected_total{reason="not_smtp"}': 1,
         'fumi_core_deliveries_total{result="ok",target="discard"}': 1,
         "fumi_core_message_bytes_sum": 4,
         "fumi_core_data_seconds_count": 1,

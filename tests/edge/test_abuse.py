@@ -212,7 +212,8 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
             assert await loop.sock_recv(backend, 10) == b"more"
             now += fumi_edge.tunnel.LINGER * 0.7
             tunnel.tick(now)
-        assert not running.done() and not tunnel._done.done()
+        assert not running.done()
+        assert not tunnel._done.done()
         tunnel.tick(now + fumi_edge.tunnel.LINGER * 1.1)
         await running
 

@@ -23,12 +23,14 @@ class LineTooLong(Exception):
 class Input:
     """Bytes in order of arrival. A line that is too long is dropped as it arrives: it takes no memory."""
 
-    __slots__ = ("_at", "_data", "_dropped")
+    __slots__ = ("_at", "_data", "_dropped", "responses")
 
     def __init__(self) -> None:
         self._data = b""
         self._at = 0
         self._dropped: bytes | None = None  # the beginning of the line that is being dropped
+        self.responses = False
+        """Whether the next line is a response to AUTH's challenge, and may be as long as those."""
 
     def __len__(self) -> int:
         return len(self._data) - self._at
@@ -37,20 +39,31 @@ class Input:
         self._data = self._data[self._at :] + data if self._at < len(self._data) else data
         self._at = 0
 
-    def line(self, limit: int) -> bytes | None:
+    def line(self) -> bytes | None:
         """The next line, up to and with its LF; None while it is not whole. Raises LineTooLong when a long one has ended."""
         end = self._data.find(b"\n", self._at) + 1
         if end == 0:
-            if self._dropped is not None or len(self) >= limit:
+            if self._dropped is not None or len(self) >= self._limit():
                 self._dropped = self.beginning()
                 self.take()
             return None
+        if end - self._at > MAX_LINE or self._dropped is not None:
+            return self._long_line(end)
+        line = self._data[self._at : end]
+        self._at = end
+        return line
+
+    def _long_line(self, end: int) -> bytes:
+        limit = self._limit()
         line = self._data[self._at : end]
         self._at = end
         if self._dropped is not None or len(line) > limit:
             beginning, self._dropped = self._dropped or line[:BEGINNING], None
             raise LineTooLong(beginning)
         return line
+
+    def _limit(self) -> int:
+        return MAX_AUTH_LINE if self.responses or self.beginning()[:5].upper() == b"AUTH " else MAX_LINE
 
     def beginning(self) -> bytes:
         """The first bytes of a line that is not whole."""

@@ -21,7 +21,7 @@ from fumi_core import grammar, parameters, replies, sasl
 from fumi_core.data import BareNewline, ChunkReader, DotReader
 from fumi_core.events import Auth, Connect, Event, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
 from fumi_core.greetings import Greetings
-from fumi_core.lines import MAX_AUTH_LINE, MAX_LINE, Input, LineTooLong
+from fumi_core.lines import Input, LineTooLong
 from fumi_core.options import Options
 from fumi_core.replies import Reply
 from fumi_core.session import Address, Envelope, Session
@@ -129,9 +129,9 @@ class Protocol:
                     return None
                 continue
             try:
-                line = self._input.line(self._limit())
+                line = self._input.line()
             except LineTooLong as error:
-                self._exchange = None
+                self._end_exchange()
                 self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
                 continue
             if line is None:
@@ -143,10 +143,6 @@ class Protocol:
             if event is not None:
                 return event
         return None
-
-    def _limit(self) -> int:
-        """How long the next line may be."""
-        return MAX_AUTH_LINE if self._exchange is not None or self._input.beginning()[:5].upper() == b"AUTH " else MAX_LINE
 
     # The application's answers
 
@@ -375,7 +371,7 @@ class Protocol:
             return replies.SYNTAX_AUTH
         if method not in options.auth_methods or method not in sasl.MECHANISMS:
             return replies.UNKNOWN_MECHANISM
-        self._exchange = exchange = _Exchange(method, sasl.MECHANISMS[method](session.name))
+        exchange = self._begin_exchange(_Exchange(method, sasl.MECHANISMS[method](session.name)))
         challenge = next(exchange.steps)
         if not space:
             return _challenge(challenge)
@@ -387,21 +383,30 @@ class Protocol:
         """Go on with a response of the client's: base64, or ``*`` to give up."""
         response = line.rstrip(b"\r\n")
         if exchange.verdict is not None:
-            self._exchange = None
+            self._end_exchange()
             return exchange.verdict
         if response == b"*":
             return self._abort_authentication(exchange, replies.AUTH_ABORTED)
         try:
             return _challenge(exchange.steps.send(b64decode(response, validate=True)))
         except StopIteration as ended:
-            self._exchange = None
+            self._end_exchange()
             self.pending = event = Auth(ended.value)
             return event
         except (binascii.Error, sasl.Malformed):
             return self._abort_authentication(exchange, replies.AUTH_MALFORMED)
 
-    def _abort_authentication(self, exchange: _Exchange, reply: Reply) -> Reply:
+    def _begin_exchange(self, exchange: _Exchange) -> _Exchange:
+        self._exchange = exchange
+        self._input.responses = True
+        return exchange
+
+    def _end_exchange(self) -> None:
         self._exchange = None
+        self._input.responses = False
+
+    def _abort_authentication(self, exchange: _Exchange, reply: Reply) -> Reply:
+        self._end_exchange()
         self._tally.authentications[exchange.method, "aborted"] += 1
         return reply
 
@@ -410,7 +415,7 @@ class Protocol:
         self._tally.authentications[method, "failed"] += 1
         if method == "XOAUTH2" and reply.code == 535:
             # Its clients want to be told why in a challenge, and answer that, before they hear the 535.
-            self._exchange = _Exchange(method, iter(()), reply)  # type: ignore[arg-type]
+            self._begin_exchange(_Exchange(method, iter(()), reply))  # type: ignore[arg-type]
             self._reply(_challenge(b'{"status":"401","schemes":"bearer","scope":"mail"}'))
         elif reply.code == 421:
             self.close(reply)

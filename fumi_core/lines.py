@@ -35,6 +35,11 @@ class Input:
     def __len__(self) -> int:
         return len(self._data) - self._at
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is the beginning of a line, be it one that is dropped as it arrives."""
+        return self._at < len(self._data) or self._dropped is not None
+
     def receive(self, data: bytes) -> None:
         self._data = self._data[self._at :] + data if self._at < len(self._data) else data
         self._at = 0

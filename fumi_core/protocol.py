@@ -135,7 +135,7 @@ class Protocol:
                 self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
                 continue
             if line is None:
-                if self._exchange is None and self._is_foreign(self._input.beginning()):
+                if self._input.begun and self._exchange is None and self._is_foreign(self._input.beginning()):
                     # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
                     self.close(replies.NOT_SMTP)
                 return None

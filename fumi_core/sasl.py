@@ -39,7 +39,7 @@ class Credentials:
         """Whether the client knows this password, in a time that says nothing about where it differs."""
         if self.method == "CRAM-MD5":
             digest = hmac.new(password.encode(), self.challenge.encode(), "md5").hexdigest()
-            return hmac.compare_digest(digest, self.challenge_response)
+            return hmac.compare_digest(digest.encode(), self.challenge_response.encode())
         if self.method == "XOAUTH2":
             return False
         return hmac.compare_digest(password.encode(), self.password.encode())

@@ -92,6 +92,16 @@ def test_cram_md5_proves_a_password_without_showing_it(make: Any, connect: Any, 
     assert (seen[0].method, seen[0].username, seen[0].password) == ("CRAM-MD5", "joe", "")
 
 
+def test_a_cram_md5_digest_that_is_no_digest_is_a_wrong_password(make: Any, connect: Any, caplog: Any) -> None:
+    app, _ = make()
+    with running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        client.say("AUTH CRAM-MD5")
+        assert client.say(b64("joe dïgest")) == FAILED
+    assert caplog.text == ""
+
+
 def test_a_refused_xoauth2_client_is_told_why_first(make: Any, connect: Any) -> None:
     app, _ = make()
     with running(app) as server:

@@ -79,7 +79,6 @@ class Negotiation:
         if not data:
             raise Ended("client_closed")
         self.received += len(data)
-        self._company.watch()
         return self._preamble.client_said(data)
 
     async def _say(self, reply: bytes) -> None:

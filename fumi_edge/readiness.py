@@ -6,6 +6,7 @@ The handshake and the tunnel register their own callbacks; everything else is a 
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 
@@ -38,32 +39,26 @@ async def writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
 
 
 class Company:
-    """Notices that a client has gone while a backend is waited for."""
+    """Notices that a client has broken off while a backend is waited for, whatever it may have sent ahead."""
 
-    __slots__ = ("_client", "_loop", "_watching")
+    __slots__ = ("_client", "_loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, client: socket.socket) -> None:
         self._loop = loop
         self._client = client
-        self._watching = True
-
-    def watch(self) -> None:
-        """Look again: what the client had sent has been read."""
-        self._watching = True
 
     async def readable(self, fd: int) -> None:
         """Return once the descriptor has something to read. Raises ConnectionResetError when the client breaks off first."""
-        while self._watching:
-            if await readable(self._loop, fd, self._client.fileno()) == fd:
-                return
-            try:
-                socket.socket.recv(self._client, 1, socket.MSG_PEEK)
-            except BlockingIOError:
-                continue
-            except OSError:
-                raise ConnectionResetError from None
-            self._watching = False  # it is ahead of us, or has said all it will say: that must wait
-        await readable(self._loop, fd)
+        # Watched for nothing, a socket still reports that it is broken, and only that: neither unread bytes nor a FIN count.
+        try:
+            broken = select.epoll()
+        except OSError:
+            await readable(self._loop, fd)  # no descriptor is left to watch with
+            return
+        with broken:
+            broken.register(self._client.fileno(), 0)
+            if await readable(self._loop, fd, broken.fileno()) != fd:
+                raise ConnectionResetError
 
 
 async def receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int) -> bytes:

@@ -369,8 +369,9 @@ def test_with_require_tls_junk_ends_after_some_errors_with_a_421(backend, edge, 
     assert other.ask(b"STARTTLS\r\n") == READY
 
 
+@pytest.mark.parametrize("ahead", [b"", b"EHLO ahead\r\n"])
 @pytest.mark.parametrize("hang", ["the second banner", "a reply to EHLO", "the first banner"])
-def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgotten(backend, edge, clients, kit, hang):
+def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgotten(backend, edge, clients, kit, hang, ahead):
     waits = []
 
     def handler(peer):
@@ -396,6 +397,8 @@ def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgo
             client = clients.upgrade(client)
         peers.append(client)
     kit.until(lambda: len(waits) == 10, "the wait")
+    for client in peers:
+        client.say(ahead)
     for client in peers:
         client.reset()
     gone(program, kit, f"127.0.0.1:{program.starttls_port}")

@@ -14,9 +14,9 @@ from fumi_core.greetings import Greetings
 from fumi_core.middleware import Handler, compose
 from fumi_core.observer import Observer
 from fumi_core.options import Options
-from fumi_core.protocol import Tally
-from fumi_core.runtime.addresses import SocketAddress, bind
+from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.server import Server
+from fumi_core.tally import Tally
 
 H = TypeVar("H", bound=Callable[..., Any])
 PHASES = ("connect", "auth", "mail_from", "rcpt_to", "data", "close")
@@ -94,7 +94,9 @@ class Fumi:
         else:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
-            service = Service(self.options, self._chains, Greetings(self.options), self.tally, self.observer)
+            options = self.options
+            trusted = Networks(options.trusted_proxies)
+            service = Service(options, self._chains, Greetings(options), self.tally, self.observer, trusted)
             self._server = Server(service, self._logger())
         for each in sockets:
             await self._server.listen(each)

@@ -104,6 +104,24 @@ class ChunkReader:
         return _BARE.sub(b"\r\n", text)
 
 
+class SkippedChunk:
+    """Counts out a chunk that nobody wants, and keeps nothing of it."""
+
+    __slots__ = ("_left", "rest")
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self.rest: bytes | None = None
+        """What followed the end of the chunk; None until the end was seen."""
+
+    def feed(self, data: bytes) -> bytes:
+        """No text, whatever ``data`` brings."""
+        if len(data) >= self._left:
+            self.rest = data[self._left :]
+        self._left -= min(self._left, len(data))
+        return b""
+
+
 def _has_bare_newlines(text: bytes) -> bool:
     # Taking the pairs away and looking for what is left costs half of counting the three: looking is memchr.
     unpaired = text.replace(b"\r\n", b"")

@@ -16,17 +16,20 @@ from typing import Any
 from fumi_core import replies
 from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
-from fumi_core.events import Auth, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
+from fumi_core.events import Auth, Connect, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
 from fumi_core.fiber import Fiber
 from fumi_core.greetings import Greetings
 from fumi_core.middleware import Chain
 from fumi_core.observer import Observer
 from fumi_core.options import Options
-from fumi_core.protocol import Protocol, State, Tally
+from fumi_core.protocol import Protocol
 from fumi_core.replies import Reply, from_text
+from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.logs import event as log_event
 from fumi_core.session import Address, Session
+from fumi_core.states import State
 from fumi_core.stream import MessageStream
+from fumi_core.tally import Tally
 
 errors = logging.getLogger("fumi.core")
 
@@ -43,6 +46,8 @@ class Service:
     greetings: Greetings
     tally: Tally
     observer: Observer
+    trusted: Networks
+    """Whose PROXY header, and XCLIENT, is believed."""
 
 
 class Stage(Enum):
@@ -73,8 +78,14 @@ class Dialogue:
 
     def __init__(self, session: Session, service: Service, changed: Callable[[], None]) -> None:
         self.session = session
+        options = service.options
         self.protocol = Protocol(
-            session, service.options, service.greetings, service.tally, authenticates=service.chains["auth"] is not None
+            session,
+            options,
+            service.greetings,
+            service.tally,
+            authenticates=service.chains["auth"] is not None,
+            trusted=(options.use_xclient or options.use_xforward) and session.remote_address in service.trusted,
         )
         self.messages = 0
         self._service = service
@@ -94,7 +105,7 @@ class Dialogue:
         """The client's identity is known: ask the handlers, and greet it."""
         self._observer.session_started(self.session)
         self._pumping = True
-        self._run("connect", ConnectContext(self.session), self._connect_done)
+        self._connect()
         self._pump()
 
     def receive(self, data: bytes) -> None:
@@ -167,6 +178,9 @@ class Dialogue:
         if reason is not None and not self._reported:
             self._reported = True
             self._observer.rejected(reason)
+
+    def _connect(self, event: Connect | None = None) -> None:
+        self._run("connect", ConnectContext(self.session), self._connect_done)
 
     def _auth(self, event: Auth) -> None:
         self._run("auth", AuthContext(self.session, event.credentials), self._auth_done)
@@ -349,6 +363,7 @@ _REASONS: dict[Reply | None, str] = {
     replies.SHUTTING_DOWN: "draining",
 }
 _HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
+    Connect: Dialogue._connect,
     Auth: Dialogue._auth,
     Mail: Dialogue._mail,
     Rcpt: Dialogue._rcpt,

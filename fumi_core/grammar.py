@@ -10,6 +10,11 @@ import re
 import socket
 from typing import NamedTuple
 
+VERBS = (
+    *(b"HELO", b"EHLO", b"LHLO", b"STARTTLS", b"AUTH", b"MAIL", b"RCPT", b"DATA", b"BDAT", b"RSET", b"NOOP"),
+    *(b"VRFY", b"EXPN", b"HELP", b"QUIT", b"XCLIENT", b"XFORWARD"),
+)
+
 MAX_PATH = 256  # RFC 5321 §4.5.3.1.3, octets, angle brackets included
 MAX_LOCAL_PART = 64  # §4.5.3.1.1
 MAX_DOMAIN = 255  # §4.5.3.1.2
@@ -56,6 +61,26 @@ class Path(NamedTuple):
 
     address: str
     parameters: dict[str, str | bool]
+
+
+def read_text(argument: bytes) -> str | None:
+    """What stands behind a verb; None when it is not UTF-8 (RFC 6531 §3.3)."""
+    try:
+        return argument.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def has_path(argument: bytes) -> bool:
+    """Whether there is something in angle brackets, so that it is the address that is wrong."""
+    text = read_text(argument)
+    return text is not None and PATH_SHAPE.fullmatch(text) is not None
+
+
+def read_path(pattern: re.Pattern[str], argument: bytes) -> Path | None:
+    """As ``parse_path()``, from bytes."""
+    text = read_text(argument)
+    return None if text is None else parse_path(pattern, text)
 
 
 def parse_path(pattern: re.Pattern[str], argument: str) -> Path | None:

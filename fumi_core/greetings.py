@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from fumi_core import xclient
 from fumi_core.options import Options
 from fumi_core.replies import Reply
 
@@ -13,7 +14,7 @@ class Greetings:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._ehlo: dict[tuple[bool, bool], Reply] = {}
+        self._ehlo: dict[tuple[bool, bool, bool], Reply] = {}
 
     @cached_property
     def banner(self) -> Reply:
@@ -24,14 +25,17 @@ class Greetings:
     def helo(self) -> Reply:
         return Reply(250, self._options.name)
 
-    def ehlo(self, secure: bool, auth: bool) -> Reply:
-        """The name, and the extensions, a line each (RFC 5321 §4.1.1.1). ``auth`` tells whether AUTH would be heard."""
-        if (secure, auth) not in self._ehlo:
-            lines = [self._options.name, *self._extensions(secure, auth)]
-            self._ehlo[secure, auth] = Reply(250, "\n".join(lines))
-        return self._ehlo[secure, auth]
+    def ehlo(self, secure: bool, auth: bool, trusted: bool) -> Reply:
+        """The name, and the extensions, a line each (RFC 5321 §4.1.1.1).
 
-    def _extensions(self, secure: bool, auth: bool) -> list[str]:
+        ``auth`` tells whether AUTH would be heard, ``trusted`` whether XCLIENT and XFORWARD would.
+        """
+        key = secure, auth, trusted
+        if key not in self._ehlo:
+            self._ehlo[key] = Reply(250, "\n".join([self._options.name, *self._extensions(*key)]))
+        return self._ehlo[key]
+
+    def _extensions(self, secure: bool, auth: bool, trusted: bool) -> list[str]:
         options = self._options
         offered = [
             ("PIPELINING", not options.hide_pipelining),
@@ -45,5 +49,7 @@ class Greetings:
             ("REQUIRETLS", secure and not options.hide_requiretls),
             (f"LIMITS RCPTMAX={options.max_recipients}", True),
             (f"AUTH {' '.join(options.auth_methods)}", auth and bool(options.auth_methods)),
+            (" ".join(["XCLIENT", *xclient.XCLIENT]), trusted and options.use_xclient),
+            (" ".join(["XFORWARD", *xclient.XFORWARD]), trusted and options.use_xforward),
         ]
         return [keyword for keyword, shown in offered if shown]

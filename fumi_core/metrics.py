@@ -8,8 +8,8 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from fumi_core.observer import Observer
-from fumi_core.protocol import Tally
 from fumi_core.session import Session
+from fumi_core.tally import Tally
 
 _TLS_VERSIONS = ("none", "unknown", "TLSv1.2", "TLSv1.3", "TLSv1.1", "TLSv1")
 _CODES = (

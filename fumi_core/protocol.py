@@ -3,7 +3,7 @@
 Theory of operation. ``receive()`` takes bytes; ``next_event()`` works through them, one command after the other, appends
 replies to the output and stops at what the application has to decide: the events that ask (events.py), ``Connect`` being
 pending from the start. Each is pending until it is answered; nothing behind it is looked at before, so replies are in order
-however the client pipelines. Everything else is answered here. Which command may come when is data: ``ORDER``.
+however the client pipelines. Everything else is answered here. Which command may come when is data (states.py).
 
 What follows a command need not be one: a message behind DATA, a chunk behind BDAT, a response to AUTH's challenge. There is at
 most one of them at a time, and ``next_event`` begins with it.
@@ -11,65 +11,42 @@ most one of them at a time, and ``next_event`` begins with it.
 
 from __future__ import annotations
 
-import binascii
-import re
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
-from enum import Enum
 
-from fumi_core import grammar, parameters, replies, sasl
-from fumi_core.data import BareNewline, ChunkReader, DotReader
+from fumi_core import authentication, grammar, parameters, replies, sasl, xclient
+from fumi_core.authentication import Exchange
+from fumi_core.data import BareNewline
 from fumi_core.events import Auth, Connect, Event, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
 from fumi_core.greetings import Greetings
 from fumi_core.lines import Input, LineTooLong
 from fumi_core.options import Options
 from fumi_core.replies import Reply
+from fumi_core.sasl import Credentials
 from fumi_core.session import Address, Envelope, Session
-
-
-class State(Enum):
-    START = "start"  # greeted, not introduced
-    READY = "ready"  # introduced, no transaction
-    MAIL = "mail"  # a reverse-path
-    RCPT = "rcpt"  # and a forward-path
-    DATA = "data"  # the message is arriving, behind DATA or the last BDAT
-    CHUNKS = "chunks"  # the message is arriving; more BDAT will come
-    CLOSED = "closed"
-
+from fumi_core.states import ALWAYS, BEFORE_MAIL, ORDER, State
+from fumi_core.tally import Tally
+from fumi_core.transfer import Transfer
 
 MAX_REPLIES = 500
 """Replies that may wait to be sent before the next command is looked at: a client that pipelines thousands waits its turn."""
 
-# The reply to a verb that comes in the wrong state; in every other state it is allowed.
-_CHUNKED = {State.CHUNKS: replies.IN_CHUNKS}
-_BEFORE_MAIL = {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, State.MAIL: replies.NEED_RCPT}
-_IN_TRANSACTION = {State.MAIL: replies.IN_TRANSACTION, State.RCPT: replies.IN_TRANSACTION, **_CHUNKED}
-ORDER: dict[bytes, dict[State, Reply]] = {
-    b"AUTH": {State.START: replies.HELO_FIRST, **_IN_TRANSACTION},
-    b"MAIL": {State.START: replies.HELO_FIRST, State.MAIL: replies.NESTED_MAIL, State.RCPT: replies.NESTED_MAIL, **_CHUNKED},
-    b"RCPT": {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, **_CHUNKED},
-    b"DATA": {**_BEFORE_MAIL, **_CHUNKED},
-}
 _MESSAGE_START, _MESSAGE_END = MessageStart(), MessageEnd()
-
-
-class Tally:
-    """What happened how often, in all connections of a server. Keys are closed sets."""
-
-    __slots__ = ("authentications", "commands", "replies")
-
-    def __init__(self) -> None:
-        self.commands: dict[bytes, int] = dict.fromkeys([*_COMMANDS, b"OTHER"], 0)
-        self.replies: dict[int, int] = {}
-        results = ("ok", "failed", "aborted")
-        self.authentications = dict.fromkeys(((method, result) for method in sasl.MECHANISMS for result in results), 0)
 
 
 class Protocol:
     """One connection's dialogue. ``session`` is kept up to date with what the client says."""
 
-    def __init__(self, session: Session, options: Options, greetings: Greetings, tally: Tally, authenticates: bool) -> None:
-        """``authenticates`` tells whether there is somebody to decide about AUTH."""
+    def __init__(
+        self,
+        session: Session,
+        options: Options,
+        greetings: Greetings,
+        tally: Tally,
+        *,
+        authenticates: bool = False,
+        trusted: bool = False,
+    ) -> None:
+        """``authenticates``: there is somebody to decide about AUTH. ``trusted``: the client may speak for others, by XCLIENT."""
         self.session = session
         self.state = State.START
         self.pending: Event | None = Connect()
@@ -82,14 +59,12 @@ class Protocol:
         self._greetings = greetings
         self._tally = tally
         self._authenticates = authenticates
+        self._trusted = trusted
         self._enhanced = not options.hide_enhancedstatuscodes
         self._input = Input()
         self._output: list[bytes] = []
-        self._reader: DotReader | ChunkReader | None = None
-        self._chunks: ChunkReader | None = None
-        self._skip: tuple[int, Reply] | None = None  # octets of a chunk that nobody wants, and what to say behind them
-        self._exchange: _Exchange | None = None
-        self._size = 0
+        self._transfer = Transfer(self._input, options)
+        self._exchange: Exchange | None = None
         self._broken: MessageBroken | None = None
         self._recognized = False
         self._errors = 0
@@ -122,11 +97,10 @@ class Protocol:
             if self._broken is not None:
                 self.pending, self._broken = self._broken, None
                 return self.pending
-            if self._reader is not None:
-                return self._read_message(self._reader)
-            if self._skip is not None:
-                if not self._skip_chunk(*self._skip):
-                    return None
+            if self._transfer.active:
+                event = self._read_message()
+                if event is not None or self._transfer.active:
+                    return event
                 continue
             try:
                 line = self._input.line()
@@ -139,7 +113,7 @@ class Protocol:
                     # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
                     self.close(replies.NOT_SMTP)
                 return None
-            event = self._answer(self._command(line) if self._exchange is None else self._respond(self._exchange, line))
+            event = self._answer(self._command(line) if self._exchange is None else self._respond(line))
             if event is not None:
                 return event
         return None
@@ -234,7 +208,7 @@ class Protocol:
             return replies.NOT_IMPLEMENTED
         if self._authentication_overdue(verb):
             return replies.TOO_MANY_ERRORS
-        refusal = ORDER.get(verb, _ALWAYS).get(self.state)
+        refusal = ORDER.get(verb, ALWAYS).get(self.state)
         return refusal or handler(self, argument)
 
     def _is_foreign(self, line: bytes) -> bool:
@@ -280,11 +254,12 @@ class Protocol:
 
     def _extensions(self) -> Reply:
         secure = self.session.secure
-        return self._greetings.ehlo(secure, self._authenticates and (secure or self._options.allow_insecure_auth))
+        auth = self._authenticates and (secure or self._options.allow_insecure_auth)
+        return self._greetings.ehlo(secure, auth, self._trusted)
 
     def _introduce(self, verb: str, argument: bytes) -> bool:
-        hostname = (_text(argument) or "").strip()
-        if not grammar.CLIENT_HOSTNAME.fullmatch(hostname):
+        hostname = grammar.read_text(argument)
+        if hostname is None or not grammar.CLIENT_HOSTNAME.fullmatch(hostname := hostname.strip()):
             return False
         self.session.client_hostname = hostname
         self.session.opening_command = verb
@@ -296,9 +271,9 @@ class Protocol:
             return replies.MUST_STARTTLS
         if not self._options.auth_optional and self.session.user is None:
             return replies.AUTHENTICATION_REQUIRED
-        path = _path(grammar.MAIL_ARGUMENT, argument)
+        path = grammar.read_path(grammar.MAIL_ARGUMENT, argument)
         if path is None:
-            return replies.BAD_SENDER if _has_path(argument) else replies.SYNTAX_MAIL
+            return replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL
         envelope = Envelope()
         if path.parameters:
             refusal = parameters.read_mail(envelope, path.parameters, self.session, self._options)
@@ -312,9 +287,9 @@ class Protocol:
         return event
 
     def _rcpt(self, argument: bytes) -> Event | Reply:
-        path = _path(grammar.RCPT_ARGUMENT, argument)
+        path = grammar.read_path(grammar.RCPT_ARGUMENT, argument)
         if path is None:
-            return replies.BAD_RECIPIENT if _has_path(argument) else replies.SYNTAX_RCPT
+            return replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT
         refusal = parameters.read_rcpt(path.parameters, self._options) if path.parameters else None
         if refusal is not None:
             return refusal
@@ -356,71 +331,81 @@ class Protocol:
     # AUTH (RFC 4954)
 
     def _auth(self, argument: bytes) -> Event | Reply | None:
-        session, options = self.session, self._options
-        if not self._authenticates:
-            return replies.AUTH_NOT_ENABLED
-        if not session.secure and options.require_tls:
-            return replies.MUST_STARTTLS
-        if not session.secure and not options.allow_insecure_auth:
-            return replies.ENCRYPTION_REQUIRED
-        if session.user is not None:
-            return replies.ALREADY_AUTHENTICATED
+        refusal = authentication.refusal(self.session, self._options, self._authenticates)
+        if refusal is not None:
+            return refusal
         word, space, initial = argument.partition(b" ")
         method = word.decode("latin-1").upper()
         if not method:
             return replies.SYNTAX_AUTH
-        if method not in options.auth_methods or method not in sasl.MECHANISMS:
+        if method not in self._options.auth_methods or method not in sasl.MECHANISMS:
             return replies.UNKNOWN_MECHANISM
-        exchange = self._begin_exchange(_Exchange(method, sasl.MECHANISMS[method](session.name)))
-        challenge = next(exchange.steps)
-        if not space:
-            return _challenge(challenge)
-        if method not in sasl.TAKES_INITIAL_RESPONSE:
-            return self._abort_authentication(exchange, replies.NO_INITIAL_RESPONSE)
-        return self._respond(exchange, b"\r\n" if initial == b"=" else initial + b"\r\n")
+        self._begin_exchange(exchange := Exchange(method, self.session.name))
+        return self._proceed(exchange, exchange.begin(initial if space else None))
 
-    def _respond(self, exchange: _Exchange, line: bytes) -> Event | Reply | None:
-        """Go on with a response of the client's: base64, or ``*`` to give up."""
-        response = line.rstrip(b"\r\n")
-        if exchange.verdict is not None:
+    def _respond(self, line: bytes) -> Event | Reply:
+        """Take the response to a challenge."""
+        assert self._exchange is not None
+        return self._proceed(self._exchange, self._exchange.respond(line.rstrip(b"\r\n")))
+
+    def _proceed(self, exchange: Exchange, outcome: Reply | Credentials) -> Event | Reply:
+        if isinstance(outcome, Credentials):
             self._end_exchange()
-            return exchange.verdict
-        if response == b"*":
-            return self._abort_authentication(exchange, replies.AUTH_ABORTED)
-        try:
-            return _challenge(exchange.steps.send(b64decode(response, validate=True)))
-        except StopIteration as ended:
-            self._end_exchange()
-            self.pending = event = Auth(ended.value)
+            self.pending = event = Auth(outcome)
             return event
-        except (binascii.Error, sasl.Malformed):
-            return self._abort_authentication(exchange, replies.AUTH_MALFORMED)
+        if outcome.code != 334:
+            self._end_exchange()
+            if exchange.verdict is None:
+                self._tally.authentications[exchange.method, "aborted"] += 1
+        return outcome
 
-    def _begin_exchange(self, exchange: _Exchange) -> _Exchange:
+    def _begin_exchange(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._input.responses = True
-        return exchange
 
     def _end_exchange(self) -> None:
         self._exchange = None
         self._input.responses = False
 
-    def _abort_authentication(self, exchange: _Exchange, reply: Reply) -> Reply:
-        self._end_exchange()
-        self._tally.authentications[exchange.method, "aborted"] += 1
-        return reply
-
     def _refuse_authentication(self, event: Auth, reply: Reply) -> None:
-        method = event.credentials.method
-        self._tally.authentications[method, "failed"] += 1
-        if method == "XOAUTH2" and reply.code == 535:
-            # Its clients want to be told why in a challenge, and answer that, before they hear the 535.
-            self._begin_exchange(_Exchange(method, iter(()), reply))  # type: ignore[arg-type]
-            self._reply(_challenge(b'{"status":"401","schemes":"bearer","scope":"mail"}'))
+        self._tally.authentications[event.credentials.method, "failed"] += 1
+        exchange = Exchange(event.credentials.method, self.session.name)
+        challenge = exchange.explain(reply)
+        if challenge is not None:
+            self._begin_exchange(exchange)
+            self._reply(challenge)
         elif reply.code == 421:
             self.close(reply)
         else:
             self._mistake(reply)
+
+    # XCLIENT and XFORWARD
+
+    def _xclient(self, argument: bytes) -> Event | Reply:
+        if not self._options.use_xclient:
+            return replies.NOT_IMPLEMENTED
+        if not self._trusted:
+            return replies.NOT_AUTHORIZED
+        attributes = xclient.read("XCLIENT", xclient.XCLIENT, argument)
+        if isinstance(attributes, Reply):
+            return attributes
+        introduced = xclient.impersonate(self.session, attributes)
+        self._reset()
+        self.state = State.READY if introduced else State.START
+        # As though that client had connected: the application is asked, and the answer is a banner.
+        self.pending = event = Connect()
+        return event
+
+    def _xforward(self, argument: bytes) -> Reply:
+        if not self._options.use_xforward:
+            return replies.NOT_IMPLEMENTED
+        if not self._trusted:
+            return replies.NOT_AUTHORIZED
+        attributes = xclient.read("XFORWARD", xclient.XFORWARD, argument)
+        if isinstance(attributes, Reply):
+            return attributes
+        self.session.xforward = {**self.session.xforward, **attributes}
+        return replies.OK
 
     # The message: behind DATA, or in the chunks of BDAT (RFC 3030)
 
@@ -430,7 +415,7 @@ class Protocol:
         if self.session.envelope.body == "BINARYMIME":
             return replies.NEED_BDAT
         self.state = State.DATA
-        self._reader = DotReader(self._options.bare_newlines)
+        self._transfer.begin()
         self._reply(replies.START_DATA)
         return _MESSAGE_START
 
@@ -442,58 +427,37 @@ class Protocol:
         if not words or len(words) > 1 + last or not words[0].isdigit() or len(words[0]) > 20:
             return replies.SYNTAX_BDAT
         size = int(words[0])
-        refusal = _BEFORE_MAIL.get(self.state)
+        refusal = BEFORE_MAIL.get(self.state)
         if refusal is not None:
-            # The chunk follows all the same (§2): nobody waits to hear whether it is wanted.
-            self._skip = (size, refusal)
+            self._transfer.skip_chunk(size, refusal)
             return None
-        started = self._chunks is not None
-        if self._chunks is None:
-            self._size = 0
-            binary = self.session.envelope.body == "BINARYMIME"
-            self._chunks = ChunkReader("keep" if binary else self._options.bare_newlines)
-        if self._options.size is not None and self._size + size > self._options.size:
-            self._skip = (size, replies.SIZE_EXCEEDED)
+        if not self._transfer.allows(size):
+            self._transfer.skip_chunk(size, replies.SIZE_EXCEEDED)
             self._reset("too large", "rejected")
             return None
-        self._size += size
-        self._chunks.begin(size, last)
-        self._reader = self._chunks
+        first = self._transfer.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
         self.state = State.DATA if last else State.CHUNKS
-        return None if started else _MESSAGE_START
+        return _MESSAGE_START if first else None
 
-    def _skip_chunk(self, left: int, reply: Reply) -> bool:
-        """Drop octets of a chunk; True when it was the whole rest."""
-        data = self._input.take()
-        self._input.receive(data[left:])
-        left -= min(left, len(data))
-        self._skip = (left, reply) if left else None
-        if self._skip is None:
-            self._answer(reply)
-        return self._skip is None
-
-    def _read_message(self, reader: DotReader | ChunkReader) -> Event | None:
-        if reader.rest is None:
-            # A chunk may be empty, and ends then without a byte more.
-            if not len(self._input) and not isinstance(reader, ChunkReader):
-                return None
-            try:
-                text = reader.feed(self._input.take())
-            except BareNewline:
-                self._reader = None
-                self.close(replies.BARE_NEWLINE)
-                return MessageBroken("bare newline in the message", "rejected")
-            if text:
-                return MessageData(text)
-            if reader.rest is None:
-                return None
-        self._input.receive(reader.rest)
-        self._reader = None
-        if self.state is State.CHUNKS:
+    def _read_message(self) -> Event | None:
+        transfer = self._transfer
+        try:
+            text = transfer.read()
+        except BareNewline:
+            self.close(replies.BARE_NEWLINE)
+            return MessageBroken("bare newline in the message", "rejected")
+        if text:
+            return MessageData(text)
+        if transfer.active:
+            return None
+        if transfer.refusal is not None:
+            refusal, transfer.refusal = transfer.refusal, None
+            self._answer(refusal)
+        elif self.state is State.CHUNKS:
             self._reply(replies.CHUNK_OK)
-            return self.next_event()
-        self.pending = _MESSAGE_END
-        return _MESSAGE_END
+        else:
+            self.pending = _MESSAGE_END
+        return self.pending
 
     # State
 
@@ -501,8 +465,10 @@ class Protocol:
         """No transaction: RSET, EHLO, the end of a message, a refused MAIL (RFC 5321 §4.1.1.5)."""
         if self.state is State.CHUNKS:
             self._broken = MessageBroken(reason, result)
-        self._chunks = None
+        self._transfer.reset()
         self.session.envelope = Envelope()
+        if self.session.xforward:
+            self.session.xforward = {}
         self.state = State.READY
 
     def _reply(self, reply: Reply) -> None:
@@ -511,44 +477,10 @@ class Protocol:
         counts[reply.code] = counts.get(reply.code, 0) + 1
 
 
-class _Exchange:
-    """AUTH under way: the mechanism's steps; or, when it is over but for a last response, the verdict to give behind that."""
-
-    __slots__ = ("method", "steps", "verdict")
-
-    def __init__(self, method: str, steps: sasl.Exchange, verdict: Reply | None = None) -> None:
-        self.method = method
-        self.steps = steps
-        self.verdict = verdict
-
-
-def _challenge(text: bytes) -> Reply:
-    return Reply(334, b64encode(text).decode())
-
-
 # The answers that end the dialogue.
 _FINAL = frozenset({replies.BYE, replies.NOT_SMTP, replies.TOO_MANY_ERRORS})
 
 
-def _text(argument: bytes) -> str | None:
-    try:
-        return argument.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _path(pattern: re.Pattern[str], argument: bytes) -> grammar.Path | None:
-    text = _text(argument)
-    return None if text is None else grammar.parse_path(pattern, text)
-
-
-def _has_path(argument: bytes) -> bool:
-    """Whether there is something in angle brackets, so that it is the address that is wrong."""
-    text = _text(argument)
-    return text is not None and grammar.PATH_SHAPE.fullmatch(text) is not None
-
-
-_ALWAYS: dict[State, Reply] = {}
 _Handler = Callable[[Protocol, bytes], Event | Reply | None]
 _COMMANDS: dict[bytes, _Handler] = {
     b"HELO": Protocol._helo,
@@ -566,4 +498,6 @@ _COMMANDS: dict[bytes, _Handler] = {
     b"HELP": Protocol._help,
     b"QUIT": Protocol._quit,
     b"STARTTLS": Protocol._starttls,
+    b"XCLIENT": Protocol._xclient,
+    b"XFORWARD": Protocol._xforward,
 }

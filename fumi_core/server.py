@@ -17,7 +17,7 @@ from typing import Any, cast
 from fumi_core import replies
 from fumi_core.dialogue import Dialogue, Service
 from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse
-from fumi_core.runtime.addresses import BACKLOG, Networks, peer_of
+from fumi_core.runtime.addresses import BACKLOG, peer_of
 from fumi_core.runtime.logs import event
 from fumi_core.session import Session
 
@@ -39,10 +39,9 @@ class Server:
 
     def __init__(self, service: Service, logger: logging.Logger | None) -> None:
         self.service = service
-        self.options = options = service.options
+        self.options = service.options
         self.observer = service.observer
         self.logger = logger
-        self.trusted = Networks(options.trusted_proxies)
         self.loop = asyncio.get_running_loop()
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.connections: set[Connection] = set()
@@ -132,7 +131,7 @@ class Connection(asyncio.BufferedProtocol):
         if server.options.proxy_protocol == "off":
             session.secure = server.options.assume_tls
             self._open()
-        elif peer[0] not in server.trusted:
+        elif peer[0] not in server.service.trusted:
             self._refuse_header("none", "untrusted", f"{peer[0]} is not a trusted proxy")
         else:
             self._watch(server.options.proxy_timeout)

@@ -49,7 +49,8 @@ class Session:
 
     ``remote_address`` and ``remote_port`` are the client's, ``proxy_address`` is the terminator's where there is one (else
     None). ``secure`` says whether the client came over TLS, ``tls`` how, where that is known. ``transaction`` counts the
-    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set.
+    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set. ``xclient`` and ``xforward`` are what a trusted proxy
+    said by those commands, by attribute in capitals, None for what it did not know; ``xforward`` is for one transaction.
     """
 
     __slots__ = (
@@ -87,8 +88,8 @@ class Session:
         self.user: Any = None
         self.envelope = Envelope()
         self.transaction = 0
-        self.xclient: dict[str, str] = {}
-        self.xforward: dict[str, str] = {}
+        self.xclient: dict[str, str | None] = {}
+        self.xforward: dict[str, str | None] = {}
 
     @property
     def transmission_type(self) -> str:

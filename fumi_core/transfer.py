@@ -1,0 +1,76 @@
+"""What follows DATA and BDAT (RFC 5321 §4.1.1.4, RFC 3030 §2): a message in one piece or in chunks, sans-IO.
+
+Where a message ends is data.py's to say; here is which of its readers is at work, and what becomes of what it leaves.
+"""
+
+from __future__ import annotations
+
+from fumi_core.data import ChunkReader, DotReader, SkippedChunk
+from fumi_core.lines import Input
+from fumi_core.options import Options
+from fumi_core.replies import Reply
+
+
+class Transfer:
+    """The message that is arriving from ``input``; used again for the next one after ``reset()``."""
+
+    __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "active", "refusal")
+
+    def __init__(self, input: Input, options: Options) -> None:
+        self.active = False
+        """Whether what arrives now belongs to a message, or to a chunk, and not to a command."""
+        self.refusal: Reply | None = None
+        """What to say behind a chunk that nobody wants."""
+        self._input = input
+        self._options = options
+        self._reader: DotReader | ChunkReader | SkippedChunk
+        self._chunks: ChunkReader | None = None
+        self._size = 0
+
+    def begin(self) -> None:
+        """A whole message follows."""
+        self._reader = DotReader(self._options.bare_newlines)
+        self.active = True
+
+    def begin_chunk(self, size: int, last: bool, binary: bool) -> bool:
+        """A chunk of ``size`` octets follows; whether it is the message's first."""
+        first = self._chunks is None
+        if self._chunks is None:
+            self._chunks = ChunkReader("keep" if binary else self._options.bare_newlines)
+        self._size += size
+        self._chunks.begin(size, last)
+        self._reader = self._chunks
+        self.active = True
+        return first
+
+    def skip_chunk(self, size: int, refusal: Reply) -> None:
+        """A chunk follows all the same, although it is not wanted: nobody waits to hear whether it is (RFC 3030 §2)."""
+        self._reader = SkippedChunk(size)
+        self.refusal = refusal
+        self.active = True
+
+    def allows(self, size: int) -> bool:
+        """Whether a chunk of ``size`` octets more is not too much."""
+        return self._options.size is None or self._size + size <= self._options.size
+
+    def read(self) -> bytes:
+        """The text that has arrived. The end is told apart from the text: by nothing, and ``active`` False.
+
+        Raises BareNewline where such are refused.
+        """
+        reader = self._reader
+        if reader.rest is None:
+            # A chunk may be empty, and ends then without a byte more.
+            if not len(self._input) and isinstance(reader, DotReader):
+                return b""
+            text = reader.feed(self._input.take())
+            if text or reader.rest is None:
+                return text
+        self._input.receive(reader.rest)
+        self.active = False
+        return b""
+
+    def reset(self) -> None:
+        """The message has ended, or is given up. A chunk that is being skipped still is."""
+        self._chunks = None
+        self._size = 0

@@ -169,7 +169,8 @@ class Dialogue:
             self._pumping = False
         if self._draining and not self.protocol.in_transaction and not self.closed:
             self.protocol.close(replies.SHUTTING_DOWN)
-        self._report_end()
+        if self.protocol.last is not None:
+            self._report_end()
         self._changed()
 
     def _report_end(self) -> None:
@@ -186,10 +187,16 @@ class Dialogue:
         self._run("auth", AuthContext(self.session, event.credentials), self._auth_done)
 
     def _mail(self, event: Mail) -> None:
-        self._run("mail_from", MailContext(self.session, event.address), self._answer)
+        self._ask("mail_from", MailContext, event.address)
 
     def _rcpt(self, event: Rcpt) -> None:
-        self._run("rcpt_to", RcptContext(self.session, event.address), self._answer)
+        self._ask("rcpt_to", RcptContext, event.address)
+
+    def _ask(self, phase: str, context: type[MailContext | RcptContext], address: Address) -> None:
+        if self._service.chains[phase] is None:
+            self.protocol.accept()
+        else:
+            self._run(phase, context(self.session, address), self._answer)
 
     def _message_start(self, event: MessageStart) -> None:
         self._message = _Message(self.session, MessageStream(self._service.options.size, self._changed))
@@ -290,26 +297,29 @@ class Dialogue:
     def _answer_message(self, message: _Message) -> None:
         self._message = None
         answers = self._verdicts(message)
-        accepted = sum(reply.code == 250 for reply in answers)
-        result = "accepted" if accepted else "deferred" if any(reply.code < 500 for reply in answers) else "rejected"
+        best = min([reply.code for reply in answers])
+        result = "accepted" if best == 250 else "deferred" if best < 500 else "rejected"
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
-        self.messages += accepted > 0
+        self.messages += best == 250
         self.protocol.settle(answers)
 
     def _verdicts(self, message: _Message) -> list[Reply]:
         """What to say of a whole message: one reply or, in LMTP, one for each recipient."""
         context = message.context
-        recipients = self.session.envelope.rcpt_to if self._service.options.lmtp else [None]
+        verdict = replies.OK
         if message.stream.size_exceeded:
-            return [replies.SIZE_EXCEEDED for _ in recipients]
-        if message.refusal is not None:
-            return [message.refusal] * len(recipients)
-        good = replies.OK if context.accepted is None else from_text(250, context.accepted)
-        return [good if each is None else self._verdict(context, each, good) for each in recipients]
+            verdict = replies.SIZE_EXCEEDED
+        elif message.refusal is not None:
+            verdict = message.refusal
+        elif context.accepted is not None:
+            verdict = from_text(250, context.accepted)
+        if not self._service.options.lmtp:
+            return [verdict]
+        return [self._verdict(context, each, verdict) for each in self.session.envelope.rcpt_to]
 
-    def _verdict(self, context: DataContext, recipient: Address, good: Reply) -> Reply:
-        error = context.rejected.get(recipient.address)
-        return good if error is None else from_text(error.code, error.message)
+    def _verdict(self, context: DataContext, recipient: Address, verdict: Reply) -> Reply:
+        error = context.rejected.get(recipient.address) if verdict.code == 250 else None
+        return verdict if error is None else from_text(error.code, error.message)
 
     def _abort_message(self, reason: str, result: str = "aborted") -> None:
         message = self._message

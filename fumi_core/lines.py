@@ -46,17 +46,17 @@ class Input:
 
     def line(self) -> bytes | None:
         """The next line, up to and with its LF; None while it is not whole. Raises LineTooLong when a long one has ended."""
-        end = self._data.find(b"\n", self._at) + 1
+        data, at = self._data, self._at
+        end = data.find(b"\n", at) + 1
         if end == 0:
-            if self._dropped is not None or len(self) >= self._limit():
+            if at < len(data) and (self._dropped is not None or len(data) - at >= self._limit()):
                 self._dropped = self.beginning()
                 self.take()
             return None
-        if end - self._at > MAX_LINE or self._dropped is not None:
+        if end - at > MAX_LINE or self._dropped is not None:
             return self._long_line(end)
-        line = self._data[self._at : end]
         self._at = end
-        return line
+        return data[at:end]
 
     def _long_line(self, end: int) -> bytes:
         limit = self._limit()

@@ -103,7 +103,7 @@ def _ret(envelope: Envelope, value: Value, session: Session, options: Options) -
         return replies.UNSUPPORTED_PARAMETER
     if value is True or str(value).upper() not in ("FULL", "HDRS"):
         return replies.BAD_PARAMETER
-    envelope.dsn.ret = str(value).upper()
+    envelope.dsn = envelope.dsn._replace(ret=str(value).upper())
     return None
 
 
@@ -114,7 +114,7 @@ def _envid(envelope: Envelope, value: Value, session: Session, options: Options)
     text = None if value is True or len(str(value)) > 100 else read_xtext(str(value))
     if text is None:
         return replies.BAD_PARAMETER
-    envelope.dsn.envid = text
+    envelope.dsn = envelope.dsn._replace(envid=text)
     return None
 
 

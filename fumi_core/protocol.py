@@ -160,8 +160,8 @@ class Protocol:
         self._reset()
         for reply in answers:
             self._reply(reply)
-        if any(reply.code == 421 for reply in answers):
-            self.state = State.CLOSED
+            if reply.code == 421:
+                self.state = State.CLOSED
 
     def close(self, reply: Reply) -> None:
         """End the dialogue with this reply; what the client still sends is not looked at."""
@@ -204,12 +204,12 @@ class Protocol:
             return replies.NOT_SMTP if self._is_foreign(line) else replies.NOT_RECOGNIZED
         self._tally.commands[verb] += 1
         self._recognized = True
-        if verb in self._options.disabled_verbs:
+        options = self._options
+        if verb in options.disabled_verbs:
             return replies.NOT_IMPLEMENTED
-        if self._authentication_overdue(verb):
+        if not options.auth_optional and self._authentication_overdue(verb):
             return replies.TOO_MANY_ERRORS
-        refusal = ORDER.get(verb, ALWAYS).get(self.state)
-        return refusal or handler(self, argument)
+        return ORDER.get(verb, ALWAYS).get(self.state) or handler(self, argument)
 
     def _is_foreign(self, line: bytes) -> bool:
         """Whether this is another protocol altogether. It ends the dialogue, so that nobody can be made to speak SMTP by it."""
@@ -226,7 +226,7 @@ class Protocol:
             self._reply(reply)
 
     def _authentication_overdue(self, verb: bytes) -> bool:
-        if self._options.auth_optional or self.session.user is not None or verb in (b"AUTH", b"QUIT"):
+        if self.session.user is not None or verb in (b"AUTH", b"QUIT"):
             return False
         self._unauthenticated += 1
         return self._unauthenticated > self._options.max_unauthenticated_commands

@@ -12,6 +12,7 @@ import logging
 import secrets
 import socket
 from enum import Enum
+from time import monotonic
 from typing import Any, cast
 
 from fumi_core import replies
@@ -122,7 +123,7 @@ class Connection(asyncio.BufferedProtocol):
         server = self._server
         server.connections.add(self)
         server.observer.connection_opened()
-        self._started = server.loop.time()
+        self._started = monotonic()
         peer = peer_of(transport.get_extra_info("peername"))
         local = peer_of(transport.get_extra_info("sockname"))
         self._session = session = Session(secrets.token_hex(8), server.options.name)
@@ -141,7 +142,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._phase is Phase.OPEN:
-            self._deadline = self._server.loop.time() + self._server.options.socket_timeout
+            self._deadline = monotonic() + self._server.options.socket_timeout
             self._dialogue.receive(bytes(self._server.buffer[:nbytes]))  # type: ignore[union-attr]
         elif self._phase is Phase.HEADER:
             self._read_header(bytes(self._server.buffer[:nbytes]))
@@ -161,7 +162,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._write_blocked = False
-        self._deadline = self._server.loop.time() + self._server.options.socket_timeout
+        self._deadline = monotonic() + self._server.options.socket_timeout
         self._proceed()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -242,7 +243,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         output = dialogue.protocol.take_output()
         if output:
-            self._deadline = self._server.loop.time() + self._server.options.socket_timeout
+            self._deadline = monotonic() + self._server.options.socket_timeout
             self._transport.write(output)
         if dialogue.closed:
             self._end(dialogue)
@@ -311,7 +312,7 @@ class Connection(asyncio.BufferedProtocol):
                 tls=session.tls.version if session.tls else ("yes" if session.secure else None),
                 user=session.user,
                 messages=dialogue.messages,
-                seconds=round(server.loop.time() - self._started, 3),
+                seconds=round(monotonic() - self._started, 3),
             )
 
     # Timeouts: one timer a connection, set again only when it fires
@@ -319,7 +320,7 @@ class Connection(asyncio.BufferedProtocol):
     def _watch(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        now = self._server.loop.time()
+        now = monotonic()
         self._deadline = now + seconds
         self._look_again(now)
 
@@ -334,7 +335,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._deadline if started is None else min(self._deadline, started + self._server.options.data_timeout)
 
     def _look(self) -> None:
-        now = self._server.loop.time()
+        now = monotonic()
         dialogue = self._dialogue
         if self._phase is Phase.OPEN and dialogue and (dialogue.busy or dialogue.full) and not self._write_blocked:
             # The silence is ours.

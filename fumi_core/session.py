@@ -24,12 +24,14 @@ def domain_of(address: str) -> str:
     return address.rpartition("@")[2].lower() if "@" in address else ""
 
 
-@dataclass(slots=True)
-class DSN:
+class DSN(NamedTuple):
     """What MAIL asked of delivery status notifications (RFC 3461 §4.3, §4.4); None where it did not say."""
 
     ret: str | None = None
     envid: str | None = None
+
+
+_NOTHING_ASKED = DSN()
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Envelope:
     body: str = "7BIT"
     smtputf8: bool = False
     require_tls: bool = False
-    dsn: DSN = field(default_factory=DSN)
+    dsn: DSN = _NOTHING_ASKED
 
 
 class Session:

@@ -17,6 +17,8 @@ class State(Enum):
     CHUNKS = "chunks"  # the message is arriving; more BDAT will come
     CLOSED = "closed"
 
+    __hash__ = object.__hash__  # they are looked up for every command, and Enum's own is Python
+
 
 # The reply to a verb that comes in the wrong state; in every other state it is allowed.
 _CHUNKED = {State.CHUNKS: replies.IN_CHUNKS}

@@ -99,7 +99,7 @@ class Fumi:
             service = Service(options, self._chains, Greetings(options), self.tally, self.observer, trusted)
             self._server = Server(service, self._logger())
         for each in sockets:
-            await self._server.listen(each)
+            self._server.listen(each)
 
     async def close(self) -> None:
         """Stop accepting, let transactions end for ``close_timeout`` seconds, then cut what is left."""

@@ -1,4 +1,4 @@
-"""Sockets: the only file of the core that touches asyncio's transports.
+"""Listeners and connections: a dialogue for each client, with its timeouts, its flow control and its end.
 
 A connection is, in this order: expecting a PROXY header (where one is required), open, and, when the dialogue has ended with
 the client perhaps still sending, lingering: half-closed and read to its end, so that no reset destroys the last reply.
@@ -13,14 +13,16 @@ import secrets
 import socket
 from enum import Enum
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
 from fumi_core import replies
 from fumi_core.dialogue import Dialogue, Service
 from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse
-from fumi_core.runtime.addresses import BACKLOG, peer_of
+from fumi_core.runtime.acceptor import Acceptor
+from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.logs import event
 from fumi_core.session import Session
+from fumi_core.transport import Transport
 
 READ_SIZE = 128 * 1024
 """Octets taken from a socket at once, into one buffer that all connections share."""
@@ -48,22 +50,27 @@ class Server:
         self.connections: set[Connection] = set()
         self.open = 0
         self.draining = False
-        self._listeners: list[asyncio.Server] = []
+        self._acceptors: list[Acceptor] = []
         self._empty = asyncio.Event()
 
-    async def listen(self, sock: socket.socket) -> None:
+    def listen(self, sock: socket.socket) -> None:
         """Accept connections from a listening socket, which is the server's from here on."""
-        self._listeners.append(await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG))
+        sock.setblocking(False)
+        name = str(sock.getsockname())
+        self._acceptors.append(Acceptor(sock, name, logging.getLogger("fumi.core"), self._admit))
+
+    def _admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
+        Connection(self, sock, peer_of(peer), peer_of(own)).start()
 
     @property
-    def sockets(self) -> list[Any]:
-        return [sock for listener in self._listeners for sock in listener.sockets]
+    def sockets(self) -> list[socket.socket]:
+        return [acceptor.sock for acceptor in self._acceptors]
 
     async def close(self, timeout: float) -> None:
         """Stop accepting, let transactions end for ``timeout`` seconds, then cut what is left."""
         self.draining = True
-        for listener in self._listeners:
-            listener.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         for connection in list(self.connections):
             connection.drain()
         with contextlib.suppress(TimeoutError):
@@ -85,7 +92,7 @@ class Server:
             await self._empty.wait()
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection:
     """One client: bytes, timeouts and flow control around a Dialogue."""
 
     __slots__ = (
@@ -100,72 +107,60 @@ class Connection(asyncio.BufferedProtocol):
         "_started",
         "_timer",
         "_transport",
-        "_write_blocked",
     )
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, sock: socket.socket, peer: tuple[str, int], own: tuple[str, int]) -> None:
+        """``peer`` and ``own`` are the names of the socket's two ends."""
         self._server = server
         self._phase = Phase.HEADER
         self._header = b""
         self._dialogue: Dialogue | None = None
         self._ended = False
         self._paused = False
-        self._write_blocked = False
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
-        self._started = 0.0
-        self._transport: asyncio.Transport
-
-    # asyncio's calls
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        server = self._server
-        server.connections.add(self)
-        server.observer.connection_opened()
         self._started = monotonic()
-        peer = peer_of(transport.get_extra_info("peername"))
-        local = peer_of(transport.get_extra_info("sockname"))
         self._session = session = Session(secrets.token_hex(8), server.options.name)
         session.remote_address, session.remote_port = peer
-        session.local_address, session.local_port = local
+        session.local_address, session.local_port = own
+        self._transport = Transport(server.loop, sock, server.buffer, self)
+
+    def start(self) -> None:
+        server, session = self._server, self._session
+        server.connections.add(self)
+        server.observer.connection_opened()
         if server.options.proxy_protocol == "off":
             session.secure = server.options.assume_tls
             self._open()
-        elif peer[0] not in server.service.trusted:
-            self._refuse_header("none", "untrusted", f"{peer[0]} is not a trusted proxy")
+        elif session.remote_address not in server.service.trusted:
+            self._refuse_header("none", "untrusted", f"{session.remote_address} is not a trusted proxy")
         else:
             self._watch(server.options.proxy_timeout)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._server.buffer
+    # The transport's calls
 
-    def buffer_updated(self, nbytes: int) -> None:
+    def received(self, count: int) -> None:
+        data = bytes(self._server.buffer[:count])
         if self._phase is Phase.OPEN:
             self._deadline = monotonic() + self._server.options.socket_timeout
-            self._dialogue.receive(bytes(self._server.buffer[:nbytes]))  # type: ignore[union-attr]
+            self._dialogue.receive(data)  # type: ignore[union-attr]
         elif self._phase is Phase.HEADER:
-            self._read_header(bytes(self._server.buffer[:nbytes]))
+            self._read_header(data)
 
-    def eof_received(self) -> bool:
+    def ended(self) -> None:
         if self._phase is Phase.HEADER:
             self._refuse_header("none", "closed", "closed before a PROXY header")
         elif self._phase is Phase.OPEN and self._dialogue is not None and self._dialogue.busy:
             # The client has said all it will say and may still read: it gets its reply, and then the end.
             self._ended = True
-            return True
-        return False
+        else:
+            self._transport.close()
 
-    def pause_writing(self) -> None:
-        self._write_blocked = True
-        self._regulate()
-
-    def resume_writing(self) -> None:
-        self._write_blocked = False
+    def drained(self) -> None:
         self._deadline = monotonic() + self._server.options.socket_timeout
         self._proceed()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def lost(self) -> None:
         self._phase = Phase.CLOSED
         if self._timer is not None:
             self._timer.cancel()
@@ -250,13 +245,13 @@ class Connection(asyncio.BufferedProtocol):
         elif self._ended:
             if not dialogue.busy:
                 self._transport.close()
-        elif (self._write_blocked or dialogue.full) is not self._paused:
+        elif (self._transport.blocked or dialogue.full) is not self._paused:
             self._paused = not self._paused
             if self._paused:
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
-        if dialogue.protocol.throttled and not self._write_blocked:
+        if dialogue.protocol.throttled and not self._transport.blocked:
             # The others first.
             self._server.loop.call_soon(self._proceed)
 
@@ -279,10 +274,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
-        try:
-            self._transport.write_eof()
-        except OSError:
-            self._transport.abort()  # the client was quicker
+        self._transport.write_eof()
 
     def drain(self) -> None:
         if self._dialogue is not None and self._phase is Phase.OPEN:
@@ -337,7 +329,7 @@ class Connection(asyncio.BufferedProtocol):
     def _look(self) -> None:
         now = monotonic()
         dialogue = self._dialogue
-        if self._phase is Phase.OPEN and dialogue and (dialogue.busy or dialogue.full) and not self._write_blocked:
+        if self._phase is Phase.OPEN and dialogue and (dialogue.busy or dialogue.full) and not self._transport.blocked:
             # The silence is ours.
             self._deadline = max(self._deadline, now + self._server.options.socket_timeout)
         if now < self._due():

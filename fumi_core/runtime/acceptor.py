@@ -1,0 +1,94 @@
+"""Accepting connections from a listening socket in the event loop, and surviving when the system has no more to give.
+
+asyncio's own way makes a task, a future and a transport for each connection, which costs more than a short session does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from fumi_core.runtime.logs import event
+
+Admit = Callable[[socket.socket, Any, Any], None]
+"""Takes a connected, non-blocking socket, the peer's name and our own, as getpeername() and getsockname() give them."""
+
+BURST = 32
+"""Connections accepted before the others get a turn."""
+PAUSE = 0.5
+"""Seconds without accepting when descriptors or the kernel's memory have run out."""
+QUIET = 60.0
+"""Seconds without a pause after which the next one is worth a line again."""
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+class Acceptor:
+    """Accepts from ``sock``, which must be listening and non-blocking, until ``close()``."""
+
+    def __init__(self, sock: socket.socket, name: str, log: logging.Logger, admit: Admit) -> None:
+        """``name`` is for the log."""
+        self.sock = sock
+        self._name = name
+        self._log = log
+        self._admit = admit
+        self._loop = asyncio.get_running_loop()
+        self._resume: asyncio.TimerHandle | None = None
+        self._paused_at = float("-inf")
+        own = sock.getsockname()
+        # Bound to one address, all its connections have that; else each has to be asked.
+        self._own = own if isinstance(own, str) or own[0] not in _WILDCARDS else None
+        if not isinstance(own, str):
+            # Accepted sockets inherit these from the listening one.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._loop.add_reader(sock.fileno(), self._accept)
+
+    def close(self, take_queue: bool = False) -> None:
+        """Stop listening; with ``take_queue``, take in what has connected already."""
+        if self.sock.fileno() < 0:
+            return
+        if self._resume is not None:
+            self._resume.cancel()
+        self._loop.remove_reader(self.sock.fileno())
+        while take_queue and self._take():
+            pass
+        self.sock.close()
+
+    def _accept(self) -> None:
+        for _ in range(BURST):
+            if not self._take():
+                return
+
+    def _take(self) -> bool:
+        """Accept one; False when there is none to be had now."""
+        try:
+            client, name = self.sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False
+        except OSError as error:
+            self._pause(error)
+            return False
+        try:
+            client.setblocking(False)
+            own = self._own or client.getsockname()
+        except OSError:
+            client.close()  # gone already
+        else:
+            self._admit(client, name, own)
+        return True
+
+    def _pause(self, error: OSError) -> None:
+        now = self._loop.time()
+        if now - self._paused_at > QUIET:
+            # Once: this can last, with one connection accepted now and then.
+            event(self._log, logging.ERROR, "cannot accept, pausing", listener=self._name, error=error.strerror)
+        self._paused_at = now
+        self._loop.remove_reader(self.sock.fileno())
+        self._resume = self._loop.call_later(PAUSE, self._unpause)
+
+    def _unpause(self) -> None:
+        self._resume = None
+        self._loop.add_reader(self.sock.fileno(), self._accept)

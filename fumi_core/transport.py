@@ -1,0 +1,152 @@
+"""A connected socket in the event loop, with as little as possible between the kernel and the dialogue.
+
+Reads go into one buffer that all connections share; a write is tried at once, and only what the kernel does not take is kept.
+asyncio's own transports do the same with twice the calls for each command, and receive into a fresh buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Protocol
+
+
+class Owner(Protocol):
+    """Who hears of a socket. Calls never come from inside a call to the transport."""
+
+    def received(self, count: int) -> None:
+        """So many octets are at the beginning of the shared buffer."""
+
+    def ended(self) -> None:
+        """The peer will send no more. Nothing is read from here on; writing goes on."""
+
+    def drained(self) -> None:
+        """The kernel has taken everything: ``blocked`` is False again."""
+
+    def lost(self) -> None:
+        """The connection is gone; nothing more will be called."""
+
+
+class Transport:
+    """A non-blocking stream socket, read from the beginning on. Errors end it: ``lost()`` tells, and no method raises."""
+
+    __slots__ = ("_backlog", "_buffer", "_closing", "_ended", "_fd", "_half_close", "_loop", "_owner", "_reading", "_sock")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, buffer: memoryview, owner: Owner) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._buffer = buffer
+        self._owner: Owner | None = owner
+        self._backlog = b""
+        self._closing = False
+        self._half_close = False
+        self._ended = False
+        self._reading = True
+        loop.add_reader(self._fd, self._readable)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether output waits for the peer to read."""
+        return bool(self._backlog)
+
+    def write(self, data: bytes) -> None:
+        """Send, now or as soon as the peer reads."""
+        if self._backlog:
+            self._backlog += data
+            return
+        if self._closing:
+            return
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.abort()
+            return
+        if sent < len(data):
+            self._backlog = data[sent:]
+            self._loop.add_writer(self._fd, self._writable)
+
+    def write_eof(self) -> None:
+        """Say that nothing more will be sent, once everything is."""
+        self._half_close = True
+        if not self._backlog and not self._closing:
+            self._shut_down()
+
+    def pause_reading(self) -> None:
+        if self._reading and not self._closing:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def resume_reading(self) -> None:
+        if not self._reading and not self._closing and not self._ended:
+            self._reading = True
+            self._loop.add_reader(self._fd, self._readable)
+
+    def close(self) -> None:
+        """Read no more, send what waits, and end."""
+        if not self._closing:
+            self.pause_reading()
+            self._closing = True
+            if not self._backlog:
+                self._finish()
+
+    def abort(self) -> None:
+        """End at once; what waits to be sent is lost."""
+        if self._owner is not None:
+            self.pause_reading()
+            if self._backlog:
+                self._backlog = b""
+                self._loop.remove_writer(self._fd)
+            self._closing = True
+            self._finish()
+
+    def _readable(self) -> None:
+        try:
+            count = self._sock.recv_into(self._buffer)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        assert self._owner is not None
+        if count:
+            self._owner.received(count)
+        else:
+            self.pause_reading()
+            self._ended = True
+            self._owner.ended()
+
+    def _writable(self) -> None:
+        try:
+            sent = self._sock.send(self._backlog)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        self._backlog = self._backlog[sent:]
+        if self._backlog:
+            return
+        self._loop.remove_writer(self._fd)
+        if self._closing:
+            self._finish()
+            return
+        if self._half_close:
+            self._shut_down()
+        if self._owner is not None:
+            self._owner.drained()
+
+    def _shut_down(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.abort()  # the peer was quicker
+
+    def _finish(self) -> None:
+        # The owner hears of it later: it may be the one who has just called, and closes its own circle with this object.
+        owner, self._owner = self._owner, None
+        self._sock.close()
+        if owner is not None:
+            self._loop.call_soon(owner.lost)

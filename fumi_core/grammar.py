@@ -56,11 +56,11 @@ CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 NOT_TEXT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")
 
 
-class Path(NamedTuple):
-    """A reverse-path or forward-path with the parameters behind it; ``address`` is empty for ``<>``."""
+class Address(NamedTuple):
+    """A reverse-path or forward-path: ``address`` ("" for the null sender) and its parameters, ``{"SIZE": "1024"}``."""
 
     address: str
-    parameters: dict[str, str | bool]
+    args: dict[str, str | bool]
 
 
 def read_text(argument: bytes) -> str | None:
@@ -77,13 +77,13 @@ def has_path(argument: bytes) -> bool:
     return text is not None and PATH_SHAPE.fullmatch(text) is not None
 
 
-def read_path(pattern: re.Pattern[str], argument: bytes) -> Path | None:
+def read_path(pattern: re.Pattern[str], argument: bytes) -> Address | None:
     """As ``parse_path()``, from bytes."""
     text = read_text(argument)
     return None if text is None else parse_path(pattern, text)
 
 
-def parse_path(pattern: re.Pattern[str], argument: str) -> Path | None:
+def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
     """Read what follows MAIL or RCPT; None when it is not of that form, or longer than §4.5.3.1 allows."""
     match = pattern.fullmatch(argument)
     if match is None:
@@ -92,8 +92,8 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Path | None:
     address = f"{local}@{domain}" if local is not None else (match.groupdict().get("postmaster") or "")
     if local is not None and not _fits(local, domain):
         return None
-    parameters = _parameters(match["parameters"])
-    return None if parameters is None else Path(address, parameters)
+    parameters = _parameters(match["parameters"]) if match["parameters"] else {}
+    return None if parameters is None else Address(address, parameters)
 
 
 def _fits(local: str, domain: str) -> bool:

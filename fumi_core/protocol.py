@@ -22,7 +22,7 @@ from fumi_core.lines import Input, LineTooLong
 from fumi_core.options import Options
 from fumi_core.replies import Reply
 from fumi_core.sasl import Credentials
-from fumi_core.session import Address, Envelope, Session
+from fumi_core.session import Envelope, Session
 from fumi_core.states import ALWAYS, BEFORE_MAIL, ORDER, State
 from fumi_core.tally import Tally
 from fumi_core.transfer import Transfer
@@ -271,34 +271,33 @@ class Protocol:
             return replies.MUST_STARTTLS
         if not self._options.auth_optional and self.session.user is None:
             return replies.AUTHENTICATION_REQUIRED
-        path = grammar.read_path(grammar.MAIL_ARGUMENT, argument)
-        if path is None:
+        sender = grammar.read_path(grammar.MAIL_ARGUMENT, argument)
+        if sender is None:
             return replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL
-        envelope = Envelope()
-        if path.parameters:
-            refusal = parameters.read_mail(envelope, path.parameters, self.session, self._options)
-            if refusal is not None:
-                return refusal
-        if not envelope.smtputf8 and not path.address.isascii():
-            return replies.NEED_SMTPUTF8
-        self.session.envelope = envelope
+        envelope = self.session.envelope
+        refusal = parameters.read_mail(envelope, sender.args, self.session, self._options) if sender.args else None
+        if refusal is None and not envelope.smtputf8 and not sender.address.isascii():
+            refusal = replies.NEED_SMTPUTF8
+        if refusal is not None:
+            self._reset()
+            return refusal
         self.session.transaction += 1
-        self.pending = event = Mail(Address(path.address, path.parameters))
+        self.pending = event = Mail(sender)
         return event
 
     def _rcpt(self, argument: bytes) -> Event | Reply:
-        path = grammar.read_path(grammar.RCPT_ARGUMENT, argument)
-        if path is None:
+        recipient = grammar.read_path(grammar.RCPT_ARGUMENT, argument)
+        if recipient is None:
             return replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT
-        refusal = parameters.read_rcpt(path.parameters, self._options) if path.parameters else None
+        refusal = parameters.read_rcpt(recipient.args, self._options) if recipient.args else None
         if refusal is not None:
             return refusal
         envelope = self.session.envelope
-        if not envelope.smtputf8 and not path.address.isascii():
+        if not envelope.smtputf8 and not recipient.address.isascii():
             return replies.NEED_SMTPUTF8
         if len(envelope.rcpt_to) >= self._options.max_recipients:
             return replies.TOO_MANY_RECIPIENTS
-        self.pending = event = Rcpt(Address(path.address, path.parameters))
+        self.pending = event = Rcpt(recipient)
         return event
 
     def _rset(self, argument: bytes) -> Reply:

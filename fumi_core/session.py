@@ -7,16 +7,10 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, NamedTuple
 
+from fumi_core.grammar import Address as Address
 from fumi_core.proxy_protocol import TLSInfo
 
 _UNSAFE_IN_TRACE = re.compile(r"[^A-Za-z0-9.:_\-\[\]]")
-
-
-class Address(NamedTuple):
-    """A reverse-path or forward-path: ``address`` ("" for the null sender) and its parameters, ``{"SIZE": "1024"}``."""
-
-    address: str
-    args: dict[str, str | bool]
 
 
 def domain_of(address: str) -> str:

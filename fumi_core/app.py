@@ -68,6 +68,11 @@ class Fumi:
         self._chains[phase] = compose(self._handlers[phase])
         return handler
 
+    def forget(self, phase: str, handler: Callable[..., Any]) -> None:
+        """Take a handler out of its phase again. Raises ValueError when it is not there."""
+        self._handlers[phase].remove(handler)
+        self._chains[phase] = compose(self._handlers[phase]) if self._handlers[phase] else None
+
     def use(self, plugin: Callable[[Fumi], Any]) -> Fumi:
         """Let a plugin, ``(app) -> None``, add its handlers. Returns the app."""
         plugin(self)

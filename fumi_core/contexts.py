@@ -45,7 +45,9 @@ class AuthContext(Context):
         self.user: Any = None
 
     def accept(self, user: Any) -> None:
-        """Let the client in; ``session.user`` is then ``user``."""
+        """Let the client in; ``session.user`` is then ``user``. Raises ValueError for None, which is nobody."""
+        if user is None:
+            raise ValueError("accept(user) needs a user: None is a client that did not authenticate")
         self.accepted = True
         self.user = user
 

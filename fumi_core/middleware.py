@@ -34,6 +34,9 @@ class Next:
         return self
 
     def __await__(self) -> Generator[Any, Any, None]:
+        """Raises RuntimeError the second time."""
+        if self._started:
+            raise RuntimeError("next() awaited twice")
         self._started = True
         if self._index == len(self._handlers):
             return iter(())  # type: ignore[return-value]

@@ -61,6 +61,14 @@ class MessageStream:
         """The whole rest of the message. Raises MessageAborted when it will never come."""
         return b"".join([piece async for piece in self])
 
+    async def skip(self) -> None:
+        """Let the whole rest go by, and return when the message is whole. Raises MessageAborted when it never will be."""
+        self.discard()
+        while not self._ended and not self.size_exceeded:
+            if self._aborted is not None:
+                raise MessageAborted(self._aborted)
+            await self._more()
+
     async def _more(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
         try:

@@ -47,25 +47,30 @@ class RunningServer:
 
 
 @contextmanager
-def running(app: Fumi) -> Iterator[RunningServer]:
-    """Serve ``app`` on a free port of 127.0.0.1 until the block ends."""
+def running(app: Fumi, *, record: bool = True) -> Iterator[RunningServer]:
+    """Serve ``app`` on a free port of 127.0.0.1 until the block ends.
+
+    To record messages, a handler ahead of the app's own keeps their text; without ``record`` there is none.
+    """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fumi", daemon=True)
     thread.start()
     messages: list[RecordedMessage] = []
-    _record(app, messages)
+    recorder = _record(app, messages) if record else None
     asyncio.run_coroutine_threadsafe(app.listen(0, "127.0.0.1"), loop).result(30)
     server = RunningServer(app, loop, messages)
     try:
         yield server
     finally:
         asyncio.run_coroutine_threadsafe(app.close(), loop).result(60)
+        if recorder is not None:
+            app.forget("data", recorder)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
 
 
-def _record(app: Fumi, messages: list[RecordedMessage]) -> None:
+def _record(app: Fumi, messages: list[RecordedMessage]) -> Callable[..., Any]:
     """Ahead of the app's own handlers, so that it sees the text whatever they do with it."""
 
     async def recorder(ctx: DataContext, next: Next) -> None:
@@ -76,4 +81,4 @@ def _record(app: Fumi, messages: list[RecordedMessage]) -> None:
         if not ctx.size_exceeded:
             messages.append(RecordedMessage(ctx.session, envelope, b"".join(pieces)))
 
-    app.on_data(recorder, first=True)
+    return app.on_data(recorder, first=True)

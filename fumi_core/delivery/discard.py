@@ -13,9 +13,9 @@ class Discard:
     def __call__(self, app: Fumi) -> None:
         observer = app.observer
 
-        def deliver(ctx: DataContext, next: Next) -> None:
-            ctx.stream.discard()
-            observer.delivery(self.name, "ok")
+        async def deliver(ctx: DataContext, next: Next) -> None:
+            await ctx.stream.skip()
+            observer.delivery(self.name, "failed" if ctx.size_exceeded else "ok")
 
         app.on_data(deliver)
 

@@ -200,3 +200,12 @@ def test_credentials_do_not_show_their_secrets(make: Any, connect: Any) -> None:
         client.say("AUTH XOAUTH2 " + b64(BEARER % "token"))
     assert "secret" not in repr(seen)
     assert "token'" not in repr(seen)
+
+
+def test_a_user_who_is_none_is_nobody(connect: Any) -> None:
+    app = Fumi(auth_optional=True, allow_insecure_auth=True, close_timeout=0.2)
+    app.on_auth(lambda ctx, next: ctx.accept(None))
+    with running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        assert client.say("AUTH PLAIN AGEAYg==").startswith(b"451 4.3.0")

@@ -180,7 +180,7 @@ def test_a_refusal_after_a_little_text_waits_for_the_end_and_keeps_nothing(app: 
         await ctx.stream.__anext__()
         ctx.reject("Enough", 554)
 
-    with running_bare(app) as server:
+    with running(app, record=False) as server:
         client = connect(server.port)
         client.envelope()
         client.say("DATA")
@@ -206,7 +206,7 @@ def test_a_message_that_breaks_off_raises_in_the_reader_and_on_close_follows(
     async def closed(ctx: Any, next: Any) -> None:
         seen.append("closed")
 
-    with running_bare(app) as server, caplog.at_level(logging.INFO):
+    with running(app, record=False) as server, caplog.at_level(logging.INFO):
         for count, text in enumerate((b"", b"half a message\r\n"), 1):
             client = connect(server.port)
             client.envelope()
@@ -273,27 +273,52 @@ def test_a_client_that_says_all_and_half_closes_hears_all(app: Fumi, connect: An
         assert [client.reply()[:3] for _ in range(5)] == [b"250", b"250", b"250", b"250", b""]
 
 
+def test_a_skipped_stream_ends_with_the_message(app: Fumi, connect: Any) -> None:
+    ended: list[int] = []
+
+    @app.on_data
+    async def skip(ctx: Any, next: Any) -> None:
+        await ctx.stream.skip()
+        ended.append(ctx.stream.size)
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall(b"x" * 300_000 + b"\r\n")
+        assert client.say(".") == b"250 2.0.0 Ok\r\n"
+    assert ended == [300_002]
+
+
+def test_a_skipped_stream_that_breaks_off_raises(app: Fumi, connect: Any, eventually: Any) -> None:
+    aborted: list[bool] = []
+
+    @app.on_data
+    async def skip(ctx: Any, next: Any) -> None:
+        try:
+            await ctx.stream.skip()
+        except MessageAborted:
+            aborted.append(True)
+            raise
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall(b"x\r\n")
+        client.close()
+        eventually(lambda: aborted == [True])
+
+
+def test_an_app_may_run_again_and_records_each_message_once(app: Fumi, send: Any) -> None:
+    for _ in range(2):
+        with running(app) as server:
+            send(server.port, "Subject: hi\r\n\r\nhi\r\n")
+            assert len(server.messages) == 1
+
+
 def test_plugins_and_use_chain() -> None:
     seen = []
     app = Fumi()
     assert app.use(seen.append) is app
     assert seen == [app]
-
-
-def running_bare(app: Fumi) -> Any:
-    """As running(), without the recorder, which reads every message to its end."""
-    context = running(app)
-    add, app.on_data = app.on_data, lambda handler, **_: handler  # type: ignore[method-assign]
-    try:
-        server = context.__enter__()
-    finally:
-        app.on_data = add  # type: ignore[method-assign]
-
-    class Bare:
-        def __enter__(self) -> Any:
-            return server
-
-        def __exit__(self, *error: Any) -> None:
-            context.__exit__(*error)
-
-    return Bare()

@@ -65,3 +65,13 @@ def test_an_exception_passes_through_the_handlers_outside() -> None:
         raise ValueError
 
     assert run(catching, failing) == ["caught"]
+
+
+def test_awaiting_one_next_twice_is_an_error() -> None:
+    async def twice(log: list[str], next: Next) -> None:
+        rest = next()
+        await rest
+        await rest
+
+    with pytest.raises(RuntimeError, match="twice"):
+        run(twice, onion("b"))

@@ -1,9 +1,16 @@
 """Plain-text dialogues: what the client says, what the server must answer. One file each in dialogues/.
 
-``C: text`` sends text and CRLF; ``C! text`` sends text as it stands, with Python's escapes; ``S: text`` expects exactly this
-line, ``S? regex`` a line that matches, ``S* code`` a whole reply with this code; ``S.`` expects the connection to be closed
-with nothing more said; ``# …`` is a comment. ``@ option = value`` lines at the top set options of Fumi, values as Python
-literals. Replies are read only where S lines stand, so several C lines in a row are pipelined.
+``C: text`` sends text and CRLF; ``C! text`` sends text as it stands, with Python's escapes, and ``C* n text`` sends such text n
+times; ``S: text`` expects exactly this line, ``S? regex`` a line that matches, ``S* code`` a whole reply with this code; ``S.``
+expects the connection to be closed with nothing more said; ``# …`` is a comment. Replies are read only where S lines stand, so
+several C lines in a row are pipelined.
+
+Before the dialogue, ``@ option = value`` sets an option of Fumi, the value a Python literal, and ``H phase [whom]: deed`` adds
+a handler: ``accept [text]``, ``reject code text``, ``refuse code text`` (LMTP, for that recipient alone) or ``fail`` (with an
+exception). ``whom`` is an address, or the user's name, whose password or token is then what ``accept`` is followed by.
+
+``A: close`` has the app closed. ``B! text`` is the text of a message that was accepted, in order and with escapes, and ``B.``
+says that none was: with either, these are all there were.
 """
 
 from __future__ import annotations
@@ -11,43 +18,107 @@ from __future__ import annotations
 import ast
 import re
 import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
-from fumi_core import Fumi
-from fumi_core.testing import running
+from fumi_core import Fumi, replies
+from fumi_core.replies import Reply
+from fumi_core.testing import RunningServer, running
 
 DIALOGUES = sorted((Path(__file__).parent / "dialogues").glob("*.txt"))
+HANDLER = re.compile(r"H (\w+)(?: (\S+))?: (\w+) ?(.*)")
 
 
 @pytest.mark.parametrize("path", DIALOGUES, ids=lambda path: path.stem)
 def test_the_server_answers_as_written(path: Path) -> None:
     lines = path.read_text().splitlines()
+    app = _app(lines)
+    with running(app) as server:
+        closing = threading.Thread(target=server.run, args=(app.close,))
+        with socket.create_connection((server.host, server.port), timeout=30) as sock, sock.makefile("rb") as heard:
+            _talk(closing.start, sock, heard, lines, path.name)
+        if closing.ident is not None:
+            closing.join()
+        _expect_messages(server, lines)
+
+
+def _app(lines: list[str]) -> Fumi:
     options = dict(_option(line) for line in lines if line.startswith("@"))
     app = Fumi(**{"auth_optional": True, "name": "mx.example", **options})
-    with (
-        running(app) as server,
-        socket.create_connection((server.host, server.port), timeout=10) as sock,
-        sock.makefile("rb") as replies,
-    ):
-        waiting = b""
-        for number, line in enumerate(lines, 1):
-            kind, text = line[:2], line[3:]
-            if kind in ("C:", "C!"):
-                waiting += text.encode() + b"\r\n" if kind == "C:" else ast.literal_eval(f'b"{text}"')
-            elif kind in ("S:", "S?", "S*", "S."):
-                sock.sendall(waiting)
-                waiting = b""
-                got = replies.readline()
-                while kind == "S*" and got[3:4] == b"-":
-                    got = replies.readline()
-                _expect(kind, text, got, f"{path.name}:{number}")
+    for line in lines:
+        if line.startswith("H "):
+            _add_handler(app, line)
+    return app
 
 
 def _option(line: str) -> tuple[str, object]:
     name, _, value = line[1:].partition("=")
     return name.strip(), ast.literal_eval(value.strip())
+
+
+def _add_handler(app: Fumi, line: str) -> None:
+    found = HANDLER.fullmatch(line)
+    assert found, line
+    phase, whom, deed, text = found.groups()
+
+    async def handler(ctx: Any, next: Any) -> None:
+        if deed != "refuse" and whom is not None and whom != _whom(ctx):
+            await next()
+        elif deed == "fail":
+            raise RuntimeError(line)
+        elif deed == "accept":
+            if phase != "auth" or ctx.credentials.access_token == text or ctx.credentials.validate_password(text):
+                ctx.accept(text if phase == "data" else whom)
+        else:
+            code, _, message = text.partition(" ")
+            if deed == "reject":
+                ctx.reject(message, int(code))
+            ctx.reject_recipient(whom, message, int(code))
+            await next()
+
+    getattr(app, f"on_{phase}")(handler)
+
+
+def _whom(ctx: Any) -> str:
+    """Whom a handler is asked about: the address, or the user."""
+    name: str = ctx.credentials.username if hasattr(ctx, "credentials") else ctx.address.address
+    return name
+
+
+def _talk(close: Callable[[], None], sock: socket.socket, heard: BinaryIO, lines: list[str], name: str) -> None:
+    waiting = b""
+    for number, line in enumerate(lines, 1):
+        kind, text = line[:2], line[3:]
+        if kind in ("C:", "C!", "C*"):
+            waiting += _said(kind, text)
+        elif kind == "A:":
+            assert text == "close", f"{name}:{number}"
+            close()
+        elif kind in ("S:", "S?", "S*", "S."):
+            sock.sendall(waiting)
+            waiting = b""
+            got = heard.readline()
+            while kind == "S*" and got[3:4] == b"-":
+                got = heard.readline()
+            _expect(kind, text, got, f"{name}:{number}")
+        else:
+            assert kind in ("", "# ", "#", "@ ", "H ", "B!", "B."), f"{name}:{number} is none of the lines there are"
+
+
+def _said(kind: str, text: str) -> bytes:
+    if kind == "C:":
+        return text.encode() + b"\r\n"
+    times, _, text = text.partition(" ") if kind == "C*" else ("1", "", text)
+    return _bytes(text) * int(times)
+
+
+def _bytes(text: str) -> bytes:
+    value: bytes = ast.literal_eval('b"' + text.replace('"', r"\"") + '"')
+    return value
 
 
 def _expect(kind: str, text: str, got: bytes, where: str) -> None:
@@ -61,5 +132,35 @@ def _expect(kind: str, text: str, got: bytes, where: str) -> None:
         assert re.fullmatch(text + "\r\n", got.decode()), f"{where}: {got!r} is not {text}"
 
 
+def _expect_messages(server: RunningServer, lines: list[str]) -> None:
+    if any(line[:2] in ("B!", "B.") for line in lines):
+        assert [message.body for message in server.messages] == [_bytes(line[3:]) for line in lines if line[:2] == "B!"]
+
+
+# What the dialogues leave out
+
+
+def _expected_replies() -> set[str]:
+    """Every reply that some dialogue expects word by word, its lines joined."""
+    found = set[str]()
+    for path in DIALOGUES:
+        lines: list[str] = []
+        for line in path.read_text().splitlines():
+            if line.startswith("S:"):
+                lines.append(line[3:])
+                if line[6:7] != "-":
+                    found.add("\r\n".join(lines) + "\r\n")
+                    lines = []
+    return found
+
+
+CONSTANTS = {name: reply for name, reply in vars(replies).items() if isinstance(reply, Reply)}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_every_reply_there_is_stands_in_a_dialogue(name: str) -> None:
+    assert CONSTANTS[name].data.decode() in _expected_replies()
+
+
 def test_there_are_dialogues() -> None:
-    assert len(DIALOGUES) > 40
+    assert len(DIALOGUES) >= 130

@@ -119,7 +119,7 @@ def is_address_literal(text: str) -> bool:
 def _parameters(text: str) -> dict[str, str | bool] | None:
     """By keyword, in capitals; None when one comes twice (RFC 5321 §4.1.1.11)."""
     parameters: dict[str, str | bool] = {}
-    for word in text.split():
+    for word in filter(None, text.split(" ")):  # other spaces, those of Unicode, are part of a value
         keyword, equals, value = word.partition("=")
         if keyword.upper() in parameters:
             return None

@@ -26,6 +26,7 @@ from fumi_core.protocol import Protocol
 from fumi_core.replies import Reply, from_text
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.logs import event as log_event
+from fumi_core.runtime.logs import failure
 from fumi_core.session import Address, Session
 from fumi_core.states import State
 from fumi_core.stream import MessageStream
@@ -269,8 +270,7 @@ class Dialogue:
         return replies.LOCAL_ERROR
 
     def _log_failure(self, error: BaseException) -> None:
-        fields = {"id": self.session.id, "client": self.session.remote_address}
-        errors.error("a handler failed", exc_info=error, extra={"fields": fields})
+        failure(errors, "a handler failed", error, id=self.session.id, client=self.session.remote_address)
 
     # The message
 

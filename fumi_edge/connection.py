@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 from fumi_core.proxy_protocol import TLSInfo
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends import Backend, Backends, Name, NoBackend, header
 from fumi_edge.certificates import Certificates, TLSSocket
 from fumi_edge.ending import NO_BACKEND, Ended, reset_on_close, take_leave
@@ -121,9 +121,9 @@ class Connection:
         except asyncio.CancelledError:
             reason = "shutdown"
             raise
-        except Exception:
+        except Exception as error:
             # A fault of ours costs this connection and no other.
-            log.exception("connection failed", extra={"fields": {"id": self.id, "client": self._client_name()}})
+            failure(log, "connection failed", error, id=self.id, client=self._client_name())
         finally:
             self._close(reason)
             self._report(reason)

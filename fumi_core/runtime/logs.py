@@ -16,10 +16,28 @@ from typing import Any
 _PLAIN = re.compile(r"[!#-~]+")
 
 
+class Event:
+    """A record's message: words, and named fields. As text it is both, so that formatters which know no fields show them too."""
+
+    __slots__ = ("fields", "words")
+
+    def __init__(self, words: str, fields: dict[str, object]) -> None:
+        self.words = words
+        self.fields = {name: value for name, value in fields.items() if value is not None}
+
+    def __str__(self) -> str:
+        return " ".join([_one_line(self.words), *(f"{name}={_quoted(value)}" for name, value in self.fields.items())])
+
+
 def event(logger: logging.Logger, level: int, message: str, /, **fields: object) -> None:
     """Log one event with its fields; a field that is None is left out."""
     if logger.isEnabledFor(level):
-        logger.log(level, message, extra={"fields": fields})
+        logger.log(level, Event(message, fields))
+
+
+def failure(logger: logging.Logger, message: str, error: BaseException, /, **fields: object) -> None:
+    """Log an error of ours, with its traceback and its fields."""
+    logger.error(Event(message, fields), exc_info=error)
 
 
 def configure(form: str, level: str) -> None:
@@ -42,16 +60,11 @@ def _second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def _fields(record: logging.LogRecord) -> dict[str, object]:
-    return {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
-
-
 class TextFormatter(logging.Formatter):
     """``2026-01-31T12:00:00.123Z INFO fumi.core session ended id=… client=…``; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
         words = [_stamp(record), record.levelname, record.name, _one_line(record.getMessage())]
-        words += [f"{name}={_quoted(value)}" for name, value in _fields(record).items()]
         if record.exc_info:
             words.append("\n" + self.formatException(record.exc_info))
         return " ".join(words)
@@ -62,8 +75,10 @@ class JSONFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {"time": _stamp(record), "level": record.levelname.lower(), "logger": record.name}
-        line["event"] = record.getMessage()
-        line |= _fields(record)
+        if isinstance(record.msg, Event):
+            line |= {"event": record.msg.words, **record.msg.fields}
+        else:
+            line["event"] = record.getMessage()
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

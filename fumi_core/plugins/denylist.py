@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from fumi_core.app import Fumi
 from fumi_core.contexts import ConnectContext
 from fumi_core.middleware import Next
-from fumi_core.runtime.addresses import Networks
+from fumi_core.plugins import arguments
 
 
 def denylist(ips: Iterable[str]) -> Callable[[Fumi], None]:
     """Answer these addresses and CIDR blocks with ``554 5.7.1`` in place of the banner. Raises ValueError for others."""
-    denied = Networks(ips)
+    denied = arguments.networks("denylist", ips)
 
     async def check(ctx: ConnectContext, next: Next) -> None:
         if ctx.session.remote_address in denied:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from fumi_core.app import Fumi
 from fumi_core.contexts import DataContext, MailContext
 from fumi_core.middleware import Next
+from fumi_core.plugins import arguments
 
 
 def max_size(n: int) -> Callable[[Fumi], None]:
-    """Answer a message that declares, or has, more than ``n`` octets with ``552 5.3.4``."""
+    """Answer a message that declares, or has, more than ``n`` octets with ``552 5.3.4``. Raises ValueError for less than 1."""
+    arguments.whole("max_size", "n", n, 1)
 
     async def check_declared(ctx: MailContext, next: Next) -> None:
         if int(ctx.address.args.get("SIZE", 0)) > n:

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable
 from fumi_core.app import Fumi
 from fumi_core.contexts import RcptContext
 from fumi_core.middleware import Next
+from fumi_core.plugins import arguments
 from fumi_core.session import domain_of
 
 
 def rcpt_filter(domains: Iterable[str]) -> Callable[[Fumi], None]:
-    """Answer RCPT for any other domain with ``550 5.7.1``. ``<postmaster>`` has no domain and is always let through."""
-    accepted = frozenset(domain.lower() for domain in domains)
+    """Answer RCPT for any other domain with ``550 5.7.1``. ``<postmaster>`` has no domain and is always let through.
+
+    Raises ValueError for what is not a domain.
+    """
+    accepted = arguments.domains("rcpt_filter", domains)
 
     async def check(ctx: RcptContext, next: Next) -> None:
         domain = domain_of(ctx.address.address)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from fumi_core.app import Fumi
 from fumi_core.contexts import MailContext
 from fumi_core.middleware import Next
+from fumi_core.plugins import arguments
 from fumi_core.session import domain_of
 
 
 def sender_block(domains: Iterable[str]) -> Callable[[Fumi], None]:
-    """Answer MAIL from these domains, compared without case, with ``550 5.7.1``."""
-    blocked = frozenset(domain.lower() for domain in domains)
+    """Answer MAIL from these domains, compared without case, with ``550 5.7.1``. Raises ValueError for what is none."""
+    blocked = arguments.domains("sender_block", domains)
 
     async def check(ctx: MailContext, next: Next) -> None:
         if domain_of(ctx.address.address) in blocked:

@@ -12,7 +12,7 @@ import socket
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Any, Literal
 
 BACKLOG = 4096
@@ -148,6 +148,15 @@ def peer_of(name: Any) -> tuple[str, int]:
     if host.startswith("::ffff:") and "." in host:
         host = host[7:]
     return host.partition("%")[0], name[1]
+
+
+def block_of(host: str, *, ipv4: int, ipv6: int) -> str:
+    """The CIDR block of this many bits that a host is in, for those who count by it; ``unix`` for every Unix socket."""
+    try:
+        bits = ipv4 if ip_address(host).version == 4 else ipv6
+        return str(ip_network((host, bits), strict=False))
+    except ValueError:
+        return "unix"
 
 
 class Networks:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fumi_core.proxy_protocol import ProxyHeader
+
 
 class Client:
     """A raw SMTP client: says lines, hears replies."""
@@ -53,6 +55,32 @@ def connect() -> Iterator[Callable[..., Client]]:
     yield make
     for client in clients:
         client.close()
+
+
+@pytest.fixture
+def connect_from(connect: Callable[..., Client]) -> Callable[..., Client]:
+    """A client with an address of one's choice, for an app with ``proxy_protocol="required"``."""
+
+    def make(port: int, address: str) -> Client:
+        kind = "TCP6" if ":" in address else "TCP4"
+        return connect(port, ProxyHeader(2, "PROXY", kind, (address, 1234), (address, 25)).to_bytes())
+
+    return make
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture

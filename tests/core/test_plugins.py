@@ -44,6 +44,33 @@ def test_denylist_wants_networks() -> None:
         plugins.denylist(["nonsense"])
 
 
+@pytest.mark.parametrize(("cidrs", "banner"), [(["10.0.0.0/8", "::1"], b"554 5.7.1"), (["127.0.0.0/8"], b"220")])
+def test_allowlist(app: Fumi, connect: Any, cidrs: list[str], banner: bytes) -> None:
+    with running(app.use(plugins.allowlist(cidrs))) as server:
+        assert connect(server.port).banner.startswith(banner)
+
+
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda: plugins.allowlist("10.0.0.0/8"), r"write allowlist\(\["),  # type: ignore[arg-type]
+        (lambda: plugins.allowlist([]), "write the networks"),
+        (lambda: plugins.allowlist(["10.0.0.1/8"]), "write 192.0.2.0/24"),
+        (lambda: plugins.denylist("10.0.0.1"), r"write denylist\(\["),
+        (lambda: plugins.denylist([1]), r"write denylist\(\["),  # type: ignore[list-item]
+        (lambda: plugins.rcpt_filter("ours.example"), r"write rcpt_filter\(\["),
+        (lambda: plugins.rcpt_filter(["@ours.example"]), "write what is behind the @"),
+        (lambda: plugins.sender_block(["a@b.example"]), "write what is behind the @"),
+        (lambda: plugins.sender_block(None), r"write sender_block\(\["),  # type: ignore[arg-type]
+        (lambda: plugins.max_size(0), "from 1 up"),
+        (lambda: plugins.max_size("10"), "from 1 up"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_plugin_that_cannot_work_is_not_made(make: Any, hint: str) -> None:
+    with pytest.raises(ValueError, match=hint):
+        make()
+
+
 def test_sender_block(app: Fumi, connect: Any) -> None:
     with running(app.use(plugins.sender_block(["Blocked.example"]))) as server:
         client = connect(server.port)

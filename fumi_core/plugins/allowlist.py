@@ -1,0 +1,31 @@
+"""``allowlist(cidrs)``: talks to these clients and to no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import ConnectContext
+from fumi_core.middleware import Next
+from fumi_core.plugins import arguments
+
+
+def allowlist(cidrs: Iterable[str]) -> Callable[[Fumi], None]:
+    """Answer clients outside these CIDR blocks and addresses (``unix``: Unix sockets) with ``554 5.7.1`` in place of the banner.
+
+    Raises ValueError for others, and for none at all.
+    """
+    given = arguments.texts("allowlist", cidrs, "192.0.2.0/24")
+    if not given:
+        raise ValueError("allowlist([]) would turn everybody away: write the networks that may connect")
+    allowed = arguments.networks("allowlist", given)
+
+    async def check(ctx: ConnectContext, next: Next) -> None:
+        if ctx.session.remote_address not in allowed:
+            ctx.reject("5.7.1 Access denied", 554)
+        await next()
+
+    def plugin(app: Fumi) -> None:
+        app.on_connect(check)
+
+    return plugin

@@ -1,0 +1,45 @@
+"""What plugins are made with, checked when they are made. Each problem is a ValueError that says what to write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fumi_core.runtime.addresses import Networks
+
+
+def networks(plugin: str, given: Iterable[str]) -> Networks:
+    """Addresses, CIDR blocks, ``unix``."""
+    return Networks(texts(plugin, given, "192.0.2.0/24"))
+
+
+def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
+    """Mail domains, in lower case."""
+    found = texts(plugin, given, "example.org")
+    for text in found:
+        if not text or "@" in text or text.startswith(".") or not text.isprintable() or " " in text:
+            raise ValueError(f"{plugin}: {text!r} is not a domain: write what is behind the @, as in 'example.org'")
+    return frozenset(text.lower() for text in found)
+
+
+def whole(plugin: str, name: str, given: int, least: int) -> int:
+    """A whole number from ``least`` up."""
+    if type(given) is not int or given < least:
+        raise ValueError(f"{plugin}: {name} is a whole number from {least} up, not {given!r}")
+    return given
+
+
+def positive(plugin: str, name: str, given: float) -> float:
+    """A finite number above 0."""
+    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given) or given <= 0:
+        raise ValueError(f"{plugin}: {name} is a number above 0, not {given!r}")
+    return given
+
+
+def texts(plugin: str, given: Iterable[str], example: str) -> tuple[str, ...]:
+    """Several texts, and not one: its letters would each be taken for a domain, and fit nobody's."""
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        found = tuple(given)
+        if all(isinstance(each, str) for each in found):
+            return found
+    raise ValueError(f"{plugin} takes a list of texts, not {given!r}: write {plugin}([{example!r}])")

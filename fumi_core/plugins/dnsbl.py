@@ -1,0 +1,127 @@
+"""``dnsbl(zones)``: turns away clients whose address is on a DNS blocklist (RFC 5782)."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import ConnectContext
+from fumi_core.middleware import Next
+from fumi_core.plugins import arguments
+from fumi_core.runtime.logs import event
+from fumi_core.runtime.resolver import Resolve, Resolver, ipv4_addresses
+
+REMEMBERED = 300.0
+"""Seconds for which an answer is good."""
+MAX_REMEMBERED = 16_384
+
+_log = logging.getLogger("fumi.core")
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_ZONE = re.compile(rf"{_LABEL}(?:\.{_LABEL})+")
+_MAX_ZONE = 253 - 64  # beside the 32 nibbles of an IPv6 address and their dots
+_LISTED = ip_network("127.0.0.0/8")
+# Spamhaus says so, and not of the client, when it does not like the question or the resolver that asks.
+_ERROR = ip_network("127.255.255.0/24")
+
+
+def dnsbl(
+    zones: Iterable[str],
+    *,
+    timeout: float = 5.0,
+    resolve: Resolve = ipv4_addresses,
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[Fumi], None]:
+    """Ask the zones in order, and answer a client that one of them lists with ``554 5.7.1`` in place of the banner.
+
+    The reply names the zone, so it should not have a key of yours in its name. Addresses that are not public are not asked
+    about. A zone that does not answer within ``timeout`` seconds, or not sensibly, is passed over with one line in the log: no
+    mail is lost to a resolver. Raises ValueError for what is not a zone.
+
+    ``resolve`` gives the IPv4 addresses of a name, in a thread; ``clock`` gives seconds.
+    """
+    lists = [
+        Blocklist(zone, Resolver(resolve, timeout=arguments.positive("dnsbl", "timeout", timeout)), clock)
+        for zone in _zones(zones)
+    ]
+
+    async def check(ctx: ConnectContext, next: Next) -> None:
+        address = _public(ctx.session.remote_address)
+        for blocklist in lists:
+            if address is not None and await blocklist.lists(address, ctx.session.id):
+                ctx.reject(f"5.7.1 Client host [{address}] blocked using {blocklist.zone}", 554)
+        await next()
+
+    def plugin(app: Fumi) -> None:
+        app.on_connect(check)
+
+    return plugin
+
+
+class Blocklist:
+    """One zone, and what it said lately."""
+
+    def __init__(self, zone: str, resolver: Resolver, clock: Callable[[], float]) -> None:
+        self.zone = zone
+        self._resolver = resolver
+        self._clock = clock
+        self._answers: dict[str, tuple[float, bool]] = {}
+
+    async def lists(self, address: IPv4Address | IPv6Address, id: str) -> bool:
+        """Whether the address is on it, as far as one can know; ``id`` is the connection's, for the log."""
+        name = f"{_reversed(address)}.{self.zone}"
+        until, listed = self._answers.get(name, (0.0, False))
+        if self._clock() < until:
+            return listed
+        try:
+            answers = await self._resolver.lookup(name)
+            listed = _means_listed(answers)
+        except Exception as error:
+            problem = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+            event(_log, logging.WARNING, "blocklist not usable", id=id, zone=self.zone, client=address, problem=problem)
+            return False
+        self._remember(name, listed)
+        return listed
+
+    def _remember(self, name: str, listed: bool) -> None:
+        self._answers.pop(name, None)
+        if len(self._answers) >= MAX_REMEMBERED:
+            del self._answers[next(iter(self._answers))]
+        self._answers[name] = (self._clock() + REMEMBERED, listed)
+
+
+def _means_listed(answers: Iterable[str]) -> bool:
+    """Raises ValueError for answers of which none is a blocklist's (RFC 5782 §2.1), such as those of a parked domain."""
+    found = [IPv4Address(answer) for answer in answers]
+    if any(each in _LISTED and each not in _ERROR for each in found):
+        return True
+    if found:
+        raise ValueError(f"it answers {found[0]}, which {'is an error code' if found[0] in _ERROR else 'no blocklist does'}")
+    return False
+
+
+def _public(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None  # a Unix socket
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address if address.is_global else None
+
+
+def _reversed(address: IPv4Address | IPv6Address) -> str:
+    """The octets of an IPv4, the nibbles of an IPv6 address, last first (RFC 5782 §2.1, §2.4)."""
+    return address.reverse_pointer.removesuffix(".in-addr.arpa").removesuffix(".ip6.arpa")
+
+
+def _zones(given: Iterable[str]) -> list[str]:
+    zones = [zone.removesuffix(".").lower() for zone in arguments.texts("dnsbl", given, "zen.spamhaus.org")]
+    if not zones:
+        raise ValueError("dnsbl([]) would ask nobody: write the zones, as in 'zen.spamhaus.org'")
+    for zone in zones:
+        if not _ZONE.fullmatch(zone) or len(zone) > _MAX_ZONE:
+            raise ValueError(f"dnsbl: {zone!r} is not a zone: write its domain, as in 'zen.spamhaus.org'")
+    return list(dict.fromkeys(zones))

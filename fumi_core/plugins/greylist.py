@@ -1,0 +1,94 @@
+"""``greylist(delay)``: an unknown sender is told to come again, which mail servers do and most spammers do not (RFC 6647)."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import RcptContext
+from fumi_core.middleware import Next
+from fumi_core.plugins import arguments
+from fumi_core.runtime.addresses import block_of
+
+RETRY_WINDOW = 2 * 86400.0
+"""Seconds in which a sender that was told to wait is to come again."""
+RETENTION = 35 * 86400.0
+"""Seconds for which one that did is known, from the last time it was seen."""
+SHARDS, SHARD_SIZE = 256, 1024
+"""Triplets remembered: at most the product."""
+
+
+def greylist(delay: float, *, clock: Callable[[], float] = time.monotonic) -> Callable[[Fumi], None]:
+    """Answer RCPT with ``450 4.7.1`` until ``delay`` seconds have passed since the client, sender and recipient were first seen.
+
+    Clients are told apart by their /24 (IPv4) or /64 (IPv6): a mail server may try again from its neighbour. Authenticated
+    users pass. Use it behind what refuses unknown recipients. What is known is kept in memory, by each worker for itself: after
+    a restart, and with each further worker that it meets, a sender waits again. Raises ValueError for a delay that nobody
+    could outwait. ``clock`` gives seconds.
+    """
+    if arguments.positive("greylist", "delay", delay) >= RETRY_WINDOW:
+        raise ValueError(f"greylist: delay is less than {RETRY_WINDOW:.0f} seconds, after which a first try is forgotten")
+    waiting, known = Triplets(), Triplets()
+
+    def is_known(block: str, sender: str, recipient: str) -> bool:
+        now = clock()
+        triplet = (block, sender.lower(), recipient.lower())
+        passed = known.get(triplet)
+        if passed is None or now - passed > RETENTION:
+            seen = waiting.get(triplet)
+            if seen is None or now - seen > RETRY_WINDOW:
+                waiting.put(triplet, now)
+                return False
+            if now - seen < delay:
+                return False
+        known.put(triplet, now)
+        return True
+
+    async def check(ctx: RcptContext, next: Next) -> None:
+        session = ctx.session
+        if session.user is None:
+            sender = session.envelope.mail_from
+            block = block_of(session.remote_address, ipv4=24, ipv6=64)
+            if not is_known(block, sender.address if sender else "", ctx.address.address):
+                ctx.reject("4.7.1 Greylisted, try again later", 450)
+        await next()
+
+    def plugin(app: Fumi) -> None:
+        app.on_rcpt_to(check)
+
+    return plugin
+
+
+class Triplets:
+    """A time for each triplet of client block, sender and recipient.
+
+    Where there are too many the longest untouched are forgotten, but only among the block's own shard, which no client can
+    choose: one that invents senders by the thousand makes the others of its shard wait again, and nobody else.
+    """
+
+    def __init__(self, shards: int = SHARDS, size: int = SHARD_SIZE) -> None:
+        self._shards: list[dict[bytes, float]] = [{} for _ in range(shards)]
+        self._size = size
+        self._key = secrets.token_bytes(16)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards))
+
+    def get(self, triplet: tuple[str, str, str]) -> float | None:
+        return self._shard(triplet[0]).get(self._digest("\0".join(triplet)))
+
+    def put(self, triplet: tuple[str, str, str], seconds: float) -> None:
+        shard, digest = self._shard(triplet[0]), self._digest("\0".join(triplet))
+        shard.pop(digest, None)  # so that it stands behind all that were touched before it
+        if len(shard) >= self._size:
+            del shard[next(iter(shard))]
+        shard[digest] = seconds
+
+    def _shard(self, block: str) -> dict[bytes, float]:
+        return self._shards[int.from_bytes(self._digest(block), "big") % len(self._shards)]
+
+    def _digest(self, text: str) -> bytes:
+        return blake2b(text.encode(), digest_size=16, key=self._key).digest()

@@ -1,0 +1,130 @@
+"""``logger()``: a line in the log for each thing that a client does, and for what became of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
+from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.middleware import Next
+from fumi_core.runtime.logs import event
+from fumi_core.session import Session
+
+_log = logging.getLogger("fumi.core.events")
+
+
+def logger() -> Callable[[Fumi], None]:
+    """Log connects, authentications, senders, recipients, messages and closes, at level INFO, to ``fumi.core.events``.
+
+    Use it first: it sees what becomes of things behind it, refusals included. What a client authenticates with is never
+    logged; its name only when it was right, since people type passwords there. Without the ``fumi-core`` program,
+    ``logging.basicConfig(level=logging.INFO)`` is enough to see the lines.
+    """
+
+    def plugin(app: Fumi) -> None:
+        lines = _Lines()
+        app.on_connect(lines.connect)
+        app.on_auth(lines.auth)
+        app.on_mail_from(lines.mail_from)
+        app.on_rcpt_to(lines.rcpt_to)
+        app.on_data(lines.data)
+        app.on_close(lines.close)
+
+    return plugin
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._connected: dict[Session, float] = {}  # on_close follows every on_connect, and takes it out again
+
+    async def connect(self, ctx: ConnectContext, next: Next) -> None:
+        session = ctx.session
+        self._connected[session] = time.monotonic()
+        tls = session.tls.version if session.tls else ("yes" if session.secure else None)
+        fields = {"client": session.remote_address, "proxy": session.proxy_address, "tls": tls}
+        await _outcome(ctx, next, "connection", fields)
+
+    async def auth(self, ctx: AuthContext, next: Next) -> None:
+        fields = {"method": ctx.credentials.method}
+        try:
+            await next()
+        except Exception as error:
+            _tell(ctx, "authentication refused", **fields, **_refusal(error))
+            raise
+        if ctx.accepted:
+            _tell(ctx, "authentication accepted", **fields, username=ctx.credentials.username)
+        else:
+            _tell(ctx, "authentication refused", **fields, code=ctx.default_code)
+
+    async def mail_from(self, ctx: MailContext, next: Next) -> None:
+        await _outcome(ctx, next, "sender", {"address": ctx.address.address})
+
+    async def rcpt_to(self, ctx: RcptContext, next: Next) -> None:
+        await _outcome(ctx, next, "recipient", {"address": ctx.address.address})
+
+    async def data(self, ctx: DataContext, next: Next) -> None:
+        started = time.monotonic()
+        envelope = ctx.session.envelope
+        failure = await _failure_of(ctx, next)
+        fields: dict[str, Any] = {
+            "sender": envelope.mail_from.address if envelope.mail_from else None,
+            "recipients": len(envelope.rcpt_to),
+            "size": ctx.stream.size,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        if isinstance(failure, MessageAborted):
+            _tell(ctx, "message aborted", **fields, reason=str(failure))
+        elif ctx.size_exceeded:
+            _tell(ctx, "message refused", **fields, code=552, reply="too large")
+        elif failure is not None:
+            _tell(ctx, "message refused", **fields, **_refusal(failure))
+        else:
+            refused = len(ctx.rejected)
+            verdict = "refused" if refused == len(envelope.rcpt_to) else "accepted"
+            _tell(ctx, f"message {verdict}", **fields, refused=refused or None)
+        if failure is not None:
+            raise failure
+
+    async def close(self, ctx: CloseContext, next: Next) -> None:
+        started = self._connected.pop(ctx.session, None)
+        seconds = None if started is None else round(time.monotonic() - started, 3)
+        _tell(ctx, "connection closed", client=ctx.session.remote_address, seconds=seconds, transactions=ctx.session.transaction)
+        await next()
+
+
+async def _outcome(ctx: Context, next: Next, what: str, fields: dict[str, Any]) -> None:
+    try:
+        await next()
+    except Exception as error:
+        _tell(ctx, f"{what} refused", **fields, **_refusal(error))
+        raise
+    _tell(ctx, f"{what} accepted", **fields)
+
+
+async def _failure_of(ctx: DataContext, next: Next) -> Exception | None:
+    """What the others made of the message, which has arrived as a whole then: its size is known only at its end."""
+    failure = None
+    try:
+        await next()
+    except Exception as error:
+        failure = error
+    try:
+        async for _ in ctx.stream:
+            pass
+    except MessageAborted as error:
+        return failure or error
+    return failure
+
+
+def _refusal(error: Exception) -> dict[str, Any]:
+    if isinstance(error, SMTPError):
+        return {"code": error.code, "reply": error.message}
+    return {"problem": type(error).__name__}
+
+
+def _tell(ctx: Context, words: str, **fields: Any) -> None:
+    event(_log, logging.INFO, words, id=ctx.session.id, **fields)

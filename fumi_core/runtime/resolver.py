@@ -1,0 +1,80 @@
+"""Names looked up off the loop, by a few threads of their own.
+
+The system's resolver may take half a minute over a name. In asyncio's threads it would keep deliveries waiting for it; and at
+the end of the program those are joined, which these, being daemons, are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import socket
+import threading
+from collections.abc import Callable, Sequence
+
+THREADS = 8
+"""Lookups at once."""
+MAX_WAITING = 1024
+"""Lookups that wait for a thread; beyond them the answer is an OSError at once."""
+
+Resolve = Callable[[str], Sequence[str]]
+"""Addresses of a name, () where it has none; raises OSError where that cannot be known. Called in a thread."""
+_Lookup = tuple[str, asyncio.AbstractEventLoop, "asyncio.Future[Sequence[str]]"]
+
+
+def ipv4_addresses(name: str) -> Sequence[str]:
+    """What the system's resolver says of a full name."""
+    try:
+        # The final dot keeps the search domains of resolv.conf away from it.
+        found = socket.getaddrinfo(f"{name}.", None, socket.AF_INET, socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
+            return ()
+        raise
+    return [str(name[0]) for *_, name in found]
+
+
+class Resolver:
+    """Answers within a time, whatever becomes of the lookup."""
+
+    def __init__(self, resolve: Resolve = ipv4_addresses, *, timeout: float, threads: int = THREADS) -> None:
+        self._resolve = resolve
+        self._timeout = timeout
+        self._threads = threads
+        self._started = 0
+        self._waiting: queue.SimpleQueue[_Lookup] = queue.SimpleQueue()
+
+    async def lookup(self, name: str) -> Sequence[str]:
+        """Raises OSError when the resolver fails or is overrun, TimeoutError when it takes too long."""
+        if self._waiting.qsize() >= MAX_WAITING:
+            raise OSError("too many lookups are waiting")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Sequence[str]] = loop.create_future()
+        self._waiting.put((name, loop, answer))
+        if self._started < self._threads:
+            self._started += 1
+            threading.Thread(target=self._work, name="resolver", daemon=True).start()
+        async with asyncio.timeout(self._timeout):
+            return await answer
+
+    def _work(self) -> None:
+        while True:
+            name, loop, answer = self._waiting.get()
+            if answer.done():
+                continue  # nobody waits for it any more
+            try:
+                outcome: Sequence[str] | BaseException = self._resolve(name)
+            except Exception as error:
+                outcome = error
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(_settle, answer, outcome)
+
+
+def _settle(answer: asyncio.Future[Sequence[str]], outcome: Sequence[str] | BaseException) -> None:
+    if answer.done():
+        return
+    if isinstance(outcome, BaseException):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fumi_core.app import Fumi
 from fumi_core.delivery import Target, parse_target
+from fumi_core.delivery.loop_limit import loop_limit
 from fumi_core.observer import Observer
 from fumi_core.plugins import rcpt_filter
 
@@ -23,4 +24,4 @@ def equip(app: Fumi, target: Target, domains: Sequence[str]) -> Fumi:
     """Make an app without handlers the built-in one."""
     if domains:
         app.use(rcpt_filter(domains))
-    return app.use(target)
+    return app.use(loop_limit).use(target)

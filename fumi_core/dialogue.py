@@ -309,6 +309,8 @@ class Dialogue:
         verdict = replies.OK
         if message.stream.size_exceeded:
             verdict = replies.SIZE_EXCEEDED
+        elif message.stream.refusal is not None:
+            verdict = self._refusal(context, message.stream.refusal)
         elif message.refusal is not None:
             verdict = message.refusal
         elif context.accepted is not None:

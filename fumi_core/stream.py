@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from fumi_core.errors import MessageAborted
+from fumi_core.errors import MessageAborted, SMTPError
 
 HIGH_WATER = 64 * 1024
 """Octets waiting for the handler beyond which the socket is not read; one read more may already be on its way."""
@@ -16,14 +16,27 @@ class MessageStream:
     """An async iterator of ``bytes``: dot-unstuffed, CRLF kept, the terminating dot left out.
 
     ``size`` counts the octets received so far; ``size_exceeded`` tells that they are more than the ``size`` option allows:
-    the text then ends early, and the server answers 552 whatever the handler says.
+    the text then ends early, and the server answers 552 whatever the handler says. ``refusal`` is what ``refuse()`` set.
     """
 
-    __slots__ = ("_aborted", "_buffered", "_discarding", "_ended", "_limit", "_listener", "_pieces", "_resume", "_waiter", "size")
+    __slots__ = (
+        "_aborted",
+        "_buffered",
+        "_discarding",
+        "_ended",
+        "_limit",
+        "_listeners",
+        "_pieces",
+        "_resume",
+        "_waiter",
+        "refusal",
+        "size",
+    )
 
     def __init__(self, limit: int | None, resume: Callable[[], None]) -> None:
         """``resume`` is called when the handler has taken all there was."""
         self.size = 0
+        self.refusal: SMTPError | None = None
         self._limit = limit
         self._resume = resume
         self._pieces: deque[bytes] = deque()
@@ -32,7 +45,7 @@ class MessageStream:
         self._aborted: str | None = None
         self._discarding = False
         self._waiter: asyncio.Future[None] | None = None
-        self._listener: Callable[[bytes], object] | None = None
+        self._listeners: tuple[Callable[[bytes], object], ...] = ()
 
     # The handler's side
 
@@ -44,11 +57,9 @@ class MessageStream:
         return self
 
     async def __anext__(self) -> bytes:
-        """Raises MessageAborted when the rest will never come."""
+        """Raises MessageAborted when the rest will never come, SMTPError when the message was refused in the meantime."""
         while not self._pieces:
-            if self._aborted is not None:
-                raise MessageAborted(self._aborted)
-            if self._ended or self.size_exceeded:
+            if self._over:
                 raise StopAsyncIteration
             await self._more()
         piece = self._pieces.popleft()
@@ -58,15 +69,21 @@ class MessageStream:
         return piece
 
     async def read(self) -> bytes:
-        """The whole rest of the message. Raises MessageAborted when it will never come."""
+        """The whole rest of the message. Raises as ``__anext__`` does."""
         return b"".join([piece async for piece in self])
 
+    @property
+    def _over(self) -> bool:
+        if self.refusal is not None:
+            raise self.refusal
+        if self._aborted is not None:
+            raise MessageAborted(self._aborted)
+        return self._ended or self.size_exceeded
+
     async def skip(self) -> None:
-        """Let the whole rest go by, and return when the message is whole. Raises MessageAborted when it never will be."""
+        """Let the whole rest go by, and return when the message is whole. Raises as reading does."""
         self.discard()
-        while not self._ended and not self.size_exceeded:
-            if self._aborted is not None:
-                raise MessageAborted(self._aborted)
+        while not self._over:
             await self._more()
 
     async def _more(self) -> None:
@@ -80,11 +97,17 @@ class MessageStream:
         """Call ``listener`` with each piece as it arrives, those that wait here first, whoever reads the stream."""
         for piece in self._pieces:
             listener(piece)
-        self._listener = listener
+        self._listeners += (listener,)
 
     def restrict(self, limit: int) -> None:
         """Allow at most ``limit`` octets from here on, if that is less than is allowed already."""
         self._limit = limit if self._limit is None else min(limit, self._limit)
+
+    def refuse(self, error: SMTPError) -> None:
+        """Answer the message with this, whatever else the handlers say; who reads it gets it raised, and the text is dropped."""
+        self.refusal = error
+        self.discard()
+        self._wake()
 
     # The server's side
 
@@ -99,8 +122,8 @@ class MessageStream:
 
     def feed(self, piece: bytes) -> None:
         self.size += len(piece)
-        if self._listener is not None:
-            self._listener(piece)
+        for listener in self._listeners:
+            listener(piece)
         if not self._discarding and not self.size_exceeded:
             self._pieces.append(piece)
             self._buffered += len(piece)

@@ -1,0 +1,53 @@
+"""A message that has been through too many servers goes round in a circle (RFC 5321 §6.3): 554 5.4.6, whatever the target.
+
+Counted are the Received fields of the header section, as it arrives.
+"""
+
+from __future__ import annotations
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import DataContext
+from fumi_core.errors import SMTPError
+from fumi_core.middleware import Next
+
+MAX_HOPS = 50
+"""Received fields a message may have; Postfix's hopcount_limit is the same."""
+
+_FIELD = b"\nreceived:"
+
+
+class HopCounter:
+    """``count`` of the Received fields in the text fed so far, however it is cut. Folded lines and the body do not count."""
+
+    __slots__ = ("_ended", "_tail", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._tail = b"\n"  # too short for a field of its own: none is counted twice
+        self._ended = False
+
+    def feed(self, text: bytes) -> None:
+        if self._ended:
+            return
+        text = self._tail + text
+        end = text.find(b"\n\r\n")
+        if end >= 0:
+            self._ended = True
+            text = text[:end]
+        self.count += text.lower().count(_FIELD)
+        self._tail = text[1 - len(_FIELD) :]
+
+
+def loop_limit(app: Fumi) -> None:
+    def count(ctx: DataContext, next: Next) -> Next:
+        hops = HopCounter()
+
+        def look(piece: bytes) -> None:
+            hops.feed(piece)
+            if hops.count > MAX_HOPS:
+                ctx.stream.refuse(SMTPError("5.4.6 Too many hops", 554))
+
+        ctx.stream.tap(look)
+        return next()
+
+    app.on_data(count)

@@ -36,6 +36,7 @@ class Fumi:
         self._handlers: dict[str, list[Handler]] = {phase: [] for phase in PHASES}
         self._chains: Chains = dict.fromkeys(PHASES)
         self._server: Server | None = None
+        self._at_close: list[Callable[[], object]] = []
 
     # Handlers
 
@@ -78,6 +79,10 @@ class Fumi:
         plugin(self)
         return self
 
+    def at_close(self, release: Callable[[], object]) -> None:
+        """Have ``close()`` call this when the connections have ended: whoever holds something open lets it go there."""
+        self._at_close.append(release)
+
     def configure(self, **options: Any) -> None:
         """Override options, before ``listen()``. Raises as the constructor does."""
         _options.read(options)
@@ -111,6 +116,8 @@ class Fumi:
         server, self._server = self._server, None
         if server is not None:
             await server.close(self.options.close_timeout)
+            for release in self._at_close:
+                release()
 
     @property
     def addresses(self) -> list[tuple[str, int] | str]:

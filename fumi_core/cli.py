@@ -57,7 +57,7 @@ _OPTIONS = {
 )
 @click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send that header; repeatable. [default: this host]")
 @click.option("--assume-tls", is_flag=True, help="Take every client for one that came over TLS: for stunnel.")
-@click.option("--deliver", metavar="TARGET", help="maildir:PATH or discard:  [default: maildir:./maildir]")
+@click.option("--deliver", metavar="TARGET", help="maildir:PATH, lmtp:ADDR, smtp:ADDR or discard:  [default: maildir:./maildir]")
 @click.option("--domain", multiple=True, help="Accept recipients of this domain alone; repeatable. [default: all]")
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Let these users in: NAME:HASH a line.")
 @click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
@@ -86,6 +86,7 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
 
     \b
       fumi-core --deliver maildir:/var/mail/inbox
+      fumi-core --deliver lmtp:unix:/run/dovecot/lmtp
       fumi-core --proxy-protocol off --listen 127.0.0.1:2525 myapp:app
 
     Every flag can be given as an environment variable too: FUMI_CORE_LISTEN and so on.

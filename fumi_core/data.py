@@ -122,6 +122,25 @@ class SkippedChunk:
         return b""
 
 
+class DotWriter:
+    """The other way: text on its way to a server gets its dots stuffed, and its end (RFC 5321 §4.5.2)."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last = b"\r\n"  # the last two octets before what comes next
+
+    def feed(self, text: bytes) -> bytes:
+        """What to send for ``text``, however the whole is cut. Its line ends are CRLF."""
+        known = self._last + text
+        self._last = known[-2:]
+        return known.replace(b"\r\n.", b"\r\n..")[2:]
+
+    def end(self) -> bytes:
+        """The terminating dot, behind a line end if there is none."""
+        return END[2:] if self._last == b"\r\n" else END
+
+
 def _has_bare_newlines(text: bytes) -> bool:
     # Taking the pairs away and looking for what is left costs half of counting the three: looking is memchr.
     unpaired = text.replace(b"\r\n", b"")

@@ -295,7 +295,9 @@ class Protocol:
         envelope = self.session.envelope
         if not envelope.smtputf8 and not recipient.address.isascii():
             return replies.NEED_SMTPUTF8
-        if len(envelope.rcpt_to) >= self._options.max_recipients:
+        if len(envelope.rcpt_to) >= self._options.max_recipients and recipient.address not in (
+            each.address for each in envelope.rcpt_to
+        ):
             return replies.TOO_MANY_RECIPIENTS
         self.pending = event = Rcpt(recipient)
         return event
@@ -465,10 +467,12 @@ class Protocol:
         if self.state is State.CHUNKS:
             self._broken = MessageBroken(reason, result)
         self._transfer.reset()
-        self.session.envelope = Envelope()
+        ended, self.session.envelope = self.session.envelope, Envelope()
         if self.session.xforward:
             self.session.xforward = {}
         self.state = State.READY
+        for end in ended.at_end:
+            end()
 
     def _reply(self, reply: Reply) -> None:
         self._output.append(reply.data if self._enhanced else reply.plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ class Envelope:
     smtputf8: bool = False
     require_tls: bool = False
     dsn: DSN = _NOTHING_ASKED
+    at_end: tuple[Callable[[], None], ...] = field(default=(), repr=False, compare=False)
+    """Called when the transaction ends while the connection lives: by a reply to the message, RSET, EHLO or a refused MAIL."""
 
 
 class Session:

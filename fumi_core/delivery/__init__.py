@@ -5,13 +5,15 @@ It has ``name``, the label of its metrics, and ``problem()``: why it cannot deli
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, cast
 
 from fumi_core.app import Fumi
 from fumi_core.delivery.discard import Discard
 from fumi_core.delivery.maildir import Maildir
+from fumi_core.delivery.next_hop import NextHop
+from fumi_core.runtime.addresses import parse_address
 
-TARGETS = ("maildir", "discard")
+TARGETS = ("maildir", "lmtp", "smtp", "discard")
 
 
 class Target(Protocol):
@@ -25,10 +27,12 @@ class Target(Protocol):
 
 
 def parse_target(text: str) -> Target:
-    """``maildir:PATH`` or ``discard:``. Raises ValueError for anything else."""
+    """``maildir:PATH``, ``lmtp:ADDR``, ``smtp:ADDR`` or ``discard:``. Raises ValueError for anything else."""
     kind, colon, rest = text.partition(":")
     if kind == "maildir" and rest:
         return Maildir(rest)
+    if kind in ("lmtp", "smtp") and rest:
+        return NextHop(cast(Literal["lmtp", "smtp"], kind), parse_address(rest))
     if kind == "discard" and colon and not rest:
         return Discard()
-    raise ValueError(f"{text!r} is not a target: write maildir:PATH or discard:")
+    raise ValueError(f"{text!r} is not a target: write maildir:PATH, lmtp:ADDR, smtp:ADDR or discard:")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import smtplib
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -112,3 +114,98 @@ def reset() -> Callable[[Client], None]:
         client.close()
 
     return abort
+
+
+_ANSWERS: dict[str, Any] = {
+    "BANNER": b"220 hop\r\n",
+    "EHLO": b"250-hop\r\n250-8BITMIME\r\n250 SIZE\r\n",
+    "LHLO": b"250-hop\r\n250-8BITMIME\r\n250 SIZE\r\n",
+    "DATA": b"354 go on\r\n",
+    ".": b"250 2.0.0 Ok: queued as HOP1\r\n",
+    "QUIT": b"221 bye\r\n",
+}
+
+
+class ScriptedHop:
+    """An SMTP server of few words, one thread a connection: each command is answered as ``answers`` says, by its verb.
+
+    ``BANNER`` and ``.`` (the end of a message; ``dot`` as an argument) are there too. An answer is bytes to send, b"" to say
+    nothing, None to close, a list of these one by one, or a function of the line that returns one of these.
+    """
+
+    def __init__(self, path: str | None = None, **answers: Any) -> None:
+        self.answers = {**_ANSWERS, **{verb.replace("dot", "."): answer for verb, answer in answers.items()}}
+        self.lines: list[bytes] = []
+        """What was said to it, over all connections, without messages."""
+        self.messages: list[bytes] = []
+        """The whole ones."""
+        self.broken: list[bytes] = []
+        """Those that broke off."""
+        self.connections = 0
+        self.open = 0
+        self.sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
+        self.sock.bind(path or ("127.0.0.1", 0))
+        self.sock.listen()
+        self.address = f"unix:{path}" if path else f"127.0.0.1:{self.sock.getsockname()[1]}"
+        self._clients: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for sock in (self.sock, *self._clients):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.sock.accept()
+                self.connections += 1
+                self.open += 1
+                self._clients.append(client)
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError), client, client.makefile("rb") as lines:
+            self._converse(client, lines)
+        self.open -= 1
+
+    def _converse(self, client: socket.socket, lines: Any) -> None:
+        if not self._answer(client, "BANNER", b""):
+            return
+        while line := lines.readline():
+            self.lines.append(line.rstrip(b"\r\n"))
+            verb = line.split()[0].decode().upper()
+            if not self._answer(client, verb, line) or verb == "QUIT":
+                return
+            if verb == "DATA" and self.answers["DATA"] == _ANSWERS["DATA"]:
+                text = b""
+                while (line := lines.readline()) not in (b".\r\n", b""):
+                    text += line
+                (self.messages if line else self.broken).append(text)
+                if not line or not self._answer(client, ".", text):
+                    return
+
+    def _answer(self, client: socket.socket, verb: str, line: bytes) -> bool:
+        answer = self.answers.get(verb, b"250 2.0.0 Ok\r\n")
+        if callable(answer):
+            answer = answer(line)
+        for part in answer if isinstance(answer, list) else [answer]:
+            if part is None:
+                client.shutdown(socket.SHUT_RDWR)
+                return False
+            client.sendall(part)
+        return True
+
+
+@pytest.fixture
+def scripted_hop() -> Iterator[Callable[..., ScriptedHop]]:
+    hops: list[ScriptedHop] = []
+
+    def make(path: str | None = None, **answers: Any) -> ScriptedHop:
+        hops.append(ScriptedHop(path, **answers))
+        return hops[-1]
+
+    yield make
+    for hop in hops:
+        hop.close()

@@ -1,0 +1,83 @@
+"""What an SMTP server answers: lines into replies (RFC 5321 §4.2), sans-IO, and the extensions in EHLO's (§4.1.1.1).
+
+A server is no more to be trusted than a client: lines and replies have a greatest length, and what is not a reply is an error at
+once, whether or not its line ever ends.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+MAX_LINE = 2048
+"""Octets of a line, its end included. RFC 5321 §4.5.3.1.5 wants 512 to be taken; some servers put a whole policy into one."""
+MAX_ANSWER = 16 * 1024
+"""Octets of all the lines of one reply."""
+
+# Reply-line = Reply-code [ SP / "-" textstring ]; a code's first digit is 2 to 5 (§4.2.1).
+_LINE = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
+_STATUS = re.compile(r"([245]\.\d{1,3}\.\d{1,3}) ")
+
+
+class Malformed(Exception):
+    """This is no reply, or one that is too long."""
+
+
+class Answer(NamedTuple):
+    """One reply: its code, and the text of its lines without code and line end. What is not ASCII in it became U+FFFD."""
+
+    code: int
+    lines: tuple[str, ...]
+
+    @property
+    def positive(self) -> bool:
+        """2yz or 3yz: no refusal."""
+        return self.code < 400
+
+    @property
+    def text(self) -> str:
+        """The lines, an enhanced status code that is repeated in each (RFC 2034 §4) once in front."""
+        status = _STATUS.match(self.lines[0])
+        rest = [line.removeprefix(status[0]) for line in self.lines[1:]] if status else self.lines[1:]
+        return "\n".join([self.lines[0], *rest])
+
+    @property
+    def extensions(self) -> dict[str, str]:
+        """What this answer to EHLO offers: keywords, in capitals, and what stands behind them."""
+        words = [line.partition(" ") for line in self.lines[1:]]
+        return {keyword.upper(): parameters for keyword, _, parameters in words}
+
+    def __str__(self) -> str:
+        return f"{self.code} {' / '.join(self.lines)}"
+
+
+class AnswerReader:
+    """Bytes in, replies out, however the bytes are cut."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._code: bytes | None = None  # of the reply whose last line has not come
+        self._lines: list[str] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> list[Answer]:
+        """The replies that ``data`` completes. Raises Malformed; nothing may be fed after that."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE:
+            raise Malformed("a line without end")
+        return [answer for line in lines if (answer := self._line(line)) is not None]
+
+    def _line(self, line: bytes) -> Answer | None:
+        match = _LINE.fullmatch(line.removesuffix(b"\r"))
+        if match is None or self._code not in (None, match[1]):
+            raise Malformed(f"{line[:80]!r} is not a line of a reply")
+        self._size += len(line) + 1
+        if len(line) >= MAX_LINE or self._size > MAX_ANSWER:
+            raise Malformed("a reply without end")
+        self._lines.append((match[3] or b"").decode("ascii", "replace"))
+        if match[2] == b"-":
+            self._code = match[1]
+            return None
+        answer = Answer(int(match[1]), tuple(self._lines))
+        self._code, self._lines, self._size = None, [], 0
+        return answer

@@ -1,0 +1,61 @@
+"""MAIL and RCPT as a server understands them: with the parameters of the extensions that it offers, and no others.
+
+What it cannot carry is refused here: a message that must not be changed on the way cannot go where it would have to be.
+
+- BINARYMIME needs BINARYMIME and CHUNKING there (RFC 3030 §3): 554 5.6.3.
+- 8BITMIME is declared by many clients for text that is plain ASCII, so a server without it still gets the message, as long as no
+  octet of it has the eighth bit; the first that does ends the transfer with 554 5.6.3 (RFC 6152 §3: convert, or refuse).
+- SMTPUTF8 is refused with 550 5.6.7 (RFC 6531 §3.5).
+- REQUIRETLS (RFC 8689 §4.2.1) is refused with 550 5.7.30: this client speaks no TLS. A Unix socket and the loopback interface
+  are no network that TLS could protect, so what is on this host may have the message if it promises to require TLS in turn, by
+  offering REQUIRETLS, or if it is where the way of the message ends, which is what LMTP is for.
+- DSN's parameters (RFC 3461) are left out where they are not understood: to say that a message was relayed is not ours.
+- AUTH (RFC 4954 §5) is never passed on: it would be our word for the client's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fumi_core.client.connection import Connection, Protocol
+from fumi_core.errors import SMTPError
+from fumi_core.session import Address, Envelope
+
+CONVERSION = ("5.6.3 Conversion required but not supported by the next hop", 554)
+
+
+def mail_command(sender: Address, envelope: Envelope, connection: Connection, protocol: Protocol) -> bytes:
+    """MAIL without its CRLF. Raises SMTPError for what the server cannot carry."""
+    offered = connection.extensions
+    words = [f"MAIL FROM:<{sender.address}>"]
+    if "SIZE" in offered:
+        words += _given(sender, ("SIZE",))
+    if envelope.body == "BINARYMIME":
+        if not {"BINARYMIME", "CHUNKING"} <= offered.keys():
+            raise SMTPError(*CONVERSION)
+        words.append("BODY=BINARYMIME")
+    elif envelope.body == "8BITMIME" and "8BITMIME" in offered:
+        words.append("BODY=8BITMIME")
+    if envelope.smtputf8:
+        if "SMTPUTF8" not in offered:
+            raise SMTPError("5.6.7 The next hop does not take internationalized mail", 550)
+        words.append("SMTPUTF8")
+    if envelope.require_tls:
+        if not connection.local or not ("REQUIRETLS" in offered or protocol == "lmtp"):
+            raise SMTPError("5.7.30 REQUIRETLS support required", 550)
+        words += ["REQUIRETLS"] * ("REQUIRETLS" in offered)
+    if "DSN" in offered:
+        words += _given(sender, ("RET", "ENVID"))
+    return " ".join(words).encode()
+
+
+def rcpt_command(recipient: Address, connection: Connection) -> bytes:
+    """RCPT without its CRLF."""
+    words = [f"RCPT TO:<{recipient.address}>"]
+    if "DSN" in connection.extensions:
+        words += _given(recipient, ("NOTIFY", "ORCPT"))
+    return " ".join(words).encode()
+
+
+def _given(address: Address, keywords: Iterable[str]) -> list[str]:
+    return [f"{keyword}={address.args[keyword]}" for keyword in keywords if keyword in address.args]

@@ -1,0 +1,44 @@
+"""Connections that wait for their next transaction: most mail comes in bursts, and greeting anew costs three round trips."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fumi_core.client.connection import Connection
+
+LIMIT = 16
+"""Connections kept at most."""
+IDLE = 30.0
+"""Seconds one is kept: well below what servers grant (RFC 5321 §4.5.3.2.7), so that ours is the side that leaves."""
+
+
+class Pool:
+    """The idle connections to one server; the one used last is taken first, so that those that are too many go idle."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Connection, asyncio.TimerHandle] = {}
+
+    def take(self) -> Connection | None:
+        """One that is open, as far as is known; None when there is none."""
+        while self._idle:
+            connection, timer = self._idle.popitem()
+            timer.cancel()
+            if connection.usable:
+                return connection
+        return None
+
+    def put(self, connection: Connection) -> None:
+        """Keep it, unless it is closed or there are enough."""
+        if connection.usable and len(self._idle) < LIMIT:
+            timer = asyncio.get_running_loop().call_later(IDLE, self._expire, connection)
+            self._idle[connection] = timer
+        else:
+            connection.leave()
+
+    def close(self) -> None:
+        while (connection := self.take()) is not None:
+            connection.leave()
+
+    def _expire(self, connection: Connection) -> None:
+        del self._idle[connection]
+        connection.leave()

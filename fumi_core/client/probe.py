@@ -1,0 +1,55 @@
+"""Does a server greet? Asked from a thread that may wait, by readiness checks."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from fumi_core.client.answers import Answer, AnswerReader, Malformed
+from fumi_core.runtime.addresses import SocketAddress
+
+SECONDS = 5.0
+"""For each of the name's addresses to take the connection, and for the banner, from the beginning on."""
+
+
+def probe(address: SocketAddress) -> str | None:
+    """Why the server takes no mail, in a few words; None when it greets with 220."""
+    deadline = time.monotonic() + SECONDS
+    try:
+        with _connect(address) as sock:
+            banner = _banner(sock, deadline)
+            sock.sendall(b"QUIT\r\n")
+    except TimeoutError:
+        return "no banner in time"
+    except OSError as error:
+        return error.strerror or str(error)
+    except Malformed as error:
+        return str(error)
+    return None if banner.code == 220 else f"it greets with {banner}"
+
+
+def _connect(address: SocketAddress) -> socket.socket:
+    if address.kind == "tcp":
+        return socket.create_connection((address.host, address.port), timeout=SECONDS)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(SECONDS)
+        sock.connect(address.path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _banner(sock: socket.socket, deadline: float) -> Answer:
+    reader = AnswerReader()
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        sock.settimeout(left)
+        data = sock.recv(4096)
+        if not data:
+            raise ConnectionResetError("it closed the connection")
+        for answer in reader.feed(data):
+            return answer

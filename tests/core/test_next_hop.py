@@ -1,0 +1,290 @@
+"""What the client says reaches the next hop, and what the next hop says reaches the client; 250 is the next hop's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from fumi_core import Fumi, builtin
+from fumi_core.testing import RunningServer, running
+
+
+def front(target: str, **options: Any) -> Fumi:
+    return builtin.build(target, name="front.example", close_timeout=0.2, **options)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Fumi], RunningServer]]:
+    """Runs apps until the test ends, the last one first."""
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(running(app))
+
+
+@pytest.fixture
+def chain(serve: Any) -> Callable[..., tuple[RunningServer, RunningServer]]:
+    """A next hop, which the test may have given handlers, and a server in front of it."""
+
+    def make(hop: Fumi | None = None, protocol: str = "smtp", **options: Any) -> tuple[RunningServer, RunningServer]:
+        behind = serve(hop or back(lmtp=protocol == "lmtp"))
+        return behind, serve(front(f"{protocol}:127.0.0.1:{behind.port}", **options))
+
+    return make
+
+
+def back(**options: Any) -> Fumi:
+    return Fumi(auth_optional=True, name="hop.example", close_timeout=0.2, **options)
+
+
+def without_trace(text: bytes) -> bytes:
+    """The message behind our Received field, which must be there."""
+    assert text.startswith(b"Received: from client.example ([127.0.0.1])\r\n\tby front.example with "), text[:200]
+    lines = text.split(b"\r\n")
+    at = next(number for number, line in enumerate(lines[1:], 1) if not line.startswith(b"\t"))
+    return b"\r\n".join(lines[at:])
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 70_000, 3_000_000])
+def test_a_message_arrives_byte_for_byte_behind_our_received_line(chain: Any, connect: Any, size: int) -> None:
+    text = (b"..dots\r\n.\r\nx.\r\n" + b"x" * 60 + b"\r\n") * (size // 76) + b"." * (size % 76) + b"\r\n" * (size > 0)
+    behind, server = chain()
+    client = connect(server.port)
+    client.envelope("a@b.example", "c@d.example", "e@f.example")
+    client.sock.sendall(f"BDAT {len(text)} LAST\r\n".encode() + text)
+    assert client.reply().startswith(b"250 ")
+    (message,) = behind.messages
+    assert without_trace(message.body) == text
+    assert message.envelope.mail_from.address == "a@b.example"
+    assert [each.address for each in message.envelope.rcpt_to] == ["c@d.example", "e@f.example"]
+    assert message.session.client_hostname == "front.example"
+
+
+def test_the_250_is_the_next_hops_with_its_words(chain: Any, connect: Any) -> None:
+    hop = back()
+    hop.on_data(lambda ctx, next: ctx.accept("2.6.0 Ok: queued as 4711\nand so on"))
+    _, server = chain(hop)
+    client = connect(server.port)
+    client.envelope()
+    client.say("DATA")
+    assert client.say("hi\r\n.") == b"250-2.6.0 Ok: queued as 4711\r\n250 2.6.0 and so on\r\n"
+
+
+def test_each_recipients_refusal_is_the_next_hops_and_the_others_get_the_message(chain: Any, connect: Any) -> None:
+    hop = back()
+
+    @hop.on_rcpt_to
+    def decide(ctx: Any, next: Any) -> Any:
+        local, _, _ = ctx.address.address.partition("@")
+        if local == "full":
+            ctx.reject("4.2.2 Mailbox full", 452)
+        if local == "unknown":
+            ctx.reject("5.1.1 No such user\nreally", 550)
+        return next()
+
+    behind, server = chain(hop)
+    client = connect(server.port)
+    client.say("EHLO client.example")
+    client.say("MAIL FROM:<>")
+    assert client.say("RCPT TO:<full@d.example>") == b"452 4.2.2 Mailbox full\r\n"
+    assert client.say("RCPT TO:<a@d.example>").startswith(b"250")
+    assert client.say("RCPT TO:<unknown@d.example>") == b"550-5.1.1 No such user\r\n550 5.1.1 really\r\n"
+    assert client.say("RCPT TO:<b@d.example>").startswith(b"250")
+    assert client.say("RCPT TO:<a@d.example>").startswith(b"250")
+    client.say("DATA")
+    assert client.say("hi\r\n.").startswith(b"250")
+    (message,) = behind.messages
+    assert [each.address for each in message.envelope.rcpt_to] == ["a@d.example", "b@d.example"]
+
+
+@pytest.mark.parametrize("code", [450, 554])
+def test_a_refused_sender_and_a_refused_message_are_refused_here(chain: Any, connect: Any, code: int) -> None:
+    hop = back()
+
+    @hop.on_mail_from
+    def mail(ctx: Any, next: Any) -> Any:
+        if ctx.address.address.startswith("bad"):
+            ctx.reject(f"{code // 100}.7.1 Sender", code)
+        return next()
+
+    @hop.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        await ctx.stream.read()
+        ctx.reject(f"{code // 100}.7.1 Content", code)
+
+    behind, server = chain(hop)
+    client = connect(server.port)
+    client.say("EHLO client.example")
+    refusal = f"{code} {code // 100}.7.1".encode()
+    assert client.say("MAIL FROM:<bad@b.example>") == refusal + b" Sender\r\n"
+    client.envelope()
+    client.say("DATA")
+    assert client.say("hi\r\n.") == refusal + b" Content\r\n"
+    assert behind.messages == []
+
+
+def test_parameters_go_on_as_they_came(chain: Any, connect: Any) -> None:
+    behind, server = chain()
+    client = connect(server.port)
+    client.say("EHLO client.example")
+    sender = "MAIL FROM:<ä@b.example> SIZE=100 BODY=8BITMIME SMTPUTF8 RET=HDRS ENVID=a+2Bb"
+    assert client.say(sender).startswith(b"250")
+    assert client.say("RCPT TO:<ö@d.example> NOTIFY=SUCCESS,DELAY ORCPT=rfc822;x+40y").startswith(b"250")
+    client.say("DATA")
+    assert client.say("Subject: ü\r\n\r\nhi\r\n.").startswith(b"250")
+    envelope = behind.messages[0].envelope
+    assert envelope.mail_from == (
+        "ä@b.example",
+        {"SIZE": "100", "BODY": "8BITMIME", "SMTPUTF8": True, "RET": "HDRS", "ENVID": "a+2Bb"},
+    )
+    assert envelope.rcpt_to == [("ö@d.example", {"NOTIFY": "SUCCESS,DELAY", "ORCPT": "rfc822;x+40y"})]
+
+
+def test_parameters_that_the_next_hop_does_not_offer_are_left_out(scripted_hop: Any, serve: Any, connect: Any) -> None:
+    hop = scripted_hop(EHLO=b"502 what\r\n")
+    server = serve(front(f"smtp:{hop.address}"))
+    client = connect(server.port)
+    client.say("EHLO client.example")
+    client.say("MAIL FROM:<a@b.example> SIZE=100 BODY=8BITMIME RET=HDRS ENVID=a")
+    client.say("RCPT TO:<c@d.example> NOTIFY=NEVER")
+    assert hop.lines == [b"EHLO front.example", b"HELO front.example", b"MAIL FROM:<a@b.example>", b"RCPT TO:<c@d.example>"]
+
+
+def test_what_the_next_hop_cannot_carry_is_refused_at_mail(scripted_hop: Any, serve: Any, connect: Any) -> None:
+    hop = scripted_hop(EHLO=b"250-hop\r\n250 CHUNKING\r\n")
+    server = serve(front(f"smtp:{hop.address}"))
+    client = connect(server.port)
+    client.say("EHLO client.example")
+    assert client.say("MAIL FROM:<> BODY=BINARYMIME").startswith(b"554 5.6.3 ")
+    assert client.say("MAIL FROM:<> SMTPUTF8").startswith(b"550 5.6.7 ")
+    assert hop.lines == [b"EHLO front.example"]
+
+
+def test_without_8bitmime_plain_text_goes_through_and_nothing_else(scripted_hop: Any, serve: Any, connect: Any) -> None:
+    hop = scripted_hop(EHLO=b"250 hop\r\n")
+    server = serve(front(f"smtp:{hop.address}"))
+    client = connect(server.port)
+    for text, reply in (("plain", b"250 "), ("ü", b"554 5.6.3 ")):
+        client.say("EHLO client.example")
+        client.say("MAIL FROM:<a@b.example> BODY=8BITMIME")
+        client.say("RCPT TO:<c@d.example>")
+        client.say("DATA")
+        assert client.say(f"Subject: hi\r\n\r\n{text}\r\n.").startswith(reply)
+    assert [without_trace(text) for text in hop.messages] == [b"Subject: hi\r\n\r\nplain\r\n"]
+
+
+def test_a_binary_message_keeps_every_byte(chain: Any, connect: Any) -> None:
+    text = bytes(range(256)) * 1000 + b"\r\n.\r\n\n.\n\r.\r"
+    behind, server = chain()
+    client = connect(server.port)
+    client.say("EHLO client.example")
+    client.say("MAIL FROM:<> BODY=BINARYMIME")
+    client.say("RCPT TO:<c@d.example>")
+    client.sock.sendall(b"BDAT %d\r\n" % len(text) + text)
+    assert client.reply().startswith(b"250 ")
+    client.sock.sendall(b"BDAT %d LAST\r\n" % len(text) + text)
+    assert client.reply().startswith(b"250 ")
+    assert without_trace(behind.messages[0].body) == text * 2
+    assert behind.messages[0].envelope.body == "BINARYMIME"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "promises", "reply"),
+    [("smtp", False, b"550 5.7.30 "), ("smtp", True, b"250 "), ("lmtp", False, b"250 ")],
+)
+def test_requiretls_goes_on_within_this_host_to_who_honours_it(
+    chain: Any, connect: Any, protocol: str, promises: bool, reply: bytes
+) -> None:
+    hop = back(lmtp=protocol == "lmtp", assume_tls=promises)
+    seen: list[bool] = []
+    hop.on_mail_from(lambda ctx, next: seen.append(ctx.session.envelope.require_tls))
+    _, server = chain(hop, protocol, assume_tls=True)
+    client = connect(server.port)
+    client.say("EHLO client.example")
+    assert client.say("MAIL FROM:<a@b.example> REQUIRETLS").startswith(reply)
+    assert seen == ([promises] if reply == b"250 " else [])
+
+
+def test_connections_are_used_again_across_transactions_and_sessions(scripted_hop: Any, serve: Any, connect: Any) -> None:
+    hop = scripted_hop()
+    server = serve(front(f"smtp:{hop.address}"))
+    for _ in range(3):
+        client = connect(server.port)
+        for _ in range(3):
+            client.envelope()
+            client.say("DATA")
+            assert client.say("hi\r\n.") == b"250 2.0.0 Ok: queued as HOP1\r\n"
+        client.say("QUIT")
+    assert (hop.connections, len(hop.messages)) == (1, 9)
+    assert b"RSET" not in hop.lines
+
+
+@pytest.mark.parametrize("how", ["RSET", "EHLO client.example", "QUIT", "vanish"])
+def test_a_transaction_given_up_is_reset_there_at_once(
+    scripted_hop: Any, serve: Any, connect: Any, eventually: Any, how: str
+) -> None:
+    hop = scripted_hop()
+    server = serve(front(f"smtp:{hop.address}"))
+    client = connect(server.port)
+    client.envelope()
+    client.close() if how == "vanish" else client.say(how)
+    eventually(lambda: hop.lines[-1] == b"RSET")
+    other = connect(server.port)
+    other.envelope()
+    assert hop.connections == 1
+
+
+def test_what_a_handler_behind_refuses_the_next_hop_never_hears_of(scripted_hop: Any, serve: Any, connect: Any) -> None:
+    hop = scripted_hop()
+    app = front(f"smtp:{hop.address}")
+
+    @app.on_rcpt_to
+    def refuse(ctx: Any, next: Any) -> None:
+        if ctx.address.address.startswith("no"):
+            ctx.reject("No", 550)
+
+    client = connect(serve(app).port)
+    client.envelope()
+    assert client.say("RCPT TO:<no@d.example>").startswith(b"550")
+    assert hop.lines[-1] == b"RCPT TO:<c@d.example>"
+
+
+def test_a_recipient_refused_behind_the_next_hops_back_gets_nothing(scripted_hop: Any, serve: Any, connect: Any) -> None:
+    hop = scripted_hop()
+    app = front(f"smtp:{hop.address}")
+
+    async def refuse_afterwards(ctx: Any, next: Any) -> None:
+        await next()
+        if ctx.address.address.startswith("no"):
+            ctx.reject("No", 550)
+
+    app._on("rcpt_to", refuse_afterwards, first=True)
+    client = connect(serve(app).port)
+    client.envelope()
+    assert client.say("RCPT TO:<no@d.example>").startswith(b"550")
+    client.say("DATA")
+    assert client.say("hi\r\n.").startswith(b"451 4.3.5 ")
+    assert hop.messages == []
+
+
+def test_closing_says_goodbye_to_idle_next_hops(scripted_hop: Any, connect: Any, eventually: Any) -> None:
+    hop = scripted_hop()
+    with running(front(f"smtp:{hop.address}")) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.say("hi\r\n.")
+        client.say("QUIT")
+        assert hop.open == 1
+    eventually(lambda: hop.open == 0)
+    assert hop.lines[-1] == b"QUIT"
+
+
+def test_it_reaches_unix_sockets(scripted_hop: Any, serve: Any, connect: Any, tmp_path: Any) -> None:
+    hop = scripted_hop(str(tmp_path / "hop"))
+    client = connect(serve(front(f"smtp:{hop.address}")).port)
+    client.envelope()
+    client.say("DATA")
+    assert client.say("hi\r\n.").startswith(b"250 ")
+    assert len(hop.messages) == 1

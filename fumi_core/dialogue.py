@@ -236,7 +236,7 @@ class Dialogue:
             elif not self._pumping:
                 self._pump()
 
-        self._fiber.run(chain(context), ended)  # type: ignore[arg-type]
+        self._fiber.run(chain(context), ended)
 
     def _connect_done(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None or error is None or isinstance(error, SMTPError):

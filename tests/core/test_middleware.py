@@ -12,7 +12,7 @@ from fumi_core.middleware import Next, compose
 
 def run(*handlers: Any) -> list[str]:
     log: list[str] = []
-    asyncio.run(compose(handlers)(log))  # type: ignore[arg-type]
+    asyncio.run(compose(handlers)(log))
     return log
 
 

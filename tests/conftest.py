@@ -89,6 +89,20 @@ class Programs:
             assert process.poll() is None, (self.directory / log).read_text()
         return process
 
+    def run(self, *command: str | Path, given: bytes = b"", status: int = 0, **environment: str) -> str:
+        """What a program says that ends by itself, and is to end with this status."""
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.directory,
+            input=given,
+            capture_output=True,
+            timeout=PATIENCE,
+            env={**os.environ, **environment},
+        )
+        said = (done.stdout + done.stderr).decode()
+        assert done.returncode == status, said
+        return said
+
     def stop(self, process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
         process.send_signal(number)
         return process.wait(60)

@@ -89,6 +89,10 @@ class Programs:
             assert process.poll() is None, (self.directory / log).read_text()
         return process
 
+    def maildir(self) -> Maildir:
+        """The Maildir that fumi-core delivers into unless told otherwise."""
+        return Maildir(self.directory / "maildir")
+
     def run(self, *command: str | Path, given: bytes = b"", status: int = 0, **environment: str) -> str:
         """What a program says that ends by itself, and is to end with this status."""
         done = subprocess.run(
@@ -96,7 +100,7 @@ class Programs:
             cwd=self.directory,
             input=given,
             capture_output=True,
-            timeout=PATIENCE,
+            timeout=600,
             env={**os.environ, **environment},
         )
         said = (done.stdout + done.stderr).decode()

@@ -7,6 +7,7 @@ unpacked from its Debian package and never installed: `smtp-sink` and `smtp-sour
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,18 +114,29 @@ def install_smtp_server() -> None:
 
 
 def install_postfix() -> None:
-    """Unpack Debian's Postfix, and see that its programs start."""
+    """Unpack Debian's Postfix, and see that its programs start; as root, with the libraries they need from Debian."""
+    INSTALLED.mkdir(exist_ok=True)
     home = INSTALLED / "postfix"
-    if not (home / "usr/sbin/smtp-source").exists():
+    control = home / "DEBIAN/control"
+    if not control.exists():
         with tempfile.TemporaryDirectory(dir=INSTALLED) as directory:
             download("postfix", Path(directory))
             (package,) = Path(directory).glob("postfix_*.deb")
-            run("dpkg", "-x", str(package), str(home))
-    usage = subprocess.run(
-        postfix_program("smtp-source"), env={**os.environ, **postfix_environment()}, capture_output=True, text=True, check=False
-    )
-    if "usage" not in usage.stderr:
-        raise PeerMissing(f"Postfix's smtp-source does not start: {usage.stderr.strip()}")
+            run("dpkg-deb", "--raw-extract", str(package), str(home))
+    if "error while loading shared libraries" in (said := smtp_source_usage()) and os.geteuid() == 0:
+        (depends,) = (line for line in control.read_text().splitlines() if line.startswith("Depends:"))
+        run("apt-get", "install", "--yes", "--no-install-recommends", *re.findall(r"\blib[\w.+-]+", depends))
+        said = smtp_source_usage()
+    if "usage" not in said:
+        raise PeerMissing(f"Postfix's smtp-source does not start: {said}")
+
+
+def smtp_source_usage() -> str:
+    """What smtp-source says when it is not told what to do."""
+    environment = {**os.environ, **postfix_environment()}
+    return subprocess.run(
+        postfix_program("smtp-source"), env=environment, stderr=subprocess.PIPE, text=True, check=False
+    ).stderr.strip()
 
 
 def download(package: str, directory: Path) -> None:

@@ -1,0 +1,115 @@
+"""Postfix's load generator, smtp-source, checks every reply and stops at one it did not expect: there is none."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.bench import environment
+
+
+@dataclass
+class Core:
+    """A fumi-core process: where it listens, where it delivers, and what it counts."""
+
+    target: str
+    maildir: Any
+    _metrics: int
+
+    def counts(self, name: str) -> dict[str, int]:
+        """A metric's values other than 0, by the label."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics}/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+        found = re.findall(rf'^{name}\{{\w+="(\w+)"\}} (\S+)$', text, re.MULTILINE)
+        return {label: int(float(value)) for label, value in found if float(value)}
+
+
+@pytest.fixture
+def core(programs: Any, request: pytest.FixtureRequest) -> Callable[..., Core]:
+    def start(*flags: str, unix: bool = False) -> Core:
+        metrics = programs.free_port()
+        address = f"unix:{programs.directory}/core" if unix else f"127.0.0.1:{programs.free_port()}"
+        command = [programs.bin / "fumi-core", "--proxy-protocol", "off", "--listen", address, *flags]
+        programs.start(*command, "--metrics", f"127.0.0.1:{metrics}", "--log-level", "warning", port=metrics, log="core.log")
+        return Core(address, programs.maildir(), metrics)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def postfix() -> dict[str, str]:
+    """What Postfix's programs need in their environment. They are unpacked from Debian's package, not installed."""
+    environment.install_postfix()
+    return environment.postfix_environment()
+
+
+@pytest.fixture
+def smtp_source(programs: Any, postfix: dict[str, str]) -> Callable[..., None]:
+    """Sends so many messages over so many sessions at once; a reply that it does not expect makes it fail, loudly."""
+
+    def send(core: Core, messages: int, *flags: str, sessions: int = 20) -> None:
+        envelope = ["-M", "client.example", "-f", "a@b.example", "-t", "c@d.example"]
+        command = [*environment.postfix_program("smtp-source"), "-s", str(sessions), "-m", str(messages), *envelope]
+        assert programs.run(*command, *flags, core.target, **postfix) == ""
+        assert core.counts("fumi_core_messages_total") == {"accepted": messages}
+        assert not {code for code in core.counts("fumi_core_replies_total") if code[0] in "45"}
+
+    return send
+
+
+KEPT = "-d"
+LMTP = "-L"
+MANY = 20_000
+FULL = pytest.param(MANY, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("flags", [[], [KEPT]])
+@pytest.mark.parametrize("messages", [2000, FULL])
+def test_fifty_sessions_at_once_see_no_error(core: Any, smtp_source: Any, messages: int, flags: list[str]) -> None:
+    smtp_source(core("--deliver", "discard:"), messages, *flags, sessions=50)
+
+
+@pytest.mark.parametrize("messages", [500, FULL])
+def test_as_many_files_as_messages_are_in_the_maildir(core: Any, smtp_source: Any, messages: int) -> None:
+    server = core()
+    smtp_source(server, messages, KEPT, "-N", sessions=50)
+    assert len(server.maildir) == messages
+    recipients = {message.headers.partition("Delivered-To: ")[2].partition("\n")[0] for message in server.maildir.messages()}
+    assert recipients == {f"{number}c@d.example" for number in range(1, messages + 1)}
+
+
+@pytest.mark.parametrize("flags", [[], [KEPT]])
+@pytest.mark.parametrize("messages", [500, FULL])
+def test_in_lmtp_every_recipient_is_answered(core: Any, smtp_source: Any, messages: int, flags: list[str]) -> None:
+    smtp_source(core("--lmtp", "--deliver", "discard:"), messages, LMTP, "-r", "7", *flags)
+
+
+def test_over_a_unix_socket(core: Any, smtp_source: Any) -> None:
+    smtp_source(core("--deliver", "discard:", unix=True), 500)
+
+
+@pytest.mark.parametrize("flags", [[], [KEPT]])
+@pytest.mark.parametrize("length", ["1", "65536", "100000", "5000000"])
+def test_messages_of_any_length(core: Any, smtp_source: Any, length: str, flags: list[str]) -> None:
+    smtp_source(core("--deliver", "discard:"), 40, "-l", length, *flags, sessions=4)
+
+
+def test_a_file_of_dots_is_stored_as_it_is(core: Any, smtp_source: Any, programs: Any) -> None:
+    text = b"Subject: dots\n\n.\n..\n...\n.x\n" + b"." * 5000 + b"\n\n.\n"
+    (programs.directory / "message").write_bytes(text)
+    server = core()
+    smtp_source(server, 20, "-F", "message")
+    # It ends the last line once more.
+    assert {message.text for message in server.maildir.messages()} == {text + b"\n"}
+
+
+def test_a_hundred_recipients_are_one_file(core: Any, smtp_source: Any) -> None:
+    server = core()
+    smtp_source(server, 20, "-r", "100")
+    (headers,) = {len(message.headers.split("\nDelivered-To: ")) for message in server.maildir.messages()}
+    assert headers == 101

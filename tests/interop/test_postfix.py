@@ -1,4 +1,7 @@
-"""Postfix's load generator, smtp-source, checks every reply and stops at one it did not expect: there is none."""
+"""Postfix's own clients. Its load generator smtp-source checks every reply and stops at one it did not expect: there is none.
+
+And posttls-finger, which has the TLS of Postfix's SMTP client, insists on the edge's certificate.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,20 @@ import re
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.bench import environment
+
+# What concerns us is in flags; but Postfix's programs look whether these exist.
+CONFIGURATION = """
+mail_owner = nobody
+setgid_group = mail
+default_privs = daemon
+compatibility_level = 3.6
+"""
 
 
 @dataclass
@@ -18,6 +30,7 @@ class Core:
     """A fumi-core process: where it listens, where it delivers, and what it counts."""
 
     target: str
+    port: int
     maildir: Any
     _metrics: int
 
@@ -32,11 +45,11 @@ class Core:
 @pytest.fixture
 def core(programs: Any, request: pytest.FixtureRequest) -> Callable[..., Core]:
     def start(*flags: str, unix: bool = False) -> Core:
-        metrics = programs.free_port()
-        address = f"unix:{programs.directory}/core" if unix else f"127.0.0.1:{programs.free_port()}"
+        port, metrics = programs.free_port(), programs.free_port()
+        address = f"unix:{programs.directory}/core" if unix else f"127.0.0.1:{port}"
         command = [programs.bin / "fumi-core", "--proxy-protocol", "off", "--listen", address, *flags]
         programs.start(*command, "--metrics", f"127.0.0.1:{metrics}", "--log-level", "warning", port=metrics, log="core.log")
-        return Core(address, programs.maildir(), metrics)
+        return Core(address, port, programs.maildir(), metrics)
 
     return start
 
@@ -113,3 +126,27 @@ def test_a_hundred_recipients_are_one_file(core: Any, smtp_source: Any) -> None:
     smtp_source(server, 20, "-r", "100")
     (headers,) = {len(message.headers.split("\nDelivered-To: ")) for message in server.maildir.messages()}
     assert headers == 101
+
+
+@pytest.fixture
+def posttls_finger(programs: Any, postfix: dict[str, str], certificate: tuple[Path, Path]) -> Callable[..., str]:
+    """Connects as Postfix's SMTP client would that insists on this certificate; what it says of that."""
+    (programs.directory / "main.cf").write_text(CONFIGURATION)
+
+    def connect(port: int, *flags: str) -> str:
+        program = environment.postfix_program("posttls-finger")
+        command = [*program, "-c", "-l", "verify", "-F", certificate[0], *flags, f"[127.0.0.1]:{port}", "localhost"]
+        said: str = programs.run(*command, MAIL_CONFIG=str(programs.directory), **postfix)
+        assert "Verified TLS connection established" in said
+        return said
+
+    return connect
+
+
+def test_postfix_verifies_the_edge_by_implicit_tls(edge: Any, core: Any, posttls_finger: Any) -> None:
+    posttls_finger(edge(core("--proxy-protocol", "required").port).tls_port, "-w")
+
+
+def test_postfix_verifies_the_edge_by_starttls_and_resumes_the_session(edge: Any, core: Any, posttls_finger: Any) -> None:
+    said = posttls_finger(edge(core("--proxy-protocol", "required").port).starttls_port, "-r", "1", "-m", "1")
+    assert "Reusing old session" in said

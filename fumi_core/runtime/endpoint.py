@@ -5,9 +5,11 @@ It runs in a thread of its own, so that a slow scraper never delays mail. wsgire
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -27,6 +29,8 @@ Problem = Callable[[], str | None]
 
 CLIENTS = 16
 """Requests served at once; a client beyond them is closed."""
+REQUEST = 10.0
+"""Seconds for one request from connection to answer, however much its client dawdles."""
 
 
 class Endpoint:
@@ -86,8 +90,6 @@ def _readiness(ready: Problem) -> Page:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 10  # seconds a client may be silent
-
     def log_message(self, format: str, *args: object) -> None:
         logging.getLogger("fumi.endpoint").debug(format, *args)
 
@@ -106,9 +108,11 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = (name[0], name[1]) if isinstance(name, tuple) else ("unix", 0)
         self.setup_environ()
         self._free = threading.BoundedSemaphore(CLIENTS)
+        self._due: dict[Any, float] = {}  # when each request has to be over
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._free.acquire(blocking=False):
+            self._due[request] = time.monotonic() + REQUEST
             super().process_request(request, client_address or ("unix", 0))
         else:
             self.shutdown_request(request)
@@ -117,7 +121,17 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._due.pop(request, None)
             self._free.release()
+
+    def service_actions(self) -> None:
+        """Called every half second: ends the requests that are overdue, whose threads then find the stream at its end."""
+        now = time.monotonic()
+        for request, due in list(self._due.items()):
+            if now >= due:
+                # It may have ended by itself just now.
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A scraper that hangs up in mid-answer is its own affair; anything else is worth a traceback.

@@ -1,0 +1,59 @@
+"""The metrics endpoint against clients that take their time."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+import fumi_core.runtime.endpoint
+from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.endpoint import CLIENTS, Endpoint
+
+
+@pytest.fixture
+def endpoint(monkeypatch: Any) -> Iterator[Endpoint]:
+    monkeypatch.setattr(fumi_core.runtime.endpoint, "REQUEST", 0.5)
+    endpoint = Endpoint(parse_address("127.0.0.1:0"), CollectorRegistry(), ready=lambda: None)
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.mark.parametrize("drip", [b"", b"GET /healthz HTTP/1.0\r\nX: y", b"GET /metrics HTTP/1.0\r\n\r\n"])
+def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: Endpoint, eventually: Any, drip: bytes) -> None:
+    over = threading.Event()
+    slow = [socket.create_connection(("127.0.0.1", endpoint.port), 30) for _ in range(CLIENTS)]
+    for sock in slow:
+        sock.sendall(drip)
+
+    def dawdle() -> None:
+        # Never silent for long, and never done.
+        while not over.wait(0.05):
+            for sock in slow:
+                try:
+                    sock.send(b"z")
+                except OSError:
+                    continue
+
+    thread = threading.Thread(target=dawdle)
+    thread.start()
+    try:
+        eventually(lambda: healthy(endpoint.port))
+    finally:
+        over.set()
+        thread.join()
+        for sock in slow:
+            sock.close()
+
+
+def healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=20) as answer:
+            return bool(answer.read() == b"ok\n")
+    except OSError:
+        return False

@@ -259,6 +259,12 @@ def parse(data: bytes) -> tuple[ProxyHeader, int] | None:
     raise ProxyProtocolError("no PROXY signature")
 
 
+def unique_id_text(unique_id: bytes) -> str:
+    """A UNIQUE_ID as text for logs: itself where that is printable ASCII without spaces, its hex where it is not."""
+    text = unique_id.decode("latin-1")
+    return text if text.isascii() and text.isprintable() and " " not in text else unique_id.hex()
+
+
 def tls_tlvs(tls: TLSInfo) -> tuple[TLV, ...]:
     """The TLVs that tell a receiver of *tls*: SSL, and AUTHORITY and ALPN where there is one.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from fumi_core import replies
 from fumi_core.dialogue import Dialogue, Service
-from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse
+from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse, unique_id_text
 from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.logs import event
@@ -100,6 +100,7 @@ class Connection:
         "_dialogue",
         "_ended",
         "_header",
+        "_local",
         "_paused",
         "_phase",
         "_server",
@@ -116,6 +117,7 @@ class Connection:
         self._header = b""
         self._dialogue: Dialogue | None = None
         self._ended = False
+        self._local = False
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
@@ -196,13 +198,14 @@ class Connection:
         session.proxy_address = session.remote_address
         session.secure = self._server.options.assume_tls
         if header.command == "LOCAL":
+            self._local = True
             return
         session.remote_address, session.remote_port = _endpoint(header.source, session.remote_address, session.remote_port)
         session.local_address, session.local_port = _endpoint(header.destination, session.local_address, session.local_port)
         session.tls = header.tls
         session.secure = session.secure or header.tls is not None
         if header.unique_id:
-            session.id = _readable(header.unique_id)
+            session.id = unique_id_text(header.unique_id)
 
     def _refuse_header(self, version: str, result: str, problem: str) -> None:
         self._server.observer.proxy_header(version, result)
@@ -295,7 +298,8 @@ class Connection:
         if server.logger is not None and dialogue is not None:
             event(
                 server.logger,
-                logging.INFO,
+                # A proxy's health check comes every few seconds and is no client.
+                logging.DEBUG if self._local else logging.INFO,
                 "session ended",
                 id=session.id,
                 client=session.remote_address,
@@ -350,8 +354,3 @@ def _endpoint(place: tuple[str, int] | str | None, address: str, port: int) -> t
         # Whoever binds a socket chooses its path: it must not look like an address, nor break a line.
         return "unix:" + "".join(each if each.isascii() and each.isprintable() else "?" for each in place), 0
     return peer_of(place)
-
-
-def _readable(unique_id: bytes) -> str:
-    text = unique_id.decode("latin-1")
-    return text if text.isascii() and text.isprintable() and " " not in text else unique_id.hex()

@@ -111,6 +111,18 @@ def test_a_local_header_is_greeted_by_the_connections_own_addresses(behind: Any,
     assert (sessions[0].remote_address, sessions[0].secure) == ("127.0.0.1", False)
 
 
+def test_a_local_session_is_worth_a_line_only_to_those_who_debug(behind: Any, connect: Any, caplog: Any) -> None:
+    """A health check comes every few seconds."""
+    app, _ = behind(logger=True)
+    with caplog.at_level("DEBUG"), running(app) as server:
+        for opening in (ProxyHeader(2, "LOCAL").to_bytes(), header()):
+            client = connect(server.port, opening)
+            assert client.say("QUIT").startswith(b"221")
+            assert client.reply() == b""
+    levels = [(record.message, record.levelname) for record in caplog.records if record.message == "session ended"]
+    assert sorted(levels) == [("session ended", "DEBUG"), ("session ended", "INFO")]
+
+
 @pytest.mark.parametrize(
     "sent", [b"EHLO x\r\n", b"PROXY TCP4 1 2 3 4\r\n", header()[:-1] + b"\x00", b"\r\n\r\n\x00\r\nQUIT\n\x31"]
 )

@@ -121,6 +121,74 @@ def test_banners_of_several_lines_are_relayed_and_then_swallowed_whole(backend, 
     assert clients.upgrade(client).ask(b"NOOP me\r\n") == [b"250 NOOP me\r\n"]
 
 
+def test_a_slow_banner_is_waited_for_and_commands_wait_with_it(backend, edge, clients, kit):
+    go = threading.Event()
+
+    def handler(peer):
+        peer.say(b"220-wait\r\n220 f")
+        go.wait(20)
+        peer.say(b"or it\r\n")
+        while line := peer.line():
+            peer.say(b"250 " + line)
+
+    server = backend(handler)
+    program = edge(backend=server)
+    client = clients.plain(program.starttls_port)
+    client.say(b"NOOP early\r\nSTARTTLS\r\n")
+    server.peer()
+    go.set()
+    assert client.reply() == [b"220-wait\r\n", b"220 for it\r\n"]
+    assert client.reply() == [b"250 NOOP early\r\n"]
+    assert client.reply() == READY
+    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 NOOP\r\n"]
+
+
+def test_a_banner_that_refuses_is_relayed_with_what_follows(backend, edge, clients):
+    def handler(peer):
+        peer.say(b"554-go\r\n554 away\r\n")
+        while line := peer.line():
+            peer.say(b"221 bye\r\n" if line.startswith(b"QUIT") else b"503 bad sequence\r\n")
+
+    client = clients.plain(edge(backend=backend(handler)).starttls_port)
+    assert client.reply() == [b"554-go\r\n", b"554 away\r\n"]
+    assert client.ask(b"EHLO x\r\n") == [b"503 bad sequence\r\n"]
+    assert client.ask(b"QUIT\r\n") == [b"221 bye\r\n"]
+
+
+@pytest.mark.parametrize("last", [b"554 go away\r\n", b"421 4.7.0 busy\r\n", b"220 cut of", b"220-cut\r\n"])
+def test_a_backend_that_closes_behind_its_banner_has_its_words_relayed(backend, edge, clients, last):
+    server = backend(lambda peer: peer.say(last))
+    program = edge(backend=server)
+    client = clients.plain(program.starttls_port)
+    assert client.rest() == last
+    client.close()
+    assert program.ended()[0]["reason"] == "backend_closed"
+    assert len(server.peers) == 1
+
+
+def test_helo_will_do_before_starttls_and_ehlo_may_come_again(backend, edge, clients, greeted):
+    program = edge(backend=backend())
+    client = greeted(program)
+    assert client.ask(b"HELO x\r\n") == [b"250 2.0.0 ok\r\n"]
+    for _ in range(3):
+        assert client.ask(b"EHLO x\r\n") == GREETED
+    assert client.ask(b"HELO x\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert client.ask(b"STARTTLS\r\n") == READY
+    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+
+
+def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend, edge, greeted, kit):
+    server = backend()
+    program = edge("--handshake-timeout", "0.3", backend=server)
+    client = greeted(program)
+    assert client.ask(b"STARTTLS\r\n") == READY
+    assert client.rest() == b""
+    client.close()
+    assert program.ended()[0]["reason"] == "handshake_timeout"
+    starttls_total(program, kit, "refused")
+    assert len(server.peers) == 1
+
+
 def test_a_second_banner_that_refuses_answers_the_first_command(backend, edge, clients, greeted):
     def handler(peer):
         if peer.header.tls:

@@ -1,50 +1,50 @@
-"""Backends: which one, connecting to it, and the PROXY header that opens every connection (fumi_core.proxy_protocol)."""
+"""Backends: which one, how it has been doing, and the PROXY header that opens every connection (fumi_core.proxy_protocol).
+
+Two things are known of a backend, and it is up when neither speaks against it: whether the last attempt to connect failed, which
+every client finds out, and what the health checks (health.py) say. One that is not up is asked only after all the others,
+but it is asked: between a check and the next it may have come back.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import socket
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.logs import event
+from fumi_edge.dialing import OURS, Destination, connect, quit_and_close, reason_of
+from fumi_edge.ending import reset_on_close
 from fumi_edge.metrics import BackendMetrics, EdgeMetrics
-from fumi_edge.readiness import readable, send_all, writable
 
 log = logging.getLogger("fumi.edge.backends")
 
+BALANCES = ("leastconn", "roundrobin", "first")
+"""How one is chosen of those that are up: the fewest connections, each in turn, or the first as they were given."""
 AVOID = 5.0
-"""Seconds for which a backend that failed is only asked after the others."""
-RESOLVE = 30.0
-"""Seconds for which the addresses of a host name are kept."""
-FAREWELL = 5.0
-"""Seconds an abandoned backend has to close its side."""
-_BUSY = 0.02  # seconds until a Unix socket with a full queue is asked again
+"""Seconds for which a backend that could not be connected to is only asked after the others."""
+RETIRING = 1024
+"""Connections to backends that may be waiting for the backend to close; one more is broken off."""
 
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NEVER = float("-inf")
 
 Name = tuple[str, int] | str
-Target = tuple[int, Any]
-"""Address family, and the address as connect() takes it."""
 
 
 class NoBackend(Exception):
     """No backend could be reached."""
 
 
-def header(version: str, source: Name, destination: Name, unique_id: str, tls: TLSInfo | None) -> bytes:
+def header(version: str, source: Name, destination: Name, unique_id: bytes, tls: TLSInfo | None) -> bytes:
     """The PROXY header for one client connection; ``version`` is v2, v1 or off. Without ``tls`` it has no SSL TLV."""
     if version == "off":
         return b""
     transport = "UNIX" if isinstance(source, str) else "TCP6" if ":" in source[0] else "TCP4"
     if version == "v1":
         return ProxyHeader(1, "PROXY", transport, source, destination).to_bytes()
-    tlvs = (PP2_TYPE_UNIQUE_ID, unique_id.encode("ascii")), *(tls_tlvs(tls) if tls else ())
+    tlvs = (PP2_TYPE_UNIQUE_ID, unique_id), *(tls_tlvs(tls) if tls else ())
     return ProxyHeader(2, "PROXY", transport, source, destination, tlvs).to_bytes()
 
 
@@ -54,209 +54,149 @@ def greeting(version: str) -> bytes:
 
 
 class Backend:
-    """One backend: where it is, and how it has been doing."""
+    """One backend: where it is, how it has been doing, and how many connections to it are open."""
 
-    __slots__ = ("_resolved", "_resolved_at", "address", "failed_at", "metrics", "name")
+    __slots__ = ("_checked", "_failed_at", "_trouble", "_unhealthy", "connections", "destination", "metrics", "name", "up")
 
     def __init__(self, address: SocketAddress, metrics: BackendMetrics) -> None:
-        self.address = address
+        self.destination = Destination(address)
         self.name = str(address)
         self.metrics = metrics
-        self.failed_at = float("-inf")
-        self._resolved_at = float("inf")
-        self._resolved = _literal(address)
+        self.connections = 0
+        self.up = True
+        self._failed_at = _NEVER
+        self._checked = self._unhealthy = False
+        self._trouble = "not checked yet"
         metrics.up.set(1)
 
-    async def targets(self, loop: asyncio.AbstractEventLoop) -> Sequence[Target]:
-        """The addresses behind the name, asked of a resolver thread every RESOLVE seconds. Raises OSError."""
-        if self._resolved is None or loop.time() - self._resolved_at > RESOLVE:
-            found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
-            self._resolved = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
-            self._resolved_at = loop.time()
-        return self._resolved
+    def usable(self, now: float) -> bool:
+        """Whether a client may be sent there: it is up, or might be again."""
+        return self.up or (not self._unhealthy and now - self._failed_at >= AVOID)
 
-    def succeeded(self, seconds: float) -> None:
+    @property
+    def problem(self) -> str | None:
+        """Why the checks do not call it up, or None when they do."""
+        return None if self.up and self._checked else f"backend {self.name}: {self._trouble}"
+
+    def trying(self, now: float) -> None:
+        """Somebody tries to connect. If it failed before, one attempt is enough: the others stay away until that has ended."""
+        if self._failed_at != _NEVER:
+            self._failed_at = now
+
+    def connected(self, seconds: float) -> None:
         self.metrics.connect_seconds.observe(seconds)
-        if self.failed_at >= 0:
-            self.failed_at = float("-inf")
-            self.metrics.up.set(1)
-            event(log, logging.INFO, "backend is back", backend=self.name)
+        if self._failed_at != _NEVER:
+            self._failed_at = _NEVER
+            self._judge()
 
     def failed(self, now: float, reason: str, detail: object) -> None:
+        """No connection came about. ``reason`` is one of BACKEND_ERRORS."""
         self.metrics.errors[reason].inc()
-        if self.failed_at < 0:
+        self._failed_at = now
+        self._judge(reason, detail)
+
+    def healthy(self) -> None:
+        """A check went well."""
+        self._failed_at, self._checked, self._unhealthy = _NEVER, True, False
+        self._judge()
+
+    def unhealthy(self, reason: str, detail: object) -> None:
+        """The checks have found that it does not work."""
+        self._checked = self._unhealthy = True
+        self._judge(reason, detail)
+
+    def _judge(self, reason: str = "", detail: object = "") -> None:
+        self._trouble = str(detail) or self._trouble
+        up = not self._unhealthy and self._failed_at == _NEVER
+        if up is self.up:
+            return
+        self.up = up
+        self.metrics.up.set(up)
+        if up:
+            event(log, logging.INFO, "backend is back", backend=self.name)
+        else:
             event(log, logging.WARNING, "backend failed", backend=self.name, reason=reason, detail=detail)
-        self.failed_at = now
-        self.metrics.up.set(0)
-
-
-def _literal(address: SocketAddress) -> Sequence[Target] | None:
-    """What needs no resolver: a path, an IP address, or no host at all, which is this machine."""
-    if address.kind == "unix":
-        return ((socket.AF_UNIX, address.path),)
-    host = address.host or "127.0.0.1"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.inet_pton(family, host)
-    except OSError:
-        return None
-    return ((family, (host, address.port)),)
-
-
-def reason_of(error: OSError) -> str:
-    """An error of connect() as one of BACKEND_ERRORS."""
-    if isinstance(error, TimeoutError):
-        return "timeout"
-    if isinstance(error, socket.gaierror):
-        return "resolve"
-    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
-        return "refused"
-    return "unreachable" if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH) else "other"
 
 
 class Backends:
-    """All backends of an edge."""
+    """All backends of an edge; ``balance`` is one of BALANCES."""
 
-    def __init__(self, addresses: Sequence[SocketAddress], connect_timeout: float, metrics: EdgeMetrics) -> None:
-        self._all = [Backend(address, metrics.backend(str(address))) for address in dict.fromkeys(addresses)]
+    def __init__(
+        self, addresses: Sequence[SocketAddress], connect_timeout: float, metrics: EdgeMetrics, balance: str = "leastconn"
+    ) -> None:
+        self.all = [Backend(address, metrics.backend(str(address))) for address in dict.fromkeys(addresses)]
         self._timeout = connect_timeout
+        self._balance = balance
+        self._turn = -1
         self._retiring: set[asyncio.Task[None]] = set()
 
-    def candidates(self, now: float) -> Sequence[Backend]:
-        """The backends in the order in which to try them: as configured, those that just failed last."""
-        if len(self._all) == 1:
-            return self._all
-        return sorted(self._all, key=lambda backend: now - backend.failed_at < AVOID)
+    def problem(self) -> str | None:
+        """Why no backend is up, as far as the checks know, or None."""
+        problems = [backend.problem for backend in self.all]
+        return None if None in problems else problems[-1]
 
-    async def connect(self, opening: bytes) -> tuple[socket.socket, Backend]:
-        """A connection on which ``opening``, the PROXY header, has been sent. Raises NoBackend when there is none to be had."""
+    def candidates(self, now: float, preferred: Backend | None = None) -> Sequence[Backend]:
+        """The backends in the order in which to try them. ``preferred`` comes first while it is usable."""
+        if len(self.all) == 1:
+            return self.all
+        usable = [backend for backend in self.all if backend.usable(now)]
+        doubtful = [backend for backend in self.all if not backend.usable(now)]
+        if preferred in usable:
+            usable.sort(key=lambda backend: backend is not preferred)
+        elif usable and self._balance != "first":
+            turn = self._turn = (self._turn + 1) % len(usable)
+            usable = usable[turn:] + usable[:turn]
+            if self._balance == "leastconn":
+                # Sorting is stable: those that have the same take turns.
+                usable.sort(key=lambda backend: backend.connections)
+        return usable + doubtful
+
+    async def connect(
+        self, opening: bytes, preferred: Backend | None = None, tried: Collection[Backend] = ()
+    ) -> tuple[socket.socket, Backend]:
+        """A connection on which ``opening``, the PROXY header, has been sent; it counts until ``release()``.
+
+        Raises NoBackend when there is none to be had but those that were ``tried``.
+        """
         loop = asyncio.get_running_loop()
-        for backend in self.candidates(loop.time()):
-            begun = loop.time()
-            try:
-                sock = await self._connect(loop, backend, opening)
-            except OSError as error:
-                if error.errno in _OURS:
-                    # Nothing is known of the backend: it is this process that has no more.
-                    backend.metrics.errors["other"].inc()
-                else:
-                    backend.failed(loop.time(), reason_of(error), error)
-                continue
-            backend.succeeded(loop.time() - begun)
-            return sock, backend
+        for backend in self.candidates(loop.time(), preferred):
+            if backend not in tried and (sock := await self._connect(loop, backend, opening)) is not None:
+                return sock, backend
         raise NoBackend
 
-    async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: bytes) -> socket.socket:
-        failure: OSError = OSError("no address")
-        for family, name in await backend.targets(loop):
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            try:
-                rest = _begin(sock, family, name, opening)
-                if rest is not None:
-                    async with asyncio.timeout(self._timeout):
-                        await _complete(loop, sock, name, rest)
-            except OSError as error:
-                sock.close()
-                failure = error
-            except BaseException:
-                sock.close()
-                raise
+    async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: bytes) -> socket.socket | None:
+        begun = loop.time()
+        backend.trying(begun)
+        backend.connections += 1
+        sock = None
+        try:
+            sock = await connect(loop, backend.destination, self._timeout, opening)
+        except OSError as error:
+            if error.errno in OURS:
+                backend.metrics.errors["other"].inc()
             else:
-                return sock
-        raise failure
+                backend.failed(loop.time(), reason_of(error), error or "timed out")
+        else:
+            backend.connected(loop.time() - begun)
+        finally:
+            if sock is None:
+                backend.connections -= 1
+        return sock
+
+    def release(self, backend: Backend) -> None:
+        """A connection to it has ended."""
+        backend.connections -= 1
 
     def retire(self, sock: socket.socket) -> None:
-        """Take leave of a backend in the background, so that it closes first and keeps the TIME_WAIT (RFC 9293 §3.6)."""
-        task = asyncio.get_running_loop().create_task(_take_leave(sock))
+        """Take leave of a backend in the background."""
+        if len(self._retiring) >= RETIRING:
+            reset_on_close(sock)
+            sock.close()
+            return
+        task = asyncio.get_running_loop().create_task(quit_and_close(sock))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
         if self._retiring:
             await asyncio.wait(self._retiring)
-
-
-def _begin(sock: socket.socket, family: int, name: Any, opening: bytes) -> bytes | None:
-    """Start to connect; what is left of the opening, or None when connection and opening are through already.
-
-    On the same machine the TCP handshake is over when connect() returns, although it says EINPROGRESS: to try to send
-    costs less than to ask the loop.
-    """
-    if family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    code = sock.connect_ex(name)
-    if code == errno.EAGAIN and family == socket.AF_UNIX:
-        return opening
-    if code not in (0, errno.EINPROGRESS):
-        raise OSError(code, os.strerror(code))
-    if not opening:
-        return None if code == 0 else b""
-    try:
-        return opening[sock.send(opening) :] or None
-    except BlockingIOError:
-        return opening
-
-
-async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any, opening: bytes) -> None:
-    if isinstance(name, str):
-        # A Unix socket whose queue is full gives EAGAIN, and no event when there is room again.
-        while (code := sock.connect_ex(name)) == errno.EAGAIN:
-            await asyncio.sleep(_BUSY)
-    else:
-        await writable(loop, sock.fileno())
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code not in (0, errno.EISCONN):
-        raise OSError(code, os.strerror(code))
-    await send_all(loop, sock, opening)
-
-
-async def _take_leave(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(FAREWELL):
-            await send_all(loop, sock, b"QUIT\r\n")
-            while True:
-                await readable(loop, sock.fileno())
-                if not sock.recv(4096):
-                    break
-    except OSError:
-        # It is gone, or does not go: either way there is nothing more to say to it.
-        pass
-    finally:
-        sock.close()
-
-
-def probe(address: SocketAddress, timeout: float, opening: bytes) -> str | None:
-    """Ask a backend for its banner, as a health check does; what is wrong with it, or None. Blocks up to ``timeout`` a step."""
-    try:
-        with _dial(address, timeout) as sock:
-            sock.sendall(opening)
-            banner = b""
-            while b"\n" not in banner and len(banner) < 4096:
-                data = sock.recv(4096)
-                if not data:
-                    return "closed the connection without a banner"
-                banner += data
-            if not banner.startswith(b"220"):
-                return f"answered {banner[:80].decode('ascii', 'replace').strip()!r} instead of 220"
-            sock.sendall(b"QUIT\r\n")
-            while sock.recv(4096):
-                pass
-    except TimeoutError:
-        return "did not answer in time"
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def _dial(address: SocketAddress, timeout: float) -> socket.socket:
-    if address.kind != "unix":
-        return socket.create_connection((address.host or "127.0.0.1", address.port), timeout)
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(address.path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

@@ -15,14 +15,16 @@ from typing import Any
 
 import click
 
-from fumi_core.runtime.addresses import SocketAddress, parse_address
+from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
 from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
 from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.settings import ADDRESS, SECONDS, SECONDS_OR_NONE, Program, SettingError, config_option
+from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, Program, SettingError, config_option
 from fumi_edge import dev
-from fumi_edge.backends import greeting, probe
+from fumi_edge.backends import BALANCES, greeting
 from fumi_edge.certificates import CertificateError, Certificates, Policy
 from fumi_edge.edge import Edge
+from fumi_edge.health import probe
+from fumi_edge.limits import Rate, parse_rate
 
 log = logging.getLogger("fumi.edge")
 
@@ -32,6 +34,20 @@ _HINTS = {
     errno.EADDRNOTAVAIL: "this machine has no such address",
 }
 
+_LOOPBACK = ("127.0.0.0/8", "::1/128", "unix")
+
+
+class RateType(click.ParamType):  # type: ignore[type-arg]
+    """N/s, N/m or N/h."""
+
+    name = "n/s"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rate:
+        try:
+            return value if isinstance(value, Rate) else parse_rate(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
 
 @click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_EDGE", "show_default": True, "max_content_width": 120})
 @config_option("edge")
@@ -39,10 +55,19 @@ _HINTS = {
 @click.option("--starttls-listen", type=ADDRESS, multiple=True, help="Listen for SMTP with STARTTLS.")
 @click.option("--cert", metavar="FILE", multiple=True, help="Certificate chain, PEM, with or without its key.")
 @click.option("--key", metavar="FILE", multiple=True, help="Private key, PEM; one for each --cert, in their order.")
-@click.option("--backend", type=ADDRESS, multiple=True, help="Where the SMTP server is. The first that answers is used.")
+@click.option("--backend", type=ADDRESS, multiple=True, help="Where an SMTP server is; repeatable.")
+@click.option(
+    "--balance",
+    type=click.Choice(BALANCES),
+    default="leastconn",
+    help="Which backend of those that are up: the one with the fewest connections, each in turn, or the first.",
+)
+@click.option("--health-interval", type=SECONDS_OR_NONE, default=5.0, help="Seconds between checks of a backend; 0 is none.")
 @click.option(
     "--proxy-protocol", type=click.Choice(["v2", "v1", "off"]), default="v2", help="What the backend is told of the client."
 )
+@click.option("--accept-proxy", is_flag=True, help="Expect a PROXY header (v1 or v2) from a layer-4 balancer, before TLS.")
+@click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send it.  [default: loopback and unix]")
 @click.option("--require-tls", is_flag=True, help="Answer 530 to mail in plaintext on STARTTLS ports.")
 @click.option("--hide-starttls", is_flag=True, help="Do not advertise STARTTLS.")
 @click.option("--min-tls", type=click.Choice(["1.2", "1.3"]), default="1.2", help="The oldest TLS version to accept.")
@@ -52,6 +77,8 @@ _HINTS = {
 @click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
 @click.option("--idle-timeout", type=SECONDS, default=900.0, help="Seconds of silence in both directions.")
 @click.option("--max-clients", type=click.IntRange(min=1), help="Connections at once.")
+@click.option("--max-clients-per-ip", type=click.IntRange(min=1), help="Connections at once from an IPv4 address or IPv6 /64.")
+@click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m.")
 @click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
@@ -95,13 +122,17 @@ def _edge(flags: dict[str, Any]) -> Edge:
     for address in flags["backend"]:
         if address.kind == "fd" or (address.kind == "tcp" and not address.port):
             raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
+    accepts, trusted = flags.pop("accept_proxy"), flags.pop("trusted_proxy")
+    if trusted and not accepts:
+        raise SettingError("--trusted-proxy says who may send a PROXY header: add --accept-proxy, or leave it out")
     try:
         certificates = Certificates(list(zip(cert, key or [None] * len(cert), strict=True)), policy)
     except CertificateError as error:
         raise SettingError(str(error)) from None
     if not flags["listen"] and not flags["starttls_listen"]:
         flags["listen"] = (parse_address(":465"),)
-    return Edge(certificates=certificates, backends=flags.pop("backend"), **flags)
+    balancers = Networks(trusted or _LOOPBACK) if accepts else None
+    return Edge(certificates=certificates, backends=flags.pop("backend"), balancers=balancers, **flags)
 
 
 def _check(edge: Edge, backends: Sequence[SocketAddress], flags: dict[str, Any]) -> None:

@@ -13,16 +13,20 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from fumi_core.proxy_protocol import TLSInfo
+from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends import Backend, Backends, Name, NoBackend, header
 from fumi_edge.certificates import Certificates, TLSSocket
-from fumi_edge.ending import NO_BACKEND, Ended, reset_on_close, take_leave
+from fumi_edge.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
 from fumi_edge.handshake import HandshakeError, handshake
+from fumi_edge.inbound import HeaderError, receive_client
+from fumi_edge.limits import Limits, Rejections
 from fumi_edge.listener import Listener
-from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.metrics import LIMITS, EdgeMetrics
 from fumi_edge.preamble import Negotiation
 from fumi_edge.readiness import Company
 from fumi_edge.starttls import Preamble, Replies, Step, Verdict
@@ -32,9 +36,11 @@ log = logging.getLogger("fumi.edge")
 
 BANNER = 300.0
 """Seconds a backend may take for its banner (RFC 5321 §4.5.3.2.1)."""
-_GONE = ("client_closed", "client_reset", "handshake_timeout", "handshake_reset")
-"""Ends at which nobody is left to hear last words."""
+_GONE = ("client_closed", "client_reset", "handshake_timeout", "handshake_reset", "proxy_header", *LIMITS)
+"""Ends at which nobody is left to hear last words, or nobody who deserves to be waited for."""
 _BROKEN_OFF = ("client_reset", "idle_timeout", "linger", "shutdown")
+
+T = TypeVar("T")
 
 _process = ""
 _numbers = itertools.count(1)
@@ -60,6 +66,8 @@ class Service:
 
     certificates: Certificates
     backends: Backends
+    limits: Limits
+    rejections: Rejections
     metrics: EdgeMetrics
     buffer: memoryview
     proxy_protocol: str
@@ -77,10 +85,14 @@ class Connection:
         "_client",
         "_counted",
         "_destination",
+        "_level",
         "_service",
         "_source",
         "_tunnel",
         "_undecided",
+        "_unique_id",
+        "_unnamed",
+        "admitted",
         "backend",
         "detail",
         "id",
@@ -101,7 +113,12 @@ class Connection:
         self._tunnel: Tunnel | None = None
         self._undecided = listener.starttls
         self._counted = (0, 0)
+        self._level = logging.INFO
+        self._unnamed = False
         self.id = unique_id()
+        self._unique_id = self.id.encode("ascii")
+        self.admitted = self._host() if listener.balancers is None else None
+        """The address that the limits know the client by; None while that is not known."""
         self.started = time.monotonic()
         self.backend: Backend | None = None
         self.tls: TLSInfo | None = None
@@ -115,7 +132,7 @@ class Connection:
             reason = await self._walk()
         except Ended as ended:
             reason = ended.reason
-            if reason not in _GONE:
+            if ended.reply or reason not in _GONE:
                 self.sent += len(ended.reply)
                 await take_leave(self._client, ended, self._service.idle_timeout)
         except asyncio.CancelledError:
@@ -130,23 +147,50 @@ class Connection:
 
     async def _walk(self) -> str:
         """The whole way down; returns why the connection ended."""
-        upstream = downstream = b""
-        if self.listener.starttls:
-            await self._connect()
-            step = await self._negotiate()
-            if step.verdict is Verdict.UPGRADE:
-                self._retire()
-                await self._handshake()
-                await self._connect()
-                downstream = await self._swallow_banner()
-            else:
-                self._decide("plaintext")
-                upstream, downstream = step.backend, step.client
-                self.received -= len(upstream)  # the tunnel counts it
-        else:
+        if self.listener.balancers is not None:
+            await self._identify()
+        if not self.listener.starttls:
             await self._handshake()
-            await self._connect()
-        return await self._carry(upstream, downstream)
+            return await self._with_backend(self._carry_from_the_start)
+        step = await self._with_backend(self._negotiate)
+        if step.verdict is Verdict.UPGRADE:
+            self._retire()
+            await self._handshake()
+            return await self._carry(b"", await self._with_backend(self._swallow_banner))
+        self._decide("plaintext")
+        self.received -= len(step.backend)  # the tunnel counts it
+        return await self._carry(step.backend, step.client)
+
+    async def _identify(self) -> None:
+        """Learn from the balancer's header who the client is, and whether there are too many of that kind."""
+        try:
+            client = await receive_client(asyncio.get_running_loop(), self._client)
+        except HeaderError as error:
+            self.detail = str(error)
+            if error.silent:
+                # A balancer that looks whether the port is open.
+                self._level = logging.DEBUG
+                raise Ended("client_closed") from None
+            self._service.metrics.rejected["proxy_header"].inc()
+            raise Ended("proxy_header") from None
+        its_own = client.source in (None, self._source)
+        self._source = client.source if client.source is not None else self._source
+        self._destination = client.destination if client.destination is not None else self._destination
+        if client.unique_id:
+            self._unique_id = client.unique_id
+            self.id = unique_id_text(client.unique_id)
+        if client.local:
+            self._level = logging.DEBUG
+        if its_own:
+            # The balancer's own, and in version 1 it has no other way to say so: there is no client to limit.
+            self._unnamed = True
+            return
+        reason = self._service.limits.admit(self._host())
+        if reason is not None:
+            self._service.rejections.add(reason, self._host(), self.listener.name)
+            self._level = logging.DEBUG
+            raise Ended(reason, TOO_MANY_CLIENTS if self.listener.starttls else b"")
+        self.admitted = self._host()
 
     async def _handshake(self) -> None:
         metrics = self.listener.metrics
@@ -168,11 +212,24 @@ class Connection:
         self._service.metrics.handshake_seconds.observe(time.monotonic() - begun)
         self._service.metrics.tls_session(self.tls, bool(client.session_reused))
 
-    async def _connect(self) -> None:
-        """Connect to a backend, telling it what is known of the client by now."""
-        opening = header(self._service.proxy_protocol, self._source, self._destination, self.id, self.tls)
+    async def _with_backend(self, talk: Callable[[], Awaitable[T]]) -> T:
+        """Connect and ``talk()``; with the next backend when one hangs up before a word was said. The client never knows."""
+        silent: list[Backend] = []
+        while True:
+            backend = await self._connect(silent)
+            try:
+                return await talk()
+            except NoBanner:
+                backend.metrics.errors["banner"].inc()
+                silent.append(backend)
+                self._leave_backend()
+
+    async def _connect(self, silent: list[Backend]) -> Backend:
+        """Connect to a backend, telling it what is known of the client by now: to the one it had before, if that can be."""
+        opening = header(self._service.proxy_protocol, self._source, self._destination, self._unique_id, self.tls)
         try:
-            self._backend, self.backend = await self._service.backends.connect(opening)
+            self._backend, self.backend = await self._service.backends.connect(opening, self.backend, silent)
+            return self.backend
         except NoBackend:
             upgraded = self.listener.starttls and self.tls is not None
             raise Ended("no_backend", NO_BACKEND, when_asked=upgraded) from None
@@ -205,40 +262,62 @@ class Connection:
         """Leave the backend that heard plaintext: it gets QUIT, and nothing of what was said lives on."""
         if self._backend is not None:
             self._service.backends.retire(self._backend)
+            self._leave_backend(close=False)
+
+    def _leave_backend(self, close: bool = True) -> None:
+        if self._backend is not None and self.backend is not None:
+            if close:
+                self._backend.close()
             self._backend = None
+            self._service.backends.release(self.backend)
 
     async def _swallow_banner(self) -> bytes:
-        """Read the second banner, which the client is not to see; returns what came behind it."""
-        assert self._backend is not None
+        """Read the second banner, which the client is not to see; returns what came behind it. Raises NoBanner."""
         assert self.backend is not None
-        loop = asyncio.get_running_loop()
         replies = Replies()
-        company = Company(loop, self._client)
+        company = Company(asyncio.get_running_loop(), self._client)
         banner: bytes | None = None
-        try:
+        # A silence that is too long is a refusal as well.
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(BANNER, self._service.idle_timeout)):
-                while banner is None:
-                    await company.readable(self._backend.fileno())
-                    data = self._backend.recv(4096)
-                    if not data:
-                        break
+                while banner is None and (data := await self._backend_said(company)):
                     banner = replies.feed(data)
-        except ConnectionResetError:
-            raise Ended("client_reset") from None
-        except OSError:
-            banner = None
+                if banner is None and not replies.rest:
+                    raise NoBanner
         if banner is not None and banner.startswith(b"220"):
             return replies.rest
         self.backend.metrics.errors["banner"].inc()
+        self._retire()
         raise Ended("backend_refused", banner or NO_BACKEND, when_asked=True)
 
-    async def _carry(self, upstream: bytes, downstream: bytes) -> str:
+    async def _backend_said(self, company: Company) -> bytes:
+        assert self._backend is not None
+        while True:
+            try:
+                await company.readable(self._backend.fileno())
+            except ConnectionResetError:
+                raise Ended("client_reset") from None
+            try:
+                return self._backend.recv(4096)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return b""
+
+    async def _carry_from_the_start(self) -> str:
+        return await self._carry(b"", b"", expectant=True)
+
+    async def _carry(self, upstream: bytes, downstream: bytes, expectant: bool = False) -> str:
         assert self._backend is not None
         loop = asyncio.get_running_loop()
         buffer, idle_timeout = self._service.buffer, self._service.idle_timeout
-        tunnel = self._tunnel = Tunnel(loop, buffer, self._client, self._backend, idle_timeout, upstream, downstream)
+        tunnel = Tunnel(loop, buffer, self._client, self._backend, idle_timeout, upstream, downstream, expectant)
+        self._tunnel = tunnel
         try:
-            return await tunnel.run()
+            reason = await tunnel.run()
+            if reason == "no_banner":
+                raise NoBanner
+            return reason
         finally:
             self.received += tunnel.received
             self.sent += tunnel.sent
@@ -259,7 +338,7 @@ class Connection:
         if self._backend is not None:
             if reason in _BROKEN_OFF:
                 reset_on_close(self._backend)
-            self._backend.close()
+            self._leave_backend()
         if isinstance(self._client, TLSSocket) and reason in ("idle_timeout", "shutdown"):
             with contextlib.suppress(OSError, ValueError):
                 self._client.unwrap()
@@ -274,15 +353,20 @@ class Connection:
         metrics = self._service.metrics
         metrics.session_seconds.observe(seconds)
         self._decide("refused")
-        if log.isEnabledFor(logging.INFO):
+        if self._unnamed and self.tls is None and not self.received:
+            self._level = logging.DEBUG  # a balancer's check
+        if log.isEnabledFor(self._level):
             tls = self.tls
             event(
-                log, logging.INFO, "connection ended",
+                log, self._level, "connection ended",
                 id=self.id, client=self._client_name(), listener=self.listener.name,
                 tls=tls and tls.version, cipher=tls and tls.cipher, sni=tls and tls.sni,
                 backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
                 seconds=round(seconds, 3), reason=reason, detail=self.detail,
             )  # fmt: skip
+
+    def _host(self) -> str:
+        return "unix" if isinstance(self._source, str) else self._source[0]
 
     def _client_name(self) -> str:
         if isinstance(self._source, str):

@@ -11,12 +11,14 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.addresses import SocketAddress, bind
+from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.runtime.endpoint import Endpoint, Problem
 from fumi_core.runtime.logs import event
-from fumi_edge.backends import Backends, Name, greeting, probe
+from fumi_edge.backends import Backends, Name, greeting
 from fumi_edge.certificates import Certificates
 from fumi_edge.connection import Connection, Service
+from fumi_edge.health import Checks, probe
+from fumi_edge.limits import Limits, Rate, Rejections
 from fumi_edge.listener import Listener
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.tunnel import BUFFER
@@ -33,7 +35,9 @@ PROBE = 2.0
 class Edge:
     """A TLS terminator in the running event loop: ``await start()``, ``await close()``.
 
-    Times are in seconds. ``proxy_protocol`` is what backends are sent: v2, v1 or off. ``max_clients`` None means no limit.
+    Times are in seconds. ``proxy_protocol`` is what backends are sent: v2, v1 or off. ``max_clients``, ``max_clients_per_ip``
+    and ``rate_per_ip``: None means no limit. ``health_interval`` 0 means no checks. ``balancers``: who may connect, and sends a
+    PROXY header; None when clients come themselves.
     """
 
     def __init__(
@@ -44,12 +48,17 @@ class Edge:
         listen: Sequence[SocketAddress] = (),
         starttls_listen: Sequence[SocketAddress] = (),
         proxy_protocol: str = "v2",
+        balance: str = "leastconn",
+        health_interval: float = 5.0,
+        balancers: Networks | None = None,
         require_tls: bool = False,
         hide_starttls: bool = False,
         handshake_timeout: float = 10.0,
         connect_timeout: float = 5.0,
         idle_timeout: float = 900.0,
         max_clients: int | None = None,
+        max_clients_per_ip: int | None = None,
+        rate_per_ip: Rate | None = None,
         drain_timeout: float = 30.0,
         metrics: SocketAddress | None = None,
         registry: CollectorRegistry | None = None,
@@ -63,7 +72,9 @@ class Edge:
         self.backend_addresses = backends
         self._service = Service(
             certificates=certificates,
-            backends=Backends(backends, connect_timeout, self.metrics),
+            backends=Backends(backends, connect_timeout, self.metrics, balance),
+            limits=Limits(max_clients, max_clients_per_ip, rate_per_ip, time.monotonic),
+            rejections=Rejections(self.metrics.rejected),
             metrics=self.metrics,
             buffer=memoryview(bytearray(BUFFER)),
             proxy_protocol=proxy_protocol,
@@ -73,7 +84,10 @@ class Edge:
             idle_timeout=idle_timeout,
         )
         self._listen = [(address, False) for address in listen] + [(address, True) for address in starttls_listen]
-        self._max_clients = max_clients
+        self._balancers = balancers
+        self._connect_timeout = connect_timeout
+        self._health_interval = health_interval
+        self._checks: Checks | None = None
         self._drain_timeout = drain_timeout
         self._metrics_address = metrics
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -92,8 +106,14 @@ class Edge:
             for sock, _, _ in bound:
                 sock.close()
             raise
+        service = self._service
+        if self._health_interval:
+            opening = greeting(service.proxy_protocol)
+            self._checks = Checks(service.backends, self._health_interval, self._connect_timeout, opening)
         for sock, name, starttls in bound:
-            self.listeners.append(Listener(sock, name, starttls, self.metrics, self._serve))
+            self.listeners.append(
+                Listener(sock, name, starttls, self._balancers, service.limits, service.rejections, self.metrics, self._serve)
+            )
             event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
         if self.endpoint is not None:
             event(log, logging.INFO, "metrics", port=self.endpoint.port)
@@ -113,24 +133,25 @@ class Edge:
             await asyncio.wait(self._connections)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
+        if self._checks is not None:
+            await self._checks.close()
+        self._service.rejections.close()
         await self._service.backends.close()
         if self.endpoint is not None:
             await asyncio.to_thread(self.endpoint.close)
 
-    def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> bool:
-        """Start an accepted connection on its walk; False when there are too many already."""
-        if self._max_clients is not None and len(self._connections) >= self._max_clients:
-            return False
+    def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
+        """Start an accepted connection on its walk."""
         connection = Connection(self._service, listener, client, source, destination)
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         listener.metrics.active.inc()
         task.add_done_callback(self._served)
-        return True
 
     def _served(self, task: asyncio.Task[None]) -> None:
         connection = self._connections.pop(task)
         connection.listener.metrics.active.dec()
+        self._service.limits.leave(connection.admitted)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connection failed", exc_info=error)
 
@@ -142,10 +163,12 @@ class Edge:
         self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self._service.idle_timeout / 4)), self._beat)
 
     def _problem(self) -> str | None:
-        """Why the edge is not ready, or None. Runs in the endpoint's thread, and asks the backends now."""
+        """Why the edge is not ready, or None. Runs in the endpoint's thread; without health checks it asks the backends now."""
         if self._draining:
             return "draining"
         problem = self.certificates.problem(time.time())
+        if problem is None and self._health_interval:
+            return self._service.backends.problem()
         if problem is None:
             for address in self.backend_addresses:
                 trouble = probe(address, PROBE, greeting(self._service.proxy_protocol))

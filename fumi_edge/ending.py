@@ -34,6 +34,10 @@ class Ended(Exception):
         self.when_asked = when_asked
 
 
+class NoBanner(Exception):
+    """The backend has hung up before it said anything; neither has the client been heard. Another backend may do better."""
+
+
 def reset_on_close(sock: socket.socket) -> None:
     """Make close() break the connection off (SO_LINGER 0): the peer must not take this for a regular end, nor TIME_WAIT stay."""
     with contextlib.suppress(OSError):

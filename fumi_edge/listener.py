@@ -9,14 +9,15 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from fumi_core.runtime.addresses import peer_of
+from fumi_core.runtime.addresses import Networks, peer_of
 from fumi_core.runtime.logs import event
 from fumi_edge.backends import Name
 from fumi_edge.ending import TOO_MANY_CLIENTS
-from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.limits import Limits, Rejections
+from fumi_edge.metrics import LIMITS, EdgeMetrics
 
-Serve = Callable[["Listener", socket.socket, Name, Name], bool]
-"""Takes an accepted connection with the client's name and our own; False when there are too many already."""
+Serve = Callable[["Listener", socket.socket, Name, Name], None]
+"""Takes an accepted connection with the client's name and our own."""
 
 log = logging.getLogger("fumi.edge.listener")
 
@@ -30,11 +31,26 @@ _WILDCARDS = ("0.0.0.0", "::")
 
 
 class Listener:
-    """A listening socket of an edge; ``starttls`` says whether its clients begin in plaintext."""
+    """A listening socket of an edge; ``starttls`` says whether its clients begin in plaintext.
 
-    def __init__(self, sock: socket.socket, name: str, starttls: bool, metrics: EdgeMetrics, serve: Serve) -> None:
+    ``balancers`` are those that may connect, and send a PROXY header; None when clients come themselves.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        starttls: bool,
+        balancers: Networks | None,
+        limits: Limits,
+        rejections: Rejections,
+        metrics: EdgeMetrics,
+        serve: Serve,
+    ) -> None:
         self._serve = serve
-        self._rejected = metrics.rejected
+        self._limits = limits
+        self._rejections = rejections
+        self.balancers = balancers
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
@@ -103,14 +119,22 @@ class Listener:
         except OSError:
             client.close()
             return
-        source: Name = peer_of(name) if isinstance(name, tuple) else ""
-        if not self._serve(self, client, source, destination):
-            self._turn_away(client, peer_of(name)[0])
+        peer = peer_of(name)
+        reason = self._refusal(peer[0])
+        if reason is not None:
+            self._rejections.add(reason, peer[0], self.name)
+            self._turn_away(client, reason)
+            return
+        self._serve(self, client, peer if isinstance(name, tuple) else "", destination)
 
-    def _turn_away(self, client: socket.socket, host: str) -> None:
-        self._rejected["max_clients"].inc()
-        event(log, logging.INFO, "rejected", client=host, listener=self.name, reason="max_clients")
-        if self.starttls:
+    def _refusal(self, host: str) -> str | None:
+        if self.balancers is None:
+            return self._limits.enter(host)
+        # Whom it is for is known only when the header has come.
+        return self._limits.enter(None) if host in self.balancers else "untrusted"
+
+    def _turn_away(self, client: socket.socket, reason: str) -> None:
+        if self.starttls and reason in LIMITS:
             with contextlib.suppress(OSError):
                 client.send(TOO_MANY_CLIENTS)
         client.close()

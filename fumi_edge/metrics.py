@@ -15,7 +15,8 @@ from fumi_edge.handshake import RESULTS
 
 STARTTLS_RESULTS = ("upgraded", "plaintext", "refused", "injection")
 BACKEND_ERRORS = ("refused", "timeout", "unreachable", "resolve", "banner", "other")
-REJECTIONS = ("max_clients", "injection", "not_smtp", "errors")
+LIMITS = ("max_clients", "max_clients_per_ip", "rate")
+REJECTIONS = (*LIMITS, "untrusted", "proxy_header", "injection", "not_smtp", "errors")
 TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
 
 _HANDSHAKE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -67,7 +68,7 @@ class EdgeMetrics:
         moved = counter("bytes", "Bytes carried: in is from clients, out is to clients.", "direction")
         self._connect_seconds = histogram("backend_connect_seconds", "Time to connect.", _CONNECT_SECONDS, "backend")
         self._backend_errors = counter("backend_errors", "Connections to a backend that failed.", "backend", "reason")
-        self._backend_up = gauge("backend_up", "1 when the last connection to the backend worked.", "backend")
+        self._backend_up = gauge("backend_up", "1 while the backend can be connected to and passes its checks.", "backend")
         rejected = counter("rejected", "Connections turned away, by the limit or rule they ran into.", "reason")
         self._not_after = gauge("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
         self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS)

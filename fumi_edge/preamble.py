@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from fumi_edge.ending import TIMED_OUT, Ended
+from fumi_edge.ending import TIMED_OUT, Ended, NoBanner
 from fumi_edge.readiness import Company, readable, send_all
 from fumi_edge.starttls import INJECTED, READY, Preamble, Step, Verdict
 
@@ -28,7 +28,7 @@ class Negotiation:
     async def run(self) -> Step:
         """Relay until the client has decided: UPGRADE, the 220 being sent, or PLAINTEXT with what the tunnel starts with.
 
-        Raises Ended when there is nothing more to relay.
+        Raises Ended when there is nothing more to relay, NoBanner when there was nothing at all.
         """
         while True:
             try:
@@ -64,10 +64,15 @@ class Negotiation:
         except BlockingIOError:
             return _NOTHING
         except OSError:
-            raise Ended("backend_reset", self._preamble.backend_ended()) from None
+            raise self._backend_ended("backend_reset") from None
         if not data:
-            raise Ended("backend_closed", self._preamble.backend_ended())
+            raise self._backend_ended("backend_closed")
         return self._preamble.backend_said(data)
+
+    def _backend_ended(self, reason: str) -> Exception:
+        last = self._preamble.backend_ended()
+        # The client is not read before it has the banner.
+        return Ended(reason, last) if last or self.sent else NoBanner()
 
     def _from_client(self) -> Step:
         try:

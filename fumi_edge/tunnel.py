@@ -79,7 +79,8 @@ class Tunnel:
     """Carries bytes until both sides have ended; ``await tunnel.run()`` says how it ended.
 
     The sockets are non-blocking and stay the caller's to close. ``upstream`` and ``downstream`` are bytes already received
-    for the backend and for the client.
+    for the backend and for the client. With ``expectant`` nothing has been said yet, and a backend that hangs up before anything
+    is said ends the tunnel without the client's noticing.
     """
 
     __slots__ = (
@@ -88,6 +89,7 @@ class Tunnel:
         "_deadline",
         "_done",
         "_down",
+        "_expectant",
         "_idle_timeout",
         "_loop",
         "_moved",
@@ -105,6 +107,7 @@ class Tunnel:
         idle_timeout: float,
         upstream: bytes = b"",
         downstream: bytes = b"",
+        expectant: bool = False,
     ) -> None:
         self._loop = loop
         self._buffer = buffer
@@ -114,6 +117,7 @@ class Tunnel:
         self._down = _Flow(server, self._client, downstream)
         self._done: asyncio.Future[str] = loop.create_future()
         self._reason = ""
+        self._expectant = expectant
         self._idle_timeout = idle_timeout
         self._deadline: float | None = None
         self._moved, self._moved_at = 0, loop.time()
@@ -129,7 +133,7 @@ class Tunnel:
         return self._down.total
 
     async def run(self) -> str:
-        """Returns why it ended: client_closed, backend_closed, client_reset, backend_reset, idle_timeout or linger."""
+        """Why it ended: client_closed backend_closed client_reset backend_reset idle_timeout linger, or no_banner (expectant)."""
         ends = (self._client, self._up.sink)
         for end in ends:
             # Replaces the handshake's reader where that is still there, without a system call.
@@ -322,6 +326,11 @@ class Tunnel:
     # Ends
 
     def _source_ended(self, flow: _Flow) -> None:
+        up, down = self._up, self._down
+        if self._expectant and flow is down and up.state is _OPEN and not up.total and not down.total:
+            self._reason = "no_banner"
+            self._finish(self._reason)
+            return
         self._reason = self._reason or ("client_closed" if flow is self._up else "backend_closed")
         if flow.state is _DISCARDING:
             flow.state = _CLOSED

@@ -102,7 +102,9 @@ def edge_in_front_of(site: Site, behind: int) -> Iterator[Server]:
     """`fumi-edge` in front of a port."""
     port = free_port()
     files = ["--cert", str(site.certificate), "--key", str(site.key)]
-    argv = [str(PROGRAMS / "fumi-edge"), *files, "--backend", f"127.0.0.1:{behind}", "--listen", f"127.0.0.1:{port}"]
+    # The peers do not check their backend either.
+    ports = ["--backend", f"127.0.0.1:{behind}", "--listen", f"127.0.0.1:{port}", "--health-interval", "0"]
+    argv = [str(PROGRAMS / "fumi-edge"), *files, *ports]
     with running(argv, port, site.log("fumi-edge"), FUMI) as pid:
         yield Server(port, (pid,))
 

@@ -367,7 +367,7 @@ def edge(certificate: tuple[Path, Path]) -> Iterator[Callable[..., Program]]:
     def start(*flags: str, backend: Backend | str) -> Program:
         address = backend if isinstance(backend, str) else backend.address
         everything = ["--cert", str(cert), "--key", str(key), "--backend", address, "--listen", "127.0.0.1:0"]
-        everything += ["--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *flags]
+        everything += ["--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--health-interval", "0", *flags]
         started.append(Program(*everything))
         return started[-1]
 

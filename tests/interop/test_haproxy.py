@@ -74,3 +74,58 @@ def _start(programs: Any, certificate: tuple[Path, Path], core: int, flags: str)
     subprocess.run(["haproxy", "-c", "-f", path], check=True, capture_output=True)
     programs.start("haproxy", "-f", path, port=port)
     return port
+
+
+LAYER_4 = """
+global
+    maxconn 100
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+listen {name}
+    bind 127.0.0.1:{port}
+    server edge 127.0.0.1:{edge} {flags}
+"""
+
+
+@pytest.mark.parametrize(
+    "flags", ["send-proxy", "send-proxy-v2", "send-proxy-v2 check inter 50ms", "send-proxy check inter 50ms"]
+)
+def test_as_a_layer_4_balancer_it_lets_the_edge_do_tls_and_starttls(
+    flags: str, programs: Any, certificate: tuple[Path, Path]
+) -> None:
+    app = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=1)
+    sessions: list[Any] = []
+
+    def keep(ctx: Any, next: Any) -> Any:
+        sessions.append(ctx.session)
+        return next()
+
+    app.on_mail_from(keep)
+    with running(app) as server:
+        edge, front = ([programs.free_port() for _ in range(2)] for _ in range(2))
+        files = ["--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{server.port}", "--accept-proxy"]
+        ports = ["--listen", f"127.0.0.1:{edge[0]}", "--starttls-listen", f"127.0.0.1:{edge[1]}"]
+        programs.start(programs.bin / "fumi-edge", *files, *ports, port=edge[1], log="edge.log")
+        for name, port, behind in zip(("smtps", "smtp"), front, edge, strict=True):
+            path = programs.directory / f"{name}.cfg"
+            path.write_text(LAYER_4.format(name=name, port=port, edge=behind, flags=flags))
+            programs.start("haproxy", "-f", path, port=port, log="haproxy.log")
+        context = ssl.create_default_context(cafile=str(certificate[0]))
+        with smtplib.SMTP_SSL("localhost", front[0], context=context, source_address=("127.0.0.9", 0)) as smtp:
+            smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
+        with smtplib.SMTP("localhost", front[1], source_address=("127.0.0.9", 0)) as smtp:
+            smtp.starttls(context=context)
+            smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
+        assert len(server.messages) == 2
+    for session, port in zip(sessions, front, strict=True):
+        assert (session.remote_address, session.local_port) == ("127.0.0.9", port)
+        assert session.tls.version == "TLSv1.3"
+    path = programs.directory / "edge.log"
+    programs.until(lambda: path.read_text().count("connection ended") >= 2, "the end")
+    log = path.read_text()
+    # Its checks are no clients, whether they send a header or not.
+    assert log.count("connection ended") == 2, log
+    assert "WARN" not in log

@@ -1,0 +1,177 @@
+"""Connecting to an address, by name or not, without ever blocking the loop, and taking leave of it again."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.logs import event
+from fumi_edge.readiness import readable, send_all, writable
+
+log = logging.getLogger("fumi.edge.backends")
+
+RESOLVE = 30.0
+"""Seconds for which the addresses of a host name are kept."""
+FAREWELL = 5.0
+"""Seconds a backend has to close its side after QUIT."""
+_BUSY = 0.02  # seconds until a Unix socket with a full queue is asked again
+
+OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
+"""Errors that say nothing of a backend: it is this process, or this machine, that has no more."""
+
+Target = tuple[int, Any]
+"""Address family, and the address as connect() takes it."""
+
+
+class Destination:
+    """An address to connect to. The addresses behind a host name are asked for again every RESOLVE seconds, in the background."""
+
+    __slots__ = ("_asked_at", "_asking", "_targets", "address")
+
+    def __init__(self, address: SocketAddress) -> None:
+        self.address = address
+        self._targets = _literal(address)
+        self._asked_at = float("-inf") if not self._targets else float("inf")
+        self._asking: asyncio.Task[OSError | None] | None = None
+
+    async def targets(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[Target]:
+        """Where to connect to, in this order. Only the first time somebody has to wait. Raises OSError, or TimeoutError."""
+        if self._asking is None and (not self._targets or loop.time() - self._asked_at >= RESOLVE):
+            # One question, however many wait for the answer: each occupies a thread.
+            self._asking = loop.create_task(self._ask(loop))
+        if not self._targets and self._asking is not None:
+            async with asyncio.timeout(timeout):
+                failure = await asyncio.shield(self._asking)
+            if failure is not None:
+                raise failure
+        return self._targets
+
+    async def _ask(self, loop: asyncio.AbstractEventLoop) -> OSError | None:
+        try:
+            found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+            self._targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
+        except OSError as error:
+            if self._targets:
+                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.address, detail=error)
+            return error
+        finally:
+            self._asked_at = loop.time()
+            self._asking = None
+        return None
+
+    def prefer(self, target: Target) -> None:
+        """Try this one first from now on: it answered when others did not."""
+        if target in self._targets and self._targets[0] != target:
+            self._targets = (target, *(each for each in self._targets if each != target))
+
+
+def _literal(address: SocketAddress) -> tuple[Target, ...]:
+    """What needs no resolver: a path, an IP address, or no host at all, which is this machine."""
+    if address.kind == "unix":
+        return ((socket.AF_UNIX, address.path),)
+    host = address.host or "127.0.0.1"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.inet_pton(family, host)
+    except OSError:
+        return ()
+    return ((family, (host, address.port)),)
+
+
+async def connect(loop: asyncio.AbstractEventLoop, destination: Destination, timeout: float, opening: bytes) -> socket.socket:
+    """A connection on which ``opening`` has been sent. Raises OSError.
+
+    The resolver has ``timeout`` seconds, and then each address.
+    """
+    failure: OSError = OSError("no address")
+    for target in await destination.targets(loop, timeout):
+        try:
+            sock = await _connect(loop, target, timeout, opening)
+        except OSError as error:
+            failure = error
+        else:
+            destination.prefer(target)
+            return sock
+    raise failure
+
+
+async def _connect(loop: asyncio.AbstractEventLoop, target: Target, timeout: float, opening: bytes) -> socket.socket:
+    family, name = target
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        rest = _begin(sock, family, name, opening)
+        if rest is not None:
+            async with asyncio.timeout(timeout):
+                await _complete(loop, sock, name, rest)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _begin(sock: socket.socket, family: int, name: Any, opening: bytes) -> bytes | None:
+    """Start to connect; what is left of the opening, or None when connection and opening are through already.
+
+    On the same machine the TCP handshake is over when connect() returns, although it says EINPROGRESS: to try to send
+    costs less than to ask the loop.
+    """
+    if family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    code = sock.connect_ex(name)
+    if code == errno.EAGAIN and family == socket.AF_UNIX:
+        return opening
+    if code not in (0, errno.EINPROGRESS):
+        raise OSError(code, os.strerror(code))
+    if not opening:
+        return None if code == 0 else b""
+    try:
+        return opening[sock.send(opening) :] or None
+    except BlockingIOError:
+        return opening
+
+
+async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any, opening: bytes) -> None:
+    if isinstance(name, str):
+        # A Unix socket whose queue is full gives EAGAIN, and no event when there is room again.
+        while (code := sock.connect_ex(name)) == errno.EAGAIN:
+            await asyncio.sleep(_BUSY)
+    else:
+        await writable(loop, sock.fileno())
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code not in (0, errno.EISCONN):
+        raise OSError(code, os.strerror(code))
+    await send_all(loop, sock, opening)
+
+
+async def quit_and_close(sock: socket.socket) -> None:
+    """Say QUIT and wait for the other side to close first, so that it keeps the TIME_WAIT (RFC 9293 §3.6) and we the port."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(FAREWELL):
+            await send_all(loop, sock, b"QUIT\r\n")
+            while True:
+                await readable(loop, sock.fileno())
+                if not sock.recv(4096):
+                    break
+    except OSError:
+        # It is gone, or does not go: either way there is nothing more to say to it.
+        pass
+    finally:
+        sock.close()
+
+
+def reason_of(error: OSError) -> str:
+    """An error of connect() as one of BACKEND_ERRORS."""
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, socket.gaierror):
+        return "resolve"
+    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+        return "refused"
+    return "unreachable" if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH) else "other"

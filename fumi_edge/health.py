@@ -1,0 +1,118 @@
+"""Health checks of backends: connect, send the header of a connection of our own, want a 220, say QUIT.
+
+They run in the edge's loop, one at a time for each backend, and a little out of step so that many edges do not come all at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+
+from fumi_core.runtime.addresses import SocketAddress
+from fumi_edge.backends import Backend, Backends
+from fumi_edge.dialing import OURS, Destination, connect, quit_and_close, reason_of
+from fumi_edge.readiness import receive
+from fumi_edge.starttls import Replies
+
+FALL = 2
+"""Checks in a row that have to fail before a backend that worked is called down: one alone may be our own delay."""
+SOON = 1.0
+"""Seconds until a check that failed is repeated."""
+RECOVERY = 5.0
+"""Seconds between checks of a backend that is down, unless the interval is shorter."""
+JITTER = 0.1
+
+
+class BadBanner(Exception):
+    """A backend that can be connected to, and does not greet with 220; the text says what it does."""
+
+
+async def greeted(destination: Destination, timeout: float, opening: bytes) -> socket.socket:
+    """A connection that was greeted with 220. ``timeout`` seconds to connect, and again for the banner.
+
+    Raises BadBanner, or OSError when no connection came about.
+    """
+    loop = asyncio.get_running_loop()
+    sock = await connect(loop, destination, timeout, opening)
+    try:
+        async with asyncio.timeout(timeout):
+            banner = await _banner(loop, sock)
+        if not banner.startswith(b"220"):
+            raise BadBanner(f"answered {banner[:80].decode('ascii', 'replace').strip()!r} instead of 220")
+    except OSError as error:
+        sock.close()
+        raise BadBanner("did not answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _banner(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
+    replies = Replies()
+    while data := await receive(loop, sock, 4096):
+        if (banner := replies.feed(data)) is not None:
+            return banner
+    raise BadBanner("closed the connection without a banner")
+
+
+def probe(address: SocketAddress, timeout: float, opening: bytes) -> str | None:
+    """One check from outside the loop: what is wrong with a backend, or None."""
+
+    async def once() -> None:
+        await quit_and_close(await greeted(Destination(address), timeout, opening))
+
+    try:
+        asyncio.run(once())
+    except TimeoutError:
+        return "did not answer in time"
+    except OSError as error:
+        return error.strerror or str(error)
+    except BadBanner as error:
+        return str(error)
+    return None
+
+
+class Checks:
+    """Checks every backend each ``interval`` seconds, until ``close()``."""
+
+    def __init__(self, backends: Backends, interval: float, timeout: float, opening: bytes) -> None:
+        self._backends = backends
+        self._interval = interval
+        self._timeout = timeout
+        self._opening = opening
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._watch(backend)) for backend in backends.all]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
+    async def _watch(self, backend: Backend) -> None:
+        failures = FALL - 1  # the first check decides at once
+        while True:
+            try:
+                self._backends.retire(await greeted(backend.destination, self._timeout, self._opening))
+            except BadBanner as error:
+                failures += 1
+                self._failed(backend, failures, "banner", str(error))
+            except OSError as error:
+                if error.errno not in OURS:
+                    failures += 1
+                    self._failed(backend, failures, reason_of(error), error.strerror or str(error) or "timed out")
+            else:
+                failures = 0
+                backend.healthy()
+            await asyncio.sleep(self._pause(failures) * random.uniform(1 - JITTER, 1 + JITTER))
+
+    def _failed(self, backend: Backend, failures: int, reason: str, detail: str) -> None:
+        backend.metrics.errors[reason].inc()
+        if failures >= FALL:
+            backend.unhealthy(reason, detail)
+
+    def _pause(self, failures: int) -> float:
+        if not failures:
+            return self._interval
+        return min(self._interval, SOON if failures < FALL else RECOVERY)

@@ -1,0 +1,79 @@
+"""The PROXY header that a layer-4 balancer in front of the edge sends before anything else (fumi_core.proxy_protocol).
+
+It is read from the kernel to its last byte and not one further: what follows is the client's, and TLS reads it from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import NamedTuple
+
+from fumi_core.proxy_protocol import V2_MAX_LENGTH, ProxyHeader, ProxyProtocolError, parse
+from fumi_core.runtime.addresses import peer_of
+from fumi_edge.backends import Name
+from fumi_edge.readiness import readable
+
+TIMEOUT = 5.0
+"""Seconds a balancer has for its header."""
+
+
+class HeaderError(Exception):
+    """No header came, or none that can be believed; the text says why. ``silent``: the balancer hung up without a byte."""
+
+    def __init__(self, problem: str, silent: bool = False) -> None:
+        super().__init__(problem)
+        self.silent = silent
+
+
+class Client(NamedTuple):
+    """What a header says of the client. Names are None for the balancer itself, and where it could not say."""
+
+    source: Name | None
+    destination: Name | None
+    unique_id: bytes
+    local: bool
+
+
+async def receive_client(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Client:
+    """Read the header. Raises HeaderError."""
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            return _client(await _receive(loop, sock))
+    except TimeoutError:
+        raise HeaderError("no PROXY header in time") from None
+    except ProxyProtocolError as error:
+        raise HeaderError(str(error)) from None
+    except OSError:
+        raise HeaderError("the connection broke off", silent=True) from None
+
+
+async def _receive(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> ProxyHeader:
+    received = b""
+    while True:
+        try:
+            ahead = sock.recv(V2_MAX_LENGTH, socket.MSG_PEEK)
+        except BlockingIOError:
+            await readable(loop, sock.fileno())
+            continue
+        if not ahead:
+            raise HeaderError("closed before a PROXY header", silent=not received)
+        found = parse(received + ahead)
+        if found is not None:
+            header, length = found
+            sock.recv(length - len(received))
+            return header
+        # All of it is the header's. Taken out, it does not wake us again.
+        received += sock.recv(len(ahead))
+
+
+def _client(header: ProxyHeader) -> Client:
+    """The balancer is layer 4: what it says of TLS is not ours, and not passed on."""
+    if header.command == "LOCAL":
+        return Client(None, None, b"", True)
+    source, destination = header.source, header.destination
+    if isinstance(source, tuple) and isinstance(destination, tuple):
+        plain, other = peer_of(source), peer_of(destination)
+        if (":" in plain[0]) == (":" in other[0]):
+            source, destination = plain, other
+    return Client(source, destination, header.unique_id or b"", False)

@@ -1,0 +1,583 @@
+"""Several backends: which one gets a client, what becomes of those that fail, and that no client is the worse for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+import fumi_edge.backends
+import fumi_edge.dialing
+from fumi_core.runtime.addresses import parse_address
+from fumi_edge.backends import AVOID, Backends
+from fumi_edge.metrics import EdgeMetrics
+
+CORE = Path(sys.executable).with_name("fumi-core")
+READY = [b"220 2.0.0 Ready to start TLS\r\n"]
+ENDED = b"421 4.3.2 Service not available, closing connection\r\n"
+
+
+def flags(*backends):
+    return [word for each in backends for word in ("--backend", each.address)]
+
+
+def up(program, server):
+    return program.metric("fumi_edge_backend_up", backend=server.address)
+
+
+def errors(program, server, reason):
+    return program.metric("fumi_edge_backend_errors_total", backend=server.address, reason=reason)
+
+
+def counts(*servers):
+    return [len(each.peers) for each in servers]
+
+
+@pytest.fixture
+def served(clients):
+    """One client's session, from the banner to the end."""
+
+    def served(program):
+        client = clients.tls(program.tls_port)
+        assert client.line().startswith(b"220 ")
+        assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+        assert client.rest() == b""
+        client.close()
+
+    return served
+
+
+@pytest.fixture
+def silent(backend):
+    """A backend that accepts and hangs up; with ``reset`` it breaks off."""
+
+    def silent(reset=False, when=lambda peer: True):
+        def handler(peer):
+            if when(peer):
+                if reset:
+                    peer.reset()
+                return
+            peer.say(b"220 silent.test\r\n")
+            while peer.line():
+                peer.say(b"250 silent.test\r\n")
+
+        return backend(handler)
+
+    return silent
+
+
+class Flapping:
+    """Stands before a backend, there one moment and gone the next."""
+
+    def __init__(self, kit):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self._kit = kit
+        self._listening = None
+
+    def appear(self):
+        self._listening = socket.create_server(("127.0.0.1", self.port), backlog=64)
+        threading.Thread(target=self._accept, args=(self._listening,), daemon=True).start()
+
+    def vanish(self):
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def _accept(self, listening):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._kit.Peer(listening.accept()[0]),), daemon=True).start()
+
+    def _serve(self, peer):
+        peer.heard = []
+        with contextlib.suppress(OSError, EOFError):
+            peer.take_header()
+            self._kit.smtp(peer)
+        peer.close()
+
+
+# Choosing
+
+
+def test_the_backend_with_the_fewest_connections_is_chosen(backend, edge, clients, kit):
+    servers = [backend() for _ in range(3)]
+    program = edge(*flags(*servers[1:]), backend=servers[0])
+    peers = [clients.tls(program.tls_port) for _ in range(9)]
+    for client in peers:
+        client.line()
+    assert counts(*servers) == [3, 3, 3]
+    mine = {peer.header.source[1] for peer in servers[1].peers}
+    leaving = [client for client in peers if client.sock.getsockname()[1] in mine]
+    for client in leaving:
+        client.ask(b"QUIT\r\n")
+        client.close()
+    program.ended(3)
+    for _ in range(3):
+        clients.tls(program.tls_port).line()
+    assert counts(*servers) == [3, 6, 3]
+
+
+def test_roundrobin_takes_each_in_turn_but_those_that_are_down(backend, edge, served):
+    servers = [backend() for _ in range(3)]
+    program = edge("--balance", "roundrobin", *flags(*servers[1:]), backend=servers[0])
+    for _ in range(6):
+        served(program)
+    assert counts(*servers) == [2, 2, 2]
+    servers[1].close()
+    for _ in range(7):
+        served(program)
+    assert servers[1].peers[2:] == []
+    assert abs(len(servers[0].peers) - len(servers[2].peers)) <= 1
+    assert len(servers[0].peers) + len(servers[2].peers) == 11
+
+
+def test_first_sends_all_to_the_first_that_is_up(backend, edge, served):
+    servers = [backend(), backend()]
+    program = edge("--balance", "first", *flags(servers[1]), backend=servers[0])
+    for _ in range(3):
+        served(program)
+    assert counts(*servers) == [3, 0]
+    servers[0].close()
+    for _ in range(3):
+        served(program)
+    assert counts(*servers) == [3, 3]
+    # Once was enough to find out.
+    assert errors(program, servers[0], "refused") == 1
+    assert len(program.events("backend failed")) == 1
+
+
+def test_unix_sockets_are_balanced_like_any_other(backend, edge, clients, tmp_path):
+    servers = [backend(path=str(tmp_path / name)) for name in ("one.sock", "two.sock")]
+    program = edge(*flags(servers[1]), backend=servers[0])
+    for _ in range(4):
+        clients.tls(program.tls_port).line()
+    assert counts(*servers) == [2, 2]
+
+
+@pytest.mark.parametrize("balance", ["leastconn", "roundrobin"])
+def test_after_the_upgrade_the_client_keeps_its_backend(backend, edge, clients, balance):
+    servers = [backend(), backend()]
+    program = edge("--balance", balance, *flags(servers[1]), backend=servers[0])
+    for _ in range(4):
+        client = clients.plain(program.starttls_port)
+        client.reply()
+        assert client.ask(b"STARTTLS\r\n") == READY
+        assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    for server in servers:
+        ids = [peer.header.unique_id for peer in server.peers]
+        assert len(ids) == 4
+        assert len(set(ids)) == 2
+
+
+def test_after_the_upgrade_another_backend_will_do(backend, edge, clients):
+    servers = [backend(), backend()]
+    program = edge("--balance", "first", *flags(servers[1]), backend=servers[0])
+    client = clients.plain(program.starttls_port)
+    client.reply()
+    assert client.ask(b"STARTTLS\r\n") == READY
+    servers[0].close()
+    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert counts(*servers) == [1, 1]
+
+
+# Failing over
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+def test_a_backend_that_hangs_up_without_a_word_is_passed_over_unnoticed(backend, silent, edge, clients, reset):
+    bad, good = silent(reset), backend()
+    program = edge("--balance", "first", *flags(good), backend=bad)
+    client = clients.tls(program.tls_port)
+    assert client.line() == b"220 backend.test ESMTP\r\n"
+    assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+    assert client.rest() == b""
+    plain = clients.plain(program.starttls_port)
+    assert plain.line() == b"220 backend.test ESMTP\r\n"
+    assert plain.ask(b"STARTTLS\r\n") == READY
+    plain = clients.upgrade(plain)
+    assert plain.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert errors(program, bad, "banner") == 2
+    # What happened to one client is no verdict on the backend, or a client who is not welcome there could bring it down.
+    assert up(program, bad) == 1
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+def test_a_backend_that_hangs_up_after_the_upgrade_is_replaced_too(backend, silent, edge, clients, reset):
+    bad, good = silent(reset, when=lambda peer: peer.header.tls), backend()
+    program = edge("--balance", "first", *flags(good), backend=bad)
+    client = clients.plain(program.starttls_port)
+    assert client.reply() == [b"220 silent.test\r\n"]
+    assert client.ask(b"STARTTLS\r\n") == READY
+    client = clients.upgrade(client)
+    assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert counts(bad, good) == [2, 1]
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+def test_when_every_backend_hangs_up_it_is_as_if_there_were_none(silent, edge, clients, reset):
+    servers = [silent(reset), silent(reset)]
+    program = edge(*flags(servers[1]), backend=servers[0])
+    assert clients.tls(program.tls_port).rest() == ENDED
+    assert clients.plain(program.starttls_port).rest() == ENDED
+    assert counts(*servers) == [2, 2]
+
+
+def test_a_client_that_leaves_before_the_banner_is_not_the_backends_fault(backend, edge, clients):
+    def handler(peer):
+        peer.rest()  # no word before the client's end
+
+    server = backend(handler)
+    program = edge(backend=server)
+    client = clients.tls(program.tls_port)
+    server.peer()
+    client.end()
+    assert client.rest() == b""
+    client.close()
+    assert program.ended()[0]["reason"] == "client_closed"
+    assert errors(program, server, "banner") == 0
+    assert len(server.peers) == 1
+
+
+def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend, edge, clients):
+    """What it said has gone to one backend, and is not said again to another."""
+    heard = []
+
+    def handler(peer):
+        heard.append(peer.line())
+
+    servers = [backend(handler), backend(handler)]
+    program = edge(*flags(servers[1]), backend=servers[0])
+    client = clients.tls(program.tls_port)
+    client.say(b"EHLO early\r\n")
+    assert client.rest() == b""
+    client.close()
+    program.ended()
+    assert heard == [b"EHLO early\r\n"]
+
+
+def test_a_backend_that_comes_and_goes_harms_nobody(backend, edge, served, kit):
+    """Two backends, one of them flapping, with and without checks; every client is served."""
+    steady, flapping = backend(), Flapping(kit)
+    program = edge("--health-interval", "0.1", "--balance", "roundrobin", *flags(flapping), backend=steady)
+    over = threading.Event()
+
+    def flap():
+        while not over.is_set():
+            flapping.appear()
+            over.wait(0.07)
+            flapping.vanish()
+            over.wait(0.07)
+
+    thread = threading.Thread(target=flap)
+    thread.start()
+    try:
+        for _ in range(150):
+            served(program)
+    finally:
+        over.set()
+        thread.join()
+    assert {entry["reason"] for entry in program.ended(150)} <= {"backend_closed", "closed"}
+
+
+# Checks
+
+
+def test_a_check_says_local_and_quit_and_is_no_client(backend, edge, kit):
+    heard = []
+
+    def handler(peer):
+        peer.say(b"220-backend.test\r\n")
+        peer.say(b"220 ESMTP\r\n")
+        heard.append((peer.header.version, peer.header.command, peer.header.tls, peer.line()))
+
+    program = edge("--health-interval", "0.05", backend=backend(handler))
+    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    program.stop()
+    assert set(heard) == {(2, "LOCAL", None, b"QUIT\r\n")}
+    assert program.events("connection ended") == []
+
+
+@pytest.mark.parametrize(("version", "wanted"), [("v1", b"PROXY UNKNOWN\r\n"), ("off", b"")])
+def test_a_check_says_what_the_protocol_has_words_for(backend, edge, kit, version, wanted):
+    heard = []
+
+    def handler(peer):
+        if wanted:
+            heard.append(peer.line())
+        peer.say(b"220 hi\r\n")
+        heard.append(peer.line())
+
+    server = backend(handler, proxy=False)
+    program = edge("--health-interval", "30", "--proxy-protocol", version, backend=server)
+    kit.until(lambda: heard[-1:] == [b"QUIT\r\n"], "the check")
+    assert heard[:-1] == ([wanted] if wanted else [])
+    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+
+
+def test_the_cores_log_says_nothing_of_checks(certificate, edge, kit, programs):
+    core, metrics = programs.free_port(), programs.free_port()
+    command = (CORE, "--listen", f"127.0.0.1:{core}", "--metrics", f"127.0.0.1:{metrics}", "--deliver", "discard:")
+    programs.start(*command, port=core, log="core.log")
+    program = edge("--health-interval", "0.05", backend=f"127.0.0.1:{core}")
+    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    kit.until(lambda: quits(metrics) >= 5, "five checks")
+    log = (programs.directory / "core.log").read_text()
+    assert "session" not in log
+    assert "WARN" not in log
+    assert program.events("backend failed") == []
+
+
+def quits(port):
+    """How often the core has been told QUIT."""
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    return float(next(line.split()[-1] for line in text.splitlines() if 'commands_total{command="QUIT"}' in line))
+
+
+def test_backend_up_and_readiness_follow_the_checks(backend, edge, kit):
+    flapping = Flapping(kit)
+    program = edge("--health-interval", "0.05", backend=flapping)
+    kit.until(lambda: up(program, flapping) == 0, "the fall")
+    status, text = program.fetch("/readyz")
+    assert (status, text) == (503, f"backend {flapping.address}: Connection refused\n")
+    for _ in range(2):
+        flapping.appear()
+        kit.until(lambda: up(program, flapping) == 1, "the rise")
+        assert program.fetch("/readyz") == (200, "ready\n")
+        flapping.vanish()
+        kit.until(lambda: up(program, flapping) == 0, "the fall")
+        assert program.fetch("/readyz")[0] == 503
+    assert errors(program, flapping, "refused") >= 3
+    # One line for each change.
+    assert len(program.events("backend failed")) == 3
+    assert len(program.events("backend is back")) == 2
+
+
+def test_a_backend_that_greets_with_something_else_gets_nobody(backend, edge, served, kit):
+    """Connecting to it works, and still nothing but the checks brings it back."""
+    answers = [b"421 4.3.2 draining\r\n"]
+
+    def handler(peer):
+        peer.say(answers[0])
+        peer.heard = []
+        if answers[0].startswith(b"220"):
+            peer.line()
+            peer.say(b"221 2.0.0 bye\r\n")
+
+    sick, well = backend(handler), backend()
+    program = edge("--health-interval", "0.05", "--balance", "first", *flags(well), backend=sick)
+    kit.until(lambda: up(program, sick) == 0, "the fall")
+    for _ in range(5):
+        served(program)
+    assert counts(sick, well) == [0, 5]
+    assert program.fetch("/readyz")[0] == 200
+    assert errors(program, sick, "banner") >= 1
+    answers[0] = b"220 again\r\n"
+    kit.until(lambda: up(program, sick) == 1, "the rise")
+    served(program)
+    assert counts(sick, well) == [1, 5]
+
+
+def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients, kit):
+    """Between two checks a backend may have come back; and its own words are better than ours."""
+
+    def handler(peer):
+        peer.say(b"421 4.3.2 draining\r\n")
+
+    server = backend(handler)
+    program = edge("--health-interval", "0.05", backend=server)
+    kit.until(lambda: up(program, server) == 0, "the fall")
+    assert clients.tls(program.tls_port).rest() == b"421 4.3.2 draining\r\n"
+    assert up(program, server) == 0
+    assert program.events("backend is back") == []
+
+
+def test_checks_that_hang_hold_up_nobody(edge, clients, kit, backend):
+    """A backend that accepts and says nothing is down; clients go to the other."""
+
+    def handler(peer):
+        peer.rest()
+
+    hung, well = backend(handler), backend()
+    hanging = ("--health-interval", "0.05", "--connect-timeout", "0.3", "--balance", "first")
+    program = edge(*hanging, *flags(well), backend=hung)
+    kit.until(lambda: up(program, hung) == 0, "the fall")
+    assert clients.tls(program.tls_port).line().startswith(b"220")
+    assert hung.peers == []
+
+
+# In one process: what takes too long outside
+
+
+@pytest.fixture
+def pool():
+    def pool(*addresses, timeout=20.0, balance="leastconn"):
+        metrics = EdgeMetrics(CollectorRegistry(), [], "0")
+        return Backends([parse_address(each) for each in addresses], timeout, metrics, balance)
+
+    return pool
+
+
+def test_a_backend_that_failed_is_tried_again_after_a_while_by_one_client_at_a_time(pool):
+    backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
+    first, second = backends.all
+    first.failed(100.0, "refused", "no")
+    assert list(backends.candidates(100.0 + AVOID * 0.9)) == [second, first]
+    assert list(backends.candidates(100.0 + AVOID)) == [first, second]
+    first.trying(100.0 + AVOID)
+    assert list(backends.candidates(100.0 + AVOID)) == [second, first]
+    first.connected(0.1)
+    assert list(backends.candidates(100.0 + AVOID)) == [first, second]
+
+
+def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool):
+    backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
+    first, second = backends.all
+    first.unhealthy("banner", "554")
+    first.connected(0.1)
+    assert list(backends.candidates(1e9)) == [second, first]
+    first.healthy()
+    assert list(backends.candidates(1e9)) == [first, second]
+
+
+class Resolver:
+    """Answers in the loop's place; ``answer`` is a list of addresses, or an error, or None for silence."""
+
+    def __init__(self, monkeypatch, *answer):
+        self.answer = list(answer)
+        self.asked = 0
+        self._monkeypatch = monkeypatch
+
+    def install(self):
+        self._monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._resolve, raising=False)
+
+    async def _resolve(self, host, port, *, type):
+        self.asked += 1
+        await asyncio.sleep(0 if self.answer else 1000)
+        if isinstance(self.answer[0], Exception):
+            raise self.answer[0]
+        return [(socket.AF_INET, type, 6, "", (each, port)) for each in self.answer]
+
+
+@pytest.fixture
+def listening():
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield server.getsockname()[1]
+
+
+def test_addresses_are_kept_when_the_resolver_fails_later(pool, monkeypatch, listening, caplog):
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.1")
+        resolver.install()
+        backends = pool(f"mail.test:{listening}")
+        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE", 0.0)
+        for number in range(1, 4):
+            sock, backend = await backends.connect(b"")
+            sock.close()
+            resolver.answer = [socket.gaierror("no more")]
+            while resolver.asked < number:
+                await asyncio.sleep(0)
+        assert backend.up
+        assert "keeping the old addresses" in caplog.text
+
+    asyncio.run(scenario())
+
+
+def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool, monkeypatch):
+    async def scenario():
+        resolver = Resolver(monkeypatch)
+        resolver.install()
+        backends = pool("mail.test:25", timeout=0.1)
+        results = await asyncio.gather(*(backends.connect(b"") for _ in range(20)), return_exceptions=True)
+        assert {type(each) for each in results} == {fumi_edge.backends.NoBackend}
+        assert resolver.asked == 1  # each question takes a thread
+        assert not backends.all[0].up
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(pool, monkeypatch, listening):
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
+        resolver.install()
+        backends = pool(f"mail.test:{listening}")
+        (await backends.connect(b""))[0].close()
+        targets = await backends.all[0].destination.targets(asyncio.get_running_loop(), 1.0)
+        assert [name[0] for _, name in targets] == ["127.0.0.1", "127.0.0.3"]
+
+    asyncio.run(scenario())
+
+
+def test_farewells_to_backends_that_do_not_answer_are_bounded(pool, monkeypatch, listening):
+    monkeypatch.setattr(fumi_edge.backends, "RETIRING", 5)
+
+    async def scenario():
+        backends = pool(f"127.0.0.1:{listening}")
+        for _ in range(20):
+            backends.retire((await backends.connect(b""))[0])
+        assert len(backends._retiring) == 5
+        for task in list(backends._retiring):
+            task.cancel()
+        await backends.close()
+
+    asyncio.run(scenario())
+
+
+# Ports
+
+
+def time_waits(port):
+    """Sockets of ours, towards this port, that only wait for stragglers."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "06" for row in rows)
+
+
+def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clients, kit):
+    """With QUIT, with an upgrade, and without a word; it is the backend that closes first and keeps the TIME_WAIT."""
+    server = backend()
+    program = edge(backend=server)
+    each, threads = 50, 10
+    failures = []
+
+    def visit(number):
+        try:
+            if number % 2:
+                client = clients.plain(program.starttls_port)
+                client.reply()
+                if number % 4 == 1:
+                    client.close()
+                    return
+                assert client.ask(b"STARTTLS\r\n") == READY
+                client = clients.upgrade(client)
+            else:
+                client = clients.tls(program.tls_port)
+                client.reply()
+            assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+            client.rest()
+            client.close()
+        except Exception as error:
+            failures.append(error)
+
+    def visits(first):
+        for number in range(each):
+            visit(first + number)
+
+    workers = [threading.Thread(target=visits, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+    program.ended(each * threads)
+    port = int(server.address.rpartition(":")[2])
+    assert len(server.peers) > each * threads
+    assert time_waits(port) < each * threads // 100

@@ -21,10 +21,13 @@ from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, Program, SettingError, config_option
 from fumi_edge import dev
 from fumi_edge.backends import BALANCES, greeting
-from fumi_edge.certificates import CertificateError, Certificates, Policy
+from fumi_edge.certificates import Certificates
 from fumi_edge.edge import Edge
 from fumi_edge.health import probe
 from fumi_edge.limits import Rate, parse_rate
+from fumi_edge.pem import CertificateError
+from fumi_edge.policy import CIPHERS, Policy
+from fumi_edge.sources import give_keys
 
 log = logging.getLogger("fumi.edge")
 
@@ -53,8 +56,16 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @config_option("edge")
 @click.option("--listen", type=ADDRESS, multiple=True, help="Listen for implicit TLS.  [default: :465 when no listener is named]")
 @click.option("--starttls-listen", type=ADDRESS, multiple=True, help="Listen for SMTP with STARTTLS.")
-@click.option("--cert", metavar="FILE", multiple=True, help="Certificate chain, PEM, with or without its key.")
-@click.option("--key", metavar="FILE", multiple=True, help="Private key, PEM; one for each --cert, in their order.")
+@click.option(
+    "--cert", metavar="FILE|DIR", multiple=True, help="Certificate chain, PEM, or a directory: *.pem, or Let's Encrypt's."
+)
+@click.option("--key", metavar="FILE", multiple=True, help="Private key, PEM, for each --cert file without one, in their order.")
+@click.option(
+    "--cert-reload-interval",
+    type=SECONDS_OR_NONE,
+    default=10.0,
+    help="Seconds between looks for changed certificates; 0 is never.",
+)
 @click.option("--backend", type=ADDRESS, multiple=True, help="Where an SMTP server is; repeatable.")
 @click.option(
     "--balance",
@@ -71,6 +82,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--require-tls", is_flag=True, help="Answer 530 to mail in plaintext on STARTTLS ports.")
 @click.option("--hide-starttls", is_flag=True, help="Do not advertise STARTTLS.")
 @click.option("--min-tls", type=click.Choice(["1.2", "1.3"]), default="1.2", help="The oldest TLS version to accept.")
+@click.option("--ciphers", metavar="LIST", default=CIPHERS, help="OpenSSL cipher list for TLS 1.2.")
 @click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, comma-separated.")
 @click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
 @click.option("--handshake-timeout", type=SECONDS, default=10.0, help="Seconds for a TLS handshake.")
@@ -96,8 +108,6 @@ def main(log_format: str, log_level: str, check: bool, dev_mode: bool, **flags: 
             directory = stack.enter_context(dev.directory())
             flags |= dev.defaults(flags, directory)
         edge = _edge(flags)
-        if dev_mode:
-            dev.remove_key(directory)
         if check:
             _check(edge, () if dev_mode else edge.backend_addresses, flags)
             return
@@ -106,19 +116,12 @@ def main(log_format: str, log_level: str, check: bool, dev_mode: bool, **flags: 
 
 
 def _edge(flags: dict[str, Any]) -> Edge:
-    cert, key, alpn = flags.pop("cert"), flags.pop("key"), flags.pop("alpn")
-    protocols = tuple(name.strip() for name in alpn.split(",")) if alpn else ()
-    if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
-        raise SettingError("--alpn: every protocol's name has 1 to 255 ASCII characters")
-    policy = Policy(flags.pop("min_tls"), protocols)
+    cert, key = flags.pop("cert"), flags.pop("key")
+    policy = _policy(flags)
     if not cert:
         raise SettingError("no certificate: name one with --cert, or try --dev")
     if not flags["backend"]:
         raise SettingError("no backend: name one with --backend, for example --backend 127.0.0.1:2525")
-    if key and len(key) != len(cert):
-        raise SettingError(
-            f"{len(cert)} --cert but {len(key)} --key: give each --cert its --key, or none when the PEM files hold them"
-        )
     for address in flags["backend"]:
         if address.kind == "fd" or (address.kind == "tcp" and not address.port):
             raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
@@ -126,7 +129,7 @@ def _edge(flags: dict[str, Any]) -> Edge:
     if trusted and not accepts:
         raise SettingError("--trusted-proxy says who may send a PROXY header: add --accept-proxy, or leave it out")
     try:
-        certificates = Certificates(list(zip(cert, key or [None] * len(cert), strict=True)), policy)
+        certificates = Certificates(give_keys(cert, key), policy)
     except CertificateError as error:
         raise SettingError(str(error)) from None
     if not flags["listen"] and not flags["starttls_listen"]:
@@ -135,9 +138,20 @@ def _edge(flags: dict[str, Any]) -> Edge:
     return Edge(certificates=certificates, backends=flags.pop("backend"), balancers=balancers, **flags)
 
 
+def _policy(flags: dict[str, Any]) -> Policy:
+    alpn = flags.pop("alpn")
+    protocols = tuple(name.strip() for name in alpn.split(",")) if alpn else ()
+    if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
+        raise SettingError("--alpn: every protocol's name has 1 to 255 ASCII characters")
+    try:
+        return Policy(flags.pop("min_tls"), protocols, flags.pop("ciphers"))
+    except ValueError as error:
+        raise SettingError(f"--ciphers: {error}") from None
+
+
 def _check(edge: Edge, backends: Sequence[SocketAddress], flags: dict[str, Any]) -> None:
     """Exit with status 2 and a line for each thing that is wrong."""
-    problems = [edge.certificates.problem(time.time())]
+    problems: list[str | None] = [*edge.certificates.problems(time.time())]
     for address in backends:
         trouble = probe(address, flags["connect_timeout"], greeting(flags["proxy_protocol"]))
         problems.append(trouble and f"backend {address}: {trouble}")
@@ -149,6 +163,8 @@ def _check(edge: Edge, backends: Sequence[SocketAddress], flags: dict[str, Any])
 async def _run(edge: Edge, bench: dev.Bench | None) -> None:
     if bench is not None:
         await bench.start()
+    if bench is None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, edge.reload)
     try:
         await edge.start()
     except OSError as error:

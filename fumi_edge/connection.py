@@ -20,13 +20,14 @@ from typing import TypeVar
 from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends import Backend, Backends, Name, NoBackend, header
-from fumi_edge.certificates import Certificates, TLSSocket
+from fumi_edge.certificates import Certificates
 from fumi_edge.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
 from fumi_edge.handshake import HandshakeError, handshake
 from fumi_edge.inbound import HeaderError, receive_client
 from fumi_edge.limits import Limits, Rejections
 from fumi_edge.listener import Listener
 from fumi_edge.metrics import LIMITS, EdgeMetrics
+from fumi_edge.policy import TLSSocket
 from fumi_edge.preamble import Negotiation
 from fumi_edge.readiness import Company
 from fumi_edge.starttls import Preamble, Replies, Step, Verdict

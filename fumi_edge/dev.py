@@ -39,22 +39,25 @@ def directory() -> Iterator[str]:
         yield path
 
 
-def remove_key(path: str) -> None:
-    """The key has been read, and nobody else is to read it."""
-    os.unlink(f"{path}/key.pem")
-
-
 def defaults(flags: dict[str, Any], path: str) -> dict[str, Any]:
     """What --dev sets; addresses that were given stay."""
     return {
-        "cert": (f"{path}/cert.pem",),
-        "key": (f"{path}/key.pem",),
+        "cert": (_take(f"{path}/cert.pem"),),
+        "key": (_take(f"{path}/key.pem"),),
         "backend": (SocketAddress("unix", path=f"{path}/core.sock"),),
         "proxy_protocol": "v2",
         "listen": flags["listen"] or (parse_address(LISTEN),),
         "starttls_listen": flags["starttls_listen"] or (parse_address(STARTTLS),),
         "metrics": flags["metrics"] or parse_address(METRICS),
     }
+
+
+def _take(path: str) -> bytes:
+    """Read a file and remove it: nobody else is to read the key."""
+    with open(path, "rb") as file:
+        data = file.read()
+    os.unlink(path)
+    return data
 
 
 class Bench:

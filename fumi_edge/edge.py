@@ -21,6 +21,7 @@ from fumi_edge.health import Checks, probe
 from fumi_edge.limits import Limits, Rate, Rejections
 from fumi_edge.listener import Listener
 from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.reload import Reloader
 from fumi_edge.tunnel import BUFFER
 
 log = logging.getLogger("fumi.edge")
@@ -38,6 +39,7 @@ class Edge:
     Times are in seconds. ``proxy_protocol`` is what backends are sent: v2, v1 or off. ``max_clients``, ``max_clients_per_ip``
     and ``rate_per_ip``: None means no limit. ``health_interval`` 0 means no checks. ``balancers``: who may connect, and sends a
     PROXY header; None when clients come themselves.
+    Certificates are looked at every ``cert_reload_interval``, with 0 only when ``reload()`` is called.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Edge:
         handshake_timeout: float = 10.0,
         connect_timeout: float = 5.0,
         idle_timeout: float = 900.0,
+        cert_reload_interval: float = 10.0,
         max_clients: int | None = None,
         max_clients_per_ip: int | None = None,
         rate_per_ip: Rate | None = None,
@@ -68,7 +71,8 @@ class Edge:
         self.endpoint: Endpoint | None = None
         self._registry = registry or CollectorRegistry()
         self.metrics = EdgeMetrics(self._registry, certificates.ciphers(), version("fumi"))
-        self.metrics.certificates((entry.name, entry.not_after) for entry in certificates.entries)
+        self._reloader = Reloader(certificates, self.metrics, cert_reload_interval)
+        self._reloads: set[asyncio.Task[None]] = set()
         self.backend_addresses = backends
         self._service = Service(
             certificates=certificates,
@@ -117,7 +121,20 @@ class Edge:
             event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
         if self.endpoint is not None:
             event(log, logging.INFO, "metrics", port=self.endpoint.port)
+        self._reloader.start()
         self._beat()
+
+    def reload(self) -> asyncio.Task[None]:
+        """Begin to read the certificates anew; no connection notices. What it returns is done when they are in service."""
+        task = asyncio.get_running_loop().create_task(self._reloader.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloaded)
+        return task
+
+    def _reloaded(self, task: asyncio.Task[None]) -> None:
+        self._reloads.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("reload failed", exc_info=error)
 
     async def close(self) -> None:
         """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest."""
@@ -136,6 +153,7 @@ class Edge:
         if self._checks is not None:
             await self._checks.close()
         self._service.rejections.close()
+        await self._reloader.close()
         await self._service.backends.close()
         if self.endpoint is not None:
             await asyncio.to_thread(self.endpoint.close)

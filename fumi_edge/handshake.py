@@ -10,7 +10,7 @@ import asyncio
 import ssl
 
 from fumi_core.proxy_protocol import TLSInfo
-from fumi_edge.certificates import TLSSocket
+from fumi_edge.policy import TLSSocket
 
 RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
 _CERTIFICATE_REASONS = ("CERTIFICATE", "UNKNOWN_CA")

@@ -17,6 +17,7 @@ STARTTLS_RESULTS = ("upgraded", "plaintext", "refused", "injection")
 BACKEND_ERRORS = ("refused", "timeout", "unreachable", "resolve", "banner", "other")
 LIMITS = ("max_clients", "max_clients_per_ip", "rate")
 REJECTIONS = (*LIMITS, "untrusted", "proxy_header", "injection", "not_smtp", "errors")
+RELOAD_RESULTS = ("ok", "deferred", "failed")
 TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
 
 _HANDSHAKE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -71,6 +72,7 @@ class EdgeMetrics:
         self._backend_up = gauge("backend_up", "1 while the backend can be connected to and passes its checks.", "backend")
         rejected = counter("rejected", "Connections turned away, by the limit or rule they ran into.", "reason")
         self._not_after = gauge("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
+        reloads = counter("certificate_reloads", "Times the certificates were read anew: all, not yet, or not all.", "result")
         self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS)
         gauge("build_info", "Always 1.", "version").labels(version).set(1)
 
@@ -81,6 +83,8 @@ class EdgeMetrics:
         }
         self.starttls = {result: starttls.labels(result) for result in STARTTLS_RESULTS}
         self.rejected = {reason: rejected.labels(reason) for reason in REJECTIONS}
+        self.certificate_reloads = {result: reloads.labels(result) for result in RELOAD_RESULTS}
+        self._certificate_names: set[str] = set()
         self._bytes_in, self._bytes_out = moved.labels("in"), moved.labels("out")
 
     def listener(self, name: str) -> ListenerMetrics:
@@ -90,12 +94,15 @@ class EdgeMetrics:
         return BackendMetrics(self._connect_seconds, self._backend_errors, self._backend_up, name)
 
     def certificates(self, expiries: Iterable[tuple[str, float]]) -> None:
-        """Publish (name, seconds since 1970); of several certificates with one name, the one that expires first."""
+        """Publish (name, seconds since 1970), and these alone; of several with one name, the one that expires first."""
         earliest: dict[str, float] = {}
         for name, not_after in expiries:
             earliest[name] = min(not_after, earliest.get(name, not_after))
         for name, not_after in earliest.items():
             self._not_after.labels(name).set(not_after)
+        for name in self._certificate_names - set(earliest):
+            self._not_after.remove(name)
+        self._certificate_names = set(earliest)
 
     def tls_session(self, tls: TLSInfo, resumed: bool) -> None:
         version = tls.version if tls.version in TLS_VERSIONS else TLS_VERSIONS[-1]

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +295,31 @@ class Clients:
             peer.close()
 
 
+def s_client(port: int, *flags: str | Path, starttls: bool = False, say: str = "QUIT\r\n", letters: bool = False) -> str:
+    """What openssl s_client prints until the connection ends. With ``letters`` what it is to say are commands to itself."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", *map(str, flags)]
+    command += ["-starttls", "smtp"] if starttls else []
+    command += [] if letters else ["-ign_eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(say)
+        process.stdin.flush()
+        printed = process.stdout.read()
+        watchdog.cancel()
+    assert process.returncode >= 0, printed
+    return printed
+
+
 class Kit:
     """The names above, for test modules, which cannot import this one."""
 
     Peer = Peer
     Program = Program
     smtp = staticmethod(smtp)
+    s_client = staticmethod(s_client)
     until = staticmethod(until)
     hash = staticmethod(lambda data: hashlib.sha256(data).hexdigest())
 
@@ -329,6 +348,45 @@ def make_certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         return cert, key
 
     return make
+
+
+class Authority:
+    """A certificate authority of the openssl program, with its own certificate in ``path``."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory
+        self._number = 0
+        self.path, self._key = directory / "ca.pem", directory / "ca.key"
+        self._openssl("req", "-x509", "-nodes", *self._new("ec"), "-keyout", self._key, "-out", self.path, "-subj", f"/CN={name}")
+
+    def issue(self, *names: str, kind: str = "ec", days: int = 2, alternative: str = "") -> tuple[Path, Path]:
+        """A certificate for the names, the first one its CN, with an "ec" or an "rsa" key; the paths of both, new each time."""
+        self._number += 1
+        cert, key = (self._directory / f"{self._number}.{end}" for end in ("pem", "key"))
+        request, extensions = self._directory / "request", self._directory / "extensions"
+        self._openssl("req", "-utf8", "-nodes", *self._new(kind), "-keyout", key, "-out", request, "-subj", f"/CN={names[0]}")
+        extensions.write_text("subjectAltName=" + (alternative or ",".join(f"DNS:{name}" for name in names)))
+        ca = ("-CA", self.path, "-CAkey", self._key, "-set_serial", str(1000 + self._number))
+        self._openssl("x509", "-req", "-in", request, *ca, "-days", str(days), "-extfile", extensions, "-out", cert)
+        return cert, key
+
+    @staticmethod
+    def _new(kind: str) -> tuple[str, ...]:
+        return ("-newkey", "rsa:2048") if kind == "rsa" else ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+
+    @staticmethod
+    def _openssl(*words: str | Path) -> None:
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def make_authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Authority]:
+    return lambda name="Test CA": Authority(tmp_path_factory.mktemp("authority"), name)
+
+
+@pytest.fixture(scope="session")
+def authority(make_authority: Callable[..., Authority]) -> Authority:
+    return make_authority()
 
 
 @pytest.fixture(scope="session")
@@ -364,9 +422,9 @@ def edge(certificate: tuple[Path, Path]) -> Iterator[Callable[..., Program]]:
     started: list[Program] = []
     cert, key = certificate
 
-    def start(*flags: str, backend: Backend | str) -> Program:
+    def start(*flags: str, backend: Backend | str, certs: Sequence[str | Path] = ("--cert", cert, "--key", key)) -> Program:
         address = backend if isinstance(backend, str) else backend.address
-        everything = ["--cert", str(cert), "--key", str(key), "--backend", address, "--listen", "127.0.0.1:0"]
+        everything = [*map(str, certs), "--backend", address, "--listen", "127.0.0.1:0"]
         everything += ["--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--health-interval", "0", *flags]
         started.append(Program(*everything))
         return started[-1]

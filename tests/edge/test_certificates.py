@@ -2,75 +2,211 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import subprocess
 import time
 
 import pytest
 
-from fumi_edge.certificates import CertificateError, Certificates, Policy, load
+from fumi_edge.certificates import Certificates
+from fumi_edge.pem import CertificateError, Pair, load
+
+
+def shake_hands(certificates, name, client_context, session=None):
+    """A handshake in memory with what a connection is given; the client's side."""
+    front = certificates._front
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = front.wrap_bio(up, down, server_side=True)
+    client = client_context.wrap_bio(down, up, server_hostname=name, session=session)
+    for side in (client, server, client, server, client):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+    server.write(b"x")
+    client.read(1)
+    return client
+
+
+@pytest.fixture
+def served(authority):
+    """Which certificate, by its number, somebody is shown who asks for a name."""
+    context = ssl.create_default_context(cafile=authority.path)
+    context.check_hostname = False
+
+    def ask(certificates, name):
+        return shake_hands(certificates, name, context).getpeercert()["serialNumber"]
+
+    return ask
+
+
+def serial(cert):
+    return subprocess.check_output(["openssl", "x509", "-serial", "-noout", "-in", cert], text=True).strip().partition("=")[2]
 
 
 def test_names_and_validity_are_read_from_the_certificate(make_certificate):
     cert, key = make_certificate("mail.example.org", "*.example.org", "192.0.2.1", options=("-days", "30"))
-    entry = load(Policy(), str(cert), str(key))
+    entry = load(Pair(cert, key))
     assert entry.names == ("mail.example.org", "*.example.org", "192.0.2.1")
     text = subprocess.check_output(["openssl", "x509", "-enddate", "-noout", "-in", cert], text=True)
     assert entry.not_after == ssl.cert_time_to_seconds(text.strip().removeprefix("notAfter="))
     assert entry.not_before <= time.time() <= entry.not_after
+    assert entry.kind == "ECDSA"
 
 
-def test_a_certificate_outside_its_validity_is_loaded_and_reported(make_certificate, tmp_path):
+def test_a_certificate_outside_its_validity_is_loaded_and_reported(make_certificate, authority):
     cert, key = make_certificate("old.example.org")
-    entry = load(Policy(), str(cert), str(key))
-    certificates = Certificates([(str(cert), str(key))])
+    certificates = Certificates([(cert, key)])
+    (entry,) = certificates.entries
     assert certificates.problem(entry.not_after) is None
-    assert certificates.problem(entry.not_before - 1) == "no valid certificate: not yet valid"
-    old = tmp_path / "old.pem"
-    subprocess.run(["openssl", "x509", "-in", cert, "-signkey", key, "-days", "-1", "-out", old], check=True, capture_output=True)
-    certificates = Certificates([(str(old), str(key))])
-    assert certificates.entries[0].not_after < time.time()
-    assert certificates.problem(time.time()) == "no valid certificate: expired"
+    assert "is not valid before 20" in certificates.problem(entry.not_before - 1)
+    expired = authority.issue("expired.test", days=-1)
+    both = Certificates([expired, (cert, key)])
+    assert both.problem(time.time()) is None
+    (problem,) = both.problems(time.time())
+    assert problem.startswith(f"{expired[0]}: the certificate expired on 20")
+    assert Certificates([expired]).problem(time.time()) == f"no valid certificate: {problem}"
 
 
-def test_the_key_may_be_in_the_certificates_file(make_certificate, tmp_path):
-    cert, key = make_certificate("localhost")
+@pytest.mark.parametrize("key_first", [False, True])
+def test_the_key_may_be_in_the_certificates_file(make_certificate, tmp_path, key_first):
+    texts = [path.read_text() for path in make_certificate("localhost")]
     both = tmp_path / "both.pem"
-    both.write_text(cert.read_text() + key.read_text())
-    assert load(Policy(), str(both)).names == ("localhost",)
+    both.write_text("".join(reversed(texts) if key_first else texts))
+    assert load(Pair(both)).names == ("localhost",)
 
 
-def test_a_name_gets_the_exact_certificate_then_the_wildcard_then_the_first(make_certificate):
-    pairs = [make_certificate(name) for name in ("first.test", "*.example.org", "mail.example.org")]
-    certificates = Certificates([(str(cert), str(key)) for cert, key in pairs])
-    first, wildcard, exact = (entry.context for entry in certificates.entries)
-    assert certificates.context_for("mail.example.org") is exact
-    assert certificates.context_for("MAIL.Example.Org.") is exact
-    assert certificates.context_for("other.example.org") is wildcard
-    for name in ("a.b.example.org", "example.org", "first.test", "nobody.test", "", None):
-        assert certificates.context_for(name) is first
+def test_certificate_and_key_may_be_given_as_text(make_certificate):
+    cert, key = make_certificate("localhost")
+    assert load(Pair(cert.read_text(), key.read_bytes())).names == ("localhost",)
+    with pytest.raises(CertificateError, match=r"^\(PEM text\): holds no private key"):
+        load(Pair(cert.read_text()))
 
 
-@pytest.mark.parametrize("case", ["missing", "no certificate", "no key", "other key", "encrypted", "no key file", "nonsense"])
+def test_a_name_gets_the_exact_certificate_then_the_wildcard_then_the_first(authority, served):
+    pairs = [authority.issue(name) for name in ("first.test", "*.example.org", "mail.example.org")]
+    certificates = Certificates(pairs)
+    first, wildcard, exact = (serial(cert) for cert, _ in pairs)
+    assert served(certificates, "mail.example.org") == exact
+    assert served(certificates, "MAIL.Example.Org") == exact
+    assert served(certificates, "other.example.org") == wildcard
+    for name in ("a.b.example.org", "example.org", "first.test", "nobody.test", None):
+        assert served(certificates, name) == first
+
+
+def test_an_rsa_and_an_ecdsa_certificate_for_one_name_are_both_served(backend, edge, authority, kit):
+    """Clients that can verify only one kind get that one; names with one certificate are not offered another's."""
+    ecdsa, rsa = authority.issue("both.test", "ecdsa.test"), authority.issue("both.test", "rsa.test", kind="rsa")
+    program = edge(backend=backend(), certs=("--cert", ecdsa[0], "--key", ecdsa[1], "--cert", rsa[0], "--key", rsa[1]))
+    trust = ("-CAfile", authority.path)
+
+    def served(name, *flags):
+        return kit.s_client(program.tls_port, *trust, "-servername", name, *flags)
+
+    for name, algorithms, peer in (
+        ("both.test", "RSA-PSS+SHA256", "RSA-PSS"),
+        ("both.test", "ECDSA+SHA256", "ECDSA"),
+        ("both.test", "RSA-PSS+SHA256:ECDSA+SHA256", "ECDSA"),
+        ("unknown.test", "RSA-PSS+SHA256", "RSA-PSS"),
+        ("unknown.test", "ECDSA+SHA256", "ECDSA"),
+        ("rsa.test", "RSA-PSS+SHA256", "RSA-PSS"),
+        ("ecdsa.test", "ECDSA+SHA256", "ECDSA"),
+    ):
+        for version in ("-tls1_2", "-tls1_3"):
+            printed = served(name, "-sigalgs", algorithms, version)
+            assert f"Peer signature type: {peer}\n" in printed, (name, algorithms, printed)
+            assert "Verify return code: 0" in printed
+    assert "alert handshake failure" in served("rsa.test", "-sigalgs", "ECDSA+SHA256")
+    assert "alert handshake failure" in served("ecdsa.test", "-sigalgs", "RSA-PSS+SHA256")
+
+
+def test_without_a_server_name_both_kinds_of_port_show_the_first(backend, edge, authority, kit):
+    first, second = authority.issue("first.test"), authority.issue("second.test")
+    program = edge(backend=backend(), certs=("--cert", first[0], "--key", first[1], "--cert", second[0], "--key", second[1]))
+    for port, starttls in ((program.tls_port, False), (program.starttls_port, True)):
+        for name, shown in (("-noservername", "first.test"), ("-servername=second.test", "second.test")):
+            assert f"subject=CN = {shown}\n" in kit.s_client(port, *name.split("="), starttls=starttls)
+
+
+def test_a_new_certificate_given_as_text_replaces_all_or_nothing(authority, served):
+    old, new = authority.issue("localhost"), authority.issue("localhost", kind="rsa")
+    certificates = Certificates([old])
+    with pytest.raises(CertificateError, match="does not belong"):
+        certificates.update(new[0].read_bytes(), old[1].read_bytes())
+    assert served(certificates, "localhost") == serial(old[0])
+    certificates.update(new[0].read_text(), new[1])
+    assert served(certificates, "localhost") == serial(new[0])
+    assert [entry.kind for entry in certificates.entries] == ["RSA"]
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_outlives_the_certificate_and_its_kind_of_key(authority, version):
+    old, new = authority.issue("localhost", kind="rsa"), authority.issue("localhost")
+    certificates = Certificates([old])
+    context = ssl.create_default_context(cafile=authority.path)
+    context.minimum_version = context.maximum_version = version
+    session = shake_hands(certificates, "localhost", context).session
+    certificates.update(*new)
+    assert shake_hands(certificates, "localhost", context, session).session_reused
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["missing", "directory", "no certificate", "no key", "other key", "encrypted", "no key file", "nonsense", "weak", "half"],
+)
 def test_what_cannot_be_used_is_one_line_that_names_the_file(make_certificate, tmp_path, case):
     cert, key = make_certificate("localhost")
     other = make_certificate("other.test")[1]
-    encrypted, nonsense = tmp_path / "encrypted.pem", tmp_path / "nonsense.pem"
+    encrypted, nonsense, weak, half = (tmp_path / f"{name}.pem" for name in ("encrypted", "nonsense", "weak", "half"))
     subprocess.run(["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:x", "-out", encrypted], check=True)
     nonsense.write_text("-----BEGIN CERTIFICATE-----\nbm9uc2Vuc2U=\n-----END CERTIFICATE-----\n")
+    half.write_text(cert.read_text()[:300])
+    if case == "weak":
+        subprocess.run(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-nodes",
+                "-newkey",
+                "rsa:1024",
+                "-subj",
+                "/CN=weak",
+                "-keyout",
+                weak,
+                "-out",
+                tmp_path / "x",
+            ],
+            check=True,
+            capture_output=True,
+        )
+        weak.write_text(weak.read_text() + (tmp_path / "x").read_text())
     arguments, complaint = {
         "missing": ((tmp_path / "none.pem", key), "cannot read the certificate: No such file"),
+        "directory": ((tmp_path, key), "cannot read the certificate: Is a directory"),
         "no certificate": ((key, key), "holds no PEM certificate"),
         "no key": ((cert, None), "holds no private key; name its file with --key"),
         "other key": ((cert, other), "does not belong to the certificate"),
         "encrypted": ((cert, encrypted), "is encrypted"),
         "no key file": ((cert, tmp_path / "none.pem"), "cannot read the key: No such file"),
         "nonsense": ((nonsense, key), "OpenSSL cannot read the certificate"),
+        "weak": ((weak, None), "not usable by a TLS server: ee key too small"),
+        "half": ((half, key), "holds no PEM certificate"),
     }[case]
     with pytest.raises(CertificateError, match=complaint) as caught:
-        load(Policy(), *(each and str(each) for each in arguments))
+        load(Pair(*arguments))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("/")
+
+
+def test_loading_leaves_no_descriptor_open(make_certificate):
+    cert, key = make_certificate("localhost")
+    load(Pair(cert, key))
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        load(Pair(cert, key))
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_a_key_that_may_not_be_read_is_said_so(make_certificate, monkeypatch):
@@ -78,10 +214,10 @@ def test_a_key_that_may_not_be_read_is_said_so(make_certificate, monkeypatch):
     real = open
 
     def refuse(path, *arguments, **options):
-        if path == str(key):
+        if path == key:
             raise PermissionError(13, "Permission denied")
         return real(path, *arguments, **options)
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(CertificateError, match=r"key\.pem: cannot read the key: Permission denied"):
-        load(Policy(), str(cert), str(key))
+        load(Pair(cert, key))

@@ -1,0 +1,212 @@
+"""PEM text (RFC 7468) → a certificate that was tried out, with its facts; or one line that says why not.
+
+What is read is read once, so that what was examined is what is served. OpenSSL takes certificates from files only: it gets
+anonymous ones in memory, and no key that came by other ways is ever on a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Source = str | bytes | os.PathLike[str]
+"""PEM text, or the path of a file that holds it."""
+
+_NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME, which ssl.VerifyFlags leaves out: an expired certificate still has facts to be read."""
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_KEY = re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")
+_ENCRYPTED = re.compile(rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|^Proc-Type: 4,ENCRYPTED", re.MULTILINE)
+
+
+class CertificateError(Exception):
+    """A certificate or key that cannot be used; the message is one line and names the file."""
+
+
+class Pair(NamedTuple):
+    """Where a certificate comes from, and its key, if that is not in the same place."""
+
+    cert: Source
+    key: Source | None = None
+
+    def __str__(self) -> str:
+        return label(self.cert)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Certificate:
+    """A certificate that works: where it came from, the names it is for, its validity in seconds since 1970.
+
+    ``kind`` is RSA or ECDSA (EdDSA too), the two that clients may be unable to verify.
+    """
+
+    pair: Pair
+    names: tuple[str, ...]
+    not_before: float
+    not_after: float
+    kind: str
+    chain: bytes = field(repr=False)
+    key: bytes = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.names[0] if self.names else os.path.basename(str(self.pair))
+
+    def problem(self, now: float) -> str | None:
+        """Why it is not valid at ``now`` (seconds since 1970), or None."""
+        if now > self.not_after:
+            return f"{self.pair}: the certificate expired on {date(self.not_after)}"
+        if now < self.not_before:
+            return f"{self.pair}: the certificate is not valid before {date(self.not_before)}"
+        return None
+
+    def give(self, context: ssl.SSLContext) -> None:
+        """Put it into a context. Raises CertificateError when the context's policy forbids it."""
+        try:
+            _give(context, self.chain, self.key)
+        except ssl.SSLError as error:
+            raise CertificateError(_complaint(error, self.pair)) from None
+
+
+def is_path(source: Source) -> bool:
+    return not isinstance(source, bytes) and "-----BEGIN" not in os.fspath(source)
+
+
+def label(source: Source) -> str:
+    """How a source is called in messages."""
+    return os.fspath(source) if not isinstance(source, bytes) and is_path(source) else "(PEM text)"
+
+
+def holds_key(source: Source) -> bool:
+    """Whether a private key is in there. Raises CertificateError."""
+    return bool(_KEY.search(_read(source, "certificate")))
+
+
+def authorities(source: Source) -> str:
+    """The certificates in a CA file, without what else is in it. Raises CertificateError."""
+    found = _CERTIFICATE.findall(_read(source, "client CA"))
+    if not found:
+        raise CertificateError(f"{label(source)}: holds no PEM certificate")
+    return b"\n".join(found).decode("latin-1")
+
+
+def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
+    """Read a certificate chain and its key; ``previous`` itself where neither has changed. Raises CertificateError."""
+    chain = _read(pair.cert, "certificate")
+    key = chain if pair.key is None else _read(pair.key, "key")
+    if previous is not None and (previous.chain, previous.key) == (chain, key):
+        return previous
+    leaf = _CERTIFICATE.search(chain)
+    if leaf is None:
+        raise CertificateError(f"{pair}: holds no PEM certificate")
+    place = label(pair.cert if pair.key is None else pair.key)
+    if _ENCRYPTED.search(key):
+        raise CertificateError(f"{place}: the private key is encrypted; decrypt it with openssl pkey -in OLD -out NEW")
+    if not _KEY.search(key):
+        hint = "; name its file with --key, or in a directory give it the same name with .key" if pair.key is None else ""
+        raise CertificateError(f"{place}: holds no private key{hint}")
+    try:
+        facts, kind = _try_out(chain, key, leaf[0].decode("latin-1"))
+        return Certificate(pair, _names(facts), _seconds(facts["notBefore"]), _seconds(facts["notAfter"]), kind, chain, key)
+    except ssl.SSLError as error:
+        raise CertificateError(_complaint(error, pair)) from None
+    except ValueError as error:
+        raise CertificateError(f"{pair}: OpenSSL cannot read the certificate: {error}") from None
+
+
+def _read(source: Source, what: str) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    if not is_path(source):
+        return os.fspath(source).encode()
+    try:
+        with open(source, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        detail = getattr(error, "strerror", None) or error
+        raise CertificateError(f"{label(source)}: cannot read the {what}: {detail}") from None
+
+
+def _give(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
+    with _file(chain) as chain_path, _file(key) as key_path:
+        context.load_cert_chain(chain_path, key_path, password=_no_passphrase)
+
+
+@contextlib.contextmanager
+def _file(data: bytes) -> Iterator[str]:
+    """The path of an anonymous file in memory that holds ``data``."""
+    fd = os.memfd_create("pem")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def _no_passphrase() -> str:
+    # OpenSSL would otherwise ask on the terminal, which a daemon has not.
+    raise ValueError("the private key is encrypted")
+
+
+def _complaint(error: ssl.SSLError, pair: Pair) -> str:
+    key = label(pair.cert if pair.key is None else pair.key)
+    reason = (error.reason or "").replace("_", " ").lower()
+    if "mismatch" in reason or reason == "no certificate assigned":  # the latter when it is of another kind
+        return f"{key}: the private key does not belong to the certificate in {pair}"
+    if "pem lib" in str(error).lower():
+        return f"{pair}: OpenSSL cannot read the certificate, or the key in {key}"
+    verify = getattr(error, "verify_message", "")
+    return f"{pair}: not usable by a TLS server: {verify or reason or error}"
+
+
+def _try_out(chain: bytes, key: bytes, leaf: str) -> tuple[dict[str, Any], str]:
+    """What the certificate says, in getpeercert()'s form, and its kind.
+
+    Only a verified peer's certificate is decoded for us, so a server with it shakes hands, in memory, with a client that trusts
+    exactly this certificate. That also proves that key and certificate work. TLS 1.2 names the kind in the cipher.
+    """
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.maximum_version = ssl.TLSVersion.TLSv1_2
+    _give(server_context, chain, key)
+    client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client_context.check_hostname = False
+    client_context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client_context.verify_flags = ssl.VerifyFlags(client_context.verify_flags | _NO_CHECK_TIME)
+    client_context.load_verify_locations(cadata=leaf)
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_context.wrap_bio(up, down, server_side=True)
+    client = client_context.wrap_bio(down, up)
+    for side in (client, server, client, server, client):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    cipher = client.cipher()
+    return dict(client.getpeercert() or {}), "RSA" if cipher and "-RSA-" in cipher[0] else "ECDSA"
+
+
+def _names(facts: dict[str, Any]) -> tuple[str, ...]:
+    """The names a certificate is for: its subjectAltName entries or, in old ones, its common name (RFC 6125 §6.4.4)."""
+    alternatives: Sequence[tuple[str, str]] = facts.get("subjectAltName", ())
+    names = [value for kind, value in alternatives if kind in ("DNS", "IP Address")]
+    return tuple(dict.fromkeys(name.lower() for name in names or common_names(facts)))
+
+
+def common_names(facts: dict[str, Any]) -> list[str]:
+    """The common names of a subject in getpeercert()'s form."""
+    subject: Sequence[Sequence[tuple[str, str]]] = facts.get("subject", ())
+    return [value for rdn in subject for kind, value in rdn if kind == "commonName"]
+
+
+def _seconds(asn1: object) -> float:
+    return float(ssl.cert_time_to_seconds(str(asn1)))
+
+
+def date(seconds: float) -> str:
+    """A point in time for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

@@ -1,0 +1,103 @@
+"""Certificates are read anew when asked (SIGHUP) and when their files change; what is bad leaves its predecessor in service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from fumi_core.runtime.logs import event
+from fumi_edge.certificates import Certificates
+from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.pem import Certificate, date
+from fumi_edge.sources import Stamp
+
+log = logging.getLogger("fumi.edge.certificates")
+
+SETTLE = 1.0
+"""Seconds for which files that changed may be bad before anybody is told: a certificate and its key are two, written in turn."""
+
+
+class Reloader:
+    """Looks at the files every ``interval`` seconds from ``start()`` to ``close()``; 0 is never. ``reload()`` works anyway."""
+
+    def __init__(self, certificates: Certificates, metrics: EdgeMetrics, interval: float) -> None:
+        self._certificates = certificates
+        self._metrics = metrics
+        self._interval = interval
+        self._settle = min(SETTLE, interval or SETTLE)
+        self._seen = certificates.stamp()
+        self._reported: set[str] = set()
+        self._lock = asyncio.Lock()
+        self._watching: asyncio.Task[None] | None = None
+        self._publish()
+
+    def start(self) -> None:
+        for entry in self._certificates.entries:
+            self._warn(entry)
+        if self._interval:
+            self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+
+    async def reload(self) -> None:
+        """Read everything anew, changed or not, and say again what is wrong."""
+        async with self._lock:
+            self._reported = set()
+            await self._read(await self._stamp())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                async with self._lock:
+                    if (stamp := await self._stamp()) != self._seen:
+                        await self._read(stamp)
+            except Exception:
+                # A fault of ours must not be the last look that is taken.
+                log.exception("reload failed")
+
+    async def _stamp(self) -> Stamp:
+        # In a thread, as the reading: a file system may hang, and mail is not to wait for it.
+        return await asyncio.to_thread(self._certificates.stamp)
+
+    async def _read(self, stamp: Stamp) -> None:
+        """Put into service what can be; report the rest when its files have settled."""
+        results = self._metrics.certificate_reloads
+        while (complaints := await self._install()) and stamp != self._seen:
+            results["deferred"].inc()
+            self._seen = stamp
+            await asyncio.sleep(self._settle)
+            stamp = await self._stamp()
+        self._seen = stamp
+        results["failed" if complaints else "ok"].inc()
+        for complaint in complaints:
+            if complaint not in self._reported:
+                event(log, logging.WARNING, "certificate not loaded", detail=complaint)
+        self._reported = set(complaints)
+
+    async def _install(self) -> list[str]:
+        before = self._certificates.entries
+        reading = await asyncio.to_thread(self._certificates.read)
+        self._certificates.install(reading)
+        self._publish()
+        now = self._certificates.entries
+        for entry in [each for each in now if each not in before]:
+            event(log, logging.INFO, "certificate loaded", name=entry.name, file=str(entry.pair), expires=date(entry.not_after))
+            self._warn(entry)
+        kept = {each.pair for each in now}
+        for entry in [each for each in before if each.pair not in kept]:
+            event(log, logging.INFO, "certificate dropped", name=entry.name, file=str(entry.pair))
+        return reading.complaints
+
+    def _publish(self) -> None:
+        self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.entries)
+
+    def _warn(self, entry: Certificate) -> None:
+        if problem := entry.problem(time.time()):
+            event(log, logging.WARNING, "certificate is not valid", name=entry.name, detail=problem)

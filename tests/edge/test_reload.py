@@ -1,0 +1,285 @@
+"""Renewal: certificates are swapped under the real program, good ones and bad ones, and nobody notices but new clients."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+
+import pytest
+
+
+def put(certificate, cert, key):
+    """Replace two files as a careful program does: each at once, one after the other."""
+    for source, target in zip(certificate, (cert, key), strict=True):
+        shutil.copy(source, f"{target}.new")
+        os.replace(f"{target}.new", target)
+
+
+def serial(cert):
+    return subprocess.check_output(["openssl", "x509", "-serial", "-noout", "-in", cert], text=True).strip().partition("=")[2]
+
+
+@pytest.fixture
+def shown(authority, clients):
+    """The serial number of the certificate that a port shows now."""
+    context = ssl.create_default_context(cafile=authority.path)
+
+    def ask(program, name="localhost"):
+        client = clients.tls(program.tls_port, name, context)
+        number = client.sock.getpeercert()["serialNumber"]
+        assert client.line().startswith(b"220")
+        client.close()
+        return number
+
+    return ask
+
+
+@pytest.fixture
+def files(tmp_path):
+    return tmp_path / "cert.pem", tmp_path / "key.pem"
+
+
+def reloads(program, result):
+    return program.metric("fumi_edge_certificate_reloads_total", result=result)
+
+
+def test_sighup_puts_new_certificates_into_service_and_drops_no_connection(backend, edge, authority, clients, files, shown, kit):
+    old, new = authority.issue("localhost"), authority.issue("localhost", "more.test", kind="rsa", days=9)
+    put(old, *files)
+    program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
+    for result in ("ok", "deferred", "failed"):
+        assert reloads(program, result) == 0
+    before = program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost")
+    context = ssl.create_default_context(cafile=authority.path)
+    client, halfway = clients.tls(program.tls_port, context=context), clients.plain(program.starttls_port)
+    client.line()
+    halfway.line()
+    put(new, *files)
+    assert shown(program) == serial(old[0])  # nobody has said anything
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: reloads(program, "ok") == 1, "the reload")
+    assert shown(program) == shown(program, "more.test") == serial(new[0])
+    assert program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost") > before + 86400
+    assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert halfway.ask(b"STARTTLS\r\n")[0].startswith(b"220")
+    assert clients.upgrade(halfway, context=context).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    (loaded,) = program.events("certificate loaded")
+    assert (loaded["name"], loaded["file"]) == ("localhost", str(files[0]))
+
+
+def test_a_change_is_noticed_without_a_signal(backend, edge, authority, files, shown, kit):
+    old, new = authority.issue("localhost"), authority.issue("localhost")
+    put(old, *files)
+    program = edge("--cert-reload-interval", "0.05", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
+    assert shown(program) == serial(old[0])
+    put(new, *files)
+    kit.until(lambda: shown(program) == serial(new[0]), "the new certificate")
+    assert reloads(program, "failed") == 0
+
+
+def test_certbots_links_are_followed(backend, edge, authority, tmp_path, shown, kit):
+    """A renewal writes new files into archive/ and puts new links into live/; a further name is a further directory."""
+
+    def renew(name, number, certificate):
+        live, archive = tmp_path / "live" / name, tmp_path / "archive" / name
+        for directory in (live, archive):
+            directory.mkdir(parents=True, exist_ok=True)
+        for each, source in zip(("cert", "fullchain", "privkey"), (certificate[0], *certificate), strict=True):
+            shutil.copy(source, archive / f"{each}{number}.pem")
+            (live / "new").symlink_to(f"../../archive/{name}/{each}{number}.pem")
+            (live / "new").rename(live / f"{each}.pem")
+
+    (tmp_path / "live").mkdir()
+    (tmp_path / "live" / "README").write_text("This directory contains your keys and certificates.\n")
+    old, new, other = authority.issue("localhost"), authority.issue("localhost"), authority.issue("other.test")
+    renew("localhost", 1, old)
+    program = edge("--cert-reload-interval", "0.05", backend=backend(), certs=("--cert", tmp_path))
+    assert shown(program) == serial(old[0])
+    renew("localhost", 2, new)
+    kit.until(lambda: shown(program) == serial(new[0]), "the new certificate")
+    renew("other.test", 1, other)
+    kit.until(lambda: len(program.events("certificate loaded")) == 2, "another certificate")
+    assert shown(program, "other.test") == serial(other[0])
+    assert shown(program) == serial(new[0])
+
+
+def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend, edge, authority, tmp_path, shown, kit):
+    a, b, c = (authority.issue(f"{name}.test") for name in "abc")
+
+    def put_into_directory(name, certificate):
+        (tmp_path / f"{name}.tmp").write_text("".join(path.read_text() for path in certificate))
+        (tmp_path / f"{name}.tmp").rename(tmp_path / f"{name}.pem")
+
+    def published():
+        return {
+            line.partition('name="')[2].partition('"')[0]
+            for line in program.fetch("/metrics")[1].splitlines()
+            if line.startswith("fumi_edge_certificate_not_after_timestamp_seconds{")
+        }
+
+    put_into_directory("a", a)
+    put_into_directory("b", b)
+    program = edge("--cert-reload-interval", "0.05", backend=backend(), certs=("--cert", tmp_path))
+    assert published() == {"a.test", "b.test"}
+    put_into_directory("c", c)
+    kit.until(lambda: published() == {"a.test", "b.test", "c.test"}, "the third")
+    assert shown(program, "c.test") == serial(c[0])
+    (tmp_path / "b.pem").unlink()
+    kit.until(lambda: published() == {"a.test", "c.test"}, "the end of the second")
+    assert [entry["name"] for entry in program.events("certificate dropped")] == ["b.test"]
+    (tmp_path / "a.pem").unlink()
+    kit.until(lambda: reloads(program, "failed") == 1, "the complaint")
+    assert shown(program, "a.test") == serial(a[0])
+    (tmp_path / "c.pem").unlink()
+    kit.until(lambda: reloads(program, "failed") == 2, "the complaint")
+    assert (shown(program, "a.test"), shown(program, "c.test")) == (serial(a[0]), serial(c[0]))
+    assert published() == {"a.test", "c.test"}
+
+
+@pytest.mark.parametrize("case", ["half", "key missing", "other key", "gone", "expired"])
+def test_a_bad_file_leaves_the_old_certificate_in_service(backend, edge, authority, files, shown, kit, case):
+    """It is counted and reported once, not at every look, and again when somebody asks; what comes next is taken."""
+    old, new, expired = authority.issue("localhost"), authority.issue("localhost"), authority.issue("localhost", days=-1)
+    put(old, *files)
+    program = edge("--cert-reload-interval", "0.02", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
+
+    def spoil():
+        if case == "half":
+            files[0].write_text(new[0].read_text()[:200])
+        elif case == "key missing":
+            files[1].unlink()
+        elif case == "other key":
+            shutil.copy(new[1], files[1])
+        elif case == "expired":
+            put(expired, *files)
+        else:
+            files[0].unlink()
+
+    def reports():
+        return len(program.events("certificate not loaded"))
+
+    spoil()
+    kit.until(reports, "the complaint")
+    assert (reports(), reloads(program, "failed")) == (1, 1)
+    assert reloads(program, "deferred") >= 1
+    assert shown(program) == serial(old[0])
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: reports() == 2, "the answer to the signal")  # and in between, there have been looks
+    assert reloads(program, "failed") == 2
+    assert shown(program) == serial(old[0])
+    put(new, *files)
+    kit.until(lambda: shown(program) == serial(new[0]), "the good certificate")
+    assert reports() == 2
+
+
+def test_one_bad_file_does_not_hold_up_the_others(backend, edge, authority, tmp_path, shown, kit):
+    first, second, new = authority.issue("first.test"), authority.issue("second.test"), authority.issue("second.test")
+    pairs = [(tmp_path / f"{number}.pem", tmp_path / f"{number}.key") for number in (1, 2)]
+    put(first, *pairs[0])
+    put(second, *pairs[1])
+    certs = ("--cert", pairs[0][0], "--key", pairs[0][1], "--cert", pairs[1][0], "--key", pairs[1][1])
+    program = edge("--cert-reload-interval", "0", backend=backend(), certs=certs)
+    pairs[0][0].write_text("nonsense")
+    put(new, *pairs[1])
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: reloads(program, "failed") == 1, "the complaint")
+    assert shown(program, "first.test") == serial(first[0])
+    assert shown(program, "second.test") == serial(new[0])
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(
+    backend, edge, authority, clients, files, kit, version
+):
+    old, new = authority.issue("localhost", kind="rsa"), authority.issue("localhost")
+    put(old, *files)
+    program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
+    context = ssl.create_default_context(cafile=authority.path)
+    context.minimum_version = context.maximum_version = version
+    client = clients.tls(program.tls_port, context=context)
+    client.line()
+    put(new, *files)
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: reloads(program, "ok") == 1, "the reload")
+    raw = clients.plain(program.tls_port)
+    with context.wrap_socket(raw.sock, server_hostname="localhost", session=client.sock.session) as resumed:
+        assert resumed.session_reused
+        assert resumed.recv(3) == b"220"
+    # The old kind is gone, and not only for clients that prefer the new one.
+    refused = kit.s_client(program.tls_port, "-sigalgs", "RSA-PSS+SHA256", "-servername", "localhost")
+    assert "alert handshake failure" in refused
+
+
+def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(backend, edge, authority, kit, tmp_path):
+    cert, key = authority.issue("localhost", days=-1)
+    server = backend()
+    program = edge("--cert-reload-interval", "0.02", backend=server, certs=("--cert", cert, "--key", key))
+    (warning,) = program.events("certificate is not valid")
+    assert warning["detail"].startswith(f"{cert}: the certificate expired on 20")
+    assert "subject=CN = localhost" in kit.s_client(program.tls_port)
+    assert program.fetch("/readyz")[0] == 503
+    flags = ("--cert", cert, "--key", key, "--backend", server.address, "--check")
+    done = subprocess.run([program.process.args[0], *flags], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"Error: {warning['detail']}\n")
+    assert len(program.events("certificate is not valid")) == 1
+
+
+def swap_under_load(program, authority, files, pairs, seconds, every, pause):
+    """Handshakes without end by two clients while the files are swapped; what failed, and the serial numbers seen."""
+    seen, failures, stop = set(), [], threading.Event()
+    context = ssl.create_default_context(cafile=authority.path)
+
+    def knock():
+        while not stop.wait(pause):
+            try:
+                raw = socket.create_connection(("127.0.0.1", program.tls_port), 30)
+                with context.wrap_socket(raw, server_hostname="localhost") as client:
+                    seen.add(client.getpeercert()["serialNumber"])
+                    assert client.recv(3) == b"220"
+            except Exception as error:
+                failures.append(repr(error))
+
+    threads = [threading.Thread(target=knock) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    end, number = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        number += 1
+        put(pairs[number % 2], *files)
+        if number % 3 == 0:
+            program.process.send_signal(signal.SIGHUP)
+        time.sleep(every)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return failures, seen
+
+
+def test_no_handshake_fails_while_certificates_are_swapped(backend, edge, authority, files, kit):
+    """Also of two kinds of key, which must never mix."""
+    pairs = [authority.issue("localhost"), authority.issue("localhost", kind="rsa")]
+    put(pairs[0], *files)
+    program = edge("--cert-reload-interval", "0.05", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
+    failures, seen = swap_under_load(program, authority, files, pairs, seconds=10, every=0.2, pause=0)
+    assert failures == []
+    assert seen == {serial(cert) for cert, _ in pairs}
+    assert program.events("certificate not loaded") == []
+    assert reloads(program, "failed") == 0
+
+
+@pytest.mark.long
+def test_no_handshake_fails_in_a_minute_of_swaps(backend, edge, authority, files, kit):
+    pairs = [authority.issue("localhost"), authority.issue("localhost")]
+    put(pairs[0], *files)
+    program = edge("--cert-reload-interval", "0.5", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
+    failures, seen = swap_under_load(program, authority, files, pairs, seconds=60, every=1, pause=0.04)
+    assert failures == []
+    assert seen == {serial(cert) for cert, _ in pairs}
+    listener = f"127.0.0.1:{program.tls_port}"
+    print(program.metric("fumi_edge_handshakes_total", listener=listener, result="ok"), "handshakes")

@@ -1,0 +1,103 @@
+"""What --cert and --key stand for: files, directories of PEM files, and certbot's tree."""
+
+from __future__ import annotations
+
+import pytest
+
+from fumi_edge.pem import CertificateError, Pair
+from fumi_edge.sources import find, give_keys, stamp
+
+
+@pytest.fixture
+def letsencrypt(tmp_path):
+    """/etc/letsencrypt as certbot leaves it; ``renew(name, number)`` writes archive/ and swaps the links."""
+    (tmp_path / "live").mkdir()
+    (tmp_path / "live" / "README").write_text("[cert name]/privkey.pem: the private key for your certificate.\n")
+
+    def renew(name, number, cert="", key=""):
+        live, archive = tmp_path / "live" / name, tmp_path / "archive" / name
+        for directory in (live, archive):
+            directory.mkdir(parents=True, exist_ok=True)
+        (live / "README").write_text("This directory contains your keys and certificates.\n")
+        for each, text in (("cert", cert), ("chain", ""), ("fullchain", cert), ("privkey", key)):
+            (archive / f"{each}{number}.pem").write_text(text)
+            (live / "new").symlink_to(f"../../archive/{name}/{each}{number}.pem")
+            (live / "new").rename(live / f"{each}.pem")
+
+    return tmp_path, renew
+
+
+def paths(pairs):
+    return [tuple(each and str(each) for each in pair) for pair in pairs]
+
+
+def test_certbots_tree_may_be_named_at_each_of_its_levels(letsencrypt):
+    top, renew = letsencrypt
+    renew("b.test", 1)
+    renew("a.test", 1)
+    a, b = (
+        (f"{top}/live/{name}/fullchain.pem", f"{top}/live/{name}/privkey.pem") for name in ("a.test", "b.test")
+    )  # cert.pem, which lacks the chain, and chain.pem are left alone
+    assert paths(find(Pair(top))) == [a, b]
+    assert paths(find(Pair(f"{top}/live"))) == [a, b]
+    assert paths(find(Pair(f"{top}/live/b.test/"))) == [b]
+
+
+def test_a_directory_gives_every_pem_file_with_the_key_beside_it(tmp_path):
+    for name in ("b.pem", "a.pem", "a.key", "c.pem", "c.pem.key", ".hidden.pem", "README", "d.pem~", "e.crt"):
+        (tmp_path / name).write_text("")
+    directory = str(tmp_path)
+    assert paths(find(Pair(directory))) == [
+        (f"{directory}/a.pem", f"{directory}/a.key"),
+        (f"{directory}/b.pem", None),
+        (f"{directory}/c.pem", f"{directory}/c.pem.key"),
+    ]
+
+
+def test_a_directory_without_certificates_is_an_error(tmp_path):
+    (tmp_path / "README").write_text("")
+    with pytest.raises(CertificateError, match=r"holds neither \*\.pem nor NAME/fullchain\.pem"):
+        find(Pair(tmp_path))
+
+
+def test_keys_go_to_the_files_in_their_order(make_certificate, tmp_path):
+    (a, a_key), (b, b_key) = make_certificate("a.test"), make_certificate("b.test")
+    both = tmp_path / "both.pem"
+    both.write_text(b.read_text() + b_key.read_text())
+    assert give_keys([a, b], [a_key, b_key]) == [(a, a_key), (b, b_key)]
+    assert give_keys([tmp_path, a], [a_key]) == [(tmp_path, None), (a, a_key)]  # a directory needs none
+    assert give_keys([both, a], [a_key]) == [(both, None), (a, a_key)]  # nor does who has one
+    assert give_keys([both, a], [b_key, a_key]) == [(both, b_key), (a, a_key)]
+    assert give_keys([both, tmp_path], []) == [(both, None), (tmp_path, None)]
+    for certs, keys in (([a, b], [a_key]), ([tmp_path], [a_key]), ([both], [a_key, b_key]), ([both, both], [b_key])):
+        with pytest.raises(CertificateError, match=f"^{len(certs)} --cert but {len(keys)} --key"):
+            give_keys(certs, keys)
+
+
+def test_a_stamp_changes_with_the_files_and_not_otherwise(letsencrypt, tmp_path):
+    top, renew = letsencrypt
+    renew("a.test", 1)
+    plain = tmp_path / "plain.pem"
+    plain.write_text("x")
+    sources, ca = [Pair(top), Pair(plain), Pair(b"text", "-----BEGIN")], tmp_path / "ca.pem"
+    seen = [stamp(sources, ca)]
+    assert stamp(sources, ca) == seen[0]
+
+    def changed():
+        seen.append(stamp(sources, ca))
+        return seen[-1] not in seen[:-1]
+
+    renew("a.test", 2)  # the same text under another link
+    assert changed()
+    renew("b.test", 1)
+    assert changed()
+    plain.write_text("y")
+    assert changed()
+    plain.chmod(0o600)  # what could not be read may be readable now
+    assert changed()
+    plain.unlink()
+    assert changed()
+    ca.write_text("")
+    assert changed()
+    (top / "live").rename(top / "gone")
+    assert changed()

@@ -265,16 +265,16 @@ def unique_id_text(unique_id: bytes) -> str:
     return text if text.isascii() and text.isprintable() and " " not in text else unique_id.hex()
 
 
-def tls_tlvs(tls: TLSInfo) -> tuple[TLV, ...]:
+def tls_tlvs(tls: TLSInfo, resumed: bool = False) -> tuple[TLV, ...]:
     """The TLVs that tell a receiver of *tls*: SSL, and AUTHORITY and ALPN where there is one.
 
-    With a client certificate both certificate flags are set: nothing in a TLSInfo tells a resumed session from one whose
-    certificate was sent on this connection, and receivers that look at one flag alone mostly look at …_CERT_CONN.
+    A client certificate sets …_CERT_CONN and …_CERT_SESS, or …_CERT_SESS alone when the session is *resumed*: then it was
+    sent on an earlier connection.
     """
     client = PP2_CLIENT_SSL
     inside = [(PP2_SUBTYPE_SSL_VERSION, tls.version), (PP2_SUBTYPE_SSL_CIPHER, tls.cipher)]
     if tls.client_cert:
-        client |= PP2_CLIENT_CERT_CONN | PP2_CLIENT_CERT_SESS
+        client |= PP2_CLIENT_CERT_SESS if resumed else PP2_CLIENT_CERT_CONN | PP2_CLIENT_CERT_SESS
         inside.append((PP2_SUBTYPE_SSL_CN, tls.client_cn))
     # "zero if the client presented a certificate and it was successfully verified, and non-zero otherwise"
     verify = 0 if tls.client_cert and tls.client_cert_verified else 1

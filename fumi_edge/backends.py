@@ -37,14 +37,17 @@ class NoBackend(Exception):
     """No backend could be reached."""
 
 
-def header(version: str, source: Name, destination: Name, unique_id: bytes, tls: TLSInfo | None) -> bytes:
-    """The PROXY header for one client connection; ``version`` is v2, v1 or off. Without ``tls`` it has no SSL TLV."""
+def header(version: str, source: Name, destination: Name, unique_id: bytes, tls: TLSInfo | None, resumed: bool = False) -> bytes:
+    """The PROXY header for one client connection; ``version`` is v2, v1 or off. Without ``tls`` it has no SSL TLV.
+
+    ``resumed`` says that the TLS session is an earlier connection's, and the client's certificate with it.
+    """
     if version == "off":
         return b""
     transport = "UNIX" if isinstance(source, str) else "TCP6" if ":" in source[0] else "TCP4"
     if version == "v1":
         return ProxyHeader(1, "PROXY", transport, source, destination).to_bytes()
-    tlvs = (PP2_TYPE_UNIQUE_ID, unique_id), *(tls_tlvs(tls) if tls else ())
+    tlvs = (PP2_TYPE_UNIQUE_ID, unique_id), *(tls_tlvs(tls, resumed) if tls else ())
     return ProxyHeader(2, "PROXY", transport, source, destination, tlvs).to_bytes()
 
 

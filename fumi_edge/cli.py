@@ -84,6 +84,8 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--min-tls", type=click.Choice(["1.2", "1.3"]), default="1.2", help="The oldest TLS version to accept.")
 @click.option("--ciphers", metavar="LIST", default=CIPHERS, help="OpenSSL cipher list for TLS 1.2.")
 @click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, comma-separated.")
+@click.option("--client-ca", metavar="FILE", help="Ask clients for a certificate of one of these authorities, PEM.")
+@click.option("--client-cert", type=click.Choice(["optional", "required"]), help="With --client-ca.  [default: optional]")
 @click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
 @click.option("--handshake-timeout", type=SECONDS, default=10.0, help="Seconds for a TLS handshake.")
 @click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
@@ -139,12 +141,14 @@ def _edge(flags: dict[str, Any]) -> Edge:
 
 
 def _policy(flags: dict[str, Any]) -> Policy:
-    alpn = flags.pop("alpn")
+    alpn, client_ca, client_cert = flags.pop("alpn"), flags.pop("client_ca"), flags.pop("client_cert")
     protocols = tuple(name.strip() for name in alpn.split(",")) if alpn else ()
     if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
         raise SettingError("--alpn: every protocol's name has 1 to 255 ASCII characters")
+    if client_cert and not client_ca:
+        raise SettingError("--client-cert: name the authorities of client certificates with --client-ca")
     try:
-        return Policy(flags.pop("min_tls"), protocols, flags.pop("ciphers"))
+        return Policy(flags.pop("min_tls"), protocols, flags.pop("ciphers"), client_ca, client_cert or "optional")
     except ValueError as error:
         raise SettingError(f"--ciphers: {error}") from None
 

@@ -87,6 +87,7 @@ class Connection:
         "_counted",
         "_destination",
         "_level",
+        "_resumed",
         "_service",
         "_source",
         "_tunnel",
@@ -116,6 +117,7 @@ class Connection:
         self._counted = (0, 0)
         self._level = logging.INFO
         self._unnamed = False
+        self._resumed = False
         self.id = unique_id()
         self._unique_id = self.id.encode("ascii")
         self.admitted = self._host() if listener.balancers is None else None
@@ -207,11 +209,12 @@ class Connection:
             metrics.handshakes[error.result].inc()
             self.detail = str(error)
             raise Ended(f"handshake_{error.result}") from None
+        self._resumed = bool(client.session_reused)
         if self.listener.starttls:
             self._decide("upgraded")
         metrics.handshakes["ok"].inc()
         self._service.metrics.handshake_seconds.observe(time.monotonic() - begun)
-        self._service.metrics.tls_session(self.tls, bool(client.session_reused))
+        self._service.metrics.tls_session(self.tls, self._resumed)
 
     async def _with_backend(self, talk: Callable[[], Awaitable[T]]) -> T:
         """Connect and ``talk()``; with the next backend when one hangs up before a word was said. The client never knows."""
@@ -227,7 +230,8 @@ class Connection:
 
     async def _connect(self, silent: list[Backend]) -> Backend:
         """Connect to a backend, telling it what is known of the client by now: to the one it had before, if that can be."""
-        opening = header(self._service.proxy_protocol, self._source, self._destination, self._unique_id, self.tls)
+        version = self._service.proxy_protocol
+        opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
         try:
             self._backend, self.backend = await self._service.backends.connect(opening, self.backend, silent)
             return self.backend

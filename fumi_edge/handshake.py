@@ -10,6 +10,7 @@ import asyncio
 import ssl
 
 from fumi_core.proxy_protocol import TLSInfo
+from fumi_edge.pem import common_names
 from fumi_edge.policy import TLSSocket
 
 RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
@@ -29,8 +30,10 @@ def classify(error: OSError) -> HandshakeError:
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError) or not isinstance(error, ssl.SSLError):
         return HandshakeError("reset", "the client went away")
     reason = error.reason or "unknown"
-    certificate = isinstance(error, ssl.SSLCertVerificationError) or any(part in reason for part in _CERTIFICATE_REASONS)
-    return HandshakeError("certificate" if certificate else "protocol", reason.lower().replace("_", " "))
+    detail = reason.lower().replace("_", " ")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return HandshakeError("certificate", f"{detail}: {error.verify_message}")
+    return HandshakeError("certificate" if any(part in reason for part in _CERTIFICATE_REASONS) else "protocol", detail)
 
 
 class _Handshake:
@@ -99,12 +102,26 @@ async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: f
     finally:
         timer.cancel()
     cipher = sock.cipher()
+    presented, common_name = _client_certificate(sock)
     return TLSInfo(
         version=sock.version(),
         cipher=cipher[0] if cipher else None,
         sni=sock.server_name,
         alpn=sock.selected_alpn_protocol(),
-        client_cert=False,
-        client_cert_verified=False,
-        client_cn=None,
+        client_cert=presented,
+        # Had it not verified, there would have been no handshake.
+        client_cert_verified=presented,
+        client_cn=common_name,
     )
+
+
+def _client_certificate(sock: TLSSocket) -> tuple[bool, str | None]:
+    """Whether there is a client certificate, of this connection or of the session it resumes, and its common name."""
+    if sock.context.verify_mode is ssl.CERT_NONE:
+        return False, None
+    try:
+        facts = sock.getpeercert()
+    except ValueError:
+        # Some authority signed names that are not text; the certificate is there, and who it is for is not known.
+        return True, None
+    return bool(facts), next(iter(common_names(facts)), None) if facts else None

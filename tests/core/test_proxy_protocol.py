@@ -234,11 +234,12 @@ def test_what_is_known_of_tls_survives_the_journey(tls: TLSInfo) -> None:
 
 
 def test_the_ssl_flags_and_verify_are_the_specifications() -> None:
-    def ssl(tls: TLSInfo) -> SSLValue:
-        return SSLValue.from_bytes(dict(pp.tls_tlvs(tls))[pp.PP2_TYPE_SSL])
+    def ssl(tls: TLSInfo, resumed: bool = False) -> SSLValue:
+        return SSLValue.from_bytes(dict(pp.tls_tlvs(tls, resumed))[pp.PP2_TYPE_SSL])
 
     assert (ssl(TLSInfo()).client, ssl(TLSInfo()).verify) == (1, 1)
     assert (ssl(TLSInfo(client_cert=True)).client, ssl(TLSInfo(client_cert=True)).verify) == (7, 1)
+    assert (ssl(TLSInfo(), resumed=True).client, ssl(TLSInfo(client_cert=True), resumed=True).client) == (1, 5)
     assert ssl(TLSInfo(client_cert=True, client_cert_verified=True)).verify == 0
     assert ssl(TLSInfo(client_cn="never shown")).cn is None
 

@@ -1,0 +1,178 @@
+"""Client certificates: what the backend is told of them, and how those that are refused hear of it."""
+
+from __future__ import annotations
+
+import select
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(sys.executable).with_name("fumi-edge")
+VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
+
+
+@pytest.fixture(scope="session")
+def strangers(make_authority):
+    return make_authority("Unknown CA")
+
+
+@pytest.fixture
+def context(clients):
+    """A client's context: trusts the server, and shows a certificate if it is given one."""
+
+    def make(pair=None, version=None):
+        context = clients.context()
+        if version:
+            context.minimum_version = context.maximum_version = version
+        if pair:
+            context.load_cert_chain(*pair)
+        return context
+
+    return make
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("demand", ["optional", "required"])
+def test_the_backend_is_told_of_a_clients_certificate(backend, edge, clients, authority, context, demand, version):
+    server = backend()
+    program = edge("--client-ca", str(authority.path), "--client-cert", demand, backend=server)
+    showing = context(authority.issue("Jörg's client"), version)
+    assert clients.tls(program.tls_port, context=showing).line().startswith(b"220")
+    header = server.peer().header
+    assert (header.ssl.client, header.ssl.verify, header.ssl.cn) == (0x07, 0, "Jörg's client")
+    assert (header.tls.client_cert, header.tls.client_cert_verified, header.tls.client_cn) == (True, True, "Jörg's client")
+    # On a STARTTLS port the second connection is the one that tells.
+    plain = clients.plain(program.starttls_port)
+    plain.line()
+    plain.ask(b"STARTTLS\r\n")
+    assert clients.upgrade(plain, context=showing).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert server.peer(1).header.ssl is None
+    assert server.peer(2).header.ssl == header.ssl
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_resumed_session_brings_its_certificate_along(backend, edge, clients, authority, context, version):
+    server = backend()
+    program = edge("--client-ca", str(authority.path), "--client-cert", "required", backend=server)
+    showing = context(authority.issue("the client"), version)
+    first = clients.tls(program.tls_port, context=showing)
+    first.line()
+    raw = clients.plain(program.tls_port)
+    with showing.wrap_socket(raw.sock, server_hostname="localhost", session=first.sock.session) as second:
+        assert second.session_reused
+        assert second.recv(3) == b"220"
+    header = server.peer(1).header
+    assert (header.ssl.client, header.ssl.verify, header.ssl.cn) == (0x05, 0, "the client")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_optional_means_that_a_client_may_have_none(backend, edge, clients, authority, context, version):
+    server = backend()
+    program = edge("--client-ca", str(authority.path), backend=server)
+    assert clients.tls(program.tls_port, context=context(None, version)).line().startswith(b"220")
+    ssl_tlv = server.peer().header.ssl
+    assert (ssl_tlv.client, ssl_tlv.cn) == (0x01, None)
+    assert ssl_tlv.verify != 0
+
+
+@pytest.mark.parametrize("starttls", [False, True])
+@pytest.mark.parametrize("demand", ["optional", "required"])
+@pytest.mark.parametrize(
+    ("who", "version", "alert"),
+    [
+        ("unknown", "-tls1_3", "alert unknown ca:"),
+        ("unknown", "-tls1_2", "alert unknown ca:"),
+        ("expired", "-tls1_3", "alert certificate expired:"),
+        ("expired", "-tls1_2", "alert certificate expired:"),
+        ("nobody", "-tls1_3", "alert certificate required:"),
+        ("nobody", "-tls1_2", "alert handshake failure:"),
+    ],
+)
+def test_a_refused_client_hears_why(backend, edge, authority, strangers, kit, who, version, alert, demand, starttls):
+    """In TLS 1.3 the client is through before it is refused, and has sent its first command: the alert must survive that."""
+    server = backend()
+    program = edge("--client-ca", str(authority.path), "--client-cert", demand, backend=server)
+    pair = {"unknown": lambda: strangers.issue("c"), "expired": lambda: authority.issue("c", days=-1), "nobody": tuple}[who]()
+    flags = ("-cert", pair[0], "-key", pair[1]) if pair else ()
+    port = program.starttls_port if starttls else program.tls_port
+    printed = kit.s_client(port, version, *flags, starttls=starttls, say="EHLO early.test\r\n" * 50 + "QUIT\r\n")
+    if who == "nobody" and demand == "optional":
+        assert "alert" not in printed
+        return
+    assert alert in printed
+    (ended,) = program.ended()
+    assert ended["reason"] == "handshake_certificate"
+    name = f"127.0.0.1:{port}"
+    assert program.metric("fumi_edge_handshakes_total", listener=name, result="certificate") == 1
+    assert len(server.peers) == (1 if starttls else 0)
+
+
+def test_a_refused_client_may_go_on_talking_and_still_hears_why(backend, edge, clients, authority, context):
+    """The edge reads on for a while: to close with its words unread would reset the connection, and destroy the alert."""
+    program = edge("--client-ca", str(authority.path), "--client-cert", "required", backend=backend())
+    client = clients.tls(program.tls_port, context=context(None, ssl.TLSVersion.TLSv1_3))
+    # The alert is there, and by now the edge would have closed.
+    assert client.sock.fileno() in select.select([client.sock.fileno()], [], [], 30)[0]
+    for _ in range(50):
+        client.say(b"NOOP\r\n")
+    with pytest.raises(ssl.SSLError, match=r"(?i)certificate.required"):
+        client.line()
+    client.close()
+    assert program.ended()[0]["reason"] == "handshake_certificate"
+
+
+def test_why_a_certificate_did_not_verify_is_in_the_log(backend, edge, authority, strangers, kit):
+    program = edge("--client-ca", str(authority.path), backend=backend())
+    cert, key = strangers.issue("stranger")
+    kit.s_client(program.tls_port, "-cert", cert, "-key", key)
+    assert program.ended()[0]["detail"] == "certificate verify failed: unable to get local issuer certificate"
+
+
+def test_a_name_that_is_no_text_leaves_a_client_without_a_name(backend, edge, clients, authority, context):
+    """An authority that signs anything must not break a connection, still less the edge."""
+    server = backend()
+    program = edge("--client-ca", str(authority.path), backend=server)
+    client = clients.tls(program.tls_port, context=context(authority.issue("odd", alternative="DER:30:05:86:03:FF:FE:FD")))
+    assert client.line().startswith(b"220")
+    assert (server.peer().header.ssl.client, server.peer().header.ssl.verify) == (0x07, 0)
+
+
+def test_new_authorities_are_asked_from_the_next_reload_on(backend, edge, clients, authority, strangers, context, tmp_path, kit):
+    """Also of clients that would resume a session for which an old one vouched."""
+    ca = tmp_path / "ca.pem"
+    ca.write_text(authority.path.read_text())
+    server = backend()
+    program = edge("--client-ca", str(ca), "--client-cert", "required", "--cert-reload-interval", "0.05", backend=server)
+    old = context(authority.issue("old"), ssl.TLSVersion.TLSv1_2)
+    first = clients.tls(program.tls_port, context=old)
+    first.line()
+    ca.write_text("# none\n")
+    kit.until(lambda: program.events("certificate not loaded"), "the complaint")
+    assert clients.tls(program.tls_port, context=old).line().startswith(b"220")
+    ca.write_text(strangers.path.read_text())
+    kit.until(lambda: program.metric("fumi_edge_certificate_reloads_total", result="ok"), "the reload")
+    new = context(strangers.issue("new"), ssl.TLSVersion.TLSv1_2)
+    assert clients.tls(program.tls_port, context=new).line().startswith(b"220")
+    raw = clients.plain(program.tls_port)
+    with pytest.raises(ssl.SSLError, match=r"(?i)unknown ca"):
+        old.wrap_socket(raw.sock, server_hostname="localhost", session=first.sock.session)
+
+
+def test_wrong_settings_are_one_line(certificate, tmp_path):
+    cert, key = certificate
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("-----BEGIN CERTIFICATE-----\nbm9uc2Vuc2U=\n-----END CERTIFICATE-----\n")
+    flags = ["--cert", cert, "--key", key, "--backend", "127.0.0.1:9"]
+    for wrong, complaint in (
+        (("--client-cert", "required"), "--client-cert: name the authorities of client certificates with --client-ca"),
+        (("--client-ca", tmp_path / "none"), f"{tmp_path}/none: cannot read the client CA: No such file or directory"),
+        (("--client-ca", key), f"{key}: holds no PEM certificate"),
+        (("--client-ca", nonsense), f"{nonsense}: OpenSSL cannot read"),
+    ):
+        done = subprocess.run([PROGRAM, *flags, *wrong], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"Error: {complaint}")

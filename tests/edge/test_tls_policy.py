@@ -1,0 +1,113 @@
+"""What is negotiated (RFC 9325), asked with openssl's own client; and all that testssl.sh knows to ask."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+LEGACY = "DEFAULT@SECLEVEL=0"
+"""Lets the client offer what OpenSSL itself would not any more."""
+
+
+@pytest.fixture
+def program(backend, edge):
+    return edge(backend=backend())
+
+
+def cipher(printed):
+    """The cipher agreed upon, None for none."""
+    found = re.search(r"^New, \S+, Cipher is (\S+)$", printed, re.MULTILINE)
+    return found[1] if found and found[1] != "(NONE)" else None
+
+
+@pytest.mark.parametrize("version", ["-tls1", "-tls1_1"])
+def test_versions_before_1_2_are_refused(program, kit, version):
+    printed = kit.s_client(program.tls_port, version, "-cipher", LEGACY)
+    assert cipher(printed) is None
+    assert "alert protocol version" in printed
+
+
+def test_min_tls_1_3_refuses_1_2_on_both_kinds_of_port(backend, edge, kit):
+    program = edge("--min-tls", "1.3", backend=backend())
+    for port, starttls in ((program.tls_port, False), (program.starttls_port, True)):
+        assert "alert protocol version" in kit.s_client(port, "-tls1_2", starttls=starttls)
+        assert cipher(kit.s_client(port, starttls=starttls)).startswith("TLS_")
+
+
+@pytest.mark.parametrize(
+    "offered", ["AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES256-SHA384", "DHE-RSA-AES128-GCM-SHA256", "aNULL"]
+)
+def test_ciphers_without_forward_secrecy_or_authentication_of_data_are_refused(program, kit, offered):
+    printed = kit.s_client(program.tls_port, "-tls1_2", "-cipher", f"{offered}:@SECLEVEL=0")
+    assert cipher(printed) is None
+    assert "alert handshake failure" in printed
+
+
+def test_the_servers_order_of_ciphers_counts(program, kit):
+    both = ["ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-AES128-GCM-SHA256"]
+    for offered in (both, both[::-1]):
+        printed = kit.s_client(program.tls_port, "-tls1_2", "-cipher", ":".join(offered))
+        assert cipher(printed) == "ECDHE-ECDSA-AES128-GCM-SHA256"
+
+
+def test_ciphers_selects_those_of_tls_1_2(backend, edge, kit):
+    program = edge("--ciphers", "ECDHE-ECDSA-CHACHA20-POLY1305", backend=backend())
+    assert cipher(kit.s_client(program.tls_port, "-tls1_2")) == "ECDHE-ECDSA-CHACHA20-POLY1305"
+    assert cipher(kit.s_client(program.tls_port, "-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-GCM-SHA256")) is None
+    assert cipher(kit.s_client(program.tls_port)).startswith("TLS_")
+    sessions = program.fetch("/metrics")[1]
+    assert 'cipher="ECDHE-ECDSA-CHACHA20-POLY1305"' in sessions
+    assert 'cipher="ECDHE-ECDSA-AES128-GCM-SHA256"' not in sessions
+
+
+@pytest.mark.parametrize(
+    ("group", "named"),
+    [("X25519", "X25519"), ("P-256", "ECDH, prime256v1"), ("P-384", "ECDH, secp384r1"), ("P-521", "ECDH, secp521r1")],
+)
+def test_the_usual_groups_are_there(program, kit, group, named):
+    printed = kit.s_client(program.tls_port, "-groups", group)
+    assert cipher(printed)
+    assert f"Server Temp Key: {named}," in printed
+
+
+def test_neither_renegotiation_nor_compression(program, kit):
+    printed = kit.s_client(program.tls_port, "-tls1_2", "-comp", "-cipher", LEGACY, say="R\n", letters=True)
+    assert "Compression: NONE" in printed
+    assert "Secure Renegotiation IS supported" in printed
+    assert "RENEGOTIATING" in printed
+    assert "no renegotiation" in printed
+
+
+def test_early_data_is_not_offered(program, kit):
+    assert "Max Early Data: 0" in kit.s_client(program.tls_port)
+
+
+def test_alpn_takes_the_servers_first_choice_and_ignores_strangers(backend, edge, kit):
+    program = edge("--alpn", "smtp, managesieve", backend=backend())
+    assert "ALPN protocol: smtp\n" in kit.s_client(program.tls_port, "-alpn", "managesieve,smtp")
+    printed = kit.s_client(program.tls_port, "-alpn", "h2")
+    assert cipher(printed)
+    assert "No ALPN negotiated" in printed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("starttls", [False, True])
+def test_testssl_finds_nothing_worse_than_low(backend, edge, authority, tmp_path, starttls):
+    """With certificates of both kinds, from an authority that it is told to trust."""
+    assert shutil.which("testssl"), "this test needs testssl.sh: apt-get install testssl.sh"
+    ecdsa, rsa = authority.issue("localhost", days=90), authority.issue("localhost", days=90, kind="rsa")
+    program = edge(backend=backend(), certs=("--cert", ecdsa[0], "--key", ecdsa[1], "--cert", rsa[0], "--key", rsa[1]))
+    report = tmp_path / "report.json"
+    command = ["testssl", "--quiet", "--color", "0", "--warnings", "batch", "--ip", "127.0.0.1", "--nodns", "none"]
+    command += ["--add-ca", authority.path, "--jsonfile", report, *(["--starttls", "smtp"] if starttls else [])]
+    port = program.starttls_port if starttls else program.tls_port
+    done = subprocess.run([*command, f"localhost:{port}"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    findings = json.loads(report.read_text())
+    assert len(findings) > 50, done.stdout
+    bad = {each["id"]: each["finding"] for each in findings if each["severity"] not in ("OK", "INFO", "LOW", "DEBUG")}
+    bad.pop("engine_problem", None)  # about the openssl program that testssl.sh found
+    assert bad == {}

@@ -357,7 +357,9 @@ class Authority:
         self._directory = directory
         self._number = 0
         self.path, self._key = directory / "ca.pem", directory / "ca.key"
-        self._openssl("req", "-x509", "-nodes", *self._new("ec"), "-keyout", self._key, "-out", self.path, "-subj", f"/CN={name}")
+        usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+        made = ("-keyout", self._key, "-out", self.path, "-subj", f"/CN={name}")
+        self._openssl("req", "-x509", "-nodes", *self._new("ec"), *usage, *made)
 
     def issue(self, *names: str, kind: str = "ec", days: int = 2, alternative: str = "") -> tuple[Path, Path]:
         """A certificate for the names, the first one its CN, with an "ec" or an "rsa" key; the paths of both, new each time."""
@@ -365,7 +367,8 @@ class Authority:
         cert, key = (self._directory / f"{self._number}.{end}" for end in ("pem", "key"))
         request, extensions = self._directory / "request", self._directory / "extensions"
         self._openssl("req", "-utf8", "-nodes", *self._new(kind), "-keyout", key, "-out", request, "-subj", f"/CN={names[0]}")
-        extensions.write_text("subjectAltName=" + (alternative or ",".join(f"DNS:{name}" for name in names)))
+        alternative = alternative or ",".join(f"DNS:{name}" for name in names)
+        extensions.write_text(f"authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\nsubjectAltName={alternative}\n")
         ca = ("-CA", self.path, "-CAkey", self._key, "-set_serial", str(1000 + self._number))
         self._openssl("x509", "-req", "-in", request, *ca, "-days", str(days), "-extfile", extensions, "-out", cert)
         return cert, key

@@ -34,6 +34,8 @@ def flags(certificate):
 def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certificate, tmp_path):
     cert, _ = certificate
     other = make_certificate("other.test")[1]
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for wrong, complaint in (
@@ -59,6 +61,10 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certi
             ((*flags, "--handshake-timeout", "soon"), "--handshake-timeout"),
             ((*flags, "--min-tls", "1.1"), "--min-tls"),
             ((*flags, "--alpn", "x" * 300), "--alpn"),
+            ((*flags, "--ciphers", "nonsense"), "--ciphers: 'nonsense' selects no TLS 1.2 cipher"),
+            ((*flags, "--cert-reload-interval", "-1"), "--cert-reload-interval"),
+            (("--cert", str(empty), "--backend", "127.0.0.1:9"), "holds neither *.pem nor"),
+            (("--cert", str(empty), "--key", str(other), "--backend", "127.0.0.1:9"), "1 --cert but 1 --key"),
             ((*flags, "--no-such-flag"), "--no-such-flag"),
             ((*flags, "--config", str(tmp_path / "none.toml")), "--config"),
         ):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 
 THREADS = 8
@@ -36,45 +36,54 @@ def ipv4_addresses(name: str) -> Sequence[str]:
 
 
 class Resolver:
-    """Answers within a time, whatever becomes of the lookup."""
+    """Answers within a time, whatever becomes of the lookup. Its threads live while there is something to look up."""
 
     def __init__(self, resolve: Resolve = ipv4_addresses, *, timeout: float, threads: int = THREADS) -> None:
         self._resolve = resolve
         self._timeout = timeout
         self._threads = threads
-        self._started = 0
-        self._waiting: queue.SimpleQueue[_Lookup] = queue.SimpleQueue()
+        self._running = 0
+        self._waiting: deque[_Lookup] = deque()
+        self._lock = threading.Lock()  # over the two above
 
     async def lookup(self, name: str) -> Sequence[str]:
         """Raises OSError when the resolver fails or is overrun, TimeoutError when it takes too long."""
-        if self._waiting.qsize() >= MAX_WAITING:
-            raise OSError("too many lookups are waiting")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Sequence[str]] = loop.create_future()
-        self._waiting.put((name, loop, answer))
-        if self._started < self._threads:
-            self._started += 1
-            threading.Thread(target=self._work, name="resolver", daemon=True).start()
+        with self._lock:
+            if len(self._waiting) >= MAX_WAITING:
+                raise OSError("too many lookups are waiting")
+            if self._running < self._threads:
+                threading.Thread(target=self._work, name="resolver", daemon=True).start()
+                self._running += 1
+            self._waiting.append((name, loop, answer))
         async with asyncio.timeout(self._timeout):
             return await answer
 
     def _work(self) -> None:
-        while True:
-            name, loop, answer = self._waiting.get()
+        while (lookup := self._next()) is not None:
+            name, loop, answer = lookup
             if answer.done():
                 continue  # nobody waits for it any more
             try:
-                outcome: Sequence[str] | BaseException = self._resolve(name)
+                outcome: Sequence[str] | Exception = self._resolve(name)
             except Exception as error:
                 outcome = error
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(_settle, answer, outcome)
 
+    def _next(self) -> _Lookup | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._running -= 1
+            return None
 
-def _settle(answer: asyncio.Future[Sequence[str]], outcome: Sequence[str] | BaseException) -> None:
+
+def _settle(answer: asyncio.Future[Sequence[str]], outcome: Sequence[str] | Exception) -> None:
     if answer.done():
         return
-    if isinstance(outcome, BaseException):
+    if isinstance(outcome, Exception):
         answer.set_exception(outcome)
     else:
         answer.set_result(outcome)

@@ -1,0 +1,155 @@
+"""dnsbl: what is asked, what counts as an answer, and that a resolver's trouble is not the client's."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from fumi_core import Fumi, plugins
+from fumi_core.testing import running
+
+HEADER = b"PROXY TCP4 8.8.4.%d 192.0.2.1 1234 25\r\n"
+
+
+class Zone:
+    """A resolver that knows a few names, and remembers what it was asked."""
+
+    def __init__(self, names: dict[str, Any] | None = None) -> None:
+        self.names = names or {}
+        self.asked: list[str] = []
+
+    def __call__(self, name: str) -> Sequence[str]:
+        self.asked.append(name)
+        answer = self.names.get(name, ())
+        if isinstance(answer, OSError):
+            raise answer
+        return answer.split() if isinstance(answer, str) else answer
+
+
+@pytest.fixture
+def app() -> Fumi:
+    return Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2)
+
+
+@pytest.fixture
+def banner(app: Fumi, connect_from: Any) -> Callable[..., bytes]:
+    """What a client hears from an app that asks bl.example and then other.example."""
+
+    def hear(resolve: Any, address: str = "8.8.4.4", **options: Any) -> bytes:
+        app.use(plugins.dnsbl(["bl.example", "other.example"], resolve=resolve, **options))
+        with running(app) as server:
+            heard: bytes = connect_from(server.port, address).banner
+            return heard
+
+    return hear
+
+
+def test_a_listed_client_is_told_by_whom(banner: Any) -> None:
+    assert banner(Zone({"4.4.8.8.bl.example": "127.0.0.2"})) == b"554 5.7.1 Client host [8.8.4.4] blocked using bl.example\r\n"
+
+
+def test_zones_are_asked_in_order_until_one_lists_it(banner: Any) -> None:
+    resolve = Zone({"4.4.8.8.other.example": "127.0.0.10"})
+    assert b"blocked using other.example" in banner(resolve)
+    assert resolve.asked == ["4.4.8.8.bl.example", "4.4.8.8.other.example"]
+
+
+def test_the_first_zone_that_lists_it_is_the_last_asked(banner: Any) -> None:
+    resolve = Zone({"4.4.8.8.bl.example": "127.0.0.2"})
+    banner(resolve)
+    assert resolve.asked == ["4.4.8.8.bl.example"]
+
+
+def test_an_ipv6_address_is_asked_for_by_nibbles(banner: Any) -> None:
+    resolve = Zone()
+    assert banner(resolve, "2a00:1450:4001::1b").startswith(b"220")
+    assert resolve.asked[0] == "b.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.1.0.0.4.0.5.4.1.0.0.a.2.bl.example"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "192.168.1.1", "169.254.1.1", "::1", "fe80::1", "fd00::1"])
+def test_an_address_that_is_not_public_is_not_asked_about(banner: Any, address: str) -> None:
+    resolve = Zone()
+    assert banner(resolve, address).startswith(b"220")
+    assert resolve.asked == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("127.255.255.254", "error code"),
+        ("127.255.255.252 127.255.255.255", "error code"),
+        ("203.0.113.9", "no blocklist"),
+        ("nonsense", "nonsense"),
+        (OSError("the resolver is ill"), "the resolver is ill"),
+    ],
+)
+def test_what_is_no_verdict_lets_in_with_one_line(banner: Any, caplog: Any, answer: Any, problem: str) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert banner(Zone({"4.4.8.8.bl.example": answer})).startswith(b"220")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert problem in lines[0]
+    assert "zone=bl.example" in lines[0]
+
+
+def test_an_error_code_beside_a_verdict_does_not_void_it(banner: Any) -> None:
+    assert banner(Zone({"4.4.8.8.bl.example": "127.255.255.254 127.0.0.4"})).startswith(b"554")
+
+
+def test_a_failing_zone_does_not_silence_the_next(banner: Any) -> None:
+    resolve = Zone({"4.4.8.8.bl.example": OSError("down"), "4.4.8.8.other.example": "127.0.0.2"})
+    assert b"blocked using other.example" in banner(resolve)
+
+
+def test_an_answer_is_remembered_for_a_while_and_a_failure_is_not(app: Fumi, connect_from: Any, clock: Any) -> None:
+    resolve = Zone({"4.4.8.8.bl.example": OSError("down")})
+    app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
+    with running(app) as server:
+        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"220")
+        resolve.names["4.4.8.8.bl.example"] = "127.0.0.2"
+        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"554")
+        resolve.names.clear()
+        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"554")
+        assert len(resolve.asked) == 2
+        clock.now += 301
+        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"220")
+
+
+def test_a_resolver_that_hangs_holds_up_neither_others_nor_more_threads(
+    app: Fumi, connect: Any, connect_from: Any, caplog: Any
+) -> None:
+    release = threading.Event()
+    hanging: set[threading.Thread] = set()
+
+    def hang(name: str) -> Sequence[str]:
+        hanging.add(threading.current_thread())
+        release.wait(60)
+        return ["127.0.0.2"]
+
+    app.use(plugins.dnsbl(["bl.example"], resolve=hang, timeout=0.3))
+    try:
+        with running(app) as server, caplog.at_level(logging.WARNING):
+            slow = [connect(server.port, HEADER % number, banner=False) for number in range(40)]
+            assert connect_from(server.port, "127.0.0.1").banner.startswith(b"220")
+            assert [client.reply()[:3] for client in slow] == [b"220"] * 40
+            assert 0 < len(hanging) <= 8
+    finally:
+        release.set()
+    assert caplog.text.count("no answer in time") == 40
+
+
+@pytest.mark.parametrize(
+    "zones", [[], "zen.spamhaus.org", ["spamhaus"], ["zen spamhaus.org"], ["-a.example"], ["a..example"], ["b" * 190 + ".x"], [1]]
+)
+def test_what_is_not_a_zone_is_refused(zones: Any) -> None:
+    with pytest.raises(ValueError, match=r"zen\.spamhaus\.org"):
+        plugins.dnsbl(zones)
+
+
+def test_a_timeout_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="timeout is a number above 0"):
+        plugins.dnsbl(["bl.example"], timeout=0)

@@ -1,0 +1,213 @@
+"""logger: what is in the log of a session, and what never is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fumi_core import Fumi, plugins
+from fumi_core.proxy_protocol import ProxyHeader
+from fumi_core.testing import running
+
+Lines = Callable[[], list[str]]
+
+
+@pytest.fixture
+def app() -> Fumi:
+    app = Fumi(auth_optional=True, allow_insecure_auth=True, size=1000, close_timeout=0.2)
+    return app.use(plugins.logger())
+
+
+@pytest.fixture
+def lines(caplog: Any) -> Lines:
+    """What the plugin logged, without the connection's id and times."""
+    caplog.set_level(logging.INFO, "fumi.core.events")
+
+    def read() -> list[str]:
+        records = [record.getMessage() for record in caplog.records if record.name == "fumi.core.events"]
+        return [" ".join(word for word in line.split(" ") if not word.startswith(("id=", "seconds="))) for line in records]
+
+    return read
+
+
+def test_a_session_is_a_line_an_event(app: Fumi, connect: Any, lines: Lines, eventually: Any) -> None:
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope("a@b.example", "c@d.example", "e@f.example")
+        client.say("DATA")
+        client.say("hello\r\n.")
+        client.say("QUIT")
+        eventually(lambda: len(lines()) == 6)
+    assert lines() == [
+        "connection accepted client=127.0.0.1",
+        "sender accepted address=a@b.example",
+        "recipient accepted address=c@d.example",
+        "recipient accepted address=e@f.example",
+        "message accepted sender=a@b.example recipients=2 size=7",
+        "connection closed client=127.0.0.1 transactions=1",
+    ]
+
+
+def test_lines_have_the_id_and_lasting_things_their_seconds(app: Fumi, connect: Any, lines: Lines, caplog: Any) -> None:
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.say("hello\r\n.")
+        (message,) = server.messages
+    records = [record.msg for record in caplog.records if record.name == "fumi.core.events"]
+    assert {record.fields["id"] for record in records} == {message.session.id}
+    assert [record.words for record in records if "seconds" in record.fields] == ["message accepted", "connection closed"]
+
+
+def test_refusals_of_others_are_seen_with_code_and_words(app: Fumi, connect: Any, lines: Lines) -> None:
+    app.on_mail_from(lambda ctx, next: ctx.reject("Not you") if "bad" in ctx.address.address else next())
+    app.on_rcpt_to(lambda ctx, next: ctx.reject("Nobody here\r\nforged", 551) if "bad" in ctx.address.address else next())
+    app.on_data(lambda ctx, next: ctx.reject("4.2.2 Later", 450))
+    with running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO x")
+        client.say("MAIL FROM:<bad@b.example>")
+        client.say("MAIL FROM:<a@b.example>")
+        client.say("RCPT TO:<bad@d.example>")
+        client.say("RCPT TO:<c@d.example>")
+        client.say("DATA")
+        assert client.say("hello\r\n.").startswith(b"450")
+    refused = [line for line in lines() if "refused" in line]
+    assert refused == [
+        'sender refused address=bad@b.example code=550 reply="Not you"',
+        'recipient refused address=bad@d.example code=551 reply="Nobody here\\r\\nforged"',
+        'message refused sender=a@b.example recipients=1 size=7 code=450 reply="4.2.2 Later"',
+    ]
+
+
+def test_a_refused_connection_and_a_failing_handler_are_seen(app: Fumi, connect: Any, lines: Lines) -> None:
+    @app.on_connect
+    async def connected(ctx: Any, next: Any) -> None:
+        await asyncio.sleep(0)
+        if refusing:
+            ctx.reject("Go away", 554)
+        raise KeyError("oops")
+
+    with running(app) as server:
+        refusing = True
+        assert connect(server.port).banner.startswith(b"554")
+        refusing = False
+        assert connect(server.port).banner.startswith(b"421")
+    assert lines()[0] == 'connection refused client=127.0.0.1 code=554 reply="Go away"'
+    assert "connection refused client=127.0.0.1 problem=KeyError" in lines()
+
+
+def test_how_an_authentication_ended_is_logged_and_no_credential(app: Fumi, connect: Any, lines: Lines, caplog: Any) -> None:
+    @app.on_auth
+    async def auth(ctx: Any, next: Any) -> None:
+        if ctx.credentials.username == "blocked":
+            ctx.reject("Blocked")
+        if ctx.credentials.validate_password("secret"):
+            ctx.accept("joe")
+
+    with running(app) as server:
+        for response in ("AGpvZQB3cm9uZw==", "AGJsb2NrZWQAd3Jvbmc=", "AGpvZQBzZWNyZXQ="):  # joe:wrong blocked:wrong joe:secret
+            client = connect(server.port)
+            client.say("EHLO x")
+            client.say(f"AUTH PLAIN {response}")
+    assert [line for line in lines() if line.startswith("auth")] == [
+        "authentication refused method=PLAIN code=535",
+        "authentication refused method=PLAIN code=535 reply=Blocked",
+        "authentication accepted method=PLAIN username=joe",
+    ]
+    assert not any(word in caplog.text for word in ("wrong", "secret", "AGpv", "AGJs"))
+
+
+def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, connect: Any, lines: Lines, eventually: Any) -> None:
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        assert client.say("x" * 2000 + "\r\n.").startswith(b"552")
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall(b"half a message\r\n")
+        client.close()
+        eventually(lambda: "connection closed" in lines()[-1])
+    messages = [line for line in lines() if line.startswith("message")]
+    assert messages[0].startswith("message refused sender=a@b.example recipients=1 size=2002 code=552")
+    assert messages[1].startswith("message aborted sender=a@b.example recipients=1 ")
+
+
+def test_the_size_is_the_messages_though_nobody_reads_it(connect: Any, lines: Lines, tmp_path: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2).use(plugins.logger())
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        ctx.reject("Not read")
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        assert client.say(b"x" * 998 * 500 + b"\r\n.").startswith(b"552")
+    assert f"size={998 * 500 + 2} " in next(line for line in lines() if line.startswith("message"))
+
+
+@pytest.mark.parametrize(("refusing", "verdict"), [(["c@d.example"], "accepted"), (["c@d.example", "e@f.example"], "refused")])
+def test_in_lmtp_the_refused_recipients_are_counted(connect: Any, lines: Lines, refusing: list[str], verdict: str) -> None:
+    app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2).use(plugins.logger())
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        for address in refusing:
+            ctx.reject_recipient(address, "Full", 452)
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.say("LHLO x")
+        client.say("MAIL FROM:<a@b.example>")
+        client.say("RCPT TO:<c@d.example>")
+        client.say("RCPT TO:<e@f.example>")
+        client.say("DATA")
+        client.say("hello\r\n.")
+    expected = f"message {verdict} sender=a@b.example recipients=2 size=7 refused={len(refusing)}"
+    assert next(line for line in lines() if line.startswith("message")) == expected
+
+
+def test_who_came_through_a_terminator_is_named_with_it(connect: Any, lines: Lines) -> None:
+    app = Fumi(auth_optional=True, proxy_protocol="required", assume_tls=True, close_timeout=0.2).use(plugins.logger())
+    with running(app) as server:
+        connect(server.port, ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.1", 1), ("192.0.2.2", 25)).to_bytes())
+    assert lines()[0] == "connection accepted client=192.0.2.1 proxy=127.0.0.1 tls=yes"
+
+
+def test_nothing_is_remembered_of_who_is_gone(connect: Any, reset: Any, eventually: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2).use(plugins.logger())
+    closed: list[Any] = []
+    app.on_close(lambda ctx, next: closed.append(ctx))
+    remembered = app._handlers["close"][0].__self__._connected  # type: ignore[attr-defined]
+    with running(app) as server:
+        for _ in range(5):
+            connect(server.port).say("QUIT")
+            reset(connect(server.port))
+        eventually(lambda: len(closed) == 10)
+        assert remembered == {}
+
+
+def test_basic_logging_shows_the_fields() -> None:
+    program = """
+import logging, socket
+from fumi_core import Fumi, plugins
+from fumi_core.testing import running
+logging.basicConfig(level=logging.INFO)
+with running(Fumi(close_timeout=0.2).use(plugins.logger())) as server:
+    sock = socket.create_connection(("127.0.0.1", server.port))
+    sock.recv(100)
+    sock.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
+    assert "INFO:fumi.core.events:connection accepted id=" in done.stderr
+    assert " client=127.0.0.1" in done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from fumi_core import options as _options
@@ -29,7 +28,7 @@ class Fumi:
     """
 
     def __init__(self, **options: Any) -> None:
-        """Raises TypeError for an unknown option, ValueError for an impossible value. The options: see ``Options``."""
+        """The options: see ``Options``. Raises TypeError for an unknown one or a wrong type, ValueError for what cannot be."""
         self.options: Options = _options.read(options)
         self.observer = Observer()
         self.tally = Tally()
@@ -85,8 +84,7 @@ class Fumi:
 
     def configure(self, **options: Any) -> None:
         """Override options, before ``listen()``. Raises as the constructor does."""
-        _options.read(options)
-        self.options = replace(self.options, **options)
+        self.options = _options.override(self.options, options)
 
     # Serving
 

@@ -10,11 +10,6 @@ import re
 import socket
 from typing import NamedTuple
 
-VERBS = (
-    *(b"HELO", b"EHLO", b"LHLO", b"STARTTLS", b"AUTH", b"MAIL", b"RCPT", b"DATA", b"BDAT", b"RSET", b"NOOP"),
-    *(b"VRFY", b"EXPN", b"HELP", b"QUIT", b"XCLIENT", b"XFORWARD"),
-)
-
 MAX_PATH = 256  # RFC 5321 §4.5.3.1.3, octets, angle brackets included
 MAX_LOCAL_PART = 64  # §4.5.3.1.1
 MAX_DOMAIN = 255  # §4.5.3.1.2
@@ -48,6 +43,12 @@ PATH_SHAPE = re.compile(r"(?:[Ff][Rr][Oo][Mm]|[Tt][Oo]): ?<.*>.*", re.DOTALL)
 
 # ehlo = "EHLO" SP ( Domain / address-literal ): clients say many other things; what matters is that it is one printable word.
 CLIENT_HOSTNAME = re.compile(r"[!-~\u0080-\U0010ffff]{1,255}")
+
+VERBS = (
+    *("HELO", "EHLO", "LHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT"),
+    *("RSET", "NOOP", "VRFY", "EXPN", "HELP", "QUIT", "XCLIENT", "XFORWARD"),
+)
+"""Every command there is: RFC 5321 §4.1.1, RFC 2033 §4.1, RFC 3207, RFC 4954, RFC 3030, and Postfix's two."""
 
 # The verbs of HTTP: a browser, or a proxy made to speak to us by one.
 HTTP_REQUEST = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ", re.IGNORECASE)

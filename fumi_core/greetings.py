@@ -1,10 +1,11 @@
-"""What a server says of itself: the banner, and the answers to HELO and EHLO. The same for all clients, so encoded once."""
+"""What a server says of itself: the banner, and the answers to HELO, EHLO and HELP. The same for all clients, so encoded once."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
 from fumi_core import xclient
+from fumi_core.grammar import VERBS
 from fumi_core.options import Options
 from fumi_core.replies import Reply
 
@@ -24,6 +25,16 @@ class Greetings:
     @cached_property
     def helo(self) -> Reply:
         return Reply(250, self._options.name)
+
+    @cached_property
+    def help(self) -> Reply:
+        """The commands that it would know."""
+        options = self._options
+        unknown = {"HELO", "EHLO"} if options.lmtp else {"LHLO"}
+        unknown.update(options.disabled_commands, ["STARTTLS"] * options.hide_starttls, ["BDAT"] * options.hide_chunking)
+        unknown.update(["XCLIENT"] * (not options.use_xclient), ["XFORWARD"] * (not options.use_xforward))
+        verbs = " ".join(verb for verb in VERBS if verb not in unknown)
+        return Reply(214, f"See RFC 5321 for the commands: {verbs}", "2.0.0")
 
     def ehlo(self, secure: bool, auth: bool, trusted: bool) -> Reply:
         """The name, and the extensions, a line each (RFC 5321 §4.1.1.1).

@@ -1,14 +1,14 @@
-"""The options of ``Fumi(…)``: names, defaults, and what is wrong with a wrong one."""
+"""The options of ``Fumi(…)``: their names and defaults. What their values may be: ``option_values``."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import socket
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fumi_core.runtime.addresses import Networks
+from fumi_core.option_values import check
 
 _TLS_OPTIONS = {"secure", "key", "cert", "ca"}
 
@@ -54,28 +54,31 @@ class Options:
     disabled_verbs: frozenset[bytes] = field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
+        for option in NAMES:
+            object.__setattr__(self, option, check(option, getattr(self, option)))
         # The protocol compares verbs as they arrive: bytes.
-        object.__setattr__(self, "disabled_verbs", frozenset(verb.upper().encode() for verb in self.disabled_commands))
-        _one_of("proxy_protocol", self.proxy_protocol, ("off", "required"))
-        _one_of("bare_newlines", self.bare_newlines, ("reject", "normalize"))
-        Networks(self.trusted_proxies)
+        object.__setattr__(self, "disabled_verbs", frozenset(verb.encode() for verb in self.disabled_commands))
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {' or '.join(map(repr, allowed))}, not {value!r}")
+NAMES = tuple(each.name for each in fields(Options) if each.init)
 
 
 def read(given: dict[str, Any]) -> Options:
-    """Raises TypeError for an unknown option, naming the nearest; ValueError for a value that cannot be."""
-    known = [each.name for each in fields(Options) if each.init]
+    """Raises TypeError for an unknown option, naming the nearest, or a wrong type; ValueError for a value that cannot be."""
+    _refuse_unknown(given)
+    return Options(**given)
+
+
+def override(options: Options, given: dict[str, Any]) -> Options:
+    """The options with these changed. Raises as ``read`` does."""
+    _refuse_unknown(given)
+    return replace(options, **given)
+
+
+def _refuse_unknown(given: dict[str, Any]) -> None:
     for option in given:
         if option in _TLS_OPTIONS:
             raise TypeError(f"fumi_core.Fumi speaks no TLS: {option!r} is an option of fumi_edge.Fumi")
-        if option not in known:
-            nearest = difflib.get_close_matches(option, known, 1, 0)
+        if option not in NAMES:
+            nearest = difflib.get_close_matches(option, NAMES, 1, 0)
             raise TypeError(f"Fumi has no option {option!r}; did you mean {nearest[0]!r}?")
-    for option in ("auth_methods", "disabled_commands", "trusted_proxies"):
-        if option in given:
-            given = {**given, option: tuple(given[option])}
-    return Options(**given)

@@ -319,10 +319,12 @@ class Protocol:
         return replies.CANNOT_EXPAND if argument and not grammar.CONTROL.search(argument) else replies.SYNTAX_EXPN
 
     def _help(self, argument: bytes) -> Reply:
-        return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.HELP
+        return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else self._greetings.help
 
     def _starttls(self, argument: bytes) -> Reply:
-        return replies.ALREADY_TLS if self.session.secure else replies.NOT_IMPLEMENTED
+        if self.session.secure:
+            return replies.ALREADY_TLS
+        return replies.NOT_RECOGNIZED if self._options.hide_starttls else replies.NOT_IMPLEMENTED
 
     def _quit(self, argument: bytes) -> Reply:
         if argument:

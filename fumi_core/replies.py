@@ -60,7 +60,6 @@ CANNOT_VERIFY = Reply(252, "Cannot VRFY user, but will accept message and attemp
 CANNOT_EXPAND = Reply(252, "Cannot EXPN list", "2.5.0")
 CHUNK_OK = Reply(250, "Ok", "2.0.0")
 AUTHENTICATED = Reply(235, "Authentication successful", "2.7.0")
-HELP = Reply(214, "See RFC 5321 for the commands: HELO EHLO AUTH MAIL RCPT DATA BDAT RSET NOOP VRFY EXPN HELP QUIT", "2.0.0")
 START_DATA = Reply(354, "End data with <CR><LF>.<CR><LF>")
 
 # 4yz

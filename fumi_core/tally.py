@@ -12,7 +12,7 @@ class Tally:
     __slots__ = ("authentications", "commands", "replies")
 
     def __init__(self) -> None:
-        self.commands: dict[bytes, int] = dict.fromkeys([*VERBS, b"OTHER"], 0)
+        self.commands: dict[bytes, int] = dict.fromkeys([*(verb.encode() for verb in VERBS), b"OTHER"], 0)
         self.replies: dict[int, int] = {}
         results = ("ok", "failed", "aborted")
         self.authentications = dict.fromkeys(((method, result) for method in sasl.MECHANISMS for result in results), 0)

@@ -9,13 +9,14 @@ Before the dialogue, ``@ option = value`` sets an option of Fumi, the value a Py
 a handler: ``accept [text]``, ``reject code text``, ``refuse code text`` (LMTP, for that recipient alone) or ``fail`` (with an
 exception). ``whom`` is an address, or the user's name, whose password or token is then what ``accept`` is followed by.
 
-``A: close`` has the app closed. ``B! text`` is the text of a message that was accepted, in order and with escapes, and ``B.``
+``A: close`` has the app closed; ``A: another client`` had one connect before. ``B! text`` is the text of a message that was accepted, in order and with escapes, and ``B.``
 says that none was: with either, these are all there were.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import socket
 import threading
@@ -39,11 +40,18 @@ def test_the_server_answers_as_written(path: Path) -> None:
     app = _app(lines)
     with running(app) as server:
         closing = threading.Thread(target=server.run, args=(app.close,))
-        with socket.create_connection((server.host, server.port), timeout=30) as sock, sock.makefile("rb") as heard:
-            _talk(closing.start, sock, heard, lines, path.name)
+        with contextlib.ExitStack() as clients:
+            for _ in range(lines.count("A: another client")):
+                clients.enter_context(_connect(server)).recv(1)
+            sock = clients.enter_context(_connect(server))
+            _talk(closing.start, sock, clients.enter_context(sock.makefile("rb")), lines, path.name)
         if closing.ident is not None:
             closing.join()
         _expect_messages(server, lines)
+
+
+def _connect(server: RunningServer) -> socket.socket:
+    return socket.create_connection((server.host, server.port), timeout=30)
 
 
 def _app(lines: list[str]) -> Fumi:
@@ -96,8 +104,9 @@ def _talk(close: Callable[[], None], sock: socket.socket, heard: BinaryIO, lines
         if kind in ("C:", "C!", "C*"):
             waiting += _said(kind, text)
         elif kind == "A:":
-            assert text == "close", f"{name}:{number}"
-            close()
+            assert text in ("close", "another client"), f"{name}:{number}"
+            if text == "close":
+                close()
         elif kind in ("S:", "S?", "S*", "S."):
             sock.sendall(waiting)
             waiting = b""

@@ -167,6 +167,8 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["--trusted-proxy", "nonsense"],
         ["--config", "missing.toml"],
         ["--size", "-1"],
+        ["--banner", "grüß Gott"],
+        ["--name", "two words"],
         ["--drain-timeout", "0"],
         ["--nonsense"],
         ["--listen", "a..b:25"],

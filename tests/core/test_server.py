@@ -119,8 +119,7 @@ def test_a_local_session_is_worth_a_line_only_to_those_who_debug(behind: Any, co
             client = connect(server.port, opening)
             assert client.say("QUIT").startswith(b"221")
             assert client.reply() == b""
-    levels = [(record.message, record.levelname) for record in caplog.records if record.message == "session ended"]
-    assert sorted(levels) == [("session ended", "DEBUG"), ("session ended", "INFO")]
+    assert sorted(record.levelname for record in caplog.records if "session ended" in record.message) == ["DEBUG", "INFO"]
 
 
 @pytest.mark.parametrize(

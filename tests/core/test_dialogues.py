@@ -9,8 +9,8 @@ Before the dialogue, ``@ option = value`` sets an option of Fumi, the value a Py
 a handler: ``accept [text]``, ``reject code text``, ``refuse code text`` (LMTP, for that recipient alone) or ``fail`` (with an
 exception). ``whom`` is an address, or the user's name, whose password or token is then what ``accept`` is followed by.
 
-``A: close`` has the app closed; ``A: another client`` had one connect before. ``B! text`` is the text of a message that was accepted, in order and with escapes, and ``B.``
-says that none was: with either, these are all there were.
+``A: close`` has the app closed; ``A: another client`` had one connect before. ``B! text`` is the text of a message that was
+accepted, in order and with escapes, and ``B.`` says that none was: with either, these are all there were.
 """
 
 from __future__ import annotations

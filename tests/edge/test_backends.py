@@ -393,11 +393,12 @@ def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients, k
     def handler(peer):
         peer.say(b"421 4.3.2 draining\r\n")
 
-    server = backend(handler)
-    program = edge("--health-interval", "0.05", backend=server)
-    kit.until(lambda: up(program, server) == 0, "the fall")
+    servers = [backend(handler), backend(handler)]
+    program = edge("--health-interval", "0.05", *flags(servers[1]), backend=servers[0])
+    for server in servers:
+        kit.until(lambda server=server: up(program, server) == 0, "the fall")
     assert clients.tls(program.tls_port).rest() == b"421 4.3.2 draining\r\n"
-    assert up(program, server) == 0
+    assert [up(program, server) for server in servers] == [0, 0]
     assert program.events("backend is back") == []
 
 

@@ -199,10 +199,8 @@ class Connection(asyncio.Protocol):
         return self._owed > 0 or bool(self._answers)
 
     def reset(self) -> None:
-        """Say RSET; whoever uses the connection next hears its reply first. In the middle of something else, cut."""
-        if self.resetting:
-            self.cut()
-        elif self.usable:
+        """Say RSET; whoever uses the connection next hears its reply first."""
+        if self.usable:
             self._owed += 1
             self._transport.write(b"RSET\r\n")
 

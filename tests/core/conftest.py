@@ -142,13 +142,17 @@ class ScriptedHop:
         self.broken: list[bytes] = []
         """Those that broke off."""
         self.connections = 0
-        self.open = 0
+        self._open: set[socket.socket] = set()
         self.sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
         self.sock.bind(path or ("127.0.0.1", 0))
         self.sock.listen()
         self.address = f"unix:{path}" if path else f"127.0.0.1:{self.sock.getsockname()[1]}"
         self._clients: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def open(self) -> int:
+        return len(self._open)
 
     def close(self) -> None:
         for sock in (self.sock, *self._clients):
@@ -161,14 +165,14 @@ class ScriptedHop:
             while True:
                 client, _ = self.sock.accept()
                 self.connections += 1
-                self.open += 1
+                self._open.add(client)
                 self._clients.append(client)
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError), client, client.makefile("rb") as lines:
             self._converse(client, lines)
-        self.open -= 1
+        self._open.discard(client)
 
     def _converse(self, client: socket.socket, lines: Any) -> None:
         if not self._answer(client, "BANNER", b""):

@@ -48,6 +48,8 @@ class Greetings:
 
     def _extensions(self, secure: bool, auth: bool, trusted: bool) -> list[str]:
         options = self._options
+        chunking = not options.hide_chunking and "BDAT" not in options.disabled_commands
+        auth = auth and bool(options.auth_methods) and "AUTH" not in options.disabled_commands
         offered = [
             ("PIPELINING", not options.hide_pipelining),
             (f"SIZE {options.size}" if options.size else "SIZE", not options.hide_size),
@@ -55,11 +57,11 @@ class Greetings:
             ("ENHANCEDSTATUSCODES", not options.hide_enhancedstatuscodes),
             ("DSN", not options.hide_dsn),
             ("SMTPUTF8", not options.hide_smtputf8),
-            ("CHUNKING", not options.hide_chunking),
-            ("BINARYMIME", not options.hide_chunking),
+            ("CHUNKING", chunking),
+            ("BINARYMIME", chunking),
             ("REQUIRETLS", secure and not options.hide_requiretls),
             (f"LIMITS RCPTMAX={options.max_recipients}", True),
-            (f"AUTH {' '.join(options.auth_methods)}", auth and bool(options.auth_methods)),
+            (f"AUTH {' '.join(options.auth_methods)}", auth),
             (" ".join(["XCLIENT", *xclient.XCLIENT]), trusted and options.use_xclient),
             (" ".join(["XFORWARD", *xclient.XFORWARD]), trusted and options.use_xforward),
         ]

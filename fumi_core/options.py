@@ -52,12 +52,15 @@ class Options:
     logger: bool | logging.Logger = False
 
     disabled_verbs: frozenset[bytes] = field(init=False, default=frozenset())
+    auth_required: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         for option in NAMES:
             object.__setattr__(self, option, check(option, getattr(self, option)))
         # The protocol compares verbs as they arrive: bytes.
         object.__setattr__(self, "disabled_verbs", frozenset(verb.encode() for verb in self.disabled_commands))
+        # Where nobody can authenticate nobody has to: as in smtp-server, whose users disable AUTH to take mail from anyone.
+        object.__setattr__(self, "auth_required", not self.auth_optional and "AUTH" not in self.disabled_commands)
 
 
 NAMES = tuple(each.name for each in fields(Options) if each.init)

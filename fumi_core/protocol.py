@@ -207,7 +207,7 @@ class Protocol:
         options = self._options
         if verb in options.disabled_verbs:
             return replies.NOT_IMPLEMENTED
-        if not options.auth_optional and self._authentication_overdue(verb):
+        if options.auth_required and self._authentication_overdue(verb):
             return replies.TOO_MANY_ERRORS
         return ORDER.get(verb, ALWAYS).get(self.state) or handler(self, argument)
 
@@ -269,7 +269,7 @@ class Protocol:
     def _mail(self, argument: bytes) -> Event | Reply:
         if self._options.require_tls and not self.session.secure:
             return replies.MUST_STARTTLS
-        if not self._options.auth_optional and self.session.user is None:
+        if self._options.auth_required and self.session.user is None:
             return replies.AUTHENTICATION_REQUIRED
         sender = grammar.read_path(grammar.MAIL_ARGUMENT, argument)
         if sender is None:

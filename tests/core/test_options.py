@@ -114,6 +114,18 @@ def test_disabled_commands_are_not_implemented() -> None:
     assert answer(b"VRFY root\r\n").startswith("252")
 
 
+def test_disabled_commands_take_their_extensions_along() -> None:
+    for verb, keyword in (("AUTH", "AUTH"), ("BDAT", "CHUNKING"), ("BDAT", "BINARYMIME")):
+        assert offers(keyword, secure=True, authenticates=True)
+        assert not offers(keyword, secure=True, authenticates=True, disabled_commands=[verb])
+
+
+def test_disabled_commands_without_auth_ask_nobody_for_it() -> None:
+    said = b"NOOP\r\n" * 20 + b"MAIL FROM:<>\r\n"
+    assert answer(said, auth_optional=False, disabled_commands=["AUTH"]).startswith("250")
+    assert answer(said, auth_optional=False).startswith("421")
+
+
 def test_hide_starttls_makes_it_a_word_nobody_knows() -> None:
     assert answer(b"STARTTLS\r\n").startswith("502")
     assert "STARTTLS" in answer(b"HELP\r\n").split()

@@ -18,6 +18,7 @@ from fumi_core.runtime.resolver import Resolve, Resolver, ipv4_addresses
 REMEMBERED = 300.0
 """Seconds for which an answer is good."""
 MAX_REMEMBERED = 16_384
+"""Answers, in each zone."""
 
 _log = logging.getLogger("fumi.core")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -64,11 +65,15 @@ def dnsbl(
 class Blocklist:
     """One zone, and what it said lately."""
 
-    def __init__(self, zone: str, resolver: Resolver, clock: Callable[[], float]) -> None:
+    def __init__(self, zone: str, resolver: Resolver, clock: Callable[[], float], limit: int = MAX_REMEMBERED) -> None:
         self.zone = zone
         self._resolver = resolver
         self._clock = clock
+        self._limit = limit
         self._answers: dict[str, tuple[float, bool]] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
 
     async def lists(self, address: IPv4Address | IPv6Address, id: str) -> bool:
         """Whether the address is on it, as far as one can know; ``id`` is the connection's, for the log."""
@@ -88,7 +93,7 @@ class Blocklist:
 
     def _remember(self, name: str, listed: bool) -> None:
         self._answers.pop(name, None)
-        if len(self._answers) >= MAX_REMEMBERED:
+        if len(self._answers) >= self._limit:
             del self._answers[next(iter(self._answers))]
         self._answers[name] = (self._clock() + REMEMBERED, listed)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
 
 from fumi_core import Fumi, plugins
+from fumi_core.plugins.dnsbl import Blocklist
+from fumi_core.runtime.resolver import Resolver
 from fumi_core.testing import running
 
 HEADER = b"PROXY TCP4 8.8.4.%d 192.0.2.1 1234 25\r\n"
@@ -117,6 +121,17 @@ def test_an_answer_is_remembered_for_a_while_and_a_failure_is_not(app: Fumi, con
         assert len(resolve.asked) == 2
         clock.now += 301
         assert connect_from(server.port, "8.8.4.4").banner.startswith(b"220")
+
+
+def test_memory_is_bounded_however_many_addresses_come(clock: Any) -> None:
+    blocklist = Blocklist("bl.example", Resolver(Zone(), timeout=30), clock, limit=8)
+
+    async def ask() -> None:
+        for number in range(100):
+            assert not await blocklist.lists(IPv4Address(f"8.8.4.{number}"), "1")
+
+    asyncio.run(ask())
+    assert len(blocklist) == 8
 
 
 def test_a_resolver_that_hangs_holds_up_neither_others_nor_more_threads(

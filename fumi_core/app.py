@@ -102,25 +102,22 @@ class Fumi:
         else:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
-            options = self.options
-            trusted = Networks(options.trusted_proxies)
-            service = Service(options, self._chains, Greetings(options), self.tally, self.observer, trusted)
-            self._server = Server(service, self._logger())
+            self._server = Server(self._service(), self._logger())
         for each in sockets:
-            self._server.listen(each)
+            self._listen(self._server, each)
 
     async def close(self) -> None:
         """Stop accepting, let transactions end for ``close_timeout`` seconds, then cut what is left."""
         server, self._server = self._server, None
         if server is not None:
-            await server.close(self.options.close_timeout)
+            await self._close(server)
             for release in self._at_close:
                 release()
 
     @property
     def addresses(self) -> list[tuple[str, int] | str]:
         """Where it listens: (host, port), or a Unix socket's path."""
-        names = [sock.getsockname() for sock in (self._server.sockets if self._server else ())]
+        names = [sock.getsockname() for sock in (self._sockets(self._server) if self._server else ())]
         return [name[:2] if isinstance(name, tuple) else name for name in names]
 
     @property
@@ -130,6 +127,22 @@ class Fumi:
             if isinstance(address, tuple):
                 return address[1]
         raise RuntimeError("not listening on a TCP port")
+
+    def _service(self) -> Service:
+        options = self.options
+        trusted = Networks(options.trusted_proxies)
+        return Service(options, self._chains, Greetings(options), self.tally, self.observer, trusted)
+
+    # What fumi_edge.Fumi does otherwise
+
+    def _listen(self, server: Server, sock: socket.socket) -> None:
+        server.listen(sock)
+
+    def _sockets(self, server: Server) -> list[socket.socket]:
+        return server.sockets
+
+    async def _close(self, server: Server) -> None:
+        await server.close(self.options.close_timeout)
 
     def _logger(self) -> logging.Logger | None:
         if isinstance(self.options.logger, logging.Logger):

@@ -57,9 +57,10 @@ class Server:
         """Accept connections from a listening socket, which is the server's from here on."""
         sock.setblocking(False)
         name = str(sock.getsockname())
-        self._acceptors.append(Acceptor(sock, name, logging.getLogger("fumi.core"), self._admit))
+        self._acceptors.append(Acceptor(sock, name, logging.getLogger("fumi.core"), self.admit))
 
-    def _admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
+    def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
+        """Serve a connected, non-blocking socket, whose ends have these names."""
         Connection(self, sock, peer_of(peer), peer_of(own)).start()
 
     @property

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
-from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.logs import event
-from fumi_edge.dialing import OURS, Destination, connect, quit_and_close, reason_of
+from fumi_edge.dialing import OURS, Destination, quit_and_close, reason_of
 from fumi_edge.ending import reset_on_close
 from fumi_edge.metrics import BackendMetrics, EdgeMetrics
 
@@ -61,9 +60,9 @@ class Backend:
 
     __slots__ = ("_checked", "_failed_at", "_trouble", "_unhealthy", "connections", "destination", "metrics", "name", "up")
 
-    def __init__(self, address: SocketAddress, metrics: BackendMetrics) -> None:
-        self.destination = Destination(address)
-        self.name = str(address)
+    def __init__(self, destination: Destination, metrics: BackendMetrics) -> None:
+        self.destination = destination
+        self.name = destination.name
         self.metrics = metrics
         self.connections = 0
         self.up = True
@@ -125,9 +124,9 @@ class Backends:
     """All backends of an edge; ``balance`` is one of BALANCES."""
 
     def __init__(
-        self, addresses: Sequence[SocketAddress], connect_timeout: float, metrics: EdgeMetrics, balance: str = "leastconn"
+        self, destinations: Iterable[Destination], connect_timeout: float, metrics: EdgeMetrics, balance: str = "leastconn"
     ) -> None:
-        self.all = [Backend(address, metrics.backend(str(address))) for address in dict.fromkeys(addresses)]
+        self.all = [Backend(each, metrics.backend(each.name)) for each in destinations]
         self._timeout = connect_timeout
         self._balance = balance
         self._turn = -1
@@ -173,7 +172,7 @@ class Backends:
         backend.connections += 1
         sock = None
         try:
-            sock = await connect(loop, backend.destination, self._timeout, opening)
+            sock = await backend.destination.connect(loop, self._timeout, opening)
         except OSError as error:
             if error.errno in OURS:
                 backend.metrics.errors["other"].inc()

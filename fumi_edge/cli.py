@@ -15,13 +15,14 @@ from typing import Any
 
 import click
 
-from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
+from fumi_core.runtime.addresses import Networks, parse_address
 from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, Program, SettingError, config_option
 from fumi_edge import dev
-from fumi_edge.backends import BALANCES, greeting
+from fumi_edge.backends import BALANCES, Backend, greeting
 from fumi_edge.certificates import Certificates
+from fumi_edge.dialing import Remote
 from fumi_edge.edge import Edge
 from fumi_edge.health import probe
 from fumi_edge.limits import Rate, parse_rate
@@ -111,7 +112,7 @@ def main(log_format: str, log_level: str, check: bool, dev_mode: bool, **flags: 
             flags |= dev.defaults(flags, directory)
         edge = _edge(flags)
         if check:
-            _check(edge, () if dev_mode else edge.backend_addresses, flags)
+            _check(edge, () if dev_mode else edge.backends, flags)
             return
         with asyncio.Runner() as runner:
             runner.run(_run(edge, dev.Bench(edge, directory) if dev_mode else None))
@@ -137,7 +138,8 @@ def _edge(flags: dict[str, Any]) -> Edge:
     if not flags["listen"] and not flags["starttls_listen"]:
         flags["listen"] = (parse_address(":465"),)
     balancers = Networks(trusted or _LOOPBACK) if accepts else None
-    return Edge(certificates=certificates, backends=flags.pop("backend"), balancers=balancers, **flags)
+    backends = [Remote(address) for address in dict.fromkeys(flags.pop("backend"))]
+    return Edge(certificates=certificates, backends=backends, balancers=balancers, **flags)
 
 
 def _policy(flags: dict[str, Any]) -> Policy:
@@ -153,12 +155,12 @@ def _policy(flags: dict[str, Any]) -> Policy:
         raise SettingError(f"--ciphers: {error}") from None
 
 
-def _check(edge: Edge, backends: Sequence[SocketAddress], flags: dict[str, Any]) -> None:
+def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any]) -> None:
     """Exit with status 2 and a line for each thing that is wrong."""
     problems: list[str | None] = [*edge.certificates.problems(time.time())]
-    for address in backends:
-        trouble = probe(address, flags["connect_timeout"], greeting(flags["proxy_protocol"]))
-        problems.append(trouble and f"backend {address}: {trouble}")
+    for backend in backends:
+        trouble = probe(backend.destination, flags["connect_timeout"], greeting(flags["proxy_protocol"]))
+        problems.append(trouble and f"backend {backend.name}: {trouble}")
     if found := [problem for problem in problems if problem]:
         raise SettingError("\n       ".join(found))
     click.echo("everything is in order")

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.logs import event
@@ -29,13 +29,26 @@ Target = tuple[int, Any]
 """Address family, and the address as connect() takes it."""
 
 
-class Destination:
+class Destination(Protocol):
+    """Where a backend is; ``name`` is what logs and metrics call it."""
+
+    name: str
+
+    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: bytes) -> socket.socket:
+        """A connection on which ``opening`` has been sent, after ``timeout`` seconds at most a step. Raises OSError."""
+
+    def afresh(self) -> Destination:
+        """The same place, to be connected to from another event loop."""
+
+
+class Remote:
     """An address to connect to. The addresses behind a host name are asked for again every RESOLVE seconds, in the background."""
 
-    __slots__ = ("_asked_at", "_asking", "_targets", "address")
+    __slots__ = ("_asked_at", "_asking", "_targets", "address", "name")
 
     def __init__(self, address: SocketAddress) -> None:
         self.address = address
+        self.name = str(address)
         self._targets = _literal(address)
         self._asked_at = float("-inf") if not self._targets else float("inf")
         self._asking: asyncio.Task[OSError | None] | None = None
@@ -58,14 +71,30 @@ class Destination:
             self._targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
         except OSError as error:
             if self._targets:
-                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.address, detail=error)
+                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, detail=error)
             return error
         finally:
             self._asked_at = loop.time()
             self._asking = None
         return None
 
-    def prefer(self, target: Target) -> None:
+    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: bytes) -> socket.socket:
+        """The resolver has ``timeout`` seconds, and then each address."""
+        failure: OSError = OSError("no address")
+        for target in await self.targets(loop, timeout):
+            try:
+                sock = await _connect(loop, target, timeout, opening)
+            except OSError as error:
+                failure = error
+            else:
+                self._prefer(target)
+                return sock
+        raise failure
+
+    def afresh(self) -> Remote:
+        return Remote(self.address)
+
+    def _prefer(self, target: Target) -> None:
         """Try this one first from now on: it answered when others did not."""
         if target in self._targets and self._targets[0] != target:
             self._targets = (target, *(each for each in self._targets if each != target))
@@ -82,23 +111,6 @@ def _literal(address: SocketAddress) -> tuple[Target, ...]:
     except OSError:
         return ()
     return ((family, (host, address.port)),)
-
-
-async def connect(loop: asyncio.AbstractEventLoop, destination: Destination, timeout: float, opening: bytes) -> socket.socket:
-    """A connection on which ``opening`` has been sent. Raises OSError.
-
-    The resolver has ``timeout`` seconds, and then each address.
-    """
-    failure: OSError = OSError("no address")
-    for target in await destination.targets(loop, timeout):
-        try:
-            sock = await _connect(loop, target, timeout, opening)
-        except OSError as error:
-            failure = error
-        else:
-            destination.prefer(target)
-            return sock
-    raise failure
 
 
 async def _connect(loop: asyncio.AbstractEventLoop, target: Target, timeout: float, opening: bytes) -> socket.socket:

@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.runtime.endpoint import Endpoint, Problem
 from fumi_core.runtime.logs import event
-from fumi_edge.backends import Backends, Name, greeting
+from fumi_edge.backends import Backend, Backends, Name, greeting
 from fumi_edge.certificates import Certificates
 from fumi_edge.connection import Connection, Service
+from fumi_edge.dialing import Destination
 from fumi_edge.health import Checks, probe
 from fumi_edge.limits import Limits, Rate, Rejections
 from fumi_edge.listener import Listener
@@ -46,7 +47,7 @@ class Edge:
         self,
         *,
         certificates: Certificates,
-        backends: Sequence[SocketAddress],
+        backends: Sequence[Destination],
         listen: Sequence[SocketAddress] = (),
         starttls_listen: Sequence[SocketAddress] = (),
         proxy_protocol: str = "v2",
@@ -73,7 +74,6 @@ class Edge:
         self.metrics = EdgeMetrics(self._registry, certificates.ciphers(), version("fumi"))
         self._reloader = Reloader(certificates, self.metrics, cert_reload_interval)
         self._reloads: set[asyncio.Task[None]] = set()
-        self.backend_addresses = backends
         self._service = Service(
             certificates=certificates,
             backends=Backends(backends, connect_timeout, self.metrics, balance),
@@ -115,14 +115,21 @@ class Edge:
             opening = greeting(service.proxy_protocol)
             self._checks = Checks(service.backends, self._health_interval, self._connect_timeout, opening)
         for sock, name, starttls in bound:
-            self.listeners.append(
-                Listener(sock, name, starttls, self._balancers, service.limits, service.rejections, self.metrics, self._serve)
-            )
-            event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
+            self.listen(sock, name, starttls)
         if self.endpoint is not None:
             event(log, logging.INFO, "metrics", port=self.endpoint.port)
         self._reloader.start()
         self._beat()
+
+    def listen(self, sock: socket.socket, name: str, starttls: bool) -> None:
+        """Serve the clients of one more listening, non-blocking socket, which is the edge's from here on."""
+        limits, rejections = self._service.limits, self._service.rejections
+        self.listeners.append(Listener(sock, name, starttls, self._balancers, limits, rejections, self.metrics, self._serve))
+        event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
+
+    @property
+    def backends(self) -> Sequence[Backend]:
+        return self._service.backends.all
 
     def reload(self) -> asyncio.Task[None]:
         """Begin to read the certificates anew; no connection notices. What it returns is done when they are in service."""
@@ -188,11 +195,11 @@ class Edge:
         if problem is None and self._health_interval:
             return self._service.backends.problem()
         if problem is None:
-            for address in self.backend_addresses:
-                trouble = probe(address, PROBE, greeting(self._service.proxy_protocol))
+            for backend in self._service.backends.all:
+                trouble = probe(backend.destination, PROBE, greeting(self._service.proxy_protocol))
                 if trouble is None:
                     return None
-                problem = f"backend {address}: {trouble}"
+                problem = f"backend {backend.name}: {trouble}"
         return problem
 
 

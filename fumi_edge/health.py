@@ -9,9 +9,8 @@ import asyncio
 import random
 import socket
 
-from fumi_core.runtime.addresses import SocketAddress
 from fumi_edge.backends import Backend, Backends
-from fumi_edge.dialing import OURS, Destination, connect, quit_and_close, reason_of
+from fumi_edge.dialing import OURS, Destination, quit_and_close, reason_of
 from fumi_edge.readiness import receive
 from fumi_edge.starttls import Replies
 
@@ -34,7 +33,7 @@ async def greeted(destination: Destination, timeout: float, opening: bytes) -> s
     Raises BadBanner, or OSError when no connection came about.
     """
     loop = asyncio.get_running_loop()
-    sock = await connect(loop, destination, timeout, opening)
+    sock = await destination.connect(loop, timeout, opening)
     try:
         async with asyncio.timeout(timeout):
             banner = await _banner(loop, sock)
@@ -57,11 +56,11 @@ async def _banner(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes
     raise BadBanner("closed the connection without a banner")
 
 
-def probe(address: SocketAddress, timeout: float, opening: bytes) -> str | None:
+def probe(destination: Destination, timeout: float, opening: bytes) -> str | None:
     """One check from outside the loop: what is wrong with a backend, or None."""
 
     async def once() -> None:
-        await quit_and_close(await greeted(Destination(address), timeout, opening))
+        await quit_and_close(await greeted(destination.afresh(), timeout, opening))
 
     try:
         asyncio.run(once())

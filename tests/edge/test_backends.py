@@ -16,6 +16,7 @@ import fumi_edge.backends
 import fumi_edge.dialing
 from fumi_core.runtime.addresses import parse_address
 from fumi_edge.backends import AVOID, Backends
+from fumi_edge.dialing import Remote
 from fumi_edge.metrics import EdgeMetrics
 
 CORE = Path(sys.executable).with_name("fumi-core")
@@ -423,7 +424,7 @@ def test_checks_that_hang_hold_up_nobody(edge, clients, kit, backend):
 def pool():
     def pool(*addresses, timeout=20.0, balance="leastconn"):
         metrics = EdgeMetrics(CollectorRegistry(), [], "0")
-        return Backends([parse_address(each) for each in addresses], timeout, metrics, balance)
+        return Backends([Remote(parse_address(each)) for each in addresses], timeout, metrics, balance)
 
     return pool
 

@@ -29,7 +29,7 @@ from fumi_core.runtime.logs import event as log_event
 from fumi_core.runtime.logs import failure
 from fumi_core.session import Address, Session
 from fumi_core.states import State
-from fumi_core.stream import MessageStream
+from fumi_core.stream import HIGH_WATER, MessageStream
 from fumi_core.tally import Tally
 
 errors = logging.getLogger("fumi.core")
@@ -128,7 +128,8 @@ class Dialogue:
         """Enough bytes wait here for now."""
         if self._message is not None and self._message.stream.full:
             return True
-        return (self.protocol.pending is not None and self.protocol.buffered > 0) or self.protocol.throttled
+        # Read on while a handler is at work: that is how a client that said more, and has gone, is noticed.
+        return (self.protocol.pending is not None and self.protocol.buffered > HIGH_WATER) or self.protocol.throttled
 
     @property
     def message_started(self) -> float | None:

@@ -125,7 +125,9 @@ class Protocol:
         event, self.pending = self.pending, None
         envelope = self.session.envelope
         if type(event) is Rcpt:
-            envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != event.address.address]
+            if not self._options.lmtp:
+                # Said twice is wanted once. LMTP owes a reply for each RCPT it took, the same one or not (RFC 2033 §4.2).
+                envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != event.address.address]
             envelope.rcpt_to.append(event.address)
             self.state = State.RCPT
             self._reply(replies.RECIPIENT_OK)

@@ -117,7 +117,8 @@ def trace_headers(session: Session) -> bytes:
     """What final delivery puts in front (RFC 5321 §4.4): Return-Path, a Delivered-To for each recipient, Received."""
     envelope = session.envelope
     sender = envelope.mail_from.address if envelope.mail_from else ""
-    lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each.address}\r\n" for each in envelope.rcpt_to)]
+    recipients = dict.fromkeys(each.address for each in envelope.rcpt_to)
+    lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each}\r\n" for each in recipients)]
     return ("".join(lines) + session.received_header()).encode()
 
 

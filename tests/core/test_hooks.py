@@ -238,7 +238,10 @@ def test_on_close_comes_once_for_each_connection_that_reached_on_connect(
     assert len(set(closed)) == 4
 
 
-def test_a_handler_is_cancelled_when_its_client_is_gone(app: Fumi, connect: Any, eventually: Any, reset: Any) -> None:
+@pytest.mark.parametrize("ahead", [b"", b"DATA\r\n"])
+def test_a_handler_is_cancelled_when_its_client_is_gone(
+    app: Fumi, connect: Any, eventually: Any, reset: Any, ahead: bytes
+) -> None:
     seen: list[str] = []
 
     @app.on_rcpt_to
@@ -255,7 +258,7 @@ def test_a_handler_is_cancelled_when_its_client_is_gone(app: Fumi, connect: Any,
         client = connect(server.port)
         client.say("EHLO x")
         client.say("MAIL FROM:<>")
-        client.sock.sendall(b"RCPT TO:<a@b.example>\r\n")
+        client.sock.sendall(b"RCPT TO:<a@b.example>\r\n" + ahead)
         eventually(lambda: seen == ["waiting"])
         reset(client)
         eventually(lambda: seen == ["waiting", "cancelled", "closed"])

@@ -155,7 +155,8 @@ class Preamble:
         if not end:
             return None
         line, self._commands = self._commands[:end], self._commands[end:]
-        return line if len(line) <= LINE_LIMIT or self._may_be_long(line) else b""
+        whole = len(line) <= LINE_LIMIT or self._may_be_long(line) or _BINARY.match(line)
+        return line if whole else b""
 
     def _unfinished(self) -> Step:
         """Judge the beginning of a line that is not whole yet."""

@@ -1,0 +1,159 @@
+"""The STARTTLS preamble between random clients and a backend of few words, against a model that is told everything at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from fumi_edge import starttls
+from fumi_edge.starttls import LINE_LIMIT, Preamble, Step, Verdict
+
+from . import campaign, speech
+
+OCTETWISE = 1000
+"""Octets up to which an input is also fed octet by octet."""
+
+BEFORE_TLS = (b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT")
+BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
+HTTP = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ", re.IGNORECASE)
+BANNER = b"220-mx\r\n220 mx\r\n"
+LISTS = (b"250 mx\r\n", b"250-mx\r\n250 SIZE\r\n", b"250-mx\r\n250-STARTTLS\r\n250 SIZE\r\n", b"501 no\r\n")
+
+
+def verb_of(line: bytes) -> bytes:
+    return re.split(rb"[ \t\r\n]", line)[0].upper()
+
+
+def backend(line: bytes) -> bytes:
+    """What the backend answers to a line: always the same to the same."""
+    verb = verb_of(line)
+    if verb in (b"EHLO", b"LHLO"):
+        return LISTS[len(line) % len(LISTS)]
+    if verb in (b"DATA", b"AUTH"):
+        return (b"354 go on\r\n", b"503-not\r\n503 now\r\n")[len(line) % 2]
+    return (b"250 ok\r\n", b"250-it is\r\n250 ok\r\n", b"500 what\r\n")[len(line) % 3]
+
+
+def offered(reply: bytes, hide: bool) -> bytes:
+    """EHLO's reply as the client gets it."""
+    words = [line[4:] for line in reply.splitlines() if line[4:] != b"STARTTLS" or not hide]
+    if not hide and b"STARTTLS" not in words:
+        words.append(b"STARTTLS")
+    return b"".join(b"250%b%b\r\n" % (b" " if at == len(words) - 1 else b"-", word) for at, word in enumerate(words))
+
+
+class Outcome(NamedTuple):
+    """What the client and the backend got, the verdict, and how much of what the client said was looked at by then."""
+
+    client: bytes
+    forwarded: bytes
+    verdict: Verdict | None = None
+    taken: int = 0
+
+
+@dataclass(frozen=True)
+class Dialogue(campaign.Case):
+    """What a client says before TLS, to an edge that insists on it or does not."""
+
+    require_tls: bool
+    hide: bool
+
+    def check(self) -> None:
+        if any(len(line) >= LINE_LIMIT and verb_of(line) in (b"AUTH", b"BDAT") for line in self.data.split(b"\n")):
+            return  # the backend judges it, before or after it is whole
+        chance = Random(self.cut)
+        expected = self._expected()
+        octets = [speech.octets(self.data)] if self.cut % 4 == 0 and len(self.data) < OCTETWISE else []
+        for pieces in ([self.data], speech.cut(chance, self.data), *octets):
+            got = self._relay(pieces, chance)
+            if got.verdict is Verdict.INJECTION and got.taken > expected.taken:
+                # What comes together with STARTTLS is found out, and nobody looks at what comes later.
+                got = Outcome(got.client.removesuffix(starttls.INJECTED), got.forwarded, Verdict.UPGRADE, expected.taken)
+            assert got == expected, f"in {len(pieces)} pieces: {got} instead of {expected}"
+
+    def _relay(self, pieces: list[bytes], chance: Random) -> Outcome:
+        preamble = Preamble(self.require_tls, self.hide)
+        client = forwarded = b""
+        waiting = [b"", *pieces]
+        answer = BANNER
+        while waiting:
+            if preamble.wants_command:
+                step = preamble.client_said(waiting.pop(0))
+            else:
+                said, answer = _some(chance, answer)
+                step = preamble.backend_said(said)
+            client, forwarded = client + step.client, forwarded + step.backend
+            if step.verdict is not None:
+                return self._end(step, client, forwarded, waiting)
+            if step.backend:
+                assert step.backend.count(b"\n") == 1, f"{step.backend!r} is not one command"
+                answer += backend(step.backend)
+            waiting = waiting if waiting or preamble.wants_command else [b""]
+        return Outcome(client, forwarded)
+
+    def _end(self, step: Step, client: bytes, forwarded: bytes, waiting: list[bytes]) -> Outcome:
+        if step.verdict is Verdict.PLAINTEXT:
+            forwarded += b"".join(waiting)
+        taken = len(self.data) - len(b"".join(waiting)) if step.verdict in (Verdict.UPGRADE, Verdict.INJECTION) else 0
+        return Outcome(client, forwarded, step.verdict, taken)
+
+    def _expected(self) -> Outcome:
+        client, forwarded, errors = BANNER, b"", 0
+        rest = self.data
+        while line := rest[: rest.find(b"\n") + 1]:
+            rest = rest[len(line) :]
+            local = self._local(line)
+            if isinstance(local, Verdict):
+                said = starttls.NOT_SMTP if local is Verdict.NOT_SMTP else b""
+                taken = len(self.data) - len(rest) if local is Verdict.UPGRADE else 0
+                return Outcome(client + said, forwarded + (line + rest if local is Verdict.PLAINTEXT else b""), local, taken)
+            if local:
+                errors += 1
+                if errors > starttls.MAX_ERRORS:
+                    return Outcome(client + starttls.TOO_MANY_ERRORS, forwarded, Verdict.ERRORS)
+                client += local
+                continue
+            reply = backend(line)
+            forwarded += line
+            client += offered(reply, self.hide) if verb_of(line) in (b"EHLO", b"LHLO") and reply[:1] == b"2" else reply
+            if reply[:1] == b"3" and not self.require_tls:
+                return Outcome(client, forwarded + rest, Verdict.PLAINTEXT)
+        if BINARY.match(rest):
+            return Outcome(client + starttls.NOT_SMTP, forwarded, Verdict.NOT_SMTP)
+        return Outcome(client, forwarded)
+
+    def _local(self, line: bytes) -> bytes | Verdict:
+        """The edge's own answer to a line, b"" where it is the backend's."""
+        verb = verb_of(line)
+        if BINARY.match(line):
+            return Verdict.NOT_SMTP
+        if len(line) > LINE_LIMIT:
+            return starttls.LINE_TOO_LONG
+        if self.require_tls and HTTP.match(line):
+            return Verdict.NOT_SMTP
+        if verb == b"STARTTLS" and line.endswith(b"\r\n"):
+            return Verdict.UPGRADE if not line[8:-2].strip(b" \t") else starttls.NO_ARGUMENT
+        if self.require_tls and (verb not in BEFORE_TLS or b"\r" in line.rstrip(b"\r\n")):
+            return starttls.MUST_STARTTLS
+        return Verdict.PLAINTEXT if verb == b"BDAT" else b""
+
+
+def _some(chance: Random, answer: bytes) -> tuple[bytes, bytes]:
+    """The first octets of what the backend says, one at least, and the rest."""
+    size = chance.randrange(1, len(answer) + 1)
+    return answer[:size], answer[size:]
+
+
+def dialogue(chance: Random) -> Dialogue:
+    said = speech.session(chance, b"EHLO x\r\n")
+    if chance.random() < 0.5:
+        said = speech.bent(
+            chance, said.replace(b"MAIL FROM", chance.choice((b"STARTTLS\r\nMAIL FROM", b"STARTTLS", b"MAIL FROM")), 1)
+        )
+    return Dialogue(said, chance.randrange(1 << 30), chance.random() < 0.3, chance.random() < 0.3)
+
+
+def test_the_preamble_relays_as_the_model_says_however_it_is_cut() -> None:
+    campaign.run("preamble", 10, dialogue)

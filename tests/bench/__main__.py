@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `ops/bench [--json FILE] [--rounds N] [ROW …]`."""
+"""The command line of the benchmarks: `ops/bench [--json FILE] [--rounds N] [--soak N] [ROW …]`."""
 
 import argparse
 import resource
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import environment, report
 from .rounds import measured
-from .rows import DESCRIPTORS, ROWS, Row
+from .rows import DESCRIPTORS, ROWS, SOAK_MESSAGES, SOAK_SLICE, Row, soak
 
 
 def parsed_arguments() -> argparse.Namespace:
@@ -20,16 +20,24 @@ def parsed_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each contestant does each row (default 5)")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"rows by name or by the start of it (default all): {names}")
-    return parser.parse_args()
+    soaking = f"messages of the row soak, at least {2 * SOAK_SLICE} (default {SOAK_MESSAGES})"
+    parser.add_argument("--soak", type=int, default=SOAK_MESSAGES, metavar="N", help=soaking)
+    which = f"rows by name or by the start of it (default all but soak): {names}"
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=which)
+    asked = parser.parse_args()
+    if asked.soak < 2 * SOAK_SLICE:
+        parser.error(f"--soak is at least {2 * SOAK_SLICE}: growth is from the first {SOAK_SLICE} messages on")
+    return asked
 
 
 def chosen(starts: Sequence[str]) -> list[Row]:
-    """The rows whose names start with one of these; all of them for none. SystemExit for a start that no row has."""
+    """The rows whose names start with one of these, for none all but those on request. SystemExit for a start that no row has."""
     for start in starts:
         if not any(row.name.startswith(start) for row in ROWS):
             raise SystemExit(f"ops/bench: no row is called {start}")
-    return [row for row in ROWS if not starts or row.name.startswith(tuple(starts))]
+    if not starts:
+        return [row for row in ROWS if not row.on_request]
+    return [row for row in ROWS if row.name.startswith(tuple(starts))]
 
 
 def allow_descriptors() -> None:
@@ -42,7 +50,7 @@ def allow_descriptors() -> None:
 def main() -> None:
     """Install what is missing, measure, report."""
     asked = parsed_arguments()
-    rows = chosen(asked.rows)
+    rows = [soak(asked.soak) if row.name == "soak" else row for row in chosen(asked.rows)]
     allow_descriptors()
     try:
         environment.install()

@@ -74,6 +74,12 @@ def send_messages(connection: socket.socket, count: int, message: bytes) -> None
             expect(replies, code)
 
 
+def send_over(port: int, tls: bool, connections: int, count: int, message: bytes) -> None:
+    """So many connections, one after the other, `count` messages on each."""
+    for _ in range(connections):
+        send_messages(connect_tls(port, tls_context()) if tls else connect(port), count, message)
+
+
 def shake_hands(port: int, count: int) -> None:
     """`count` connections, one after the other, each from handshake to banner and EOF."""
     context = tls_context()
@@ -174,13 +180,15 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("load", choices=["messages", "handshakes", "transfer", "idle"])
     parser.add_argument("port", type=int)
     parser.add_argument("--sessions", type=int, default=1, help="connections at a time")
+    parser.add_argument("--connections", type=int, help="connections in all, for messages (default: one a session)")
     parser.add_argument("--count", type=int, default=1, help="messages, handshakes or blocks, in all")
     parser.add_argument("--size", type=int, default=1024, help="bytes of a message")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--direction", choices=["up", "down"], default="up")
     asked = parser.parse_args()
-    if asked.count % asked.sessions:
-        parser.error("--count must be a multiple of --sessions, so that no unit is lost")
+    asked.connections = asked.connections or asked.sessions
+    if asked.count % asked.connections or asked.connections % asked.sessions:
+        parser.error("--count must be a multiple of --connections, and that of --sessions, so that no unit is lost")
     return asked
 
 
@@ -189,13 +197,10 @@ def main() -> None:
     asked = parsed_arguments()
     share = asked.count // asked.sessions
     if asked.load == "messages":
-        message = body(asked.size)
-
-        def session() -> None:
-            connection = connect_tls(asked.port, tls_context()) if asked.tls else connect(asked.port)
-            send_messages(connection, share, message)
-
-        in_processes(asked.sessions, session)
+        message, connections = body(asked.size), asked.connections // asked.sessions
+        in_processes(
+            asked.sessions, lambda: send_over(asked.port, asked.tls, connections, asked.count // asked.connections, message)
+        )
     elif asked.load == "handshakes":
         in_processes(asked.sessions, lambda: shake_hands(asked.port, share))
     elif asked.load == "transfer":

@@ -1,11 +1,12 @@
 """From a running server to one figure."""
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
 from .loads import Load, idle_connections
-from .processes import Server, cpu_ns, memory_kib
+from .processes import Server, cpu_ns, memory_kib, resident_kib
 
 QUIET_FOR = 0.05
 QUIET_WITHIN = 5.0
@@ -79,6 +80,31 @@ class MemoryPerConnection:
             start = memory_kib(server.pids)
             say(f"open {self.connections}")
             return (memory_kib(server.pids) - start) / self.connections
+
+
+@dataclass(frozen=True)
+class Growth:
+    """KiB of resident set size by which the server grows between the first `slice` units and the last of so many `units`.
+
+    The load is done a slice at a time, so that each is over within the time that a load has.
+    """
+
+    load: Load
+    units: int
+    slice: int
+    turns: int = 1
+
+    def warm_up(self, server: Server) -> None:
+        """The first slice, after which a server has all that it needs."""
+        self.load(server.port, self.slice)
+
+    def __call__(self, server: Server) -> float:
+        before = resident_kib(server.pids)
+        for done in range(self.slice, self.units, self.slice):
+            self.load(server.port, self.slice)
+            if done % (10 * self.slice) == 0:
+                print(f"{done} of {self.units}: {resident_kib(server.pids) - before:+} KiB", file=sys.stderr)
+        return resident_kib(server.pids) - before
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,17 @@ def stat_fields(pid: int) -> list[str]:
 
 def memory_kib(pids: Sequence[int]) -> int:
     """Proportional set size of these processes and their descendants, in KiB: pages that several share are counted once."""
-    return sum(pss_kib(pid) for pid in with_descendants(pids))
+    return sum(smaps_kib(pid, "Pss") for pid in with_descendants(pids))
 
 
-def pss_kib(pid: int) -> int:
-    """`Pss` of /proc/PID/smaps_rollup, in KiB."""
+def resident_kib(pids: Sequence[int]) -> int:
+    """Resident set size of these processes and their descendants, in KiB: nobody else's coming and going changes it."""
+    return sum(smaps_kib(pid, "Rss") for pid in with_descendants(pids))
+
+
+def smaps_kib(pid: int, field: str) -> int:
+    """A field of /proc/PID/smaps_rollup, in KiB."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1])
-    raise ServerFailed(f"process {pid} has no Pss")
+    raise ServerFailed(f"process {pid} has no {field}")

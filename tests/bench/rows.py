@@ -14,7 +14,7 @@ from .contestants import (
     stunnel,
 )
 from .loads import client, smtp_source
-from .measures import CpuPerUnit, Measure, MemoryPerConnection, Silent
+from .measures import CpuPerUnit, Growth, Measure, MemoryPerConnection, Silent
 
 # Two descriptors a session in the edge, and some for the rest.
 DESCRIPTORS = 20_000
@@ -41,6 +41,8 @@ class Row:
     peers: tuple[Peer, ...] = ()
     at_most: float | None = None
     rounds: int | None = None
+    on_request: bool = False
+    """Whether it takes so long that it is done only when it is named."""
 
     def contestants(self) -> tuple[Contestant, ...]:
         """Ours first."""
@@ -70,6 +72,17 @@ def edge_row(name: str, work: str, unit: str, measure: Measure, talk: str, of_ha
     """A row of the edge against HAProxy and stunnel, each in front of the same backend."""
     peers = (Peer(Contestant("haproxy", haproxy(talk)), of_haproxy), Peer(Contestant("stunnel", stunnel(talk)), of_stunnel))
     return Row(name, work, unit, measure, Contestant("fumi-edge", fumi_edge(talk)), peers)
+
+
+SOAK_MESSAGES, SOAK_SLICE = 1_000_000, 10_000
+SOAKING = client("messages", "--sessions", "10", "--connections", str(SOAK_SLICE // 100))
+
+
+def soak(messages: int) -> Row:
+    """The row `soak`, with so many messages, 100 a connection."""
+    work = f"growth over {messages:,} messages of 1 KiB on {messages // 100:,} connections, from the first {SOAK_SLICE:,} on"
+    measure = Growth(SOAKING, messages, SOAK_SLICE)
+    return Row("soak", work, "KiB", measure, CORE, at_most=5 * 1024, rounds=1, on_request=True)
 
 
 ROWS = (
@@ -158,4 +171,5 @@ ROWS = (
         at_most=0,
         rounds=1,
     ),
+    soak(SOAK_MESSAGES),
 )

@@ -1,6 +1,7 @@
 """That the instruments tell the truth: clocks, headers, digests, replies. No peer runs here."""
 
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -8,7 +9,10 @@ import threading
 
 import pytest
 
-from . import backend, blocks, client, processes
+from fumi_core import Fumi
+from fumi_core.testing import running
+
+from . import backend, blocks, client, measures, processes
 
 BUSY = "import os, sys, time, threading\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass\n"
 SHOW_AND_WAIT = "\nprint(flush=True)\nsys.stdin.read()"
@@ -101,3 +105,26 @@ def test_the_backend_greets_each_client_by_its_header() -> None:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 12345 25\r\n")
             assert connection.recv(1024) == b"220 v1 192.0.2.1 12345 -\r\n"
+
+
+def test_growth_is_what_a_server_keeps_of_all_loads_but_the_first() -> None:
+    kept: list[bytes] = []
+    itself = processes.Server(0, (os.getpid(),))
+
+    def load(port: int, units: int) -> None:
+        kept.append(b"x" * 4_000_000)
+
+    growth = measures.Growth(load, units=40, slice=10)
+    growth.warm_up(itself)
+    assert 9_000 < growth(itself) < 15_000
+    assert len(kept) == 4
+
+
+def test_messages_go_over_as_many_connections_as_asked() -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2)
+    sessions: list[str] = []
+    app.on_connect(lambda ctx, next: sessions.append(ctx.session.id))
+    with running(app) as server:
+        client.send_over(server.port, False, 3, 2, client.body(100))
+        assert [message.session.id for message in server.messages] == [session for session in sessions for _ in range(2)]
+    assert len(sessions) == 3

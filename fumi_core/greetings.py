@@ -31,7 +31,7 @@ class Greetings:
         """The commands that it would know."""
         options = self._options
         unknown = {"HELO", "EHLO"} if options.lmtp else {"LHLO"}
-        unknown.update(options.disabled_commands, ["STARTTLS"] * options.hide_starttls, ["BDAT"] * options.hide_chunking)
+        unknown.update(options.disabled_commands, ["STARTTLS"] * options.hide_starttls, ["BDAT"] * (not options.chunking))
         unknown.update(["XCLIENT"] * (not options.use_xclient), ["XFORWARD"] * (not options.use_xforward))
         verbs = " ".join(verb for verb in VERBS if verb not in unknown)
         return Reply(214, f"See RFC 5321 for the commands: {verbs}", "2.0.0")
@@ -48,7 +48,6 @@ class Greetings:
 
     def _extensions(self, secure: bool, auth: bool, trusted: bool) -> list[str]:
         options = self._options
-        chunking = not options.hide_chunking and "BDAT" not in options.disabled_commands
         auth = auth and bool(options.auth_methods) and "AUTH" not in options.disabled_commands
         offered = [
             ("PIPELINING", not options.hide_pipelining),
@@ -57,8 +56,8 @@ class Greetings:
             ("ENHANCEDSTATUSCODES", not options.hide_enhancedstatuscodes),
             ("DSN", not options.hide_dsn),
             ("SMTPUTF8", not options.hide_smtputf8),
-            ("CHUNKING", chunking),
-            ("BINARYMIME", chunking),
+            ("CHUNKING", options.chunking),
+            ("BINARYMIME", options.chunking),
             ("REQUIRETLS", secure and not options.hide_requiretls),
             (f"LIMITS RCPTMAX={options.max_recipients}", True),
             (f"AUTH {' '.join(options.auth_methods)}", auth),

@@ -62,6 +62,11 @@ class Options:
         # Where nobody can authenticate nobody has to: as in smtp-server, whose users disable AUTH to take mail from anyone.
         object.__setattr__(self, "auth_required", not self.auth_optional and "AUTH" not in self.disabled_commands)
 
+    @property
+    def chunking(self) -> bool:
+        """Whether there is BDAT (RFC 3030); never offered and then refused, for a client sends its message behind it unasked."""
+        return not self.hide_chunking and b"BDAT" not in self.disabled_verbs
+
 
 NAMES = tuple(each.name for each in fields(Options) if each.init)
 

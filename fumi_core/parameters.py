@@ -71,7 +71,7 @@ def _body(envelope: Envelope, value: Value, session: Session, options: Options) 
     if value is True:
         return replies.BAD_PARAMETER
     body = str(value).upper()
-    if body not in ("7BIT", "8BITMIME", *(() if options.hide_chunking else ("BINARYMIME",))):
+    if body not in ("7BIT", "8BITMIME", *(("BINARYMIME",) if options.chunking else ())):
         return replies.UNSUPPORTED_PARAMETER
     envelope.body = body
     return None

@@ -72,6 +72,11 @@ def read_text(argument: bytes) -> str | None:
         return None
 
 
+def is_words(argument: bytes) -> bool:
+    """Whether there is something, and it is text: what VRFY and EXPN are asked about."""
+    return bool(argument) and not CONTROL.search(argument) and read_text(argument) is not None
+
+
 def has_path(argument: bytes) -> bool:
     """Whether there is something in angle brackets, so that it is the address that is wrong."""
     text = read_text(argument)

@@ -105,7 +105,7 @@ class Protocol:
             try:
                 line = self._input.line()
             except LineTooLong as error:
-                self._end_exchange()
+                self._break_off_exchange()
                 self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
                 continue
             if line is None:
@@ -198,7 +198,8 @@ class Protocol:
     def _command(self, line: bytes) -> Event | Reply | None:
         if line[-2:] != b"\r\n":
             return replies.NOT_SMTP if self._is_foreign(line) else replies.BARE_NEWLINE_IN_COMMAND
-        word, _, argument = line[:-2].partition(b" ")
+        # Spaces at the end are tolerated, as §4.1.1 wants.
+        word, _, argument = line[:-2].rstrip(b" ").partition(b" ")
         verb = word.upper()
         handler = _COMMANDS.get(verb)
         if handler is None:
@@ -215,9 +216,11 @@ class Protocol:
 
     def _is_foreign(self, line: bytes) -> bool:
         """Whether this is another protocol altogether. It ends the dialogue, so that nobody can be made to speak SMTP by it."""
-        return grammar.HTTP_REQUEST.match(line) is not None or (
-            not self._recognized and grammar.NOT_TEXT.search(line.rstrip(b"\r\n")) is not None
-        )
+        if grammar.HTTP_REQUEST.match(line) is not None:
+            return True
+        if self._recognized or line.partition(b" ")[0].upper() in _COMMANDS:
+            return False
+        return grammar.NOT_TEXT.search(line.rstrip(b"\r\n")) is not None
 
     def _mistake(self, reply: Reply) -> None:
         """Answer a client's mistake, or close at one too many."""
@@ -315,10 +318,10 @@ class Protocol:
         return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.OK
 
     def _vrfy(self, argument: bytes) -> Reply:
-        return replies.CANNOT_VERIFY if argument and not grammar.CONTROL.search(argument) else replies.SYNTAX_VRFY
+        return replies.CANNOT_VERIFY if grammar.is_words(argument) else replies.SYNTAX_VRFY
 
     def _expn(self, argument: bytes) -> Reply:
-        return replies.CANNOT_EXPAND if argument and not grammar.CONTROL.search(argument) else replies.SYNTAX_EXPN
+        return replies.CANNOT_EXPAND if grammar.is_words(argument) else replies.SYNTAX_EXPN
 
     def _help(self, argument: bytes) -> Reply:
         return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else self._greetings.help
@@ -346,27 +349,31 @@ class Protocol:
         if method not in self._options.auth_methods or method not in sasl.MECHANISMS:
             return replies.UNKNOWN_MECHANISM
         self._begin_exchange(exchange := Exchange(method, self.session.name))
-        return self._proceed(exchange, exchange.begin(initial if space else None))
+        return self._proceed(exchange.begin(initial if space else None))
 
     def _respond(self, line: bytes) -> Event | Reply:
         """Take the response to a challenge."""
         assert self._exchange is not None
-        return self._proceed(self._exchange, self._exchange.respond(line.rstrip(b"\r\n")))
+        whole = line[-2:] == b"\r\n"
+        return self._proceed(self._exchange.respond(line[:-2]) if whole else replies.AUTH_MALFORMED)
 
-    def _proceed(self, exchange: Exchange, outcome: Reply | Credentials) -> Event | Reply:
+    def _proceed(self, outcome: Reply | Credentials) -> Event | Reply:
         if isinstance(outcome, Credentials):
             self._end_exchange()
             self.pending = event = Auth(outcome)
             return event
         if outcome.code != 334:
-            self._end_exchange()
-            if exchange.verdict is None:
-                self._tally.authentications[exchange.method, "aborted"] += 1
+            self._break_off_exchange()
         return outcome
 
     def _begin_exchange(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._input.responses = True
+
+    def _break_off_exchange(self) -> None:
+        if self._exchange is not None and self._exchange.verdict is None:
+            self._tally.authentications[self._exchange.method, "aborted"] += 1
+        self._end_exchange()
 
     def _end_exchange(self) -> None:
         self._exchange = None

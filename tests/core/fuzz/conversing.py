@@ -76,7 +76,7 @@ class Conversation:
     def __init__(self, setting: Setting) -> None:
         self.session = session = Session("1", "mx.example")
         session.secure = setting.secure
-        self.protocol = Protocol(session, setting.options, setting.greetings, setting.tally, setting.auth)
+        self.protocol = Protocol(session, setting.options, setting.greetings, setting.tally, authenticates=setting.auth)
         self.lmtp = setting.options.lmtp
         self.output: list[bytes] = []
         self.length = 0

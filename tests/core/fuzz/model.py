@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .conversing import HANDLER, Heard, Setting
 
 LINE, AUTH_LINE, REPLY_LINE = 4096, 12288, 512
-VERBS = frozenset(b"HELO EHLO LHLO MAIL RCPT DATA BDAT RSET NOOP VRFY EXPN HELP QUIT AUTH STARTTLS".split())
+VERBS = frozenset(b"HELO EHLO LHLO MAIL RCPT DATA BDAT RSET NOOP VRFY EXPN HELP QUIT AUTH STARTTLS XCLIENT XFORWARD".split())
 REPLY = re.compile(rb"([2345][0-5]\d)([ -])((?:([245])\.\d{1,3}\.\d{1,3} )?[ -~]*)\r\n")
 BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 END = re.compile(rb"(?:\A|(?<=\r\n))\.\r\n")
@@ -40,7 +40,9 @@ ANSWERS: dict[bytes, frozenset[int]] = {
     b"HELP": frozenset({214, 500}),
     b"QUIT": frozenset({221, 501}),
     b"AUTH": frozenset({235, 334, 501, 503, 504, 530, 535, 538, 421}),
-    b"STARTTLS": frozenset({502, 503}),
+    b"STARTTLS": frozenset({500, 502, 503}),
+    b"XCLIENT": frozenset({220, 501, 502, 550, 421}),
+    b"XFORWARD": frozenset({250, 501, 502, 550}),
 }
 
 
@@ -194,7 +196,7 @@ class Walk:
             self.reply({code}, line)
 
     def _command(self, line: bytes) -> bool:
-        verb, _, argument = line.removesuffix(b"\r\n").partition(b" ")
+        verb, _, argument = line.removesuffix(b"\r\n").rstrip(b" ").partition(b" ")
         verb = verb.upper()
         if not line.endswith(b"\r\n") or verb not in VERBS:
             self._refused(line, 500)
@@ -230,6 +232,8 @@ class Walk:
             return not self.sender or chunks
         if verb == b"DATA":
             return not self.recipients or chunks
+        if verb in (b"XCLIENT", b"XFORWARD"):
+            return bool(self.sender)
         return verb == b"AUTH" and (not self.greeted or self.sender)
 
     def _apply(self, verb: bytes, said: Said, line: bytes) -> None:

@@ -14,6 +14,7 @@ from fumi_core.middleware import Handler, compose
 from fumi_core.observer import Observer
 from fumi_core.options import Options
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
+from fumi_core.runtime.scoreboard import crowd_of_one
 from fumi_core.server import Server
 from fumi_core.tally import Tally
 
@@ -32,6 +33,7 @@ class Fumi:
         self.options: Options = _options.read(options)
         self.observer = Observer()
         self.tally = Tally()
+        self.crowd = crowd_of_one()
         self._handlers: dict[str, list[Handler]] = {phase: [] for phase in PHASES}
         self._chains: Chains = dict.fromkeys(PHASES)
         self._server: Server | None = None
@@ -86,6 +88,19 @@ class Fumi:
         """Override options, before ``listen()``. Raises as the constructor does."""
         self.options = _options.override(self.options, options)
 
+    def adopt(self, other: Fumi) -> Fumi:
+        """Forget one's own options and handlers, and take over those of another app. Returns this app.
+
+        While it listens, too: connections that come from now on get the new ones, those that are open keep the old.
+        """
+        self.options = other.options
+        self._handlers = {phase: list(handlers) for phase, handlers in other._handlers.items()}
+        self._chains = dict(other._chains)
+        self._at_close += [release for release in other._at_close if release not in self._at_close]
+        if self._server is not None:
+            self._server.configure(self._service(), self._logger())
+        return self
+
     # Serving
 
     async def listen(
@@ -102,7 +117,7 @@ class Fumi:
         else:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
-            self._server = Server(self._service(), self._logger())
+            self._server = Server(self._service(), self._logger(), self.crowd)
         for each in sockets:
             self._listen(self._server, each)
 

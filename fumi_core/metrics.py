@@ -64,6 +64,7 @@ class CoreMetrics(Observer):
         rejected = counter("rejected", "Connections turned away or cut.", ("reason",))
         reasons = ("max_clients", "not_smtp", "errors", "timeout", "draining")
         self._rejected = {reason: rejected.labels(reason) for reason in reasons}
+        counter("worker_restarts", "Workers that died and were replaced.")
         Gauge("fumi_core_build_info", "The running version.", ("version",), registry=registry).labels(version("fumi")).set(1)
 
     def refresh(self) -> None:

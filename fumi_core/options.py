@@ -6,6 +6,7 @@ import difflib
 import logging
 import socket
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 from fumi_core.option_values import check
@@ -23,7 +24,7 @@ class Options:
     allow_insecure_auth: bool = False
     size: int | None = None
     max_clients: int | None = None
-    name: str = field(default_factory=socket.getfqdn)
+    name: str = field(default_factory=cache(socket.getfqdn))
     banner: str = ""
     disabled_commands: tuple[str, ...] = ()
     hide_starttls: bool = False

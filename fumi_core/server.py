@@ -21,6 +21,7 @@ from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse, uni
 from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.session import Session
 from fumi_core.transport import Transport
 
@@ -40,24 +41,28 @@ class Phase(Enum):
 class Server:
     """Listeners and connections of one ``Fumi``; made anew by each ``listen()`` after a ``close()``."""
 
-    def __init__(self, service: Service, logger: logging.Logger | None) -> None:
+    def __init__(self, service: Service, logger: logging.Logger | None, crowd: Crowd) -> None:
+        self.configure(service, logger)
+        self.crowd = crowd
+        self.loop = asyncio.get_running_loop()
+        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self._acceptors: list[Acceptor] = []
+        self._empty = asyncio.Event()
+
+    def configure(self, service: Service, logger: logging.Logger | None) -> None:
+        """What connections get that come from now on."""
         self.service = service
         self.options = service.options
         self.observer = service.observer
         self.logger = logger
-        self.loop = asyncio.get_running_loop()
-        self.buffer = memoryview(bytearray(READ_SIZE))
-        self.connections: set[Connection] = set()
-        self.open = 0
-        self.draining = False
-        self._acceptors: list[Acceptor] = []
-        self._empty = asyncio.Event()
 
     def listen(self, sock: socket.socket) -> None:
         """Accept connections from a listening socket, which is the server's from here on."""
         sock.setblocking(False)
         name = str(sock.getsockname())
-        self._acceptors.append(Acceptor(sock, name, logging.getLogger("fumi.core"), self.admit))
+        self._acceptors.append(Acceptor(sock, name, logging.getLogger("fumi.core"), self.admit, self.crowd))
 
     def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
         """Serve a connected, non-blocking socket, whose ends have these names."""
@@ -131,6 +136,7 @@ class Connection:
     def start(self) -> None:
         server, session = self._server, self._session
         server.connections.add(self)
+        server.crowd.came()
         server.observer.connection_opened()
         if server.options.proxy_protocol == "off":
             session.secure = server.options.assume_tls
@@ -167,11 +173,12 @@ class Connection:
         self._phase = Phase.CLOSED
         if self._timer is not None:
             self._timer.cancel()
+        self._server.crowd.went()
         self._server.observer.connection_closed()
         if self._dialogue is None:
             self._server.forget(self)
         else:
-            self._server.open -= 1
+            self._server.crowd.left()
             self._dialogue.gone(self._closed)
 
     # The PROXY header
@@ -220,14 +227,14 @@ class Connection:
 
     def _open(self) -> None:
         server = self._server
-        if server.options.max_clients is not None and server.open >= server.options.max_clients:
+        if server.options.max_clients is not None and server.crowd.clients >= server.options.max_clients:
             server.observer.rejected("max_clients")
             counts = server.service.tally.replies
             counts[421] = counts.get(421, 0) + 1
             self._transport.write(replies.TOO_MANY_CLIENTS.data)
             self._linger()
             return
-        server.open += 1
+        server.crowd.entered()
         self._phase = Phase.OPEN
         self._dialogue = Dialogue(self._session, server.service, self._regulate)
         self._watch(server.options.socket_timeout)

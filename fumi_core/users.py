@@ -12,6 +12,7 @@ import re
 import secrets
 from base64 import b64decode, b64encode
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING
 
 from fumi_core.contexts import AuthContext
@@ -42,6 +43,12 @@ def check_password(password: str, hashed: str) -> bool:
     return hmac.compare_digest(_scrypt(password, b64decode(found[4]), log_n, r, p), b64decode(found[5]))
 
 
+@cache
+def _nobody() -> str:
+    """A hash that no password has, so that an unknown name takes as long."""
+    return hash_password(secrets.token_hex())
+
+
 def _scrypt(password: str, salt: bytes, log_n: int, r: int, p: int) -> bytes:
     return hashlib.scrypt(
         password.encode(), salt=salt, n=1 << log_n, r=r, p=p, maxmem=256 * r * (1 << log_n) + (1 << 20), dklen=32
@@ -54,7 +61,7 @@ class Users:
     def __init__(self, path: str) -> None:
         """Raises OSError when the file cannot be read, ValueError when it is wrong, with the line's number."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="users")
-        self._nobody = hash_password(secrets.token_hex())
+        self._nobody = _nobody()
         self._hashes = read(path)
 
     def __call__(self, app: Fumi) -> None:

@@ -212,7 +212,7 @@ def _bind(address: SocketAddress) -> list[socket.socket]:
 
 def _serve_metrics(address: SocketAddress, registry: CollectorRegistry, ready: Problem) -> Endpoint:
     try:
-        return Endpoint(address, registry, ready=ready)
+        return Endpoint(bind(address), registry, ready=ready)
     except OSError as error:
         raise OSError(error.errno, f"cannot serve metrics on {address}: {error.strerror or error}") from None
 

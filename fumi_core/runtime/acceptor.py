@@ -1,6 +1,9 @@
 """Accepting connections from a listening socket in the event loop, and surviving when the system has no more to give.
 
 asyncio's own way makes a task, a future and a transport for each connection, which costs more than a short session does.
+
+Workers accept from the same sockets, and a connection wakes all of them that sleep. One that is awake anyway would always be
+first, and end up with all the connections that stay; so one that is ahead in connections lets the others go first, for a moment.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.scoreboard import Crowd
 
 Admit = Callable[[socket.socket, Any, Any], None]
 """Takes a connected, non-blocking socket, the peer's name and our own, as getpeername() and getsockname() give them."""
 
 BURST = 32
 """Connections accepted before the others get a turn."""
+COURTESY = 0.001
+"""Seconds for which the other workers go first."""
 PAUSE = 0.5
 """Seconds without accepting when descriptors or the kernel's memory have run out."""
 QUIET = 60.0
@@ -28,12 +34,13 @@ _WILDCARDS = ("0.0.0.0", "::")
 class Acceptor:
     """Accepts from ``sock``, which must be listening and non-blocking, until ``close()``."""
 
-    def __init__(self, sock: socket.socket, name: str, log: logging.Logger, admit: Admit) -> None:
-        """``name`` is for the log."""
+    def __init__(self, sock: socket.socket, name: str, log: logging.Logger, admit: Admit, crowd: Crowd) -> None:
+        """``name`` is for the log; ``crowd`` counts what is admitted."""
         self.sock = sock
         self._name = name
         self._log = log
         self._admit = admit
+        self._crowd = crowd
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
         self._paused_at = float("-inf")
@@ -59,6 +66,9 @@ class Acceptor:
 
     def _accept(self) -> None:
         for _ in range(BURST):
+            if self._crowd.ahead:
+                self._rest(COURTESY)
+                return
             if not self._take():
                 return
 
@@ -86,9 +96,14 @@ class Acceptor:
             # Once: this can last, with one connection accepted now and then.
             event(self._log, logging.ERROR, "cannot accept, pausing", listener=self._name, error=error.strerror)
         self._paused_at = now
-        self._loop.remove_reader(self.sock.fileno())
-        self._resume = self._loop.call_later(PAUSE, self._unpause)
+        self._rest(PAUSE)
 
-    def _unpause(self) -> None:
+    def _rest(self, seconds: float) -> None:
+        self._loop.remove_reader(self.sock.fileno())
+        self._resume = self._loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        """Take the one, if there is one, that nobody else has taken."""
         self._resume = None
         self._loop.add_reader(self.sock.fileno(), self._accept)
+        self._take()

@@ -1,6 +1,7 @@
 """Addresses as an operator writes them, and the sockets they stand for.
 
-``HOST:PORT``, ``[V6]:PORT``, ``:PORT`` (every interface), ``unix:/path``, ``fd:N`` (a socket inherited from the parent).
+``HOST:PORT``, ``[V6]:PORT``, ``:PORT`` (every interface), ``unix:/path``, ``fd:N`` (a socket inherited from the parent),
+``fd:NAME`` (those that systemd passes under that name).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterable
@@ -15,25 +17,30 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any, Literal
 
+from fumi_core.runtime.systemd import descriptors
+
+_FD_NAME = re.compile(r"[!-9;-~]{1,255}")
+
 BACKLOG = 4096
 """Connections the kernel may queue before accept; it caps this at net.core.somaxconn."""
 
 
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
-    """A place to listen on or to connect to. ``host`` is empty for every interface."""
+    """A place to listen on or to connect to. ``host`` is empty for every interface; ``name`` stands for a descriptor's number."""
 
     kind: Literal["tcp", "unix", "fd"]
     host: str = ""
     port: int = 0
     path: str = ""
     fd: int = -1
+    name: str = ""
 
     def __str__(self) -> str:
         if self.kind == "unix":
             return f"unix:{self.path}"
         if self.kind == "fd":
-            return f"fd:{self.fd}"
+            return f"fd:{self.name or self.fd}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -47,8 +54,10 @@ def parse_address(text: str) -> SocketAddress:
             raise ValueError(f"{text!r} is too long: the path of a Unix socket has at most 107 bytes")
         return SocketAddress("unix", path=rest)
     if scheme == "fd":
-        if not rest.isascii() or not rest.isdigit():
-            raise ValueError(f"{text!r} names no descriptor: write fd:3")
+        if not rest.isdecimal():
+            if not _FD_NAME.fullmatch(rest):
+                raise ValueError(f"{text!r} names no descriptor: write fd:3, or fd:NAME for one that systemd passes")
+            return SocketAddress("fd", name=rest)
         if int(rest) > 2**31 - 1:
             raise ValueError(f"{text!r} is no descriptor: the number is too great")
         return SocketAddress("fd", fd=int(rest))
@@ -72,7 +81,7 @@ def bind(address: SocketAddress) -> list[socket.socket]:
     Raises OSError when the address is taken, unknown or not allowed.
     """
     if address.kind == "fd":
-        return [_inherited(address.fd)]
+        return [_inherited(fd) for fd in _descriptors(address)]
     if address.kind == "unix":
         return [_listen(socket.AF_UNIX, address.path)]
     if not address.host:
@@ -87,6 +96,19 @@ def bind(address: SocketAddress) -> list[socket.socket]:
     return sockets
 
 
+def passed() -> list[SocketAddress]:
+    """The sockets that systemd passes to this process, which are to be listened on when nothing else is said."""
+    return [SocketAddress("fd", fd=fd) for fd, _ in descriptors()]
+
+
+def _descriptors(address: SocketAddress) -> list[int]:
+    if not address.name:
+        return [address.fd]
+    if not (found := [fd for fd, name in descriptors() if name == address.name]):
+        raise OSError(errno.ENOENT, f"systemd passes no socket named {address.name}")
+    return found
+
+
 def _inherited(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
@@ -97,6 +119,7 @@ def _inherited(fd: int) -> socket.socket:
         sock.detach()
         raise OSError(errno.EINVAL, f"descriptor {fd} is not a listening socket")
     sock.setblocking(False)
+    sock.set_inheritable(False)
     return sock
 
 

@@ -10,14 +10,12 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
-
-from fumi_core.runtime.addresses import SocketAddress, bind
 
 # A second series for each counter, with the time it was made: nothing here uses it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -34,18 +32,18 @@ REQUEST = 10.0
 
 
 class Endpoint:
-    """Serves until ``close()``; ``port`` tells where, when port 0 was asked for."""
+    """Serves until ``close()``."""
 
     def __init__(
         self,
-        address: SocketAddress,
+        sockets: Sequence[socket.socket],
         registry: CollectorRegistry,
         *,
         ready: Problem,
         refresh: Callable[[], None] = lambda: None,
         pages: Mapping[str, Page] | None = None,
     ) -> None:
-        """Bind and start serving. Raises OSError when the address cannot be bound.
+        """Start serving on listening sockets, which are the endpoint's from here on.
 
         ``refresh`` is called before each scrape, in the endpoint's thread, to bring the metrics up to date.
         """
@@ -64,7 +62,7 @@ class Endpoint:
             start_response(status, [*headers, ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")])
             return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
-        self._servers = [_Server(sock) for sock in bind(address)]
+        self._servers = [_Server(sock) for sock in sockets]
         for server in self._servers:
             server.set_app(application)
             threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

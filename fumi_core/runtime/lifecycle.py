@@ -1,11 +1,74 @@
-"""Starting and stopping a program: its descriptor limit, and the signal that ends it."""
+"""A program from its first socket to its last reply: alone in one process, or one of several workers.
+
+No signal is lost on the way: from before the first socket is bound they wait until somebody is there who heeds them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import resource
 import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import click
+from prometheus_client import CollectorRegistry
+
+from fumi_core.runtime.endpoint import Endpoint, Page, Problem
+from fumi_core.runtime.logs import event
+from fumi_core.runtime.scoreboard import Crowd, Scoreboard, State
+from fumi_core.runtime.systemd import Notifier
+
+HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
+
+
+class Work(Protocol):
+    """What a program does, alone or in each worker. It is made before there is a thread, an event loop or a second process."""
+
+    log: logging.Logger
+    registry: CollectorRegistry
+
+    @property
+    def metrics_sockets(self) -> Sequence[socket.socket]:
+        """Where the metrics are served; none for nowhere."""
+
+    @property
+    def drain_timeout(self) -> float:
+        """Seconds that ``close()`` may take."""
+
+    def bind(self) -> None:
+        """Open all listening sockets. Raises SettingError."""
+
+    def unbind(self) -> None:
+        """Close the listening sockets, in a process that does not serve them."""
+
+    async def start(self, crowd: Crowd) -> None:
+        """Serve them in the running event loop; ``crowd`` counts the connections."""
+
+    async def close(self) -> None:
+        """Stop accepting and drain."""
+
+    async def reload(self) -> Iterable[str]:
+        """Take over new settings; gives those that need a restart. Raises ClickException, and then all stays as it was.
+
+        Called in processes that do not serve, too, to which it may be news later: those that fork workers.
+        """
+
+    def pages(self, registry: CollectorRegistry) -> Mapping[str, Page]:
+        """What is served beside the metrics; ``registry`` holds those of all workers."""
+
+    def refresh(self) -> None:
+        """Bring the metrics up to date; called in any thread."""
+
+    def trouble(self) -> str | None:
+        """Why this process, which serves, takes no mail all the same, as far as it knows; or None."""
+
+    def problem(self) -> str | None:
+        """Why nobody could, or None. May take its time: it is called in a thread, and in a process that does not serve."""
 
 
 def raise_descriptor_limit() -> None:
@@ -14,6 +77,117 @@ def raise_descriptor_limit() -> None:
     # Some kernels refuse an unlimited soft limit; the old one then stays.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def hold_signals() -> None:
+    """Let signals wait from here on until ``heed()``."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
+
+def heed(handlers: Mapping[signal.Signals, Callable[[], object]]) -> None:
+    """Have the running loop call these, and let the signals that waited come."""
+    loop = asyncio.get_running_loop()
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+
+
+async def reload(work: Work, quiet: bool = False) -> bool:
+    """Whether the new settings were good. Where not, the log says why; unless ``quiet``, it says what needs a restart, too."""
+    try:
+        skipped = sorted(await work.reload())
+    except click.ClickException as error:
+        problem = " ".join(error.format_message().split())
+        event(work.log, logging.ERROR, "not reloaded: the old settings stay", problem=problem)
+        return False
+    except Exception:
+        # A fault of ours; the program it is in serves on, with what it had.
+        work.log.exception("reload failed")
+        return False
+    if skipped and not quiet:
+        event(work.log, logging.WARNING, "these changes need a restart", settings=",".join(skipped))
+    return True
+
+
+async def alone(work: Work, notifier: Notifier) -> None:
+    """Work until SIGTERM or SIGINT, then drain. A second one ends it at once."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[signal.Signals] = loop.create_future()
+    slot = (board := Scoreboard(1)).slots[0]
+
+    def stop(number: signal.Signals) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)
+            signal.signal(each, leave)
+        stopped.set_result(number)
+
+    async def take_over() -> None:
+        notifier.reloading()
+        if await reload(work):
+            event(work.log, logging.INFO, "reloaded")
+        notifier.ready()
+
+    def problem() -> str | None:
+        return board.problem() or work.trouble() or work.problem()
+
+    await work.start(slot.crowd)
+    endpoint = serve_metrics(work, work.registry, problem, work.refresh)
+    slot.state = State.SERVING
+    notifier.ready()
+    stops = {number: partial(stop, number) for number in (signal.SIGTERM, signal.SIGINT)}
+    heed({**stops, signal.SIGHUP: in_turn(take_over)})
+    with every(notifier.interval, notifier.alive):
+        number = await stopped
+        event(work.log, logging.INFO, "stopping", signal=number.name)
+        slot.state = State.DRAINING
+        notifier.stopping()
+        await work.close()
+    if endpoint is not None:
+        await asyncio.to_thread(endpoint.close)
+
+
+def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem, refresh: Callable[[], None]) -> Endpoint | None:
+    """Serve what is in the registry, where the program is to do so at all."""
+    if not work.metrics_sockets:
+        return None
+    return Endpoint(work.metrics_sockets, registry, ready=ready, refresh=refresh, pages=work.pages(registry))
+
+
+def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """What starts the coroutine in the running loop: one at a time, however often it is called."""
+    turn = asyncio.Lock()
+    running: set[asyncio.Task[None]] = set()
+
+    async def once() -> None:
+        async with turn:
+            await act()
+
+    def start() -> None:
+        running.add(task := asyncio.get_running_loop().create_task(once()))
+        task.add_done_callback(running.discard)
+
+    return start
+
+
+@contextlib.contextmanager
+def every(seconds: float | None, act: Callable[[], None]) -> Iterator[None]:
+    """Call it now and then, for the length of the block; not at all when there is no interval."""
+    if seconds is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    timer: asyncio.Handle
+
+    def again() -> None:
+        nonlocal timer
+        act()
+        timer = loop.call_later(seconds, again)
+
+    timer = loop.call_soon(again)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def stop_signal(*others: signal.Signals) -> signal.Signals:
@@ -25,7 +199,7 @@ async def stop_signal(*others: signal.Signals) -> signal.Signals:
     def stop(number: signal.Signals) -> None:
         for each in wanted:
             loop.remove_signal_handler(each)
-            signal.signal(each, _leave)
+            signal.signal(each, leave)
         if not received.done():
             received.set_result(number)
 
@@ -34,6 +208,6 @@ async def stop_signal(*others: signal.Signals) -> signal.Signals:
     return await received
 
 
-def _leave(number: int, frame: object) -> None:
-    # By way of an exception, so that what is to be tidied up is.
+def leave(number: int, frame: object) -> None:
+    """End at once; by way of an exception, so that what is to be tidied up is."""
     raise SystemExit(128 + number)

@@ -1,11 +1,15 @@
 """How both programs read their settings: flags, then environment variables, then ``--config FILE.toml``, then defaults.
 
+They can be read again while the program runs, as if it were started now: the flags and the environment are what they were, the
+files are not.
+
 A wrong setting is one line on stderr and exit status 2, as click does it.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Callable
@@ -16,6 +20,7 @@ import click
 from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
 
 F = TypeVar("F", bound=Callable[..., Any])
+_ARGUMENTS = "fumi.arguments"
 
 
 class AddressType(click.ParamType):  # type: ignore[type-arg]
@@ -57,14 +62,32 @@ class SecondsType(click.FloatRange):
         return seconds
 
 
+class WorkersType(click.IntRange):
+    """A number of processes; ``auto`` is one for each processor that this one may use."""
+
+    name = "n|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto":
+            return len(os.sched_getaffinity(0))
+        return int(super().convert(value, param, ctx))
+
+
 ADDRESS = AddressType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
 SECONDS_OR_NONE = SecondsType(min=0)
+WORKERS = WorkersType(min=1, max=1024)
 
 
 class Program(click.Command):
     """A command whose errors are one line on stderr, with exit status 2."""
+
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> click.Context:
+        arguments = list(args)  # click takes them out one by one
+        ctx = super().make_context(info_name, args, *others, **extra)
+        ctx.meta[_ARGUMENTS] = arguments
+        return ctx
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
@@ -75,6 +98,16 @@ class Program(click.Command):
         except click.Abort:
             sys.exit(130)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def read_again(ctx: click.Context) -> click.Context:
+    """The settings as they would be if the program were started now. Raises ClickException for a wrong one."""
+    return ctx.command.make_context(ctx.info_name, list(ctx.meta[_ARGUMENTS]))
+
+
+def given(ctx: click.Context) -> set[str]:
+    """The names of the settings that were set, wherever, and not left to their defaults."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
 
 
 class SettingError(click.ClickException):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import smtplib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
+
+PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
 
 class Client:
@@ -97,7 +104,7 @@ def send() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], None]:
     def wait(condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end, "it did not come about"
             time.sleep(0.005)
@@ -213,3 +220,50 @@ def scripted_hop() -> Iterator[Callable[..., ScriptedHop]]:
     yield make
     for hop in hops:
         hop.close()
+
+
+class Program:
+    """A running fumi-core; ``log`` is what it says."""
+
+    def __init__(self, directory: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self.log = directory / "log"
+        with self.log.open("w") as log:
+            environment = {**os.environ, **(environment or {})}
+            command = [PROGRAM, *flags]
+            self.process = subprocess.Popen(command, stderr=log, cwd=directory, env=environment, start_new_session=True)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        """End whatever is left of it, workers too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    def find() -> int:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port: int = sock.getsockname()[1]
+            return port
+
+    return find
+
+
+@pytest.fixture
+def start(tmp_path: Path, eventually: Any) -> Iterator[Callable[..., Program]]:
+    programs: list[Program] = []
+
+    def run(*flags: str, environment: dict[str, str] | None = None, wait: str = "listening") -> Program:
+        programs.append(program := Program(tmp_path, *flags, environment=environment))
+        eventually(lambda: wait in program.log.read_text() or program.process.poll() is not None)
+        assert program.process.poll() is None, program.log.read_text()
+        return program
+
+    yield run
+    for program in programs:
+        program.close()

@@ -12,14 +12,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import fumi_core.runtime.endpoint
-from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.addresses import bind, parse_address
 from fumi_core.runtime.endpoint import CLIENTS, Endpoint
 
 
 @pytest.fixture
 def endpoint(monkeypatch: Any) -> Iterator[Endpoint]:
     monkeypatch.setattr(fumi_core.runtime.endpoint, "REQUEST", 0.5)
-    endpoint = Endpoint(parse_address("127.0.0.1:0"), CollectorRegistry(), ready=lambda: None)
+    endpoint = Endpoint(bind(parse_address("127.0.0.1:0")), CollectorRegistry(), ready=lambda: None)
     yield endpoint
     endpoint.close()
 

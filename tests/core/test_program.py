@@ -6,13 +6,11 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +19,14 @@ import pytest
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
 
-class Program:
-    """A running fumi-core; ``port`` is read from its log."""
-
-    def __init__(self, directory: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
-        self.log = directory / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [PROGRAM, *flags], stderr=log, cwd=directory, env={**os.environ, **(environment or {})}
-            )
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@pytest.fixture
-def start(tmp_path: Path, eventually: Any) -> Iterator[Callable[..., Program]]:
-    programs: list[Program] = []
-
-    def run(*flags: str, environment: dict[str, str] | None = None, wait: str = "listening") -> Program:
-        programs.append(program := Program(tmp_path, *flags, environment=environment))
-        eventually(lambda: wait in program.log.read_text() or program.process.poll() is not None)
-        assert program.process.poll() is None, program.log.read_text()
-        return program
-
-    yield run
-    for program in programs:
-        if program.process.poll() is None:
-            program.process.kill()
-            program.process.wait()
-
-
 def get(url: str) -> tuple[int, str]:
     with contextlib.closing(urllib.request.urlopen(url, timeout=10)) as answer:
         return answer.status, answer.read().decode()
 
 
-def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(start: Any, connect: Any, tmp_path: Path) -> None:
+def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(
+    start: Any, connect: Any, tmp_path: Path, free_port: Any
+) -> None:
     port = free_port()
     program = start("--listen", f"127.0.0.1:{port}", "--name", "mx.example", "--banner", "hello")
     client = connect(port, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
@@ -80,7 +41,7 @@ def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(start:
     assert "session ended" in program.log.read_text()
 
 
-def test_settings_come_from_flags_then_environment_then_file(start: Any, connect: Any, tmp_path: Path) -> None:
+def test_settings_come_from_flags_then_environment_then_file(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> None:
     port = free_port()
     config = tmp_path / "fumi.toml"
     config.write_text(
@@ -94,14 +55,14 @@ def test_settings_come_from_flags_then_environment_then_file(start: Any, connect
     assert lines[0]["event"] == "listening"
 
 
-def test_an_app_keeps_its_options_unless_a_flag_is_given(start: Any, connect: Any, tmp_path: Path) -> None:
+def test_an_app_keeps_its_options_unless_a_flag_is_given(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> None:
     (tmp_path / "mine.py").write_text("from fumi_core import Fumi\napp = Fumi(auth_optional=True, name='own', banner='own')\n")
     port = free_port()
     start("--listen", f"127.0.0.1:{port}", "--banner", "flag", "mine:app")
     assert connect(port).banner == b"220 own ESMTP flag\r\n"
 
 
-def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any, tmp_path: Path) -> None:
+def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any, tmp_path: Path, free_port: Any) -> None:
     port, metrics = free_port(), free_port()
     (tmp_path / "users").write_text("")
     flags = ("--proxy-protocol", "off", "--deliver", "discard:", "--metrics", f"127.0.0.1:{metrics}")

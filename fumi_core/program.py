@@ -1,0 +1,209 @@
+"""What ``fumi-core`` does: an app, out of the settings, between sockets and a delivery target; and again, out of new settings."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+from prometheus_client import CollectorRegistry
+
+from fumi_core import builtin
+from fumi_core.app import Fumi
+from fumi_core.delivery import TARGETS, Target, parse_target
+from fumi_core.metrics import CoreMetrics
+from fumi_core.runtime.addresses import SocketAddress, bind, passed
+from fumi_core.runtime.endpoint import Page
+from fumi_core.runtime.logs import configure, event
+from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.settings import SettingError, given, read_again
+from fumi_core.users import Users
+
+# Which option of Fumi each flag sets; the defaults are the built-in app's, and a MODULE:APP keeps its own.
+_OPTIONS = {
+    "proxy_protocol": "proxy_protocol",
+    "trusted_proxy": "trusted_proxies",
+    "assume_tls": "assume_tls",
+    "require_tls": "require_tls",
+    "allow_insecure_auth": "allow_insecure_auth",
+    "lmtp": "lmtp",
+    "size": "size",
+    "max_clients": "max_clients",
+    "name": "name",
+    "banner": "banner",
+    "drain_timeout": "close_timeout",
+}
+DELIVER = "maildir:./maildir"
+# Settings of sockets and processes, which are made once.
+_ONCE = ("listen", "metrics", "workers")
+
+
+class CoreWork:
+    """The program's work; see ``fumi_core.runtime.lifecycle.Work``."""
+
+    log = logging.getLogger("fumi.core")
+
+    def __init__(self, ctx: click.Context) -> None:
+        """Raises SettingError."""
+        self._ctx = ctx
+        self._settings = ctx.params
+        self._target: Target | None = None
+        self._sockets: list[socket.socket] = []
+        self.metrics_sockets: list[socket.socket] = []
+        self.registry = CollectorRegistry()
+        reference = self._settings["app"]
+        self.app = _load(reference) if reference else Fumi()
+        # A module is imported once; what it made of its app is where each reading of the settings starts.
+        self._own = Fumi().adopt(self.app)
+        self._metrics: CoreMetrics | None = None
+        if self._settings["metrics"]:
+            self.app.observer = self._metrics = CoreMetrics(self.registry, self.app.tally, () if reference else TARGETS)
+        self._take_over(ctx)
+
+    def check(self) -> None:
+        """Whether the addresses are this host's; a server that runs on them already is no fault. Raises SettingError."""
+        addresses = [("listen", each) for each in self._settings["listen"]]
+        if self._settings["metrics"]:
+            addresses.append(("metrics", self._settings["metrics"]))
+        for flag, address in addresses:
+            if address.kind == "tcp":
+                for sock in _bind(flag, replace(address, port=0)):
+                    sock.close()
+            elif address.kind == "unix" and not os.access(os.path.dirname(address.path) or ".", os.W_OK | os.X_OK):
+                raise SettingError(f"--{flag} {address}: cannot write to its directory")
+
+    @property
+    def drain_timeout(self) -> float:
+        return self.app.options.close_timeout
+
+    def bind(self) -> None:
+        addresses, inherited = self._settings["listen"], passed()
+        if inherited and "listen" not in given(self._ctx):
+            addresses = inherited
+        for address in addresses:
+            self._sockets += _bind("listen", address)
+            event(self.log, logging.INFO, "listening", address=address, proxy_protocol=self.app.options.proxy_protocol)
+        if self._settings["metrics"]:
+            self.metrics_sockets = _bind("metrics", self._settings["metrics"])
+
+    def unbind(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+    async def start(self, crowd: Crowd) -> None:
+        self.app.crowd = crowd
+        for sock in self._sockets:
+            await self.app.listen(sock=sock)
+
+    async def close(self) -> None:
+        await self.app.close()
+
+    async def reload(self) -> Iterable[str]:
+        ctx = read_again(self._ctx)
+        self._take_over(ctx)
+        old, self._settings = self._settings, {**ctx.params, **{name: self._settings[name] for name in _ONCE}}
+        configure(ctx.params["log_format"], ctx.params["log_level"])
+        return [name for name in _ONCE if ctx.params[name] != old[name]]
+
+    def pages(self, registry: CollectorRegistry) -> Mapping[str, Page]:
+        return {}
+
+    def refresh(self) -> None:
+        if self._metrics is not None:
+            self._metrics.refresh()
+
+    def trouble(self) -> str | None:
+        return None
+
+    def problem(self) -> str | None:
+        return self._target.problem() if self._target else None
+
+    def _take_over(self, ctx: click.Context) -> None:
+        """Make an app out of the settings, and have the one that runs adopt it: all of it, or nothing."""
+        settings = ctx.params
+        app, target = Fumi().adopt(self._own), None
+        app.observer = self.app.observer
+        if settings["app"]:
+            _refuse_builtin_flags(settings, given(ctx))
+            wanted = {flag for flag in _OPTIONS if flag in given(ctx)}
+        else:
+            app.configure(auth_optional=True, logger=True)
+            target = self._target_for(settings["deliver"] or DELIVER)
+            wanted = {flag for flag in _OPTIONS if settings[flag] not in (None, ())}
+        if settings["users"]:
+            app.use(_users(settings["users"]))
+        elif settings["auth_required"] and not settings["app"]:
+            raise SettingError("--auth-required needs --users FILE: nobody could send mail")
+        if settings["auth_required"]:
+            app.configure(auth_optional=False)
+        try:
+            app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+        if target is not None:
+            _equip(app, target, settings)
+        self.app.adopt(app)
+        self._target = target
+
+    def _target_for(self, deliver: str) -> Target:
+        """The target that there is, if it is the same: it may have threads and connections that are worth keeping."""
+        if self._target is not None and deliver == (self._settings["deliver"] or DELIVER):
+            return self._target
+        try:
+            return parse_target(deliver)
+        except ValueError as error:
+            raise SettingError(f"--deliver: {error}") from None
+
+
+def _load(reference: str) -> Fumi:
+    module, colon, name = reference.partition(":")
+    if not (module and colon and name):
+        raise SettingError(f"{reference!r} is not MODULE:APP, as in myapp:app")
+    sys.path.insert(0, os.getcwd())
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise SettingError(f"{reference}: {type(error).__name__}: {error} ({at.filename}:{at.lineno})") from None
+    if not hasattr(loaded, name):
+        raise SettingError(f"{reference}: {module} has no {name}")
+    app = getattr(loaded, name)
+    if not isinstance(app, Fumi):
+        raise SettingError(f"{reference} is a {type(app).__name__}, not a Fumi")
+    return app
+
+
+def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
+    for flag in ("deliver", "domain"):
+        if flag in wanted:
+            raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
+
+
+def _users(path: str) -> Users:
+    try:
+        return Users(path)
+    except OSError as error:
+        raise SettingError(f"--users {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingError(f"--users: {error}") from None
+
+
+def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
+    try:
+        builtin.equip(app, target, settings["domain"])
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--deliver {settings['deliver']}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _bind(flag: str, address: SocketAddress) -> list[socket.socket]:
+    try:
+        return bind(address)
+    except OSError as error:
+        raise SettingError(f"--{flag} {address}: {error.strerror or error}") from None

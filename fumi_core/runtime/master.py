@@ -1,0 +1,241 @@
+"""The master of a set of workers: forks them, keeps them there, and ends them.
+
+It keeps no thread and no event loop, so that it can fork at any time. It waits for signals, and does nothing else: SIGTERM and
+SIGINT drain all workers, a second one or SIGQUIT ends them at once, SIGHUP has them take over new settings, and SIGCHLD is one
+that has ended. New settings are tried here first, and kept, for those that are forked later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+from fumi_core.runtime.lifecycle import HELD, Work, reload
+from fumi_core.runtime.logs import event
+from fumi_core.runtime.scoreboard import Scoreboard, State
+from fumi_core.runtime.systemd import Notifier
+
+METRICS = -1
+"""The role of the process that serves the metrics; the workers' are the numbers of their slots."""
+
+LOOK = 1.0
+"""Seconds between two looks at the workers when nothing happens."""
+SHORT_LOOK = 0.02
+"""The same while the master waits for all of them to have done something."""
+YOUNG = 10.0
+"""Seconds of life below which a worker that died is taken for one that cannot start."""
+LONGEST_PAUSE = 30.0
+"""Seconds until such a one is started again, at most."""
+GRACE = 5.0
+"""Seconds that draining may take beyond the drain timeout."""
+HASTE = 2.0
+"""Seconds that ending at once may take."""
+SILENCE = 3.0
+"""Seconds beyond the watchdog's own that a worker may give no sign of life."""
+
+
+@dataclass(slots=True)
+class _Child:
+    role: int
+    pid: int = 0
+    started: float = 0.0
+    failures: int = 0
+    """Deaths in succession, each while young."""
+    due: float = 0.0
+    """When it is to be started, by the monotonic clock."""
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before it is started again: none after the first failure."""
+        return min(LONGEST_PAUSE, 0.1 * 2 ** min(self.failures, 10)) if self.failures > 1 else 0.0
+
+
+class Master:
+    """``leash`` is a descriptor whose closing tells all children to end."""
+
+    def __init__(self, work: Work, board: Scoreboard, notifier: Notifier, leash: int) -> None:
+        self._work = work
+        self._board = board
+        self._notifier = notifier
+        self._leash = leash
+        self._workers = [_Child(number) for number in range(len(board.slots))]
+        self._children = [*self._workers, *([_Child(METRICS)] if work.metrics_sockets else [])]
+        self._settled = False
+        """All workers serve, with the newest settings, and systemd knows."""
+        self._stopping = False
+        self._announced = 0
+        """The last reload that the log tells of."""
+        self._deadline = float("inf")
+        self._next_sign = 0.0
+        self._status = 0
+
+    def run(self) -> int | None:
+        """Returns in each child, as fork() does, and what it gives is the child's role; in the master None, when all is over.
+
+        Raises SystemExit in the master when it was told to end at once.
+        """
+        # Whoever started us may have had it ignored; then nobody would learn how a child ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Pages that the collector leaves alone stay shared.
+        gc.collect()
+        gc.freeze()
+        while not self._stopping or any(child.pid for child in self._workers):
+            for child in self._due():
+                if not self._fork(child):
+                    return child.role
+            received = signal.sigtimedwait(HELD, self._patience())
+            if received is not None:
+                self._heed(signal.Signals(received.si_signo))
+            self._reap()
+            self._look()
+        self._end_metrics()
+        if self._status:
+            raise SystemExit(self._status)
+        return None
+
+    # Children come
+
+    def _due(self) -> list[_Child]:
+        now = time.monotonic()
+        return [child for child in self._children if not child.pid and child.due <= now and not self._stopping]
+
+    def _fork(self, child: _Child) -> bool:
+        """False in the child."""
+        now = time.monotonic()
+        if child.role != METRICS:
+            self._board.slots[child.role].reloads = self._board.reloads
+        # What is still in a buffer would be written by both.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            child.pid = os.fork()
+        except OSError as error:
+            child.failures += 1
+            child.due = now + max(1.0, child.pause)
+            event(self._work.log, logging.ERROR, "cannot start a worker", problem=error.strerror)
+            return True
+        if child.pid == 0:
+            return False
+        if child.started and child.role != METRICS:
+            self._board.restarts += 1
+        child.started = now
+        return True
+
+    # and go
+
+    def _reap(self) -> None:
+        # Only our own: an app may have children of its own making.
+        for child in self._children:
+            if child.pid:
+                pid, status = os.waitpid(child.pid, os.WNOHANG)
+                if pid:
+                    self._ended(child, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, child: _Child, code: int) -> None:
+        pid, child.pid = child.pid, 0
+        if child.role != METRICS:
+            self._board.slots[child.role].clear()
+        if self._stopping and (code == 0 or self._status):
+            return
+        now = time.monotonic()
+        child.failures = child.failures + 1 if now - child.started < YOUNG else 1
+        child.due = now + child.pause
+        event(
+            self._work.log,
+            logging.ERROR,
+            "the metrics process died" if child.role == METRICS else "worker died",
+            worker=None if child.role == METRICS else child.role,
+            pid=pid,
+            reason=f"exit status {code}" if code >= 0 else signal.Signals(-code).name,
+            seconds=round(now - child.started, 3),
+            pause=child.pause or None,
+        )
+
+    def _end_metrics(self) -> None:
+        os.close(self._leash)
+        deadline = time.monotonic() + HASTE
+        while any(child.pid for child in self._children):
+            if signal.sigtimedwait([signal.SIGCHLD], max(0.0, deadline - time.monotonic())) is None:
+                self._tell(signal.SIGKILL)
+                deadline += HASTE
+            self._reap()
+
+    # Signals
+
+    def _patience(self) -> float:
+        """Seconds until there is something to do without a signal."""
+        now = time.monotonic()
+        moments = [now + (LOOK if self._settled or self._stopping else SHORT_LOOK), self._deadline]
+        moments += [child.due for child in self._children if not child.pid and not self._stopping]
+        if self._notifier.interval is not None:
+            moments.append(self._next_sign)
+        return max(0.0, min(moments) - now)
+
+    def _heed(self, number: signal.Signals) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            if self._stopping or number == signal.SIGQUIT:
+                self._hurry(number)
+            else:
+                self._stop(number)
+        elif number == signal.SIGHUP and not self._stopping:
+            self._reload()
+
+    def _stop(self, number: signal.Signals) -> None:
+        self._stopping = True
+        event(self._work.log, logging.INFO, "stopping", signal=number.name)
+        self._notifier.stopping()
+        self._work.unbind()
+        self._tell(signal.SIGTERM)
+        self._deadline = time.monotonic() + self._work.drain_timeout + GRACE
+
+    def _hurry(self, number: signal.Signals) -> None:
+        self._stopping = True
+        self._status = 128 + number
+        self._tell(signal.SIGQUIT)
+        self._deadline = time.monotonic() + HASTE
+
+    def _reload(self) -> None:
+        self._notifier.reloading()
+        if asyncio.run(reload(self._work)):
+            self._board.reloads += 1
+            self._settled = False
+            self._tell(signal.SIGHUP)
+        elif self._settled:
+            self._notifier.ready()
+
+    def _tell(self, number: signal.Signals) -> None:
+        for child in self._children:
+            if child.pid:
+                os.kill(child.pid, number)
+
+    # Looking after them
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if not self._settled and not self._stopping:
+            self._settle()
+        if now >= self._deadline:
+            event(self._work.log, logging.WARNING, "killing workers that did not end in time")
+            self._tell(signal.SIGKILL)
+            self._deadline = float("inf")
+        if self._notifier.interval is not None and now >= self._next_sign:
+            self._next_sign = now + self._notifier.interval
+            # One that hangs is a fault of the service; one that has died is replaced.
+            limit = 2 * self._notifier.interval + SILENCE
+            if all(slot.silence < limit for slot in self._board.slots if slot.state is not State.ABSENT):
+                self._notifier.alive()
+
+    def _settle(self) -> None:
+        newest = self._board.reloads
+        if all(slot.state is State.SERVING and slot.reloads == newest for slot in self._board.slots):
+            self._settled = True
+            if newest != self._announced:
+                event(self._work.log, logging.INFO, "reloaded")
+                self._announced = newest
+            self._notifier.ready()

@@ -1,0 +1,179 @@
+"""What the processes of one program know of each other, in memory that all of them share. Apache's word for it, and its idea.
+
+Each worker has a slot: how it is, how many connections it has open, when it last gave a sign of life, and its last report. A slot
+outlives its worker: what one that was killed had reported is still there for the next one and for whoever adds up.
+
+Each field is eight aligned bytes that one process writes, so nobody reads a half of one. A report is written where nobody reads;
+then the count of reports says where it is. A worker that is killed while it writes loses that report and no other.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import MutableSequence
+from enum import IntEnum
+from typing import TypeAlias
+
+REPORT = 1 << 20
+"""Octets a report may have. The kernel gives memory only to those that are written."""
+LEAD = 2
+"""Connections that a worker may have more than another and be none the less ready for the next one."""
+_FIELDS = 8
+"""Numbers a worker has."""
+
+Numbers: TypeAlias = "MutableSequence[int] | memoryview[int]"
+
+
+class State(IntEnum):
+    """How a worker is."""
+
+    ABSENT = 0
+    SERVING = 1
+    DRAINING = 2
+
+
+class Crowd:
+    """How many connections this worker has, how many the others, and how many clients there are in all of them.
+
+    A connection is a client from when it is let in; one that is still to say who it is, or that was turned away, is none.
+    """
+
+    __slots__ = ("_clients", "_connections", "_number", "_states")
+
+    def __init__(self, number: int, states: Numbers, connections: Numbers, clients: Numbers) -> None:
+        self._number = number
+        self._states = states
+        self._connections = connections
+        self._clients = clients
+
+    def came(self) -> None:
+        self._connections[self._number] += 1
+
+    def went(self) -> None:
+        self._connections[self._number] -= 1
+
+    def entered(self) -> None:
+        self._clients[self._number] += 1
+
+    def left(self) -> None:
+        self._clients[self._number] -= 1
+
+    @property
+    def clients(self) -> int:
+        """In all workers; exact but for those that are changing it just now."""
+        return sum(self._clients)
+
+    @property
+    def ahead(self) -> bool:
+        """Some worker that serves has fewer connections by more than LEAD."""
+        enough = self._connections[self._number] - LEAD
+        if enough <= 0:
+            return False
+        workers = zip(self._states, self._connections, strict=True)
+        return any(count < enough and state == State.SERVING for state, count in workers)
+
+
+def crowd_of_one() -> Crowd:
+    """That of a server without other workers."""
+    return Crowd(0, [State.SERVING], [0], [0])
+
+
+class Slot:
+    """One worker's place on the board. The worker writes; the others read."""
+
+    def __init__(self, board: Scoreboard, number: int) -> None:
+        self._board = board
+        self._number = number
+        self.crowd = Crowd(number, board.states, board.connections, board.clients)
+
+    @property
+    def state(self) -> State:
+        return State(self._board.states[self._number])
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._board.states[self._number] = state
+
+    @property
+    def reloads(self) -> int:
+        """The last reload that this worker has been through."""
+        return self._board.reloads_seen[self._number]
+
+    @reloads.setter
+    def reloads(self, number: int) -> None:
+        self._board.reloads_seen[self._number] = number
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last sign of life."""
+        return time.monotonic() - self._board.signs[self._number] / 1e9
+
+    def live(self) -> None:
+        """Give a sign of life."""
+        self._board.signs[self._number] = time.monotonic_ns()
+
+    def clear(self) -> None:
+        """The worker has ended: its connections are gone; what it counted stays."""
+        self.state = State.ABSENT
+        self._board.connections[self._number] = self._board.clients[self._number] = 0
+
+    def write(self, report: bytes) -> None:
+        """Raises ValueError for a report of more than REPORT octets."""
+        if len(report) > REPORT:
+            raise ValueError(f"a report of {len(report)} octets")
+        number = self._board.reports[self._number] + 1
+        place = self._place(number)
+        self._board.memory[place * REPORT : place * REPORT + len(report)] = report
+        self._board.lengths[place] = len(report)
+        self._board.reports[self._number] = number
+
+    def read(self) -> bytes:
+        """The last report; empty before the first."""
+        while True:
+            number = self._board.reports[self._number]
+            place = self._place(number)
+            report = bytes(self._board.memory[place * REPORT : place * REPORT + self._board.lengths[place]])
+            if self._board.reports[self._number] == number:
+                return report
+
+    def _place(self, number: int) -> int:
+        return self._number * 2 + number % 2
+
+
+class Scoreboard:
+    """The slots of so many workers; made before any of them is forked."""
+
+    def __init__(self, workers: int) -> None:
+        size = 8 * (_FIELDS * workers + 2)
+        memory = memoryview(mmap.mmap(-1, size + workers * 2 * REPORT))
+        numbers, self.memory = memory[:size].cast("q"), memory[size:]
+        fields = [numbers[at * workers : (at + 1) * workers] for at in range(_FIELDS)]
+        self.states, self.signs, self.reloads_seen, self.connections, self.clients, self.reports = fields[:6]
+        self.lengths = numbers[6 * workers : 8 * workers]
+        self._own = numbers[8 * workers :]
+        self.slots = [Slot(self, number) for number in range(workers)]
+
+    @property
+    def restarts(self) -> int:
+        """Workers that died and were replaced."""
+        return self._own[0]
+
+    @restarts.setter
+    def restarts(self, number: int) -> None:
+        self._own[0] = number
+
+    @property
+    def reloads(self) -> int:
+        """How often new settings were found good."""
+        return self._own[1]
+
+    @reloads.setter
+    def reloads(self, number: int) -> None:
+        self._own[1] = number
+
+    def problem(self) -> str | None:
+        """Why nobody takes connections, or None."""
+        if State.SERVING in self.states:
+            return None
+        return "draining" if State.DRAINING in self.states else "not accepting"

@@ -1,0 +1,68 @@
+"""What systemd and a service tell each other: the protocols of sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3).
+
+All of it comes by the environment, and what has been read is taken out of it: it was meant for this process, and not for its
+children. Without systemd none of it is there, and nothing happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import time
+
+from fumi_core.runtime.logs import event
+
+log = logging.getLogger("fumi.systemd")
+
+FIRST = 3
+"""The first descriptor that is passed, SD_LISTEN_FDS_START."""
+
+
+@functools.cache
+def descriptors() -> tuple[tuple[int, str], ...]:
+    """The sockets that were passed to this process, each with its name (FileDescriptorName=); the name may be empty."""
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return ()
+    passed = range(FIRST, FIRST + int(count))
+    return tuple((fd, names[at] if at < len(names) else "") for at, fd in enumerate(passed))
+
+
+class Notifier:
+    """Tells systemd how the service is. ``interval`` is the seconds between two calls of ``alive()``; None when nobody waits."""
+
+    def __init__(self) -> None:
+        """Reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID, and takes them out of the environment."""
+        path = os.environ.pop("NOTIFY_SOCKET", "")
+        limit, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", str(os.getpid()))
+        # "@" stands for the NUL of the abstract namespace.
+        self._address = "\0" + path[1:] if path.startswith("@") else path
+        watched = path and limit.isdecimal() and int(limit) and pid == str(os.getpid())
+        self.interval: float | None = int(limit) / 2_000_000 if watched else None
+
+    def ready(self) -> None:
+        """It serves, or it has reloaded."""
+        self._send("READY=1")
+
+    def reloading(self) -> None:
+        """It reads its settings anew; ``ready()`` is to follow."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def alive(self) -> None:
+        self._send("WATCHDOG=1")
+
+    def _send(self, state: str) -> None:
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            try:
+                sock.sendto(state.encode(), self._address)
+            except OSError as error:
+                # Mail does not wait for it.
+                event(log, logging.WARNING, "cannot notify", state=state.partition("\n")[0], problem=error.strerror)

@@ -1,0 +1,130 @@
+"""Metrics over all workers: each reports its own now and then, and whoever is asked adds them up.
+
+So a worker counts in plain memory, at no more cost than a program that is alone, and nothing is left on the disk. Counters and
+histograms are added up, and a worker goes on where one that died had left them, so that none ever falls. A gauge that ends in
+``_active`` is a number of things, added up over the living; any other gauge is a state, of which the largest is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.registry import Collector
+
+from fumi_core.runtime.scoreboard import Scoreboard, Slot, State
+
+RESTARTS = "_worker_restarts_total"
+"""How the counter is called, behind the prefix, that the master keeps for all. The workers have it too, at 0."""
+
+Key = tuple[str, tuple[tuple[str, str], ...]]
+Series = dict[Key, float]
+"""Values by the name of a sample and its labels."""
+
+
+Families = dict[str, Series]
+
+
+class Reporter:
+    """Writes what a worker has to tell into its slot; with its counts, what those that had the slot before it had counted."""
+
+    def __init__(self, registry: CollectorRegistry, slot: Slot) -> None:
+        self._registry = registry
+        self._slot = slot
+        self._before = _read(slot).families
+
+    def write(self, trouble: str | None) -> None:
+        """``trouble``: why this worker, though it serves, takes no mail."""
+        families = {}
+        for family in self._registry.collect():
+            series = families[family.name] = _series(family)
+            if family.type != "gauge":
+                _add(series, self._before.get(family.name, {}))
+        self._slot.write(_dumped(trouble, families))
+
+
+class Totals(Collector):
+    """The sums. ``registry`` is the master's own: all families, all series, and none ever touched."""
+
+    def __init__(self, registry: CollectorRegistry, board: Scoreboard) -> None:
+        self._registry = registry
+        self._board = board
+
+    def trouble(self) -> str | None:
+        """Why no worker takes mail, or None when one does."""
+        troubles = [_read(slot).trouble for slot in self._board.slots if slot.state is State.SERVING]
+        return troubles[0] if troubles and None not in troubles else None
+
+    def describe(self) -> Iterable[Metric]:
+        return self._registry.collect()
+
+    def collect(self) -> Iterator[Metric]:
+        states, counts = [], []
+        for slot in self._board.slots:
+            families = _read(slot).families
+            counts.append(families)
+            if families and slot.state is not State.ABSENT:
+                states.append(families)
+        for family in self._registry.collect():
+            if family.type == "gauge":
+                yield _with(family, _state(family, [each.get(family.name, {}) for each in states]))
+            else:
+                yield _with(family, self._counted(family, [each.get(family.name, {}) for each in counts]))
+
+    def _counted(self, family: Metric, reports: list[Series]) -> Series:
+        total = _series(family)
+        for series in reports:
+            _add(total, series)
+        for key in total:
+            if key[0].endswith(RESTARTS):
+                total[key] += self._board.restarts
+        return total
+
+
+def _state(family: Metric, reports: list[Series]) -> Series:
+    if not reports:
+        return _series(family)
+    total: Series = {}
+    for series in reports:
+        if family.name.endswith("_active"):
+            _add(total, series)
+        else:
+            total |= {key: max(value, total.get(key, value)) for key, value in series.items()}
+    return total
+
+
+def _series(family: Metric) -> Series:
+    return {(each.name, tuple(each.labels.items())): each.value for each in family.samples}
+
+
+def _add(total: Series, more: Series) -> None:
+    for key, value in more.items():
+        total[key] = total.get(key, 0.0) + value
+
+
+def _with(family: Metric, series: Series) -> Metric:
+    filled = Metric(family.name, family.documentation, family.type)
+    for (name, labels), value in series.items():
+        filled.add_sample(name, dict(labels), value)
+    return filled
+
+
+def _dumped(trouble: str | None, families: Families) -> bytes:
+    rows = {name: [[*key, value] for key, value in series.items()] for name, series in families.items()}
+    return json.dumps([trouble, rows]).encode()
+
+
+class _Report(NamedTuple):
+    trouble: str | None
+    families: Families
+
+
+def _read(slot: Slot) -> _Report:
+    trouble, families = json.loads(slot.read() or b"[null, {}]")
+    return _Report(trouble, {family: _loaded(rows) for family, rows in families.items()})
+
+
+def _loaded(rows: list[Any]) -> Series:
+    return {(name, tuple((label, value) for label, value in labels)): value for name, labels, value in rows}

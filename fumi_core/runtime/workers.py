@@ -1,0 +1,100 @@
+"""``--workers N``: one process that does all, or a master, its workers, and a process that serves their metrics.
+
+All workers accept from the same listening sockets, which the master opened: whoever is free takes the next connection, and one
+that is killed takes none with it but its own. (With SO_REUSEPORT each has a queue, and those that wait in the queue of one that
+dies are reset.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+
+from prometheus_client import CollectorRegistry
+
+from fumi_core.runtime.lifecycle import HELD, Work, alone, every, heed, hold_signals, in_turn, leave, reload, serve_metrics
+from fumi_core.runtime.logs import event
+from fumi_core.runtime.master import METRICS, Master
+from fumi_core.runtime.scoreboard import Scoreboard, State
+from fumi_core.runtime.systemd import Notifier
+from fumi_core.runtime.totals import Reporter, Totals
+
+REPORT = 1.0
+"""Seconds between two reports of a worker: so old are the metrics of a set at most."""
+
+
+def run(work: Work, workers: int) -> None:
+    """Bind, and work until told to stop; returns in each process when it is to end. Raises SettingError, and SystemExit."""
+    hold_signals()
+    work.bind()
+    notifier = Notifier()
+    if workers == 1:
+        asyncio.run(alone(work, notifier))
+        return
+    board = Scoreboard(workers)
+    lifeline, leash = os.pipe()
+    role = Master(work, board, notifier, leash).run()
+    if role is None:
+        return
+    os.close(leash)  # the master's alone, so that reading the lifeline ends when the master does, whichever way
+    if role == METRICS:
+        _serve_metrics(work, board, lifeline)
+    else:
+        asyncio.run(_serve(work, board, role, lifeline))
+
+
+async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> None:
+    """A worker: like a program that is alone, but heeding its master, and reporting to the scoreboard."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    slot = board.slots[number]
+
+    def orphaned() -> None:
+        loop.remove_reader(lifeline)
+        event(work.log, logging.ERROR, "the master is gone, stopping", worker=number, pid=os.getpid())
+        stopped.set()
+
+    async def take_over() -> None:
+        newest = board.reloads
+        await reload(work, quiet=True)
+        slot.reloads = newest
+
+    def report() -> None:
+        work.refresh()
+        reporter.write(work.trouble())
+        slot.live()
+
+    for sock in work.metrics_sockets:
+        sock.close()
+    await work.start(slot.crowd)
+    reporter = Reporter(work.registry, slot)
+    report()
+    slot.state = State.SERVING
+    # A stop may be heard several times: from the terminal or systemd, which tell all processes, and from the master.
+    signal.signal(signal.SIGQUIT, leave)
+    heed({signal.SIGTERM: stopped.set, signal.SIGINT: stopped.set, signal.SIGHUP: in_turn(take_over)})
+    loop.add_reader(lifeline, orphaned)
+    with every(REPORT, report):
+        await stopped.wait()
+        slot.state = State.DRAINING
+        await work.close()
+    report()
+
+
+def _serve_metrics(work: Work, board: Scoreboard, lifeline: int) -> None:
+    """The process that adds up what the workers report. It ends with the master, whose fork() its threads would endanger."""
+    work.unbind()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, lambda number, frame: asyncio.run(reload(work, quiet=True)) and None)
+    totals, registry = Totals(work.registry, board), CollectorRegistry()
+    registry.register(totals)
+
+    def problem() -> str | None:
+        return board.problem() or totals.trouble() or work.problem()
+
+    serve_metrics(work, registry, problem, lambda: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    os.read(lifeline, 1)

@@ -1,0 +1,195 @@
+"""SIGHUP: fumi-core reads --config and --users again; what it serves goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fumi_core.users import hash_password
+
+HASHES = {name: hash_password(f"{name}'s") for name in ("ann", "bob")}
+
+
+def users(*names: str) -> str:
+    return "".join(f"{name}:{HASHES[name]}\n" for name in names)
+
+
+class Server:
+    """A running fumi-core with a configuration file and a file of users."""
+
+    def __init__(self, directory: Path, start: Any, connect: Any, eventually: Any, port: int) -> None:
+        self.port = port
+        self._directory = directory
+        self._start = start
+        self._connect = connect
+        self._eventually = eventually
+        self._reloads = 0
+
+    def start(self, *flags: str) -> Server:
+        listen = ("--listen", f"127.0.0.1:{self.port}", "--proxy-protocol", "off", "--allow-insecure-auth")
+        self.program = self._start(*listen, "--users", "users", "--config", "fumi.toml", *flags)
+        return self
+
+    def write(self, config: str, *names: str) -> None:
+        (self._directory / "fumi.toml").write_text(config)
+        (self._directory / "users").write_text(users(*names))
+
+    def reload(self, line: str = " reloaded") -> None:
+        self._reloads += 1
+        self.program.process.send_signal(signal.SIGHUP)
+        self._eventually(lambda: self.log.count(line) == self._reloads)
+
+    @property
+    def log(self) -> str:
+        return str(self.program.log.read_text())
+
+    def client(self) -> Any:
+        return self._connect(self.port)
+
+    def knows(self, name: str) -> bool:
+        client = self.client()
+        client.say("EHLO x")
+        secret = b64encode(f"\0{name}\0{name}'s".encode()).decode()
+        return bool(client.say(f"AUTH PLAIN {secret}").startswith(b"235"))
+
+    def settings(self, clients: int = 8) -> set[tuple[bytes, bytes]]:
+        """The banners and SIZEs that so many clients see."""
+        seen = set()
+        for _ in range(clients):
+            client = self.client()
+            size = re.search(rb"SIZE (\d+)", client.say("EHLO x"))
+            assert size
+            seen.add((client.banner.split(b" ESMTP ")[1].strip(), size[1]))
+        return seen
+
+
+@pytest.fixture
+def server(tmp_path: Path, start: Any, connect: Any, eventually: Any, free_port: Any) -> Server:
+    return Server(tmp_path, start, connect, eventually, free_port())
+
+
+@pytest.fixture(params=["1", "2"])
+def workers(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_new_users_and_settings_are_taken_over_by_all_workers(server: Server, workers: str) -> None:
+    server.write("size = 1000\nbanner = 'old'\ndeliver = 'discard:'\n", "ann")
+    server.start("--workers", workers)
+    old = server.client()
+    assert b"SIZE 1000" in old.say("EHLO x")
+    assert server.knows("ann")
+    assert not server.knows("bob")
+    server.write("size = 2000\nbanner = 'new'\ndeliver = 'discard:'\n", "bob")
+    server.reload()
+    assert server.settings() == {(b"new", b"2000")}
+    assert all(server.knows("bob") for _ in range(4))
+    assert not server.knows("ann")
+    assert b"SIZE 1000" in old.say("EHLO x")  # a connection keeps what it began with
+    assert server.program.stop() == 0
+
+
+def test_domains_and_the_target_are_taken_over(server: Server, workers: str, tmp_path: Path) -> None:
+    server.write("deliver = 'discard:'\ndomain = ['a.example']\n")
+    server.start("--workers", workers)
+    server.write("deliver = 'maildir:box'\ndomain = ['b.example']\n")
+    server.reload()
+    for _ in range(4):
+        client = server.client()
+        client.say("EHLO x")
+        client.say("MAIL FROM:<x@x.example>")
+        assert client.say("RCPT TO:<x@a.example>").startswith(b"550")
+        assert client.say("RCPT TO:<x@b.example>").startswith(b"250")
+        client.say("DATA")
+        assert client.say(".").startswith(b"250")
+    assert len(os.listdir(tmp_path / "box" / "new")) == 4
+
+
+def test_an_app_gets_what_its_flags_change_and_keeps_the_rest(server: Server, workers: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        """
+from fumi_core import Fumi
+app = Fumi(auth_optional=True, banner='own', size=500)
+
+@app.on_mail_from
+async def no(ctx, next):
+    ctx.reject("mine")
+"""
+    )
+    server.write("size = 1000\n", "ann")
+    server.start("--workers", workers, "mine:app")
+    assert server.settings() == {(b"own", b"1000")}
+    server.write("", "bob")
+    server.reload()
+    assert server.settings() == {(b"own", b"500")}
+    assert server.knows("bob")
+    assert not server.knows("ann")
+    client = server.client()
+    client.say("EHLO x")
+    assert b"mine" in client.say("MAIL FROM:<x@x.example>")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("users", "nobody\n", "users:1"),
+        ("fumi.toml", "size = ", "Invalid"),
+        ("fumi.toml", "size = 'much'", "much"),
+        ("fumi.toml", "deliver = 'pigeon:'", "pigeon"),
+        ("users", None, "No such file"),
+    ],
+)
+def test_a_broken_file_leaves_everything_as_it_was(
+    server: Server, workers: str, tmp_path: Path, file: str, text: str | None, problem: str
+) -> None:
+    server.write("size = 1000\nbanner = 'old'\ndeliver = 'discard:'\n", "ann")
+    server.start("--workers", workers)
+    server.write("size = 2000\nbanner = 'new'\ndeliver = 'discard:'\n", "bob")
+    if text is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(text)
+    server.reload("not reloaded")
+    (line,) = [line for line in server.log.splitlines() if "not reloaded" in line]
+    assert " ERROR " in line
+    assert problem in line
+    assert server.settings() == {(b"old", b"1000")}
+    assert server.knows("ann")
+    assert not server.knows("bob")
+
+
+def test_what_needs_a_restart_is_named(server: Server, workers: str, free_port: Any) -> None:
+    server.write("deliver = 'discard:'\nsize = 1\nbanner = 'b'\n", "ann")
+    server.start("--workers", workers)
+    server.write(f"workers = 5\nmetrics = '127.0.0.1:{free_port()}'\ndeliver = 'discard:'\nsize = 2\nbanner = 'b'\n", "ann")
+    server.reload()
+    assert "need a restart settings=metrics" in server.log  # --workers is a flag here, and flags win
+    assert server.settings() == {(b"b", b"2")}
+
+
+def test_a_worker_that_comes_later_has_the_new_settings(server: Server, eventually: Any) -> None:
+    server.write("size = 1000\nbanner = 'old'\ndeliver = 'discard:'\n", "ann")
+    server.start("--workers", "2")
+    server.write("size = 2000\nbanner = 'new'\ndeliver = 'discard:'\n", "bob")
+    server.reload()
+    server.write("size = 3000\nbanner = 'newest'\ndeliver = 'discard:'\n", "bob")  # which nobody was told of
+    children = Path(f"/proc/{server.program.process.pid}/task/{server.program.process.pid}/children")
+    before = set(children.read_text().split())
+    for pid in before:
+        os.kill(int(pid), signal.SIGKILL)
+    eventually(lambda: len(set(children.read_text().split()) - before) == 2)
+    assert server.settings() == {(b"new", b"2000")}
+    assert server.knows("bob")
+
+
+def test_the_log_level_is_taken_over(server: Server) -> None:
+    server.write("deliver = 'discard:'\n", "ann")
+    server.start()
+    server.write("deliver = 'discard:'\nlog-format = 'json'\n", "ann")
+    server.reload('"event": "reloaded"')

@@ -1,0 +1,260 @@
+"""fumi-core as a service of systemd: what it tells, and the sockets it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
+
+
+class Systemd:
+    """The other end of NOTIFY_SOCKET."""
+
+    def __init__(self, address: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind("\0" + address[1:] if address.startswith("@") else address)
+        self._sock.settimeout(60)
+        self.environment = {"NOTIFY_SOCKET": address}
+
+    def hear(self) -> str:
+        return self._sock.recv(4096).decode()
+
+    def silent(self, seconds: float) -> bool:
+        self._sock.settimeout(seconds)
+        try:
+            self.hear()
+        except TimeoutError:
+            return True
+        return False
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+@pytest.fixture(params=["path", "abstract"])
+def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]:
+    address = str(tmp_path / "notify") if request.param == "path" else f"@fumi-test-{os.getpid()}-{tmp_path.name}"
+    with contextlib.closing(Systemd(address)) as systemd:
+        yield systemd
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_systemd_hears_of_start_reload_and_stop(systemd: Systemd, start: Any, free_port: Any, workers: str) -> None:
+    port = free_port()
+    flags = ("--listen", f"127.0.0.1:{port}", "--deliver", "discard:", "--workers", workers)
+    program = start(*flags, environment=systemd.environment)
+    assert systemd.hear() == "READY=1"
+    before = time.monotonic_ns() // 1000
+    program.process.send_signal(signal.SIGHUP)
+    found = re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=(\d+)", systemd.hear())
+    assert found
+    assert before <= int(found[1]) <= time.monotonic_ns() // 1000
+    assert systemd.hear() == "READY=1"
+    program.process.send_signal(signal.SIGTERM)
+    assert systemd.hear() == "STOPPING=1"
+    assert program.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_reload_that_fails_ends_too(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, workers: str) -> None:
+    (tmp_path / "users").write_text("")
+    flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--users", "users", "--workers", workers)
+    program = start(*flags, environment=systemd.environment)
+    assert systemd.hear() == "READY=1"
+    (tmp_path / "users").write_text("wrong")
+    program.process.send_signal(signal.SIGHUP)
+    assert systemd.hear().startswith("RELOADING=1")
+    assert systemd.hear() == "READY=1"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_watchdog_is_fed(systemd: Systemd, start: Any, free_port: Any, workers: str) -> None:
+    flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--workers", workers)
+    start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
+    heard = [systemd.hear() for _ in range(6)]
+    assert heard.count("WATCHDOG=1") == 5
+    assert "READY=1" in heard
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_watchdog_is_not_fed_by_a_program_that_hangs(
+    systemd: Systemd, start: Any, connect: Any, free_port: Any, tmp_path: Path, workers: str
+) -> None:
+    (tmp_path / "hang.py").write_text(
+        """
+import time
+from fumi_core import Fumi
+
+app = Fumi(auth_optional=True, close_timeout=0.1)
+
+@app.on_mail_from
+async def hang(ctx, next):
+    time.sleep(1000)
+"""
+    )
+    port = free_port()
+    flags = ("--listen", f"127.0.0.1:{port}", "--workers", workers)
+    start(*flags, "hang:app", environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
+    client = connect(port)
+    client.say("EHLO x")
+    client.sock.sendall(b"MAIL FROM:<a@b.example>\r\n")
+    while not systemd.silent(2):
+        pass
+
+
+def test_a_watchdog_meant_for_another_process_is_none(start: Any, free_port: Any, tmp_path: Path) -> None:
+    with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
+        flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:")
+        start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"})
+        assert systemd.hear() == "READY=1"
+        assert systemd.silent(0.1)
+
+
+def test_children_see_nothing_of_it(start: Any, connect: Any, free_port: Any, tmp_path: Path) -> None:
+    (tmp_path / "env.py").write_text(
+        """
+import os
+from fumi_core import Fumi
+
+app = Fumi(auth_optional=True)
+
+@app.on_mail_from
+async def tell(ctx, next):
+    ctx.reject(",".join(name for name in os.environ if name.startswith(("NOTIFY", "WATCHDOG", "LISTEN"))) or "nothing")
+"""
+    )
+    port = free_port()
+    environment = {"NOTIFY_SOCKET": str(tmp_path / "nobody"), "WATCHDOG_USEC": "60000000", "LISTEN_PID": "1", "LISTEN_FDS": "1"}
+    program = start("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "env:app", environment=environment)
+    client = connect(port)
+    client.say("EHLO x")
+    assert b"nothing" in client.say("MAIL FROM:<a@b.example>")
+    assert "cannot notify" in program.log.read_text()
+
+
+# Socket activation
+
+Activate = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as sock:
+        yield sock
+
+
+@pytest.fixture
+def activate(tmp_path: Path) -> Iterator[Activate]:
+    """Start a program as systemd does: with sockets from descriptor 3 on, and their names."""
+    running = []
+
+    def start(sockets: dict[str, socket.socket], *flags: str) -> subprocess.Popen[bytes]:
+        numbers = [sock.fileno() for sock in sockets.values()]
+        # Out of the way first: one of them may be 3 itself.
+        moves = "".join(f"exec {number + 200}<&{number}\n" for number in numbers)
+        moves += "".join(f"exec {3 + at}<&{number + 200} {number + 200}<&-\n" for at, number in enumerate(numbers))
+        names = ":".join(sockets)
+        script = f'{moves}LISTEN_PID=$$ LISTEN_FDS={len(numbers)} LISTEN_FDNAMES={names} exec "$@"'
+        with (tmp_path / "log").open("ab") as log:
+            command = ["bash", "-c", script, "bash", PROGRAM, "--proxy-protocol", "off", "--deliver", "discard:", *flags]
+            process = subprocess.Popen(command, stderr=log, cwd=tmp_path, pass_fds=numbers)
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()
+    return process.wait(60)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_passed_sockets_are_listened_on_when_nothing_else_is_said(
+    activate: Activate, listener: socket.socket, connect: Any, workers: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as second:
+        process = activate({"a": listener, "b": second}, "--workers", workers)
+        for sock in (listener, second):
+            assert connect(sock.getsockname()[1]).banner.startswith(b"220")
+        assert stop(process) == 0
+
+
+def test_sockets_are_chosen_by_their_names(activate: Activate, listener: socket.socket, connect: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as second, socket.create_server(("127.0.0.1", 0)) as third:
+        process = activate({"smtp": listener, "other": second}, "--listen", "fd:other", "--banner", "chosen")
+        assert b"chosen" in connect(second.getsockname()[1]).banner
+        assert stop(process) == 0
+        process = activate({"smtp": third}, "--listen", "fd:smtps")
+        assert process.wait(60) == 2
+
+
+class Sender:
+    """Sends one message after the other, each by a connection of its own, until ``close()``; 421 means to come again."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.sent = 0
+        self.problems: list[str] = []
+        self._address = address
+        self._done = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._done = True
+        self._thread.join()
+
+    def send_some(self) -> None:
+        enough = self.sent + 20
+        while self.sent < enough:
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+
+    def _run(self) -> None:
+        while not self._done:
+            try:
+                self.sent += self._send()
+            except OSError as error:
+                self.problems.append(repr(error))
+
+    def _send(self) -> bool:
+        with socket.create_connection(self._address, timeout=60) as sock, sock.makefile("rb") as replies:
+            for line in (b"", b"HELO x\r\n", b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<c@d.example>\r\n", b"DATA\r\n", b".\r\n"):
+                sock.sendall(line)
+                reply = replies.readline()
+                if reply.startswith(b"421"):
+                    return False
+                if reply[:1] not in (b"2", b"3"):
+                    self.problems.append(f"{reply!r} for {line!r}")
+                    return False
+        return True
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_no_connection_is_refused_or_reset_across_a_restart(activate: Activate, listener: socket.socket, workers: str) -> None:
+    with contextlib.closing(Sender(listener.getsockname())) as sender:
+        for _ in range(3):
+            process = activate({"smtp": listener}, "--workers", workers)
+            sender.send_some()
+            assert stop(process) == 0
+        process = activate({"smtp": listener}, "--workers", workers)
+        sender.send_some()
+    assert stop(process) == 0
+    assert sender.problems == []

@@ -1,0 +1,303 @@
+"""fumi-core --workers: who does the work, and what becomes of it when a process dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import urllib.request
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fumi_core.runtime.acceptor import Acceptor
+from fumi_core.runtime.scoreboard import Scoreboard, Slot, State
+
+# MAIL tells which worker it came to; "hang@" makes that worker hear nothing any more.
+WHO = """
+import os, time
+from fumi_core import Fumi
+
+app = Fumi(auth_optional=True)
+
+@app.on_mail_from
+async def who(ctx, next):
+    if ctx.address.address.startswith("hang@"):
+        time.sleep(1000)
+    if ctx.address.address.startswith("who@"):
+        ctx.reject(f"worker={os.getpid()}", 550)
+"""
+
+
+class Set:
+    """A running fumi-core with workers."""
+
+    def __init__(self, program: Any, port: int, connect: Any) -> None:
+        self.program = program
+        self.port = port
+        self._connect = connect
+
+    def client(self) -> tuple[Any, int]:
+        """A client that has said EHLO, and the pid of its worker."""
+        client = self._connect(self.port)
+        assert client.say("EHLO client.example").startswith(b"250")
+        found = re.search(rb"worker=(\d+)", client.say("MAIL FROM:<who@b.example>"))
+        assert found
+        return client, int(found[1])
+
+    def clients(self) -> dict[int, Any]:
+        """A client of each of two workers."""
+        found: dict[int, Any] = {}
+        while len(found) < 2:
+            client, pid = self.client()
+            found.setdefault(pid, client)
+        return found
+
+    @property
+    def log(self) -> str:
+        return str(self.program.log.read_text())
+
+
+@pytest.fixture
+def two_workers(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> Any:
+    def run(*flags: str, module: str = WHO) -> Set:
+        (tmp_path / "who.py").write_text(module)
+        port = free_port()
+        listen = ("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off")
+        return Set(start(*listen, "--workers", "2", *flags, "who:app"), port, connect)
+
+    return run
+
+
+def in_flight(client: Any) -> Any:
+    """A client half-way through its message."""
+    client.envelope()
+    assert client.say("DATA").startswith(b"354")
+    client.sock.sendall(b"half of it\r\n")
+    return client
+
+
+def gone(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def test_connections_that_stay_are_shared_out() -> None:
+    async def shared() -> list[int]:
+        board = Scoreboard(3)
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
+            for slot in board.slots:
+                slot.state = State.SERVING
+            for slot in board.slots:
+                sock = listener.dup()
+                sock.setblocking(False)
+                acceptor = Acceptor(sock, "", logging.getLogger(), partial(admit, slot, stack), slot.crowd)
+                stack.callback(acceptor.close)
+            for _ in range(40):
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+            while sum(board.connections) < 40:
+                await asyncio.sleep(0.001)
+            return list(board.connections)
+
+    def admit(slot: Slot, stack: contextlib.ExitStack, sock: socket.socket, peer: Any, own: Any) -> None:
+        stack.enter_context(sock)
+        slot.crowd.came()
+
+    counts = asyncio.run(shared())
+    assert max(counts) < 20
+
+
+def test_a_killed_worker_is_replaced_and_only_its_own_connections_suffer(two_workers: Any, connect: Any) -> None:
+    workers = two_workers()
+    (killed, victim), (other, bystander) = workers.clients().items()
+    in_flight(bystander)
+    os.kill(killed, signal.SIGKILL)
+    assert victim.reply() == b""
+    pids: set[int] = set()
+    while not pids - {other}:
+        pids.add(workers.client()[1])  # never refused, never reset
+    assert killed not in pids
+    assert bystander.say(b"the rest\r\n.").startswith(b"250")
+    assert [line for line in workers.log.splitlines() if "died" in line and f"pid={killed} reason=SIGKILL" in line]
+    assert workers.log.count("died") == 1
+    assert workers.program.stop() == 0
+
+
+class Metrics:
+    """The metrics of a running program."""
+
+    def __init__(self, port: int) -> None:
+        self._base = f"http://127.0.0.1:{port}"
+
+    def get(self, path: str) -> str:
+        with contextlib.closing(urllib.request.urlopen(self._base + path, timeout=30)) as answer:
+            return str(answer.read().decode())
+
+    def values(self) -> dict[str, float]:
+        return {name: float(value) for name, value in re.findall(r"^(\w\S*) (\S+)$", self.get("/metrics"), re.MULTILINE)}
+
+    def ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self.get("/readyz") == "ready\n"
+        return False
+
+
+def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: Any, free_port: Any, eventually: Any) -> None:
+    port = free_port()
+    metrics = Metrics(port)
+    workers = two_workers("--metrics", f"127.0.0.1:{port}")
+    eventually(metrics.ready)
+    before = metrics.values()
+    assert before['fumi_core_commands_total{command="VRFY"}'] == 0
+    assert before["fumi_core_worker_restarts_total"] == 0
+    assert before["fumi_core_message_bytes_count"] == 0
+    assert before["fumi_core_connections_active"] == 0
+    clients = workers.clients()
+    for client in clients.values():
+        in_flight(client)
+        assert client.say(b".").startswith(b"250")
+    eventually(lambda: metrics.values()["fumi_core_message_bytes_sum"] == 24)
+    eventually(lambda: metrics.values()['fumi_core_commands_total{command="DATA"}'] == 2)
+    before = metrics.values()
+    assert before['fumi_core_messages_total{result="accepted"}'] == 2
+    assert before['fumi_core_message_bytes_bucket{le="+Inf"}'] == 2
+    assert before['fumi_core_build_info{version="0.1.0"}'] == 1
+    open_before = before["fumi_core_connections_active"]
+    assert open_before == before["fumi_core_connections_total"] >= 2
+
+    os.kill(min(clients), signal.SIGKILL)
+    while (now := metrics.values())["fumi_core_worker_restarts_total"] == 0:
+        fallen = [name for name, value in before.items() if now[name] < value and not name.endswith("_active")]
+        assert fallen == []
+    eventually(lambda: metrics.values()["fumi_core_connections_active"] < open_before)
+    workers.clients()
+    eventually(lambda: metrics.values()["fumi_core_connections_total"] >= before["fumi_core_connections_total"] + 2)
+    now = metrics.values()
+    assert [name for name, value in before.items() if now[name] < value and not name.endswith("_active")] == []
+    assert now['fumi_core_messages_total{result="accepted"}'] == 2
+
+
+def test_max_clients_counts_over_all_workers(two_workers: Any, connect: Any) -> None:
+    workers = two_workers("--max-clients", "3")
+    held = [connect(workers.port) for _ in range(3)]
+    assert all(client.banner.startswith(b"220") for client in held)
+    assert connect(workers.port).banner.startswith(b"421")
+
+
+def test_sigterm_drains_all_workers(two_workers: Any, free_port: Any, eventually: Any) -> None:
+    port = free_port()
+    metrics = Metrics(port)
+    workers = two_workers("--metrics", f"127.0.0.1:{port}")
+    clients = [in_flight(client) for client in workers.clients().values()]
+    workers.program.process.send_signal(signal.SIGTERM)
+    eventually(lambda: not accepts(workers.port))
+    eventually(lambda: not metrics.ready())
+    for client in clients:
+        assert client.say(b"the rest\r\n.").startswith(b"250")
+        assert client.reply().startswith(b"421")
+    assert workers.program.process.wait(60) == 0
+    assert "died" not in workers.log
+
+
+def accepts(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=30).close()
+        return True
+    return False
+
+
+def test_sigterm_to_the_whole_group_is_one_stop_not_two(two_workers: Any, eventually: Any) -> None:
+    workers = two_workers()
+    clients = {pid: in_flight(client) for pid, client in workers.clients().items()}
+    for pid in (*clients, workers.program.process.pid, *clients):
+        os.kill(pid, signal.SIGTERM)
+    eventually(lambda: not accepts(workers.port))
+    for client in clients.values():
+        assert client.say(b".").startswith(b"250")
+    assert workers.program.process.wait(60) == 0
+
+
+def test_a_second_sigterm_ends_all_at_once(two_workers: Any, eventually: Any) -> None:
+    workers = two_workers()
+    clients = {pid: in_flight(client) for pid, client in workers.clients().items()}
+    workers.program.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "stopping" in workers.log)
+    workers.program.process.send_signal(signal.SIGTERM)
+    assert workers.program.process.wait(60) == 128 + signal.SIGTERM
+    assert all(gone(pid) for pid in clients)
+
+
+def test_a_worker_that_overstays_is_killed(two_workers: Any) -> None:
+    workers = two_workers("--drain-timeout", "0.1")
+    client, pid = workers.client()
+    client.sock.sendall(b"MAIL FROM:<hang@b.example>\r\n")
+    assert workers.program.stop() == 0
+    assert f"pid={pid} reason=SIGKILL" in workers.log
+
+
+def test_workers_end_with_a_master_that_is_killed(two_workers: Any, free_port: Any, eventually: Any) -> None:
+    port = free_port()
+    workers = two_workers("--metrics", f"127.0.0.1:{port}")
+    eventually(Metrics(port).ready)
+    clients = workers.clients()
+    (busy, client), (idle, _) = clients.items()
+    in_flight(client)
+    workers.program.process.kill()
+    workers.program.process.wait()
+    eventually(lambda: gone(idle))
+    eventually(lambda: not accepts(workers.port) and not accepts(port))
+    assert client.say(b".").startswith(b"250")
+    eventually(lambda: gone(busy))
+
+
+def test_workers_that_cannot_start_are_tried_at_longer_and_longer_intervals(two_workers: Any, eventually: Any) -> None:
+    module = """
+import os
+from fumi_core import Fumi
+
+class Broken(Fumi):
+    async def listen(self, *arguments, **extra):
+        os._exit(3)
+
+app = Broken()
+"""
+    workers = two_workers(module=module)
+    eventually(lambda: workers.log.count('reason="exit status 3"') >= 8)
+    pauses = [float(pause) for pause in re.findall(r"worker=0 .*pause=(\S+)", workers.log)]
+    assert pauses == sorted(set(pauses))
+    assert len(pauses) >= 2
+    assert workers.program.stop() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stop_between_listening_and_serving_is_a_clean_one(start: Any, tmp_path: Path, free_port: Any, workers: str) -> None:
+    (tmp_path / "early.py").write_text(
+        """
+import os, signal
+from fumi_core import Fumi
+
+starter = os.getpid()
+
+class Early(Fumi):
+    async def listen(self, *arguments, **extra):
+        try:
+            os.close(os.open("told", os.O_CREAT | os.O_EXCL))
+            os.kill(starter, signal.SIGTERM)
+        except FileExistsError:
+            pass
+        await super().listen(*arguments, **extra)
+
+app = Early(auth_optional=True)
+"""
+    )
+    flags = ("--listen", f"127.0.0.1:{free_port()}", "--workers", workers)
+    program = start(*flags, "early:app", wait="stopping")
+    assert program.process.wait(60) == 0

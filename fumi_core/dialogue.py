@@ -285,8 +285,9 @@ class Dialogue:
         assert message is not None
         message.stage = Stage.DONE
         message.stream.discard()
-        if isinstance(error, MessageAborted):
-            log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error))
+        cut_off = isinstance(error, asyncio.CancelledError) and self.closed
+        if cut_off or isinstance(error, MessageAborted):
+            log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error) or "cut off")
             message.refusal = replies.LOCAL_ERROR
         elif error is not None:
             message.refusal = self._refusal(context, error)

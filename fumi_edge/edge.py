@@ -110,14 +110,18 @@ class Edge:
             for sock, _, _ in bound:
                 sock.close()
             raise
-        service = self._service
-        if self._health_interval:
-            opening = greeting(service.proxy_protocol)
-            self._checks = Checks(service.backends, self._health_interval, self._connect_timeout, opening)
+        self.begin()
         for sock, name, starttls in bound:
             self.listen(sock, name, starttls)
         if self.endpoint is not None:
             event(log, logging.INFO, "metrics", port=self.endpoint.port)
+
+    def begin(self) -> None:
+        """Start what goes on beside the connections; for whoever gives the listeners one by one."""
+        service = self._service
+        if self._health_interval:
+            opening = greeting(service.proxy_protocol)
+            self._checks = Checks(service.backends, self._health_interval, self._connect_timeout, opening)
         self._reloader.start()
         self._beat()
 

@@ -51,7 +51,7 @@ class Listener:
         self._limits = limits
         self._rejections = rejections
         self.balancers = balancers
-        self._sock = sock
+        self.sock = sock
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
         self._paused_at = float("-inf")
@@ -74,21 +74,21 @@ class Listener:
 
     def close(self) -> None:
         """Take in what has already connected, then stop listening."""
-        if self._sock.fileno() < 0:
+        if self.sock.fileno() < 0:
             return
         if self._resume is not None:
             self._resume.cancel()
         self._closing = True
         while not self._accept():
             pass
-        self._loop.remove_reader(self._sock.fileno())
-        self._sock.close()
+        self._loop.remove_reader(self.sock.fileno())
+        self.sock.close()
 
     def _accept(self) -> bool:
         """Take in up to BURST connections; whether there are no more to be had now."""
         for _ in range(BURST):
             try:
-                client, name = self._sock.accept()
+                client, name = self.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return True
             except OSError as error:
@@ -104,12 +104,12 @@ class Listener:
             # Once: this can last, with one connection accepted now and then.
             event(log, logging.ERROR, "cannot accept, pausing", listener=self.name, error=error.strerror)
         self._paused_at = now
-        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_reader(self.sock.fileno())
         self._resume = self._loop.call_later(PAUSE, self._unpause)
 
     def _unpause(self) -> None:
         self._resume = None
-        self._loop.add_reader(self._sock.fileno(), self._accept)
+        self._loop.add_reader(self.sock.fileno(), self._accept)
 
     def _admit(self, client: socket.socket, name: Any) -> None:
         client.setblocking(False)

@@ -219,6 +219,24 @@ def test_a_message_that_breaks_off_raises_in_the_reader_and_on_close_follows(
     assert caplog.text.count("message aborted") == 2
 
 
+def test_a_message_cut_off_by_the_servers_end_is_one_line(app: Fumi, connect: Any, eventually: Any, caplog: Any) -> None:
+    reading: list[bool] = []
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        reading.append(True)
+        await ctx.stream.read()
+
+    with caplog.at_level(logging.INFO), running(app, record=False) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall(b"half a message\r\n")
+        eventually(lambda: reading == [True])
+    assert "Traceback" not in caplog.text
+    assert caplog.text.count("message aborted") == 1
+
+
 def test_on_close_comes_once_for_each_connection_that_reached_on_connect(
     app: Fumi, connect: Any, eventually: Any, reset: Any
 ) -> None:

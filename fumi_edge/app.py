@@ -1,0 +1,125 @@
+"""``fumi_edge.Fumi``: the app of fumi_core with TLS, all in one process.
+
+It is the edge in front of the core, not a second TLS implementation: each client's tunnel leads into a socket pair, at whose
+other end the core reads the same PROXY header that it would get from the program fumi-edge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+from fumi_core import app as core
+from fumi_core.dialogue import Service
+from fumi_core.options import override
+from fumi_core.runtime.addresses import Networks
+from fumi_core.server import Server
+from fumi_edge.certificates import Certificates
+from fumi_edge.edge import Edge
+from fumi_edge.pem import Source
+from fumi_edge.policy import Policy
+
+PATIENCE = 30.0
+"""Seconds beyond ``socket_timeout`` for which a tunnel may be silent: the core says 421 before."""
+
+
+class Fumi(core.Fumi):
+    """An SMTP server with TLS: implicit with ``secure``, otherwise by STARTTLS; without ``cert`` it is fumi_core's.
+
+    ``key``, ``cert`` and ``ca`` are PEM, as text or bytes, or the path of such a file; ``cert`` may hold the key as well. With
+    ``ca``, clients are asked for a certificate of one of these authorities, and need not have one. All other options are those
+    of ``fumi_core.Fumi``; ``max_clients`` closes TLS ports without a word, and ``require_tls`` and ``hide_starttls`` mean here
+    what their names say.
+    """
+
+    def __init__(
+        self,
+        *,
+        secure: bool = False,
+        key: Source | None = None,
+        cert: Source | None = None,
+        ca: Source | None = None,
+        **options: Any,
+    ) -> None:
+        """Raises TypeError for an unknown option or a certificate that is missing, CertificateError for a bad one."""
+        super().__init__(**options)
+        if cert is None:
+            for name, value in (("secure", secure), ("key", key), ("ca", ca)):
+                if value:
+                    raise TypeError(f"{name} needs a certificate: give cert=, and key= where cert does not hold the key")
+        self._secure = secure
+        self._certificates = None if cert is None else Certificates([(cert, key)], Policy(client_ca=ca))
+        self._edge: Edge | None = None
+
+    def update_secure_context(self, *, cert: Source, key: Source | None = None) -> None:
+        """Use another certificate for handshakes from now on; connections stay. Raises CertificateError, and keeps the old."""
+        if self._certificates is None:
+            raise TypeError("there is no certificate to update: the app was made without cert=")
+        self._certificates.update(cert, key)
+
+    def _service(self) -> Service:
+        if self._certificates is None:
+            return super()._service()
+        # The clients come with a header of ours; the limit and the balancer's header are seen to in front of that.
+        inner = override(self.options, {"proxy_protocol": "required", "max_clients": None})
+        service = super()._service()
+        service.options = inner
+        service.trusted = Networks((*inner.trusted_proxies, "unix"))
+        return service
+
+    def _listen(self, server: Server, sock: socket.socket) -> None:
+        if self._certificates is None:
+            super()._listen(server, sock)
+            return
+        if self._edge is None:
+            self._edge = self._start_edge(self._certificates, server)
+        self._edge.listen(sock, str(sock.getsockname()), starttls=not self._secure)
+
+    def _start_edge(self, certificates: Certificates, server: Server) -> Edge:
+        options = self.options
+        edge = Edge(
+            certificates=certificates,
+            backends=[Within(server)],
+            health_interval=0,
+            balancers=Networks(options.trusted_proxies) if options.proxy_protocol == "required" else None,
+            hide_starttls=options.hide_starttls,
+            idle_timeout=options.socket_timeout + PATIENCE,
+            cert_reload_interval=0,
+            max_clients=options.max_clients,
+            drain_timeout=options.close_timeout,
+        )
+        edge.begin()
+        return edge
+
+    def _sockets(self, server: Server) -> list[socket.socket]:
+        return super()._sockets(server) if self._edge is None else [each.sock for each in self._edge.listeners]
+
+    async def _close(self, server: Server) -> None:
+        edge, self._edge = self._edge, None
+        if edge is None:
+            await super()._close(server)
+        else:
+            # The core ends the dialogues, and the edge, which takes no more clients, the tunnels that this leaves.
+            await asyncio.gather(edge.close(), super()._close(server))
+
+
+class Within:
+    """The core in this process, as a backend."""
+
+    name = "core"
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: bytes) -> socket.socket:
+        """A socket pair, one end of it the core's; it never has to wait. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            sock.setblocking(False)
+        ours.send(opening)
+        self._server.admit(theirs, "", "")
+        return ours
+
+    def afresh(self) -> Within:
+        return self

@@ -1,0 +1,231 @@
+"""``fumi_edge.Fumi``: the app with TLS in the same process."""
+
+from __future__ import annotations
+
+import smtplib
+import socket
+import ssl
+import threading
+from pathlib import Path
+
+import pytest
+
+from fumi_core import plugins
+from fumi_core.proxy_protocol import ProxyHeader
+from fumi_core.testing import running
+from fumi_edge import Fumi
+from fumi_edge.pem import CertificateError
+
+TEXT = "Subject: hello\r\n\r\nhello\r\n"
+
+
+@pytest.fixture
+def pem(certificate: tuple[Path, Path]) -> dict[str, str]:
+    return {"cert": certificate[0].read_text(), "key": certificate[1].read_text()}
+
+
+@pytest.fixture
+def make(pem):
+    def app(**options):
+        return Fumi(**{"auth_optional": True, "name": "mx.example", "close_timeout": 0.2, **pem, **options})
+
+    return app
+
+
+@pytest.fixture
+def context(clients):
+    return clients.context()
+
+
+def upgraded(server, context, **options):
+    smtp = smtplib.SMTP("127.0.0.1", server.port, timeout=30, **options)
+    smtp.starttls(context=context)
+    return smtp
+
+
+def serial(sock: ssl.SSLSocket) -> bytes:
+    return sock.getpeercert(binary_form=True)
+
+
+def test_implicit_tls_tells_handlers_all_that_the_program_tells_them(make, context):
+    with running(make(secure=True)) as server:
+        with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
+            smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+            cipher, local = smtp.sock.cipher()[0], smtp.sock.getsockname()
+        session = server.messages[0].session
+    assert session.secure
+    assert (session.tls.version, session.tls.cipher, session.tls.sni) == ("TLSv1.3", cipher, None)
+    assert (session.remote_address, session.remote_port) == local
+    assert (session.local_address, session.local_port) == ("127.0.0.1", server.port)
+    assert session.transmission_type == "ESMTPS"
+    assert server.messages[0].body == TEXT.encode()
+
+
+def test_without_secure_there_is_starttls_and_plaintext(make, context):
+    with running(make()) as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
+            smtp.ehlo()
+            assert smtp.has_extn("starttls")
+            smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+        with upgraded(server, context) as smtp:
+            smtp.ehlo()
+            assert not smtp.has_extn("starttls")
+            smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+        assert [each.session.secure for each in server.messages] == [False, True]
+
+
+def test_key_and_cert_are_text_bytes_or_paths(make, pem, certificate, context):
+    whole = pem["cert"] + pem["key"]
+    for given in (
+        {name: text.encode() for name, text in pem.items()},
+        {"cert": str(certificate[0]), "key": str(certificate[1])},
+        {"cert": certificate[0], "key": certificate[1]},
+        {"cert": whole, "key": None},
+    ):
+        with (
+            running(make(secure=True, **given)) as server,
+            smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp,
+        ):
+            assert smtp.noop()[0] == 250
+
+
+def test_ca_asks_clients_for_a_certificate(make, clients, authority):
+    names = []
+    app = make(secure=True, ca=Path(authority.path).read_bytes())
+    app.on_mail_from(lambda ctx, next: names.append((ctx.session.tls.client_cert_verified, ctx.session.tls.client_cn)))
+    with running(app) as server:
+        for pair in (None, authority.issue("the client")):
+            context = clients.context()
+            if pair:
+                context.load_cert_chain(*pair)
+            with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
+                smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+    assert names == [(False, None), (True, "the client")]
+
+
+def test_require_tls_answers_530_until_there_is_tls(make, context):
+    for app in (make(require_tls=True), make().use(plugins.require_tls())):
+        with running(app) as server:
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
+                smtp.ehlo()
+                assert smtp.mail("a@b.example") == (530, b"5.7.0 Must issue a STARTTLS command first")
+            with upgraded(server, context) as smtp:
+                smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+            assert len(server.messages) == 1
+
+
+def test_auth_is_there_only_inside_tls(make, context):
+    app = make(auth_optional=False)
+
+    @app.on_auth
+    async def authenticate(ctx, next):
+        if ctx.credentials.validate_password("secret"):
+            ctx.accept(ctx.credentials.username)
+
+    with running(app) as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
+            smtp.ehlo()
+            assert not smtp.has_extn("auth")
+            assert smtp.docmd("AUTH", "PLAIN AGpvZQBzZWNyZXQ=")[0] == 538
+        with upgraded(server, context) as smtp:
+            smtp.ehlo()
+            smtp.login("joe", "secret")
+            smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+        assert server.messages[0].session.user == "joe"
+        assert server.messages[0].session.transmission_type == "ESMTPSA"
+
+
+def test_hide_starttls_hides_it_and_takes_it_all_the_same(make, context):
+    with running(make(hide_starttls=True)) as server, smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
+        smtp.ehlo()
+        assert not smtp.has_extn("starttls")
+        assert smtp.docmd("STARTTLS")[0] == 220
+        with context.wrap_socket(smtp.sock, server_hostname="localhost") as tls:
+            assert tls.version() == "TLSv1.3"
+
+
+def test_hide_requiretls_takes_it_out_of_what_tls_clients_are_offered(make, context):
+    for hidden in (False, True):
+        with (
+            running(make(secure=True, hide_requiretls=hidden)) as server,
+            smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp,
+        ):
+            smtp.ehlo()
+            assert smtp.has_extn("requiretls") is not hidden
+
+
+def test_one_client_too_many_is_421(make):
+    with running(make(max_clients=1)) as server, smtplib.SMTP("127.0.0.1", server.port, timeout=30) as first:
+        assert first.noop()[0] == 250
+        with pytest.raises(smtplib.SMTPConnectError, match="421"):
+            smtplib.SMTP("127.0.0.1", server.port, timeout=30)
+
+
+def test_update_secure_context_is_for_new_connections(make, certificate, make_certificate, clients):
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    other = make_certificate("other.example")
+    app = make(secure=True)
+    with running(app) as server:
+        with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as old:
+            app.update_secure_context(key=other[1], cert=other[0])
+            with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as new:
+                assert serial(new.sock) == ssl.PEM_cert_to_DER_cert(other[0].read_text())
+            assert old.noop()[0] == 250
+        with pytest.raises(CertificateError):
+            app.update_secure_context(key=certificate[1], cert=other[0])
+        with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as kept:
+            assert serial(kept.sock) == ssl.PEM_cert_to_DER_cert(other[0].read_text())
+
+
+def test_a_balancers_header_comes_before_tls(make, context):
+    header = ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.7", 4711), ("198.51.100.1", 465)).to_bytes()
+    with running(make(secure=True, proxy_protocol="required")) as server:
+        sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        sock.sendall(header)
+        with context.wrap_socket(sock, server_hostname="localhost") as tls, tls.makefile("rb") as replies:
+            tls.sendall(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<a@b.example>\r\nDATA\r\n.\r\nQUIT\r\n")
+            assert b"221" in replies.read()
+        session = server.messages[0].session
+    assert (session.remote_address, session.remote_port, session.local_port) == ("192.0.2.7", 4711, 465)
+    assert session.secure
+
+
+def test_close_lets_a_message_end(make, context):
+    app = make(secure=True, close_timeout=30)
+    with running(app) as server, smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
+        smtp.ehlo()
+        smtp.mail("a@b.example")
+        smtp.rcpt("c@d.example")
+        assert smtp.docmd("DATA")[0] == 354
+        closing = threading.Thread(target=server.run, args=(app.close,))
+        closing.start()
+        smtp.send(b"x\r\n.\r\n")
+        assert smtp.getreply()[0] == 250
+        assert smtp.getreply()[0] == 421
+        smtp.close()
+        closing.join()
+        assert len(server.messages) == 1
+
+
+def test_without_a_certificate_it_is_the_core(context):
+    with running(Fumi(auth_optional=True, close_timeout=0.2)) as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
+            smtp.ehlo()
+            assert not smtp.has_extn("starttls")
+            smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+        assert not server.messages[0].session.secure
+
+
+def test_what_cannot_work_is_said_at_once(pem, make_certificate):
+    for wrong in ({"secure": True}, {"key": pem["key"]}, {"ca": pem["cert"]}):
+        with pytest.raises(TypeError, match="needs a certificate"):
+            Fumi(**wrong)
+    with pytest.raises(TypeError, match="did you mean 'auth_optional'"):
+        Fumi(auth_optinal=True, **pem)
+    with pytest.raises(CertificateError, match="does not belong"):
+        Fumi(cert=pem["cert"], key=make_certificate("other.example")[1])
+    with pytest.raises(CertificateError, match="holds no private key"):
+        Fumi(cert=pem["cert"])
+    with pytest.raises(TypeError, match="no certificate to update"):
+        Fumi().update_secure_context(**pem)

@@ -14,6 +14,7 @@ from fumi_core import app as core
 from fumi_core.dialogue import Service
 from fumi_core.options import override
 from fumi_core.runtime.addresses import Networks
+from fumi_core.runtime.scoreboard import crowd_of_one
 from fumi_core.server import Server
 from fumi_edge.certificates import Certificates
 from fumi_edge.edge import Edge
@@ -89,7 +90,9 @@ class Fumi(core.Fumi):
             max_clients=options.max_clients,
             drain_timeout=options.close_timeout,
         )
-        edge.begin()
+        # The clients are counted where they come in, and once.
+        edge.begin(self.crowd)
+        server.crowd = crowd_of_one()
         return edge
 
     def _sockets(self, server: Server) -> list[socket.socket]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
-import gc
-import logging
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from fumi_core.runtime.addresses import Networks, parse_address
-from fumi_core.runtime.lifecycle import raise_descriptor_limit, stop_signal
-from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, Program, SettingError, config_option
+from fumi_core.runtime.addresses import Networks, parse_address, passed
+from fumi_core.runtime.lifecycle import STOPS, raise_descriptor_limit
+from fumi_core.runtime.logs import configure
+from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, WORKERS, Program, SettingError, config_option
+from fumi_core.runtime.workers import run
 from fumi_edge import dev
 from fumi_edge.backends import BALANCES, Backend, greeting
 from fumi_edge.certificates import Certificates
@@ -28,15 +24,8 @@ from fumi_edge.health import probe
 from fumi_edge.limits import Rate, parse_rate
 from fumi_edge.pem import CertificateError
 from fumi_edge.policy import CIPHERS, Policy
+from fumi_edge.program import EdgeWork
 from fumi_edge.sources import give_keys
-
-log = logging.getLogger("fumi.edge")
-
-_HINTS = {
-    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
-    errno.EADDRINUSE: "another process has it; stop that one or choose another address",
-    errno.EADDRNOTAVAIL: "this machine has no such address",
-}
 
 _LOOPBACK = ("127.0.0.0/8", "::1/128", "unix")
 
@@ -92,15 +81,20 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
 @click.option("--idle-timeout", type=SECONDS, default=900.0, help="Seconds of silence in both directions.")
 @click.option("--max-clients", type=click.IntRange(min=1), help="Connections at once.")
-@click.option("--max-clients-per-ip", type=click.IntRange(min=1), help="Connections at once from an IPv4 address or IPv6 /64.")
-@click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m.")
+@click.option(
+    "--max-clients-per-ip",
+    type=click.IntRange(min=1),
+    help="Connections at once from an IPv4 address or IPv6 /64, in each worker.",
+)
+@click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m, in each worker.")
+@click.option("--workers", type=WORKERS, default="1", help="Processes that share the work.")
 @click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option("--check", is_flag=True, help="Check certificates, addresses and backends, and exit.")
 @click.option("--dev", "dev_mode", is_flag=True, help="Try it out: own certificate, own server, mail to ./maildir.")
 @click.version_option(package_name="fumi")
-def main(log_format: str, log_level: str, check: bool, dev_mode: bool, **flags: Any) -> None:
+def main(log_format: str, log_level: str, workers: int, check: bool, dev_mode: bool, **flags: Any) -> None:
     """Terminate TLS and STARTTLS in front of an SMTP server."""
     configure(log_format, log_level)
     raise_descriptor_limit()
@@ -108,14 +102,19 @@ def main(log_format: str, log_level: str, check: bool, dev_mode: bool, **flags: 
         if dev_mode:
             if flags["cert"] or flags["key"] or flags["backend"]:
                 raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
+            if workers != 1:
+                raise SettingError("--dev is one process: leave out --workers")
             directory = stack.enter_context(dev.directory())
             flags |= dev.defaults(flags, directory)
         edge = _edge(flags)
         if check:
             _check(edge, () if dev_mode else edge.backends, flags)
             return
-        with asyncio.Runner() as runner:
-            runner.run(_run(edge, dev.Bench(edge, directory) if dev_mode else None))
+        if dev_mode:
+            # In a terminal, to close it is to stop.
+            run(EdgeWork(edge, dev.Bench(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
+        else:
+            run(EdgeWork(edge), workers)
 
 
 def _edge(flags: dict[str, Any]) -> Edge:
@@ -136,7 +135,7 @@ def _edge(flags: dict[str, Any]) -> Edge:
     except CertificateError as error:
         raise SettingError(str(error)) from None
     if not flags["listen"] and not flags["starttls_listen"]:
-        flags["listen"] = (parse_address(":465"),)
+        flags["listen"] = passed() or [parse_address(":465")]
     balancers = Networks(trusted or _LOOPBACK) if accepts else None
     backends = [Remote(address) for address in dict.fromkeys(flags.pop("backend"))]
     return Edge(certificates=certificates, backends=backends, balancers=balancers, **flags)
@@ -164,40 +163,3 @@ def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any]) -> No
     if found := [problem for problem in problems if problem]:
         raise SettingError("\n       ".join(found))
     click.echo("everything is in order")
-
-
-async def _run(edge: Edge, bench: dev.Bench | None) -> None:
-    if bench is not None:
-        await bench.start()
-    if bench is None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, edge.reload)
-    try:
-        await edge.start()
-    except OSError as error:
-        hint = _HINTS.get(error.errno or 0)
-        raise SettingError((error.strerror or str(error)) + (f" ({hint})" if hint else "")) from None
-    sys.unraisablehook = _unraisable
-    _tune_collector()
-    if bench is not None:
-        click.echo(bench.instructions())
-    # In a terminal, to close it is to stop.
-    number = await stop_signal(*([signal.SIGHUP] if bench is not None else []))
-    event(log, logging.INFO, "stopping", signal=number.name)
-    await edge.close()
-    if bench is not None:
-        await bench.close()
-
-
-def _tune_collector() -> None:
-    """What is here now stays, and a connection leaves no cycles behind: so look seldom, and only at what is new."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 50, 100)
-
-
-def _unraisable(problem: sys.UnraisableHookArgs) -> None:
-    """Python's ssl prints a traceback for a server name that is not ASCII; a client's nonsense is worth a line, not that."""
-    if isinstance(problem.exc_value, UnicodeDecodeError):
-        event(log, logging.INFO, "server name is not ASCII")
-    else:
-        sys.__unraisablehook__(problem)

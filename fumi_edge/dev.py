@@ -107,4 +107,6 @@ The certificate is self-signed. Metrics: http://{self._metrics()}/metrics. Stop 
         return "127.0.0.1:0"
 
     def _metrics(self) -> str:
-        return f"127.0.0.1:{self._edge.endpoint.port}" if self._edge.endpoint else ""
+        (sock, *_) = self._edge.metrics_sockets
+        name = sock.getsockname()
+        return f"127.0.0.1:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"

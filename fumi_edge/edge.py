@@ -12,8 +12,8 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
-from fumi_core.runtime.endpoint import Endpoint, Problem
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
 from fumi_edge.backends import Backend, Backends, Name, greeting
 from fumi_edge.certificates import Certificates
 from fumi_edge.connection import Connection, Service
@@ -69,9 +69,11 @@ class Edge:
     ) -> None:
         self.certificates = certificates
         self.listeners: list[Listener] = []
-        self.endpoint: Endpoint | None = None
-        self._registry = registry or CollectorRegistry()
-        self.metrics = EdgeMetrics(self._registry, certificates.ciphers(), version("fumi"))
+        self.metrics_sockets: list[socket.socket] = []
+        """Where the metrics, which are in ``registry``, are to be served; made by ``bind()``."""
+        self.registry = registry or CollectorRegistry()
+        self.drain_timeout = drain_timeout
+        self.metrics = EdgeMetrics(self.registry, certificates.ciphers(), version("fumi"))
         self._reloader = Reloader(certificates, self.metrics, cert_reload_interval)
         self._reloads: set[asyncio.Task[None]] = set()
         self._service = Service(
@@ -92,33 +94,50 @@ class Edge:
         self._connect_timeout = connect_timeout
         self._health_interval = health_interval
         self._checks: Checks | None = None
-        self._drain_timeout = drain_timeout
         self._metrics_address = metrics
         self._connections: dict[asyncio.Task[None], Connection] = {}
-        self._draining = False
+        self._bound: list[tuple[socket.socket, str, bool]] | None = None
+        self._crowd = crowd_of_one()
         self._heartbeat: asyncio.TimerHandle | None = None
 
-    async def start(self) -> None:
-        """Bind everything and begin to serve. Raises OSError, with the address in it, and then nothing is bound."""
+    def bind(self) -> None:
+        """Open all listening sockets. Raises OSError, with the address in it, and then none is open."""
         bound: list[tuple[socket.socket, str, bool]] = []
         try:
             for address, starttls in self._listen:
-                bound += [(sock, _name(address, sock), starttls) for sock in _bind(address)]
+                bound += [(sock, _name(address, sock), starttls) for sock in _bind("listen", address)]
             if self._metrics_address is not None:
-                self.endpoint = _serve_metrics(self._metrics_address, self._registry, self._problem)
+                self.metrics_sockets = _bind("serve metrics", self._metrics_address)
         except BaseException:
             for sock, _, _ in bound:
                 sock.close()
             raise
-        self.begin()
-        for sock, name, starttls in bound:
-            self.listen(sock, name, starttls)
-        if self.endpoint is not None:
-            event(log, logging.INFO, "metrics", port=self.endpoint.port)
+        self._bound = bound
+        for _, name, starttls in bound:
+            _announce(name, starttls)
+        for sock in self.metrics_sockets[:1]:
+            event(log, logging.INFO, "metrics", port=_port(sock))
 
-    def begin(self) -> None:
+    def unbind(self) -> None:
+        """Close the sockets of clients, in a process that does not serve them."""
+        for sock, _, _ in self._bound or ():
+            sock.close()
+
+    async def start(self, crowd: Crowd | None = None) -> None:
+        """Begin to serve; ``crowd`` counts the connections, over several workers where there are any.
+
+        Binds, if nobody has done so. Raises OSError as ``bind()``.
+        """
+        if self._bound is None:
+            self.bind()
+        self.begin(crowd)
+        for bound in self._bound or ():
+            self._serve_at(*bound)
+
+    def begin(self, crowd: Crowd | None = None) -> None:
         """Start what goes on beside the connections; for whoever gives the listeners one by one."""
         service = self._service
+        self._crowd = service.limits.crowd = crowd or self._crowd
         if self._health_interval:
             opening = greeting(service.proxy_protocol)
             self._checks = Checks(service.backends, self._health_interval, self._connect_timeout, opening)
@@ -127,9 +146,15 @@ class Edge:
 
     def listen(self, sock: socket.socket, name: str, starttls: bool) -> None:
         """Serve the clients of one more listening, non-blocking socket, which is the edge's from here on."""
-        limits, rejections = self._service.limits, self._service.rejections
-        self.listeners.append(Listener(sock, name, starttls, self._balancers, limits, rejections, self.metrics, self._serve))
-        event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
+        self._serve_at(sock, name, starttls)
+        _announce(name, starttls)
+
+    def _serve_at(self, sock: socket.socket, name: str, starttls: bool) -> None:
+        service, crowd = self._service, self._crowd
+        listener = Listener(
+            sock, name, starttls, self._balancers, service.limits, service.rejections, self.metrics, crowd, self._serve
+        )
+        self.listeners.append(listener)
 
     @property
     def backends(self) -> Sequence[Backend]:
@@ -149,12 +174,11 @@ class Edge:
 
     async def close(self) -> None:
         """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest."""
-        self._draining = True
         for listener in self.listeners:
             listener.close()
         if self._connections:
             event(log, logging.INFO, "draining", connections=len(self._connections))
-            await asyncio.wait(self._connections, timeout=self._drain_timeout)
+            await asyncio.wait(self._connections, timeout=self.drain_timeout)
         for task in list(self._connections):
             task.cancel()
         if self._connections:
@@ -166,8 +190,6 @@ class Edge:
         self._service.rejections.close()
         await self._reloader.close()
         await self._service.backends.close()
-        if self.endpoint is not None:
-            await asyncio.to_thread(self.endpoint.close)
 
     def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
         """Start an accepted connection on its walk."""
@@ -175,11 +197,13 @@ class Edge:
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         listener.metrics.active.inc()
+        self._crowd.came()
         task.add_done_callback(self._served)
 
     def _served(self, task: asyncio.Task[None]) -> None:
         connection = self._connections.pop(task)
         connection.listener.metrics.active.dec()
+        self._crowd.went()
         self._service.limits.leave(connection.admitted)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connection failed", exc_info=error)
@@ -191,34 +215,38 @@ class Edge:
             connection.tick(now)
         self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self._service.idle_timeout / 4)), self._beat)
 
-    def _problem(self) -> str | None:
-        """Why the edge is not ready, or None. Runs in the endpoint's thread; without health checks it asks the backends now."""
-        if self._draining:
-            return "draining"
+    def trouble(self) -> str | None:
+        """Why an edge that serves is none the less not ready, as far as it knows, or None; from any thread."""
         problem = self.certificates.problem(time.time())
-        if problem is None and self._health_interval:
-            return self._service.backends.problem()
-        if problem is None:
-            for backend in self._service.backends.all:
-                trouble = probe(backend.destination, PROBE, greeting(self._service.proxy_protocol))
-                if trouble is None:
-                    return None
-                problem = f"backend {backend.name}: {trouble}"
+        return self._service.backends.problem() if problem is None and self._health_interval else problem
+
+    def problem(self) -> str | None:
+        """The same for what only the health checks know: without them it asks the backends now, and that takes its time."""
+        if self._health_interval:
+            return None
+        problem = None
+        for backend in self._service.backends.all:
+            trouble = probe(backend.destination, PROBE, greeting(self._service.proxy_protocol))
+            if trouble is None:
+                return None
+            problem = f"backend {backend.name}: {trouble}"
         return problem
 
 
-def _bind(address: SocketAddress) -> list[socket.socket]:
+def _announce(name: str, starttls: bool) -> None:
+    event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
+
+
+def _bind(purpose: str, address: SocketAddress) -> list[socket.socket]:
     try:
         return bind(address)
     except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror or error}") from None
+        raise OSError(error.errno, f"cannot {purpose} on {address}: {error.strerror or error}") from None
 
 
-def _serve_metrics(address: SocketAddress, registry: CollectorRegistry, ready: Problem) -> Endpoint:
-    try:
-        return Endpoint(bind(address), registry, ready=ready)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot serve metrics on {address}: {error.strerror or error}") from None
+def _port(sock: socket.socket) -> int | None:
+    name = sock.getsockname()
+    return name[1] if isinstance(name, tuple) else None
 
 
 def _name(address: SocketAddress, sock: socket.socket) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import socket
 from collections.abc import Callable
 from typing import Any
 
+from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.addresses import Networks, peer_of
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.scoreboard import Crowd
 from fumi_edge.backends import Name
 from fumi_edge.ending import TOO_MANY_CLIENTS
 from fumi_edge.limits import Limits, Rejections
@@ -20,14 +20,6 @@ Serve = Callable[["Listener", socket.socket, Name, Name], None]
 """Takes an accepted connection with the client's name and our own."""
 
 log = logging.getLogger("fumi.edge.listener")
-
-BURST = 32
-"""Connections accepted before the others get a turn."""
-PAUSE = 0.5
-"""Seconds without accepting when descriptors or the kernel's memory have run out."""
-QUIET = 60.0
-"""Seconds without a pause after which the next one is worth a line again."""
-_WILDCARDS = ("0.0.0.0", "::")
 
 
 class Listener:
@@ -45,86 +37,34 @@ class Listener:
         limits: Limits,
         rejections: Rejections,
         metrics: EdgeMetrics,
+        crowd: Crowd,
         serve: Serve,
     ) -> None:
         self._serve = serve
         self._limits = limits
         self._rejections = rejections
         self.balancers = balancers
-        self.sock = sock
-        self._loop = asyncio.get_running_loop()
-        self._resume: asyncio.TimerHandle | None = None
-        self._paused_at = float("-inf")
-        self._closing = False
         self.name = name
         self.starttls = starttls
         self.metrics = metrics.listener(name)
         own = sock.getsockname()
         self.address: Name = own if isinstance(own, str) else (own[0], own[1])
-        self._destination: Name | None = None
-        if isinstance(own, str):
-            self._destination = own
-        else:
-            if own[0] not in _WILDCARDS:
-                self._destination = peer_of(own)
-            # Accepted sockets inherit these from the listening one.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._loop.add_reader(sock.fileno(), self._accept)
+        self.sock = sock
+        self._acceptor = Acceptor(sock, name, log, self._admit, crowd)
 
     def close(self) -> None:
         """Take in what has already connected, then stop listening."""
-        if self.sock.fileno() < 0:
-            return
-        if self._resume is not None:
-            self._resume.cancel()
-        self._closing = True
-        while not self._accept():
-            pass
-        self._loop.remove_reader(self.sock.fileno())
-        self.sock.close()
+        self._acceptor.close(take_queue=True)
 
-    def _accept(self) -> bool:
-        """Take in up to BURST connections; whether there are no more to be had now."""
-        for _ in range(BURST):
-            try:
-                client, name = self.sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return True
-            except OSError as error:
-                if not self._closing:
-                    self._pause(error)
-                return True
-            self._admit(client, name)
-        return False
-
-    def _pause(self, error: OSError) -> None:
-        now = self._loop.time()
-        if now - self._paused_at > QUIET:
-            # Once: this can last, with one connection accepted now and then.
-            event(log, logging.ERROR, "cannot accept, pausing", listener=self.name, error=error.strerror)
-        self._paused_at = now
-        self._loop.remove_reader(self.sock.fileno())
-        self._resume = self._loop.call_later(PAUSE, self._unpause)
-
-    def _unpause(self) -> None:
-        self._resume = None
-        self._loop.add_reader(self.sock.fileno(), self._accept)
-
-    def _admit(self, client: socket.socket, name: Any) -> None:
-        client.setblocking(False)
+    def _admit(self, client: socket.socket, name: Any, own: Any) -> None:
         self.metrics.connections.inc()
-        try:
-            destination = self._destination or peer_of(client.getsockname())
-        except OSError:
-            client.close()
-            return
         peer = peer_of(name)
         reason = self._refusal(peer[0])
         if reason is not None:
             self._rejections.add(reason, peer[0], self.name)
             self._turn_away(client, reason)
             return
+        destination: Name = peer_of(own) if isinstance(own, tuple) else own
         self._serve(self, client, peer if isinstance(name, tuple) else "", destination)
 
     def _refusal(self, host: str) -> str | None:

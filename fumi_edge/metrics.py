@@ -73,6 +73,7 @@ class EdgeMetrics:
         rejected = counter("rejected", "Connections turned away, by the limit or rule they ran into.", "reason")
         self._not_after = gauge("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
         reloads = counter("certificate_reloads", "Times the certificates were read anew: all, not yet, or not all.", "result")
+        counter("worker_restarts", "Workers that died and were replaced.")
         self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS)
         gauge("build_info", "Always 1.", "version").labels(version).set(1)
 

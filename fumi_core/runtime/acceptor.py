@@ -57,11 +57,11 @@ class Acceptor:
         """Stop listening; with ``take_queue``, take in what has connected already."""
         if self.sock.fileno() < 0:
             return
+        while take_queue and self._take():
+            pass
         if self._resume is not None:
             self._resume.cancel()
         self._loop.remove_reader(self.sock.fileno())
-        while take_queue and self._take():
-            pass
         self.sock.close()
 
     def _accept(self) -> None:

@@ -67,10 +67,6 @@ class Endpoint:
             server.set_app(application)
             threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
-    @property
-    def port(self) -> int:
-        return int(self._servers[0].server_port)
-
     def close(self) -> None:
         for server in self._servers:
             server.shutdown()

@@ -23,6 +23,7 @@ from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, Scoreboard, State
 from fumi_core.runtime.systemd import Notifier
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
 HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
 
@@ -30,7 +31,10 @@ class Work(Protocol):
     """What a program does, alone or in each worker. It is made before there is a thread, an event loop or a second process."""
 
     log: logging.Logger
-    registry: CollectorRegistry
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """All metrics, of this process alone."""
 
     @property
     def metrics_sockets(self) -> Sequence[socket.socket]:
@@ -109,14 +113,14 @@ async def reload(work: Work, quiet: bool = False) -> bool:
     return True
 
 
-async def alone(work: Work, notifier: Notifier) -> None:
-    """Work until SIGTERM or SIGINT, then drain. A second one ends it at once."""
+async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals]) -> None:
+    """Work until one of these signals, then drain. A second one ends it at once."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[signal.Signals] = loop.create_future()
     slot = (board := Scoreboard(1)).slots[0]
 
     def stop(number: signal.Signals) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in stops:
             loop.remove_signal_handler(each)
             signal.signal(each, leave)
         stopped.set_result(number)
@@ -134,8 +138,7 @@ async def alone(work: Work, notifier: Notifier) -> None:
     endpoint = serve_metrics(work, work.registry, problem, work.refresh)
     slot.state = State.SERVING
     notifier.ready()
-    stops = {number: partial(stop, number) for number in (signal.SIGTERM, signal.SIGINT)}
-    heed({**stops, signal.SIGHUP: in_turn(take_over)})
+    heed({signal.SIGHUP: in_turn(take_over), **{number: partial(stop, number) for number in stops}})
     with every(notifier.interval, notifier.alive):
         number = await stopped
         event(work.log, logging.INFO, "stopping", signal=number.name)
@@ -188,24 +191,6 @@ def every(seconds: float | None, act: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-async def stop_signal(*others: signal.Signals) -> signal.Signals:
-    """Wait for SIGTERM, SIGINT or one of the others. A second one while the program drains ends it at once."""
-    wanted = (signal.SIGTERM, signal.SIGINT, *others)
-    loop = asyncio.get_running_loop()
-    received: asyncio.Future[signal.Signals] = loop.create_future()
-
-    def stop(number: signal.Signals) -> None:
-        for each in wanted:
-            loop.remove_signal_handler(each)
-            signal.signal(each, leave)
-        if not received.done():
-            received.set_result(number)
-
-    for number in wanted:
-        loop.add_signal_handler(number, stop, number)
-    return await received
 
 
 def leave(number: int, frame: object) -> None:

@@ -11,10 +11,11 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.lifecycle import HELD, Work, alone, every, heed, hold_signals, in_turn, leave, reload, serve_metrics
+from fumi_core.runtime.lifecycle import HELD, STOPS, Work, alone, every, heed, hold_signals, in_turn, leave, reload, serve_metrics
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.master import METRICS, Master
 from fumi_core.runtime.scoreboard import Scoreboard, State
@@ -25,13 +26,16 @@ REPORT = 1.0
 """Seconds between two reports of a worker: so old are the metrics of a set at most."""
 
 
-def run(work: Work, workers: int) -> None:
-    """Bind, and work until told to stop; returns in each process when it is to end. Raises SettingError, and SystemExit."""
+def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> None:
+    """Bind, and work until told to stop; returns in each process when it is to end. Raises SettingError, and SystemExit.
+
+    ``stops`` are the signals that stop a program that is alone.
+    """
     hold_signals()
     work.bind()
     notifier = Notifier()
     if workers == 1:
-        asyncio.run(alone(work, notifier))
+        asyncio.run(alone(work, notifier, stops))
         return
     board = Scoreboard(workers)
     lifeline, leash = os.pipe()

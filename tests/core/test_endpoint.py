@@ -17,17 +17,19 @@ from fumi_core.runtime.endpoint import CLIENTS, Endpoint
 
 
 @pytest.fixture
-def endpoint(monkeypatch: Any) -> Iterator[Endpoint]:
+def endpoint(monkeypatch: Any) -> Iterator[int]:
+    """Its port."""
     monkeypatch.setattr(fumi_core.runtime.endpoint, "REQUEST", 0.5)
-    endpoint = Endpoint(bind(parse_address("127.0.0.1:0")), CollectorRegistry(), ready=lambda: None)
-    yield endpoint
+    (sock,) = bind(parse_address("127.0.0.1:0"))
+    endpoint = Endpoint([sock], CollectorRegistry(), ready=lambda: None)
+    yield sock.getsockname()[1]
     endpoint.close()
 
 
 @pytest.mark.parametrize("drip", [b"", b"GET /healthz HTTP/1.0\r\nX: y", b"GET /metrics HTTP/1.0\r\n\r\n"])
-def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: Endpoint, eventually: Any, drip: bytes) -> None:
+def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, eventually: Any, drip: bytes) -> None:
     over = threading.Event()
-    slow = [socket.create_connection(("127.0.0.1", endpoint.port), 30) for _ in range(CLIENTS)]
+    slow = [socket.create_connection(("127.0.0.1", endpoint), 30) for _ in range(CLIENTS)]
     for sock in slow:
         sock.sendall(drip)
 
@@ -43,7 +45,7 @@ def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: Endpoint, event
     thread = threading.Thread(target=dawdle)
     thread.start()
     try:
-        eventually(lambda: healthy(endpoint.port))
+        eventually(lambda: healthy(endpoint))
     finally:
         over.set()
         thread.join()

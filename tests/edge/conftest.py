@@ -184,6 +184,7 @@ class Program:
             text=True,
             env=environment,
             cwd=cwd,
+            start_new_session=True,
         )
         self.logs: list[dict[str, Any]] = []
         self.noise: list[str] = []
@@ -255,7 +256,9 @@ class Program:
         return code
 
     def kill(self) -> None:
-        self.process.kill()
+        """End whatever is left of it, workers too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 

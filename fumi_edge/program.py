@@ -1,0 +1,110 @@
+"""What ``fumi-edge`` does: an edge, and with --dev the server behind it, as work for one process or for several."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import socket
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import click
+from prometheus_client import CollectorRegistry
+
+from fumi_core.runtime.endpoint import Page
+from fumi_core.runtime.logs import event
+from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.settings import SettingError
+from fumi_edge.dev import Bench
+from fumi_edge.edge import Edge
+
+_HINTS = {
+    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
+    errno.EADDRINUSE: "another process has it; stop that one or choose another address",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+}
+
+
+class EdgeWork:
+    """The program's work; see ``fumi_core.runtime.lifecycle.Work``."""
+
+    log = logging.getLogger("fumi.edge")
+
+    def __init__(self, edge: Edge, bench: Bench | None = None) -> None:
+        self._edge = edge
+        self._bench = bench
+        self._serving = False
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._edge.registry
+
+    @property
+    def metrics_sockets(self) -> Sequence[socket.socket]:
+        return self._edge.metrics_sockets
+
+    @property
+    def drain_timeout(self) -> float:
+        return self._edge.drain_timeout
+
+    def bind(self) -> None:
+        try:
+            self._edge.bind()
+        except OSError as error:
+            hint = _HINTS.get(error.errno or 0)
+            raise SettingError((error.strerror or str(error)) + (f" ({hint})" if hint else "")) from None
+
+    def unbind(self) -> None:
+        self._edge.unbind()
+
+    async def start(self, crowd: Crowd) -> None:
+        sys.unraisablehook = self._unraisable
+        if self._bench is not None:
+            await self._bench.start()
+        await self._edge.start(crowd)
+        self._serving = True
+        _tune_collector()
+        if self._bench is not None:
+            click.echo(self._bench.instructions())
+
+    async def close(self) -> None:
+        await self._edge.close()
+        if self._bench is not None:
+            await self._bench.close()
+
+    async def reload(self) -> Iterable[str]:
+        """The certificates are what is read again."""
+        if self._serving:
+            await self._edge.reload()
+        else:
+            # For the workers to come. Those that are there say what is wrong.
+            certificates = self._edge.certificates
+            certificates.install(certificates.read())
+        return ()
+
+    def pages(self, registry: CollectorRegistry) -> Mapping[str, Page]:
+        return {}
+
+    def refresh(self) -> None:
+        """They are always up to date."""
+
+    def trouble(self) -> str | None:
+        return self._edge.trouble()
+
+    def problem(self) -> str | None:
+        return self._edge.problem()
+
+    def _unraisable(self, problem: sys.UnraisableHookArgs) -> None:
+        """Python's ssl prints a traceback for a server name that is not ASCII; a client's nonsense is worth a line, not that."""
+        if isinstance(problem.exc_value, UnicodeDecodeError):
+            event(self.log, logging.INFO, "server name is not ASCII")
+        else:
+            sys.__unraisablehook__(problem)
+
+
+def _tune_collector() -> None:
+    """What is here now stays, and a connection leaves no cycles behind: so look seldom, and only at what is new."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 100)

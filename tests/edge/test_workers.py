@@ -1,0 +1,162 @@
+"""fumi-edge --workers: one edge to its clients, whichever process they come to."""
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+
+
+def workers(program):
+    """The pids of the processes that serve clients: those with a listening socket, the master apart."""
+    pid = program.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(child) for child in children if serves(int(child), program.tls_port)}
+
+
+def serves(pid, port):
+    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    inodes = {line.split()[9] for line in listening if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"}
+    with contextlib.suppress(FileNotFoundError):
+        links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        return any(f"socket:[{inode}]" in links for inode in inodes)
+    return False
+
+
+def replaced(program, kit, number=signal.SIGKILL):
+    """Kill all workers; returns once others are there."""
+    before = workers(program)
+    for pid in before:
+        os.kill(pid, number)
+    kit.until(lambda: len(workers(program) - before) == len(before) and kit.ready(program), "new workers")
+
+
+@pytest.fixture
+def two(edge, backend, kit):
+    def start(*flags, **options):
+        program = edge("--workers", "2", *flags, backend=options.pop("backend", None) or backend(), **options)
+        kit.ready = lambda program: program.fetch("/readyz")[0] == 200
+        kit.until(lambda: kit.ready(program) and len(workers(program)) == 2, "two workers")
+        return program
+
+    return start
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_workers_resume_each_others_sessions(two, clients, kit, version):
+    program = two()
+    context = clients.context()
+    context.minimum_version = context.maximum_version = version
+    first = clients.tls(program.tls_port, context=context)
+    first.line()
+    replaced(program, kit)
+    sock = context.wrap_socket(clients.plain(program.tls_port).sock, server_hostname="localhost", session=first.sock.session)
+    with sock:
+        assert sock.session_reused
+
+
+def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients, kit):
+    program = two()
+    held = [clients.tls(program.tls_port) for _ in range(12)]
+    for client in held:
+        assert client.line().startswith(b"220")
+    assert program.fetch("/readyz") == (200, "ready\n")
+    kit.until(lambda: program.metric("fumi_edge_handshakes_total", result="ok") == 12, "the sum")
+    before = workers(program)
+    os.kill(min(before), signal.SIGKILL)
+    kit.until(lambda: len(workers(program) - before) == 1, "a new worker")
+    alive = 0
+    for client in held:
+        with contextlib.suppress(OSError):
+            client.say(b"NOOP\r\n")
+            alive += client.line().startswith(b"250")
+    assert 0 < alive < 12
+    kit.until(
+        lambda: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{program.tls_port}") == alive, "the rest"
+    )
+    assert program.metric("fumi_edge_worker_restarts_total") == 1
+    assert program.metric("fumi_edge_handshakes_total", result="ok") == 12
+    (death,) = program.events("worker died")
+    assert (death["pid"], death["reason"]) == (min(before), "SIGKILL")
+    assert clients.tls(program.tls_port).line().startswith(b"220")
+
+
+def test_metrics_are_there_from_the_start_and_state_is_not_added_up(two):
+    program = two()
+    assert program.metric("fumi_edge_worker_restarts_total") == 0
+    assert program.metric("fumi_edge_handshakes_total", result="timeout") == 0
+    assert program.metric("fumi_edge_build_info") == 1
+    assert program.metric("fumi_edge_backend_up") == 1
+    assert 1.7e9 < program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost") < 2.5e9
+
+
+def test_max_clients_counts_over_all_workers(two, clients, kit):
+    program = two("--max-clients", "3")
+    for _ in range(3):
+        assert clients.tls(program.tls_port).line().startswith(b"220")
+    assert clients.plain(program.tls_port).rest() == b""
+    kit.until(lambda: program.metric("fumi_edge_rejected_total", reason="max_clients") == 1, "the rejection")
+
+
+def test_all_workers_are_ready_or_not_by_what_the_checks_find(two, backend, kit):
+    behind = backend()
+    program = two("--health-interval", "0.1", backend=behind)
+    behind.close()
+    kit.until(lambda: program.fetch("/readyz")[0] == 503, "the loss of the backend")
+    assert "backend" in program.fetch("/readyz")[1]
+
+
+def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(two, authority, clients, kit, tmp_path):
+    files = tmp_path / "cert.pem", tmp_path / "key.pem"
+    old, new = authority.issue("localhost"), authority.issue("localhost")
+    for path, source in zip(files, old, strict=True):
+        path.write_bytes(source.read_bytes())
+    program = two("--cert-reload-interval", "0", certs=("--cert", files[0], "--key", files[1]))
+    for path, source in zip(files, new, strict=True):
+        path.write_bytes(source.read_bytes())
+    context = ssl.create_default_context(cafile=authority.path)
+
+    def shown():
+        client = clients.tls(program.tls_port, context=context)
+        return ssl.DER_cert_to_PEM_cert(client.sock.getpeercert(binary_form=True))
+
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: program.events("reloaded"), "the reload")
+    expected = ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(new[0].read_text()))
+    assert {shown() for _ in range(8)} == {expected}
+    replaced(program, kit)
+    assert {shown() for _ in range(8)} == {expected}
+
+
+def test_sigterm_lets_the_connections_of_all_workers_end(two, clients, kit):
+    program = two()
+    held = [clients.tls(program.tls_port) for _ in range(8)]
+    for client in held:
+        client.line()
+    program.process.send_signal(signal.SIGTERM)
+    kit.until(lambda: refused(program.tls_port), "the end of accepting")
+    for client in held:
+        assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+        assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+        assert client.rest() == b""
+        client.close()
+    assert program.process.wait(60) == 0
+    assert program.events("worker died") == []
+
+
+def refused(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=30).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def test_dev_is_one_process(edge, kit, tmp_path):
+    with pytest.raises(AssertionError, match="--dev is one process"):
+        kit.Program("--dev", "--workers", "2", cwd=tmp_path)

@@ -9,32 +9,16 @@ import signal
 import smtplib
 import ssl
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+from tests.readme import PATH, ROOT, blocks, other_ports, sh
+
+BLOCKS = blocks((ROOT / "README.md").read_text())
 SHELL = [text for kind, text in BLOCKS if kind == "sh"]
 RUN, SWAKS, INSTALL, SERVE, MINE, TEST = SHELL
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-
-
-def other_ports(text: str, ports: dict[str, int]) -> str:
-    """The same commands on ports that are free here, and on this host alone."""
-    for port, free in ports.items():
-        text = re.sub(rf"(?:127\.0\.0\.1)?:{port}\b", f"127.0.0.1:{free}", text)
-    return text
-
-
-def sh(text: str, cwd: Path) -> str:
-    done = subprocess.run(
-        ["sh", "-euc", text], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "PATH": PATH}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> None:

@@ -293,6 +293,7 @@ class Connection:
             return replies.rest
         self.backend.metrics.errors["banner"].inc()
         self._retire()
+        self.detail = (banner or b"no banner in time").decode("ascii", "replace").strip()
         raise Ended("backend_refused", banner or NO_BACKEND, when_asked=True)
 
     async def _backend_said(self, company: Company) -> bytes:
@@ -362,10 +363,12 @@ class Connection:
             self._level = logging.DEBUG  # a balancer's check
         if log.isEnabledFor(self._level):
             tls = self.tls
+            # Which name a client asked for is worth most when the handshake failed.
+            sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
             event(
                 log, self._level, "connection ended",
                 id=self.id, client=self._client_name(), listener=self.listener.name,
-                tls=tls and tls.version, cipher=tls and tls.cipher, sni=tls and tls.sni,
+                tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
                 backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
                 seconds=round(seconds, 3), reason=reason, detail=self.detail,
             )  # fmt: skip

@@ -1,0 +1,307 @@
+"""The one line that each connection leaves in the log, whatever ended it: its fields, and the reason.
+
+What every line must have is in ``ALWAYS``; each function below says what its line has besides. A text line has the same fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fumi_edge
+from fumi_edge.tunnel import LINGER
+
+ALWAYS = {"time", "level", "logger", "event", "id", "client", "listener", "bytes_in", "bytes_out", "seconds", "reason"}
+TLS = {"tls", "cipher", "sni"}
+BANNER, READY = len(b"220 backend.test ESMTP\r\n"), len(b"220 2.0.0 Ready to start TLS\r\n")
+ENDS = {}
+"""By the reason in the log: a function that makes it happen, and what the line has besides ``ALWAYS``."""
+
+
+def end(reason, *besides, marks=()):
+    def keep(provoke):
+        ENDS[reason] = pytest.param(reason, provoke, set(besides), id=reason, marks=marks)
+        return provoke
+
+    return keep
+
+
+@pytest.fixture
+def scene(backend, edge, clients, kit):
+    """What the functions below act on: ``start(*flags)`` runs the program before one backend."""
+
+    class Scene:
+        until = staticmethod(kit.until)
+        Peer = kit.Peer
+
+        def start(self, *flags, handler=kit.smtp):
+            self.backend = backend(handler)
+            self.program = edge("--log-level", "debug", *flags, backend=self.backend)
+
+        def over_tls(self):
+            client = clients.tls(self.program.tls_port)
+            assert client.line()
+            return client
+
+        def tls_port(self):
+            return clients.plain(self.program.tls_port)
+
+        def starttls_port(self):
+            return clients.plain(self.program.starttls_port)
+
+        upgrade = staticmethod(clients.upgrade)
+
+    return Scene()
+
+
+@end("client_closed", *TLS, "backend")
+def a_client_leaves_without_quit(scene):
+    scene.start()
+    client = scene.over_tls()
+    with contextlib.suppress(OSError):
+        client.sock.unwrap()
+    client.close()
+    return client, {"bytes_in": 0, "bytes_out": BANNER}
+
+
+@end("backend_closed", *TLS, "backend")
+def a_client_says_quit(scene):
+    scene.start()
+    client = scene.over_tls()
+    client.ask(b"QUIT\r\n")
+    assert client.rest() == b""
+    return client, {"bytes_in": 6, "bytes_out": BANNER + len(b"221 2.0.0 bye\r\n"), "level": "info"}
+
+
+@end("client_reset", *TLS, "backend")
+def a_client_breaks_off(scene):
+    scene.start()
+    client = scene.over_tls()
+    client.reset()
+    return client, {}
+
+
+@end("backend_reset", *TLS, "backend")
+def a_backend_breaks_off(scene):
+    scene.start(handler=lambda peer: (peer.say(b"220 hello\r\n"), peer.line(), peer.reset()))
+    client = scene.over_tls()
+    client.say(b"EHLO me\r\n")
+    assert client.rest() == b""
+    return client, {"bytes_in": 9}
+
+
+@end("idle_timeout", *TLS, "backend")
+def nobody_says_anything(scene):
+    scene.start("--idle-timeout", "0.2")
+    client = scene.over_tls()
+    assert client.rest() == b""
+    return client, {}
+
+
+@end("linger", *TLS, "backend", marks=[pytest.mark.long])
+def a_client_does_not_end_what_the_backend_has_ended(scene):
+    scene.start(handler=lambda peer: peer.say(b"220 hello\r\n"))
+    client = scene.over_tls()
+    deadline = time.monotonic() + 4 * LINGER
+    while not scene.program.events("connection ended"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return client, {}
+
+
+@end("handshake_timeout", "detail")
+def a_client_does_not_begin_tls(scene):
+    scene.start("--handshake-timeout", "0.2")
+    client = scene.tls_port()
+    assert client.rest() == b""
+    return client, {"bytes_in": 0, "bytes_out": 0}
+
+
+@end("handshake_protocol", "detail")
+def a_client_does_not_speak_tls(scene):
+    scene.start()
+    client = scene.tls_port()
+    client.say(b"EHLO me\r\n")
+    client.rest()
+    return client, {}
+
+
+@end("handshake_certificate", "sni", "detail")
+def a_client_distrusts_the_certificate(scene):
+    scene.start()
+    client = scene.tls_port()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        scene.upgrade(client, context=ssl.create_default_context())
+    return client, {"sni": "localhost"}
+
+
+@end("handshake_reset", "detail")
+def a_client_leaves_in_the_handshake(scene):
+    scene.start()
+    client = scene.tls_port()
+    client.close()
+    return client, {}
+
+
+@end("no_backend", *TLS)
+def there_is_no_backend(scene):
+    scene.start()
+    scene.backend.close()
+    client = scene.over_tls()
+    assert client.rest() == b""
+    return client, {"bytes_out": len(b"421 4.3.2 Service not available, closing connection\r\n")}
+
+
+@end("backend_refused", *TLS, "backend", "detail")
+def a_backend_refuses_after_the_upgrade(scene):
+    banners = [b"554 5.7.1 go away\r\n", b"220 hello\r\n"]
+    scene.start(handler=lambda peer: (peer.say(banners.pop()), peer.rest()))
+    client = scene.starttls_port()
+    client.line()
+    assert client.ask(b"STARTTLS\r\n")[0].startswith(b"220")
+    client = scene.upgrade(client)
+    assert client.ask(b"EHLO me\r\n") == [b"554 5.7.1 go away\r\n"]
+    return client, {"detail": "554 5.7.1 go away"}
+
+
+@end("injection", "backend")
+def a_client_says_more_behind_starttls(scene):
+    scene.start()
+    client = scene.starttls_port()
+    client.line()
+    client.say(b"STARTTLS\r\nRSET\r\n")
+    client.rest()
+    return client, {"bytes_in": 16}
+
+
+@end("not_smtp", "backend")
+def a_client_begins_tls_on_a_starttls_port(scene):
+    scene.start()
+    client = scene.starttls_port()
+    client.say(b"\x16\x03\x01\x00\x05hello")
+    client.rest()
+    return client, {"bytes_in": 10}
+
+
+@end("errors", "backend")
+def a_client_never_says_starttls(scene):
+    scene.start("--require-tls")
+    client = scene.starttls_port()
+    client.line()
+    client.say(b"MAIL FROM:<a@b.example>\r\n" * 30)
+    client.rest()
+    return client, {}
+
+
+@end("proxy_header", "detail")
+def a_balancer_sends_no_header(scene):
+    scene.start("--accept-proxy")
+    client = scene.starttls_port()
+    client.say(b"EHLO me\r\n")
+    return client, {"level": "info"}
+
+
+def one_too_many(scene, *flags):
+    scene.start("--accept-proxy", *flags)
+    for _ in range(2):
+        client = scene.starttls_port()
+        client.say(b"PROXY TCP4 192.0.2.1 192.0.2.2 7 25\r\n")
+        client.line()
+    # What the flood's own line says is not said again unless asked for.
+    assert [entry["client"] for entry in scene.until(lambda: scene.program.events("rejected"))] == ["192.0.2.1"]
+    return client, {"client": "192.0.2.1:7", "level": "debug"}
+
+
+@end("max_clients_per_ip")
+def a_balancers_client_has_too_many_connections(scene):
+    return one_too_many(scene, "--max-clients-per-ip", "1")
+
+
+@end("rate")
+def a_balancers_client_comes_too_often(scene):
+    return one_too_many(scene, "--rate-per-ip", "1/h")
+
+
+@end("shutdown", *TLS, "backend")
+def the_edge_stops(scene):
+    scene.start("--drain-timeout", "0.1")
+    client = scene.over_tls()
+    scene.program.process.send_signal(signal.SIGTERM)
+    assert client.rest() == b""
+    return client, {}
+
+
+@pytest.mark.parametrize(("reason", "provoke", "besides"), ENDS.values())
+def test_the_end_of_a_connection_is_one_line_that_says_all(scene, reason, provoke, besides):
+    client, facts = provoke(scene)
+    client.close()
+    (line,) = [entry for entry in scene.program.ended() if entry["reason"] == reason]
+    assert set(line) == ALWAYS | besides
+    assert line["listener"] in (f"127.0.0.1:{port}" for port in (scene.program.tls_port, scene.program.starttls_port))
+    assert line["seconds"] >= 0
+    assert {name: line[name] for name in facts} == facts
+    if "tls" in besides:
+        assert (line["tls"], line["cipher"][:4], line["sni"]) == ("TLSv1.3", "TLS_", "localhost")
+    if "backend" in besides:
+        header = scene.backend.peers[-1].header
+        assert (line["id"], line["backend"]) == (header.unique_id.decode(), scene.backend.address)
+        host, port = header.source
+        assert line["client"] == f"{host}:{port}"
+
+
+def test_the_readme_explains_every_reason():
+    section = (Path(fumi_edge.__file__).with_name("README.md")).read_text().partition("\n## The log\n")[2]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(ENDS)
+
+
+def test_a_connection_that_is_not_let_in_is_a_line_too(scene):
+    scene.start("--max-clients", "1")
+    scene.over_tls()
+    assert scene.starttls_port().rest()
+    (line,) = scene.until(lambda: scene.program.events("rejected"))
+    assert set(line) == {"time", "level", "logger", "event", "client", "listener", "reason"}
+    assert (line["client"], line["reason"]) == ("127.0.0.1", "max_clients")
+
+
+def test_a_text_line_has_the_fields_of_the_json_line(backend, certificate, clients, kit, tmp_path):
+    cert, key = certificate
+    log = tmp_path / "log"
+    command = [Path(sys.executable).with_name("fumi-edge"), "--cert", cert, "--key", key, "--backend", backend().address]
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, "--listen", "127.0.0.1:0", "--health-interval", "0"], stderr=output)
+    try:
+        kit.until(lambda: "listening" in log.read_text(), "the start")
+        client = clients.tls(int(re.search(r"listener=127\.0\.0\.1:(\d+)", log.read_text())[1]))
+        client.line()
+        client.ask(b"QUIT\r\n")
+        assert client.rest() == b""
+        client.close()
+        kit.until(lambda: "connection ended" in log.read_text(), "the line")
+    finally:
+        process.kill()
+        process.wait()
+    line = log.read_text().splitlines()[-1]
+    assert re.match(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO fumi\.edge connection ended ", line)
+    named = set(re.findall(r" (\w+)=", line))
+    assert named == (ALWAYS | TLS | {"backend"}) - {"time", "level", "logger", "event"}
+
+
+def test_a_server_name_cannot_forge_a_line(scene, clients):
+    """A name that looks like a field, in a handshake that fails: it arrives quoted, in its own field."""
+    scene.start("--client-ca", clients._authority, "--client-cert", "required")
+    name = 'a.example id=1 "\n2026-01-31T12:00:00.000Z'
+    with contextlib.suppress(OSError):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        scene.upgrade(scene.tls_port(), name, context).line()
+    (line,) = scene.program.ended()
+    assert (line["sni"], line["reason"]) == (name, "handshake_certificate")

@@ -1,8 +1,10 @@
-"""What the tests with programs of others share: a core that knows one user, and an edge in front of a core."""
+"""What the tests with programs of others share: a core that knows one user, an edge in front of a core, readers of ops/."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import fumi_core.cli
+import fumi_edge.cli
 from fumi_core import Fumi
 from fumi_core.testing import RunningServer, running
 
@@ -71,3 +75,41 @@ def edge(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., Edge]:
         return ports
 
     return start
+
+
+YAML = """
+import json, sys, yaml
+
+class Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        assert len(set(keys)) == len(keys), f"{node.start_mark}: a key stands there twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+json.dump(list(yaml.load_all(sys.stdin, Loader)), sys.stdout)
+"""
+
+
+@pytest.fixture(scope="session")
+def read_yaml() -> Callable[[Path], list[Any]]:
+    """Reads the documents of a YAML file: in Debian's own Python, which has PyYAML from python3-yaml; ours is not to need it."""
+
+    def read(path: Path) -> list[Any]:
+        done = subprocess.run(["/usr/bin/python3", "-c", YAML], input=path.read_bytes(), capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        documents: list[Any] = json.loads(done.stdout)
+        return documents
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def parse_flags() -> Callable[[list[str]], dict[str, Any]]:
+    """What a program makes of its command line, were it run; an error of the program when it would not run."""
+
+    def parse(command: list[str]) -> dict[str, Any]:
+        program = {"fumi-core": fumi_core.cli.main, "fumi-edge": fumi_edge.cli.main}[Path(command[0]).name]
+        settings: dict[str, Any] = program.make_context(command[0], command[1:]).params
+        return settings
+
+    return parse

@@ -1,0 +1,111 @@
+"""ops/docker, as far as it can be known without an engine: what is copied installs, what is run runs, what is named is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "ops" / "docker"
+INSTRUCTIONS = re.findall(r"^([A-Z]+) (.*)$", (DOCKER / "Dockerfile").read_text().replace("\\\n", ""), re.MULTILINE)
+HEALTHCHECK = json.loads(next(text for name, text in INSTRUCTIONS if name == "HEALTHCHECK").partition("CMD")[2])
+EXPOSED = {int(port) for name, text in INSTRUCTIONS if name == "EXPOSE" for port in text.split()}
+
+
+@pytest.fixture
+def compose(read_yaml: Callable[[Path], list[Any]]) -> dict[str, Any]:
+    (document,) = read_yaml(DOCKER / "compose.yml")
+    return dict(document)
+
+
+def copied() -> list[str]:
+    return [word for name, text in INSTRUCTIONS if name == "COPY" and "--from" not in text for word in text.split()[:-1]]
+
+
+def test_what_is_copied_is_all_that_an_installation_needs(tmp_path: Path) -> None:
+    allowed = {line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(copied()) == allowed
+    for name in copied():
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (tmp_path / "source").mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "source" / name)
+    install = ["install", "--quiet", "--no-deps", "--target", tmp_path / "installed", "."]
+    subprocess.run([sys.executable, "-m", "pip", *install], cwd=tmp_path / "source", check=True, timeout=600)
+    for program in ("fumi-core", "fumi-edge"):
+        assert (tmp_path / "installed" / "bin" / program).exists()
+
+
+def test_the_image_runs_as_nobody_and_says_what_it_listens_on(compose: dict[str, Any]) -> None:
+    assert [text for name, text in INSTRUCTIONS if name == "USER"] == ["10001:10001"]
+    assert all(re.fullmatch(r"python:3\.\d+-slim(?: AS build)?", text) for name, text in INSTRUCTIONS if name == "FROM")
+    flags = "\n".join(flag for name in ("core", "edge") for flag in compose["services"][name]["command"])
+    used = {int(port) for port in re.findall(r"^--(?:listen|starttls-listen|metrics)=:(\d+)$", flags, re.MULTILINE)}
+    assert used == EXPOSED
+    assert all(port >= 1024 for port in EXPOSED)
+
+
+def test_the_health_check_asks_the_program(programs: Any) -> None:
+    metrics, listen = programs.free_port(), programs.free_port()
+    words = [sys.executable, *HEALTHCHECK[1:]]
+    assert HEALTHCHECK[0] == "python"
+    health = {"HEALTH": f"127.0.0.1:{metrics}"}
+    assert "refused" in programs.run(*words, status=1, **health)
+    flags = ["--listen", f"127.0.0.1:{listen}", "--metrics", f"127.0.0.1:{metrics}", "--deliver", "discard:"]
+    programs.start(programs.bin / "fumi-core", *flags, port=metrics)
+    assert programs.run(*words, **health) == ""
+
+
+@pytest.mark.parametrize("name", ["core", "edge"])
+def test_each_service_has_flags_that_its_program_takes_and_fits_the_others(
+    name: str, compose: dict[str, Any], parse_flags: Callable[[list[str]], dict[str, Any]]
+) -> None:
+    service = compose["services"][name]
+    assert service["command"][0] == f"fumi-{name}"
+    settings = parse_flags(service["command"])
+    assert service["environment"]["HEALTH"] == f"127.0.0.1:{settings['metrics'].port}"
+    assert int(service["stop_grace_period"].removesuffix("s")) > settings["drain_timeout"]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    listeners = {address.port for address in (*settings["listen"], *settings.get("starttls_listen", ()))}
+    published = {int(each.rpartition(":")[2]) for each in service.get("ports", ())}
+    assert published == (listeners if name == "edge" else set())
+    if name == "core":
+        assert settings["trusted_proxy"] == (compose["networks"]["inside"]["ipam"]["config"][0]["subnet"],)
+        assert settings["deliver"].startswith("maildir:/var/lib/fumi/")
+    else:
+        (backend,) = settings["backend"]
+        (core,) = parse_flags(compose["services"]["core"]["command"])["listen"]
+        assert (backend.host, backend.port) == ("core", core.port)
+        assert service["depends_on"] == {"core": {"condition": "service_healthy"}}
+
+
+def test_everything_that_the_composition_names_is_there(compose: dict[str, Any]) -> None:
+    assert set(compose) == {"name", "x-fumi", "services", "networks", "volumes"}
+    for name, service in compose["services"].items():
+        known = {"image", "build", "restart", "read_only", "tmpfs", "cap_drop", "security_opt", "stop_grace_period", "ulimits"}
+        known |= {"command", "environment", "volumes", "ports", "networks", "depends_on"}
+        assert set(service) <= known, name
+        assert set(service["networks"]) <= set(compose["networks"])
+        if "build" in service:
+            context = (DOCKER / service["build"]["context"]).resolve()
+            assert (context / service["build"]["dockerfile"]) == DOCKER / "Dockerfile"
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            if source == "./certs":
+                continue  # the operator's own
+            assert (DOCKER / source).is_file() if source.startswith(".") else source in compose["volumes"], volume
+
+
+def test_prometheus_there_scrapes_the_services_by_their_names(compose: dict[str, Any]) -> None:
+    for name, port in re.findall(r'targets: \["(\w+):(\d+)"\]', (DOCKER / "prometheus.yml").read_text()):
+        assert f"--metrics=:{port}" in compose["services"][name]["command"]

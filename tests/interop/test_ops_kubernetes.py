@@ -1,0 +1,168 @@
+"""ops/kubernetes: known kinds, references that lead somewhere, and command lines that the programs take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import ssl
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KUBERNETES = Path(__file__).parents[2] / "ops" / "kubernetes"
+KINDS = {
+    "Namespace": "v1",
+    "Service": "v1",
+    "Deployment": "apps/v1",
+    "PodDisruptionBudget": "policy/v1",
+    "HorizontalPodAutoscaler": "autoscaling/v2",
+    "Certificate": "cert-manager.io/v1",
+}
+Objects = dict[tuple[str, str], Any]
+PROGRAMS = ["fumi-core", "fumi-edge"]
+
+
+@pytest.fixture
+def objects(read_yaml: Callable[[Path], list[Any]]) -> Objects:
+    """All objects, by kind and name."""
+    everything = [each for path in sorted(KUBERNETES.glob("*.yaml")) for each in read_yaml(path)]
+    found = {(each["kind"], each["metadata"]["name"]): each for each in everything}
+    assert len(found) == len(everything)
+    return found
+
+
+@pytest.fixture
+def settings(objects: Objects, parse_flags: Callable[[list[str]], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    def of(name: str) -> dict[str, Any]:
+        container = container_of(objects, name)
+        return parse_flags([*container["command"], *container["args"]])
+
+    return of
+
+
+def pod_of(objects: Objects, name: str) -> Any:
+    return objects["Deployment", name]["spec"]["template"]
+
+
+def container_of(objects: Objects, name: str) -> Any:
+    (container,) = pod_of(objects, name)["spec"]["containers"]
+    return container
+
+
+def test_every_object_is_of_a_known_kind_and_in_the_namespace(objects: Objects) -> None:
+    for (kind, _), each in objects.items():
+        assert each["apiVersion"] == KINDS[kind]
+        if kind != "Namespace":
+            assert ("Namespace", each["metadata"]["namespace"]) in objects
+
+
+def test_every_selector_selects_the_pods_of_its_name(objects: Objects) -> None:
+    for (kind, name), each in objects.items():
+        selector = each["spec"].get("selector") if kind != "Namespace" else None
+        if selector is not None:
+            labels = selector if kind == "Service" else selector["matchLabels"]
+            assert labels.items() <= pod_of(objects, name)["metadata"]["labels"].items(), (kind, name)
+    spread = pod_of(objects, "fumi-edge")["spec"]["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"]
+    assert spread == pod_of(objects, "fumi-edge")["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_ports_are_what_the_program_listens_on(name: str, objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
+    container, flags = container_of(objects, name), settings(name)
+    addresses = [*flags["listen"], *flags.get("starttls_listen", ()), flags["metrics"]]
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert sorted(ports.values()) == sorted(address.port for address in addresses)
+    for each in objects["Service", name]["spec"]["ports"]:
+        assert each["targetPort"] in ports
+    for probe, paths in (("livenessProbe", ["/healthz"]), ("readinessProbe", ["/healthz", "/readyz"])):
+        assert container[probe]["httpGet"]["port"] == "metrics"
+        assert container[probe]["httpGet"]["path"] in paths
+    annotations = pod_of(objects, name)["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(ports["metrics"])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_pod_has_the_time_to_drain(name: str, objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
+    pause = int(container_of(objects, name)["lifecycle"]["preStop"]["exec"]["command"][1])
+    grace = pod_of(objects, name)["spec"]["terminationGracePeriodSeconds"]
+    assert grace > pause + settings(name)["drain_timeout"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_pod_may_do_nothing_it_need_not(name: str, objects: Objects) -> None:
+    pod, container = pod_of(objects, name)["spec"], container_of(objects, name)
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["runAsUser"] == 10001
+    assert "USER 10001:" in (KUBERNETES.parent / "docker" / "Dockerfile").read_text()
+    assert pod["automountServiceAccountToken"] is False
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_the_edge_finds_the_cores_and_believes_the_balancer(objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
+    (backend,) = settings("fumi-edge")["backend"]
+    assert backend.port in [each["port"] for each in objects["Service", backend.host]["spec"]["ports"]]
+    annotations = objects["Service", "fumi-edge"]["metadata"]["annotations"]
+    assert settings("fumi-edge")["accept_proxy"]
+    assert any("proxy" in name.rpartition("/")[2] for name in annotations)
+    assert all(isinstance(value, str) for value in annotations.values())
+    assert {each["port"] for each in objects["Service", "fumi-edge"]["spec"]["ports"]} == {25, 465, 587}
+
+
+def test_the_certificate_is_mounted_where_the_edge_reads_it(objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
+    (volume,) = pod_of(objects, "fumi-edge")["spec"]["volumes"]
+    (mount,) = container_of(objects, "fumi-edge")["volumeMounts"]
+    assert volume["secret"]["secretName"] == objects["Certificate", "fumi-edge"]["spec"]["secretName"]
+    assert (volume["name"], mount["readOnly"]) == (mount["name"], True)
+    flags = settings("fumi-edge")
+    assert flags["cert"] == (f"{mount['mountPath']}/tls.crt",)
+    assert flags["key"] == (f"{mount['mountPath']}/tls.key",)
+    assert flags["cert_reload_interval"] > 0
+
+
+def test_disruptions_and_the_autoscaler_leave_one_that_serves(objects: Objects) -> None:
+    scaler = objects["HorizontalPodAutoscaler", "fumi-edge"]["spec"]
+    target = scaler["scaleTargetRef"]
+    deployment = objects[target["kind"], target["name"]]
+    assert target["apiVersion"] == deployment["apiVersion"]
+    assert "replicas" not in deployment["spec"]
+    assert scaler["minReplicas"] > objects["PodDisruptionBudget", "fumi-edge"]["spec"]["minAvailable"]
+    replicas = objects["Deployment", "fumi-core"]["spec"]["replicas"]
+    assert replicas > objects["PodDisruptionBudget", "fumi-core"]["spec"]["minAvailable"]
+    (metric,) = scaler["metrics"]
+    assert metric["pods"]["metric"]["name"] in (KUBERNETES.parent / "grafana" / "fumi.json").read_text()
+
+
+def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Any, certificate: tuple[Path, Path]) -> None:
+    """It puts the files into a directory of their own, to which ..data is turned by renaming a link."""
+    mount = programs.directory / "certs"
+    mount.mkdir()
+    publish(mount, "..first", *certificate)
+    for name in ("tls.crt", "tls.key"):
+        (mount / name).symlink_to(f"..data/{name}")
+    port = programs.free_port()
+    flags = ["--cert", mount / "tls.crt", "--key", mount / "tls.key", "--cert-reload-interval", "0.1"]
+    flags += ["--backend", "127.0.0.1:1", "--listen", f"127.0.0.1:{port}"]
+    programs.start(programs.bin / "fumi-edge", *flags, port=port, log="edge.log")
+    before = ssl.get_server_certificate(("127.0.0.1", port))
+    assert before == certificate[0].read_text()
+    new = programs.directory / "new.pem", programs.directory / "new.key"
+    request = ["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=new"]
+    subprocess.run(["openssl", *request, "-keyout", new[1], "-out", new[0]], check=True, capture_output=True)
+    publish(mount, "..second", *new)
+    programs.until(lambda: ssl.get_server_certificate(("127.0.0.1", port)) == new[0].read_text(), "the new certificate")
+    assert "certificate not loaded" not in (programs.directory / "edge.log").read_text()
+
+
+def publish(mount: Path, name: str, cert: Path, key: Path) -> None:
+    (mount / name).mkdir()
+    shutil.copy(cert, mount / name / "tls.crt")
+    shutil.copy(key, mount / name / "tls.key")
+    (mount / "..data_tmp").symlink_to(name)
+    os.replace(mount / "..data_tmp", mount / "..data")

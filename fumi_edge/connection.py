@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
-from fumi_edge.backends import Backend, Backends, Name, NoBackend, header
+from fumi_edge.backends import Backend, Backends, Name, NoBackend, greeting, header
 from fumi_edge.certificates import Certificates
 from fumi_edge.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
 from fumi_edge.handshake import HandshakeError, handshake
@@ -87,6 +87,7 @@ class Connection:
         "_counted",
         "_destination",
         "_level",
+        "_local",
         "_resumed",
         "_service",
         "_source",
@@ -116,6 +117,7 @@ class Connection:
         self._undecided = listener.starttls
         self._counted = (0, 0)
         self._level = logging.INFO
+        self._local = False
         self._unnamed = False
         self._resumed = False
         self.id = unique_id()
@@ -183,6 +185,7 @@ class Connection:
             self._unique_id = client.unique_id
             self.id = unique_id_text(client.unique_id)
         if client.local:
+            self._local = True
             self._level = logging.DEBUG
         if its_own:
             # The balancer's own, and in version 1 it has no other way to say so: there is no client to limit.
@@ -232,6 +235,9 @@ class Connection:
         """Connect to a backend, telling it what is known of the client by now: to the one it had before, if that can be."""
         version = self._service.proxy_protocol
         opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
+        if self._local:
+            # A balancer's check is nobody's client for the backend either.
+            opening = greeting(version)
         try:
             self._backend, self.backend = await self._service.backends.connect(opening, self.backend, silent)
             return self.backend

@@ -107,10 +107,18 @@ def test_what_the_balancer_says_of_tls_is_not_passed_on(behind, arrive):
     assert not server.peer(1).header.tls.client_cert
 
 
-@pytest.mark.parametrize("header", [ProxyHeader(2, "LOCAL").to_bytes(), b"PROXY UNKNOWN\r\n"], ids=["LOCAL", "UNKNOWN"])
-def test_local_and_unknown_are_the_balancer_itself(behind, arrive, header):
+@pytest.mark.parametrize("tls", [True, False], ids=["tls", "starttls"])
+def test_local_is_the_balancer_itself_and_nobodys_client_for_the_backend_either(behind, arrive, tls):
     program, server = behind()
-    client = arrive(program, header)
+    client = arrive(program, ProxyHeader(2, "LOCAL").to_bytes(), tls=tls)
+    assert client.line().startswith(b"220")
+    # What came as LOCAL is not among them.
+    assert server.peers == []
+
+
+def test_unknown_is_the_balancer_itself(behind, arrive):
+    program, server = behind()
+    client = arrive(program, b"PROXY UNKNOWN\r\n")
     assert client.line().startswith(b"220")
     assert server.peer().header.source == client.sock.getsockname()
     assert server.peer().header.unique_id

@@ -113,3 +113,74 @@ def parse_flags() -> Callable[[list[str]], dict[str, Any]]:
         return settings
 
     return parse
+
+
+TEMPLATES = Path(__file__).parents[2]
+
+
+@dataclass
+class ClientCertificate:
+    """An authority, and a certificate of it for a client called client.example."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+@pytest.fixture(scope="session")
+def client_certificate(tmp_path_factory: pytest.TempPathFactory) -> ClientCertificate:
+    directory = tmp_path_factory.mktemp("client")
+    made = ClientCertificate(directory / "ca.pem", directory / "client.pem", directory / "client.key")
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    authority = ["-x509", "-days", "2", "-subj", "/CN=Test CA", "-keyout", directory / "ca.key", "-out", made.ca]
+    leaf = ["-subj", "/CN=client.example", "-keyout", made.key, "-out", directory / "client.csr"]
+    signed = ["-CA", made.ca, "-CAkey", directory / "ca.key", "-CAcreateserial", "-days", "2", "-out", made.cert]
+    (directory / "leaf.cnf").write_text("keyUsage=digitalSignature\nextendedKeyUsage=clientAuth\nauthorityKeyIdentifier=keyid\n")
+    for words in (
+        ["req", *curve, *authority],
+        ["req", *curve, *leaf],
+        ["x509", "-req", "-in", directory / "client.csr", "-extfile", directory / "leaf.cnf", *signed],
+    ):
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+    return made
+
+
+@pytest.fixture
+def haproxy(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., Any]:
+    """Starts HAProxy with a file of haproxy/ as it is, checked before; the variables are named without their FUMI_."""
+
+    def start(name: str, port: int, log: str = "haproxy.log", **variables: object) -> Any:
+        path = TEMPLATES / "haproxy" / name
+        # What runs as somebody else cannot read what pytest's directories keep to their owner; HAProxy reads before.
+        usual = {"CERT": certificate[0].with_name("both.pem"), "METRICS": f"127.0.0.1:{programs.free_port()}"}
+        environment = [f"FUMI_{key}={value}" for key, value in {**usual, **variables}.items()]
+        said = programs.run("env", *environment, "haproxy", "-c", "-f", path)
+        assert "WARNING" not in said, said
+        return programs.start("env", *environment, "haproxy", "-f", path, port=port, log=log)
+
+    return start
+
+
+@pytest.fixture
+def stunnel(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., Any]:
+    """Starts stunnel with a file of stunnel/ by stunnel/run; the variables are named without their FUMI_."""
+
+    def start(name: str, port: int, log: str = "stunnel.log", **variables: object) -> Any:
+        usual = {"CERT": certificate[0].with_name("both.pem")}
+        environment = [f"FUMI_{key}={value}" for key, value in {**usual, **variables}.items()]
+        return programs.start("env", *environment, TEMPLATES / "stunnel" / "run", name, port=port, log=log)
+
+    return start
+
+
+@pytest.fixture
+def fumi_core(programs: Any) -> Callable[..., Any]:
+    """Starts fumi-core, with a Maildir and a log by its name; its port."""
+
+    def start(*flags: str, name: str = "core", port: int | None = None) -> Any:
+        port = port or programs.free_port()
+        deliver = [] if "--deliver" in flags else ["--deliver", f"maildir:{name}"]
+        command = ["--listen", f"127.0.0.1:{port}", *deliver, *flags]
+        return port, programs.start(programs.bin / "fumi-core", *command, port=port, log=f"{name}.log")
+
+    return start

@@ -1,0 +1,266 @@
+"""The files of haproxy/, as they are: HAProxy accepts them, and mail comes through."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import smtplib
+import ssl
+import subprocess
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DIRECTORY = Path(__file__).parents[2] / "haproxy"
+FILES = sorted(path.name for path in DIRECTORY.glob("*.cfg"))
+README = (DIRECTORY / "README.md").read_text()
+TEXT = "Subject: hi\r\n\r\nhi\r\n"
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def trusting(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(certificate[0]))
+
+
+def send(port: int, context: ssl.SSLContext, host: str = "localhost", starttls: bool = False) -> None:
+    kind = smtplib.SMTP(host, port) if starttls else smtplib.SMTP_SSL(host, port, context=context)
+    with kind as smtp:
+        if starttls:
+            smtp.starttls(context=context)
+        smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+
+
+def stored(programs: Any, name: str) -> list[Path]:
+    new = programs.directory / name / "new"
+    return list(new.iterdir()) if new.exists() else []
+
+
+def metric(port: int, line: str) -> float:
+    """The value of one line of a /metrics, 0 while there is none."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        found = re.search(rf"^{re.escape(line)} (\S+)$", response.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_haproxy_accepts_the_file_and_finds_nothing_to_warn_of(
+    name: str, certificate: tuple[Path, Path], client_certificate: Any
+) -> None:
+    own = {"FUMI_CERT": str(certificate[0].with_name("both.pem")), "FUMI_CLIENT_CA": str(client_certificate.ca)}
+    for more in ({}, {"FUMI_NODE_2": "127.0.0.2"}):
+        done = subprocess.run(
+            ["haproxy", "-c", "-f", DIRECTORY / name], env={**os.environ, **own, **more}, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "Configuration file is valid", "")
+
+
+def test_the_readme_has_every_file_and_every_variable_with_its_default() -> None:
+    assert sorted(set(re.findall(r"`([\w-]+\.cfg)`", README))) == FILES
+    used: dict[str, set[str]] = {}
+    for name in FILES:
+        for variable, default in re.findall(r"\$\{(FUMI_\w+)-([^}]*)\}", _settings(name)):
+            used.setdefault(variable, set()).add(default)
+    table = dict(re.findall(r"^\| `(FUMI_\w+)` \| `([^`]*)` \|", README, re.MULTILINE))
+    assert {variable: {default} for variable, default in table.items()} == used
+
+
+def _settings(name: str) -> str:
+    """A file without its comments."""
+    return re.sub(r"^#.*", "", (DIRECTORY / name).read_text(), flags=re.MULTILINE)
+
+
+def test_mail_comes_through_implicit_tls_and_checks_leave_no_trace(
+    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+) -> None:
+    metrics, port = programs.free_port(), programs.free_port()
+    core, _ = fumi_core("--metrics", f"127.0.0.1:{metrics}")
+    haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", HEALTH_INTERVAL="50ms")
+    checks = 'fumi_core_proxy_headers_total{result="ok",version="2"}'
+    programs.until(lambda: metric(metrics, checks) >= 3, "three health checks")
+    send(port, trusting)
+    (message,) = stored(programs, "core")
+    assert re.search(rb"using TLSv1\.3 with cipher \w+.*\sESMTPS id \S+", message.read_bytes(), re.DOTALL), message.read_bytes()
+    log = programs.directory / "core.log"
+    programs.until(lambda: "session ended" in log.read_text(), "the end of the session")
+    lines = [line for line in log.read_text().splitlines() if "listening" not in line and "metrics" not in line]
+    assert len(lines) == 1, lines
+    # HAProxy's log has the session too, by the same name.
+    (name,) = re.findall(r"session ended id=(\S+)", lines[0])
+    own = programs.directory / "haproxy.log"
+    assert programs.until(lambda: re.search(rf"^{name} 127\.0\.0\.1:.* TLSv1\.3 ", own.read_text(), re.MULTILINE), "its line")
+
+
+def test_mutual_tls_lets_in_who_has_a_certificate(
+    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext, client_certificate: Any
+) -> None:
+    core, _ = fumi_core()
+    required, optional = programs.free_port(), programs.free_port()
+    for port, variables in ((required, {}), (optional, {"CLIENT_CERT": "optional"})):
+        ca = {"CLIENT_CA": client_certificate.ca, **variables}
+        haproxy("mutual-tls.cfg", port, f"{port}.log", LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", **ca)
+    with pytest.raises((ssl.SSLError, OSError, smtplib.SMTPServerDisconnected)):
+        send(required, trusting)
+    send(optional, trusting)
+    trusting.load_cert_chain(client_certificate.cert, client_certificate.key)
+    send(required, trusting)
+    send(optional, trusting)
+    assert len(stored(programs, "core")) == 3
+
+
+def test_with_two_nodes_mail_goes_on_when_one_is_killed(
+    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+) -> None:
+    nodes = [fumi_core(name=name) for name in ("one", "two")]
+    port, metrics = programs.free_port(), programs.free_port()
+    variables = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
+    # Checked at the start, and not again before the test is over.
+    usual = {"LISTEN": f"127.0.0.1:{port}", "METRICS": f"127.0.0.1:{metrics}", "BALANCE": "roundrobin", "HEALTH_INTERVAL": "1h"}
+    haproxy("two-nodes.cfg", port, **usual, **variables)
+    for _ in range(4):
+        send(port, trusting)
+    assert [len(stored(programs, name)) for name in ("one", "two")] == [2, 2]
+    programs.stop(nodes[0][1], 9)
+    for _ in range(4):
+        send(port, trusting)
+    assert [len(stored(programs, name)) for name in ("one", "two")] == [2, 6]
+    assert metric(metrics, 'haproxy_backend_bytes_in_total{proxy="smtps"}') > 0
+    with pytest.raises(urllib.request.HTTPError, match="404"):
+        urllib.request.urlopen(f"http://127.0.0.1:{metrics}/", timeout=30)
+
+
+def test_a_check_finds_the_killed_node(programs: Any, haproxy: Start, fumi_core: Start) -> None:
+    nodes = [fumi_core(name=name) for name in ("one", "two")]
+    port, metrics = programs.free_port(), programs.free_port()
+    variables = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
+    own = {"LISTEN": f"127.0.0.1:{port}", "METRICS": f"127.0.0.1:{metrics}", "HEALTH_INTERVAL": "50ms"}
+    haproxy("two-nodes.cfg", port, **own, **variables)
+    up = 'haproxy_backend_active_servers{proxy="smtps"}'
+    assert metric(metrics, up) == 2
+    programs.stop(nodes[1][1], 9)
+    programs.until(lambda: metric(metrics, up) == 1, "one node less")
+    fumi_core(name="two", port=nodes[1][0])
+    programs.until(lambda: metric(metrics, up) == 2, "its return")
+
+
+def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
+    programs: Any, haproxy: Start, fumi_core: Start, certificate: tuple[Path, Path], trusting: ssl.SSLContext
+) -> None:
+    core_metrics, metrics = programs.free_port(), programs.free_port()
+    core, _ = fumi_core("--metrics", f"127.0.0.1:{core_metrics}")
+    behind = {name: programs.free_port() for name in ("SMTP", "SUBMISSION", "SMTPS")}
+    nodes = [
+        programs.start(
+            programs.bin / "fumi-edge", "--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{core}",
+            "--listen", f"{host}:{behind['SMTPS']}", "--starttls-listen", f"{host}:{behind['SMTP']}",
+            "--starttls-listen", f"{host}:{behind['SUBMISSION']}", "--accept-proxy", "--health-interval", "0", log=f"{host}.log",
+        )
+        for host in ("127.0.0.1", "127.0.0.2")
+    ]  # fmt: skip
+    for host in ("127.0.0.1", "127.0.0.2"):
+        log = programs.directory / f"{host}.log"
+        programs.until(lambda log=log: log.read_text().count("listening") == 3, "three listeners")
+    ports = {name: programs.free_port() for name in behind}
+    variables: dict[str, object] = {f"LISTEN_{name}": f"127.0.0.1:{port}" for name, port in ports.items()}
+    variables |= {f"PORT_{name}": port for name, port in behind.items()}
+    own = {"NODE_2": "127.0.0.2", "METRICS": f"127.0.0.1:{metrics}", "HEALTH_INTERVAL": "50ms", "BALANCE": "roundrobin"}
+    haproxy("layer4.cfg", ports["SMTPS"], **variables, **own)
+    checks = 'fumi_core_proxy_headers_total{result="ok",version="2"}'
+    programs.until(lambda: metric(core_metrics, checks) >= 12, "checks of three listeners of two nodes, twice")
+    for name in ("smtp", "submission", "smtps"):
+        assert metric(metrics, f'haproxy_backend_active_servers{{proxy="{name}"}}') == 2
+    sent = 0
+    for _ in range(2):
+        for name, port in ports.items():
+            send(port, trusting, starttls=name != "SMTPS")
+            sent += 1
+    log = programs.directory / "core.log"
+    # A STARTTLS client is two for the core: before and after.
+    programs.until(lambda: log.read_text().count("session ended") == 10, "the end of the sessions")
+    assert len(re.findall("messages=1", log.read_text())) == len(stored(programs, "core")) == sent
+    edges = [programs.directory / f"{host}.log" for host in ("127.0.0.1", "127.0.0.2")]
+    programs.until(lambda: sum(edge.read_text().count("ended") for edge in edges) == sent, "the end of the connections")
+    for path in (log, *edges):
+        assert not re.search("WARN|ERROR", path.read_text()), path.read_text()
+    assert log.read_text().count("ended") == 10
+    programs.stop(nodes[0], 9)
+    for name, port in ports.items():
+        send(port, trusting, starttls=name != "SMTPS")
+    assert len(stored(programs, "core")) == sent + 3
+
+
+@pytest.mark.parametrize("limit", ["MAX_CLIENTS_PER_IP", "RATE_PER_IP"])
+def test_an_address_has_so_many_connections_and_no_more(
+    limit: str, programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+) -> None:
+    core, _ = fumi_core()
+    port = programs.free_port()
+    haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", **{limit: 2})
+    with (
+        smtplib.SMTP_SSL("localhost", port, context=trusting),
+        smtplib.SMTP_SSL("localhost", port, context=trusting),
+    ):
+        with pytest.raises((OSError, smtplib.SMTPServerDisconnected)):
+            smtplib.SMTP_SSL("localhost", port, context=trusting)
+        smtplib.SMTP_SSL("localhost", port, context=trusting, source_address=("127.0.0.9", 0)).quit()
+
+
+@pytest.mark.parametrize(
+    "offer", [["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], ["-tls1_2", "-cipher", "AES128-SHA:AES128-GCM-SHA256"]]
+)
+def test_old_tls_is_refused(offer: list[str], programs: Any, haproxy: Start) -> None:
+    port = programs.free_port()
+    haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}")
+    said = programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", *offer, status=1)
+    assert "alert" in said
+
+
+def test_it_may_run_as_somebody_else(programs: Any, haproxy: Start) -> None:
+    user = "nobody" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
+    entry = pwd.getpwnam(user)
+    port = programs.free_port()
+    own = {"USER": user, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
+    process = haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", **own)
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    assert re.findall(r"^[UG]id:\t(\d+)", status, re.MULTILINE) == [str(entry.pw_uid), str(entry.pw_gid)]
+
+
+# The README's commands
+
+COMMANDS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", COMMANDS[1:], ids=lambda block: re.findall(r"([\w-]+)\.cfg", block)[0])
+def test_the_commands_of_the_readme_do_what_it_says(
+    block: str, programs: Any, certificate: tuple[Path, Path], client_certificate: Any, trusting: ssl.SSLContext
+) -> None:
+    for path in certificate:
+        (programs.directory / path.name).write_bytes(path.read_bytes())
+    (programs.directory / "client-ca.pem").write_bytes(client_certificate.ca.read_bytes())
+    (programs.directory / "haproxy").symlink_to(DIRECTORY)
+    programs.run("sh", "-euc", COMMANDS[0])
+    free = {port: programs.free_port() for port in re.findall(r":(\d+)", block)}
+    front = {name: programs.free_port() for name in ("LISTEN", "LISTEN_SMTP", "LISTEN_SUBMISSION", "LISTEN_SMTPS", "METRICS")}
+    others = {f"FUMI_{name}": f"127.0.0.1:{port}" for name, port in front.items()}
+    for variable, port in (("BACKEND", "2525"), ("BACKEND_1", "2525"), ("BACKEND_2", "2526")):
+        others[f"FUMI_{variable}"] = f"127.0.0.1:{free.get(port)}"
+    for variable, port in (("PORT_SMTP", "10025"), ("PORT_SUBMISSION", "10587"), ("PORT_SMTPS", "10465")):
+        others[f"FUMI_{variable}"] = str(free.get(port))
+    tls = front["LISTEN_SMTPS" if "layer4" in block else "LISTEN"]
+    environment = ["env", f"PATH={programs.bin}:{os.environ['PATH']}", *(f"{name}={value}" for name, value in others.items())]
+    for command in re.split(r"(?<!\\)\n", re.sub(r"(?<=:)\d+", lambda found: str(free[found[0]]), block.strip())):
+        ports = re.findall(r"--listen 127\.0\.0\.1:(\d+)", command)
+        programs.start(*environment, "sh", "-c", re.sub(r"^((?:\w+=\S+ )*)", r"\1exec ", command), port=int((ports or [tls])[0]))
+    trusting.load_cert_chain(client_certificate.cert, client_certificate.key)
+    send(tls, trusting)
+    assert len(stored(programs, "inbox")) == 1
+    if "layer4" in block:
+        for name in ("LISTEN_SMTP", "LISTEN_SUBMISSION"):
+            send(front[name], trusting, starttls=True)
+        assert len(stored(programs, "inbox")) == 3

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-import fumi_core.cli
-import fumi_edge.cli
 from fumi_core import Fumi
+from fumi_core import cli as core_program
 from fumi_core.testing import RunningServer, running
+from fumi_edge import cli as edge_program
 
 
 async def _let_joe_in(ctx: Any, next: Any) -> None:
@@ -108,7 +108,7 @@ def parse_flags() -> Callable[[list[str]], dict[str, Any]]:
     """What a program makes of its command line, were it run; an error of the program when it would not run."""
 
     def parse(command: list[str]) -> dict[str, Any]:
-        program = {"fumi-core": fumi_core.cli.main, "fumi-edge": fumi_edge.cli.main}[Path(command[0]).name]
+        program = {"fumi-core": core_program.main, "fumi-edge": edge_program.main}[Path(command[0]).name]
         settings: dict[str, Any] = program.make_context(command[0], command[1:]).params
         return settings
 

@@ -61,6 +61,28 @@ def settled_cpu_ns(server: Server) -> int:
 
 
 @dataclass(frozen=True)
+class ClockPerUnit:
+    """Microseconds by the clock that a unit of this load takes: what is left of it when several processes share the work.
+
+    It means something only while the generator is not the slower end, on a machine that does little else.
+    """
+
+    load: Load
+    units: int
+    units_of_warm_up: int
+    turns: int = 4
+
+    def warm_up(self, server: Server) -> None:
+        """A load that is not measured."""
+        self.load(server.port, self.units_of_warm_up)
+
+    def __call__(self, server: Server) -> float:
+        before = time.perf_counter()
+        self.load(server.port, self.units)
+        return (time.perf_counter() - before) / self.units * 1e6
+
+
+@dataclass(frozen=True)
 class MemoryPerConnection:
     """KiB of proportional set size by which the server grows with each of `connections` idle TLS connections.
 

@@ -14,7 +14,7 @@ from .contestants import (
     stunnel,
 )
 from .loads import client, smtp_source
-from .measures import CpuPerUnit, Growth, Measure, MemoryPerConnection, Silent
+from .measures import ClockPerUnit, CpuPerUnit, Growth, Measure, MemoryPerConnection, Silent
 
 # Two descriptors a session in the edge, and some for the rest.
 DESCRIPTORS = 20_000
@@ -50,6 +50,8 @@ class Row:
 
 
 CORE = Contestant("fumi-core", fumi_core("--deliver", "discard:"))
+ONE_WORKER = Contestant("1 worker", fumi_core("tests.bench.busy_handler:app"))
+TWO_WORKERS = Contestant("2 workers", fumi_core("tests.bench.busy_handler:app", "--workers", "2"))
 CORE_WITH_HOOKS = Contestant("fumi-core", fumi_core("tests.bench.noop_hooks:app"))
 EDGE_AND_CORE = Contestant("edge + core", fumi_both)
 AIOSMTPD = Contestant("aiosmtpd", aiosmtpd())
@@ -58,6 +60,8 @@ SMTP_SERVER = Contestant("smtp-server", smtp_server)
 SMTP_SINK = Contestant("smtp-sink", smtp_sink)
 
 KEPT = CpuPerUnit(smtp_source(sessions=10, kept=True), units=3_000, units_of_warm_up=3_000)
+# The server has to be the slower end by far: smtp-source takes a tenth of what that handler does.
+KEPT_BY_THE_CLOCK = ClockPerUnit(smtp_source(sessions=10, kept=True), units=1_500, units_of_warm_up=500)
 # smtp-server lets every client wait 100 ms for its banner, to catch those that talk early: many at a time, or it takes minutes.
 CONNECTING = CpuPerUnit(smtp_source(sessions=50, kept=False), units=500, units_of_warm_up=500)
 LARGE = CpuPerUnit(client("messages", "--sessions", "2", "--size", "5000000"), units=4, units_of_warm_up=2)
@@ -117,6 +121,14 @@ ROWS = (
         KEPT,
         CORE_WITH_HOOKS,
         (Peer(AIOSMTPD, 0.45),),
+    ),
+    Row(
+        "core-workers",
+        "1 KiB messages on kept connections to a handler that computes, by the clock: two workers against one",
+        "µs a message, clock",
+        KEPT_BY_THE_CLOCK,
+        TWO_WORKERS,
+        (Peer(ONE_WORKER, 0.59),),
     ),
     edge_row(
         "edge-handshake",

@@ -1,0 +1,14 @@
+"""The app of the row `core-workers`: a handler that computes for half a millisecond or so, as a filter of mail would."""
+
+from typing import Any
+
+from fumi_core import Fumi
+
+app = Fumi(auth_optional=True)
+
+
+@app.on_data
+async def compute(ctx: Any, next: Any) -> None:
+    """Take the message, and think."""
+    await ctx.stream.read()
+    sum(range(25_000))

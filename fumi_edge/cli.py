@@ -13,6 +13,7 @@ import click
 from fumi_core.runtime.addresses import Networks, parse_address, passed
 from fumi_core.runtime.lifecycle import STOPS, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
+from fumi_core.runtime.privileges import PrivilegeError, find
 from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, WORKERS, Program, SettingError, config_option
 from fumi_core.runtime.workers import run
 from fumi_edge import dev
@@ -88,13 +89,14 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m, in each worker.")
 @click.option("--workers", type=WORKERS, default="1", help="Processes that share the work.")
+@click.option("--user", metavar="NAME", help="Become this user when the ports are bound and the keys are read.")
 @click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option("--check", is_flag=True, help="Check certificates, addresses and backends, and exit.")
 @click.option("--dev", "dev_mode", is_flag=True, help="Try it out: own certificate, own server, mail to ./maildir.")
 @click.version_option(package_name="fumi")
-def main(log_format: str, log_level: str, workers: int, check: bool, dev_mode: bool, **flags: Any) -> None:
+def main(log_format: str, log_level: str, workers: int, user: str | None, check: bool, dev_mode: bool, **flags: Any) -> None:
     """Terminate TLS and STARTTLS in front of an SMTP server."""
     configure(log_format, log_level)
     raise_descriptor_limit()
@@ -102,11 +104,13 @@ def main(log_format: str, log_level: str, workers: int, check: bool, dev_mode: b
         if dev_mode:
             if flags["cert"] or flags["key"] or flags["backend"]:
                 raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
-            if workers != 1:
-                raise SettingError("--dev is one process: leave out --workers")
+            if workers != 1 or user:
+                raise SettingError("--dev is one process, and yours: leave out --workers and --user")
             directory = stack.enter_context(dev.directory())
             flags |= dev.defaults(flags, directory)
         edge = _edge(flags)
+        if user:
+            _find_user(user)
         if check:
             _check(edge, () if dev_mode else edge.backends, flags)
             return
@@ -114,7 +118,14 @@ def main(log_format: str, log_level: str, workers: int, check: bool, dev_mode: b
             # In a terminal, to close it is to stop.
             run(EdgeWork(edge, dev.Bench(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
         else:
-            run(EdgeWork(edge), workers)
+            run(EdgeWork(edge, user=user), workers)
+
+
+def _find_user(name: str) -> None:
+    try:
+        find(name)
+    except PrivilegeError as error:
+        raise SettingError(f"--user: {error}") from None
 
 
 def _edge(flags: dict[str, Any]) -> Edge:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.endpoint import Page
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.dev import Bench
@@ -31,9 +32,11 @@ class EdgeWork:
 
     log = logging.getLogger("fumi.edge")
 
-    def __init__(self, edge: Edge, bench: Bench | None = None) -> None:
+    def __init__(self, edge: Edge, bench: Bench | None = None, user: str | None = None) -> None:
+        """``user`` is who the program is to be once the sockets are open."""
         self._edge = edge
         self._bench = bench
+        self._user = user
         self._serving = False
 
     @property
@@ -54,6 +57,11 @@ class EdgeWork:
         except OSError as error:
             hint = _HINTS.get(error.errno or 0)
             raise SettingError((error.strerror or str(error)) + (f" ({hint})" if hint else "")) from None
+        if self._user is not None:
+            try:
+                become(self._user)
+            except PrivilegeError as error:
+                raise SettingError(f"--user: {error}") from None
 
     def unbind(self) -> None:
         self._edge.unbind()

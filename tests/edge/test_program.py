@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import resource
 import signal
 import smtplib
@@ -279,3 +280,24 @@ def test_dev_mode_takes_a_message_over_both_ports(tmp_path, kit):
             assert name in printed
     finally:
         program.kill()
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_root_becomes_the_user_for_good(backend, edge, clients, kit, tmp_path, certificate, workers):
+    program = edge("--user", "nobody", *workers, backend=backend())
+    assert clients.tls(program.tls_port).line().startswith(b"220")
+    pid = program.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    pids = [pid, *children]
+    assert len(pids) == (4 if workers else 1)
+    for pid in pids:
+        status = Path(f"/proc/{pid}/status").read_text()
+        ids = [line.split()[1:] for line in status.splitlines() if line.startswith(("Uid:", "Gid:"))]
+        nobody = pwd.getpwnam("nobody")
+        assert ids == [[str(nobody.pw_uid)] * 4, [str(nobody.pw_gid)] * 4]
+
+
+def test_a_user_that_is_not_there_is_an_error(flags):
+    status, output = run(*flags, "--user", "no-such-user")
+    assert (status, output) == (2, ["Error: --user: there is no user 'no-such-user'"])

@@ -21,14 +21,14 @@ from fumi_edge.backends import BALANCES, Backend, greeting
 from fumi_edge.certificates import Certificates
 from fumi_edge.dialing import Remote
 from fumi_edge.edge import Edge
+from fumi_edge.emit import PROGRAMS, configuration
 from fumi_edge.health import probe
+from fumi_edge.inbound import LOOPBACK
 from fumi_edge.limits import Rate, parse_rate
 from fumi_edge.pem import CertificateError
 from fumi_edge.policy import CIPHERS, Policy
 from fumi_edge.program import EdgeWork
 from fumi_edge.sources import give_keys
-
-_LOOPBACK = ("127.0.0.0/8", "::1/128", "unix")
 
 
 class RateType(click.ParamType):  # type: ignore[type-arg]
@@ -94,10 +94,16 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option("--check", is_flag=True, help="Check certificates, addresses and backends, and exit.")
+@click.option("--emit", type=click.Choice(PROGRAMS), help="Print the same settings as that program's configuration, and exit.")
 @click.option("--dev", "dev_mode", is_flag=True, help="Try it out: own certificate, own server, mail to ./maildir.")
 @click.version_option(package_name="fumi")
-def main(log_format: str, log_level: str, workers: int, user: str | None, check: bool, dev_mode: bool, **flags: Any) -> None:
+def main(
+    log_format: str, log_level: str, workers: int, user: str | None, check: bool, emit: str | None, dev_mode: bool, **flags: Any
+) -> None:
     """Terminate TLS and STARTTLS in front of an SMTP server."""
+    if emit:
+        click.echo(configuration(emit, click.get_current_context()), nl=False)
+        return
     configure(log_format, log_level)
     raise_descriptor_limit()
     with contextlib.ExitStack() as stack:
@@ -147,7 +153,7 @@ def _edge(flags: dict[str, Any]) -> Edge:
         raise SettingError(str(error)) from None
     if not flags["listen"] and not flags["starttls_listen"]:
         flags["listen"] = passed() or [parse_address(":465")]
-    balancers = Networks(trusted or _LOOPBACK) if accepts else None
+    balancers = Networks(trusted or LOOPBACK) if accepts else None
     backends = [Remote(address) for address in dict.fromkeys(flags.pop("backend"))]
     return Edge(certificates=certificates, backends=backends, balancers=balancers, **flags)
 

@@ -16,6 +16,8 @@ from fumi_edge.readiness import readable
 
 TIMEOUT = 5.0
 """Seconds a balancer has for its header."""
+LOOPBACK = ("127.0.0.0/8", "::1/128", "unix")
+"""Who may send one when nobody is named."""
 
 
 class HeaderError(Exception):

@@ -38,8 +38,12 @@ def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> No
 def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
     text = INSTALL.replace("/opt/fumi", str(tmp_path / "fumi")).replace("pip install .", f"pip install --quiet {ROOT}")
     text += f"{tmp_path}/fumi/bin/fumi-core --version\n{tmp_path}/fumi/bin/fumi-edge --version\n"
+    text += "".join(f"{tmp_path}/fumi/bin/fumi-edge --emit {program}\n" for program in ("haproxy", "stunnel"))
     # Not from the checkout: what is not in the package is not there.
-    assert sh(text, tmp_path).count("version") == 2
+    said = sh(text, tmp_path)
+    assert said.count(", version ") == 2
+    assert "listen smtps" in said
+    assert "[smtps]" in said
 
 
 def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certificate: tuple[Path, Path]) -> None:

@@ -1,0 +1,250 @@
+"""fumi-edge --emit: what it prints is taken by HAProxy and stunnel, carries mail, and says what it could not carry over."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import smtplib
+import ssl
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Emit = Callable[..., str]
+
+
+@pytest.fixture
+def emit(programs: Any) -> Emit:
+    """What fumi-edge --emit prints; from a directory that has nothing to do with the repository."""
+
+    def run(program: str, *flags: object, status: int = 0, **environment: str) -> str:
+        said: str = programs.run(programs.bin / "fumi-edge", "--emit", program, *flags, status=status, **environment)
+        return said
+
+    return run
+
+
+def accepted(programs: Any, configuration: str) -> None:
+    path = programs.directory / "haproxy.cfg"
+    path.write_text(configuration)
+    said = programs.run("haproxy", "-c", "-f", path)
+    assert said == "Configuration file is valid\n"
+
+
+def settings(configuration: str) -> list[str]:
+    """The lines that are no comments, without the spaces in front."""
+    return [line.strip() for line in configuration.splitlines() if line.strip() and line.strip()[0] not in "#;"]
+
+
+def notes(configuration: str, mark: str = "#") -> str:
+    """The comment at the top, in one line."""
+    return " ".join(line.removeprefix(mark).strip() for line in configuration.partition("\n\n")[0].splitlines())
+
+
+@pytest.fixture
+def both(certificate: tuple[Path, Path]) -> Path:
+    return certificate[0].with_name("both.pem")
+
+
+HAPROXY = {
+    "nothing but what is needed": [],
+    "listeners": ["--listen", "127.0.0.1:4465", "--listen", "[::1]:4465", "--listen", ":4466", "--listen", "unix:tls.sock"],
+    "starttls beside": ["--listen", ":4465", "--starttls-listen", ":2587", "--require-tls", "--hide-starttls"],
+    "backends": ["--backend", "[::1]:2526", "--backend", "unix:/run/core.sock", "--balance", "first", "--health-interval", "0.5"],
+    "version 1": ["--proxy-protocol", "v1"],
+    "no header": ["--proxy-protocol", "off", "--health-interval", "0"],
+    "a balancer in front": ["--accept-proxy", "--rate-per-ip", "10/s", "--trusted-proxy", "192.0.2.0/24"],
+    "a balancer here": ["--accept-proxy", "--max-clients-per-ip", "9", "--trusted-proxy", "unix"],
+    "tls": ["--min-tls", "1.3", "--ciphers", "ECDHE+AESGCM", "--alpn", "smtp, lmtp"],
+    "limits": ["--max-clients", "100", "--max-clients-per-ip", "9", "--rate-per-ip", "600/m"],
+    "times": ["--connect-timeout", "0.25", "--idle-timeout", "60", "--handshake-timeout", "7.5", "--drain-timeout", "0"],
+    "observation": ["--metrics", ":9465", "--log-format", "json", "--log-level", "error"],
+}
+
+
+@pytest.mark.parametrize("flags", HAPROXY.values(), ids=HAPROXY)
+def test_haproxy_accepts_what_is_emitted_and_finds_nothing_to_warn_of(
+    flags: list[str], programs: Any, emit: Emit, both: Path
+) -> None:
+    accepted(programs, emit("haproxy", "--cert", both, "--backend", "127.0.0.1:2525", *flags))
+
+
+def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_certificate: Any) -> None:
+    text = emit(
+        "haproxy", "--cert", both, "--cert", both, "--backend", "127.0.0.1:2525", "--backend", "unix:/run/core.sock",
+        "--listen", "127.0.0.1:4465", "--listen", ":4466", "--client-ca", client_certificate.ca, "--client-cert", "required",
+        "--alpn", "smtp", "--balance", "roundrobin", "--health-interval", "2", "--max-clients", "100",
+        "--max-clients-per-ip", "9", "--rate-per-ip", "10/s", "--connect-timeout", "0.25", "--idle-timeout", "60",
+        "--drain-timeout", "5", "--min-tls", "1.3", "--metrics", "127.0.0.1:9465",
+        "--log-level", "warning", "--ciphers", "ECDHE+AESGCM",
+    )  # fmt: skip
+    bind = (
+        f'"127.0.0.1:4465,:4466,[::]:4466" v6only ssl crt "{both}" crt "{both}" ca-file "{client_certificate.ca}" verify required'
+    )
+    full = "send-proxy-v2-ssl-cn proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id"
+    expected = [
+        f'bind {bind} alpn "smtp"', 'server core1 "127.0.0.1:2525"', 'server core2 "unix@/run/core.sock"', 'balance "roundrobin"',
+        f'default-server {full} check inter "2000ms"', 'maxconn "100"', 'hard-stop-after "5000ms"', 'timeout connect "250ms"',
+        'timeout client "60000ms"', 'timeout server "60000ms"', 'ssl-default-bind-options ssl-min-ver "TLSv1.3"',
+        'ssl-default-bind-ciphers "ECDHE+AESGCM"', 'bind "127.0.0.1:9465" v6only',
+        'tcp-request connection reject if { sc0_conn_cur(clients) gt "9" }',
+        'tcp-request connection reject if { sc0_conn_rate(clients) gt "10" }',
+        "stick-table type ipv6 size 100k expire 1h store conn_cur,conn_rate(1s)",
+    ]  # fmt: skip
+    assert [line for line in expected if line not in settings(text)] == []
+    assert 'local0 "warning"' in text
+
+
+def test_limits_that_nobody_set_are_none(emit: Emit, both: Path) -> None:
+    text = emit("haproxy", "--cert", both, "--backend", ":2525")
+    assert not re.search("maxconn|stick-table|sc0|prometheus", text)
+    assert 'server core1 "127.0.0.1:2525"' in settings(text)
+
+
+def test_behind_a_balancer_only_those_who_are_trusted_may_connect(emit: Emit, both: Path) -> None:
+    said = [settings(emit("haproxy", "--cert", both, "--accept-proxy", *more)) for more in ((), ("--trusted-proxy", "192.0.2.7"))]
+    assert "tcp-request connection reject if { src -m found } !{ src 127.0.0.0/8 ::1/128 }" in said[0]
+    assert "tcp-request connection reject if !{ src 192.0.2.7 }" in said[1]
+
+
+def test_a_key_in_a_file_of_its_own_needs_the_link_that_is_said(
+    programs: Any, emit: Emit, certificate: tuple[Path, Path]
+) -> None:
+    directory = programs.directory / "a $ directory"
+    directory.mkdir()
+    cert, key = directory / "it's.pem", directory / "key.pem"
+    cert.write_bytes(certificate[0].read_bytes())
+    key.write_bytes(certificate[1].read_bytes())
+    text = emit("haproxy", "--cert", cert, "--key", key, "--backend", ":2525")
+    programs.run("sh", "-euc", "\n".join(re.findall(r"^#     (ln -s .*)$", text, re.MULTILINE)))
+    accepted(programs, text)
+
+
+def test_a_directory_is_what_is_in_it_now(programs: Any, emit: Emit, certificate: tuple[Path, Path]) -> None:
+    live = programs.directory / "letsencrypt" / "live"
+    for name in ("b.example", "a.example"):
+        (live / name).mkdir(parents=True)
+        (live / name / "fullchain.pem").write_bytes(certificate[0].read_bytes())
+        (live / name / "privkey.pem").write_bytes(certificate[1].read_bytes())
+    text = emit("haproxy", "--cert", live.parent, "--backend", ":2525")
+    for command in re.findall(r"^#     (ln -s .*)$", text, re.MULTILINE):
+        subprocess.run(shlex.split(command), check=True)
+    accepted(programs, text)
+    assert re.findall(r'crt "[^"]*/([^/]*)/fullchain.pem"', text) == ["a.example", "b.example"]
+
+
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+def test_what_no_flag_says_stays_as_it_is_in_the_file(program: str, emit: Emit) -> None:
+    text = emit(program)
+    assert "/etc/fumi/fumi.pem" in text
+    assert "127.0.0.1:2525" in text
+
+
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+def test_mail_comes_through_what_was_emitted(
+    program: str, programs: Any, emit: Emit, fumi_core: Any, both: Path, certificate: tuple[Path, Path], client_certificate: Any
+) -> None:
+    core, _ = fumi_core(*(["--assume-tls"] if program == "stunnel" else []))
+    port = programs.free_port()
+    path = programs.directory / "emitted"
+    # From the environment, as flags may come.
+    settings = {"FUMI_EDGE_LISTEN": f"127.0.0.1:{port}", "FUMI_EDGE_BACKEND": f"127.0.0.1:{core}", "FUMI_EDGE_CERT": str(both)}
+    path.write_text(emit(program, "--client-ca", client_certificate.ca, "--client-cert", "required", **settings))
+    programs.start(program, *(["-f"] if program == "haproxy" else []), path, port=port)
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    with (
+        pytest.raises((ssl.SSLError, OSError, smtplib.SMTPServerDisconnected)),
+        smtplib.SMTP_SSL("localhost", port, context=context),
+    ):
+        pass
+    context.load_cert_chain(client_certificate.cert, client_certificate.key)
+    with smtplib.SMTP_SSL("localhost", port, context=context) as smtp:
+        smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
+    assert len(list((programs.directory / "core" / "new").iterdir())) == 1
+
+
+STUNNEL = {
+    "nothing but what is needed": [],
+    "backends": ["--backend", "[::1]:2526", "--backend", "unix:/run/core.sock", "--balance", "first"],
+    "no header": ["--proxy-protocol", "off", "--listen", "unix:tls.sock"],
+    "tls": ["--min-tls", "1.3", "--ciphers", "ECDHE+AESGCM"],
+    "times": ["--connect-timeout", "0.25", "--idle-timeout", "60", "--handshake-timeout", "7.5"],
+    "logs": ["--log-level", "error"],
+    "what it has not": ["--metrics", ":9465", "--alpn", "smtp", "--max-clients", "9", "--starttls-listen", ":2587"],
+}
+
+
+@pytest.mark.parametrize("flags", STUNNEL.values(), ids=STUNNEL)
+def test_stunnel_starts_with_what_is_emitted(flags: list[str], programs: Any, emit: Emit, certificate: tuple[Path, Path]) -> None:
+    first, last = programs.free_port(), programs.free_port()
+    listeners = ["--listen", f"127.0.0.1:{first}", "--listen", f"127.0.0.1:{last}"]
+    cert = ["--cert", certificate[0], "--key", certificate[1]]
+    path = programs.directory / "stunnel.conf"
+    path.write_text(emit("stunnel", *cert, "--backend", "127.0.0.1:2525", *flags, *listeners))
+    programs.start("stunnel", path, port=last)
+    assert "stunnel" in (programs.directory / "log").read_text() or "error" in flags
+
+
+def test_every_setting_is_where_stunnel_has_it(emit: Emit, certificate: tuple[Path, Path], client_certificate: Any) -> None:
+    text = emit(
+        "stunnel", "--cert", certificate[0], "--key", certificate[1], "--backend", "127.0.0.1:2525", "--backend", "[::1]:2526",
+        "--listen", "[::1]:4465", "--listen", ":4466", "--client-ca", client_certificate.ca, "--client-cert", "optional",
+        "--balance", "roundrobin", "--connect-timeout", "0.25", "--idle-timeout", "60", "--handshake-timeout", "7.5",
+        "--min-tls", "1.3", "--ciphers", "ECDHE+AESGCM", "--log-level", "warning",
+    )  # fmt: skip
+    said = settings(text)
+    for line in ("TIMEOUTconnect = 1", "TIMEOUTidle = 60", "TIMEOUTbusy = 8", "sslVersionMin = TLSv1.3", "debug = warning"):
+        assert said.count(line) == 1
+    service = [
+        "connect = 127.0.0.1:2525", "connect = ::1:2526", "failover = rr", f"cert = {certificate[0]}", f"key = {certificate[1]}",
+        "protocol = proxy", f"CAfile = {client_certificate.ca}", "verifyChain = yes", "requireCert = no",
+    ]  # fmt: skip
+    begin = said.index("[smtps]")
+    assert said[begin:] == ["[smtps]", "accept = ::1:4465", *service, "[smtps-2]", "accept = :::4466", *service]
+
+
+LOST = {
+    "haproxy": ["--starttls-listen 127.0.0.1:2587", "--log-format", "ln -s", "421"],
+    "stunnel": [
+        *("--starttls-listen 127.0.0.1:2587", "--assume-tls", "--balance leastconn", "--accept-proxy", "--alpn", "--metrics"),
+        *("--max-clients:", "--max-clients-per-ip", "--rate-per-ip", "--health-interval", "--drain-timeout", "unix:tls.sock"),
+    ],
+}
+
+
+@pytest.mark.parametrize("program", LOST)
+def test_what_the_other_program_cannot_do_is_said_at_the_top(program: str, emit: Emit, certificate: tuple[Path, Path]) -> None:
+    text = emit(
+        program, "--cert", certificate[0], "--key", certificate[1], "--backend", ":2525", "--backend", ":2526",
+        "--listen", "127.0.0.1:4465", "--listen", "unix:tls.sock", "--starttls-listen", "127.0.0.1:2587", "--alpn", "smtp",
+        "--accept-proxy", "--metrics", ":9465", "--max-clients", "9", "--max-clients-per-ip", "2", "--rate-per-ip", "1/s",
+        "--health-interval", "1", "--drain-timeout", "1", "--log-format", "json",
+    )  # fmt: skip
+    said = notes(text, "#" if program == "haproxy" else ";")
+    assert [word for word in LOST[program] if word not in said] == []
+    if program == "haproxy":
+        assert "--metrics" not in said
+
+
+BAD = {
+    "starttls alone": (["--starttls-listen", ":587"], "name a --listen for implicit TLS"),
+    "dev": (["--dev"], "name a certificate and a backend"),
+    "a line end": (["--cert", "a\nuser = root", "--backend", ":2525"], "--cert has a line end in it"),
+    "keys": (["--cert", "a.pem", "--key", "a.key", "--key", "b.key"], "a.pem"),
+    "a program nobody knows": (["--emit", "nginx"], "nginx"),
+}
+
+
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+@pytest.mark.parametrize(("flags", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_emitted_is_one_line_and_status_2(program: str, flags: list[str], message: str, emit: Emit) -> None:
+    said = emit(program, *flags, status=2)
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_stunnel_without_a_listener_that_it_could_have_is_an_error(emit: Emit) -> None:
+    assert "HOST:PORT" in emit("stunnel", "--listen", "unix:tls.sock", status=2)

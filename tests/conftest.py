@@ -72,6 +72,7 @@ class Programs:
 
     bin = BIN
     free_port = staticmethod(free_port)
+    listening = staticmethod(listening)
     until = staticmethod(until)
 
     def __init__(self, directory: Path) -> None:

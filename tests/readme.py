@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +43,10 @@ def sections(text: str) -> list[Section]:
 
 
 def table(text: str) -> list[list[str]]:
-    """The cells of the first table, a row each, without its head."""
-    rows = [line for line in text.splitlines() if line.startswith("|")]
+    """The cells of the first table, a row each, without its head; there are some."""
+    lines = dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    rows = list(takewhile(lambda line: line.startswith("|"), lines))
+    assert len(rows) > 2, "no table"
     return [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]]
 
 

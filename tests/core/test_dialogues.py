@@ -1,9 +1,6 @@
 """Plain-text dialogues: what the client says, what the server must answer. One file each in dialogues/.
 
-``C: text`` sends text and CRLF; ``C! text`` sends text as it stands, with Python's escapes, and ``C* n text`` sends such text n
-times; ``S: text`` expects exactly this line, ``S? regex`` a line that matches, ``S* code`` a whole reply with this code; ``S.``
-expects the connection to be closed with nothing more said; ``# …`` is a comment. Replies are read only where S lines stand, so
-several C lines in a row are pipelined.
+Their C and S lines are those of tests/dialogue.py.
 
 Before the dialogue, ``@ option = value`` sets an option of Fumi, the value a Python literal, and ``H phase [whom]: deed`` adds
 a handler: ``accept [text]``, ``reject code text``, ``refuse code text`` (LMTP, for that recipient alone) or ``fail`` (with an
@@ -22,13 +19,14 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 
 from fumi_core import Fumi, replies
 from fumi_core.replies import Reply
 from fumi_core.testing import RunningServer, running
+from tests.dialogue import Other, talk, unescaped
 
 DIALOGUES = sorted((Path(__file__).parent / "dialogues").glob("*.txt"))
 HANDLER = re.compile(r"H (\w+)(?: (\S+))?: (\w+) ?(.*)")
@@ -44,7 +42,7 @@ def test_the_server_answers_as_written(path: Path) -> None:
             for _ in range(lines.count("A: another client")):
                 clients.enter_context(_connect(server)).recv(1)
             sock = clients.enter_context(_connect(server))
-            _talk(closing.start, sock, clients.enter_context(sock.makefile("rb")), lines, path.name)
+            talk(sock, lines, path.name, _other(closing.start))
         if closing.ident is not None:
             closing.join()
         _expect_messages(server, lines)
@@ -97,53 +95,20 @@ def _whom(ctx: Any) -> str:
     return name
 
 
-def _talk(close: Callable[[], None], sock: socket.socket, heard: BinaryIO, lines: list[str], name: str) -> None:
-    waiting = b""
-    for number, line in enumerate(lines, 1):
-        kind, text = line[:2], line[3:]
-        if kind in ("C:", "C!", "C*"):
-            waiting += _said(kind, text)
-        elif kind == "A:":
-            assert text in ("close", "another client"), f"{name}:{number}"
-            if text == "close":
-                close()
-        elif kind in ("S:", "S?", "S*", "S."):
-            sock.sendall(waiting)
-            waiting = b""
-            got = heard.readline()
-            while kind == "S*" and got[3:4] == b"-":
-                got = heard.readline()
-            _expect(kind, text, got, f"{name}:{number}")
+def _other(close: Callable[[], None]) -> Other:
+    def other(where: str, line: str) -> None:
+        if line == "A: close":
+            close()
         else:
-            assert kind in ("", "# ", "#", "@ ", "H ", "B!", "B."), f"{name}:{number} is none of the lines there are"
+            known = line == "A: another client" or line[:2] in ("@ ", "H ", "B!", "B.")
+            assert known, f"{where} is none of the lines there are"
 
-
-def _said(kind: str, text: str) -> bytes:
-    if kind == "C:":
-        return text.encode() + b"\r\n"
-    times, _, text = text.partition(" ") if kind == "C*" else ("1", "", text)
-    return _bytes(text) * int(times)
-
-
-def _bytes(text: str) -> bytes:
-    value: bytes = ast.literal_eval('b"' + text.replace('"', r"\"") + '"')
-    return value
-
-
-def _expect(kind: str, text: str, got: bytes, where: str) -> None:
-    if kind == "S.":
-        assert got == b"", where
-    elif kind == "S*":
-        assert got.startswith(text.encode() + b" "), f"{where}: {got!r} is not a {text}"
-    elif kind == "S:":
-        assert got.decode() == text + "\r\n", where
-    else:
-        assert re.fullmatch(text + "\r\n", got.decode()), f"{where}: {got!r} is not {text}"
+    return other
 
 
 def _expect_messages(server: RunningServer, lines: list[str]) -> None:
     if any(line[:2] in ("B!", "B.") for line in lines):
-        assert [message.body for message in server.messages] == [_bytes(line[3:]) for line in lines if line[:2] == "B!"]
+        assert [message.body for message in server.messages] == [unescaped(line[3:]) for line in lines if line[:2] == "B!"]
 
 
 # What the dialogues leave out

@@ -37,8 +37,9 @@ def free_port() -> int:
 
 
 def listening(port: int) -> bool:
-    """Whether somebody listens, asked without connecting."""
-    return f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text()
+    """Whether somebody listens, on IPv4 or IPv6, asked without connecting."""
+    tables = [path.read_text() for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
+    return any(re.search(f":{port:04X} 0+:0000 0A", table) for table in tables)
 
 
 @dataclass

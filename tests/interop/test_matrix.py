@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import fumi_edge
 from fumi_core import Fumi
 from fumi_core.testing import RunningServer, running
 
@@ -94,13 +95,30 @@ def stunnel(cell: Cell) -> Iterator[RunningServer]:
         yield server
 
 
+@contextlib.contextmanager
+def all_in_one(cell: Cell, secure: bool = True) -> Iterator[RunningServer]:
+    cert, key = cell.certificate
+    app = fumi_edge.Fumi(secure=secure, cert=cert, key=key, ca=cell.client_ca, auth_optional=True, close_timeout=0.2)
+    with running(app) as server:
+        server.run(lambda: app.listen(cell.port, cell.host))
+        yield server
+
+
+def all_in_one_starttls(cell: Cell) -> contextlib.AbstractContextManager[RunningServer]:
+    return all_in_one(cell, secure=False)
+
+
 @dataclass
 class Row:
-    """``unsaid``: facts that the header has no place for, and what the handler sees in their place; ``logs`` that have the id."""
+    """``unsaid``: facts that the header has no place for, and what the handler sees in their place; ``logs`` that have the id.
+
+    ``proxy`` is what the handler sees of the terminator itself.
+    """
 
     start: Callable[[Cell], contextlib.AbstractContextManager[RunningServer]]
     starttls: bool = False
     logs: tuple[str, ...] = ()
+    proxy: str = "127.0.0.1"
     unsaid: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -116,6 +134,8 @@ ROWS = {
     "HAProxy": Row(haproxy_implicit, logs=("haproxy.log",)),
     "HAProxy before fumi-edge with STARTTLS": Row(haproxy_before_edge, starttls=True, logs=("haproxy.log", "edge.log")),
     "stunnel": Row(stunnel, unsaid=NOTHING_OF_TLS),
+    "all-in-one": Row(all_in_one, proxy="unix"),
+    "all-in-one with STARTTLS": Row(all_in_one_starttls, starttls=True, proxy="unix"),
 }
 HOSTS = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -142,7 +162,7 @@ def test_a_handler_sees_what_the_client_knows(
     known |= {"client_cert": certified, "client_cert_verified": certified, "client_cn": "client.example" if certified else None}
     session = message.session
     assert _seen(session) == {**known, **row.unsaid}
-    assert session.proxy_address == "127.0.0.1"
+    assert session.proxy_address == row.proxy
     assert session.id
     assert session.id.isascii()
     assert session.id.isprintable()

@@ -174,7 +174,7 @@ class Backend:
 class Program:
     """The real fumi-edge, logging JSON."""
 
-    def __init__(self, *flags: str, cwd: Path | None = None) -> None:
+    def __init__(self, *flags: str, cwd: Path | None = None, inherited: Sequence[int] = ()) -> None:
         program = Path(sys.executable).with_name("fumi-edge")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
         self.process = subprocess.Popen(
@@ -185,6 +185,7 @@ class Program:
             env=environment,
             cwd=cwd,
             start_new_session=True,
+            pass_fds=inherited,
         )
         self.logs: list[dict[str, Any]] = []
         self.noise: list[str] = []
@@ -247,6 +248,9 @@ class Program:
         """Resident bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
@@ -428,11 +432,16 @@ def edge(certificate: tuple[Path, Path]) -> Iterator[Callable[..., Program]]:
     started: list[Program] = []
     cert, key = certificate
 
-    def start(*flags: str, backend: Backend | str, certs: Sequence[str | Path] = ("--cert", cert, "--key", key)) -> Program:
+    def start(
+        *flags: str,
+        backend: Backend | str,
+        certs: Sequence[str | Path] = ("--cert", cert, "--key", key),
+        inherited: Sequence[int] = (),
+    ) -> Program:
         address = backend if isinstance(backend, str) else backend.address
         everything = [*map(str, certs), "--backend", address, "--listen", "127.0.0.1:0"]
         everything += ["--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--health-interval", "0", *flags]
-        started.append(Program(*everything))
+        started.append(Program(*everything, inherited=inherited))
         return started[-1]
 
     yield start

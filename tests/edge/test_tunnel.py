@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import select
 import ssl
@@ -352,11 +351,7 @@ def test_two_hundred_connections_at_once_do_not_mix_their_bytes(backend, edge, c
 
 def test_sockets_of_ended_connections_are_closed(backend, edge, clients, kit):
     program = edge(backend=backend())
-
-    def descriptors():
-        return len(os.listdir(f"/proc/{program.process.pid}/fd"))
-
-    before = descriptors()
+    before = program.descriptors()
     for port, connect in ((program.tls_port, clients.tls), (program.starttls_port, clients.plain)):
         for _ in range(20):
             client = connect(port)
@@ -365,4 +360,4 @@ def test_sockets_of_ended_connections_are_closed(backend, edge, clients, kit):
             assert client.rest() == b""
             client.close()
     program.ended(40)
-    kit.until(lambda: descriptors() <= before, "the end of the last socket")
+    kit.until(lambda: program.descriptors() <= before, "the end of the last socket")

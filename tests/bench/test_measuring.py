@@ -1,7 +1,6 @@
 """That the instruments tell the truth: clocks, headers, digests, replies. No peer runs here."""
 
 import io
-import os
 import socket
 import subprocess
 import sys
@@ -107,17 +106,14 @@ def test_the_backend_greets_each_client_by_its_header() -> None:
             assert connection.recv(1024) == b"220 v1 192.0.2.1 12345 -\r\n"
 
 
-def test_growth_is_what_a_server_keeps_of_all_loads_but_the_first() -> None:
-    kept: list[bytes] = []
-    itself = processes.Server(0, (os.getpid(),))
-
-    def load(port: int, units: int) -> None:
-        kept.append(b"x" * 4_000_000)
-
-    growth = measures.Growth(load, units=40, slice=10)
-    growth.warm_up(itself)
-    assert 9_000 < growth(itself) < 15_000
-    assert len(kept) == 4
+def test_growth_is_what_a_server_keeps_of_all_loads_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(measures, "resident_kib", lambda pids: 50_000 + 4_000 * len(done))
+    growth = measures.Growth(lambda port, units: done.append(units), units=40, slice=10)
+    server = processes.Server(0, (1,))
+    growth.warm_up(server)
+    assert growth(server) == 12_000
+    assert done == [10] * 4
 
 
 def test_messages_go_over_as_many_connections_as_asked() -> None:

@@ -14,15 +14,18 @@ import inspect
 import io
 import keyword
 import re
+import shutil
 import socket
 import sys
 import unittest.mock
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+import fumi_edge
 from fumi_core import Fumi, SMTPError, contexts, plugins
 from fumi_core.app import PHASES
 from fumi_core.delivery import TARGETS
@@ -38,7 +41,7 @@ from tests.dialogue import talk
 from tests.readme import PATH, ROOT, Section, blocks, other_ports, sections, sh, table
 
 SECTIONS = sections((ROOT / "fumi_core" / "README.md").read_text())
-CONTEXTS = (
+CONTEXTS: tuple[type[contexts.Context], ...] = (
     contexts.ConnectContext,
     contexts.AuthContext,
     contexts.MailContext,
@@ -143,7 +146,11 @@ def _chapters() -> dict[str, list[Section]]:
 
 
 @pytest.mark.parametrize("chapter", _chapters().values(), ids=_chapters())
-def test_the_examples_do_what_stands_there(chapter: list[Section], programs: Any, monkeypatch: Any) -> None:
+def test_the_examples_do_what_stands_there(
+    chapter: list[Section], programs: Any, certificate: tuple[Path, Path], monkeypatch: Any
+) -> None:
+    for path in certificate:
+        shutil.copy(path, programs.directory)
     monkeypatch.chdir(programs.directory)
     monkeypatch.syspath_prepend(programs.directory)
     with unittest.mock.patch.dict(sys.modules):  # without the examples' own, afterwards
@@ -238,10 +245,13 @@ def test_the_table_of_metrics_is_theirs() -> None:
 
 KNOWN = {
     name
-    for kind in (Fumi, Options, Session, Envelope, TLSInfo, Credentials, MessageStream, Address, plugins, *CONTEXTS)
+    for kind in (fumi_edge.Fumi, Options, Session, Envelope, TLSInfo, Credentials, MessageStream, Address, plugins, *CONTEXTS)
     for name in dir(kind)
 }
-CALLS = (Fumi.listen, Fumi.use, SMTPError, contexts.Context.reject, plugins.denylist, plugins.sender_block, plugins.max_size)
+CALLS = (
+    *(fumi_edge.Fumi, Fumi.listen, Fumi.use, SMTPError, contexts.Context.reject),
+    *(plugins.denylist, plugins.sender_block, plugins.max_size),
+)
 PARAMETERS = {name for call in CALLS for name in inspect.signature(call).parameters}
 WORDS = {
     *keyword.kwlist,

@@ -20,7 +20,7 @@ from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
 from fumi_core.runtime.addresses import SocketAddress, bind, passed
-from fumi_core.runtime.endpoint import Page
+from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError, given, read_again
@@ -112,7 +112,7 @@ class CoreWork:
         configure(ctx.params["log_format"], ctx.params["log_level"])
         return [name for name in _ONCE if ctx.params[name] != old[name]]
 
-    def pages(self, registry: CollectorRegistry) -> Mapping[str, Page]:
+    def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
         return {}
 
     def refresh(self) -> None:

@@ -77,7 +77,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, comma-separated.")
 @click.option("--client-ca", metavar="FILE", help="Ask clients for a certificate of one of these authorities, PEM.")
 @click.option("--client-cert", type=click.Choice(["optional", "required"]), help="With --client-ca.  [default: optional]")
-@click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
+@click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz, /readyz and a status page at / here.")
 @click.option("--handshake-timeout", type=SECONDS, default=10.0, help="Seconds for a TLS handshake.")
 @click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
 @click.option("--idle-timeout", type=SECONDS, default=900.0, help="Seconds of silence in both directions.")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
@@ -73,6 +73,7 @@ class Edge:
         """Where the metrics, which are in ``registry``, are to be served; made by ``bind()``."""
         self.registry = registry or CollectorRegistry()
         self.drain_timeout = drain_timeout
+        self.max_clients = max_clients
         self.metrics = EdgeMetrics(self.registry, certificates.ciphers(), version("fumi"))
         self._reloader = Reloader(certificates, self.metrics, cert_reload_interval)
         self._reloads: set[asyncio.Task[None]] = set()
@@ -155,6 +156,11 @@ class Edge:
             sock, name, starttls, self._balancers, service.limits, service.rejections, self.metrics, crowd, self._serve
         )
         self.listeners.append(listener)
+
+    @property
+    def modes(self) -> Mapping[str, bool]:
+        """The names of the listeners that were bound, and whether their clients begin in plaintext."""
+        return {name: starttls for _, name, starttls in self._bound or ()}
 
     @property
     def backends(self) -> Sequence[Backend]:

@@ -7,18 +7,20 @@ import gc
 import logging
 import socket
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import click
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.endpoint import Page
+from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.dev import Bench
 from fumi_edge.edge import Edge
+from fumi_edge.status import Facts, Status
 
 _HINTS = {
     errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
@@ -38,6 +40,7 @@ class EdgeWork:
         self._bench = bench
         self._user = user
         self._serving = False
+        self._begun = time.time()
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -91,8 +94,12 @@ class EdgeWork:
             certificates.install(certificates.read())
         return ()
 
-    def pages(self, registry: CollectorRegistry) -> Mapping[str, Page]:
-        return {}
+    def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
+        edge = self._edge
+        facts = Facts(edge.modes, [backend.name for backend in edge.backends], edge.max_clients, self._begun)
+        status = Status(registry, ready, facts)
+        status.start()
+        return {"/": status.page}
 
     def refresh(self) -> None:
         """They are always up to date."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
@@ -20,8 +20,18 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, make_w
 # A second series for each counter, with the time it was made: nothing here uses it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-Page = Callable[[], tuple[str, str, bytes]]
-"""A page: returns the HTTP status, the content type and the body."""
+
+class Answer(NamedTuple):
+    """What a page says: its text, the content type, the HTTP status, and headers beside those that every page has."""
+
+    text: str
+    kind: str = "text/plain"
+    status: str = "200 OK"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Page = Callable[[], Answer]
+"""Called in the endpoint's thread for each request."""
 Problem = Callable[[], str | None]
 """A readiness check: None when ready, else the reason in a few words. Called in the endpoint's thread."""
 
@@ -48,7 +58,7 @@ class Endpoint:
         ``refresh`` is called before each scrape, in the endpoint's thread, to bring the metrics up to date.
         """
         metrics = make_wsgi_app(registry)
-        routes: dict[str, Page] = {"/healthz": lambda: ("200 OK", "text/plain", b"ok\n"), "/readyz": _readiness(ready)}
+        routes: dict[str, Page] = {"/healthz": lambda: Answer("ok\n"), "/readyz": _readiness(ready)}
         routes |= pages or {}
 
         def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -57,9 +67,12 @@ class Endpoint:
                 refresh()
                 return metrics(environ, start_response)  # type: ignore[no-any-return]
             page = routes.get(path)
-            status, kind, body = page() if page else ("404 Not Found", "text/plain", b"not found\n")
-            headers = [("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
-            start_response(status, [*headers, ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")])
+            answer = page() if page else Answer("not found\n", status="404 Not Found")
+            # A name from a file system may have octets that are not text.
+            body = answer.text.encode("utf-8", "replace")
+            headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
+            headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *answer.headers]
+            start_response(answer.status, headers)
             return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
         self._servers = [_Server(sock) for sock in sockets]
@@ -74,11 +87,9 @@ class Endpoint:
 
 
 def _readiness(ready: Problem) -> Page:
-    def page() -> tuple[str, str, bytes]:
+    def page() -> Answer:
         problem = ready()
-        if problem is None:
-            return "200 OK", "text/plain", b"ready\n"
-        return "503 Service Unavailable", "text/plain", f"{problem}\n".encode()
+        return Answer("ready\n") if problem is None else Answer(f"{problem}\n", status="503 Service Unavailable")
 
     return page
 

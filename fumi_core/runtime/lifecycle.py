@@ -62,8 +62,11 @@ class Work(Protocol):
         Called in processes that do not serve, too, to which it may be news later: those that fork workers.
         """
 
-    def pages(self, registry: CollectorRegistry) -> Mapping[str, Page]:
-        """What is served beside the metrics; ``registry`` holds those of all workers."""
+    def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
+        """What is served beside the metrics and by whom they are: ``registry`` holds those of all workers.
+
+        Called once, in the process that serves them, which may have threads.
+        """
 
     def refresh(self) -> None:
         """Bring the metrics up to date; called in any thread."""
@@ -153,7 +156,7 @@ def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem, refre
     """Serve what is in the registry, where the program is to do so at all."""
     if not work.metrics_sockets:
         return None
-    return Endpoint(work.metrics_sockets, registry, ready=ready, refresh=refresh, pages=work.pages(registry))
+    return Endpoint(work.metrics_sockets, registry, ready=ready, refresh=refresh, pages=work.pages(registry, ready))
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

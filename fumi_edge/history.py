@@ -1,0 +1,134 @@
+"""What the metrics say, and what they said in the last minutes: a fixed number of looks at some of them, kept in memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import NamedTuple
+
+from prometheus_client import Metric
+
+INTERVAL = 5.0
+"""Seconds between two looks."""
+SPAN = 900.0
+"""Seconds that are kept."""
+MINUTE = 60.0
+"""Seconds over which a rate that is called the present one is taken."""
+
+
+class Series(NamedTuple):
+    """The sum of a metric's samples that have these labels, whatever others they have."""
+
+    name: str
+    labels: frozenset[tuple[str, str]] = frozenset()
+
+
+def series(name: str, **labels: str) -> Series:
+    return Series(name, frozenset(labels.items()))
+
+
+class Point(NamedTuple):
+    """A value, and how many seconds ago it was."""
+
+    ago: float
+    value: float
+
+
+class Figures:
+    """All metrics at one moment."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for family in families:
+            for sample in family.samples:
+                self._samples.setdefault(sample.name, []).append((sample.labels, sample.value))
+
+    def total(self, wanted: Series) -> float:
+        return sum(value for labels, value in self._samples.get(wanted.name, ()) if wanted.labels <= labels.items())
+
+    def by(self, label: str, wanted: Series) -> dict[str, float]:
+        """The totals for each value of a label, in the order in which they stand there."""
+        found: dict[str, float] = {}
+        for labels, value in self._samples.get(wanted.name, ()):
+            if wanted.labels <= labels.items():
+                found[labels[label]] = found.get(labels[label], 0.0) + value
+        return found
+
+    def quantile(self, share: float, histogram: Series) -> float | None:
+        """What so great a share of the observations did not exceed, as far as the buckets tell; None when there are none.
+
+        Within a bucket it is taken to rise evenly, as Prometheus' histogram_quantile() does.
+        """
+        buckets = self.by("le", Series(histogram.name + "_bucket", histogram.labels))
+        wanted = share * buckets.get("+Inf", 0.0)
+        if not wanted:
+            return None
+        low, below = 0.0, 0.0
+        for bound, count in buckets.items():
+            if bound == "+Inf":
+                break
+            if count >= wanted:
+                return low + (float(bound) - low) * (wanted - below) / (count - below)
+            low, below = float(bound), count
+        return low
+
+
+class History:
+    """Looks at some series every INTERVAL seconds, from ``start()`` on, in a thread of its own; ``clock`` gives seconds."""
+
+    def __init__(self, read: Callable[[], Figures], kept: Iterable[Series], clock: Callable[[], float] = time.monotonic) -> None:
+        self._read = read
+        self._columns = {each: at for at, each in enumerate(dict.fromkeys(kept))}
+        self._clock = clock
+        self._rows: deque[tuple[float, array[float]]] = deque(maxlen=int(SPAN / INTERVAL) + 1)
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="history", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.look()
+            time.sleep(INTERVAL)
+
+    def look(self) -> None:
+        """Keep what there is now, and forget what is older than SPAN."""
+        figures = self._read()
+        row = array("d", (figures.total(each) for each in self._columns))
+        with self._lock:
+            self._rows.append((self._clock(), row))
+
+    def levels(self, wanted: Series) -> list[Point]:
+        """What it was at each look, the oldest first."""
+        column, now = self._columns[wanted], self._clock()
+        return [Point(now - at, row[column]) for at, row in self._looks()]
+
+    def rates(self, counter: Series) -> list[Point]:
+        """How fast it grew between each two looks, in units a second."""
+        points = self.levels(counter)
+        return [
+            Point(late.ago, max(0.0, late.value - early.value) / (early.ago - late.ago))
+            for early, late in pairwise(points)
+            if early.ago > late.ago
+        ]
+
+    def means(self, histogram: Series) -> list[Point]:
+        """The mean of what was observed between each two looks; none where nothing was."""
+        sums, counts = (self.rates(Series(histogram.name + part, histogram.labels)) for part in ("_sum", "_count"))
+        return [Point(count.ago, each.value / count.value) for each, count in zip(sums, counts, strict=True) if count.value]
+
+    def rate(self, counter: Series) -> float:
+        """How fast it grew over the last MINUTE, or as long as there are looks."""
+        points = self.levels(counter)
+        recent = [point for point in points if point.ago <= MINUTE + INTERVAL]
+        if len(recent) < 2 or recent[0].ago <= recent[-1].ago:
+            return 0.0
+        return max(0.0, recent[-1].value - recent[0].value) / (recent[0].ago - recent[-1].ago)
+
+    def _looks(self) -> list[tuple[float, array[float]]]:
+        with self._lock:
+            return list(self._rows)

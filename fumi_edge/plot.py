@@ -1,0 +1,65 @@
+"""Small plots: lines over the last minutes, as SVG that is as wide as its place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from xml.etree.ElementTree import Element
+
+from fumi_edge.history import INTERVAL, Point
+from fumi_edge.markup import element
+
+WIDTH, HEIGHT = 300, 60
+GAP = 2.5 * INTERVAL
+"""Seconds without a point at which a line breaks."""
+
+
+def ceiling(lines: Sequence[Sequence[Point]], least: float) -> float:
+    """The round number that a plot of these lines goes up to: 1, 2 or 5 times a power of ten, and not below ``least``."""
+    most = max((point.value for line in lines for point in line), default=0.0)
+    if most <= least:
+        return least
+    power = 10.0 ** math.floor(math.log10(most))
+    return next(step * power for step in (1, 2, 5, 10, 20) if step * power >= most)
+
+
+def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) -> Element:
+    """The lines of ``span`` seconds up to now, from 0 to ``top``; ``label`` is for those who cannot see them.
+
+    A line breaks where there are no points for a while. Line N has the class ``line N``, and its area ``area N``.
+    """
+
+    def across(point: Point) -> float:
+        return round(WIDTH * (1 - point.ago / span), 1)
+
+    def height(point: Point) -> float:
+        return round(HEIGHT * (1 - min(point.value / top, 1.0)), 1)
+
+    drawn = [element("path", d=f"M0 {HEIGHT}H{WIDTH}", class_="base")]
+    for number, line in enumerate(lines):
+        for run in _runs([point for point in line if point.ago <= span]):
+            places = [f"{across(point)} {height(point)}" for point in run]
+            ends = across(run[0]), across(run[-1])
+            drawn.append(element("path", d=f"M{ends[0]} {HEIGHT}L{'L'.join(places)}V{HEIGHT}Z", class_=f"area n{number}"))
+            # A run of one point is a dot: a line without length, with round ends.
+            drawn.append(element("path", d=f"M{places[0]}L{'L'.join(places)}", class_=f"line n{number}"))
+    return element(
+        "svg",
+        drawn,
+        viewBox=f"0 -2 {WIDTH} {HEIGHT + 4}",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=label,
+        class_="plot",
+    )
+
+
+def _runs(points: Sequence[Point]) -> list[list[Point]]:
+    """Points that follow each other without a gap."""
+    runs: list[list[Point]] = []
+    for point in points:
+        if runs and runs[-1][-1].ago - point.ago <= GAP:
+            runs[-1].append(point)
+        else:
+            runs.append([point])
+    return runs

@@ -1,0 +1,70 @@
+"""Numbers for people: three digits are enough for those, and the unit says how large it is."""
+
+from __future__ import annotations
+
+import time
+
+NOTHING = "\N{EN DASH}"
+"""In the place of a number that there is not."""
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def rate(value: float) -> str:
+    """Of so many a second."""
+    return f"{_three(value)}/s"
+
+
+def octets(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.0f} TB"
+
+
+def seconds(value: float) -> str:
+    """A time that something takes."""
+    if value < 0.0009995:
+        return f"{value * 1e6:.0f} µs"
+    if value < 0.9995:
+        return f"{_three(value * 1e3)} ms"
+    return f"{_three(value)} s" if value < 60 else duration(value)
+
+
+def duration(value: float) -> str:
+    """A time that something lasts, in its two largest units."""
+    left = int(value)
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if left >= size or (size == 1 and not parts):
+            parts.append(f"{left // size} {unit}")
+            left %= size
+        elif parts:
+            break
+    return " ".join(parts[:2])
+
+
+def days(value: int) -> str:
+    return "1 day" if value == 1 else f"{value:,} days"
+
+
+def share(part: float, whole: float) -> str:
+    if not whole:
+        return NOTHING
+    percent = 100 * part / whole
+    return f"{percent:.0f} %" if percent in (0, 100) or percent >= 10 else f"{percent:.1f} %"
+
+
+def moment(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+
+
+def date(at: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(at))
+
+
+def _three(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

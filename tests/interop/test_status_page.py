@@ -1,0 +1,103 @@
+"""The status page in a real browser, headless Chromium: at the widths of a phone and a desk, light and dark, idle and at work."""
+
+from __future__ import annotations
+
+import smtplib
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.browser import Page, browser
+
+WIDTHS = (390, 1280)
+
+# Of every piece of text: its colour against the nearest background behind it, as WCAG 2.1 reckons contrast.
+CONTRAST = """
+(() => {
+  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => {
+    const [r, g, b] = numbers(colour).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = node => {
+    const colour = getComputedStyle(node).backgroundColor;
+    return numbers(colour)[3] === 0 ? behind(node.parentElement) : colour;
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const poor = [];
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim()) continue;
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) poor.push(walker.currentNode.data);
+  }
+  return poor;
+})()
+"""
+# What sticks out of the window, or out of its own card.
+OVERFLOW = """
+[...document.querySelectorAll('body *')].filter(node => {
+  const box = node.getBoundingClientRect(), card = node.closest('figure, article, header');
+  return box.right > innerWidth + 0.5 || box.left < -0.5 || (card && box.right > card.getBoundingClientRect().right + 0.5);
+}).map(node => node.tagName + ' ' + node.textContent)
+"""
+
+
+@pytest.fixture
+def status(programs, certificate):
+    """An edge at work, with one backend up and one down; gives its page's address and a way to send a message."""
+    core, tls, starttls, metrics = (programs.free_port() for _ in range(4))
+    programs.start(programs.bin / "fumi-core", "--listen", f"127.0.0.1:{core}", "--deliver", "discard:", port=core)
+    flags = ["--cert", certificate[0], "--key", certificate[1], "--metrics", f"127.0.0.1:{metrics}", "--max-clients", "100"]
+    flags += ["--backend", f"127.0.0.1:{core}", "--backend", "unix:" + str(programs.directory / ("no-such-socket" * 3))]
+    flags += ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}"]
+    programs.start(programs.bin / "fumi-edge", *flags, port=metrics)
+    programs.until(lambda: programs.listening(starttls), "the edge")
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+
+    def send(times: int) -> None:
+        for _ in range(times):
+            with smtplib.SMTP("localhost", starttls) as client:
+                client.starttls(context=context)
+                client.sendmail("a@example.org", ["b@example.org"], "Subject: x\r\n\r\nx\r\n")
+
+    return f"http://127.0.0.1:{metrics}/", send
+
+
+def test_it_can_be_read_at_any_width_in_any_light(status: tuple[str, Callable[[int], None]], tmp_path: Path) -> None:
+    address, send = status
+    with browser(tmp_path / "profile") as page:
+        for busy in (False, True):
+            if busy:
+                send(20)
+            for width in WIDTHS:
+                for scheme in ("light", "dark"):
+                    page.resize(width, 900)
+                    page.scheme(scheme)
+                    page.open(address)
+                    assert page.value("document.documentElement.scrollWidth") <= width
+                    assert page.value(OVERFLOW) == []
+                    assert page.value(CONTRAST) == []
+        assert {ground(page, scheme) for scheme in ("light", "dark")} == {"rgb(246, 247, 249)", "rgb(16, 20, 27)"}
+        # Neither did the policy stop anything, nor was anything asked for but the page.
+        assert page.named("Log.entryAdded") == []
+        assert {each["request"]["url"] for each in page.named("Network.requestWillBeSent")} <= {address, address + "favicon.ico"}
+
+
+def ground(page: Page, scheme: str) -> str:
+    page.scheme(scheme)
+    colour: str = page.value("getComputedStyle(document.body).backgroundColor")
+    return colour
+
+
+def test_it_refreshes_by_itself_and_needs_no_script(status: tuple[str, Callable[[int], None]], tmp_path: Path) -> None:
+    address, send = status
+    with browser(tmp_path / "profile") as page:
+        page.call("Emulation.setScriptExecutionDisabled", value=True)
+        page.open(address)
+        send(7)
+        page.reloaded()
+        rows = "[...document.querySelectorAll('tr')].map(row => [...row.children].map(cell => cell.textContent))"
+        assert [row for row in page.value(rows) if row[0] == "upgraded"] == [["upgraded", "", "7", "100 %"]]

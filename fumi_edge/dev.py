@@ -95,7 +95,7 @@ fumi-edge takes mail for everyone and keeps it in ./maildir/new. To send some, f
   python3 -c 'import smtplib, ssl; s = smtplib.SMTP("{host.strip("[]")}", {port}); \\
       s.starttls(context=ssl._create_unverified_context()); s.sendmail("a@example.org", ["b@example.org"], "{message}"); s.quit()'
 
-The certificate is self-signed. Status page: http://{self._metrics()}/, metrics: http://{self._metrics()}/metrics. Stop with Ctrl-C.
+The certificate is self-signed. Status page: http://{self._metrics()}/ (metrics at /metrics). Stop with Ctrl-C.
 """
 
     def _address(self, starttls: bool) -> str:

@@ -74,7 +74,9 @@ def test_the_usual_groups_are_there(program, kit, group, named):
     assert f"Server Temp Key: {named}," in printed
 
 
-def test_neither_renegotiation_nor_compression(program, kit):
+def test_neither_renegotiation_nor_compression(edge, backend, kit):
+    # Without a banner: a client that renegotiates takes one for a violation of the protocol.
+    program = edge("--health-interval", "0", backend=backend(lambda peer: peer.line()))
     printed = kit.s_client(program.tls_port, "-tls1_2", "-comp", "-cipher", LEGACY, say="R\n", letters=True)
     assert "Compression: NONE" in printed
     assert "Secure Renegotiation IS supported" in printed

@@ -14,14 +14,18 @@ MAX_PATH = 256  # RFC 5321 §4.5.3.1.3, octets, angle brackets included
 MAX_LOCAL_PART = 64  # §4.5.3.1.1
 MAX_DOMAIN = 255  # §4.5.3.1.2
 
-# atext (RFC 5322 §3.2.3), and UTF8-non-ascii (RFC 6531 §3.3)
-_ATEXT = r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~\u0080-\U0010ffff]"
+# Classes that take UTF8-non-ascii (RFC 6531 §3.3) name the ASCII characters that are not in them: a class that reaches up to
+# U+10FFFF takes `re` ten milliseconds to compile, and there are twenty of them in these expressions.
+
+# atext (RFC 5322 §3.2.3): letters, digits and !#$%&'*+-/=?^_`{|}~
+_ATEXT = r'[^\x00- "(),.:-<>@\[-\]\x7f]'
 # Dot-string = Atom *("." Atom)
 _DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
-# Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE
-_QUOTED_STRING = r'"(?:[ !#-\[\]-~\u0080-\U0010ffff]|\\[ -~])*"'
-# sub-domain = Let-dig [Ldh-str]; the underscore is not in the RFC but in use.
-_SUB_DOMAIN = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
+# Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE; qtextSMTP is what can be printed, but for DQUOTE and backslash.
+_QUOTED_STRING = r'"(?:[^\x00-\x1f"\\\x7f]|\\[ -~])*"'
+# sub-domain = Let-dig [Ldh-str]: letters, digits, and hyphens within; the underscore is not in the RFC but in use.
+_LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"
+_SUB_DOMAIN = rf"{_LET_DIG}(?:[^\x00-,./:-@\[-^`{{-\x7f]*{_LET_DIG})?"
 # Domain = sub-domain *("." sub-domain); a final dot is not in the RFC and not taken.
 _DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
 # address-literal = "[" ( IPv4 / "IPv6:" IPv6 / General ) "]"; what is inside is looked at below.
@@ -31,7 +35,7 @@ _SOURCE_ROUTE = rf"(?:@{_DOMAIN}(?:,@{_DOMAIN})*:)?"
 # Mailbox = Local-part "@" ( Domain / address-literal )
 _MAILBOX = rf"(?P<local>{_DOT_STRING}|{_QUOTED_STRING})@(?P<domain>{_DOMAIN}|{_ADDRESS_LITERAL})"
 # esmtp-param = esmtp-keyword ["=" esmtp-value]
-_PARAMETERS = r"(?P<parameters>(?: +[A-Za-z0-9][A-Za-z0-9-]*(?:=[!-<>-~\u0080-\U0010ffff]+)?)*) *"
+_PARAMETERS = r"(?P<parameters>(?: +[A-Za-z0-9][A-Za-z0-9-]*(?:=[^\x00- =\x7f]+)?)*) *"
 
 # The space after the colon is not in the RFC; half of all clients written by hand send it.
 MAIL_ARGUMENT = re.compile(rf"[Ff][Rr][Oo][Mm]: ?<(?:{_SOURCE_ROUTE}{_MAILBOX})?>{_PARAMETERS}")
@@ -42,7 +46,7 @@ RCPT_ARGUMENT = re.compile(
 PATH_SHAPE = re.compile(r"(?:[Ff][Rr][Oo][Mm]|[Tt][Oo]): ?<.*>.*", re.DOTALL)
 
 # ehlo = "EHLO" SP ( Domain / address-literal ): clients say many other things; what matters is that it is one printable word.
-CLIENT_HOSTNAME = re.compile(r"[!-~\u0080-\U0010ffff]{1,255}")
+CLIENT_HOSTNAME = re.compile(r"[^\x00- \x7f]{1,255}")
 
 VERBS = (
     *("HELO", "EHLO", "LHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT"),

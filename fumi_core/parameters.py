@@ -18,7 +18,7 @@ _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
 _XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")
 _NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
 # addr-type ";" xtext, or utf-8-addr-xtext (RFC 3461 §4.2, RFC 6533 §3)
-_ORCPT = re.compile(r"[A-Za-z0-9-]+;(?:[!-*,-<>-~\u0080-\U0010ffff]|\+[0-9A-F]{2})+")
+_ORCPT = re.compile(r"[A-Za-z0-9-]+;(?:[^\x00- +=\x7f]|\+[0-9A-F]{2})+")
 
 
 def read_xtext(text: str) -> str | None:

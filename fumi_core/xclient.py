@@ -21,7 +21,7 @@ UNKNOWN = "unknown"
 
 _UNAVAILABLE = ("[UNAVAILABLE]", "[TEMPUNAVAIL]")
 _HOSTNAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,253}[A-Za-z0-9_])?")
-_TEXT = re.compile(r"[!-~\u0080-\U0010ffff](?:[ -~\u0080-\U0010ffff]{0,254})")
+_TEXT = re.compile(r"[^\x00- \x7f](?:[^\x00-\x1f\x7f]{0,254})")
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
 
 

@@ -20,6 +20,10 @@ from fumi_edge.history import INTERVAL, SPAN, Figures, History, Point, Series, s
 from fumi_edge.markup import Content, document, element, policy
 from fumi_edge.plot import ceiling, plot
 
+# Read at once: later the process may be somebody else's, who cannot.
+_STYLE = (files("fumi_edge") / "templates" / "status.css").read_text("utf-8")
+_HEADERS = (("Content-Security-Policy", policy(_STYLE)), ("Referrer-Policy", "no-referrer"))
+
 SOON, URGENT = 14, 3
 """Days that a certificate has left when it is worth a look, and when it is high time."""
 
@@ -55,8 +59,6 @@ class Status:
         self._read: Callable[[], Figures] = lambda: Figures(registry.collect())
         self._ready = ready
         self._facts = facts
-        self._style = (files("fumi_edge") / "templates" / "status.css").read_text("utf-8")
-        self._headers = (("Content-Security-Policy", policy(self._style)), ("Referrer-Policy", "no-referrer"))
         each_listener = [Series(name, _of("listener", each)) for each in facts.listeners for name in (CAME.name, HANDSHAKES.name)]
         each_backend = [
             Series(CONNECTING.name + part, _of("backend", each)) for each in facts.backends for part in ("_sum", "_count")
@@ -78,10 +80,10 @@ class Status:
             element("meta", name="color-scheme", content="light dark"),
             element("meta", http_equiv="refresh", content=f"{INTERVAL:.0f}"),
             element("title", f"{'' if problem is None else 'NOT READY: '}fumi-edge on {socket.gethostname()}"),
-            element("style", self._style),
+            element("style", _STYLE),
         )
         body = element("body", self._header(figures, problem), element("main", self._plots(figures), self._tables(figures)))
-        return Answer(document(element("html", head, body, lang="en")), "text/html", headers=self._headers)
+        return Answer(document(element("html", head, body, lang="en")), "text/html", headers=_HEADERS)
 
     def _header(self, figures: Figures, problem: str | None) -> Element:
         version = ", ".join(figures.by("version", series("fumi_edge_build_info")))

@@ -244,6 +244,20 @@ class Program:
         until(lambda: len(self.events("connection ended")) >= count, f"the end of {count} connections")
         return self.events("connection ended")
 
+    def workers(self) -> set[int]:
+        """The pids of the processes that serve clients: the master's children that have the listening socket."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return {int(child) for child in children if self._serves(int(child))}
+
+    def _serves(self, pid: int) -> bool:
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        inodes = {words[9] for words in sockets if words[1].endswith(f":{self.tls_port:04X}") and words[3] == "0A"}
+        with contextlib.suppress(FileNotFoundError):
+            links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+            return any(f"socket:[{inode}]" in links for inode in inodes)
+        return False
+
     def memory(self) -> int:
         """Resident bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()

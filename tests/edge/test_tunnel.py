@@ -250,6 +250,63 @@ def test_a_client_that_breaks_off_breaks_the_backend_off(backend, edge, connect,
     assert program.ended()[0]["reason"] == "client_reset"
 
 
+def pour_until_full(peer):
+    """Send until nobody has taken any for a while: every buffer on the way is full then."""
+    peer.sock.setblocking(False)
+    data = bytes(1 << 16)
+    while select.select([], [peer.sock], [], 0.3)[1]:
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
+            peer.sock.send(data)
+    peer.sock.settimeout(30)
+
+
+@pytest.mark.parametrize("stream", ["up", "down"])
+@pytest.mark.parametrize("who", ["client", "backend"])
+def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, connect, kit, who, stream):
+    full, over = threading.Event(), threading.Event()
+    told = []
+
+    def handler(peer):
+        opening(peer, connect.tls)
+        if peer.line() == b"stay\r\n":
+            peer.say(peer.line())
+            return
+        if stream == "down":
+            pour_until_full(peer)
+            full.set()
+        over.wait(30)
+        if who == "backend":
+            peer.reset()
+            return
+        try:
+            told.append(peer.rest())
+        except ConnectionResetError:
+            told.append("reset")
+
+    program = edge(backend=backend(handler))
+    staying = connect(program)
+    staying.say(b"stay\r\n")
+    client = connect(program)
+    client.say(b"go\r\n")
+    if stream == "up":
+        pour_until_full(client)
+    else:
+        assert full.wait(30)
+    if who == "client":
+        client.reset()
+        over.set()
+        assert kit.until(lambda: told, "the backend's end") == ["reset"]
+    else:
+        over.set()
+        with contextlib.suppress(ConnectionResetError):
+            assert not client.rest().strip(b"\0")
+        client.close()
+    (line,) = program.ended()
+    assert line["reason"] == f"{who}_reset"
+    staying.say(b"still there\r\n")
+    assert staying.line() == b"still there\r\n"
+
+
 def test_silence_ends_at_the_idle_timeout(backend, edge, connect):
     def handler(peer):
         opening(peer, connect.tls)

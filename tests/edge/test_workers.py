@@ -5,33 +5,16 @@ import os
 import signal
 import socket
 import ssl
-from pathlib import Path
 
 import pytest
 
 
-def workers(program):
-    """The pids of the processes that serve clients: those with a listening socket, the master apart."""
-    pid = program.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {int(child) for child in children if serves(int(child), program.tls_port)}
-
-
-def serves(pid, port):
-    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    inodes = {line.split()[9] for line in listening if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"}
-    with contextlib.suppress(FileNotFoundError):
-        links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-        return any(f"socket:[{inode}]" in links for inode in inodes)
-    return False
-
-
 def replaced(program, kit, number=signal.SIGKILL):
     """Kill all workers; returns once others are there."""
-    before = workers(program)
+    before = program.workers()
     for pid in before:
         os.kill(pid, number)
-    kit.until(lambda: len(workers(program) - before) == len(before) and kit.ready(program), "new workers")
+    kit.until(lambda: len(program.workers() - before) == len(before) and kit.ready(program), "new workers")
 
 
 @pytest.fixture
@@ -39,7 +22,7 @@ def two(edge, backend, kit):
     def start(*flags, **options):
         program = edge("--workers", "2", *flags, backend=options.pop("backend", None) or backend(), **options)
         kit.ready = lambda program: program.fetch("/readyz")[0] == 200
-        kit.until(lambda: kit.ready(program) and len(workers(program)) == 2, "two workers")
+        kit.until(lambda: kit.ready(program) and len(program.workers()) == 2, "two workers")
         return program
 
     return start
@@ -65,9 +48,9 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients, ki
         assert client.line().startswith(b"220")
     assert program.fetch("/readyz") == (200, "ready\n")
     kit.until(lambda: program.metric("fumi_edge_handshakes_total", result="ok") == 12, "the sum")
-    before = workers(program)
+    before = program.workers()
     os.kill(min(before), signal.SIGKILL)
-    kit.until(lambda: len(workers(program) - before) == 1, "a new worker")
+    kit.until(lambda: len(program.workers() - before) == 1, "a new worker")
     alive = 0
     for client in held:
         with contextlib.suppress(OSError):

@@ -3,7 +3,7 @@
 `messages`    SMTP in lock-step as Postfix's smtp-source does it, MAIL, RCPT, DATA and body each awaiting a reply; plain or TLS.
 `handshakes`  full TLS 1.3 handshakes: a connection counts when it brought a banner with its own port in it, and then EOF.
 `transfer`    blocks up or down one TLS connection, compared by SHA-256.
-`idle`        TLS connections that are opened, kept, and asked for a sign of life, as standard input says.
+`idle`        TLS connections that are opened, kept, and made to take a message, as standard input says.
 
 Blocking sockets, and a process for each session: none waits for another's interpreter lock, and ten of them saturate a server.
 """
@@ -63,13 +63,18 @@ def body(size: int) -> bytes:
     return header + LINE * ((size - len(header)) // len(LINE)) + b".\r\n"
 
 
+def dialogue(message: bytes, count: int = 1) -> list[tuple[bytes, bytes]]:
+    """What a client says to send a message so many times, and the code that it is to hear."""
+    transaction = [(b"MAIL FROM:<a@example.com>\r\n", b"250"), (b"RCPT TO:<b@example.net>\r\n", b"250")]
+    transaction += [(b"DATA\r\n", b"354"), (message, b"250")]
+    return [(b"EHLO localhost\r\n", b"250"), *transaction * count]
+
+
 def send_messages(connection: socket.socket, count: int, message: bytes) -> None:
     """One SMTP session of `count` messages, every reply checked."""
     with connection, connection.makefile("rb") as replies:
         expect(replies, b"220")
-        dialogue = [(b"MAIL FROM:<a@example.com>\r\n", b"250"), (b"RCPT TO:<b@example.net>\r\n", b"250")]
-        dialogue += [(b"DATA\r\n", b"354"), (message, b"250")]
-        for said, code in [(b"EHLO localhost\r\n", b"250"), *dialogue * count, (b"QUIT\r\n", b"221")]:
+        for said, code in [*dialogue(message, count), (b"QUIT\r\n", b"221")]:
             connection.sendall(said)
             expect(replies, code)
 
@@ -119,15 +124,16 @@ def digest_until_eof(connection: socket.socket) -> str:
 
 
 def idle(port: int) -> None:
-    """Obey standard input, saying `done` to each line: `open n` opens n more connections, `ask` has every one answer a NOOP."""
-    context, connections = tls_context(), []
+    """Obey standard input, saying `done` to each line: `open n` opens n more connections, `ask` sends a message on every one."""
+    context, connections, transaction = tls_context(), [], dialogue(body(1024))
     for command, *count in map(str.split, sys.stdin):
         if command == "open":
             connections += [open_idle(port, context) for _ in range(int(count[0]))]
         else:
             for connection in connections:
-                connection.sendall(b"NOOP\r\n")
-                expect_at_once(connection, b"250")
+                for said, code in transaction:
+                    connection.sendall(said)
+                    expect_at_once(connection, code)
         print("done", flush=True)
 
 
@@ -139,7 +145,7 @@ def open_idle(port: int, context: ssl.SSLContext) -> ssl.SSLSocket:
 
 
 def expect_at_once(connection: ssl.SSLSocket, code: bytes) -> None:
-    """Read a reply of one line in one record, without the buffer that a file on each of thousands of sockets would take."""
+    """Read a reply that comes in one record, without the buffer that a file on each of thousands of sockets would take."""
     reply = connection.recv(1024)
     if not reply.startswith(code) or not reply.endswith(b"\n"):
         raise Refused(f"{reply!r} instead of {code.decode()}")

@@ -131,7 +131,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Silent:
-    """How many of so many idle TLS sessions, open at once, do not answer a NOOP: 0, or a LoadFailed that tells of the first."""
+    """How many of so many idle TLS sessions, open at once, do not take a message: 0, or a LoadFailed that tells of the first."""
 
     connections: int
     turns: int = 1

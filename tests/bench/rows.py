@@ -176,7 +176,7 @@ ROWS = (
     ),
     Row(
         "tls-idle",
-        f"{IDLE_SESSIONS} idle TLS sessions through edge and core, all still answering",
+        f"{IDLE_SESSIONS} idle TLS sessions through edge and core, then a message on each",
         "silent sessions",
         Silent(IDLE_SESSIONS),
         EDGE_AND_CORE,

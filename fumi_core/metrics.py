@@ -1,13 +1,14 @@
-"""The core's Prometheus metrics. What is counted for every command is counted in a Tally and carried over at a scrape."""
+"""The core's Prometheus metrics. What is counted for every command is counted in a Tally, and read there."""
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterable
 from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from fumi_core.observer import Observer
+from fumi_core.runtime.counting import Counter, Gauge, Histogram, Labels, Tallied
 from fumi_core.session import Session
 from fumi_core.tally import Tally
 
@@ -27,14 +28,12 @@ class CoreMetrics(Observer):
     def __init__(self, registry: CollectorRegistry, tally: Tally, targets: tuple[str, ...] = ()) -> None:
         """``targets`` are the names of the delivery targets."""
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(f"fumi_core_{name}", text, labels, registry=registry)
+        def counter(name: str, text: str, labels: Labels = ()) -> Counter:
+            return Counter(f"fumi_core_{name}", text, labels, registry)
 
         self._tally = tally
-        self._carried: dict[object, int] = {}
-        self._carrying = threading.Lock()
-        self._connections = counter("connections", "Connections accepted.")
-        self._active = Gauge("fumi_core_connections_active", "Connections open.", registry=registry)
+        self._connections = counter("connections", "Connections accepted.").labels()
+        self._active = Gauge("fumi_core_connections_active", "Connections open.", (), registry).labels()
         sessions = counter("sessions", "Sessions, by whether and how the client came over TLS.", ("secure", "tls_version"))
         self._sessions = {
             (secure, tls): sessions.labels(secure, tls)
@@ -46,40 +45,32 @@ class CoreMetrics(Observer):
         self._headers = {("1", "ok"): headers.labels("1", "ok"), ("2", "ok"): headers.labels("2", "ok")}
         for result in ("malformed", "untrusted", "timeout", "closed"):
             self._headers["none", result] = headers.labels("none", result)
-        commands = counter("commands", "Commands received.", ("command",))
-        self._commands = {verb: commands.labels(verb.decode()) for verb in tally.commands}
-        replies = counter("replies", "Replies sent.", ("code",))
-        self._replies = {code: replies.labels(code) for code in _CODES}
-        authentications = counter("auth", "Authentications, by mechanism and how they ended.", ("method", "result"))
-        self._authentications = {key: authentications.labels(*key) for key in tally.authentications}
+        Tallied("fumi_core_commands", "Commands received.", ("command",), registry, self._commands)
+        Tallied("fumi_core_replies", "Replies sent.", ("code",), registry, self._replies)
+        texts = "Authentications, by mechanism and how they ended."
+        Tallied("fumi_core_auth", texts, ("method", "result"), registry, lambda: list(tally.authentications.items()))
         messages = counter("messages", "Messages, by how they ended.", ("result",))
         self._messages = {result: messages.labels(result) for result in ("accepted", "rejected", "deferred", "aborted")}
-        self._bytes = Histogram("fumi_core_message_bytes", "Octets of messages, as received.", buckets=_SIZES, registry=registry)
-        self._seconds = Histogram(
-            "fumi_core_data_seconds", "Seconds from DATA to its final reply.", buckets=_SECONDS, registry=registry
-        )
+        sizes = Histogram("fumi_core_message_bytes", "Octets of messages, as received.", (), registry, _SIZES)
+        seconds = Histogram("fumi_core_data_seconds", "Seconds from DATA to its final reply.", (), registry, _SECONDS)
+        self._bytes, self._seconds = sizes.labels(), seconds.labels()
         deliveries = counter("deliveries", "Deliveries, by target and how they ended.", ("target", "result"))
         results = ("ok", "deferred", "failed")
         self._deliveries = {(target, result): deliveries.labels(target, result) for target in targets for result in results}
         rejected = counter("rejected", "Connections turned away or cut.", ("reason",))
         reasons = ("max_clients", "not_smtp", "errors", "timeout", "draining")
         self._rejected = {reason: rejected.labels(reason) for reason in reasons}
-        counter("worker_restarts", "Workers that died and were replaced.")
-        Gauge("fumi_core_build_info", "The running version.", ("version",), registry=registry).labels(version("fumi")).set(1)
+        counter("worker_restarts", "Workers that died and were replaced.").labels()
+        Gauge("fumi_core_build_info", "The running version.", ("version",), registry).labels(version("fumi")).inc()
 
-    def refresh(self) -> None:
-        """Carry the tally over; from any thread."""
-        with self._carrying:
-            for verb, count in list(self._tally.commands.items()):
-                self._carry(verb, self._commands[verb], count)
-            for key, count in list(self._tally.authentications.items()):
-                self._carry(key, self._authentications[key], count)
-            for code, count in list(self._tally.replies.items()):
-                self._carry(code, self._replies.get(str(code), self._replies["other"]), count)
+    def _commands(self) -> Iterable[tuple[Labels, float]]:
+        return [((verb.decode(),), count) for verb, count in list(self._tally.commands.items())]
 
-    def _carry(self, key: object, child: Counter, count: int) -> None:
-        child.inc(count - self._carried.get(key, 0))
-        self._carried[key] = count
+    def _replies(self) -> Iterable[tuple[Labels, float]]:
+        counts = dict.fromkeys(_CODES, 0)
+        for code, count in list(self._tally.replies.items()):
+            counts[str(code) if str(code) in counts else "other"] += count
+        return [((code,), count) for code, count in counts.items()]
 
     def connection_opened(self) -> None:
         self._connections.inc()

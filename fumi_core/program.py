@@ -115,10 +115,6 @@ class CoreWork:
     def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
         return {}
 
-    def refresh(self) -> None:
-        if self._metrics is not None:
-            self._metrics.refresh()
-
     def trouble(self) -> str | None:
         return None
 

@@ -14,8 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from prometheus_client import Counter as Metric
-
+from fumi_core.runtime.counting import Count
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import crowd_of_one
 
@@ -118,7 +117,7 @@ def _key(host: str) -> bytes | None:
 class Rejections:
     """Counts those who are turned away, and logs them: one at once, and then each second's in a line, or a flood would be two."""
 
-    def __init__(self, counters: Mapping[str, Metric]) -> None:
+    def __init__(self, counters: Mapping[str, Count]) -> None:
         self._counters = counters
         self._unsaid: Counter[str] = Counter()
         self._client = ""

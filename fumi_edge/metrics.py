@@ -1,16 +1,18 @@
 """What the edge counts, under the prefix fumi_edge_.
 
 Every label value is known before the first client comes, and is there at 0: nothing that a client sends becomes a label.
-Children are bound once; the tunnel adds up in plain integers, and ``EdgeMetrics.moved`` is told now and then.
+Series are bound once; the tunnel adds up in plain integers, and ``EdgeMetrics.moved`` is told now and then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import prometheus_client
+from prometheus_client import CollectorRegistry
 
 from fumi_core.proxy_protocol import TLSInfo
+from fumi_core.runtime.counting import Counter, Gauge, Histogram
 from fumi_edge.handshake import RESULTS
 
 STARTTLS_RESULTS = ("upgraded", "plaintext", "refused", "injection")
@@ -26,7 +28,7 @@ _SESSION_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 
 
 class ListenerMetrics:
-    """The children of one listener."""
+    """The series of one listener."""
 
     __slots__ = ("active", "connections", "handshakes")
 
@@ -37,11 +39,11 @@ class ListenerMetrics:
 
 
 class BackendMetrics:
-    """The children of one backend."""
+    """The series of one backend."""
 
     __slots__ = ("connect_seconds", "errors", "up")
 
-    def __init__(self, seconds: Histogram, errors: Counter, up: Gauge, name: str) -> None:
+    def __init__(self, seconds: Histogram, errors: Counter, up: prometheus_client.Gauge, name: str) -> None:
         self.connect_seconds = seconds.labels(name)
         self.errors = {reason: errors.labels(name, reason) for reason in BACKEND_ERRORS}
         self.up = up.labels(name)
@@ -52,30 +54,30 @@ class EdgeMetrics:
 
     def __init__(self, registry: CollectorRegistry, ciphers: Sequence[tuple[str, str]], version: str) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"fumi_edge_{name}", text, labels, registry=registry)
+            return Counter(f"fumi_edge_{name}", text, labels, registry)
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"fumi_edge_{name}", text, labels, registry=registry)
+        def state(name: str, text: str, *labels: str) -> prometheus_client.Gauge:
+            return prometheus_client.Gauge(f"fumi_edge_{name}", text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(f"fumi_edge_{name}", text, labels, registry=registry, buckets=buckets)
+        def histogram(name: str, text: str, bounds: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(f"fumi_edge_{name}", text, labels, registry, bounds)
 
         self._connections = counter("connections", "Client connections accepted.", "listener")
-        self._active = gauge("connections_active", "Client connections open now.", "listener")
+        self._active = Gauge("fumi_edge_connections_active", "Client connections open now.", ("listener",), registry)
         self._handshakes = counter("handshakes", "TLS handshakes by result.", "listener", "result")
-        self.handshake_seconds = histogram("handshake_seconds", "Duration of TLS handshakes.", _HANDSHAKE_SECONDS)
+        self.handshake_seconds = histogram("handshake_seconds", "Duration of TLS handshakes.", _HANDSHAKE_SECONDS).labels()
         sessions = counter("tls_sessions", "TLS sessions by what was negotiated.", "version", "cipher", "resumed")
         starttls = counter("starttls", "Connections to STARTTLS ports by what became of them.", "result")
         moved = counter("bytes", "Bytes carried: in is from clients, out is to clients.", "direction")
         self._connect_seconds = histogram("backend_connect_seconds", "Time to connect.", _CONNECT_SECONDS, "backend")
         self._backend_errors = counter("backend_errors", "Connections to a backend that failed.", "backend", "reason")
-        self._backend_up = gauge("backend_up", "1 while the backend can be connected to and passes its checks.", "backend")
+        self._backend_up = state("backend_up", "1 while the backend can be connected to and passes its checks.", "backend")
         rejected = counter("rejected", "Connections turned away, by the limit or rule they ran into.", "reason")
-        self._not_after = gauge("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
+        self._not_after = state("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
         reloads = counter("certificate_reloads", "Times the certificates were read anew: all, not yet, or not all.", "result")
-        counter("worker_restarts", "Workers that died and were replaced.")
-        self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS)
-        gauge("build_info", "Always 1.", "version").labels(version).set(1)
+        counter("worker_restarts", "Workers that died and were replaced.").labels()
+        self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS).labels()
+        state("build_info", "Always 1.", "version").labels(version).set(1)
 
         self._sessions = {
             (tls, cipher, resumed): sessions.labels(tls, cipher, "true" if resumed else "false")

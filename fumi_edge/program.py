@@ -101,9 +101,6 @@ class EdgeWork:
         status.start()
         return {"/": status.page}
 
-    def refresh(self) -> None:
-        """They are always up to date."""
-
     def trouble(self) -> str | None:
         return self._edge.trouble()
 

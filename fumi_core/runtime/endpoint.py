@@ -50,13 +50,9 @@ class Endpoint:
         registry: CollectorRegistry,
         *,
         ready: Problem,
-        refresh: Callable[[], None] = lambda: None,
         pages: Mapping[str, Page] | None = None,
     ) -> None:
-        """Start serving on listening sockets, which are the endpoint's from here on.
-
-        ``refresh`` is called before each scrape, in the endpoint's thread, to bring the metrics up to date.
-        """
+        """Start serving on listening sockets, which are the endpoint's from here on."""
         metrics = make_wsgi_app(registry)
         routes: dict[str, Page] = {"/healthz": lambda: Answer("ok\n"), "/readyz": _readiness(ready)}
         routes |= pages or {}
@@ -64,7 +60,6 @@ class Endpoint:
         def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             path = environ.get("PATH_INFO", "")
             if path == "/metrics":
-                refresh()
                 return metrics(environ, start_response)  # type: ignore[no-any-return]
             page = routes.get(path)
             answer = page() if page else Answer("not found\n", status="404 Not Found")

@@ -68,9 +68,6 @@ class Work(Protocol):
         Called once, in the process that serves them, which may have threads.
         """
 
-    def refresh(self) -> None:
-        """Bring the metrics up to date; called in any thread."""
-
     def trouble(self) -> str | None:
         """Why this process, which serves, takes no mail all the same, as far as it knows; or None."""
 
@@ -138,7 +135,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         return board.problem() or work.trouble() or work.problem()
 
     await work.start(slot.crowd)
-    endpoint = serve_metrics(work, work.registry, problem, work.refresh)
+    endpoint = serve_metrics(work, work.registry, problem)
     slot.state = State.SERVING
     notifier.ready()
     heed({signal.SIGHUP: in_turn(take_over), **{number: partial(stop, number) for number in stops}})
@@ -152,11 +149,11 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         await asyncio.to_thread(endpoint.close)
 
 
-def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem, refresh: Callable[[], None]) -> Endpoint | None:
+def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> Endpoint | None:
     """Serve what is in the registry, where the program is to do so at all."""
     if not work.metrics_sockets:
         return None
-    return Endpoint(work.metrics_sockets, registry, ready=ready, refresh=refresh, pages=work.pages(registry, ready))
+    return Endpoint(work.metrics_sockets, registry, ready=ready, pages=work.pages(registry, ready))
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -66,7 +66,6 @@ async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> N
         slot.reloads = newest
 
     def report() -> None:
-        work.refresh()
         reporter.write(work.trouble())
         slot.live()
 
@@ -99,6 +98,6 @@ def _serve_metrics(work: Work, board: Scoreboard, lifeline: int) -> None:
     def problem() -> str | None:
         return board.problem() or totals.trouble() or work.problem()
 
-    serve_metrics(work, registry, problem, lambda: None)
+    serve_metrics(work, registry, problem)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
     os.read(lifeline, 1)

@@ -11,12 +11,14 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.lifecycle import HELD, STOPS, Work, alone, every, heed, hold_signals, in_turn, leave, reload, serve_metrics
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.loop import Loop
 from fumi_core.runtime.master import METRICS, Master
 from fumi_core.runtime.scoreboard import Scoreboard, State
 from fumi_core.runtime.systemd import Notifier
@@ -35,7 +37,7 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> No
     work.bind()
     notifier = Notifier()
     if workers == 1:
-        asyncio.run(alone(work, notifier, stops))
+        _run(alone(work, notifier, stops))
         return
     board = Scoreboard(workers)
     lifeline, leash = os.pipe()
@@ -46,7 +48,12 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> No
     if role == METRICS:
         _serve_metrics(work, board, lifeline)
     else:
-        asyncio.run(_serve(work, board, role, lifeline))
+        _run(_serve(work, board, role, lifeline))
+
+
+def _run(program: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(program)
 
 
 async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> None:

@@ -1,0 +1,177 @@
+"""asyncio's event loop, with readers and writers that are called by its selector, where the kernel's answer comes in.
+
+asyncio makes a handle of each event, queues it, and runs it in a context; and each ``add_reader`` asks a dozen functions whether
+it may. Both programs live on readers and writers, several for each connection, none of which needs that. The rest is asyncio's.
+
+What differs from asyncio: a reader or writer runs before the callbacks that wait in the queue, and in no context of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import selectors
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVarTuple, Unpack
+
+_IN, _OUT = select.EPOLLIN, select.EPOLLOUT
+_EVENTS = 1024
+"""Events that are taken from the kernel at once."""
+
+_Arguments = TypeVarTuple("_Arguments")
+Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop for Linux."""
+
+    def __init__(self) -> None:
+        self._poll = _Selector(self._failed)
+        super().__init__(self._poll)
+
+    def add_reader(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
+        """Call this as long as there is something to read, or the end. It replaces the reader there was."""
+        watch = self._poll.watch(fd)
+        watch.reader = callback, args
+        self._poll.update(watch)
+
+    def remove_reader(self, fd: Any) -> bool:
+        """Whether there was one."""
+        watch = self._poll.watch(fd)
+        if watch.reader is None:
+            return False
+        watch.reader = None
+        self._poll.update(watch)
+        return True
+
+    def add_writer(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
+        """Call this as long as there is room to write, or nobody left to read. It replaces the writer there was."""
+        watch = self._poll.watch(fd)
+        watch.writer = callback, args
+        self._poll.update(watch)
+
+    def remove_writer(self, fd: Any) -> bool:
+        """Whether there was one."""
+        watch = self._poll.watch(fd)
+        if watch.writer is None:
+            return False
+        watch.writer = None
+        self._poll.update(watch)
+        return True
+
+    def _failed(self, call: Call | None, error: Exception) -> None:
+        self.call_exception_handler({"message": f"Exception in {call and call[0]!r}", "exception": error})
+
+
+class _Watch:
+    """A descriptor, who reads and who writes, and what the kernel has been asked for."""
+
+    __slots__ = ("asked", "fd", "reader", "writer")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.reader: Call | None = None
+        self.writer: Call | None = None
+        self.asked = 0
+
+
+class _Selector(selectors.BaseSelector):
+    """epoll, for descriptors that are watched, and for those few of asyncio's own that it registers."""
+
+    def __init__(self, failed: Callable[[Call | None, Exception], None]) -> None:
+        self._epoll = select.epoll()
+        self._failed = failed
+        self._keys: dict[Any, selectors.SelectorKey] = {}
+        self.watched: dict[int, _Watch] = {}
+
+    def watch(self, fd: Any) -> _Watch:
+        """What is known of a descriptor, watched until now or not."""
+        return self.watched.get(fd) or self.watched.get(number := _number(fd)) or _Watch(number)
+
+    def update(self, watch: _Watch) -> None:
+        """Ask the kernel for what is waited for now. Raises OSError for what cannot be waited for."""
+        wanted = (_IN if watch.reader else 0) | (_OUT if watch.writer else 0)
+        if wanted == watch.asked:
+            return
+        if not watch.asked:
+            self._epoll.register(watch.fd, wanted)
+            self.watched[watch.fd] = watch
+        elif wanted:
+            self._epoll.modify(watch.fd, wanted)
+        else:
+            del self.watched[watch.fd]
+            self._forget(watch.fd)
+        watch.asked = wanted
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait, and call who is watched; returns what asyncio is to see to."""
+        try:
+            events = self._epoll.poll(-1 if timeout is None else max(timeout, 0), _EVENTS)
+        except InterruptedError:
+            return []
+        watched, registered = [], []
+        for fd, event in events:
+            if (watch := self.watched.get(fd)) is not None:
+                watched.append((watch, event))
+            elif (key := self._keys.get(fd)) is not None:
+                mask = (selectors.EVENT_READ if event & ~_OUT else 0) | (selectors.EVENT_WRITE if event & ~_IN else 0)
+                registered.append((key, mask & key.events))
+        # One that an earlier one has put an end to is not called: it may be gone, and its number another's.
+        for watch, event in watched:
+            call = None
+            try:
+                if event & ~_OUT and (call := watch.reader) is not None:
+                    call[0](*call[1])
+                if event & ~_IN and (call := watch.writer) is not None:
+                    call[0](*call[1])
+            except Exception as error:
+                self._failed(call, error)
+        return registered
+
+    # What asyncio needs of a selector
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = _number(fileobj)
+        if fd in self._keys or fd in self.watched:
+            raise KeyError(f"{fileobj!r} is registered already")
+        self._epoll.register(fd, _mask(events))
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        key = self._keys.pop(_number(fileobj))
+        self._forget(key.fd)
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        key = self._keys[_number(fileobj)]
+        if events != key.events:
+            self._epoll.modify(key.fd, _mask(events))
+        key = self._keys[key.fd] = key._replace(events=events, data=data)
+        return key
+
+    def _forget(self, fd: int) -> None:
+        # When it is closed, the kernel has forgotten it already.
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(fd)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._keys
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._keys[_number(fileobj)]
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._keys.clear()
+        self.watched.clear()
+
+
+def _number(fd: Any) -> int:
+    number: int = fd if isinstance(fd, int) else fd.fileno()
+    return number
+
+
+def _mask(events: int) -> int:
+    return (_IN if events & selectors.EVENT_READ else 0) | (_OUT if events & selectors.EVENT_WRITE else 0)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
@@ -46,8 +47,12 @@ def header(version: str, source: Name, destination: Name, unique_id: bytes, tls:
     transport = "UNIX" if isinstance(source, str) else "TCP6" if ":" in source[0] else "TCP4"
     if version == "v1":
         return ProxyHeader(1, "PROXY", transport, source, destination).to_bytes()
-    tlvs = (PP2_TYPE_UNIQUE_ID, unique_id), *(tls_tlvs(tls, resumed) if tls else ())
+    tlvs = (PP2_TYPE_UNIQUE_ID, unique_id), *(_of_tls(tls, resumed) if tls else ())
     return ProxyHeader(2, "PROXY", transport, source, destination, tlvs).to_bytes()
+
+
+# Most clients of a server have the same version and cipher, and ask for the same name.
+_of_tls = lru_cache(256)(tls_tlvs)
 
 
 def greeting(version: str) -> bytes:

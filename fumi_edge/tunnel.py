@@ -149,8 +149,10 @@ class Tunnel:
             return await self._done
         finally:
             for end in ends:
-                self._loop.remove_reader(end.fd)
-                self._loop.remove_writer(end.fd)
+                if end.reading:
+                    self._loop.remove_reader(end.fd)
+                if end.writing:
+                    self._loop.remove_writer(end.fd)
                 # The flows and the ends know each other; without this only the garbage collector would free them.
                 del end.inward, end.outward
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 _PLAIN = re.compile(r"[!#-~]+")
+_PLAIN_LINES = re.compile(r"[!#-~]+(?:\n[!#-~]+)*")
 
 
 class Event:
@@ -26,13 +27,18 @@ class Event:
         self.fields = {name: value for name, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
-        return " ".join([_one_line(self.words), *(f"{name}={_quoted(value)}" for name, value in self.fields.items())])
+        values = [str(value) for value in self.fields.values()]
+        together = "\n".join(values)
+        if not _PLAIN_LINES.fullmatch(together) or together.count("\n") >= len(values):
+            values = [_quoted(value) for value in values]
+        return " ".join([_one_line(self.words), *map("=".join, zip(self.fields, values, strict=True))])
 
 
 def event(logger: logging.Logger, level: int, message: str, /, **fields: object) -> None:
     """Log one event with its fields; a field that is None is left out."""
     if logger.isEnabledFor(level):
-        logger.log(level, Event(message, fields))
+        # What log() does, but for looking for its caller.
+        logger.handle(logger.makeRecord(logger.name, level, "", 0, Event(message, fields), (), None))
 
 
 def failure(logger: logging.Logger, message: str, error: BaseException, /, **fields: object) -> None:
@@ -84,8 +90,7 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def _quoted(value: object) -> str:
-    text = str(value)
+def _quoted(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 

@@ -163,6 +163,13 @@ def test_promtool_finds_nothing_wrong(programs: Any, tmp_path: Path) -> None:
     assert f"{len(lines)} rules found" in programs.run("promtool", "check", "rules", tmp_path / "panels.yml")
 
 
+def test_promtool_finds_nothing_wrong_with_what_is_served(both: Both, certificate: tuple[Path, Path], programs: Any) -> None:
+    send_known_mail(both, certificate[0])
+    for address in (both.edge, both.core):
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
+            assert programs.run("promtool", "check", "metrics", given=answer.read()) == ""
+
+
 def test_every_alert_comes_when_it_should_and_stays_away_when_not(programs: Any) -> None:
     text = (OPS / "prometheus" / "rules_test.yml").read_text()
     for alert in ALERTS:

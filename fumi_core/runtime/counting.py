@@ -73,27 +73,22 @@ class _Family(Collector, Generic[Series]):
 class Counter(_Family[Count]):
     """``name`` is without the _total that its samples have."""
 
+    _kind: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily
+
     def _new(self) -> Count:
         return Count()
 
     def collect(self) -> Iterable[Metric]:
-        family = CounterMetricFamily(self._name, self._text, labels=self._label_names)
+        family = self._kind(self._name, self._text, labels=self._label_names)
         for values, count in self._series.items():
             family.add_metric(values, count.value)
         yield family
 
 
-class Gauge(_Family[Count]):
+class Gauge(Counter):
     """A number of things that there are now."""
 
-    def _new(self) -> Count:
-        return Count()
-
-    def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(self._name, self._text, labels=self._label_names)
-        for values, count in self._series.items():
-            family.add_metric(values, count.value)
-        yield family
+    _kind = GaugeMetricFamily
 
 
 class Histogram(_Family[Distribution]):

@@ -171,6 +171,15 @@ class Backend:
         self._listening.close()
 
 
+def open_files(pid: int) -> set[str]:
+    """What a process has open, as /proc calls it; nothing of one that has gone."""
+    files = set()
+    with contextlib.suppress(FileNotFoundError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            files.add(os.readlink(fd))
+    return files
+
+
 class Program:
     """The real fumi-edge, logging JSON."""
 
@@ -246,17 +255,12 @@ class Program:
 
     def workers(self) -> set[int]:
         """The pids of the processes that serve clients: the master's children that have the listening socket."""
-        pid = self.process.pid
+        pid, port = self.process.pid, f":{self.tls_port:04X}"
+        # The kernel's table may be thousands of lines long.
+        sockets = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines() if port in line)
+        listening = {f"socket:[{words[9]}]" for words in sockets if words[1].endswith(port) and words[3] == "0A"}
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return {int(child) for child in children if self._serves(int(child))}
-
-    def _serves(self, pid: int) -> bool:
-        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        inodes = {words[9] for words in sockets if words[1].endswith(f":{self.tls_port:04X}") and words[3] == "0A"}
-        with contextlib.suppress(FileNotFoundError):
-            links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-            return any(f"socket:[{inode}]" in links for inode in inodes)
-        return False
+        return {int(child) for child in children if listening & open_files(int(child))}
 
     def memory(self) -> int:
         """Resident bytes."""

@@ -40,7 +40,8 @@ class Loop(asyncio.SelectorEventLoop):
         """Whether there was one."""
         watch = self._poll.watch(fd)
         if watch.reader is None:
-            return False
+            # asyncio's own, such as sock_connect's, which it removes by this name too.
+            return super().remove_reader(fd)
         watch.reader = None
         self._poll.update(watch)
         return True
@@ -55,7 +56,8 @@ class Loop(asyncio.SelectorEventLoop):
         """Whether there was one."""
         watch = self._poll.watch(fd)
         if watch.writer is None:
-            return False
+            # asyncio's own, such as sock_connect's, which it removes by this name too.
+            return super().remove_writer(fd)
         watch.writer = None
         self._poll.update(watch)
         return True

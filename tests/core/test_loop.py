@@ -180,6 +180,26 @@ async def everything() -> None:
             await asyncio.Event().wait()
 
 
+async def refused() -> None:
+    """A connection that fails leaves nothing behind for the next one with the same descriptor."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+    for _ in range(3):
+        with pytest.raises(ConnectionRefusedError):
+            await loop.create_connection(asyncio.Protocol, *address)
+    with socket.create_server(address):
+        async with asyncio.timeout(30):
+            transport, _ = await loop.create_connection(asyncio.Protocol, *address)
+        transport.close()
+
+
+@pytest.mark.parametrize("factory", [Loop, asyncio.SelectorEventLoop])
+def test_a_connection_that_was_refused_is_forgotten(factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(refused())
+
+
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(await reader.read(-1))
     await writer.drain()

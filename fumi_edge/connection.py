@@ -329,6 +329,8 @@ class Connection:
             reason = await tunnel.run()
             if reason == "no_banner":
                 raise NoBanner
+            if reason == "no_answer":
+                raise Ended("backend_closed", NO_BACKEND)
             return reason
         finally:
             self.received += tunnel.received

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,8 @@ class Listener:
         self.starttls = starttls
         self.metrics = metrics.listener(name)
         own = sock.getsockname()
-        self.address: Name = own if isinstance(own, str) else (own[0], own[1])
+        # An abstract name comes as bytes.
+        self.address: Name = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
         self.sock = sock
         self._acceptor = Acceptor(sock, name, log, self._admit, crowd)
 
@@ -64,7 +66,7 @@ class Listener:
             self._rejections.add(reason, peer[0], self.name)
             self._turn_away(client, reason)
             return
-        destination: Name = peer_of(own) if isinstance(own, tuple) else own
+        destination: Name = peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)
         self._serve(self, client, peer if isinstance(name, tuple) else "", destination)
 
     def _refusal(self, host: str) -> str | None:

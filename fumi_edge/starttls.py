@@ -39,6 +39,7 @@ _BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
 _GREETINGS = frozenset((b"EHLO", b"LHLO"))
 _KEYWORD = re.compile(rb"^250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE | re.MULTILINE)
 _LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
+_LINE = re.compile(rb"[^\n]*\n")
 _VERB = re.compile(rb"[^ \t\r\n]*")
 _BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
 
@@ -206,8 +207,9 @@ class Preamble:
 
 def _relist(reply: bytes) -> bytes:
     """Number the lines of a 250 reply anew: a hyphen behind every code but the last."""
-    lines = reply.splitlines(keepends=True)
-    return b"".join([b"250-" + line[4:] for line in lines[:-1]] + [b"250 " + line[4:] for line in lines[-1:]])
+    lines: list[bytes] = _LINE.findall(reply)
+    *texts, last = [line[4:] if line[3:4] in (b" ", b"-") else line[3:] for line in lines]
+    return b"".join(b"250-" + text for text in texts) + b"250 " + last
 
 
 def _verb(line: bytes) -> bytes:

@@ -79,8 +79,8 @@ class Tunnel:
     """Carries bytes until both sides have ended; ``await tunnel.run()`` says how it ended.
 
     The sockets are non-blocking and stay the caller's to close. ``upstream`` and ``downstream`` are bytes already received
-    for the backend and for the client. With ``expectant`` nothing has been said yet, and a backend that hangs up before anything
-    is said ends the tunnel without the client's noticing.
+    for the backend and for the client. With ``expectant`` nothing has been said yet, and a backend that hangs up without a word
+    ends the tunnel without the client's noticing.
     """
 
     __slots__ = (
@@ -133,7 +133,10 @@ class Tunnel:
         return self._down.total
 
     async def run(self) -> str:
-        """Why it ended: client_closed backend_closed client_reset backend_reset idle_timeout linger, or no_banner (expectant)."""
+        """Why it ended: client_closed backend_closed client_reset backend_reset idle_timeout linger.
+
+        When expectant, also no_banner or, where the client had spoken, no_answer.
+        """
         ends = (self._client, self._up.sink)
         for end in ends:
             # Replaces the handshake's reader where that is still there, without a system call.
@@ -329,8 +332,9 @@ class Tunnel:
 
     def _source_ended(self, flow: _Flow) -> None:
         up, down = self._up, self._down
-        if self._expectant and flow is down and up.state is _OPEN and not up.total and not down.total:
-            self._reason = "no_banner"
+        if self._expectant and flow is down and up.state is _OPEN and not down.total:
+            # Who has spoken cannot be taken to another backend, but can be told.
+            self._reason = "no_answer" if up.total else "no_banner"
             self._finish(self._reason)
             return
         self._reason = self._reason or ("client_closed" if flow is self._up else "backend_closed")

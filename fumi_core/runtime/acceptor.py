@@ -46,8 +46,8 @@ class Acceptor:
         self._paused_at = float("-inf")
         own = sock.getsockname()
         # Bound to one address, all its connections have that; else each has to be asked.
-        self._own = own if isinstance(own, str) or own[0] not in _WILDCARDS else None
-        if not isinstance(own, str):
+        self._own = own if sock.family == socket.AF_UNIX or own[0] not in _WILDCARDS else None
+        if sock.family != socket.AF_UNIX:
             # Accepted sockets inherit these from the listening one.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -99,6 +99,8 @@ class Acceptor:
         self._rest(PAUSE)
 
     def _rest(self, seconds: float) -> None:
+        if self._resume is not None:
+            self._resume.cancel()
         self._loop.remove_reader(self.sock.fileno())
         self._resume = self._loop.call_later(seconds, self._go_on)
 

@@ -37,6 +37,8 @@ Problem = Callable[[], str | None]
 
 CLIENTS = 16
 """Requests served at once; a client beyond them is closed."""
+PAUSE = 0.5
+"""Seconds without accepting when descriptors have run out."""
 REQUEST = 10.0
 """Seconds for one request from connection to answer, however much its client dawdles."""
 
@@ -53,14 +55,14 @@ class Endpoint:
         pages: Mapping[str, Page] | None = None,
     ) -> None:
         """Start serving on listening sockets, which are the endpoint's from here on."""
-        metrics = make_wsgi_app(registry)
+        metrics = _of_metrics(registry)
         routes: dict[str, Page] = {"/healthz": lambda: Answer("ok\n"), "/readyz": _readiness(ready)}
         routes |= pages or {}
 
         def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             path = environ.get("PATH_INFO", "")
             if path == "/metrics":
-                return metrics(environ, start_response)  # type: ignore[no-any-return]
+                return metrics(environ, start_response)
             page = routes.get(path)
             answer = page() if page else Answer("not found\n", status="404 Not Found")
             # A name from a file system may have octets that are not text.
@@ -89,6 +91,19 @@ def _readiness(ready: Problem) -> Page:
     return page
 
 
+def _of_metrics(registry: CollectorRegistry) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
+    application = make_wsgi_app(registry)
+
+    def metrics(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        try:
+            return application(environ, start_response)  # type: ignore[no-any-return]
+        except (TypeError, ValueError):
+            # It stumbles over a version in the Accept header that is none.
+            return application({**environ, "HTTP_ACCEPT": ""}, start_response)  # type: ignore[no-any-return]
+
+    return metrics
+
+
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         logging.getLogger("fumi.endpoint").debug(format, *args)
@@ -109,6 +124,16 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
         self._free = threading.BoundedSemaphore(CLIENTS)
         self._due: dict[Any, float] = {}  # when each request has to be over
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except BlockingIOError:
+            raise
+        except OSError:
+            # No descriptor is left. The scraper stays in the queue, and to ask again at once would only burn the processor.
+            time.sleep(PAUSE)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._free.acquire(blocking=False):

@@ -15,7 +15,7 @@ from collections.abc import MutableSequence
 from enum import IntEnum
 from typing import TypeAlias
 
-REPORT = 1 << 20
+REPORT = 4 << 20
 """Octets a report may have. The kernel gives memory only to those that are written."""
 LEAD = 2
 """Connections that a worker may have more than another and be none the less ready for the next one."""

@@ -8,13 +8,17 @@ histograms are added up, and a worker goes on where one that died had left them,
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
+from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, Slot, State
+
+log = logging.getLogger("fumi.workers")
 
 RESTARTS = "_worker_restarts_total"
 """How the counter is called, behind the prefix, that the master keeps for all. The workers have it too, at 0."""
@@ -34,6 +38,7 @@ class Reporter:
         self._registry = registry
         self._slot = slot
         self._before = _read(slot).families
+        self._silent = False
 
     def write(self, trouble: str | None) -> None:
         """``trouble``: why this worker, though it serves, takes no mail."""
@@ -42,7 +47,12 @@ class Reporter:
             series = families[family.name] = _series(family)
             if family.type != "gauge":
                 _add(series, self._before.get(family.name, {}))
-        self._slot.write(_dumped(trouble, families))
+        try:
+            self._slot.write(_dumped(trouble, families))
+        except ValueError as error:
+            if not self._silent:
+                event(log, logging.ERROR, "cannot report metrics: too many series, such as certificates", problem=error)
+            self._silent = True
 
 
 class Totals(Collector):

@@ -11,12 +11,13 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.lifecycle import HELD, STOPS, Work, alone, every, heed, hold_signals, in_turn, leave, reload, serve_metrics
+from fumi_core.runtime.lifecycle import STOPS, Work, alone, every, heed, hold_signals, in_turn, leave, reload, serve_metrics
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.loop import Loop
 from fumi_core.runtime.master import METRICS, Master
@@ -73,8 +74,8 @@ async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> N
         slot.reloads = newest
 
     def report() -> None:
-        reporter.write(work.trouble())
         slot.live()
+        reporter.write(work.trouble())
 
     for sock in work.metrics_sockets:
         sock.close()
@@ -98,7 +99,7 @@ def _serve_metrics(work: Work, board: Scoreboard, lifeline: int) -> None:
     work.unbind()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, lambda number, frame: asyncio.run(reload(work, quiet=True)) and None)
+    threading.Thread(target=_reload_when_told, args=(work,), name="reload", daemon=True).start()
     totals, registry = Totals(work.registry, board), CollectorRegistry()
     registry.register(totals)
 
@@ -106,5 +107,11 @@ def _serve_metrics(work: Work, board: Scoreboard, lifeline: int) -> None:
         return board.problem() or totals.trouble() or work.problem()
 
     serve_metrics(work, registry, problem)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
     os.read(lifeline, 1)
+
+
+def _reload_when_told(work: Work) -> None:
+    """In a thread, which takes one SIGHUP after the other, where a handler would be called in the middle of itself."""
+    while True:
+        signal.sigwait([signal.SIGHUP])
+        asyncio.run(reload(work, quiet=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -59,3 +61,31 @@ def healthy(port: int) -> bool:
             return bool(answer.read() == b"ok\n")
     except OSError:
         return False
+
+
+def test_an_accept_header_that_makes_no_sense_gets_the_text_format(endpoint: int) -> None:
+    request = urllib.request.Request(f"http://127.0.0.1:{endpoint}/metrics")
+    request.add_header("Accept", "application/openmetrics-text;version=abc")
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+
+
+def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_time(
+    endpoint: int, monkeypatch: Any, eventually: Any
+) -> None:
+    tried: list[float] = []
+
+    def fail(self: Any) -> Any:
+        tried.append(time.monotonic())
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("socketserver.TCPServer.get_request", fail)
+        patch.setattr(fumi_core.runtime.endpoint.time, "sleep", lambda seconds: paused.append(seconds) or over.wait(seconds))
+        paused: list[float] = []
+        over = threading.Event()
+        with socket.create_connection(("127.0.0.1", endpoint), 30):
+            eventually(lambda: len(tried) > 2)
+        over.set()
+    assert len(tried) - len(paused) <= 1
+    eventually(lambda: healthy(endpoint))

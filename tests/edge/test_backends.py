@@ -231,6 +231,21 @@ def test_when_every_backend_hangs_up_it_is_as_if_there_were_none(silent, edge, c
     assert counts(*servers) == [2, 2]
 
 
+def test_a_client_that_speaks_first_to_a_backend_that_hangs_up_is_told_so(backend, edge, clients):
+    heard = []
+
+    def handler(peer):
+        heard.append(peer.line())
+
+    program = edge(backend=backend(handler))
+    client = clients.tls(program.tls_port)
+    client.say(b"EHLO early\r\n")
+    assert client.rest() == b"421 4.3.2 Service not available, closing connection\r\n"
+    client.close()
+    assert heard == [b"EHLO early\r\n"]
+    assert program.ended()[0]["reason"] == "backend_closed"
+
+
 def test_a_client_that_leaves_before_the_banner_is_not_the_backends_fault(backend, edge, clients):
     def handler(peer):
         peer.rest()  # no word before the client's end

@@ -35,6 +35,8 @@ def test_a_command_is_forwarded_and_the_next_waits_for_the_reply():
         (b"250-STARTTLSX\r\n250 X\r\n", b"250-STARTTLSX\r\n250-X\r\n250 STARTTLS\r\n"),
         (b"502 no\r\n", b"502 no\r\n"),
         (b"250-hi\n250 X\n", b"250-hi\n250-X\n250 STARTTLS\r\n"),
+        (b"250\r\n", b"250-\r\n250 STARTTLS\r\n"),
+        (b"250-a\rb\r\n250 X\r\n", b"250-a\rb\r\n250-X\r\n250 STARTTLS\r\n"),
     ],
 )
 def test_starttls_is_offered_once(reply, offered):

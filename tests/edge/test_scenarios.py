@@ -41,6 +41,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -273,6 +274,29 @@ def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(backend, ed
         names = {f"fd:{first.fileno()}", f"fd:{second.fileno()}"}
         assert {entry["listener"] for entry in program.events("listening")} >= names
         assert program.metric("fumi_edge_connections_total", listener=f"fd:{second.fileno()}") == 1
+
+
+def test_an_inherited_abstract_unix_socket_is_listened_on(backend, edge, kit):
+    """systemd's ListenStream=@name."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("")  # the kernel chooses the name
+        listening.listen()
+        program = edge("--starttls-listen", f"fd:{listening.fileno()}", backend=backend(), inherited=[listening.fileno()])
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(listening.getsockname())
+            client = kit.Peer(sock)
+            assert client.line() == b"220 backend.test ESMTP\r\n"
+            assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+        assert program.ended()[0]["listener"] == f"fd:{listening.fileno()}"
+
+
+def test_a_stop_while_accepting_pauses_for_want_of_descriptors_is_a_stop(backend, edge, clients, kit):
+    program = edge("--drain-timeout", "0.2", backend=backend())
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (program.descriptors() + 6,) * 2)
+    for _ in range(20):
+        clients.plain(program.tls_port)
+    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    assert program.stop() == 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pwd
 import re
 import smtplib
 import ssl
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def test_two_services_keep_clients_with_a_certificate_apart(
 
 
 def test_it_may_run_as_somebody_else(programs: Any, stunnel: Start) -> None:
-    entry = pwd.getpwnam("nobody") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+    entry = pwd.getpwnam(re.findall(r"FUMI_USER=(\w+)", README)[0]) if os.getuid() == 0 else pwd.getpwuid(os.getuid())
     port = programs.free_port()
     own = {"USER": entry.pw_name, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
     process = stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", **own)
@@ -171,6 +172,7 @@ def test_the_commands_of_the_readme_do_what_it_says(
     (programs.directory / "client-ca.pem").write_bytes(client_certificate.ca.read_bytes())
     (programs.directory / "stunnel").symlink_to(DIRECTORY)
     programs.run("sh", "-euc", COMMANDS[0])
+    assert stat.S_IMODE((programs.directory / "fumi.pem").stat().st_mode) == 0o600
     free = {port: programs.free_port() for port in ("465", "10465", *re.findall(r":(\d+)", block))}
     fronts = [free["465"], free["10465"]]
     environment = [f"FUMI_LISTEN_{number}=127.0.0.1:{port}" for number, port in enumerate(fronts, 1)]

@@ -9,7 +9,9 @@ import signal
 import smtplib
 import socket
 import ssl
+import stat
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "ops" / "README.md").read_text()
 RULES = (ROOT / "ops" / "prometheus" / "rules.yml").read_text()
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-INSTALL, START, CERTS, SYSCTL, UPGRADE, NEXT, PROMTOOL, JOURNAL = SHELL
-STUBS = ("systemctl", "systemd-sysusers", "certbot", "chown")
+INSTALL, START, CERTS, COMPOSE, SYSCTL, UPGRADE, NEXT, PROMTOOL, JOURNAL = SHELL
+YAML = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+STUBS = ("systemctl", "systemd-sysusers", "certbot", "chown", "docker")
 
 
 def test_every_alert_says_what_to_do_and_nothing_else_does() -> None:
@@ -34,7 +37,8 @@ def test_every_alert_says_what_to_do_and_nothing_else_does() -> None:
 def test_what_it_names_is_there(programs: Any) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / "ops" / link).exists(), link
-    for path in re.findall(r"\bops/[\w./-]+\w", README):
+    # But for what an operator puts there.
+    for path in re.findall(r"\bops/(?!docker/certs|docker/\.env)[\w./-]+\w", README):
         assert (ROOT / path).exists(), path
     flags = set(re.findall(r"`(--[a-z-]+)", README)) | set(re.findall(r"(?<= )(--(?:metrics|config|check))\b", "".join(SHELL)))
     helps = "".join(programs.run(programs.bin / name, "--help") for name in ("fumi-core", "fumi-edge"))
@@ -54,14 +58,25 @@ def host(programs: Any) -> Callable[[str], str]:
     for name in STUBS:
         (tools / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
         (tools / name).chmod(0o755)
-    (programs.directory / "ops").symlink_to(ROOT / "ops")
+    shutil.copytree(ROOT / "ops", programs.directory / "ops")
 
     def run(text: str) -> str:
         text = re.sub(r"(?<![\w.])/(?=(?:etc|run)/)", f"{root}/", text)
+        if os.getuid() != 0:
+            text = re.sub(r" -o [\w-]+", "", text)
         environment = {"PATH": f"{tools}:{os.environ['PATH']}", "FUMI_CERTS": f"{root}/etc/fumi/certs"}
         return str(programs.run("sh", "-euc", text.replace("/opt/fumi/bin", str(programs.bin)), **environment))
 
     return run
+
+
+def lineage(programs: Any, certificate: tuple[Path, Path]) -> Path:
+    """What certbot keeps of a certificate."""
+    live: Path = programs.directory / "root" / "etc" / "letsencrypt" / "live" / "mx.example.org"
+    live.mkdir(parents=True)
+    for source, name in zip(certificate, ("fullchain.pem", "privkey.pem"), strict=True):
+        shutil.copy(source, live / name)
+    return live
 
 
 def test_the_installation_puts_everything_where_the_units_look(
@@ -69,10 +84,7 @@ def test_the_installation_puts_everything_where_the_units_look(
 ) -> None:
     assert host(INSTALL) == "systemd-sysusers\n"
     root = programs.directory / "root"
-    live = root / "etc" / "letsencrypt" / "live" / "mx.example.org"
-    live.mkdir(parents=True)
-    for source, name in zip(certificate, ("fullchain.pem", "privkey.pem"), strict=True):
-        shutil.copy(source, live / name)
+    lineage(programs, certificate)
     said = host(START)
     assert "systemctl enable --now fumi-core fumi-edge\n" in said
     assert (root / "etc" / "fumi" / "certs" / "mx.example.org.pem").read_text().count("-----BEGIN") == 2
@@ -100,6 +112,32 @@ def test_the_check_before_an_upgrade_takes_the_settings_that_are_shipped(host: C
     path = programs.directory / "root" / "etc" / "fumi" / "fumi.toml"
     path.write_text(path.read_text().replace("/var/lib/fumi-core", str(programs.directory)))
     assert "settings are good" in host(check)
+
+
+def test_the_composition_finds_its_domain_and_its_certificate(
+    host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]
+) -> None:
+    live = lineage(programs, certificate)
+    assert host(COMPOSE) == "docker compose -f ops/docker/compose.yml up --build --detach\n"
+    docker = programs.directory / "ops" / "docker"
+    (name,) = re.findall(r"\$\{(\w+):\?", (docker / "compose.yml").read_text())
+    assert (docker / ".env").read_text() == f"{name}=example.org\n"
+    (file,) = (docker / "certs").iterdir()
+    assert file.read_bytes() == (live / "fullchain.pem").read_bytes() + (live / "privkey.pem").read_bytes()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (docker / "certs", file)] == [0o700, 0o600]
+    if os.getuid() == 0:
+        assert {path.stat().st_uid for path in (docker / "certs", file)} == {10001}
+
+
+def test_the_job_is_named_as_the_alerts_know_it(programs: Any) -> None:
+    (relabelling,) = (text for text in YAML if "relabel_configs" in text)
+    # Debian's Prometheus knows no Kubernetes; relabelling is the same everywhere.
+    config = f"scrape_configs:\n- job_name: pods\n{textwrap.indent(relabelling, '  ')}"
+    (programs.directory / "prometheus.yml").write_text(config)
+    assert "SUCCESS" in programs.run("promtool", "check", "config", programs.directory / "prometheus.yml")
+    names = re.findall(r"app.kubernetes.io/name: (.+?)}", (ROOT / "ops" / "kubernetes" / "edge.yaml").read_text())
+    known = re.findall(r'job=~"([^"]+)"', RULES)
+    assert all(re.fullmatch(pattern, names[0]) for pattern in [*known, re.findall("regex: (.*)", relabelling)[0]])
 
 
 Start = Callable[[], "subprocess.Popen[bytes]"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,14 +149,14 @@ def client_certificate(tmp_path_factory: pytest.TempPathFactory) -> ClientCertif
 def haproxy(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., Any]:
     """Starts HAProxy with a file of haproxy/ as it is, checked before; the variables are named without their FUMI_."""
 
-    def start(name: str, port: int, log: str = "haproxy.log", **variables: object) -> Any:
+    def start(name: str, port: int, log: str = "haproxy.log", flags: Sequence[str] = (), **variables: object) -> Any:
         path = TEMPLATES / "haproxy" / name
         # What runs as somebody else cannot read what pytest's directories keep to their owner; HAProxy reads before.
         usual = {"CERT": certificate[0].with_name("both.pem"), "METRICS": f"127.0.0.1:{programs.free_port()}"}
         environment = [f"FUMI_{key}={value}" for key, value in {**usual, **variables}.items()]
         said = programs.run("env", *environment, "haproxy", "-c", "-f", path)
         assert "WARNING" not in said, said
-        return programs.start("env", *environment, "haproxy", "-f", path, port=port, log=log)
+        return programs.start("env", *environment, "haproxy", *flags, "-f", path, port=port, log=log)
 
     return start
 

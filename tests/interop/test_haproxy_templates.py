@@ -6,9 +6,12 @@ import grp
 import os
 import pwd
 import re
+import signal
 import smtplib
 import ssl
+import stat
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +57,7 @@ def test_haproxy_accepts_the_file_and_finds_nothing_to_warn_of(
     name: str, certificate: tuple[Path, Path], client_certificate: Any
 ) -> None:
     own = {"FUMI_CERT": str(certificate[0].with_name("both.pem")), "FUMI_CLIENT_CA": str(client_certificate.ca)}
-    for more in ({}, {"FUMI_NODE_2": "127.0.0.2"}):
+    for more in ({}, {"FUMI_NODE_2": "127.0.0.2"}, {"FUMI_NODE_2": "", "FUMI_STATS": ""}):
         done = subprocess.run(
             ["haproxy", "-c", "-f", DIRECTORY / name], env={**os.environ, **own, **more}, capture_output=True, text=True
         )
@@ -69,6 +72,8 @@ def test_the_readme_has_every_file_and_every_variable_with_its_default() -> None
             used.setdefault(variable, set()).add(default)
     table = dict(re.findall(r"^\| `(FUMI_\w+)` \| `([^`]*)` \|", README, re.MULTILINE))
     assert {variable: {default} for variable, default in table.items()} == used
+    without = {variable for name in FILES for variable in re.findall(r"\$\{(FUMI_\w+)\}", _settings(name))}
+    assert set(re.findall(r"^\| `(FUMI_\w+)` \| \|", README, re.MULTILINE)) == without
 
 
 def _settings(name: str) -> str:
@@ -195,6 +200,34 @@ def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
     assert len(stored(programs, "core")) == sent + 3
 
 
+def test_a_variable_that_is_empty_adds_no_second_node(programs: Any, haproxy: Start) -> None:
+    listeners = {f"LISTEN_{name}": f"127.0.0.1:{programs.free_port()}" for name in ("SMTP", "SUBMISSION", "SMTPS")}
+    metrics = programs.free_port()
+    haproxy("layer4.cfg", metrics, METRICS=f"127.0.0.1:{metrics}", NODE_2="", HEALTH_INTERVAL="1h", **listeners)
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=30) as response:
+        assert set(re.findall(r'server="(\w+)"', response.read().decode())) == {"node1"}
+
+
+def test_a_reload_gives_sessions_the_time_that_a_stop_gives_them(
+    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+) -> None:
+    core, _ = fumi_core()
+    port = programs.free_port()
+    own = {"LISTEN": f"127.0.0.1:{port}", "BACKEND": f"127.0.0.1:{core}", "HEALTH_INTERVAL": "1h"}
+    master = haproxy("implicit-tls.cfg", port, flags=["-W"], **own)
+    log = programs.directory / "haproxy.log"
+    with smtplib.SMTP_SSL("localhost", port, context=trusting) as open_before:
+        master.send_signal(signal.SIGUSR2)
+        programs.until(lambda: log.read_text().count("Loading success") == 2, "the reload")
+        send(port, trusting)
+        open_before.sendmail("a@b.example", ["c@d.example"], TEXT)
+    assert len(stored(programs, "core")) == 2
+    # As long as an SMTP client may be silent.
+    (drain,) = set(re.findall(r"\$\{FUMI_DRAIN_TIMEOUT-(\w+)\}", _settings("implicit-tls.cfg")))
+    assert f"${{FUMI_IDLE_TIMEOUT-{drain}}}" in _settings("implicit-tls.cfg")
+    assert programs.stop(master) in (0, 143)
+
+
 @pytest.mark.parametrize("limit", ["MAX_CLIENTS_PER_IP", "RATE_PER_IP"])
 def test_an_address_has_so_many_connections_and_no_more(
     limit: str, programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
@@ -222,7 +255,7 @@ def test_old_tls_is_refused(offer: list[str], programs: Any, haproxy: Start) -> 
 
 
 def test_it_may_run_as_somebody_else(programs: Any, haproxy: Start) -> None:
-    user = "nobody" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
+    user = re.findall(r"FUMI_USER=(\w+)", README)[0] if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
     entry = pwd.getpwnam(user)
     port = programs.free_port()
     own = {"USER": user, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
@@ -233,10 +266,40 @@ def test_it_may_run_as_somebody_else(programs: Any, haproxy: Start) -> None:
 
 # The README's commands
 
-COMMANDS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+CAT, *SERVE, DRAIN = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SOCAT = """#!{python}
+import socket, sys
+
+assert sys.argv[1] == "stdio"
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(sys.argv[2])
+    sock.sendall(sys.stdin.buffer.read())
+    sock.shutdown(socket.SHUT_WR)
+    while data := sock.recv(4096):
+        sys.stdout.buffer.write(data)
+"""
 
 
-@pytest.mark.parametrize("block", COMMANDS[1:], ids=lambda block: re.findall(r"([\w-]+)\.cfg", block)[0])
+def test_the_commands_that_take_a_node_out_and_back_do_so(
+    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+) -> None:
+    nodes = [fumi_core(name=name) for name in ("one", "two")]
+    port, path = programs.free_port(), programs.directory / "commands.sock"
+    variables: dict[str, object] = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
+    variables |= {"LISTEN": f"127.0.0.1:{port}", "BALANCE": "roundrobin", "HEALTH_INTERVAL": "1h", "STATS": path}
+    haproxy("two-nodes.cfg", port, **variables)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (programs.directory / "socat").write_text(SOCAT.format(python=sys.executable))
+    (programs.directory / "socat").chmod(0o755)
+    tools = f"{programs.directory}:{os.environ['PATH']}"
+    for command, expected in zip(DRAIN.splitlines(), ([0, 4], [2, 6]), strict=True):
+        assert programs.run("sh", "-euc", command.replace("/run/fumi-haproxy.sock", str(path)), PATH=tools).strip() == ""
+        for _ in range(4):
+            send(port, trusting)
+        assert [len(stored(programs, name)) for name in ("one", "two")] == expected
+
+
+@pytest.mark.parametrize("block", SERVE, ids=lambda block: re.findall(r"([\w-]+)\.cfg", block)[0])
 def test_the_commands_of_the_readme_do_what_it_says(
     block: str, programs: Any, certificate: tuple[Path, Path], client_certificate: Any, trusting: ssl.SSLContext
 ) -> None:
@@ -244,7 +307,8 @@ def test_the_commands_of_the_readme_do_what_it_says(
         (programs.directory / path.name).write_bytes(path.read_bytes())
     (programs.directory / "client-ca.pem").write_bytes(client_certificate.ca.read_bytes())
     (programs.directory / "haproxy").symlink_to(DIRECTORY)
-    programs.run("sh", "-euc", COMMANDS[0])
+    programs.run("sh", "-euc", CAT)
+    assert stat.S_IMODE((programs.directory / "fumi.pem").stat().st_mode) == 0o600
     free = {port: programs.free_port() for port in re.findall(r":(\d+)", block)}
     front = {name: programs.free_port() for name in ("LISTEN", "LISTEN_SMTP", "LISTEN_SUBMISSION", "LISTEN_SMTPS", "METRICS")}
     others = {f"FUMI_{name}": f"127.0.0.1:{port}" for name, port in front.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -19,6 +20,7 @@ KINDS = {
     "Deployment": "apps/v1",
     "PodDisruptionBudget": "policy/v1",
     "HorizontalPodAutoscaler": "autoscaling/v2",
+    "NetworkPolicy": "networking.k8s.io/v1",
     "Certificate": "cert-manager.io/v1",
 }
 Objects = dict[tuple[str, str], Any]
@@ -52,6 +54,11 @@ def container_of(objects: Objects, name: str) -> Any:
     return container
 
 
+def test_the_namespace_is_the_first_to_be_made(read_yaml: Callable[[Path], list[Any]]) -> None:
+    # kubectl takes the files of a directory by name, and does not come back to what was too early.
+    assert read_yaml(min(KUBERNETES.iterdir()))[0]["kind"] == "Namespace"
+
+
 def test_every_object_is_of_a_known_kind_and_in_the_namespace(objects: Objects) -> None:
     for (kind, _), each in objects.items():
         assert each["apiVersion"] == KINDS[kind]
@@ -61,7 +68,7 @@ def test_every_object_is_of_a_known_kind_and_in_the_namespace(objects: Objects) 
 
 def test_every_selector_selects_the_pods_of_its_name(objects: Objects) -> None:
     for (kind, name), each in objects.items():
-        selector = each["spec"].get("selector") if kind != "Namespace" else None
+        selector = each["spec"].get("selector", each["spec"].get("podSelector")) if kind != "Namespace" else None
         if selector is not None:
             labels = selector if kind == "Service" else selector["matchLabels"]
             assert labels.items() <= pod_of(objects, name)["metadata"]["labels"].items(), (kind, name)
@@ -113,6 +120,40 @@ def test_the_edge_finds_the_cores_and_believes_the_balancer(objects: Objects, se
     assert any("proxy" in name.rpartition("/")[2] for name in annotations)
     assert all(isinstance(value, str) for value in annotations.values())
     assert {each["port"] for each in objects["Service", "fumi-edge"]["spec"]["ports"]} == {25, 465, 587}
+
+
+def test_nobody_gets_past_the_edge_to_a_core_nor_past_the_balancer_to_an_edge(
+    objects: Objects, settings: Callable[[str], dict[str, Any]]
+) -> None:
+    for name in PROGRAMS:
+        policy = objects["NetworkPolicy", name]["spec"]
+        assert policy["policyTypes"] == ["Ingress"]
+        ports = {each["name"] for each in container_of(objects, name)["ports"]}
+        clients, monitoring = policy["ingress"]
+        assert [each["port"] for each in monitoring["ports"]] == ["metrics"]
+        assert {each["port"] for each in clients["ports"]} == ports - {"metrics"}
+        if name == "fumi-core":
+            (source,) = clients["from"]
+            labels = source["podSelector"]["matchLabels"]
+            assert labels.items() <= pod_of(objects, "fumi-edge")["metadata"]["labels"].items()
+        else:
+            assert tuple(each["ipBlock"]["cidr"] for each in clients["from"]) == settings(name)["trusted_proxy"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_as_many_clients_as_are_let_in_have_room(name: str, objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
+    readme = (KUBERNETES.parent / "README.md").read_text()
+    column = {"fumi-edge": 1, "fumi-core": 2}[name]
+    program, connection = (
+        int(re.findall(r"\d+", row.split("|")[column + 1])[0]) for row in re.findall(r"^\| memory of .*$", readme, re.MULTILINE)
+    )
+    limit = int(container_of(objects, name)["resources"]["limits"]["memory"].removesuffix("Mi"))
+    assert 0.2 * limit < program + settings(name)["max_clients"] * connection / 1024 < 0.75 * limit
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_kubernetes_says_of_services_is_not_taken_for_flags(name: str, objects: Objects) -> None:
+    assert pod_of(objects, name)["spec"]["enableServiceLinks"] is False
 
 
 def test_the_certificate_is_mounted_where_the_edge_reads_it(objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:

@@ -9,7 +9,9 @@ import signal
 import smtplib
 import socket
 import ssl
+import stat
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,20 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "ops" / "README.md").read_text()
 RULES = (ROOT / "ops" / "prometheus" / "rules.yml").read_text()
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-INSTALL, START, CERTS, SYSCTL, UPGRADE, NEXT, PROMTOOL, JOURNAL = SHELL
-STUBS = ("systemctl", "systemd-sysusers", "certbot", "chown")
+PROGRAMS, INSTALL, START, USERS, CERTS, CORE_HOST, EDGE_HOST, *OTHERS = SHELL
+COMPOSE, SYSCTL, UPGRADE, NEXT, BACK, PROMTOOL, JOURNAL, RETENTION = OTHERS
+YAML = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+STUBS = ("systemctl", "systemd-sysusers", "certbot", "chown", "docker", "journalctl")
+VENV = """#!/bin/sh
+mkdir -p "$3/bin"
+ln -s {bin}/fumi-core {bin}/fumi-edge "$3/bin"
+printf '#!/bin/sh\\necho pip "$@"\\n' >"$3/bin/pip"
+chmod +x "$3/bin/pip"
+"""
+DATE = """#!/bin/sh
+echo x >>"$0.calls"
+echo "20260101-00000$(wc -l <"$0.calls")"
+"""
 
 
 def test_every_alert_says_what_to_do_and_nothing_else_does() -> None:
@@ -34,7 +48,8 @@ def test_every_alert_says_what_to_do_and_nothing_else_does() -> None:
 def test_what_it_names_is_there(programs: Any) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / "ops" / link).exists(), link
-    for path in re.findall(r"\bops/[\w./-]+\w", README):
+    # But for what an operator puts there.
+    for path in re.findall(r"\bops/(?!docker/certs|docker/\.env)[\w./-]+\w", README):
         assert (ROOT / path).exists(), path
     flags = set(re.findall(r"`(--[a-z-]+)", README)) | set(re.findall(r"(?<= )(--(?:metrics|config|check))\b", "".join(SHELL)))
     helps = "".join(programs.run(programs.bin / name, "--help") for name in ("fumi-core", "fumi-edge"))
@@ -49,41 +64,54 @@ def host(programs: Any) -> Callable[[str], str]:
     """Runs commands as root would on a host of its own: under another /etc, where systemctl only says what it was told."""
     root = programs.directory / "root"
     tools = programs.directory / "tools"
-    for directory in (root / "run" / "systemd" / "system", tools):
+    for directory in (root / "run" / "systemd" / "system", root / "opt", tools):
         directory.mkdir(parents=True)
-    for name in STUBS:
-        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+    # A virtual environment is made in no time, of the programs from here; each in a second of its own.
+    stubs = dict.fromkeys(STUBS, '#!/bin/sh\necho "${0##*/}" "$@"\n') | {"python3": VENV.format(bin=programs.bin), "date": DATE}
+    for name, text in stubs.items():
+        (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    (programs.directory / "ops").symlink_to(ROOT / "ops")
+    shutil.copytree(ROOT / "ops", programs.directory / "ops")
 
-    def run(text: str) -> str:
-        text = re.sub(r"(?<![\w.])/(?=(?:etc|run)/)", f"{root}/", text)
+    def run(text: str, given: bytes = b"") -> str:
+        text = re.sub(r"(?<![\w.])/(?=(?:etc|run|opt)/)", f"{root}/", text)
+        text = re.sub(r" -[og] [\w-]+" if os.getuid() != 0 else r" -g [\w-]+", "", text)
         environment = {"PATH": f"{tools}:{os.environ['PATH']}", "FUMI_CERTS": f"{root}/etc/fumi/certs"}
-        return str(programs.run("sh", "-euc", text.replace("/opt/fumi/bin", str(programs.bin)), **environment))
+        return str(programs.run("sh", "-euc", text, given=given, **environment))
 
     return run
+
+
+def lineage(programs: Any, certificate: tuple[Path, Path]) -> Path:
+    """What certbot keeps of a certificate."""
+    live: Path = programs.directory / "root" / "etc" / "letsencrypt" / "live" / "mx.example.org"
+    live.mkdir(parents=True)
+    for source, name in zip(certificate, ("fullchain.pem", "privkey.pem"), strict=True):
+        shutil.copy(source, live / name)
+    return live
 
 
 def test_the_installation_puts_everything_where_the_units_look(
     host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]
 ) -> None:
+    assert host(PROGRAMS) == "pip install .\n"
     assert host(INSTALL) == "systemd-sysusers\n"
     root = programs.directory / "root"
-    live = root / "etc" / "letsencrypt" / "live" / "mx.example.org"
-    live.mkdir(parents=True)
-    for source, name in zip(certificate, ("fullchain.pem", "privkey.pem"), strict=True):
-        shutil.copy(source, live / name)
+    lineage(programs, certificate)
     said = host(START)
     assert "systemctl enable --now fumi-core fumi-edge\n" in said
     assert (root / "etc" / "fumi" / "certs" / "mx.example.org.pem").read_text().count("-----BEGIN") == 2
     units = {path.name for path in (root / "etc" / "systemd" / "system").iterdir()}
     assert units == {path.name for path in (ROOT / "ops" / "systemd").glob("*.s[eo]*") if path.suffix in (".service", ".socket")}
-    # The second edge of an upgrade is a unit as good as the first, on other metrics.
-    assert host(NEXT).splitlines()[0] == "systemctl daemon-reload"
+    # The second edge of an upgrade is a unit as good as the first, on other metrics; and gone in the end.
+    making, removing = NEXT.split("rm ")
+    assert host(making).splitlines()[0] == "systemctl daemon-reload"
     unit = (root / "run" / "systemd" / "system" / "fumi-edge-next.service").read_text()
     first = (ROOT / "ops" / "systemd" / "fumi-edge.service").read_text()
     (changed,) = set(unit.splitlines()) - set(first.splitlines())
     assert changed.endswith("--starttls-listen fd:submission --metrics 127.0.0.1:9466")
+    assert host("rm " + removing) == "systemctl daemon-reload\n"
+    assert list((root / "run" / "systemd" / "system").iterdir()) == []
 
 
 def test_the_commands_that_look_at_things_find_them(host: Callable[[str], str]) -> None:
@@ -94,12 +122,130 @@ def test_the_commands_that_look_at_things_find_them(host: Callable[[str], str]) 
         assert "nf_conntrack" in name or Path("/proc/sys", *name.split(".")).exists(), name
 
 
-def test_the_check_before_an_upgrade_takes_the_settings_that_are_shipped(host: Callable[[str], str], programs: Any) -> None:
-    check = next(line for line in UPGRADE.splitlines() if line.endswith("--check"))
-    host(INSTALL)
-    path = programs.directory / "root" / "etc" / "fumi" / "fumi.toml"
-    path.write_text(path.read_text().replace("/var/lib/fumi-core", str(programs.directory)))
-    assert "settings are good" in host(check)
+def settings(programs: Any, *more: tuple[str, str]) -> Path:
+    """Where the settings that were installed are, for this host under another /etc."""
+    root = programs.directory / "root"
+    path: Path = root / "etc" / "fumi" / "fumi.toml"
+    text = path.read_text()
+    here = [
+        ("/var/lib/fumi-core", str(programs.directory)),
+        ("/etc/", f"{root}/etc/"),
+        ("unix:/run/", f"unix:{root}/run/"),
+        *more,
+    ]
+    for before, after in [*here, ("9525", str(programs.free_port())), ("9465", str(programs.free_port()))]:
+        assert before in text, before
+        text = text.replace(before, after)
+    path.write_text(text)
+    return path
+
+
+def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_from(
+    host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]
+) -> None:
+    host(PROGRAMS + INSTALL)
+    lineage(programs, certificate)
+    host(START)
+    opt, current = programs.directory / "root" / "opt", programs.directory / "root" / "opt" / "fumi"
+    first = current.readlink()
+    core = ["--config", settings(programs), "--listen", f"unix:{programs.directory}/root/run/fumi-core.socket"]
+    programs.start(current / "bin" / "fumi-core", *core, log="core.log")
+    programs.until(lambda: "listening" in (programs.directory / "core.log").read_text(), "the core")
+    restart = "systemctl restart fumi-core fumi-edge"
+    said = host(UPGRADE).splitlines()
+    assert said == ["pip install .", "settings are good", "everything is in order", restart]
+    second = current.readlink()
+    assert sorted(opt.glob("fumi-*")) == [first, second]
+    # What runs is not touched: the new one is another directory.
+    assert first.name < second.name
+    assert host(BACK).splitlines()[-1] == restart
+    assert current.readlink() == first
+
+
+def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[..., str], programs: Any) -> None:
+    host(PROGRAMS + INSTALL)
+    assert host(USERS, given=b"secret\n") == "systemctl reload fumi-core\n"
+    users = programs.directory / "root" / "etc" / "fumi" / "users"
+    assert stat.S_IMODE(users.stat().st_mode) == 0o640
+    assert users.read_text().startswith("joe:$scrypt$")
+    unit = (ROOT / "ops" / "systemd" / "fumi-core.service").read_text()
+    assert re.findall("^User=(.*)", unit, re.MULTILINE) == re.findall("-g ([\\w-]+)", USERS)
+    path = settings(programs)
+    (line,) = re.findall(r"`(users = .*?)`", README)
+    path.write_text(
+        path.read_text().replace("[core]\n", "[core]\n" + line.replace("/etc/", f"{programs.directory}/root/etc/") + "\n")
+    )
+    assert "settings are good" in programs.run(programs.bin / "fumi-core", "--config", path, "--check")
+
+
+def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]) -> None:
+    host(PROGRAMS + INSTALL)
+    lineage(programs, certificate)
+    host(START)
+    port = programs.free_port()
+
+    def here(text: str) -> str:
+        return text.replace("10.0.0.1", "127.0.0.1").replace("10.0.0.2:2525", f"127.0.0.1:{port}")
+
+    assert host(here(CORE_HOST)) == "systemctl daemon-reload\nsystemctl enable --now fumi-core\n"
+    units = programs.directory / "root" / "etc" / "systemd" / "system"
+    service = units / "fumi-core.service"
+    service.write_text(service.read_text().replace("/opt/fumi/bin", str(programs.bin)))
+    said = programs.run("systemd-analyze", "verify", "--man=no", service, units / "fumi-core.socket")
+    assert [line for line in said.splitlines() if "fumi" in line or "network.conf" in line] == []
+    # systemd-analyze does read what is dropped in.
+    (network,) = (units / "fumi-core.socket.d").iterdir()
+    text = network.read_text()
+    network.write_text(text.replace("FreeBind", "FreeeBind"))
+    assert "FreeeBind" in programs.run("systemd-analyze", "verify", "--man=no", service, units / "fumi-core.socket")
+    (listen,) = re.findall("^ListenStream=(.+)", text, re.MULTILINE)
+    core = ["--config", settings(programs), "--listen", listen]
+    programs.start(programs.bin / "fumi-core", *core, port=port, log="core.log")
+    said = host(here(EDGE_HOST))
+    assert said.splitlines() == [
+        "everything is in order",
+        "systemctl restart fumi-edge",
+        "systemctl disable --now fumi-core.socket fumi-core",
+    ]
+    assert f'backend = ["127.0.0.1:{port}"]' in (units.parents[1] / "fumi" / "fumi.toml").read_text()
+
+
+def test_the_journal_is_asked_and_told_what_it_understands(host: Callable[[str], str], programs: Any) -> None:
+    assert host(JOURNAL).count("journalctl -u ") == len(JOURNAL.splitlines())
+    for flag in set(re.findall(r" (--?[a-z]+)", JOURNAL)):
+        assert re.search(rf"(?<!\S){flag}\b", programs.run("journalctl", "--help")), flag
+    assert host(RETENTION) == "systemctl restart systemd-journald\n"
+    (file,) = (programs.directory / "root" / "etc" / "systemd" / "journald.conf.d").iterdir()
+    for name in re.findall(r"^(\w+)=", file.read_text(), re.MULTILINE):
+        assert f"{name}=" in Path("/etc/systemd/journald.conf").read_text()
+    (span,) = re.findall("MaxRetentionSec=(.*)", file.read_text())
+    programs.run("systemd-analyze", "timespan", span)
+
+
+def test_the_composition_finds_its_domain_and_its_certificate(
+    host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]
+) -> None:
+    live = lineage(programs, certificate)
+    assert host(COMPOSE) == "docker compose -f ops/docker/compose.yml up --build --detach\n"
+    docker = programs.directory / "ops" / "docker"
+    (name,) = re.findall(r"\$\{(\w+):\?", (docker / "compose.yml").read_text())
+    assert (docker / ".env").read_text() == f"{name}=example.org\n"
+    (file,) = (docker / "certs").iterdir()
+    assert file.read_bytes() == (live / "fullchain.pem").read_bytes() + (live / "privkey.pem").read_bytes()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (docker / "certs", file)] == [0o700, 0o600]
+    if os.getuid() == 0:
+        assert {path.stat().st_uid for path in (docker / "certs", file)} == {10001}
+
+
+def test_the_job_is_named_as_the_alerts_know_it(programs: Any) -> None:
+    (relabelling,) = (text for text in YAML if "relabel_configs" in text)
+    # Debian's Prometheus knows no Kubernetes; relabelling is the same everywhere.
+    config = f"scrape_configs:\n- job_name: pods\n{textwrap.indent(relabelling, '  ')}"
+    (programs.directory / "prometheus.yml").write_text(config)
+    assert "SUCCESS" in programs.run("promtool", "check", "config", programs.directory / "prometheus.yml")
+    names = re.findall(r"app.kubernetes.io/name: (.+?)}", (ROOT / "ops" / "kubernetes" / "edge.yaml").read_text())
+    known = re.findall(r'job=~"([^"]+)"', RULES)
+    assert all(re.fullmatch(pattern, names[0]) for pattern in [*known, re.findall("regex: (.*)", relabelling)[0]])
 
 
 Start = Callable[[], "subprocess.Popen[bytes]"]

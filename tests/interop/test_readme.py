@@ -8,6 +8,7 @@ import shutil
 import signal
 import smtplib
 import ssl
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.readme import PATH, ROOT, blocks, other_ports, sh
 
 BLOCKS = blocks((ROOT / "README.md").read_text())
 SHELL = [text for kind, text in BLOCKS if kind == "sh"]
-RUN, SWAKS, INSTALL, SERVE, CAT, HAPROXY, STUNNEL, MINE, TEST = SHELL
+RUN, SWAKS, INSTALL, SERVE, USERS, SUBMIT, CAT, HAPROXY, STUNNEL, MINE, TEST = SHELL
 
 
 def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> None:
@@ -36,7 +37,7 @@ def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> No
 
 
 def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
-    text = INSTALL.replace("/opt/fumi", str(tmp_path / "fumi")).replace("pip install .", f"pip install --quiet {ROOT}")
+    text = f"export HOME={tmp_path}\n" + INSTALL.replace("pip install .", f"pip install --quiet {ROOT}")
     text += f"{tmp_path}/fumi/bin/fumi-core --version\n{tmp_path}/fumi/bin/fumi-edge --version\n"
     text += "".join(f"{tmp_path}/fumi/bin/fumi-edge --emit {program}\n" for program in ("haproxy", "stunnel"))
     # Not from the checkout: what is not in the package is not there.
@@ -49,7 +50,7 @@ def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
 def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certificate: tuple[Path, Path]) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
-    ports = {port: programs.free_port() for port in ("2525", "9525", "465", "25", "9465", "587")}
+    ports = {port: programs.free_port() for port in ("2525", "9525", "25", "9465", "587")}
     core, edge = re.split(r"\n(?=fumi-edge)", other_ports(SERVE, ports))
     programs.start("sh", "-c", f"PATH={PATH} exec {core.strip()}", port=ports["2525"])
     programs.start("sh", "-c", f"PATH={PATH} exec {edge.strip()}", port=ports["9465"])
@@ -67,6 +68,51 @@ def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certific
     (programs.directory / "core.toml").write_text(other_ports(config, others))
     for program in ("core", "edge"):
         sh(f"fumi-{program} --config {program}.toml --check", programs.directory)
+
+
+def test_users_hand_in_their_mail_and_nobody_else_does(programs: Any, certificate: tuple[Path, Path]) -> None:
+    for path in certificate:
+        (programs.directory / path.name).write_bytes(path.read_bytes())
+    said = programs.run("sh", "-euc", USERS, given=b"secret\n", PATH=PATH)
+    assert (said, stat.S_IMODE((programs.directory / "users").stat().st_mode)) == ("", 0o600)
+    ports = {port: programs.free_port() for port in ("2587", "10025", "465", "587")}
+    core, edge = re.split(r"\n(?=fumi-edge)", other_ports(SUBMIT, ports))
+    queue = ["--proxy-protocol", "off", "--deliver", "maildir:./queue"]
+    programs.start(
+        programs.bin / "fumi-core", "--listen", f"127.0.0.1:{ports['10025']}", *queue, port=ports["10025"], log="queue.log"
+    )
+    programs.start("sh", "-c", f"PATH={PATH} exec {core.strip()}", port=ports["2587"])
+    programs.start("sh", "-c", f"PATH={PATH} exec {edge.strip()}", port=ports["587"])
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    with smtplib.SMTP_SSL("localhost", ports["465"], context=context) as smtp:
+        with pytest.raises(smtplib.SMTPSenderRefused):
+            smtp.sendmail("joe@example.org", ["b@elsewhere.example"], "Subject: hi\r\n\r\nhi\r\n")
+        smtp.login("joe", "secret")
+        smtp.sendmail("joe@example.org", ["b@elsewhere.example"], "Subject: hi\r\n\r\nhi\r\n")
+    with smtplib.SMTP("localhost", ports["587"]) as smtp:
+        smtp.ehlo()
+        assert smtp.mail("joe@example.org")[0] == 530
+        smtp.starttls(context=context)
+        smtp.login("joe", "secret")
+        smtp.sendmail("joe@example.org", ["b@elsewhere.example"], "Subject: hi\r\n\r\nhi\r\n")
+    assert len(list((programs.directory / "queue" / "new").iterdir())) == 2
+
+
+def test_the_certificates_that_it_names_are_taken(programs: Any, certificate: tuple[Path, Path]) -> None:
+    text = (ROOT / "README.md").read_text()
+    (make,) = re.findall(r"`(ops/certs/dev-ca [^`]+)`", text)
+    (dev, letsencrypt) = re.findall(r"`(--cert [/a-z]\S+)`", text)[::-1]
+    (programs.directory / "ops").symlink_to(ROOT / "ops")
+    sh(make, programs.directory)
+    live = programs.directory / "etc" / "letsencrypt" / "live" / "localhost"
+    live.mkdir(parents=True)
+    for path, name in zip(certificate, ("fullchain.pem", "privkey.pem"), strict=True):
+        assert f"`{name}`" in text
+        (live / name).write_bytes(path.read_bytes())
+    for flags in (dev, letsencrypt.replace("/etc", "etc")):
+        port = programs.free_port()
+        command = f"PATH={PATH} exec fumi-edge {flags} --backend 127.0.0.1:1 --listen 127.0.0.1:{port}"
+        programs.start("sh", "-c", command, port=port)
 
 
 @pytest.mark.parametrize("other", [HAPROXY, STUNNEL], ids=["haproxy", "stunnel"])

@@ -6,8 +6,11 @@ import grp
 import os
 import pwd
 import re
+import signal
 import smtplib
 import ssl
+import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +147,7 @@ def test_two_services_keep_clients_with_a_certificate_apart(
 
 
 def test_it_may_run_as_somebody_else(programs: Any, stunnel: Start) -> None:
-    entry = pwd.getpwnam("nobody") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+    entry = pwd.getpwnam(re.findall(r"FUMI_USER=(\w+)", README)[0]) if os.getuid() == 0 else pwd.getpwuid(os.getuid())
     port = programs.free_port()
     own = {"USER": entry.pw_name, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
     process = stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", **own)
@@ -155,6 +158,50 @@ def test_it_may_run_as_somebody_else(programs: Any, stunnel: Start) -> None:
 
     # The ports come first.
     programs.until(lambda: ids() == [str(entry.pw_uid), str(entry.pw_gid)], "its becoming somebody else")
+
+
+def test_a_reload_takes_a_new_certificate_that_its_user_can_read_and_ends_no_session(
+    programs: Any, fumi_core: Start, certificate: tuple[Path, Path], trusting: ssl.SSLContext
+) -> None:
+    core, _ = fumi_core("--assume-tls")
+    port = programs.free_port()
+    entry = pwd.getpwnam(re.findall(r"FUMI_USER=(\w+)", README)[0]) if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+    # Somewhere that this user can get to, which pytest's directories are not.
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        pem, conf = directory / "fumi.pem", directory / "stunnel.conf"
+
+        def renew(text: bytes) -> None:
+            pem.write_bytes(text)
+            pem.chmod(0o600)
+            os.chown(pem, entry.pw_uid, -1)
+
+        renew(certificate[0].with_name("both.pem").read_bytes())
+        text = (DIRECTORY / "implicit-tls.conf").read_text()
+        group = grp.getgrgid(entry.pw_gid).gr_name
+        here = {
+            ":::465": f"127.0.0.1:{port}",
+            "127.0.0.1:2525": f"127.0.0.1:{core}",
+            "/etc/fumi/fumi.pem": str(pem),
+            "setuid = root": f"setuid = {entry.pw_name}",
+            "setgid = root": f"setgid = {group}",
+        }
+        for before, after in here.items():
+            assert before in text
+            text = text.replace(before, after)
+        conf.write_text(text)
+        process = programs.start("stunnel", conf, port=port)
+        with smtplib.SMTP_SSL("localhost", port, context=trusting) as smtp:
+            curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+            files = ["-keyout", directory / "new.key", "-out", directory / "new.pem"]
+            programs.run("openssl", "req", "-x509", "-nodes", *curve, "-subj", "/CN=new", *files)
+            new = (directory / "new.pem").read_text()
+            renew(new.encode() + (directory / "new.key").read_bytes())
+            process.send_signal(signal.SIGHUP)
+            programs.until(lambda: ssl.get_server_certificate(("127.0.0.1", port)) == new, "the new certificate")
+            smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
+    assert len(stored(programs, "core")) == 1
 
 
 # The README's commands
@@ -171,6 +218,7 @@ def test_the_commands_of_the_readme_do_what_it_says(
     (programs.directory / "client-ca.pem").write_bytes(client_certificate.ca.read_bytes())
     (programs.directory / "stunnel").symlink_to(DIRECTORY)
     programs.run("sh", "-euc", COMMANDS[0])
+    assert stat.S_IMODE((programs.directory / "fumi.pem").stat().st_mode) == 0o600
     free = {port: programs.free_port() for port in ("465", "10465", *re.findall(r":(\d+)", block))}
     fronts = [free["465"], free["10465"]]
     environment = [f"FUMI_LISTEN_{number}=127.0.0.1:{port}" for number, port in enumerate(fronts, 1)]

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from prometheus_client import CollectorRegistry
 
-from fumi_core import builtin
+from fumi_core import builtin, mail_log
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
@@ -134,6 +134,8 @@ class CoreWork:
             target = self._target_for(settings["deliver"] or DELIVER)
             wanted = {flag for flag in _OPTIONS if settings[flag] not in (None, ())}
         if settings["users"]:
+            if not settings["app"]:
+                app.use(mail_log.authentications)
             app.use(_users(settings["users"]))
         elif settings["auth_required"] and not settings["app"]:
             raise SettingError("--auth-required needs --users FILE: nobody could send mail")

@@ -1,0 +1,91 @@
+"""The built-in app's log of mail: a line for each message, each sender or recipient that was refused, each failed authentication.
+
+An app of one's own logs what it likes, for example with ``plugins.logger()``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import AuthContext, Context, DataContext, MailContext, RcptContext
+from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.middleware import Next
+from fumi_core.runtime.logs import event
+from fumi_core.session import Address
+
+_log = logging.getLogger("fumi.core.mail")
+
+NAMED = 10
+"""Recipients of a message that its line names; of the others it says how many there are."""
+
+
+def authentications(app: Fumi) -> None:
+    """Log those that fail, without the name: people type passwords there. To be used before the handler that knows them."""
+
+    async def auth(ctx: AuthContext, next: Next) -> None:
+        try:
+            await next()
+        finally:
+            if not ctx.accepted:
+                _tell(ctx, "authentication failed", method=ctx.credentials.method)
+
+    app.on_auth(auth)
+
+
+def transactions(app: Fumi) -> None:
+    """Log messages, and who was refused; to be used before all others that may refuse."""
+
+    async def mail_from(ctx: MailContext, next: Next) -> None:
+        try:
+            await next()
+        except SMTPError as error:
+            _tell(ctx, "sender refused", error, **{"from": _path(ctx.address)})
+            raise
+
+    async def rcpt_to(ctx: RcptContext, next: Next) -> None:
+        try:
+            await next()
+        except SMTPError as error:
+            _tell(ctx, "recipient refused", error, **{"from": _path(ctx.session.envelope.mail_from)}, to=ctx.address.address)
+            raise
+
+    async def data(ctx: DataContext, next: Next) -> None:
+        envelope = ctx.session.envelope
+        fields = {"from": _path(envelope.mail_from), "to": _names(envelope.rcpt_to), "user": ctx.session.user}
+        try:
+            await next()
+        except MessageAborted:
+            # The client has gone; the line of its session says so.
+            raise
+        except SMTPError as error:
+            _tell(ctx, "message refused", error, **fields, size=ctx.stream.size)
+            raise
+        if ctx.size_exceeded:
+            _tell(ctx, "message refused", **fields, size=ctx.stream.size, code=552)
+        elif len(ctx.rejected) == len(envelope.rcpt_to):
+            _tell(ctx, "message refused", *list(ctx.rejected.values())[:1], **fields, size=ctx.stream.size)
+        else:
+            refused = _names([Address(each, {}) for each in ctx.rejected]) or None
+            _tell(ctx, "message accepted", **fields, size=ctx.stream.size, reply=ctx.accepted, refused=refused)
+
+    app.on_mail_from(mail_from)
+    app.on_rcpt_to(rcpt_to)
+    app.on_data(data)
+
+
+def _tell(ctx: Context, words: str, error: SMTPError | None = None, /, **fields: object) -> None:
+    session = ctx.session
+    if error is not None:
+        fields |= {"code": error.code, "reply": error.message}
+    event(_log, logging.INFO, words, id=session.id, client=session.remote_address, **fields)
+
+
+def _path(address: Address | None) -> str:
+    return (address.address if address else "") or "<>"
+
+
+def _names(addresses: Sequence[Address]) -> str:
+    named = ",".join(each.address for each in addresses[:NAMED])
+    return named if len(addresses) <= NAMED else f"{named},and {len(addresses) - NAMED} more"

@@ -1,0 +1,101 @@
+"""What the built-in app's log says of mail, and what it does not."""
+
+from __future__ import annotations
+
+import base64
+import json
+import smtplib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(sys.executable).with_name("fumi-core")
+Log = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def core(tmp_path: Path, free_port: Callable[[], int], eventually: Any) -> Iterator[Callable[..., tuple[int, Log]]]:
+    """Starts fumi-core with these flags; gives its port, and what gives the events of a name in its log."""
+    running = []
+
+    def start(*flags: str) -> tuple[int, Log]:
+        port, path = free_port(), tmp_path / "log"
+        command = [PROGRAM, "--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--log-format", "json", *flags]
+        with path.open("w") as output:
+            running.append(subprocess.Popen(command, stderr=output, cwd=tmp_path))
+
+        def log(name: str) -> list[dict[str, Any]]:
+            return [entry for entry in map(json.loads, path.read_text().splitlines()) if entry["event"] == name]
+
+        def found(name: str) -> list[dict[str, Any]]:
+            eventually(lambda: bool(log(name)))
+            return log(name)
+
+        found("listening")
+        return port, found
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_message_leaves_a_line_that_names_it(core: Any, tmp_path: Path) -> None:
+    port, log = core("--deliver", "maildir:inbox")
+    with smtplib.SMTP("127.0.0.1", port) as client:
+        client.sendmail("ann@example.com", ["joe@example.org", "eve@example.org"], "Subject: x\r\n\r\nsecret words\r\n")
+    (line,) = log("message accepted")
+    (name,) = [path.name for path in (tmp_path / "inbox" / "new").iterdir()]
+    assert line["logger"] == "fumi.core.mail"
+    assert (line["from"], line["to"], line["client"]) == ("ann@example.com", "joe@example.org,eve@example.org", "127.0.0.1")
+    assert line["reply"] == f"2.0.0 Ok: queued as {name}" or name in line["reply"]
+    assert line["size"] == len("Subject: x\r\n\r\nsecret words\r\n")
+    (session,) = log("session ended")
+    assert line["id"] == session["id"]
+    assert "secret" not in (tmp_path / "log").read_text()
+
+
+def test_who_is_refused_is_named_with_the_reason(core: Any) -> None:
+    port, log = core("--deliver", "maildir:inbox", "--domain", "example.org", "--size", "1000")
+    with smtplib.SMTP("127.0.0.1", port) as client:
+        client.ehlo()
+        client.mail("")
+        client.rcpt('"forged line" INFO@elsewhere.example')
+        client.rcpt("joe@elsewhere.example")
+        client.rcpt("joe@example.org")
+        assert client.data("x" * 2000)[0] == 552
+    (line,) = log("recipient refused")
+    assert (line["from"], line["to"], line["code"], line["reply"]) == (
+        "<>",
+        "joe@elsewhere.example",
+        550,
+        "5.7.1 Relay access denied",
+    )
+    (line,) = log("message refused")
+    assert (line["to"], line["code"]) == ("joe@example.org", 552)
+
+
+def test_of_many_recipients_some_are_named(core: Any) -> None:
+    port, log = core("--deliver", "maildir:inbox")
+    with smtplib.SMTP("127.0.0.1", port) as client:
+        client.sendmail("ann@example.com", [f"{number}@example.org" for number in range(13)], "x\r\n")
+    (line,) = log("message accepted")
+    assert line["to"].endswith("9@example.org,and 3 more")
+
+
+def test_a_failed_login_is_told_with_its_client_and_nothing_that_was_typed(core: Any, tmp_path: Path) -> None:
+    done = subprocess.run([PROGRAM, "--hash-password"], input=b"secret\n", capture_output=True, check=True)
+    (tmp_path / "users").write_text(f"joe:{done.stdout.decode().strip()}\n")
+    port, log = core("--deliver", "discard:", "--users", "users", "--allow-insecure-auth")
+    with smtplib.SMTP("127.0.0.1", port) as client:
+        client.ehlo()
+        for password, code in (("typed-wrong", 535), ("secret", 235)):
+            words = base64.b64encode(f"\0joe\0{password}".encode()).decode()
+            assert client.docmd("AUTH", "PLAIN " + words)[0] == code
+    (line,) = log("authentication failed")
+    assert (line["client"], line["method"]) == ("127.0.0.1", "PLAIN")
+    assert "typed-wrong" not in (tmp_path / "log").read_text()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fumi_edge.pem import Certificate, CertificateError, Pair, Source, load
+from fumi_edge.pem import Certificate, CertificateError, Pair, Source, is_path, label, load
 from fumi_edge.policy import IGNORE_UNEXPECTED_EOF, Policy, TLSSocket
 from fumi_edge.sources import Stamp, find, stamp
 
@@ -85,6 +85,11 @@ class Certificates:
     def stamp(self) -> Stamp:
         """Equal as long as nothing happens to any of the files."""
         return stamp(self._current.sources, self._policy.client_ca)
+
+    def files(self) -> list[str]:
+        """The paths of the files and directories that are read at a renewal."""
+        pairs = [*self._current.sources, *(entry.pair for entry in self.entries), Pair(self._policy.client_ca or b"")]
+        return list(dict.fromkeys(label(each) for pair in pairs for each in pair if each is not None and is_path(each)))
 
     def read(self) -> Reading:
         """Read all files anew, and change nothing yet: this may be done in another thread.

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.logs import event, failure
 from fumi_edge.certificates import Certificates
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.pem import Certificate, date
@@ -49,18 +50,26 @@ class Reloader:
         """Read everything anew, changed or not, and say again what is wrong."""
         async with self._lock:
             self._reported = set()
-            await self._read(await self._stamp())
+            await self._look(always=True)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
-            try:
-                async with self._lock:
-                    if (stamp := await self._stamp()) != self._seen:
-                        await self._read(stamp)
-            except Exception:
-                # A fault of ours must not be the last look that is taken.
-                log.exception("reload failed")
+            async with self._lock:
+                await self._look()
+
+    async def _look(self, always: bool = False) -> None:
+        try:
+            stamp = await self._stamp()
+            if always or stamp != self._seen:
+                await self._read(stamp)
+        except Exception as error:
+            # Neither the system's trouble nor a fault of ours must be the last look that is taken.
+            self._metrics.certificate_reloads["failed"].inc()
+            if isinstance(error, OSError):
+                self._complain(logging.ERROR, "reload failed", [str(error)])
+            else:
+                failure(log, "reload failed", error)
 
     async def _stamp(self) -> Stamp:
         # In a thread, as the reading: a file system may hang, and mail is not to wait for it.
@@ -76,9 +85,13 @@ class Reloader:
             stamp = await self._stamp()
         self._seen = stamp
         results["failed" if complaints else "ok"].inc()
+        self._complain(logging.WARNING, "certificate not loaded", complaints)
+
+    def _complain(self, level: int, words: str, complaints: Sequence[str]) -> None:
+        """Say what was not said last time."""
         for complaint in complaints:
             if complaint not in self._reported:
-                event(log, logging.WARNING, "certificate not loaded", detail=complaint)
+                event(log, level, words, detail=complaint)
         self._reported = set(complaints)
 
     async def _install(self) -> list[str]:

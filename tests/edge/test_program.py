@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -296,6 +297,43 @@ def test_root_becomes_the_user_for_good(backend, edge, clients, kit, tmp_path, c
         ids = [line.split()[1:] for line in status.splitlines() if line.startswith(("Uid:", "Gid:"))]
         nobody = pwd.getpwnam("nobody")
         assert ids == [[str(nobody.pw_uid)] * 4, [str(nobody.pw_gid)] * 4]
+
+
+@pytest.fixture
+def public(certificate):
+    """A certificate that everybody can read, and its key that only the owner can; pytest's directories are for nobody else."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        cert, key = Path(name, "cert.pem"), Path(name, "key.pem")
+        for source, path, mode in ((certificate[0], cert, 0o644), (certificate[1], key, 0o600)):
+            path.write_bytes(source.read_bytes())
+            path.chmod(mode)
+        yield cert, key
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, public, workers):
+    server, (open_to_all, secret) = backend(), public
+    program = edge("--user", "nobody", *workers, backend=server, certs=("--cert", open_to_all, "--key", secret))
+    (line,) = program.events("no renewal without a restart")
+    assert (line["level"], line["user"], line["unreadable"]) == ("warning", "nobody", str(secret))
+    secret.chmod(0o644)
+    assert edge("--user", "nobody", backend=server, certs=("--cert", open_to_all, "--key", secret)).events(line["event"]) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients, kit, certificate):
+    """A name is resolved and files are looked at in threads, and asyncio imports what it needs for those when it has to."""
+    server = backend()
+    port = server.address.rpartition(":")[2]
+    program = edge("--user", "nobody", "--cert-reload-interval", "0", backend=f"localhost:{port}")
+    assert "concurrent.futures.thread" in subprocess.check_output(
+        [sys.executable, "-c", "import fumi_edge.program, sys; print(*sys.modules)"], text=True
+    )
+    assert clients.tls(program.tls_port).line().startswith(b"220")
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: program.events("reloaded"), "the reload")
 
 
 def test_a_user_that_is_not_there_is_an_error(flags):

@@ -112,6 +112,11 @@ def main(
                 raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
             if workers != 1 or user:
                 raise SettingError("--dev is one process, and yours: leave out --workers and --user")
+            if flags["accept_proxy"] or flags["hide_starttls"]:
+                raise SettingError(
+                    "--dev prints commands for clients that come themselves and look for STARTTLS: leave out"
+                    " --accept-proxy and --hide-starttls"
+                )
             directory = stack.enter_context(dev.directory())
             flags |= dev.defaults(flags, directory)
         edge = _edge(flags)
@@ -153,6 +158,9 @@ def _edge(flags: dict[str, Any]) -> Edge:
         raise SettingError(str(error)) from None
     if not flags["listen"] and not flags["starttls_listen"]:
         flags["listen"] = passed() or [parse_address(":465")]
+    for name in ("require_tls", "hide_starttls"):
+        if flags[name] and not flags["starttls_listen"]:
+            raise SettingError(f"--{name.replace('_', '-')} is for STARTTLS listeners: add --starttls-listen, or leave it out")
     balancers = Networks(trusted or LOOPBACK) if accepts else None
     backends = [Remote(address) for address in dict.fromkeys(flags.pop("backend"))]
     return Edge(certificates=certificates, backends=backends, balancers=balancers, **flags)

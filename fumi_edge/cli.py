@@ -192,6 +192,8 @@ def _places(flags: dict[str, Any]) -> list[Place]:
 def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user: str | None) -> None:
     """Exit with status 2 and what is wrong, in one line."""
     problems = [*edge.certificates.problems(time.time())]
+    if mismatch := edge.certificates.mismatch():
+        problems.append(mismatch)
     looked = look(_places(flags))
     problems += looked.problems
     if user:

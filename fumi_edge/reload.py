@@ -37,6 +37,9 @@ class Reloader:
     def start(self) -> None:
         for entry in self._certificates.entries:
             self._warn(entry)
+        self._tell_skipped(())
+        if mismatch := self._certificates.mismatch():
+            event(log, logging.WARNING, "no cipher for the certificates", detail=mismatch)
         if self._interval:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
@@ -95,7 +98,7 @@ class Reloader:
         self._reported = set(complaints)
 
     async def _install(self) -> list[str]:
-        before = self._certificates.entries
+        before, skipped = self._certificates.entries, self._certificates.skipped
         reading = await asyncio.to_thread(self._certificates.read)
         self._certificates.install(reading)
         self._publish()
@@ -103,10 +106,15 @@ class Reloader:
         for entry in [each for each in now if each not in before]:
             event(log, logging.INFO, "certificate loaded", name=entry.name, file=str(entry.pair), expires=date(entry.not_after))
             self._warn(entry)
+        self._tell_skipped(skipped)
         kept = {each.pair for each in now}
         for entry in [each for each in before if each.pair not in kept]:
             event(log, logging.INFO, "certificate dropped", name=entry.name, file=str(entry.pair))
         return reading.complaints
+
+    def _tell_skipped(self, before: Sequence[str]) -> None:
+        for line in [each for each in self._certificates.skipped if each not in before]:
+            event(log, logging.INFO, "certificate skipped", detail=line)
 
     def _publish(self) -> None:
         self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.entries)

@@ -288,10 +288,27 @@ def test_no_handshake_fails_in_a_minute_of_swaps(backend, edge, authority, files
     assert seen == {serial(cert) for cert, _ in pairs}
 
 
+def test_what_serves_nobody_is_said_at_the_start(backend, edge, make_authority, tmp_path):
+    authority = make_authority("An authority")
+    both = tmp_path / "localhost.pem"
+    both.write_text("".join(path.read_text() for path in authority.issue("localhost")))
+    shutil.copy(authority.path, tmp_path)
+    server = backend()
+    ciphers = ("--ciphers", "ECDHE-RSA-AES128-GCM-SHA256")
+    program = edge(*ciphers, backend=server, certs=("--cert", tmp_path))
+    (skipped,), (mismatch,) = program.events("certificate skipped"), program.events("no cipher for the certificates")
+    assert (skipped["level"], mismatch["level"]) == ("info", "warning")
+    assert skipped["detail"].startswith(f"{tmp_path}/ca.pem: holds no private key")
+    command = [program.process.args[0], "--cert", tmp_path, "--backend", server.address, *ciphers, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (2, f"Error: {mismatch['detail']}\n")
+
+
 class Troubled:
     """Certificates whose files cannot be looked at for a while."""
 
-    entries = ()
+    entries = skipped = ()
+    mismatch = staticmethod(lambda: None)
 
     def __init__(self, *troubles):
         self.troubles = list(troubles)

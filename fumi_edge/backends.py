@@ -137,7 +137,7 @@ class Backends:
         self._timeout = connect_timeout
         self._balance = balance
         self._turn = -1
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: set[asyncio.Task[bytes]] = set()
 
     def problem(self) -> str | None:
         """Why no backend is up, as far as the checks know, or None."""

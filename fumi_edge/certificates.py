@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fumi_edge.pem import Certificate, CertificateError, Pair, Source, load
+from fumi_edge.pem import Certificate, CertificateError, NoServer, Pair, Source, is_authority, is_path, label, load
 from fumi_edge.policy import IGNORE_UNEXPECTED_EOF, Policy, TLSSocket
 from fumi_edge.sources import Stamp, find, stamp
 
@@ -55,12 +55,16 @@ class Selection:
 
 
 class Reading(NamedTuple):
-    """What it came to when all sources were read: the certificates of each, and a line for each thing that was wrong."""
+    """What it came to when all sources were read: the certificates of each, and a line for each thing that was wrong.
+
+    ``skipped`` are the files of directories that are left alone: authorities, which serve nobody.
+    """
 
     sources: Sequence[Pair]
     groups: list[list[Certificate]]
     selection: Selection
     complaints: list[str]
+    skipped: list[str]
 
 
 class Certificates:
@@ -86,15 +90,21 @@ class Certificates:
         """Equal as long as nothing happens to any of the files."""
         return stamp(self._current.sources, self._policy.client_ca)
 
+    def files(self) -> list[str]:
+        """The paths of the files and directories that are read at a renewal."""
+        pairs = [*self._current.sources, *(entry.pair for entry in self.entries), Pair(self._policy.client_ca or b"")]
+        return list(dict.fromkeys(label(each) for pair in pairs for each in pair if each is not None and is_path(each)))
+
     def read(self) -> Reading:
         """Read all files anew, and change nothing yet: this may be done in another thread.
 
         What is wrong keeps its predecessor: a certificate whose files cannot be used any more, a directory that is gone or empty,
         a valid certificate whose new version is not. The first certificate of all stays even when a directory has lost its file.
         """
-        sources, old, selection, _ = self._current
+        sources, old, selection, *_ = self._current
         complaints: list[str] = []
-        groups = [self._renew(source, group, complaints) for source, group in zip(sources, old, strict=True)]
+        skipped: list[str] = []
+        groups = [self._renew(source, group, complaints, skipped) for source, group in zip(sources, old, strict=True)]
         default = old[0][0]
         if default.pair not in [each.pair for each in groups[0]]:
             complaints.append(f"{default.pair}: is gone; as the default certificate it stays in service until the next start")
@@ -104,7 +114,7 @@ class Certificates:
             client_ca = self._policy.read_client_ca()
         except CertificateError as error:
             complaints.append(str(error))
-        return Reading(sources, groups, self._select(groups, client_ca), complaints)
+        return Reading(sources, groups, self._select(groups, client_ca), complaints, skipped)
 
     def install(self, reading: Reading) -> None:
         """Put what was read into service, for handshakes that begin from now on; unless ``update`` has come in between."""
@@ -117,13 +127,17 @@ class Certificates:
 
     def _read_strictly(self, sources: Sequence[Pair]) -> Reading:
         complaints: list[str] = []
-        groups = [self._renew(source, [], complaints) for source in sources]
+        skipped: list[str] = []
+        groups = [self._renew(source, [], complaints, skipped) for source in sources]
         if complaints:
             raise CertificateError(complaints[0])
-        return Reading(sources, groups, self._select(groups, self._policy.read_client_ca()), [])
+        return Reading(sources, groups, self._select(groups, self._policy.read_client_ca()), [], skipped)
 
-    def _renew(self, source: Pair, old: Sequence[Certificate], complaints: list[str]) -> list[Certificate]:
-        """What one source gives now, with what it gave before in place of what is wrong."""
+    def _renew(self, source: Pair, old: Sequence[Certificate], complaints: list[str], skipped: list[str]) -> list[Certificate]:
+        """What one source gives now, with what it gave before in place of what is wrong.
+
+        In a directory an authority may lie beside what it signed: it is no fault where something else can be used.
+        """
         try:
             pairs = find(source)
         except CertificateError as error:
@@ -131,13 +145,16 @@ class Certificates:
             return list(old)
         before = {certificate.pair: certificate for certificate in old}
         found: list[Certificate] = []
+        beside: list[str] = []
         for pair in pairs:
             previous = before.get(pair)
             try:
                 found.append(self._load(pair, previous))
             except CertificateError as error:
-                complaints.append(str(error))
+                no_server = isinstance(error, NoServer) and previous is None and is_authority(pair.cert)
+                (beside if no_server else complaints).append(str(error))
                 found += [previous] if previous else []
+        (skipped if found else complaints).extend(beside)
         return found or list(old)
 
     def _load(self, pair: Pair, previous: Certificate | None) -> Certificate:
@@ -180,6 +197,21 @@ class Certificates:
         """(TLS version, cipher) for all that can be negotiated."""
         found = [(str(each["protocol"]), str(each["name"])) for each in self._front.get_ciphers()]
         return [(version, name) for version, name in found if version in ("TLSv1.2", "TLSv1.3")]
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """A line for each file of a directory that was left alone."""
+        return self._current.skipped
+
+    def mismatch(self) -> str | None:
+        """Why TLS 1.2, which the policy allows, fails with every certificate in service, or None."""
+        kinds = sorted({entry.kind for entry in self.entries})
+        auth = {str(each["auth"]) for each in self._front.get_ciphers() if each["protocol"] == "TLSv1.2"}
+        if self._policy.min_tls != "1.2" or auth & {"auth-any", *(f"auth-{kind.lower()}" for kind in kinds)}:
+            return None
+        return (
+            f"--ciphers {self._policy.ciphers}: none is for a certificate with {' or '.join(kinds)}, so TLS 1.2 cannot be spoken"
+        )
 
     def problems(self, now: float) -> list[str]:
         """A line for each certificate that is not valid at ``now`` (seconds since 1970)."""

@@ -19,6 +19,7 @@ from fumi_core.runtime.workers import run
 from fumi_edge import dev
 from fumi_edge.backends import BALANCES, Backend, greeting
 from fumi_edge.certificates import Certificates
+from fumi_edge.check import Place, clash, look, unreadable
 from fumi_edge.dialing import Remote
 from fumi_edge.edge import Edge
 from fumi_edge.emit import PROGRAMS, configuration
@@ -112,13 +113,18 @@ def main(
                 raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
             if workers != 1 or user:
                 raise SettingError("--dev is one process, and yours: leave out --workers and --user")
+            if flags["accept_proxy"] or flags["hide_starttls"]:
+                raise SettingError(
+                    "--dev prints commands for clients that come themselves and look for STARTTLS: leave out"
+                    " --accept-proxy and --hide-starttls"
+                )
             directory = stack.enter_context(dev.directory())
             flags |= dev.defaults(flags, directory)
         edge = _edge(flags)
         if user:
             _find_user(user)
         if check:
-            _check(edge, () if dev_mode else edge.backends, flags)
+            _check(edge, () if dev_mode else edge.backends, flags, user)
             return
         if dev_mode:
             # In a terminal, to close it is to stop.
@@ -153,6 +159,11 @@ def _edge(flags: dict[str, Any]) -> Edge:
         raise SettingError(str(error)) from None
     if not flags["listen"] and not flags["starttls_listen"]:
         flags["listen"] = passed() or [parse_address(":465")]
+    for name in ("require_tls", "hide_starttls"):
+        if flags[name] and not flags["starttls_listen"]:
+            raise SettingError(f"--{name.replace('_', '-')} is for STARTTLS listeners: add --starttls-listen, or leave it out")
+    if problem := clash(_places(flags)):
+        raise SettingError(problem)
     balancers = Networks(trusted or LOOPBACK) if accepts else None
     backends = [Remote(address) for address in dict.fromkeys(flags.pop("backend"))]
     return Edge(certificates=certificates, backends=backends, balancers=balancers, **flags)
@@ -171,12 +182,27 @@ def _policy(flags: dict[str, Any]) -> Policy:
         raise SettingError(f"--ciphers: {error}") from None
 
 
-def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any]) -> None:
-    """Exit with status 2 and a line for each thing that is wrong."""
-    problems: list[str | None] = [*edge.certificates.problems(time.time())]
+def _places(flags: dict[str, Any]) -> list[Place]:
+    """Everything that is to be listened on."""
+    places = [Place("--listen", address) for address in flags["listen"]]
+    places += [Place("--starttls-listen", address) for address in flags["starttls_listen"]]
+    return places + ([Place("--metrics", flags["metrics"])] if flags["metrics"] else [])
+
+
+def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user: str | None) -> None:
+    """Exit with status 2 and what is wrong, in one line."""
+    problems = [*edge.certificates.problems(time.time())]
+    if mismatch := edge.certificates.mismatch():
+        problems.append(mismatch)
+    looked = look(_places(flags))
+    problems += looked.problems
+    if user:
+        problems += [f"--user {user} cannot read {path}" for path in unreadable(user, edge.certificates.files())]
     for backend in backends:
         trouble = probe(backend.destination, flags["connect_timeout"], greeting(flags["proxy_protocol"]))
-        problems.append(trouble and f"backend {backend.name}: {trouble}")
-    if found := [problem for problem in problems if problem]:
-        raise SettingError("\n       ".join(found))
+        problems += [f"backend {backend.name}: {trouble}"] if trouble else []
+    for address in looked.taken:
+        click.echo(f"{address} is taken: by an edge that runs, or by another program")
+    if problems:
+        raise SettingError("; ".join(problems))
     click.echo("everything is in order")

@@ -175,6 +175,7 @@ class Connection:
             if error.silent:
                 # A balancer that looks whether the port is open.
                 self._level = logging.DEBUG
+                self._unnamed = True
                 raise Ended("client_closed") from None
             self._service.metrics.rejected["proxy_header"].inc()
             raise Ended("proxy_header") from None
@@ -264,9 +265,14 @@ class Connection:
             self.received, self.sent = negotiation.received, negotiation.sent
 
     def _decide(self, result: str) -> None:
-        """Count, once, what has become of a STARTTLS port's client; whoever gets nowhere was refused."""
+        """Count, once, what has become of a STARTTLS port's client; whoever gets nowhere was refused.
+
+        A balancer's check, which never upgrades, is no client that was content with plaintext.
+        """
         if self._undecided:
             self._undecided = False
+            if self._unnamed and result in ("plaintext", "refused"):
+                return
             self._service.metrics.starttls[result].inc()
 
     def _retire(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.logs import event
-from fumi_edge.readiness import readable, send_all, writable
+from fumi_edge.readiness import receive, send_all, writable
 
 log = logging.getLogger("fumi.edge.backends")
 
@@ -161,21 +161,24 @@ async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: 
     await send_all(loop, sock, opening)
 
 
-async def quit_and_close(sock: socket.socket) -> None:
-    """Say QUIT and wait for the other side to close first, so that it keeps the TIME_WAIT (RFC 9293 §3.6) and we the port."""
+async def quit_and_close(sock: socket.socket, timeout: float = FAREWELL) -> bytes:
+    """Say QUIT and wait for the other side to close first, so that it keeps the TIME_WAIT (RFC 9293 §3.6) and we the port.
+
+    Returns the beginning of what it said in these ``timeout`` seconds.
+    """
     loop = asyncio.get_running_loop()
+    said = b""
     try:
-        async with asyncio.timeout(FAREWELL):
+        async with asyncio.timeout(timeout):
             await send_all(loop, sock, b"QUIT\r\n")
-            while True:
-                await readable(loop, sock.fileno())
-                if not sock.recv(4096):
-                    break
+            while data := await receive(loop, sock, 4096):
+                said += data if len(said) < 4096 else b""
     except OSError:
         # It is gone, or does not go: either way there is nothing more to say to it.
         pass
     finally:
         sock.close()
+    return said
 
 
 def reason_of(error: OSError) -> str:

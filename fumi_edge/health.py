@@ -1,4 +1,7 @@
-"""Health checks of backends: connect, send the header of a connection of our own, want a 220, say QUIT.
+"""Health checks of backends: connect, send the header of a connection of our own, want a 220, say QUIT, want no error.
+
+A server that knows no PROXY protocol greets like any other, and takes the header for commands: only what it answers behind its
+banner gives it away.
 
 They run in the edge's loop, one at a time for each backend, and a little out of step so that many edges do not come all at once.
 """
@@ -10,7 +13,7 @@ import random
 import socket
 
 from fumi_edge.backends import Backend, Backends
-from fumi_edge.dialing import OURS, Destination, quit_and_close, reason_of
+from fumi_edge.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of
 from fumi_edge.readiness import receive
 from fumi_edge.starttls import Replies
 
@@ -22,13 +25,16 @@ RECOVERY = 5.0
 """Seconds between checks of a backend that is down, unless the interval is shorter."""
 JITTER = 0.1
 
+_EXPECTANT = "; or it waits for a PROXY header"
+_IGNORANT = "the PROXY header; does it know the PROXY protocol? else --proxy-protocol off"
+
 
 class BadBanner(Exception):
-    """A backend that can be connected to, and does not greet with 220; the text says what it does."""
+    """A backend that can be connected to, and does not greet with 220, or no client could use; the text says what it does."""
 
 
-async def greeted(destination: Destination, timeout: float, opening: bytes) -> socket.socket:
-    """A connection that was greeted with 220. ``timeout`` seconds to connect, and again for the banner.
+async def check(destination: Destination, timeout: float, opening: bytes) -> None:
+    """One check: ``timeout`` seconds to connect, again for the banner, and again to take leave.
 
     Raises BadBanner, or OSError when no connection came about.
     """
@@ -36,34 +42,41 @@ async def greeted(destination: Destination, timeout: float, opening: bytes) -> s
     sock = await destination.connect(loop, timeout, opening)
     try:
         async with asyncio.timeout(timeout):
-            banner = await _banner(loop, sock)
+            banner, behind = await _banner(loop, sock)
         if not banner.startswith(b"220"):
-            raise BadBanner(f"answered {banner[:80].decode('ascii', 'replace').strip()!r} instead of 220")
+            raise BadBanner(f"answered {_quoted(banner)} instead of 220")
     except OSError as error:
         sock.close()
-        raise BadBanner("did not answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)) from None
+        if not isinstance(error, TimeoutError):
+            raise BadBanner(error.strerror or str(error)) from None
+        raise BadBanner("did not answer in time" + ("" if opening else _EXPECTANT)) from None
     except BaseException:
         sock.close()
         raise
-    return sock
+    answer = behind + await quit_and_close(sock, min(timeout, FAREWELL))
+    if answer.startswith((b"4", b"5")):
+        raise BadBanner(f"answered {_quoted(answer)} to {_IGNORANT if opening else 'QUIT'}")
 
 
-async def _banner(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
+async def _banner(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> tuple[bytes, bytes]:
+    """The banner, and what came behind it."""
     replies = Replies()
     while data := await receive(loop, sock, 4096):
         if (banner := replies.feed(data)) is not None:
-            return banner
+            return banner, replies.rest
     raise BadBanner("closed the connection without a banner")
+
+
+def _quoted(reply: bytes) -> str:
+    """The first line of a reply, for people."""
+    return repr(reply.partition(b"\n")[0][:80].decode("ascii", "replace").strip())
 
 
 def probe(destination: Destination, timeout: float, opening: bytes) -> str | None:
     """One check from outside the loop: what is wrong with a backend, or None."""
 
-    async def once() -> None:
-        await quit_and_close(await greeted(destination.afresh(), timeout, opening))
-
     try:
-        asyncio.run(once())
+        asyncio.run(check(destination.afresh(), timeout, opening))
     except TimeoutError:
         return "did not answer in time"
     except OSError as error:
@@ -93,7 +106,7 @@ class Checks:
         failures = FALL - 1  # the first check decides at once
         while True:
             try:
-                self._backends.retire(await greeted(backend.destination, self._timeout, self._opening))
+                await check(backend.destination, self._timeout, self._opening)
             except BadBanner as error:
                 failures += 1
                 self._failed(backend, failures, "banner", str(error))

@@ -21,12 +21,18 @@ Source = str | bytes | os.PathLike[str]
 _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME, which ssl.VerifyFlags leaves out: an expired certificate still has facts to be read."""
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_AUTHORITY = re.compile(rb"\x06\x03\x55\x1d\x13(?:\x01\x01\xff)?\x04.\x30.\x01\x01\xff", re.DOTALL)
+"""The extension basicConstraints (RFC 5280 §4.2.1.9) with cA TRUE, in DER: Python decodes it for nobody."""
 _KEY = re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")
 _ENCRYPTED = re.compile(rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|^Proc-Type: 4,ENCRYPTED", re.MULTILINE)
 
 
 class CertificateError(Exception):
     """A certificate or key that cannot be used; the message is one line and names the file."""
+
+
+class NoServer(CertificateError):
+    """A certificate that serves nobody: it has no key, or its own words keep it from TLS servers, as an authority's do."""
 
 
 class Pair(NamedTuple):
@@ -71,7 +77,7 @@ class Certificate:
         try:
             _give(context, self.chain, self.key)
         except ssl.SSLError as error:
-            raise CertificateError(_complaint(error, self.pair)) from None
+            raise _complaint(error, self.pair) from None
 
 
 def is_path(source: Source) -> bool:
@@ -86,6 +92,15 @@ def label(source: Source) -> str:
 def holds_key(source: Source) -> bool:
     """Whether a private key is in there. Raises CertificateError."""
     return bool(_KEY.search(_read(source, "certificate")))
+
+
+def is_authority(source: Source) -> bool:
+    """Whether the first certificate in there may sign others, as most of those that signed themselves may."""
+    try:
+        first = _CERTIFICATE.search(_read(source, "certificate"))
+        return first is not None and bool(_AUTHORITY.search(ssl.PEM_cert_to_DER_cert(first[0].decode("latin-1"))))
+    except (CertificateError, ValueError):
+        return False
 
 
 def authorities(source: Source) -> str:
@@ -110,12 +125,12 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
         raise CertificateError(f"{place}: the private key is encrypted; decrypt it with openssl pkey -in OLD -out NEW")
     if not _KEY.search(key):
         hint = "; name its file with --key, or in a directory give it the same name with .key" if pair.key is None else ""
-        raise CertificateError(f"{place}: holds no private key{hint}")
+        raise NoServer(f"{place}: holds no private key{hint}")
     try:
         facts, kind = _try_out(chain, key, leaf[0].decode("latin-1"))
         return Certificate(pair, _names(facts), _seconds(facts["notBefore"]), _seconds(facts["notAfter"]), kind, chain, key)
     except ssl.SSLError as error:
-        raise CertificateError(_complaint(error, pair)) from None
+        raise _complaint(error, pair) from None
     except ValueError as error:
         raise CertificateError(f"{pair}: OpenSSL cannot read the certificate: {error}") from None
 
@@ -155,15 +170,15 @@ def _no_passphrase() -> str:
     raise ValueError("the private key is encrypted")
 
 
-def _complaint(error: ssl.SSLError, pair: Pair) -> str:
+def _complaint(error: ssl.SSLError, pair: Pair) -> CertificateError:
     key = label(pair.cert if pair.key is None else pair.key)
     reason = (error.reason or "").replace("_", " ").lower()
     if "mismatch" in reason or reason == "no certificate assigned":  # the latter when it is of another kind
-        return f"{key}: the private key does not belong to the certificate in {pair}"
+        return CertificateError(f"{key}: the private key does not belong to the certificate in {pair}")
     if "pem lib" in str(error).lower():
-        return f"{pair}: OpenSSL cannot read the certificate, or the key in {key}"
+        return CertificateError(f"{pair}: OpenSSL cannot read the certificate, or the key in {key}")
     verify = getattr(error, "verify_message", "")
-    return f"{pair}: not usable by a TLS server: {verify or reason or error}"
+    return NoServer(f"{pair}: not usable by a TLS server: {verify or reason or error}")
 
 
 def _try_out(chain: bytes, key: bytes, leaf: str) -> tuple[dict[str, Any], str]:

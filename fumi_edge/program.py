@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
 import socket
 import sys
 import time
@@ -65,6 +66,8 @@ class EdgeWork:
                 become(self._user)
             except PrivilegeError as error:
                 raise SettingError(f"--user: {error}") from None
+            if unreadable := [path for path in self._edge.certificates.files() if not os.access(path, os.R_OK)]:
+                event(self.log, logging.WARNING, "no renewal without a restart", user=self._user, unreadable=",".join(unreadable))
 
     def unbind(self) -> None:
         self._edge.unbind()

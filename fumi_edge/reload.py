@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.logs import event, failure
 from fumi_edge.certificates import Certificates
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.pem import Certificate, date
@@ -36,6 +37,9 @@ class Reloader:
     def start(self) -> None:
         for entry in self._certificates.entries:
             self._warn(entry)
+        self._tell_skipped(())
+        if mismatch := self._certificates.mismatch():
+            event(log, logging.WARNING, "no cipher for the certificates", detail=mismatch)
         if self._interval:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
@@ -49,18 +53,26 @@ class Reloader:
         """Read everything anew, changed or not, and say again what is wrong."""
         async with self._lock:
             self._reported = set()
-            await self._read(await self._stamp())
+            await self._look(always=True)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
-            try:
-                async with self._lock:
-                    if (stamp := await self._stamp()) != self._seen:
-                        await self._read(stamp)
-            except Exception:
-                # A fault of ours must not be the last look that is taken.
-                log.exception("reload failed")
+            async with self._lock:
+                await self._look()
+
+    async def _look(self, always: bool = False) -> None:
+        try:
+            stamp = await self._stamp()
+            if always or stamp != self._seen:
+                await self._read(stamp)
+        except Exception as error:
+            # Neither the system's trouble nor a fault of ours must be the last look that is taken.
+            self._metrics.certificate_reloads["failed"].inc()
+            if isinstance(error, OSError):
+                self._complain(logging.ERROR, "reload failed", [str(error)])
+            else:
+                failure(log, "reload failed", error)
 
     async def _stamp(self) -> Stamp:
         # In a thread, as the reading: a file system may hang, and mail is not to wait for it.
@@ -76,13 +88,17 @@ class Reloader:
             stamp = await self._stamp()
         self._seen = stamp
         results["failed" if complaints else "ok"].inc()
+        self._complain(logging.WARNING, "certificate not loaded", complaints)
+
+    def _complain(self, level: int, words: str, complaints: Sequence[str]) -> None:
+        """Say what was not said last time."""
         for complaint in complaints:
             if complaint not in self._reported:
-                event(log, logging.WARNING, "certificate not loaded", detail=complaint)
+                event(log, level, words, detail=complaint)
         self._reported = set(complaints)
 
     async def _install(self) -> list[str]:
-        before = self._certificates.entries
+        before, skipped = self._certificates.entries, self._certificates.skipped
         reading = await asyncio.to_thread(self._certificates.read)
         self._certificates.install(reading)
         self._publish()
@@ -90,10 +106,15 @@ class Reloader:
         for entry in [each for each in now if each not in before]:
             event(log, logging.INFO, "certificate loaded", name=entry.name, file=str(entry.pair), expires=date(entry.not_after))
             self._warn(entry)
+        self._tell_skipped(skipped)
         kept = {each.pair for each in now}
         for entry in [each for each in before if each.pair not in kept]:
             event(log, logging.INFO, "certificate dropped", name=entry.name, file=str(entry.pair))
         return reading.complaints
+
+    def _tell_skipped(self, before: Sequence[str]) -> None:
+        for line in [each for each in self._certificates.skipped if each not in before]:
+            event(log, logging.INFO, "certificate skipped", detail=line)
 
     def _publish(self) -> None:
         self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  asyncio imports it with its first thread, when the user may not read the library
 import os
 import pwd
 

@@ -403,6 +403,44 @@ def test_a_backend_that_greets_with_something_else_gets_nobody(backend, edge, se
     assert counts(sick, well) == [1, 5]
 
 
+IGNORANT = "does it know the PROXY protocol? else --proxy-protocol off"
+
+
+@pytest.mark.parametrize(
+    ("version", "answers", "words"),
+    [
+        ("v2", b"500 5.5.2 Error: bad syntax\r\n221 2.0.0 Bye\r\n", "the PROXY header; " + IGNORANT),
+        ("v1", b"502 5.5.2 Error: command not recognized\r\n", "the PROXY header; " + IGNORANT),
+        ("off", b"421 4.3.2 shutting down\r\n", "QUIT"),
+    ],
+)
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, edge, kit, version, answers, words, together):
+    """It greets, as one that knows no PROXY protocol does; and no client could talk to it."""
+
+    def handler(peer):
+        peer.say(b"220 hi\r\n" + (answers if together else b""))
+        while b"QUIT\r\n" not in (line := peer.line()):
+            assert line
+        peer.say(b"221 bye\r\n" if together else answers)
+
+    server = backend(handler, proxy=False)
+    program = edge("--health-interval", "0.05", "--proxy-protocol", version, backend=server)
+    kit.until(lambda: up(program, server) == 0, "the fall")
+    detail = f"answered {answers.split(bytes((13,)))[0].decode()!r} to {words}"
+    assert program.fetch("/readyz") == (503, f"backend {server.address}: {detail}\n")
+    assert errors(program, server, "banner") >= 1
+    (failed,) = program.events("backend failed")
+    assert (failed["reason"], failed["detail"]) == ("banner", detail)
+
+
+def test_a_backend_that_waits_for_a_header_that_is_off_is_said_to(backend, edge, kit):
+    server = backend(lambda peer: peer.rest(), proxy=False)
+    program = edge("--health-interval", "0.05", "--connect-timeout", "0.1", "--proxy-protocol", "off", backend=server)
+    kit.until(lambda: up(program, server) == 0, "the fall")
+    assert program.fetch("/readyz")[1].endswith(": did not answer in time; or it waits for a PROXY header\n")
+
+
 def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients, kit):
     """Between two checks a backend may have come back; and its own words are better than ours."""
 

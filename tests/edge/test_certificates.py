@@ -6,11 +6,13 @@ import os
 import ssl
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from fumi_edge.certificates import Certificates
 from fumi_edge.pem import CertificateError, Pair, load
+from fumi_edge.policy import Policy
 
 
 def shake_hands(certificates, name, client_context, session=None):
@@ -221,3 +223,44 @@ def test_a_key_that_may_not_be_read_is_said_so(make_certificate, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(CertificateError, match=r"key\.pem: cannot read the key: Permission denied"):
         load(Pair(cert, key))
+
+
+@pytest.fixture
+def dev(tmp_path):
+    """What ops/certs/dev-ca leaves: an authority with its key beside it, and a certificate with its key in it."""
+    dev_ca = Path(__file__).parents[2] / "ops" / "certs" / "dev-ca"
+    subprocess.run([dev_ca, tmp_path / "dev", "server", "mail.example.org"], check=True, capture_output=True)
+    return tmp_path / "dev"
+
+
+def test_an_authority_in_a_directory_is_left_alone_and_said_to_be(dev, authority):
+    for key in (dev / "ca.key", None):
+        certificates = Certificates([(dev, None)])
+        assert [entry.name for entry in certificates.entries] == ["mail.example.org"]
+        (skipped,) = certificates.skipped
+        assert skipped.startswith(f"{dev}/ca.pem: {'not usable by a TLS server' if key else 'holds no private key'}")
+        (dev / "ca.key").unlink(missing_ok=True)
+    cert, _ = authority.issue("lonely.test")
+    (dev / "lonely.pem").write_bytes(cert.read_bytes())
+    with pytest.raises(CertificateError, match=r"lonely.pem: holds no private key"):
+        Certificates([(dev, None)])  # no authority: somebody has forgotten its key
+
+
+def test_an_authority_alone_or_by_its_name_is_an_error(dev):
+    with pytest.raises(CertificateError, match=r"ca.pem: not usable by a TLS server"):
+        Certificates([(dev / "ca.pem", dev / "ca.key")])
+    (dev / "mail.example.org.pem").unlink()
+    with pytest.raises(CertificateError, match=r"ca.pem: not usable by a TLS server"):
+        Certificates([(dev, None)])
+
+
+def test_ciphers_that_no_certificate_can_use_are_found(authority):
+    ecdsa, rsa = authority.issue("a.test"), authority.issue("a.test", kind="rsa")
+    only_rsa = Policy(ciphers="ECDHE-RSA-AES128-GCM-SHA256")
+    assert Certificates([ecdsa], only_rsa).mismatch() == (
+        "--ciphers ECDHE-RSA-AES128-GCM-SHA256: none is for a certificate with ECDSA, so TLS 1.2 cannot be spoken"
+    )
+    assert Certificates([ecdsa, rsa], only_rsa).mismatch() is None
+    assert Certificates([ecdsa], Policy("1.3", ciphers=only_rsa.ciphers)).mismatch() is None
+    assert Certificates([rsa], Policy(ciphers="ECDHE-ECDSA-AES128-GCM-SHA256")).mismatch() is not None
+    assert [Certificates([each]).mismatch() for each in (ecdsa, rsa)] == [None, None]

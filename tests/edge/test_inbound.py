@@ -207,6 +207,28 @@ def test_a_balancer_that_only_looks_whether_the_port_is_open_is_no_news(behind, 
     assert program.events("connection ended") == []
 
 
+def test_a_balancers_checks_are_no_clients_without_tls(behind, clients, kit):
+    program, _ = behind()
+    own = clients.plain(program.starttls_port)
+    source, destination = own.sock.getsockname(), own.sock.getpeername()
+    own.say(ProxyHeader(1, "PROXY", "TCP4", source, destination).to_bytes())
+    local, unknown, mute, real = (clients.plain(program.starttls_port) for _ in range(4))
+    local.say(ProxyHeader(2, "LOCAL").to_bytes())
+    unknown.say(b"PROXY UNKNOWN\r\n")
+    real.say(v2())
+    mute.close()
+    for client in (own, local, unknown, real):
+        client.line()
+        client.ask(b"EHLO balancer\r\n")
+        client.ask(b"QUIT\r\n")
+        client.close()
+    listener = f"127.0.0.1:{program.starttls_port}"
+    kit.until(lambda: program.metric("fumi_edge_session_seconds_count") == 5, "the end of all")
+    assert program.metric("fumi_edge_connections_total", listener=listener) == 5
+    results = ("upgraded", "plaintext", "refused", "injection")
+    assert [program.metric("fumi_edge_starttls_total", result=result) for result in results] == [0, 1, 0, 0]
+
+
 def test_without_accept_proxy_a_header_is_nonsense(edge, backend, clients):
     program = edge(backend=backend())
     client = clients.plain(program.tls_port)

@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def run(*flags, environment=None):
 def flags(certificate):
     cert, key = certificate
     return ["--cert", str(cert), "--key", str(key), "--backend", "127.0.0.1:9", "--listen", "127.0.0.1:0"]
+
+
+@pytest.fixture
+def public(certificate):
+    """A certificate that everybody can read, and its key that only the owner can; pytest's directories are for nobody else."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        cert, key = Path(name, "cert.pem"), Path(name, "key.pem")
+        for source, path, mode in ((certificate[0], cert, 0o644), (certificate[1], key, 0o600)):
+            path.write_bytes(source.read_bytes())
+            path.chmod(mode)
+        yield cert, key
 
 
 def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certificate, tmp_path):
@@ -59,6 +72,10 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certi
             ((*flags, "--health-interval", "-1"), "--health-interval"),
             ((*flags, "--accept-proxy", "--trusted-proxy", "lb.test"), "is not a network"),
             ((*flags, "--trusted-proxy", "192.0.2.0/24"), "add --accept-proxy"),
+            ((*flags, "--require-tls"), "--require-tls is for STARTTLS listeners"),
+            ((*flags, "--hide-starttls"), "--hide-starttls is for STARTTLS listeners"),
+            (("--dev", "--accept-proxy"), "leave out --accept-proxy and --hide-starttls"),
+            (("--dev", "--hide-starttls"), "leave out --accept-proxy and --hide-starttls"),
             ((*flags, "--handshake-timeout", "soon"), "--handshake-timeout"),
             ((*flags, "--min-tls", "1.1"), "--min-tls"),
             ((*flags, "--alpn", "x" * 300), "--alpn"),
@@ -102,6 +119,63 @@ def test_check_says_what_is_wrong_or_that_nothing_is(flags, backend):
     assert run(*flags[:4], "--backend", refusing.address, "--check")[1] == [
         f"Error: backend {refusing.address}: answered '554 no' instead of 220"
     ]
+
+
+def test_check_looks_at_the_listeners(flags, backend, tmp_path):
+    flags = [*flags[:4], "--backend", backend().address]
+    (tmp_path / "file").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as mute:
+        port = taken.getsockname()[1]
+        for listener, complaint in (
+            (("--listen", "192.0.2.1:25"), "cannot listen on --listen 192.0.2.1:25: Cannot assign requested address"),
+            (("--starttls-listen", "no.such.invalid:25"), "cannot listen on --starttls-listen no.such.invalid:25: "),
+            (("--metrics", f"unix:{tmp_path}/none/sock"), f"unix:{tmp_path}/none/sock: there is no directory {tmp_path}/none"),
+            (("--listen", f"unix:{tmp_path}/file"), "something else than a socket"),
+            (("--listen", "fd:77"), "descriptor 77 is not an open socket"),
+            (("--listen", f"fd:{mute.fileno()}"), f"descriptor {mute.fileno()} is not a"),
+        ):
+            status, lines = run(*flags, *listener, "--check")
+            assert (status, len(lines)) == (2, 1)
+            assert complaint in lines[0]
+        several = ("--listen", "192.0.2.1:25", "--listen", "203.0.113.9:25")
+        assert run(*flags, *several, "--check")[1][0].count("; cannot listen on") == 1
+        # An edge that runs has it, and is to be restarted.
+        done = subprocess.run(
+            [PROGRAM, *flags, "--listen", f"127.0.0.1:{port}", "--metrics", f"unix:{tmp_path}/sock", "--check"],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        taken_by = f"127.0.0.1:{port} is taken: by an edge that runs, or by another program\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, taken_by + "everything is in order\n", "")
+    assert not (tmp_path / "sock").exists()
+
+
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
+def test_an_address_that_is_given_twice_is_an_error_that_says_so(flags, check):
+    for more, complaint in (
+        (("--listen", "127.0.0.1:4465", "--listen", "127.0.0.1:4465"), "--listen 127.0.0.1:4465 is there twice"),
+        (
+            ("--listen", "unix:sock", "--starttls-listen", "unix:sock"),
+            "--listen unix:sock and --starttls-listen unix:sock: an address can be for one of them only",
+        ),
+        (
+            ("--starttls-listen", "127.0.0.1:4465", "--metrics", ":4465"),
+            "--metrics :4465 is every address of this machine, and --starttls-listen 127.0.0.1:4465 one of them",
+        ),
+    ):
+        assert run(*flags, *more, *check) == (2, [f"Error: {complaint}"])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root has files that nobody can read")
+def test_check_says_what_the_user_cannot_read(flags, backend, public):
+    cert, key = public
+    flags = ["--cert", str(cert), "--key", str(key), "--backend", backend().address, "--listen", "127.0.0.1:0", "--check"]
+    assert run(*flags, "--user", "nobody") == (2, [f"Error: --user nobody cannot read {key}"])
+    os.chown(key, 0, pwd.getpwnam("nobody").pw_gid)
+    key.chmod(0o640)
+    assert run(*flags, "--user", "nobody") == (0, [])
+    cert.parent.chmod(0o700)
+    assert run(*flags, "--user", "nobody") == (2, [f"Error: --user nobody cannot read {cert}; --user nobody cannot read {key}"])
+    assert run(*flags, "--user", "root") == (0, [])
 
 
 def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend, edge, clients):
@@ -296,6 +370,31 @@ def test_root_becomes_the_user_for_good(backend, edge, clients, kit, tmp_path, c
         ids = [line.split()[1:] for line in status.splitlines() if line.startswith(("Uid:", "Gid:"))]
         nobody = pwd.getpwnam("nobody")
         assert ids == [[str(nobody.pw_uid)] * 4, [str(nobody.pw_gid)] * 4]
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, public, workers):
+    server, (open_to_all, secret) = backend(), public
+    program = edge("--user", "nobody", *workers, backend=server, certs=("--cert", open_to_all, "--key", secret))
+    (line,) = program.events("no renewal without a restart")
+    assert (line["level"], line["user"], line["unreadable"]) == ("warning", "nobody", str(secret))
+    secret.chmod(0o644)
+    assert edge("--user", "nobody", backend=server, certs=("--cert", open_to_all, "--key", secret)).events(line["event"]) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients, kit, certificate):
+    """A name is resolved and files are looked at in threads, and asyncio imports what it needs for those when it has to."""
+    server = backend()
+    port = server.address.rpartition(":")[2]
+    program = edge("--user", "nobody", "--cert-reload-interval", "0", backend=f"localhost:{port}")
+    assert "concurrent.futures.thread" in subprocess.check_output(
+        [sys.executable, "-c", "import fumi_edge.program, sys; print(*sys.modules)"], text=True
+    )
+    assert clients.tls(program.tls_port).line().startswith(b"220")
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: program.events("reloaded"), "the reload")
 
 
 def test_a_user_that_is_not_there_is_an_error(flags):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -12,6 +13,10 @@ import threading
 import time
 
 import pytest
+from prometheus_client import CollectorRegistry
+
+from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.reload import Reloader
 
 
 def put(certificate, cert, key):
@@ -281,3 +286,57 @@ def test_no_handshake_fails_in_a_minute_of_swaps(backend, edge, authority, files
     failures, seen = swap_under_load(program, authority, files, pairs, seconds=60, every=1, pause=0.04)
     assert failures == []
     assert seen == {serial(cert) for cert, _ in pairs}
+
+
+def test_what_serves_nobody_is_said_at_the_start(backend, edge, make_authority, tmp_path):
+    authority = make_authority("An authority")
+    both = tmp_path / "localhost.pem"
+    both.write_text("".join(path.read_text() for path in authority.issue("localhost")))
+    shutil.copy(authority.path, tmp_path)
+    server = backend()
+    ciphers = ("--ciphers", "ECDHE-RSA-AES128-GCM-SHA256")
+    program = edge(*ciphers, backend=server, certs=("--cert", tmp_path))
+    (skipped,), (mismatch,) = program.events("certificate skipped"), program.events("no cipher for the certificates")
+    assert (skipped["level"], mismatch["level"]) == ("info", "warning")
+    assert skipped["detail"].startswith(f"{tmp_path}/ca.pem: holds no private key")
+    command = [program.process.args[0], "--cert", tmp_path, "--backend", server.address, *ciphers, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (2, f"Error: {mismatch['detail']}\n")
+
+
+class Troubled:
+    """Certificates whose files cannot be looked at for a while."""
+
+    entries = skipped = ()
+    mismatch = staticmethod(lambda: None)
+
+    def __init__(self, *troubles):
+        self.troubles = list(troubles)
+        self.looks = 0
+
+    def stamp(self):
+        self.looks += 1
+        if self.looks > 1 and self.troubles:
+            raise self.troubles.pop(0)
+        return ()
+
+
+def test_a_look_that_fails_is_counted_and_not_the_last(caplog, kit):
+    certificates = Troubled(*(PermissionError(13, "Permission denied", "/k") for _ in range(3)), KeyError("ours"))
+    registry = CollectorRegistry()
+    metrics = EdgeMetrics(registry, [], "1")
+
+    async def scenario():
+        reloader = Reloader(certificates, metrics, 0.001)
+        reloader.start()
+        while certificates.looks < 8:
+            await asyncio.sleep(0.001)
+        await reloader.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert registry.get_sample_value("fumi_edge_certificate_reloads_total", {"result": "failed"}) == 4
+    # The same trouble once and in a line; what is no trouble of the system's with all there is to know.
+    assert [(record.getMessage(), bool(record.exc_info)) for record in caplog.records] == [
+        ("reload failed detail=\"[Errno 13] Permission denied: '/k'\"", False),
+        ("reload failed", True),
+    ]

@@ -1,0 +1,137 @@
+"""What can be known before anything is served: listeners that exclude each other or are not to be had, files of --user's.
+
+An address that is taken is none of these problems: most often a running edge has it, and this is the check before its restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import socket
+import stat
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from fumi_core.runtime.addresses import SocketAddress, bind
+from fumi_core.runtime.privileges import find
+
+_ACL = "system.posix_acl_access"
+
+
+class Place(NamedTuple):
+    """An address to listen on, and the flag that says so."""
+
+    flag: str
+    address: SocketAddress
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.address}"
+
+
+def clash(places: Iterable[Place]) -> str | None:
+    """Which two of them cannot both be listened on, or None."""
+    for one, other in itertools.combinations(places, 2):
+        if one.address == other.address and not _any_port(one.address):
+            if one.flag == other.flag:
+                return f"{one} is there twice"
+            return f"{one} and {other}: an address can be for one of them only"
+        for whole, part in ((one, other), (other, one)):
+            if _is_part(part.address, whole.address):
+                return f"{whole} is every address of this machine, and {part} one of them"
+    return None
+
+
+def _any_port(address: SocketAddress) -> bool:
+    return address.kind == "tcp" and not address.port
+
+
+def _is_part(part: SocketAddress, whole: SocketAddress) -> bool:
+    both_tcp = part.kind == whole.kind == "tcp"
+    return both_tcp and part.port == whole.port != 0 and bool(part.host) and not whole.host
+
+
+class Looked(NamedTuple):
+    """A line for each address that could not be listened on, and those that somebody has at the moment."""
+
+    problems: list[str]
+    taken: list[SocketAddress]
+
+
+def look(places: Iterable[Place]) -> Looked:
+    """Try all of them, without ever listening: a client would be accepted and reset."""
+    looked = Looked([], [])
+    for flag, address in places:
+        try:
+            _try(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                looked.taken.append(address)
+            else:
+                looked.problems.append(f"cannot listen on {flag} {address}: {error.strerror or error}")
+    return looked
+
+
+def _try(address: SocketAddress) -> None:
+    if address.kind == "fd":
+        for sock in bind(address):
+            sock.detach()
+    elif address.kind == "unix":
+        _try_path(os.path.abspath(address.path))
+    else:
+        host = address.host or "0.0.0.0"
+        found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, name in found:
+            with socket.socket(family, socket.SOCK_STREAM) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(name)
+
+
+def _try_path(path: str) -> None:
+    """To bind would leave a file, or take the place of one."""
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(errno.ENOENT, f"there is no directory {directory}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"no permission to write to {directory}")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "there is something else than a socket")
+
+
+def unreadable(name: str, paths: Iterable[str]) -> list[str]:
+    """Which of these files and directories a user cannot read, as far as owners and modes tell. Raises PrivilegeError."""
+    user = find(name)
+    if user.pw_uid == 0:
+        return []
+    groups = os.getgrouplist(name, user.pw_gid)
+    return [path for path in paths if not _readable(path, user.pw_uid, groups)]
+
+
+def _readable(path: str, uid: int, groups: Sequence[int]) -> bool:
+    return _allowed(path, 4, uid, groups) and all(_allowed(each, 1, uid, groups) for each in _way(path))
+
+
+def _way(path: str) -> set[str]:
+    """The directories that have to be gone through, those of a link and those of what it points to."""
+    way: set[str] = set()
+    for each in (os.path.abspath(path), os.path.realpath(path)):
+        while each != (each := os.path.dirname(each)):
+            way.add(each)
+    return way
+
+
+def _allowed(path: str, right: int, uid: int, groups: Sequence[int]) -> bool:
+    """Whether a right (4 to read, 1 to go through) is there. Where that cannot be told there is nothing to complain of."""
+    try:
+        found = os.stat(path)
+        with contextlib.suppress(OSError):
+            if _ACL in os.listxattr(path):
+                return True
+    except OSError:
+        return True
+    shift = 6 if found.st_uid == uid else 3 if found.st_gid in groups else 0
+    return bool(found.st_mode >> shift & right)

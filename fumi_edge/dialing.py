@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.aside import aside
 from fumi_core.runtime.logs import event
 from fumi_edge.readiness import receive, send_all, writable
 
@@ -67,7 +68,7 @@ class Remote:
 
     async def _ask(self, loop: asyncio.AbstractEventLoop) -> OSError | None:
         try:
-            found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+            found = await aside(lambda: socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM))
             self._targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
         except OSError as error:
             if self._targets:

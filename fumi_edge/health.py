@@ -9,13 +9,17 @@ They run in the edge's loop, one at a time for each backend, and a little out of
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import socket
 
+from fumi_core.runtime.logs import failure
 from fumi_edge.backends import Backend, Backends
 from fumi_edge.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of
 from fumi_edge.readiness import receive
 from fumi_edge.starttls import Replies
+
+log = logging.getLogger("fumi.edge.backends")
 
 FALL = 2
 """Checks in a row that have to fail before a backend that worked is called down: one alone may be our own delay."""
@@ -114,6 +118,9 @@ class Checks:
                 if error.errno not in OURS:
                     failures += 1
                     self._failed(backend, failures, reason_of(error), error.strerror or str(error) or "timed out")
+            except Exception as error:
+                # A fault of ours says nothing of the backend, and must not be the last check.
+                failure(log, "check failed", error, backend=backend.name)
             else:
                 failures = 0
                 backend.healthy()

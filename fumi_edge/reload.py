@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from fumi_core.runtime.aside import aside
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.certificates import Certificates
 from fumi_edge.metrics import EdgeMetrics
@@ -76,7 +77,7 @@ class Reloader:
 
     async def _stamp(self) -> Stamp:
         # In a thread, as the reading: a file system may hang, and mail is not to wait for it.
-        return await asyncio.to_thread(self._certificates.stamp)
+        return await aside(self._certificates.stamp)
 
     async def _read(self, stamp: Stamp) -> None:
         """Put into service what can be; report the rest when its files have settled."""
@@ -99,7 +100,7 @@ class Reloader:
 
     async def _install(self) -> list[str]:
         before, skipped = self._certificates.entries, self._certificates.skipped
-        reading = await asyncio.to_thread(self._certificates.read)
+        reading = await aside(self._certificates.read)
         self._certificates.install(reading)
         self._publish()
         now = self._certificates.entries

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
+from tests import ports
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
@@ -245,13 +246,7 @@ class Program:
 
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    def find() -> int:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port: int = sock.getsockname()[1]
-            return port
-
-    return find
+    return ports.free_port
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 import fumi_edge.backends
 import fumi_edge.dialing
+import fumi_edge.health
 from fumi_core.runtime.addresses import parse_address
 from fumi_edge.backends import AVOID, Backends
 from fumi_edge.dialing import Remote
@@ -231,21 +232,6 @@ def test_when_every_backend_hangs_up_it_is_as_if_there_were_none(silent, edge, c
     assert counts(*servers) == [2, 2]
 
 
-def test_a_client_that_speaks_first_to_a_backend_that_hangs_up_is_told_so(backend, edge, clients):
-    heard = []
-
-    def handler(peer):
-        heard.append(peer.line())
-
-    program = edge(backend=backend(handler))
-    client = clients.tls(program.tls_port)
-    client.say(b"EHLO early\r\n")
-    assert client.rest() == b"421 4.3.2 Service not available, closing connection\r\n"
-    client.close()
-    assert heard == [b"EHLO early\r\n"]
-    assert program.ended()[0]["reason"] == "backend_closed"
-
-
 def test_a_client_that_leaves_before_the_banner_is_not_the_backends_fault(backend, edge, clients):
     def handler(peer):
         peer.rest()  # no word before the client's end
@@ -273,9 +259,9 @@ def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend, edge, clients):
     program = edge(*flags(servers[1]), backend=servers[0])
     client = clients.tls(program.tls_port)
     client.say(b"EHLO early\r\n")
-    assert client.rest() == b""
+    assert client.rest() == b"421 4.3.2 Service not available, closing connection\r\n"
     client.close()
-    program.ended()
+    assert program.ended()[0]["reason"] == "backend_closed"
     assert heard == [b"EHLO early\r\n"]
 
 
@@ -505,7 +491,7 @@ def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool):
 
 
 class Resolver:
-    """Answers in the loop's place; ``answer`` is a list of addresses, or an error, or None for silence."""
+    """Answers in the system's place; ``answer`` is a list of addresses, or an error, or empty for silence."""
 
     def __init__(self, monkeypatch, *answer):
         self.answer = list(answer)
@@ -513,11 +499,12 @@ class Resolver:
         self._monkeypatch = monkeypatch
 
     def install(self):
-        self._monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._resolve, raising=False)
+        self._monkeypatch.setattr(fumi_edge.dialing.socket, "getaddrinfo", self._resolve)
 
-    async def _resolve(self, host, port, *, type):
+    def _resolve(self, host, port, *, type):
         self.asked += 1
-        await asyncio.sleep(0 if self.answer else 1000)
+        if not self.answer:
+            threading.Event().wait()
         if isinstance(self.answer[0], Exception):
             raise self.answer[0]
         return [(socket.AF_INET, type, 6, "", (each, port)) for each in self.answer]
@@ -542,7 +529,8 @@ def test_addresses_are_kept_when_the_resolver_fails_later(pool, monkeypatch, lis
             while resolver.asked < number:
                 await asyncio.sleep(0)
         assert backend.up
-        assert "keeping the old addresses" in caplog.text
+        while "keeping the old addresses" not in caplog.text:
+            await asyncio.sleep(0)
 
     asyncio.run(scenario())
 
@@ -558,6 +546,25 @@ def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool, monke
         assert not backends.all[0].up
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
+    async def scenario():
+        outcomes = [RuntimeError("can't start new thread"), None]
+
+        async def check(*_):
+            if (outcome := outcomes.pop(0) if outcomes else None) is not None:
+                raise outcome
+
+        monkeypatch.setattr(fumi_edge.health, "check", check)
+        backends = pool("127.0.0.1:1")
+        checks = fumi_edge.health.Checks(backends, 0.01, 1.0, b"")
+        while backends.problem() is not None:
+            await asyncio.sleep(0.01)
+        await checks.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert "check failed" in caplog.text
 
 
 def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(pool, monkeypatch, listening):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import smtplib
-import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import pytest
 import fumi_edge
 from fumi_core import Fumi
 from fumi_core.testing import RunningServer, running
+from tests.ports import free_port
 
 Facts = dict[str, object]
 
@@ -155,7 +155,7 @@ def test_a_handler_sees_what_the_client_knows(
     if certified:
         context.load_cert_chain(client_certificate.cert, client_certificate.key)
     ca = client_certificate.ca if certified else None
-    cell = Cell(host, _free_port(host), ca, certificate, programs, haproxy, stunnel)
+    cell = Cell(host, free_port(host), ca, certificate, programs, haproxy, stunnel)
     with row.start(cell) as server:
         known = _send(host, cell.port, context, row.starttls)
         (message,) = server.messages
@@ -169,14 +169,6 @@ def test_a_handler_sees_what_the_client_knows(
     for log in row.logs:
         path = programs.directory / log
         programs.until(lambda path=path: session.id in path.read_text(), f"the id in {log}")
-
-
-def _free_port(host: str) -> int:
-    """Where there is no IPv6, half of the table cannot be had: bind() says so, and the test fails."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def _send(host: str, port: int, context: ssl.SSLContext, starttls: bool) -> Facts:

@@ -20,7 +20,7 @@ from fumi_edge import dev
 from fumi_edge.backends import BALANCES, Backend, greeting
 from fumi_edge.certificates import Certificates
 from fumi_edge.check import Place, clash, look, unreadable
-from fumi_edge.dialing import Remote
+from fumi_edge.dialing import Remote, is_destination
 from fumi_edge.edge import Edge
 from fumi_edge.emit import PROGRAMS, configuration
 from fumi_edge.health import probe
@@ -148,7 +148,7 @@ def _edge(flags: dict[str, Any]) -> Edge:
     if not flags["backend"]:
         raise SettingError("no backend: name one with --backend, for example --backend 127.0.0.1:2525")
     for address in flags["backend"]:
-        if address.kind == "fd" or (address.kind == "tcp" and not address.port):
+        if not is_destination(address):
             raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
     accepts, trusted = flags.pop("accept_proxy"), flags.pop("trusted_proxy")
     if trusted and not accepts:

@@ -101,6 +101,11 @@ class Remote:
             self._targets = (target, *(each for each in self._targets if each != target))
 
 
+def is_destination(address: SocketAddress) -> bool:
+    """Whether it can be connected to: no descriptor, and no port that the kernel is to choose."""
+    return address.kind == "unix" or (address.kind == "tcp" and bool(address.port))
+
+
 def _literal(address: SocketAddress) -> tuple[Target, ...]:
     """What needs no resolver: a path, an IP address, or no host at all, which is this machine."""
     if address.kind == "unix":

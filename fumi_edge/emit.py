@@ -6,8 +6,10 @@ certificate paths is looked at, so the configuration may be for another machine.
 
 from __future__ import annotations
 
+import grp
 import math
 import os
+import pwd
 import re
 import shlex
 import string
@@ -21,8 +23,10 @@ from click.core import ParameterSource
 
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.settings import SettingError
+from fumi_edge.dialing import is_destination
 from fumi_edge.inbound import LOOPBACK
 from fumi_edge.pem import CertificateError, Pair, label
+from fumi_edge.policy import CIPHERS, Policy
 from fumi_edge.sources import find, give_keys
 
 PROGRAMS = ("haproxy", "stunnel")
@@ -38,7 +42,12 @@ _NOT_ASKED = {"emit", "check", "dev_mode", "config", "version"}
 def configuration(program: str, context: click.Context) -> str:
     """The text of a configuration for fumi-edge's flags. Raises SettingError where nothing is left that the program could do."""
     flags = context.params
-    given = {name for name in flags if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    # A switch may be given to be off, over a file that has it on.
+    given = {
+        name
+        for name, value in flags.items()
+        if value is not False and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
     if "dev_mode" in given:
         raise SettingError("--emit: name a certificate and a backend; those of --dev end with it")
     if named := [name for name, value in flags.items() if any("\n" in str(each) for each in _each(value))]:
@@ -49,10 +58,42 @@ def configuration(program: str, context: click.Context) -> str:
         raise SettingError(
             f"--emit {program}: STARTTLS is for fumi-edge alone; name a --listen for implicit TLS, or see haproxy/layer4.cfg"
         )
+    _refuse_what_no_edge_would_take(flags)
     notes, body = emit(flags, given, listeners, _pairs(flags))
-    lines = [f"What fumi-edge does with the same flags, for {program}. What is not the same:", "", *notes]
+    notes = [*_missing(flags), *notes]
+    lines = [f"What fumi-edge does with the same flags, for {program}.{' What is not the same:' if notes else ''}", "", *notes]
     wrapped = (part for line in lines for part in (_wrap(line) if line else [""]))
     return "".join(f"{mark} {line}".rstrip() + "\n" for line in wrapped) + "\n" + body
+
+
+def _refuse_what_no_edge_would_take(flags: Flags) -> None:
+    try:
+        Policy(ciphers=flags.get("ciphers") or CIPHERS)
+    except ValueError as error:
+        raise SettingError(f"--ciphers: {error}") from None
+    for address in flags.get("backend") or ():
+        if not is_destination(address):
+            raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
+
+
+def _missing(flags: Flags) -> list[str]:
+    """What fumi-edge does not start without, and a file has of its own."""
+    needed = ("cert", "certificate"), ("backend", "backend")
+    return [f"--{flag}: no {what} was named; below is the file's own." for flag, what in needed if not flags.get(flag)]
+
+
+def _header_notes(flags: Flags) -> list[str]:
+    if flags.get("proxy_protocol") != "off":
+        return []
+    return ["--proxy-protocol off: fumi-core needs it too, and every client has this machine's address there."]
+
+
+def _group_of(user: str) -> str:
+    """The group that fumi-edge would have; of a user of another machine, the one that is most often made with it."""
+    try:
+        return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
+    except KeyError:
+        return user
 
 
 def _each(value: Any) -> Iterable[Any]:
@@ -101,7 +142,7 @@ class _Variables(string.Template):
 _HAPROXY_CARRIES = {
     *("listen", "starttls_listen", "cert", "key", "backend", "balance", "health_interval", "proxy_protocol", "accept_proxy"),
     *("trusted_proxy", "client_ca", "client_cert", "min_tls", "ciphers", "alpn", "metrics", "connect_timeout", "idle_timeout"),
-    *("handshake_timeout", "max_clients", "max_clients_per_ip", "rate_per_ip", "drain_timeout", "log_level"),
+    *("handshake_timeout", "max_clients", "max_clients_per_ip", "rate_per_ip", "drain_timeout", "log_level", "user"),
 }
 _HAPROXY_REASONS = {
     "require_tls": "is for STARTTLS listeners.",
@@ -113,12 +154,24 @@ _HAPROXY_REASONS = {
 
 def _haproxy(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
     text = _template("haproxy.cfg")
+    unfit = _of(listeners, "fd")
+    listeners = [each for each in listeners if each not in unfit]
+    if not listeners:
+        raise SettingError(f"--emit haproxy: nobody hands {unfit[0]} to HAProxy; name HOST:PORT or unix:/path")
+    if flags.get("metrics") and _of([flags["metrics"]], "fd"):
+        unfit.append(flags["metrics"])
+        flags = {**flags, "metrics": None}
     if not flags.get("metrics") and "metrics" in flags:
         text = text.partition("\n.if feature(PROMEX)")[0]
+    if flags.get("user"):
+        group = _quoted(_group_of(flags["user"]))[1:-1]
+        text = re.sub(r"\{FUMI_GROUP-[^}]*\}", lambda _: f"{{FUMI_GROUP-{group}}}", text)
     lines = _drop(text.splitlines(), _unset(flags))
     lines = [new for line in lines for new in _haproxy_line(line, flags, pairs)]
     body = _Variables("\n".join(lines) + "\n").safe_substitute(_haproxy_values(flags, listeners, pairs))
     notes = _starttls(flags, "HAProxy has none. haproxy/layer4.cfg puts it in front of fumi-edge --accept-proxy.")
+    notes += [f"{address}: left out; nobody hands it to HAProxy." for address in unfit]
+    notes += _header_notes(flags)
     notes += _key_notes(pairs)
     notes += [f"{address}: a client on a Unix socket has no address in HAProxy's header." for address in _of(listeners, "unix")]
     notes.append("A client is hung up on, without 421, when no core is there; and when its address has reached a limit.")
@@ -214,7 +267,7 @@ def _haproxy_values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Seq
         values["CERT"] = label(pairs[0].cert)
     for number, address in enumerate(flags.get("backend") or (), 1):
         values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address, "127.0.0.1")
-    for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip"):
+    for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
         values[flag.upper()] = flags.get(flag)
     for flag in ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval"):
         values[flag.upper()] = None if flags.get(flag) is None else f"{max(1, math.ceil(flags[flag] * 1000))}ms"
@@ -230,7 +283,7 @@ def _haproxy_values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Seq
 def _haproxy_listener(address: SocketAddress) -> str:
     if address.kind == "tcp" and not address.host:
         return f":{address.port},[::]:{address.port}"
-    return {"unix": f"unix@{address.path}", "fd": f"fd@{address.fd}"}.get(address.kind) or str(address)
+    return f"unix@{address.path}" if address.kind == "unix" else str(address)
 
 
 def _host(address: SocketAddress, default: str) -> str:
@@ -246,7 +299,7 @@ def _quoted(text: str) -> str:
 
 _STUNNEL_CARRIES = {
     *("listen", "starttls_listen", "cert", "key", "backend", "balance", "proxy_protocol", "client_ca", "client_cert"),
-    *("min_tls", "ciphers", "connect_timeout", "idle_timeout", "handshake_timeout", "log_level"),
+    *("min_tls", "ciphers", "connect_timeout", "idle_timeout", "handshake_timeout", "log_level", "user"),
 }
 _STUNNEL_REASONS = {
     "accept_proxy": "stunnel reads no PROXY header: it cannot stand behind such a balancer.",
@@ -278,6 +331,7 @@ def _stunnel(flags: Flags, given: Collection[str], listeners: Sequence[SocketAdd
         body += [name, *_set(service.splitlines(), own), *_client_certificates(flags), ""]
     notes = _starttls(flags, "stunnel has one (protocol = smtp), but not together with a PROXY header: that is for fumi-edge.")
     notes += [f"--listen {address}: left out." for address in unfit]
+    notes += _header_notes(flags)
     if proxying:
         notes.append(
             "The header is version 1, which tells the client's address and nothing of TLS: neither version, cipher, server name,"
@@ -309,6 +363,8 @@ def _stunnel_settings(flags: Flags) -> dict[str, list[str]]:
         "debug": {"error": "err"}.get(flags.get("log_level", ""), flags.get("log_level")),
         "sslVersionMin": f"TLSv{flags['min_tls']}" if flags.get("min_tls") else None,
         "ciphers": flags.get("ciphers"),
+        "setuid": flags.get("user"),
+        "setgid": _group_of(flags["user"]) if flags.get("user") else None,
     }
     for option, flag in (("busy", "handshake"), ("connect", "connect"), ("idle", "idle")):
         seconds = flags.get(f"{flag}_timeout")

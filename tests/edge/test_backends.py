@@ -249,7 +249,7 @@ def test_a_client_that_leaves_before_the_banner_is_not_the_backends_fault(backen
 
 
 def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend, edge, clients):
-    """What it said has gone to one backend, and is not said again to another."""
+    """What it said has gone to one backend, and is not said again to another; it is told."""
     heard = []
 
     def handler(peer):

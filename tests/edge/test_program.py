@@ -374,13 +374,15 @@ def test_root_becomes_the_user_for_good(backend, edge, clients, kit, tmp_path, c
 
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")])
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, public, workers):
+def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, kit, public, workers):
     server, (open_to_all, secret) = backend(), public
     program = edge("--user", "nobody", *workers, backend=server, certs=("--cert", open_to_all, "--key", secret))
-    (line,) = program.events("no renewal without a restart")
+    (line,) = kit.until(lambda: program.events("no renewal without a restart"), "the warning")
     assert (line["level"], line["user"], line["unreadable"]) == ("warning", "nobody", str(secret))
     secret.chmod(0o644)
-    assert edge("--user", "nobody", backend=server, certs=("--cert", open_to_all, "--key", secret)).events(line["event"]) == []
+    program = edge("--user", "nobody", backend=server, certs=("--cert", open_to_all, "--key", secret))
+    assert program.fetch("/healthz")[0] == 200
+    assert program.events(line["event"]) == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")

@@ -225,7 +225,7 @@ def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(bac
     cert, key = authority.issue("localhost", days=-1)
     server = backend()
     program = edge("--cert-reload-interval", "0.02", backend=server, certs=("--cert", cert, "--key", key))
-    (warning,) = program.events("certificate is not valid")
+    (warning,) = kit.until(lambda: program.events("certificate is not valid"), "the warning")
     assert warning["detail"].startswith(f"{cert}: the certificate expired on 20")
     assert "subject=CN = localhost" in kit.s_client(program.tls_port)
     assert program.fetch("/readyz")[0] == 503
@@ -288,7 +288,7 @@ def test_no_handshake_fails_in_a_minute_of_swaps(backend, edge, authority, files
     assert seen == {serial(cert) for cert, _ in pairs}
 
 
-def test_what_serves_nobody_is_said_at_the_start(backend, edge, make_authority, tmp_path):
+def test_what_serves_nobody_is_said_at_the_start(backend, edge, kit, make_authority, tmp_path):
     authority = make_authority("An authority")
     both = tmp_path / "localhost.pem"
     both.write_text("".join(path.read_text() for path in authority.issue("localhost")))
@@ -296,7 +296,8 @@ def test_what_serves_nobody_is_said_at_the_start(backend, edge, make_authority, 
     server = backend()
     ciphers = ("--ciphers", "ECDHE-RSA-AES128-GCM-SHA256")
     program = edge(*ciphers, backend=server, certs=("--cert", tmp_path))
-    (skipped,), (mismatch,) = program.events("certificate skipped"), program.events("no cipher for the certificates")
+    (mismatch,) = kit.until(lambda: program.events("no cipher for the certificates"), "the warning")
+    (skipped,) = program.events("certificate skipped")
     assert (skipped["level"], mismatch["level"]) == ("info", "warning")
     assert skipped["detail"].startswith(f"{tmp_path}/ca.pem: holds no private key")
     command = [program.process.args[0], "--cert", tmp_path, "--backend", server.address, *ciphers, "--check"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import grp
+import pwd
 import re
 import shlex
 import smtplib
@@ -61,6 +63,8 @@ HAPROXY = {
     "tls": ["--min-tls", "1.3", "--ciphers", "ECDHE+AESGCM", "--alpn", "smtp, lmtp"],
     "limits": ["--max-clients", "100", "--max-clients-per-ip", "9", "--rate-per-ip", "600/m"],
     "times": ["--connect-timeout", "0.25", "--idle-timeout", "60", "--handshake-timeout", "7.5", "--drain-timeout", "0"],
+    "somebody": ["--user", "nobody"],
+    "a descriptor beside": ["--listen", "fd:3", "--listen", ":4465", "--metrics", "fd:metrics"],
     "observation": ["--metrics", ":9465", "--log-format", "json", "--log-level", "error"],
 }
 
@@ -136,11 +140,50 @@ def test_a_directory_is_what_is_in_it_now(programs: Any, emit: Emit, certificate
     assert re.findall(r'crt "[^"]*/([^/]*)/fullchain.pem"', text) == ["a.example", "b.example"]
 
 
+def test_the_user_is_carried_over_with_its_group(emit: Emit, both: Path) -> None:
+    """A configuration may be for another machine, with users of its own; root it is for nobody."""
+    group = grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name
+    for user, its in (("nobody", group), ("no-such-user", "no-such-user")):
+        flags = ("--cert", both, "--backend", ":2525", "--user", user)
+        haproxy, stunnel = emit("haproxy", *flags), emit("stunnel", *flags)
+        assert [line for line in settings(haproxy) if line.startswith(("user", "group"))] == [
+            f'user "{user}"', f'group "${{FUMI_GROUP-{its}}}"'
+        ]  # fmt: skip
+        assert [line for line in settings(stunnel) if line.startswith("set")] == [f"setuid = {user}", f"setgid = {its}"]
+        assert "--user" not in notes(haproxy) + notes(stunnel, ";")
+
+
+def test_descriptors_are_left_out_and_said_to_be(emit: Emit, both: Path) -> None:
+    flags = ("--cert", both, "--backend", ":2525", "--listen", "fd:3", "--listen", ":4465", "--metrics", "fd:metrics")
+    text = emit("haproxy", *flags)
+    assert "fd:3: left out" in notes(text)
+    assert "fd:metrics: left out" in notes(text)
+    assert "fd@" not in text
+
+
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+def test_a_switch_that_is_off_is_not_lost(program: str, emit: Emit, both: Path) -> None:
+    config = both.with_name("edge.toml")
+    config.write_text("require-tls = true\naccept-proxy = true\nhide-starttls = true\n")
+    names = ("REQUIRE_TLS", "ACCEPT_PROXY", "HIDE_STARTTLS", "DEV")
+    off = {f"FUMI_EDGE_{name}": "false" for name in names}
+    text = emit(program, "--cert", both, "--backend", ":2525", "--config", config, **off)
+    assert not re.search("--require-tls|--hide-starttls|--accept-proxy", notes(text, "#" if program == "haproxy" else ";"))
+
+
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+def test_without_a_header_the_core_has_to_know(program: str, emit: Emit, both: Path) -> None:
+    text = emit(program, "--cert", both, "--backend", ":2525", "--proxy-protocol", "off")
+    assert "--proxy-protocol off: fumi-core needs it too" in notes(text, "#" if program == "haproxy" else ";")
+
+
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])
 def test_what_no_flag_says_stays_as_it_is_in_the_file(program: str, emit: Emit) -> None:
     text = emit(program)
     assert "/etc/fumi/fumi.pem" in text
     assert "127.0.0.1:2525" in text
+    for missing in ("--cert: no certificate was named", "--backend: no backend was named"):
+        assert missing in notes(text, "#" if program == "haproxy" else ";")
 
 
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])
@@ -173,6 +216,7 @@ STUNNEL = {
     "tls": ["--min-tls", "1.3", "--ciphers", "ECDHE+AESGCM"],
     "times": ["--connect-timeout", "0.25", "--idle-timeout", "60", "--handshake-timeout", "7.5"],
     "logs": ["--log-level", "error"],
+    "somebody": ["--user", "nobody"],
     "what it has not": ["--metrics", ":9465", "--alpn", "smtp", "--max-clients", "9", "--starttls-listen", ":2587"],
 }
 
@@ -234,6 +278,9 @@ BAD = {
     "dev": (["--dev"], "name a certificate and a backend"),
     "a line end": (["--cert", "a\nuser = root", "--backend", ":2525"], "--cert has a line end in it"),
     "keys": (["--cert", "a.pem", "--key", "a.key", "--key", "b.key"], "a.pem"),
+    "ciphers": (["--ciphers", "NOPE"], "--ciphers: 'NOPE' selects no TLS 1.2 cipher"),
+    "a descriptor": (["--listen", "fd:smtps"], "name HOST:PORT"),
+    "a backend that is none": (["--backend", "fd:3"], "fd:3 is no backend"),
     "a program nobody knows": (["--emit", "nginx"], "nginx"),
 }
 

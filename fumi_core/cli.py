@@ -10,7 +10,7 @@ import click
 from fumi_core.program import CoreWork
 from fumi_core.runtime.lifecycle import raise_descriptor_limit
 from fumi_core.runtime.logs import configure
-from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, WORKERS, Program, config_option
+from fumi_core.runtime.settings import ADDRESS, COUNT, NETWORK, OCTETS, SECONDS, WORKERS, Program, config_option
 from fumi_core.runtime.workers import run
 from fumi_core.users import hash_password
 
@@ -36,8 +36,8 @@ from fumi_core.users import hash_password
 @click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")
 @click.option("--allow-insecure-auth", is_flag=True, help="Offer AUTH to clients that did not come over TLS, too.")
 @click.option("--require-tls", is_flag=True, help="Refuse MAIL from a client that did not come over TLS.")
-@click.option("--size", type=click.IntRange(1), help="Largest message, in octets. [default: no limit]")
-@click.option("--max-clients", type=click.IntRange(1), help="Most clients at once. [default: no limit]")
+@click.option("--size", type=OCTETS, help="Largest message, in octets. [default: no limit]")
+@click.option("--max-clients", type=COUNT, help="Most clients at once. [default: no limit]")
 @click.option("--name", help="The server's name in banner and trace lines. [default: this host's]")
 @click.option("--banner", default="", help="Words behind the name in the banner.")
 @click.option("--lmtp", is_flag=True, help="Speak LMTP: an answer for each recipient.")

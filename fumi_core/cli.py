@@ -15,7 +15,7 @@ from fumi_core.runtime.workers import run
 from fumi_core.users import hash_password
 
 
-@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE", "help_option_names": ["-h", "--help"]})
+@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE"})
 @click.argument("app", metavar="[MODULE:APP]", required=False)
 @click.option(
     "--listen", type=ADDRESS, multiple=True, default=["127.0.0.1:2525"], show_default=True, help="Where to listen; repeatable."
@@ -62,7 +62,7 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
       fumi-core --deliver lmtp:unix:/run/dovecot/lmtp
       fumi-core --proxy-protocol off --listen 127.0.0.1:2525 myapp:app
 
-    Every flag can be given as an environment variable too: FUMI_CORE_LISTEN and so on. SIGHUP has --config and --users
+    Every setting can be an environment variable too: FUMI_CORE_LISTEN and so on. SIGHUP has --config and --users
     read again; SIGTERM lets transactions end.
     """
     if settings["hash_password"]:

@@ -116,7 +116,19 @@ WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 
 
 class Program(click.Command):
-    """A command whose errors are one line on stderr, with exit status 2."""
+    """A command whose errors are one line on stderr, with exit status 2, and whose settings, but no actions, may be variables."""
+
+    def __init__(self, *args: Any, **extra: Any) -> None:
+        settings = {"help_option_names": ["-h", "--help"], **(extra.pop("context_settings", None) or {})}
+        super().__init__(*args, context_settings=settings, **extra)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        for param in params:
+            # FUMI_EDGE_VERSION is what people call the tag of an image.
+            if isinstance(param, click.Option) and not _ACTIONS.isdisjoint(param.opts):
+                param.allow_from_autoenv = False
+        return params
 
     def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> click.Context:
         arguments = list(args)  # click takes them out one by one

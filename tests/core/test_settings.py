@@ -107,3 +107,22 @@ def test_words_stand_in_the_help_as_they_are_written_and_are_taken_in_any_case(t
     assert "N|auto" in text
     flags = ("--listen", "127.0.0.1:0", "--deliver", "discard:", "--trusted-proxy", "UNIX", "--workers", "AUTO")
     assert run("fumi-core", *flags, "--check", cwd=tmp_path).returncode == 0
+
+
+def test_no_variable_is_an_action(tmp_path: Path) -> None:
+    actions = {f"FUMI_CORE_{name}": "0.1.0" for name in ("VERSION", "CHECK", "HASH_PASSWORD", "HELP")}
+    actions |= {f"FUMI_EDGE_{name}": "1" for name in ("VERSION", "CHECK", "EMIT", "DEV", "DEV_MODE", "HELP")}
+    assert "descriptor 77" in refusal(run("fumi-core", "--listen", "fd:77", "--deliver", "discard:", cwd=tmp_path, **actions))
+    assert "no certificate" in refusal(run("fumi-edge", cwd=tmp_path, **actions))
+
+
+def test_settings_are_variables_config_too(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text("size = 'x'")
+    assert "f.toml" in refusal(run("fumi-core", cwd=tmp_path, FUMI_CORE_CONFIG="f.toml"))
+
+
+@pytest.mark.parametrize("program", ["fumi-core", "fumi-edge"])
+def test_h_is_help(program: str, tmp_path: Path) -> None:
+    done = run(program, "-h", cwd=tmp_path)
+    assert done.stdout.startswith(f"Usage: {program}")
+    assert "-h, --help" in done.stdout

@@ -19,7 +19,7 @@ from fumi_core import builtin
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
-from fumi_core.runtime.addresses import SocketAddress, bind, passed
+from fumi_core.runtime.addresses import SocketAddress, bind, explain, passed
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
@@ -202,4 +202,6 @@ def _bind(flag: str, address: SocketAddress) -> list[socket.socket]:
     try:
         return bind(address)
     except OSError as error:
-        raise SettingError(f"--{flag} {address}: {error.strerror or error}") from None
+        # What there is to do about ports is no help with a path.
+        problem = explain(error) if address.kind == "tcp" else error.strerror or error
+        raise SettingError(f"--{flag} {address}: {problem}") from None

@@ -156,7 +156,7 @@ def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:
         sock.listen()
         done = run("--listen", f"127.0.0.1:{sock.getsockname()[1]}", cwd=tmp_path)
     assert done.returncode == 2
-    assert "in use" in done.stderr
+    assert "in use (another process has it; stop that one or choose another address)" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -162,6 +162,9 @@ def _load(reference: str) -> Fumi:
     module, colon, name = reference.partition(":")
     if not (module and colon and name):
         raise SettingError(f"{reference!r} is not MODULE:APP, as in myapp:app")
+    if module.endswith(".py"):
+        written = ".".join(part for part in module.removesuffix(".py").split("/") if part not in ("", "."))
+        raise SettingError(f"{reference!r} names a file and not a module: write {written}:{name}")
     sys.path.insert(0, os.getcwd())
     try:
         loaded = importlib.import_module(module)
@@ -187,6 +190,8 @@ def _users(path: str) -> Users:
         return Users(path)
     except OSError as error:
         raise SettingError(f"--users {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingError(f"--users {path}: is not UTF-8 text") from None
     except ValueError as error:
         raise SettingError(f"--users: {error}") from None
 

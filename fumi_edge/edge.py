@@ -116,8 +116,9 @@ class Edge:
         self._bound = bound
         for _, name, starttls in bound:
             _announce(name, starttls)
-        for sock in self.metrics_sockets[:1]:
-            event(log, logging.INFO, "metrics", port=_port(sock))
+        if self._metrics_address is not None:
+            sock = self.metrics_sockets[0]
+            event(log, logging.INFO, "metrics", port=_port(sock), address=_name(self._metrics_address, sock))
 
     def unbind(self) -> None:
         """Close the sockets of clients, in a process that does not serve them."""

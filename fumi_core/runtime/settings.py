@@ -119,8 +119,8 @@ class Program(click.Command):
     """A command whose errors are one line on stderr, with exit status 2, and whose settings, but no actions, may be variables."""
 
     def __init__(self, *args: Any, **extra: Any) -> None:
-        settings = {"help_option_names": ["-h", "--help"], **(extra.pop("context_settings", None) or {})}
-        super().__init__(*args, context_settings=settings, **extra)
+        extra["context_settings"] = {"help_option_names": ["-h", "--help"], **(extra.get("context_settings") or {})}
+        super().__init__(*args, **extra)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)

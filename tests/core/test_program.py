@@ -150,6 +150,21 @@ def test_a_wrong_setting_is_one_line_and_exit_2(arguments: list[str], tmp_path: 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("reference", "wanted"), [("./m5.py:app", "write m5:app"), ("sub/m5.py:app", "write sub.m5:app"), ("m5.py:a", "write m5:a")]
+)
+def test_who_names_an_app_by_its_file_hears_how_to_name_it(reference: str, wanted: str, tmp_path: Path) -> None:
+    done = run(reference, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert wanted in done.stderr
+
+
+def test_users_that_are_no_text_are_blamed_on_their_file(tmp_path: Path) -> None:
+    (tmp_path / "users").write_bytes(b"joe:\xff\n")
+    done = run("--users", "users", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "Error: --users users: is not UTF-8 text\n")
+
+
 def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

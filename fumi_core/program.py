@@ -8,9 +8,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from prometheus_client import CollectorRegistry
@@ -19,13 +19,14 @@ from fumi_core import builtin
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
-from fumi_core.runtime.addresses import SocketAddress, bind, explain, passed
+from fumi_core.runtime.addresses import SocketAddress, bind, check_inherited, explain, passed
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError, given, read_again
 from fumi_core.users import Users
 
+T = TypeVar("T")
 # Which option of Fumi each flag sets; the defaults are the built-in app's, and a MODULE:APP keeps its own.
 _OPTIONS = {
     "proxy_protocol": "proxy_protocol",
@@ -87,11 +88,14 @@ class CoreWork:
         addresses, inherited = self._settings["listen"], passed()
         if inherited and "listen" not in given(self._ctx):
             addresses = inherited
+        metrics = self._settings["metrics"]
+        for flag, each in [("listen", each) for each in addresses] + ([("metrics", metrics)] if metrics else []):
+            _at(flag, each, check_inherited)
         for address in addresses:
             self._sockets += _bind("listen", address)
             event(self.log, logging.INFO, "listening", address=address, proxy_protocol=self.app.options.proxy_protocol)
-        if self._settings["metrics"]:
-            self.metrics_sockets = _bind("metrics", self._settings["metrics"])
+        if metrics:
+            self.metrics_sockets = _bind("metrics", metrics)
 
     def unbind(self) -> None:
         for sock in self._sockets:
@@ -204,8 +208,13 @@ def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
 
 
 def _bind(flag: str, address: SocketAddress) -> list[socket.socket]:
+    return _at(flag, address, bind)
+
+
+def _at(flag: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:
+    """Do it, and have the flag blamed for what goes wrong."""
     try:
-        return bind(address)
+        return act(address)
     except OSError as error:
         # What there is to do about ports is no help with a path.
         problem = explain(error) if address.kind == "tcp" else error.strerror or error

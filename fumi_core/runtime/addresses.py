@@ -101,6 +101,16 @@ def bind(address: SocketAddress) -> list[socket.socket]:
     return sockets
 
 
+def check_inherited(address: SocketAddress) -> None:
+    """See that a descriptor was passed, where the address is one. Ask before opening a socket: it could get that number.
+
+    Raises OSError.
+    """
+    if address.kind == "fd":
+        for fd in _descriptors(address):
+            _inherited(fd).detach()
+
+
 def explain(error: OSError) -> str:
     """Why an address cannot be bound, and what to do about it."""
     hint = _HINTS.get(error.errno or 0)

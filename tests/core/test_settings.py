@@ -126,3 +126,15 @@ def test_h_is_help(program: str, tmp_path: Path) -> None:
     done = run(program, "-h", cwd=tmp_path)
     assert done.stdout.startswith(f"Usage: {program}")
     assert "-h, --help" in done.stdout
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("program", ["fumi-core", "fumi-edge"])
+def test_a_socket_of_ones_own_was_not_passed(program: str, metrics: bool, tmp_path: Path) -> None:
+    (tmp_path / "key").touch()
+    flags = ["--listen", "127.0.0.1:0", *(("--metrics",) if metrics else ("--listen",)), "fd:3"]
+    if program == "fumi-edge":
+        make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=a -keyout key -out cert"
+        subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
+        flags += ["--cert", "cert", "--key", "key", "--backend", "127.0.0.1:9"]
+    assert "fd:3: descriptor 3 is not an open socket" in refusal(run(program, *flags, cwd=tmp_path))

@@ -7,12 +7,31 @@ from typing import Any
 
 import click
 
+from fumi_core.grammar import DOMAIN, MAX_DOMAIN
 from fumi_core.program import CoreWork
 from fumi_core.runtime.lifecycle import raise_descriptor_limit
 from fumi_core.runtime.logs import configure
-from fumi_core.runtime.settings import ADDRESS, COUNT, NETWORK, OCTETS, SECONDS, WORKERS, Program, config_option
+from fumi_core.runtime.settings import ADDRESS, COUNT, NETWORK, OCTETS, SECONDS, WORKERS, Program, SettingError, config_option
 from fumi_core.runtime.workers import run
 from fumi_core.users import hash_password
+
+
+class DomainType(click.ParamType):  # type: ignore[type-arg]
+    """What is behind the @ of a recipient; stays text, as it is written in addresses."""
+
+    name = "domain"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if "*" in text:
+            self.fail(f"{text!r}: there are no wildcards: name each domain", param, ctx)
+        if "," in text or " " in text:
+            self.fail(
+                f"{text!r} is not one domain: repeat the flag, or separate several by spaces in the environment", param, ctx
+            )
+        if len(text) > MAX_DOMAIN or not DOMAIN.fullmatch(text):
+            self.fail(f"{text!r} is not a domain: write what is behind the @, such as example.org", param, ctx)
+        return text
 
 
 @click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE"})
@@ -30,7 +49,13 @@ from fumi_core.users import hash_password
 @click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send that header; repeatable. [default: this host]")
 @click.option("--assume-tls", is_flag=True, help="Take every client for one that came over TLS: for stunnel.")
 @click.option("--deliver", metavar="TARGET", help="maildir:PATH, lmtp:ADDR, smtp:ADDR or discard:  [default: maildir:./maildir]")
-@click.option("--domain", multiple=True, help="Accept recipients of this domain alone; repeatable. [default: all]")
+@click.option(
+    "--domain",
+    type=DomainType(),
+    metavar="NAME",
+    multiple=True,
+    help="Accept recipients of this domain alone; repeatable. [default: all]",
+)
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Let these users in: NAME:HASH a line.")
 @click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
 @click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")
@@ -66,7 +91,10 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
     read again; SIGTERM lets transactions end.
     """
     if settings["hash_password"]:
-        click.echo(hash_password(_ask_password()))
+        password = _ask_password()
+        if not password:
+            raise SettingError("--hash-password: there is no password to read")
+        click.echo(hash_password(password))
         return
     configure(settings["log_format"], settings["log_level"])
     raise_descriptor_limit()

@@ -138,3 +138,47 @@ def test_a_socket_of_ones_own_was_not_passed(program: str, metrics: bool, tmp_pa
         subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
         flags += ["--cert", "cert", "--key", "key", "--backend", "127.0.0.1:9"]
     assert "fd:3: descriptor 3 is not an open socket" in refusal(run(program, *flags, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("domain", "said"),
+    [
+        ("a.org,b.org", "separate several by spaces in the environment"),
+        ("a.org b.org", "separate several by spaces in the environment"),
+        ("*.example.org", "no wildcards"),
+        ("", "'' is not a domain"),
+        ("joe@example.org", "is not a domain"),
+        (".example.org", "is not a domain"),
+        ("example.org.", "is not a domain"),
+        ("-.example", "is not a domain"),
+        ("a." * 128 + "example", "is not a domain"),
+    ],
+)
+def test_what_no_recipient_can_have_is_no_domain(domain: str, said: str, tmp_path: Path) -> None:
+    line = refusal(run("fumi-core", "--domain", domain, "--deliver", "discard:", "--check", cwd=tmp_path))
+    assert "'--domain'" in line
+    assert said in line
+    assert "deliver" not in line
+
+
+def test_domains_are_names_as_they_stand_in_addresses(tmp_path: Path) -> None:
+    flags = ("--listen", "127.0.0.1:0", "--deliver", "discard:", "--check")
+    for domain in (
+        "example.org",
+        "EXAMPLE.org",
+        "localhost",
+        "a-b.example",
+        "xn--bcher-kva.example",
+        "bücher.example",
+        "[192.0.2.1]",
+    ):
+        assert run("fumi-core", "--domain", domain, *flags, cwd=tmp_path).returncode == 0, domain
+    assert run("fumi-core", *flags, cwd=tmp_path, FUMI_CORE_DOMAIN="a.example b.example").returncode == 0
+
+
+def test_there_is_no_hash_of_no_password(tmp_path: Path) -> None:
+    for typed in ("", "\n"):
+        command = [str(Path(sys.executable).with_name("fumi-core")), "--hash-password"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, input=typed)
+        assert "no password" in refusal(done)
+        assert done.stdout == ""

@@ -19,7 +19,7 @@ from fumi_core import builtin
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
-from fumi_core.runtime.addresses import SocketAddress, bind, check_inherited, explain, passed
+from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, explain, passed, peer_of
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
@@ -42,6 +42,7 @@ _OPTIONS = {
     "drain_timeout": "close_timeout",
 }
 DELIVER = "maildir:./maildir"
+_THIS_HOST = Networks(("127.0.0.0/8", "::1", "unix"))
 # Settings of sockets and processes, which are made once.
 _ONCE = ("listen", "metrics", "workers")
 
@@ -96,6 +97,20 @@ class CoreWork:
             event(self.log, logging.INFO, "listening", address=address, proxy_protocol=self.app.options.proxy_protocol)
         if metrics:
             self.metrics_sockets = _bind("metrics", metrics)
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say what works and is hardly meant."""
+        if self._settings["assume_tls"]:
+            for name in [sock.getsockname() for sock in self._sockets]:
+                if peer_of(name)[0] not in _THIS_HOST:
+                    address = SocketAddress("tcp", host=name[0], port=name[1])
+                    words = "plaintext from other hosts counts as TLS here: listen on loopback or a Unix socket with --assume-tls"
+                    event(self.log, logging.WARNING, words, address=address)
+        passes_on = self._target is not None and self._target.name == "smtp"
+        if passes_on and not self._settings["domain"] and not self._settings["auth_required"]:
+            words = "an open relay: passes on mail from anyone to anyone; add --domain, or --users with --auth-required"
+            event(self.log, logging.WARNING, words, deliver=self._settings["deliver"])
 
     def unbind(self) -> None:
         for sock in self._sockets:
@@ -141,6 +156,8 @@ class CoreWork:
             app.use(_users(settings["users"]))
         elif settings["auth_required"] and not settings["app"]:
             raise SettingError("--auth-required needs --users FILE: nobody could send mail")
+        if settings["proxy_protocol"] == "off" and not settings["app"]:
+            _refuse_proxy_flags(settings)
         if settings["auth_required"]:
             app.configure(auth_optional=False)
         try:
@@ -187,6 +204,14 @@ def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
     for flag in ("deliver", "domain"):
         if flag in wanted:
             raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
+
+
+def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
+    """Those that mean nothing, or that nobody could send mail, without a PROXY header."""
+    if settings["trusted_proxy"]:
+        raise SettingError("--trusted-proxy says who may send a PROXY header: leave it out, or --proxy-protocol off")
+    if settings["require_tls"] and not settings["assume_tls"]:
+        raise SettingError("--require-tls without PROXY headers needs --assume-tls: nobody could send mail")
 
 
 def _users(path: str) -> Users:

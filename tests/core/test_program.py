@@ -165,6 +165,61 @@ def test_users_that_are_no_text_are_blamed_on_their_file(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (2, "Error: --users users: is not UTF-8 text\n")
 
 
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--trusted-proxy", "192.0.2.1"), "--trusted-proxy says who may send a PROXY header"),
+        (("--require-tls",), "--require-tls without PROXY headers needs --assume-tls"),
+    ],
+)
+def test_flags_that_need_a_proxy_header_are_refused_without_one(flags: tuple[str, ...], problem: str, tmp_path: Path) -> None:
+    always = ("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", *flags)
+    done = run("--proxy-protocol", "off", *always, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert problem in done.stderr
+    assert run(*always, cwd=tmp_path).returncode == 0
+    if "--require-tls" in flags:
+        assert run("--proxy-protocol", "off", "--assume-tls", *always, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "warnings"),
+    [
+        (("--deliver", "smtp:127.0.0.1:9"), 1),
+        (("--deliver", "smtp:127.0.0.1:9", "--users", "users"), 1),
+        (("--deliver", "smtp:127.0.0.1:9", "--workers", "2"), 1),
+        (("--deliver", "smtp:127.0.0.1:9", "--users", "users", "--auth-required"), 0),
+        (("--deliver", "smtp:127.0.0.1:9", "--domain", "example.org"), 0),
+        (("--deliver", "lmtp:127.0.0.1:9"), 0),
+        (("--deliver", "discard:"), 0),
+    ],
+)
+def test_an_open_relay_says_once_that_it_is_one(
+    flags: tuple[str, ...], warnings: int, start: Any, connect: Any, tmp_path: Path, free_port: Any
+) -> None:
+    (tmp_path / "users").write_text("")
+    program = start("--listen", f"127.0.0.1:{(port := free_port())}", "--proxy-protocol", "off", *flags)
+    assert connect(port).banner.startswith(b"220")
+    program.stop()
+    lines = [line for line in program.log.read_text().splitlines() if " WARNING " in line]
+    assert len(lines) == warnings
+    for line in lines:
+        assert "an open relay" in line
+        assert "add --domain, or --users with --auth-required" in line
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "warned"),
+    [("127.0.0.1", ["--assume-tls"], False), ("", ["--assume-tls"], True), ("0.0.0.0", ["--assume-tls"], True), ("", [], False)],
+)
+def test_assume_tls_for_other_hosts_is_warned_of(
+    host: str, flags: list[str], warned: bool, start: Any, connect: Any, free_port: Any
+) -> None:
+    program = start("--listen", f"{host}:{(port := free_port())}", "--deliver", "discard:", "--proxy-protocol", "off", *flags)
+    assert connect(port).banner.startswith(b"220")
+    assert ("plaintext from other hosts counts as TLS" in program.log.read_text()) is warned
+
+
 def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -74,7 +74,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 @config_option("core")
-@click.option("--check", is_flag=True, help="Check all settings, and exit.")
+@click.option("--check", is_flag=True, help="Check all settings, the next hop too, and exit.")
 @click.version_option(package_name="fumi")
 @click.pass_context
 def main(ctx: click.Context, /, **settings: Any) -> None:
@@ -98,9 +98,10 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
         return
     configure(settings["log_format"], settings["log_level"])
     raise_descriptor_limit()
-    work = CoreWork(ctx)
+    work = CoreWork(ctx, dry=settings["check"])
     if settings["check"]:
-        work.check()
+        if remark := work.check():
+            click.echo(remark)
         click.echo("settings are good")
         return
     run(work, settings["workers"])

@@ -52,9 +52,10 @@ class CoreWork:
 
     log = logging.getLogger("fumi.core")
 
-    def __init__(self, ctx: click.Context) -> None:
-        """Raises SettingError."""
+    def __init__(self, ctx: click.Context, *, dry: bool = False) -> None:
+        """``dry`` is for ``check()`` alone: nothing is made that would stay. Raises SettingError."""
         self._ctx = ctx
+        self._dry = dry
         self._settings = ctx.params
         self._target: Target | None = None
         self._sockets: list[socket.socket] = []
@@ -69,8 +70,11 @@ class CoreWork:
             self.app.observer = self._metrics = CoreMetrics(self.registry, self.app.tally, () if reference else TARGETS)
         self._take_over(ctx)
 
-    def check(self) -> None:
-        """Whether the addresses are this host's; a server that runs on them already is no fault. Raises SettingError."""
+    def check(self) -> str | None:
+        """Whether the addresses are this host's, and the target delivers; a server that runs already is no fault.
+
+        Gives a remark on the target, if there is one. Raises SettingError.
+        """
         addresses = [("listen", each) for each in self._settings["listen"]]
         if self._settings["metrics"]:
             addresses.append(("metrics", self._settings["metrics"]))
@@ -80,6 +84,12 @@ class CoreWork:
                     sock.close()
             elif address.kind == "unix" and not os.access(os.path.dirname(address.path) or ".", os.W_OK | os.X_OK):
                 raise SettingError(f"--{flag} {address}: cannot write to its directory")
+        if self._target is None:
+            return None
+        try:
+            return self._target.check()
+        except OSError as error:
+            raise SettingError(f"--deliver {self._settings['deliver'] or DELIVER}: {error.strerror or error}") from None
 
     @property
     def drain_timeout(self) -> float:
@@ -164,7 +174,7 @@ class CoreWork:
             app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
         except ValueError as error:
             raise SettingError(str(error)) from None
-        if target is not None:
+        if target is not None and not self._dry:
             _equip(app, target, settings)
         self.app.adopt(app)
         self._target = target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import re
 import socket
 import subprocess
@@ -243,6 +244,25 @@ def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, p
 
 def test_check_says_so_and_ends(tmp_path: Path) -> None:
     done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "settings are good\n")
+
+
+def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:
+    flags = ("--check", "--listen", "127.0.0.1:0", "--deliver", "maildir:mail/box")
+    done = run(*flags, cwd=tmp_path)
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert done.stdout == f"maildir:mail/box is not there yet: user {user} will make it\nsettings are good\n"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mail").touch()
+    done = run(*flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--deliver maildir:mail/box: is not there, and user {user} cannot make it in {tmp_path / 'mail'}" in done.stderr
+
+
+def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
+    for name in ("tmp", "new", "cur"):
+        (tmp_path / "maildir" / name).mkdir(parents=True)
+    done = run("--check", "--listen", "127.0.0.1:0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "settings are good\n")
 
 

@@ -7,15 +7,34 @@ from typing import Any
 
 import click
 
+from fumi_core.grammar import DOMAIN, MAX_DOMAIN
 from fumi_core.program import CoreWork
 from fumi_core.runtime.lifecycle import raise_descriptor_limit
 from fumi_core.runtime.logs import configure
-from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, WORKERS, Program, config_option
+from fumi_core.runtime.settings import ADDRESS, COUNT, NETWORK, OCTETS, SECONDS, WORKERS, Program, SettingError, config_option
 from fumi_core.runtime.workers import run
 from fumi_core.users import hash_password
 
 
-@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE", "help_option_names": ["-h", "--help"]})
+class DomainType(click.ParamType):  # type: ignore[type-arg]
+    """What is behind the @ of a recipient; stays text, as it is written in addresses."""
+
+    name = "domain"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if "*" in text:
+            self.fail(f"{text!r}: there are no wildcards: name each domain", param, ctx)
+        if "," in text or " " in text:
+            self.fail(
+                f"{text!r} is not one domain: repeat the flag, or separate several by spaces in the environment", param, ctx
+            )
+        if len(text) > MAX_DOMAIN or not DOMAIN.fullmatch(text):
+            self.fail(f"{text!r} is not a domain: write what is behind the @, such as example.org", param, ctx)
+        return text
+
+
+@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE"})
 @click.argument("app", metavar="[MODULE:APP]", required=False)
 @click.option(
     "--listen", type=ADDRESS, multiple=True, default=["127.0.0.1:2525"], show_default=True, help="Where to listen; repeatable."
@@ -30,14 +49,20 @@ from fumi_core.users import hash_password
 @click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send that header; repeatable. [default: this host]")
 @click.option("--assume-tls", is_flag=True, help="Take every client for one that came over TLS: for stunnel.")
 @click.option("--deliver", metavar="TARGET", help="maildir:PATH, lmtp:ADDR, smtp:ADDR or discard:  [default: maildir:./maildir]")
-@click.option("--domain", multiple=True, help="Accept recipients of this domain alone; repeatable. [default: all]")
+@click.option(
+    "--domain",
+    type=DomainType(),
+    metavar="NAME",
+    multiple=True,
+    help="Accept recipients of this domain alone; repeatable. [default: all]",
+)
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Let these users in: NAME:HASH a line.")
 @click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
 @click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")
 @click.option("--allow-insecure-auth", is_flag=True, help="Offer AUTH to clients that did not come over TLS, too.")
 @click.option("--require-tls", is_flag=True, help="Refuse MAIL from a client that did not come over TLS.")
-@click.option("--size", type=click.IntRange(1), help="Largest message, in octets. [default: no limit]")
-@click.option("--max-clients", type=click.IntRange(1), help="Most clients at once. [default: no limit]")
+@click.option("--size", type=OCTETS, help="Largest message, in octets. [default: no limit]")
+@click.option("--max-clients", type=COUNT, help="Most clients at once. [default: no limit]")
 @click.option("--name", help="The server's name in banner and trace lines. [default: this host's]")
 @click.option("--banner", default="", help="Words behind the name in the banner.")
 @click.option("--lmtp", is_flag=True, help="Speak LMTP: an answer for each recipient.")
@@ -49,7 +74,7 @@ from fumi_core.users import hash_password
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 @config_option("core")
-@click.option("--check", is_flag=True, help="Check all settings, and exit.")
+@click.option("--check", is_flag=True, help="Check all settings, the next hop too, and exit.")
 @click.version_option(package_name="fumi")
 @click.pass_context
 def main(ctx: click.Context, /, **settings: Any) -> None:
@@ -62,17 +87,21 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
       fumi-core --deliver lmtp:unix:/run/dovecot/lmtp
       fumi-core --proxy-protocol off --listen 127.0.0.1:2525 myapp:app
 
-    Every flag can be given as an environment variable too: FUMI_CORE_LISTEN and so on. SIGHUP has --config and --users
+    Every setting can be an environment variable too: FUMI_CORE_LISTEN and so on. SIGHUP has --config and --users
     read again; SIGTERM lets transactions end.
     """
     if settings["hash_password"]:
-        click.echo(hash_password(_ask_password()))
+        password = _ask_password()
+        if not password:
+            raise SettingError("--hash-password: there is no password to read")
+        click.echo(hash_password(password))
         return
     configure(settings["log_format"], settings["log_level"])
     raise_descriptor_limit()
-    work = CoreWork(ctx)
+    work = CoreWork(ctx, dry=settings["check"])
     if settings["check"]:
-        work.check()
+        if remark := work.check():
+            click.echo(remark)
         click.echo("settings are good")
         return
     run(work, settings["workers"])

@@ -37,6 +37,7 @@ _MAILBOX = rf"(?P<local>{_DOT_STRING}|{_QUOTED_STRING})@(?P<domain>{_DOMAIN}|{_A
 # esmtp-param = esmtp-keyword ["=" esmtp-value]
 _PARAMETERS = r"(?P<parameters>(?: +[A-Za-z0-9][A-Za-z0-9-]*(?:=[^\x00- =\x7f]+)?)*) *"
 
+DOMAIN = re.compile(rf"{_DOMAIN}|{_ADDRESS_LITERAL}")
 # The space after the colon is not in the RFC; half of all clients written by hand send it.
 MAIL_ARGUMENT = re.compile(rf"[Ff][Rr][Oo][Mm]: ?<(?:{_SOURCE_ROUTE}{_MAILBOX})?>{_PARAMETERS}")
 RCPT_ARGUMENT = re.compile(

@@ -8,9 +8,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from prometheus_client import CollectorRegistry
@@ -19,13 +19,14 @@ from fumi_core import builtin, mail_log
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
-from fumi_core.runtime.addresses import SocketAddress, bind, passed
+from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, explain, passed, peer_of
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError, given, read_again
 from fumi_core.users import Users
 
+T = TypeVar("T")
 # Which option of Fumi each flag sets; the defaults are the built-in app's, and a MODULE:APP keeps its own.
 _OPTIONS = {
     "proxy_protocol": "proxy_protocol",
@@ -41,6 +42,7 @@ _OPTIONS = {
     "drain_timeout": "close_timeout",
 }
 DELIVER = "maildir:./maildir"
+_THIS_HOST = Networks(("127.0.0.0/8", "::1", "unix"))
 # Settings of sockets and processes, which are made once.
 _ONCE = ("listen", "metrics", "workers")
 
@@ -50,9 +52,10 @@ class CoreWork:
 
     log = logging.getLogger("fumi.core")
 
-    def __init__(self, ctx: click.Context) -> None:
-        """Raises SettingError."""
+    def __init__(self, ctx: click.Context, *, dry: bool = False) -> None:
+        """``dry`` is for ``check()`` alone: nothing is made that would stay. Raises SettingError."""
         self._ctx = ctx
+        self._dry = dry
         self._settings = ctx.params
         self._target: Target | None = None
         self._sockets: list[socket.socket] = []
@@ -67,8 +70,11 @@ class CoreWork:
             self.app.observer = self._metrics = CoreMetrics(self.registry, self.app.tally, () if reference else TARGETS)
         self._take_over(ctx)
 
-    def check(self) -> None:
-        """Whether the addresses are this host's; a server that runs on them already is no fault. Raises SettingError."""
+    def check(self) -> str | None:
+        """Whether the addresses are this host's, and the target delivers; a server that runs already is no fault.
+
+        Gives a remark on the target, if there is one. Raises SettingError.
+        """
         addresses = [("listen", each) for each in self._settings["listen"]]
         if self._settings["metrics"]:
             addresses.append(("metrics", self._settings["metrics"]))
@@ -78,6 +84,12 @@ class CoreWork:
                     sock.close()
             elif address.kind == "unix" and not os.access(os.path.dirname(address.path) or ".", os.W_OK | os.X_OK):
                 raise SettingError(f"--{flag} {address}: cannot write to its directory")
+        if self._target is None:
+            return None
+        try:
+            return self._target.check()
+        except OSError as error:
+            raise SettingError(f"--deliver {self._settings['deliver'] or DELIVER}: {error.strerror or error}") from None
 
     @property
     def drain_timeout(self) -> float:
@@ -87,11 +99,28 @@ class CoreWork:
         addresses, inherited = self._settings["listen"], passed()
         if inherited and "listen" not in given(self._ctx):
             addresses = inherited
+        metrics = self._settings["metrics"]
+        for flag, each in [("listen", each) for each in addresses] + ([("metrics", metrics)] if metrics else []):
+            _at(flag, each, check_inherited)
         for address in addresses:
             self._sockets += _bind("listen", address)
             event(self.log, logging.INFO, "listening", address=address, proxy_protocol=self.app.options.proxy_protocol)
-        if self._settings["metrics"]:
-            self.metrics_sockets = _bind("metrics", self._settings["metrics"])
+        if metrics:
+            self.metrics_sockets = _bind("metrics", metrics)
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say what works and is hardly meant."""
+        if self._settings["assume_tls"]:
+            for name in [sock.getsockname() for sock in self._sockets]:
+                if peer_of(name)[0] not in _THIS_HOST:
+                    address = SocketAddress("tcp", host=name[0], port=name[1])
+                    words = "plaintext from other hosts counts as TLS here: listen on loopback or a Unix socket with --assume-tls"
+                    event(self.log, logging.WARNING, words, address=address)
+        passes_on = self._target is not None and self._target.name == "smtp"
+        if passes_on and not self._settings["domain"] and not self._settings["auth_required"]:
+            words = "an open relay: passes on mail from anyone to anyone; add --domain, or --users with --auth-required"
+            event(self.log, logging.WARNING, words, deliver=self._settings["deliver"])
 
     def unbind(self) -> None:
         for sock in self._sockets:
@@ -139,13 +168,15 @@ class CoreWork:
             app.use(_users(settings["users"]))
         elif settings["auth_required"] and not settings["app"]:
             raise SettingError("--auth-required needs --users FILE: nobody could send mail")
+        if settings["proxy_protocol"] == "off" and not settings["app"]:
+            _refuse_proxy_flags(settings)
         if settings["auth_required"]:
             app.configure(auth_optional=False)
         try:
             app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
         except ValueError as error:
             raise SettingError(str(error)) from None
-        if target is not None:
+        if target is not None and not self._dry:
             _equip(app, target, settings)
         self.app.adopt(app)
         self._target = target
@@ -164,6 +195,9 @@ def _load(reference: str) -> Fumi:
     module, colon, name = reference.partition(":")
     if not (module and colon and name):
         raise SettingError(f"{reference!r} is not MODULE:APP, as in myapp:app")
+    if module.endswith(".py"):
+        written = ".".join(part for part in module.removesuffix(".py").split("/") if part not in ("", "."))
+        raise SettingError(f"{reference!r} names a file and not a module: write {written}:{name}")
     sys.path.insert(0, os.getcwd())
     try:
         loaded = importlib.import_module(module)
@@ -184,11 +218,21 @@ def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
             raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
 
 
+def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
+    """Those that mean nothing, or that nobody could send mail, without a PROXY header."""
+    if settings["trusted_proxy"]:
+        raise SettingError("--trusted-proxy says who may send a PROXY header: leave it out, or --proxy-protocol off")
+    if settings["require_tls"] and not settings["assume_tls"]:
+        raise SettingError("--require-tls without PROXY headers needs --assume-tls: nobody could send mail")
+
+
 def _users(path: str) -> Users:
     try:
         return Users(path)
     except OSError as error:
         raise SettingError(f"--users {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingError(f"--users {path}: is not UTF-8 text") from None
     except ValueError as error:
         raise SettingError(f"--users: {error}") from None
 
@@ -201,7 +245,14 @@ def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
 
 
 def _bind(flag: str, address: SocketAddress) -> list[socket.socket]:
+    return _at(flag, address, bind)
+
+
+def _at(flag: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:
+    """Do it, and have the flag blamed for what goes wrong."""
     try:
-        return bind(address)
+        return act(address)
     except OSError as error:
-        raise SettingError(f"--{flag} {address}: {error.strerror or error}") from None
+        # What there is to do about ports is no help with a path.
+        problem = explain(error) if address.kind == "tcp" else error.strerror or error
+        raise SettingError(f"--{flag} {address}: {problem}") from None

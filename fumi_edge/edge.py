@@ -6,12 +6,13 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.addresses import Networks, SocketAddress, bind
+from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
 from fumi_edge.backends import Backend, Backends, Name, greeting
@@ -25,6 +26,7 @@ from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.reload import Reloader
 from fumi_edge.tunnel import BUFFER
 
+T = TypeVar("T")
 log = logging.getLogger("fumi.edge")
 
 HEARTBEAT = 5.0
@@ -104,6 +106,9 @@ class Edge:
     def bind(self) -> None:
         """Open all listening sockets. Raises OSError, with the address in it, and then none is open."""
         bound: list[tuple[socket.socket, str, bool]] = []
+        metrics = () if self._metrics_address is None else (("serve metrics", self._metrics_address),)
+        for purpose, address in (*(("listen", address) for address, _ in self._listen), *metrics):
+            _at(purpose, address, check_inherited)
         try:
             for address, starttls in self._listen:
                 bound += [(sock, _name(address, sock), starttls) for sock in _bind("listen", address)]
@@ -116,8 +121,9 @@ class Edge:
         self._bound = bound
         for _, name, starttls in bound:
             _announce(name, starttls)
-        for sock in self.metrics_sockets[:1]:
-            event(log, logging.INFO, "metrics", port=_port(sock))
+        if self._metrics_address is not None:
+            sock = self.metrics_sockets[0]
+            event(log, logging.INFO, "metrics", port=_port(sock), address=_name(self._metrics_address, sock))
 
     def unbind(self) -> None:
         """Close the sockets of clients, in a process that does not serve them."""
@@ -244,8 +250,12 @@ def _announce(name: str, starttls: bool) -> None:
 
 
 def _bind(purpose: str, address: SocketAddress) -> list[socket.socket]:
+    return _at(purpose, address, bind)
+
+
+def _at(purpose: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:
     try:
-        return bind(address)
+        return act(address)
     except OSError as error:
         raise OSError(error.errno, f"cannot {purpose} on {address}: {error.strerror or error}") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import click
 from prometheus_client import CollectorRegistry
 
+from fumi_core.runtime.addresses import explain
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.privileges import PrivilegeError, become
@@ -22,12 +22,6 @@ from fumi_core.runtime.settings import SettingError
 from fumi_edge.dev import Bench
 from fumi_edge.edge import Edge
 from fumi_edge.status import Facts, Status
-
-_HINTS = {
-    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
-    errno.EADDRINUSE: "another process has it; stop that one or choose another address",
-    errno.EADDRNOTAVAIL: "this machine has no such address",
-}
 
 
 class EdgeWork:
@@ -59,8 +53,7 @@ class EdgeWork:
         try:
             self._edge.bind()
         except OSError as error:
-            hint = _HINTS.get(error.errno or 0)
-            raise SettingError((error.strerror or str(error)) + (f" ({hint})" if hint else "")) from None
+            raise SettingError(explain(error)) from None
         if self._user is not None:
             try:
                 become(self._user)

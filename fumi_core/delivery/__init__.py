@@ -1,6 +1,7 @@
 """Where accepted mail goes. A target is a plugin: it adds the handlers that make 250 true.
 
-It has ``name``, the label of its metrics, and ``problem()``: why it cannot deliver now, or None.
+It has ``name``, the label of its metrics; ``problem()``: why it cannot deliver now, or None; and ``check()``, which looks whether
+it could if it were used, makes nothing for that, and raises OSError if not; what it gives is a remark for people, or None.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Target(Protocol):
     def __call__(self, app: Fumi) -> None: ...
 
     def problem(self) -> str | None: ...
+
+    def check(self) -> str | None: ...
 
 
 def parse_target(text: str) -> Target:

@@ -21,3 +21,6 @@ class Discard:
 
     def problem(self) -> str | None:
         return None
+
+    def check(self) -> str | None:
+        return None

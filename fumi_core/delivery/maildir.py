@@ -11,6 +11,7 @@ import errno
 import itertools
 import logging
 import os
+import pwd
 import socket
 import time
 from collections.abc import Callable
@@ -74,6 +75,19 @@ class Maildir:
                 return f"cannot write to {self.path / name}"
         return None
 
+    def check(self) -> str | None:
+        """Raises OSError when this user cannot write to it, or make it where it is not there."""
+        user = f"user {_user()}"
+        missing = [each for name in ("tmp", "new", "cur") if not (each := self.path / name).exists()]
+        if missing:
+            above = next(each for each in missing[0].absolute().parents if each.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise OSError(f"is not there, and {user} cannot make it in {above}")
+            return f"maildir:{self.path} is not there yet: {user} will make it"
+        if problem := self.problem():
+            raise OSError(f"{user}: {problem}")
+        return None
+
     async def _deliver(self, ctx: DataContext) -> None:
         loop = asyncio.get_running_loop()
 
@@ -120,6 +134,14 @@ def trace_headers(session: Session) -> bytes:
     recipients = dict.fromkeys(each.address for each in envelope.rcpt_to)
     lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each}\r\n" for each in recipients)]
     return ("".join(lines) + session.received_header()).encode()
+
+
+def _user() -> str:
+    """The name of who the program runs as; the number of one who has none, as in a container."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 class _Message:

@@ -93,6 +93,13 @@ class NextHop:
         trouble = probe(self.address)
         return trouble and f"{self.name}:{self.address}: {trouble}"
 
+    def check(self) -> str | None:
+        """Raises OSError when the next hop does not greet."""
+        trouble = probe(self.address)
+        if trouble is not None:
+            raise OSError(trouble)
+        return None
+
     # MAIL
 
     async def _begin(self, session: Session, sender: Address) -> _Transaction:

@@ -23,6 +23,11 @@ _FD_NAME = re.compile(r"[!-9;-~]{1,255}")
 
 BACKLOG = 4096
 """Connections the kernel may queue before accept; it caps this at net.core.somaxconn."""
+_HINTS = {
+    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
+    errno.EADDRINUSE: "another process has it; stop that one or choose another address",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,22 @@ def bind(address: SocketAddress) -> list[socket.socket]:
             undo.callback(sockets[-1].close)
         undo.pop_all()
     return sockets
+
+
+def check_inherited(address: SocketAddress) -> None:
+    """See that a descriptor was passed, where the address is one. Ask before opening a socket: it could get that number.
+
+    Raises OSError.
+    """
+    if address.kind == "fd":
+        for fd in _descriptors(address):
+            _inherited(fd).detach()
+
+
+def explain(error: OSError) -> str:
+    """Why an address cannot be bound, and what to do about it."""
+    hint = _HINTS.get(error.errno or 0)
+    return (error.strerror or str(error)) + (f" ({hint})" if hint else "")
 
 
 def passed() -> list[SocketAddress]:

@@ -8,6 +8,7 @@ A wrong setting is one line on stderr and exit status 2, as click does it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -21,6 +22,8 @@ from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
 
 F = TypeVar("F", bound=Callable[..., Any])
 _ARGUMENTS = "fumi.arguments"
+_ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--version"))
+"""Flags that say what to do this once, and not how: a variable of that name, or a key in a file, would be meant otherwise."""
 
 
 class AddressType(click.ParamType):  # type: ignore[type-arg]
@@ -42,46 +45,90 @@ class NetworkType(click.ParamType):  # type: ignore[type-arg]
 
     name = "cidr|unix"
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "CIDR|unix"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = "unix" if str(value).lower() == "unix" else str(value)
         try:
-            Networks([str(value)])
+            Networks([text])
         except ValueError as error:
             self.fail(str(error), param, ctx)
-        return str(value)
+        return text
 
 
 class SecondsType(click.FloatRange):
     """A finite number of seconds."""
 
     name = "seconds"
+    wanted = "a number of seconds, such as 5"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = float(super().convert(value, param, ctx))
+        try:
+            seconds = float(value)
+        except (ValueError, OverflowError):
+            seconds = math.nan
         if not math.isfinite(seconds):
-            self.fail(f"{value} is not a number of seconds", param, ctx)
-        return seconds
+            self.fail(f"{value!r} is not a number of seconds: write one such as 5", param, ctx)
+        return float(super().convert(seconds, param, ctx))
 
 
-class WorkersType(click.IntRange):
+class CountType(click.IntRange):
+    """A whole number of something, which is said in the message about anything else, with an example."""
+
+    name = "n"
+
+    def __init__(self, what: str, example: int, *, min: int, max: int | None = None) -> None:
+        super().__init__(min, max)
+        self.what = what
+        self.wanted = f"{what}, such as {example}"
+        self._example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            count = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not {self.what}: write one such as {self._example}", param, ctx)
+        return int(super().convert(count, param, ctx))
+
+
+class WorkersType(CountType):
     """A number of processes; ``auto`` is one for each processor that this one may use."""
 
     name = "n|auto"
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "N|auto"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value == "auto":
+        if str(value).lower() == "auto":
             return len(os.sched_getaffinity(0))
-        return int(super().convert(value, param, ctx))
+        return super().convert(value, param, ctx)
 
 
 ADDRESS = AddressType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
 SECONDS_OR_NONE = SecondsType(min=0)
-WORKERS = WorkersType(min=1, max=1024)
+COUNT = CountType("a number", 100, min=1)
+OCTETS = CountType("a number of octets", 25_000_000, min=1)
+WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 
 
 class Program(click.Command):
-    """A command whose errors are one line on stderr, with exit status 2."""
+    """A command whose errors are one line on stderr, with exit status 2, and whose settings, but no actions, may be variables."""
+
+    def __init__(self, *args: Any, **extra: Any) -> None:
+        extra["context_settings"] = {"help_option_names": ["-h", "--help"], **(extra.get("context_settings") or {})}
+        super().__init__(*args, **extra)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        for param in params:
+            # FUMI_EDGE_VERSION is what people call the tag of an image.
+            if isinstance(param, click.Option) and not _ACTIONS.isdisjoint(param.opts):
+                param.allow_from_autoenv = False
+        return params
 
     def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> click.Context:
         arguments = list(args)  # click takes them out one by one
@@ -143,21 +190,53 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     tables = {name: value for name, value in document.items() if isinstance(value, dict)}
     if stray := set(tables) - {"core", "edge"}:
         raise click.BadParameter(f"{path}: unknown section [{sorted(stray)[0]}]; there are [core] and [edge]")
-    known = {option[2:]: param.name for param in ctx.command.params for option in param.opts if option.startswith("--")}
-    repeatable = {param.name for param in ctx.command.params if getattr(param, "multiple", False)}
+    known = {option[2:]: param for param in ctx.command.get_params(ctx) for option in param.opts if option.startswith("--")}
     settings: dict[str, Any] = {}
     own = tables.get(section, {})
     for key, value in {**{k: v for k, v in document.items() if k not in tables}, **own}.items():
-        name = known.get(key.replace("_", "-"))
-        if name is None:
+        flag = key.replace("_", "-")
+        param = known.get(flag)
+        if param is None or not param.name:
             raise click.BadParameter(f"{path}: unknown key {key!r}; the keys are the flags without dashes in front")
-        settings[name] = _plain(path, key, value, many=name in repeatable)
+        if f"--{flag}" in {*_ACTIONS, "--config"}:
+            raise click.BadParameter(f"{path}: {key} is not a setting: say --{flag} on the command line")
+        try:
+            settings[param.name] = _value(ctx, param, value)
+        except click.BadParameter as error:
+            raise click.BadParameter(f"{path}: {key} = {_shown(value)}: {error.message}") from None
     return settings
 
 
-def _plain(path: str, key: str, value: Any, many: bool) -> Any:
-    """A value as a flag could have it: repeatable ones are lists, and may be written without one."""
+def _value(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """What a key's value is to the flag; repeatable ones are lists, and may be written without one. Raises BadParameter."""
+    many = getattr(param, "multiple", False)
     values = value if isinstance(value, list) and many else [value]
-    if not all(isinstance(each, str | int | float) for each in values):
-        raise click.BadParameter(f"{path}: {key} is {'text, or a list of texts' if many else 'text, a number, true or false'}")
+    for each in values:
+        _check_type(param, each, many)
+        # The flag would be blamed for it later, and not the file.
+        param.type.convert(each, None, ctx)
     return values if many else value
+
+
+def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
+    """A value has its TOML type, or is text that the flag would take; true and false are no numbers, though Python has it so."""
+    if getattr(param, "is_flag", False):
+        good, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(param.type, click.IntRange):
+        good = isinstance(value, int | str) and not isinstance(value, bool)
+        wanted = getattr(param.type, "wanted", "a whole number")
+    elif isinstance(param.type, click.FloatRange):
+        good = isinstance(value, int | float | str) and not isinstance(value, bool)
+        wanted = getattr(param.type, "wanted", "a number")
+    elif isinstance(param.type, click.Choice):
+        # min-tls = 1.3 is what one writes.
+        good, wanted = isinstance(value, str) or str(value) in param.type.choices, "text, in quotes"
+    else:
+        good, wanted = isinstance(value, str), "text, in quotes, or a list of texts" if many else "text, in quotes"
+    if not good:
+        raise click.BadParameter(f"write {wanted}")
+
+
+def _shown(value: Any) -> str:
+    """A value as it may stand in the file."""
+    return json.dumps(value, default=str, ensure_ascii=False)

@@ -38,11 +38,24 @@ def test_a_next_hop_that_cannot_be_is_one_line_and_exit_2(target: str, tmp_path:
     assert done.stderr.startswith("Error: --deliver: ")
 
 
-@pytest.mark.parametrize("target", ["smtp:127.0.0.1:9", "smtp:[::1]:25", "smtp:localhost:25", "lmtp:unix:/nowhere"])
-def test_check_does_not_need_the_next_hop(target: str, tmp_path: Path) -> None:
-    flags = ["--check", "--listen", "127.0.0.1:0", "--deliver", target]
-    done = subprocess.run([PROGRAM, *flags], capture_output=True, text=True, timeout=30, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "settings are good\n")
+@pytest.mark.parametrize("target", ["smtp:127.0.0.1:9", "lmtp:127.0.0.1:9", "lmtp:unix:/nowhere"])
+def test_check_says_that_the_next_hop_is_not_there(target: str, tmp_path: Path) -> None:
+    done = check(target, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"Error: --deliver {target}: ")
+
+
+def test_check_says_what_a_next_hop_greets_with_and_wants_220(scripted_hop: Any, tmp_path: Path) -> None:
+    done = check(f"smtp:{scripted_hop().address}", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "settings are good\n", "")
+    done = check(f"smtp:{scripted_hop(BANNER=b'554 5.3.2 no' + bytes([13, 10])).address}", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(": it greets with 554 5.3.2 no\n")
+
+
+def check(target: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    flags = ["--check", "--listen", "127.0.0.1:0", "--domain", "example.org", "--deliver", target]
+    return subprocess.run([PROGRAM, *flags], capture_output=True, text=True, timeout=30, cwd=directory)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import re
 import socket
 import subprocess
@@ -150,13 +151,83 @@ def test_a_wrong_setting_is_one_line_and_exit_2(arguments: list[str], tmp_path: 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("reference", "wanted"), [("./m5.py:app", "write m5:app"), ("sub/m5.py:app", "write sub.m5:app"), ("m5.py:a", "write m5:a")]
+)
+def test_who_names_an_app_by_its_file_hears_how_to_name_it(reference: str, wanted: str, tmp_path: Path) -> None:
+    done = run(reference, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert wanted in done.stderr
+
+
+def test_users_that_are_no_text_are_blamed_on_their_file(tmp_path: Path) -> None:
+    (tmp_path / "users").write_bytes(b"joe:\xff\n")
+    done = run("--users", "users", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "Error: --users users: is not UTF-8 text\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--trusted-proxy", "192.0.2.1"), "--trusted-proxy says who may send a PROXY header"),
+        (("--require-tls",), "--require-tls without PROXY headers needs --assume-tls"),
+    ],
+)
+def test_flags_that_need_a_proxy_header_are_refused_without_one(flags: tuple[str, ...], problem: str, tmp_path: Path) -> None:
+    always = ("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", *flags)
+    done = run("--proxy-protocol", "off", *always, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert problem in done.stderr
+    assert run(*always, cwd=tmp_path).returncode == 0
+    if "--require-tls" in flags:
+        assert run("--proxy-protocol", "off", "--assume-tls", *always, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "warnings"),
+    [
+        (("--deliver", "smtp:127.0.0.1:9"), 1),
+        (("--deliver", "smtp:127.0.0.1:9", "--users", "users"), 1),
+        (("--deliver", "smtp:127.0.0.1:9", "--workers", "2"), 1),
+        (("--deliver", "smtp:127.0.0.1:9", "--users", "users", "--auth-required"), 0),
+        (("--deliver", "smtp:127.0.0.1:9", "--domain", "example.org"), 0),
+        (("--deliver", "lmtp:127.0.0.1:9"), 0),
+        (("--deliver", "discard:"), 0),
+    ],
+)
+def test_an_open_relay_says_once_that_it_is_one(
+    flags: tuple[str, ...], warnings: int, start: Any, connect: Any, tmp_path: Path, free_port: Any
+) -> None:
+    (tmp_path / "users").write_text("")
+    program = start("--listen", f"127.0.0.1:{(port := free_port())}", "--proxy-protocol", "off", *flags)
+    assert connect(port).banner.startswith(b"220")
+    program.stop()
+    lines = [line for line in program.log.read_text().splitlines() if " WARNING " in line]
+    assert len(lines) == warnings
+    for line in lines:
+        assert "an open relay" in line
+        assert "add --domain, or --users with --auth-required" in line
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "warned"),
+    [("127.0.0.1", ["--assume-tls"], False), ("", ["--assume-tls"], True), ("0.0.0.0", ["--assume-tls"], True), ("", [], False)],
+)
+def test_assume_tls_for_other_hosts_is_warned_of(
+    host: str, flags: list[str], warned: bool, start: Any, connect: Any, free_port: Any
+) -> None:
+    program = start("--listen", f"{host}:{(port := free_port())}", "--deliver", "discard:", "--proxy-protocol", "off", *flags)
+    assert connect(port).banner.startswith(b"220")
+    assert ("plaintext from other hosts counts as TLS" in program.log.read_text()) is warned
+
+
 def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         done = run("--listen", f"127.0.0.1:{sock.getsockname()[1]}", cwd=tmp_path)
     assert done.returncode == 2
-    assert "in use" in done.stderr
+    assert "in use (another process has it; stop that one or choose another address)" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -173,6 +244,25 @@ def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, p
 
 def test_check_says_so_and_ends(tmp_path: Path) -> None:
     done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "settings are good\n")
+
+
+def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:
+    flags = ("--check", "--listen", "127.0.0.1:0", "--deliver", "maildir:mail/box")
+    done = run(*flags, cwd=tmp_path)
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert done.stdout == f"maildir:mail/box is not there yet: user {user} will make it\nsettings are good\n"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mail").touch()
+    done = run(*flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--deliver maildir:mail/box: is not there, and user {user} cannot make it in {tmp_path / 'mail'}" in done.stderr
+
+
+def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
+    for name in ("tmp", "new", "cur"):
+        (tmp_path / "maildir" / name).mkdir(parents=True)
+    done = run("--check", "--listen", "127.0.0.1:0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "settings are good\n")
 
 

@@ -1,0 +1,184 @@
+"""Settings as operators write them, right and wrong: flags, variables, files; for both programs, which read them the same way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(program: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env={**os.environ, **environment})
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a program says of a wrong setting."""
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("Error: ")
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "wanted"),
+    [
+        ("fumi-core", "require-tls = 1", "true or false"),
+        ("fumi-core", "require-tls = 1.5", "true or false"),
+        ("fumi-core", "require-tls = 'yes'", "true or false"),
+        ("fumi-core", "max-clients = true", "a number, such as 100"),
+        ("fumi-core", "max-clients = 20.5", "a number, such as 100"),
+        ("fumi-core", "max-clients = 12.0", "a number, such as 100"),
+        ("fumi-core", "size = true", "a number of octets, such as 25000000"),
+        ("fumi-core", "size = '25M'", "a number of octets"),
+        ("fumi-core", "workers = true", 'a number of processes or "auto", such as 4'),
+        ("fumi-core", "drain-timeout = true", "a number of seconds, such as 5"),
+        ("fumi-core", f"drain-timeout = 1{'0' * 400}", "a number of seconds"),
+        ("fumi-core", "users = 5", "text, in quotes"),
+        ("fumi-core", "name = ['a', 'b']", "text, in quotes"),
+        ("fumi-core", "listen = 2525", "text, in quotes"),
+        ("fumi-core", "domain = ['a.example', 5]", "a list of texts"),
+        ("fumi-core", "banner = 2020-01-01", "text, in quotes"),
+        ("fumi-core", "listen = ['nonsense']", "is not an address"),
+        ("fumi-edge", "cert = true", "text, in quotes"),
+        ("fumi-edge", "idle-timeout = true", "a number of seconds, such as 5"),
+        ("fumi-edge", "min-tls = true", "text, in quotes"),
+        ("fumi-edge", "max-clients = 20.5", "a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_file_key_and_what_to_write(
+    program: str, text: str, wanted: str, tmp_path: Path
+) -> None:
+    (tmp_path / "f.toml").write_text(text)
+    said = refusal(run(program, "--config", "f.toml", "--check", cwd=tmp_path))
+    assert f"f.toml: {text.partition(' =')[0]} = " in said
+    assert wanted in said
+
+
+def test_a_value_of_the_right_type_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text(
+        "listen = '127.0.0.1:0'\nrequire-tls = true\nlmtp = false\nsize = 1000\nmax-clients = '20'\nworkers = 'auto'\n"
+        "drain-timeout = 1.5\ndomain = 'a.example'\ndeliver = 'discard:'\nlog-format = 'json'\n"
+    )
+    done = run("fumi-core", "--config", "f.toml", "--check", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "settings are good\n", "")
+
+
+def test_a_version_of_tls_may_be_written_as_a_number(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text("min-tls = 1.3\nidle-timeout = 5")
+    assert "no certificate" in refusal(run("fumi-edge", "--config", "f.toml", cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("program", "keys"),
+    [
+        ("fumi-core", ("config", "version", "check", "hash-password", "hash_password", "help")),
+        ("fumi-edge", ("config", "version", "check", "emit", "dev", "help")),
+    ],
+)
+def test_an_action_is_no_setting_of_a_file(program: str, keys: tuple[str, ...], tmp_path: Path) -> None:
+    for key in keys:
+        (tmp_path / "f.toml").write_text(f"{key} = true")
+        flag = key.replace("_", "-")
+        assert f"f.toml: {key} is not a setting: say --{flag} on the command line" in refusal(
+            run(program, "--config", "f.toml", cwd=tmp_path)
+        )
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "said"),
+    [
+        ("fumi-core", ("--drain-timeout", "5s"), "'5s' is not a number of seconds: write one such as 5"),
+        ("fumi-core", ("--size", "25M"), "'25M' is not a number of octets: write one such as 25000000"),
+        ("fumi-core", ("--max-clients", "many"), "'many' is not a number: write one such as 100"),
+        ("fumi-edge", ("--idle-timeout", "nan"), "'nan' is not a number of seconds: write one such as 5"),
+        ("fumi-edge", ("--workers", "all"), "'all' is not a number of processes or \"auto\": write one such as 4"),
+    ],
+)
+def test_what_is_no_number_is_told_what_one_looks_like(program: str, flags: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    assert said in refusal(run(program, *flags, cwd=tmp_path))
+
+
+def test_words_stand_in_the_help_as_they_are_written_and_are_taken_in_any_case(tmp_path: Path) -> None:
+    text = run("fumi-core", "--help", cwd=tmp_path).stdout
+    assert "CIDR|unix" in text
+    assert "N|auto" in text
+    flags = ("--listen", "127.0.0.1:0", "--deliver", "discard:", "--trusted-proxy", "UNIX", "--workers", "AUTO")
+    assert run("fumi-core", *flags, "--check", cwd=tmp_path).returncode == 0
+
+
+def test_no_variable_is_an_action(tmp_path: Path) -> None:
+    actions = {f"FUMI_CORE_{name}": "0.1.0" for name in ("VERSION", "CHECK", "HASH_PASSWORD", "HELP")}
+    actions |= {f"FUMI_EDGE_{name}": "1" for name in ("VERSION", "CHECK", "EMIT", "DEV", "DEV_MODE", "HELP")}
+    assert "descriptor 77" in refusal(run("fumi-core", "--listen", "fd:77", "--deliver", "discard:", cwd=tmp_path, **actions))
+    assert "no certificate" in refusal(run("fumi-edge", cwd=tmp_path, **actions))
+
+
+def test_settings_are_variables_config_too(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text("size = 'x'")
+    assert "f.toml" in refusal(run("fumi-core", cwd=tmp_path, FUMI_CORE_CONFIG="f.toml"))
+
+
+@pytest.mark.parametrize("program", ["fumi-core", "fumi-edge"])
+def test_h_is_help(program: str, tmp_path: Path) -> None:
+    done = run(program, "-h", cwd=tmp_path)
+    assert done.stdout.startswith(f"Usage: {program}")
+    assert "-h, --help" in done.stdout
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("program", ["fumi-core", "fumi-edge"])
+def test_a_socket_of_ones_own_was_not_passed(program: str, metrics: bool, tmp_path: Path) -> None:
+    (tmp_path / "key").touch()
+    flags = ["--listen", "127.0.0.1:0", *(("--metrics",) if metrics else ("--listen",)), "fd:3"]
+    if program == "fumi-edge":
+        make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=a -keyout key -out cert"
+        subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
+        flags += ["--cert", "cert", "--key", "key", "--backend", "127.0.0.1:9"]
+    assert "fd:3: descriptor 3 is not an open socket" in refusal(run(program, *flags, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("domain", "said"),
+    [
+        ("a.org,b.org", "separate several by spaces in the environment"),
+        ("a.org b.org", "separate several by spaces in the environment"),
+        ("*.example.org", "no wildcards"),
+        ("", "'' is not a domain"),
+        ("joe@example.org", "is not a domain"),
+        (".example.org", "is not a domain"),
+        ("example.org.", "is not a domain"),
+        ("-.example", "is not a domain"),
+        ("a." * 128 + "example", "is not a domain"),
+    ],
+)
+def test_what_no_recipient_can_have_is_no_domain(domain: str, said: str, tmp_path: Path) -> None:
+    line = refusal(run("fumi-core", "--domain", domain, "--deliver", "discard:", "--check", cwd=tmp_path))
+    assert "'--domain'" in line
+    assert said in line
+    assert "deliver" not in line
+
+
+def test_domains_are_names_as_they_stand_in_addresses(tmp_path: Path) -> None:
+    flags = ("--listen", "127.0.0.1:0", "--deliver", "discard:", "--check")
+    for domain in (
+        "example.org",
+        "EXAMPLE.org",
+        "localhost",
+        "a-b.example",
+        "xn--bcher-kva.example",
+        "bücher.example",
+        "[192.0.2.1]",
+    ):
+        assert run("fumi-core", "--domain", domain, *flags, cwd=tmp_path).returncode == 0, domain
+    assert run("fumi-core", *flags, cwd=tmp_path, FUMI_CORE_DOMAIN="a.example b.example").returncode == 0
+
+
+def test_there_is_no_hash_of_no_password(tmp_path: Path) -> None:
+    for typed in ("", "\n"):
+        command = [str(Path(sys.executable).with_name("fumi-core")), "--hash-password"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, input=typed)
+        assert "no password" in refusal(done)
+        assert done.stdout == ""

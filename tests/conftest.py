@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import pytest_runtest_protocol as pytest_runtest_protocol
 from tests.ports import free_port
 
 BIN = Path(sys.executable).parent

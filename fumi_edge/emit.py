@@ -154,6 +154,9 @@ _HAPROXY_REASONS = {
 
 def _haproxy(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
     text = _template("haproxy.cfg")
+    if "drain_timeout" not in given:
+        # fumi-edge's default is for a stop; in HAProxy the same limit would cut sessions off at every reload.
+        flags = {**flags, "drain_timeout": None}
     unfit = _of(listeners, "fd")
     listeners = [each for each in listeners if each not in unfit]
     if not listeners:
@@ -177,6 +180,8 @@ def _haproxy(flags: Flags, given: Collection[str], listeners: Sequence[SocketAdd
     notes.append("A client is hung up on, without 421, when no core is there; and when its address has reached a limit.")
     if flags.get("max_clients"):
         notes.append("--max-clients: one client more waits to be accepted.")
+    if flags.get("drain_timeout") is not None:
+        notes.append("--drain-timeout: sessions that a reload finds may go on no longer either.")
     notes.append("--handshake-timeout: before version 3.0, --idle-timeout is for handshakes too.")
     notes += _lost(flags, given, _HAPROXY_CARRIES, _HAPROXY_REASONS)
     return notes, re.sub(r"\n{3,}", "\n\n", body)

@@ -146,9 +146,12 @@ def _inherited(fd: int) -> socket.socket:
 
 def _listen_everywhere(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
-        # A kernel booted without IPv6 still claims it; IPv4 alone is then all there is.
-        with contextlib.suppress(OSError):
+        try:
             return _listen(socket.AF_INET6, ("::", port), v6only=False)
+        except OSError as error:
+            # A kernel booted without IPv6 still claims it; IPv4 alone is then all there is.
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
     return _listen(socket.AF_INET, ("0.0.0.0", port))
 
 

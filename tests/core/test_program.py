@@ -231,6 +231,14 @@ def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_port_that_is_taken_on_ipv6_alone_is_taken(tmp_path: Path, free_port: Any) -> None:
+    with socket.create_server(("::1", free_port()), family=socket.AF_INET6) as sock:
+        done = run("--listen", f":{sock.getsockname()[1]}", "--deliver", "discard:", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "another process has it" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "problem"), [("lisen = 1", "lisen"), ("[cores]\na=1", "cores"), ("=", "Invalid"), ("[core]\nsize='x'", "size")]
 )

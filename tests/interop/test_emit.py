@@ -106,6 +106,8 @@ def test_limits_that_nobody_set_are_none(emit: Emit, both: Path) -> None:
     text = emit("haproxy", "--cert", both, "--backend", ":2525")
     assert not re.search("maxconn|stick-table|sc0|prometheus", text)
     assert 'server core1 "127.0.0.1:2525"' in settings(text)
+    # A reload leaves sessions alone as long as in the template, not for fumi-edge's 30 seconds.
+    assert 'hard-stop-after "15m"' in [re.sub(r"\$\{\w+-(\w+)\}", r"\1", line) for line in settings(text)]
 
 
 def test_behind_a_balancer_only_those_who_are_trusted_may_connect(emit: Emit, both: Path) -> None:

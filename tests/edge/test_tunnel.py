@@ -268,6 +268,7 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, 
 
     def handler(peer):
         opening(peer, connect.tls)
+        peer.say(b"hello\r\n")
         if peer.line() == b"stay\r\n":
             peer.say(peer.line())
             return
@@ -284,9 +285,9 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, 
             told.append("reset")
 
     program = edge(backend=backend(handler))
-    staying = connect(program)
+    staying, client = connect(program), connect(program)
+    assert staying.line() == client.line() == b"hello\r\n"
     staying.say(b"stay\r\n")
-    client = connect(program)
     client.say(b"go\r\n")
     if stream == "up":
         pour_until_full(client)

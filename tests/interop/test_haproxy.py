@@ -120,12 +120,12 @@ def test_as_a_layer_4_balancer_it_lets_the_edge_do_tls_and_starttls(
             smtp.starttls(context=context)
             smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
         assert len(server.messages) == 2
+        path = programs.directory / "edge.log"
+        programs.until(lambda: path.read_text().count("connection ended") >= 2, "the end")
+        log = path.read_text()
     for session, port in zip(sessions, front, strict=True):
         assert (session.remote_address, session.local_port) == ("127.0.0.9", port)
         assert session.tls.version == "TLSv1.3"
-    path = programs.directory / "edge.log"
-    programs.until(lambda: path.read_text().count("connection ended") >= 2, "the end")
-    log = path.read_text()
     # Its checks are no clients, whether they send a header or not.
     assert log.count("connection ended") == 2, log
     assert "WARN" not in log

@@ -69,10 +69,13 @@ def test_the_health_check_asks_the_program(programs: Any) -> None:
 def test_each_service_has_flags_that_its_program_takes_and_fits_the_others(
     name: str, compose: dict[str, Any], parse_flags: Callable[[list[str]], dict[str, Any]]
 ) -> None:
-    service = compose["services"][name]
+    def flags(name: str) -> dict[str, Any]:
+        # An engine puts in what ${DOMAIN:?…} stands for, and starts nothing without it.
+        command = compose["services"][name]["command"]
+        return parse_flags([re.sub(r"\$\{DOMAIN:\?[^}]+\}", "example.org", word) for word in command])
+
+    service, settings = compose["services"][name], flags(name)
     assert service["command"][0] == f"fumi-{name}"
-    # An engine puts in what ${DOMAIN:?…} stands for, and starts nothing without it.
-    settings = parse_flags([re.sub(r"\$\{DOMAIN:\?[^}]+\}", "example.org", word) for word in service["command"]])
     assert service["environment"]["HEALTH"] == f"127.0.0.1:{settings['metrics'].port}"
     assert int(service["stop_grace_period"].removesuffix("s")) > settings["drain_timeout"]
     assert service["read_only"]
@@ -86,7 +89,7 @@ def test_each_service_has_flags_that_its_program_takes_and_fits_the_others(
         assert settings["domain"] == ("example.org",)
     else:
         (backend,) = settings["backend"]
-        (core,) = parse_flags(compose["services"]["core"]["command"])["listen"]
+        (core,) = flags("core")["listen"]
         assert (backend.host, backend.port) == ("core", core.port)
         assert service["depends_on"] == {"core": {"condition": "service_healthy"}}
 

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from tests import starter
 from tests.limits import pytest_runtest_protocol as pytest_runtest_protocol
 from tests.ports import free_port
+from tests.starter import BIN, Process
 
-BIN = Path(sys.executable).parent
 PATIENCE = 60.0
 
 
@@ -73,13 +73,11 @@ class Programs:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: list[Process] = []
 
-    def start(self, *command: str | Path, port: int | None = None, log: str = "log") -> subprocess.Popen[bytes]:
+    def start(self, *command: str | Path, port: int | None = None, log: str = "log") -> Process:
         with (self.directory / log).open("ab") as output:
-            process = subprocess.Popen(
-                [str(word) for word in command], cwd=self.directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
+            process = starter.start(*command, cwd=self.directory, stdout=output, stderr=output)
         self._running.append(process)
         if port is not None:
             until(lambda: listening(port) or process.poll() is not None, f"{command[0]} listening")
@@ -92,19 +90,12 @@ class Programs:
 
     def run(self, *command: str | Path, given: bytes = b"", status: int = 0, **environment: str) -> str:
         """What a program says that ends by itself, and is to end with this status."""
-        done = subprocess.run(
-            [str(word) for word in command],
-            cwd=self.directory,
-            input=given,
-            capture_output=True,
-            timeout=600,
-            env={**os.environ, **environment},
-        )
-        said = (done.stdout + done.stderr).decode()
+        done = starter.finished(*command, cwd=self.directory, env={**os.environ, **environment}, given=given, timeout=600)
+        said = done.stdout + done.stderr
         assert done.returncode == status, said
         return said
 
-    def stop(self, process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
+    def stop(self, process: Process, number: int = signal.SIGTERM) -> int:
         process.send_signal(number)
         return process.wait(60)
 
@@ -143,7 +134,7 @@ class Setup:
     tls_port: int
     starttls_port: int
     maildir: Maildir
-    processes: dict[str, subprocess.Popen[bytes]]
+    processes: dict[str, Process]
 
 
 @pytest.fixture

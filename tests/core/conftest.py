@@ -7,8 +7,6 @@ import os
 import signal
 import smtplib
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +16,7 @@ from typing import Any
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
-from tests import ports
-
-PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
+from tests import ports, starter
 
 
 class Client:
@@ -230,8 +226,7 @@ class Program:
         self.log = directory / "log"
         with self.log.open("w") as log:
             environment = {**os.environ, **(environment or {})}
-            command = [PROGRAM, *flags]
-            self.process = subprocess.Popen(command, stderr=log, cwd=directory, env=environment, start_new_session=True)
+            self.process = starter.start("fumi-core", *flags, stdout=log, stderr=log, cwd=directory, env=environment)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -256,7 +251,7 @@ def start(tmp_path: Path, eventually: Any) -> Iterator[Callable[..., Program]]:
     def run(*flags: str, environment: dict[str, str] | None = None, wait: str = "listening") -> Program:
         programs.append(program := Program(tmp_path, *flags, environment=environment))
         eventually(lambda: wait in program.log.read_text() or program.process.poll() is not None)
-        assert program.process.poll() is None, program.log.read_text()
+        assert wait in program.log.read_text(), program.log.read_text()
         return program
 
     yield run

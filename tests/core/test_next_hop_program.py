@@ -14,6 +14,7 @@ import pytest
 
 from fumi_core.client import probe
 from fumi_core.delivery import parse_target
+from tests.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
@@ -33,7 +34,7 @@ PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
     ],
 )
 def test_a_next_hop_that_cannot_be_is_one_line_and_exit_2(target: str, tmp_path: Path) -> None:
-    done = subprocess.run([PROGRAM, "--deliver", target], capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    done = finished("fumi-core", "--deliver", target, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("Error: --deliver: ")
 
@@ -55,7 +56,7 @@ def test_check_says_what_a_next_hop_greets_with_and_wants_220(scripted_hop: Any,
 
 def check(target: str, directory: Path) -> subprocess.CompletedProcess[str]:
     flags = ["--check", "--listen", "127.0.0.1:0", "--domain", "example.org", "--deliver", target]
-    return subprocess.run([PROGRAM, *flags], capture_output=True, text=True, timeout=30, cwd=directory)
+    return finished("fumi-core", *flags, cwd=directory)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.starter import finished
+
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
 
@@ -114,7 +116,7 @@ def reachable(port: int) -> bool:
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=30, cwd=cwd)
+    return finished("fumi-core", *arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,8 @@ def test_an_open_relay_says_once_that_it_is_one(
 ) -> None:
     (tmp_path / "users").write_text("")
     program = start("--listen", f"127.0.0.1:{(port := free_port())}", "--proxy-protocol", "off", *flags)
-    assert connect(port).banner.startswith(b"220")
+    with contextlib.closing(connect(port)) as client:
+        assert client.banner.startswith(b"220")
     program.stop()
     lines = [line for line in program.log.read_text().splitlines() if " WARNING " in line]
     assert len(lines) == warnings

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.starter import finished
+
 
 def run(program: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name(program)), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env={**os.environ, **environment})
+    return finished(program, *arguments, cwd=cwd, env={**os.environ, **environment})
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -178,7 +178,6 @@ def test_domains_are_names_as_they_stand_in_addresses(tmp_path: Path) -> None:
 
 def test_there_is_no_hash_of_no_password(tmp_path: Path) -> None:
     for typed in ("", "\n"):
-        command = [str(Path(sys.executable).with_name("fumi-core")), "--hash-password"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, input=typed)
+        done = finished("fumi-core", "--hash-password", cwd=tmp_path, given=typed)
         assert "no password" in refusal(done)
         assert done.stdout == ""

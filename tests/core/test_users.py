@@ -14,6 +14,7 @@ import pytest
 
 from fumi_core import Fumi, users
 from fumi_core.testing import running
+from tests.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
@@ -59,13 +60,13 @@ def test_an_unknown_name_costs_a_check_too(tmp_path: Path, monkeypatch: Any) -> 
 @pytest.mark.parametrize("line", ["joe", "joe:plaintext", ":" + users.hash_password("x"), "joe:$scrypt$ln=14,r=8,p=1$$"])
 def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "users").write_text("# one\n" + line + "\n")
-    done = subprocess.run([PROGRAM, "--users", "users"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    done = finished("fumi-core", "--users", "users", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("Error: --users: users:2: ")
 
 
 def test_hash_password_reads_a_line(tmp_path: Path) -> None:
-    done = subprocess.run([PROGRAM, "--hash-password"], input="secret\n", capture_output=True, text=True, timeout=30)
+    done = finished("fumi-core", "--hash-password", given="secret\n")
     assert done.returncode == 0
     assert users.check_password("secret", done.stdout.strip())
 
@@ -89,6 +90,6 @@ def test_hash_password_asks_on_a_terminal() -> None:
 
 
 def test_auth_required_without_users_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run([PROGRAM, "--auth-required"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    done = finished("fumi-core", "--auth-required", cwd=tmp_path)
     assert done.returncode == 2
     assert "--users" in done.stderr

@@ -12,7 +12,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader, parse
+from tests.starter import start
 
 PATIENCE = 30.0
 """Seconds until something that ought to happen is given up; nothing waits that long when all is well."""
@@ -184,18 +184,13 @@ class Program:
     """The real fumi-edge, logging JSON."""
 
     def __init__(self, *flags: str, cwd: Path | None = None, inherited: Sequence[int] = ()) -> None:
-        program = Path(sys.executable).with_name("fumi-edge")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
-        self.process = subprocess.Popen(
-            [program, "--log-format", "json", *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=cwd,
-            start_new_session=True,
-            pass_fds=inherited,
-        )
+        (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+        self.stdout, self._stderr = os.fdopen(out), os.fdopen(err)
+        arguments = ("--log-format", "json", *flags)
+        self.process = start("fumi-edge", *arguments, stdout=stdout, stderr=stderr, cwd=cwd, env=environment, inherited=inherited)
+        os.close(stdout)
+        os.close(stderr)
         self.logs: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -203,8 +198,7 @@ class Program:
         self._wait_until_started("--metrics" in flags or "--dev" in flags)
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        for line in self._stderr:
             try:
                 self.logs.append(json.loads(line))
             except ValueError:

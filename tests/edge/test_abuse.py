@@ -13,25 +13,23 @@ import signal
 import socket
 import ssl
 import struct
-import subprocess
 import sys
 import termios
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 import fumi_edge.tunnel
+from tests.starter import finished
 
-PROGRAM = Path(sys.executable).with_name("fumi-edge")
 READY = [b"220 2.0.0 Ready to start TLS\r\n"]
 
 
 def run(*flags):
     """Run to the end; (status, lines of stderr but for the usage hint)."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
-    done = subprocess.run([PROGRAM, *flags], capture_output=True, text=True, timeout=30, env=clean)
+    done = finished("fumi-edge", *flags, env=clean)
     return done.returncode, [line for line in done.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import select
 import ssl
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(sys.executable).with_name("fumi-edge")
+from tests.starter import finished
+
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 
 
@@ -172,7 +170,7 @@ def test_wrong_settings_are_one_line(certificate, tmp_path):
         (("--client-ca", key), f"{key}: holds no PEM certificate"),
         (("--client-ca", nonsense), f"{nonsense}: OpenSSL cannot read"),
     ):
-        done = subprocess.run([PROGRAM, *flags, *wrong], capture_output=True, text=True, timeout=30)
+        done = finished("fumi-edge", *flags, *wrong)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"Error: {complaint}")

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(sys.executable).with_name("fumi-edge")
+from tests.starter import finished
 
 
 def run(*flags, environment=None):
     """Run to the end; (status, lines of stderr)."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
-    done = subprocess.run([PROGRAM, *flags], capture_output=True, text=True, timeout=30, env=clean | (environment or {}))
+    done = finished("fumi-edge", *flags, env=clean | (environment or {}))
     return done.returncode, done.stderr.splitlines()
 
 
@@ -140,10 +140,8 @@ def test_check_looks_at_the_listeners(flags, backend, tmp_path):
         several = ("--listen", "192.0.2.1:25", "--listen", "203.0.113.9:25")
         assert run(*flags, *several, "--check")[1][0].count("; cannot listen on") == 1
         # An edge that runs has it, and is to be restarted.
-        done = subprocess.run(
-            [PROGRAM, *flags, "--listen", f"127.0.0.1:{port}", "--metrics", f"unix:{tmp_path}/sock", "--check"],
-            capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
+        served = ("--listen", f"127.0.0.1:{port}", "--metrics", f"unix:{tmp_path}/sock")
+        done = finished("fumi-edge", *flags, *served, "--check")
         taken_by = f"127.0.0.1:{port} is taken: by an edge that runs, or by another program\n"
         assert (done.returncode, done.stdout, done.stderr) == (0, taken_by + "everything is in order\n", "")
     assert not (tmp_path / "sock").exists()
@@ -349,7 +347,7 @@ def test_dev_mode_takes_a_message_over_both_ports(tmp_path, kit):
             client.sendmail("a@example.org", ["b@example.org"], "Subject: two\n\nhello\n")
         assert len(list((tmp_path / "maildir" / "new").iterdir())) == 2
         assert program.stop() == 0
-        printed = program.process.stdout.read()
+        printed = program.stdout.read()
         for name in ("swaks", "curl", "openssl s_client", "smtplib", str(program.tls_port)):
             assert name in printed
     finally:

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.reload import Reloader
+from tests.starter import finished
 
 
 def put(certificate, cert, key):
@@ -230,7 +231,7 @@ def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(bac
     assert "subject=CN = localhost" in kit.s_client(program.tls_port)
     assert program.fetch("/readyz")[0] == 503
     flags = ("--cert", cert, "--key", key, "--backend", server.address, "--check")
-    done = subprocess.run([program.process.args[0], *flags], capture_output=True, text=True)
+    done = finished("fumi-edge", *flags)
     assert (done.returncode, done.stderr) == (2, f"Error: {warning['detail']}\n")
     assert len(program.events("certificate is not valid")) == 1
 
@@ -300,8 +301,7 @@ def test_what_serves_nobody_is_said_at_the_start(backend, edge, kit, make_author
     (skipped,) = program.events("certificate skipped")
     assert (skipped["level"], mismatch["level"]) == ("info", "warning")
     assert skipped["detail"].startswith(f"{tmp_path}/ca.pem: holds no private key")
-    command = [program.process.args[0], "--cert", tmp_path, "--backend", server.address, *ciphers, "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = finished("fumi-edge", "--cert", tmp_path, "--backend", server.address, *ciphers, "--check")
     assert (done.returncode, done.stderr) == (2, f"Error: {mismatch['detail']}\n")
 
 

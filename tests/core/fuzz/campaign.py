@@ -14,7 +14,7 @@ from typing import TypeVar
 import pytest
 
 SEED = os.environ.get("FUZZ_SEED", "5321")
-INPUTS = int(os.environ.get("FUZZ_INPUTS", "200000"))
+INPUTS = int(os.environ.get("FUZZ_INPUTS", "100000"))
 ONLY = os.environ.get("FUZZ_ONLY", "")
 HANGS_AFTER = 60.0
 SHRINKING_TRIES = 3000

@@ -111,5 +111,6 @@ def test_testssl_finds_nothing_worse_than_low(backend, edge, authority, tmp_path
     findings = json.loads(report.read_text())
     assert len(findings) > 50, done.stdout
     bad = {each["id"]: each["finding"] for each in findings if each["severity"] not in ("OK", "INFO", "LOW", "DEBUG")}
-    bad.pop("engine_problem", None)  # about the openssl program that testssl.sh found
-    assert bad == {}
+    # Those are about the openssl program that testssl.sh found, and about the authority, which publishes no revocations.
+    strange = ("engine_problem", "cert_revocation")
+    assert {name: finding for name, finding in bad.items() if not name.startswith(strange)} == {}

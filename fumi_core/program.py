@@ -19,7 +19,7 @@ from fumi_core import builtin, mail_log
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
-from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, explain, passed, peer_of
+from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, explain, name_of, passed, peer_of
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
@@ -103,10 +103,13 @@ class CoreWork:
         for flag, each in [("listen", each) for each in addresses] + ([("metrics", metrics)] if metrics else []):
             _at(flag, each, check_inherited)
         for address in addresses:
-            self._sockets += _bind("listen", address)
-            event(self.log, logging.INFO, "listening", address=address, proxy_protocol=self.app.options.proxy_protocol)
+            bound = _bind("listen", address)
+            self._sockets += bound
+            for name in dict.fromkeys(name_of(address, sock) for sock in bound):
+                event(self.log, logging.INFO, "listening", address=name, proxy_protocol=self.app.options.proxy_protocol)
         if metrics:
             self.metrics_sockets = _bind("metrics", metrics)
+            event(self.log, logging.INFO, "metrics", address=name_of(metrics, self.metrics_sockets[0]))
         self._warn()
 
     def _warn(self) -> None:

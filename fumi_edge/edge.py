@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited
+from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, name_of
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
 from fumi_edge.backends import Backend, Backends, Name, greeting
@@ -111,7 +111,7 @@ class Edge:
             _at(purpose, address, check_inherited)
         try:
             for address, starttls in self._listen:
-                bound += [(sock, _name(address, sock), starttls) for sock in _bind("listen", address)]
+                bound += [(sock, name_of(address, sock), starttls) for sock in _bind("listen", address)]
             if self._metrics_address is not None:
                 self.metrics_sockets = _bind("serve metrics", self._metrics_address)
         except BaseException:
@@ -123,7 +123,7 @@ class Edge:
             _announce(name, starttls)
         if self._metrics_address is not None:
             sock = self.metrics_sockets[0]
-            event(log, logging.INFO, "metrics", port=_port(sock), address=_name(self._metrics_address, sock))
+            event(log, logging.INFO, "metrics", port=_port(sock), address=name_of(self._metrics_address, sock))
 
     def unbind(self) -> None:
         """Close the sockets of clients, in a process that does not serve them."""
@@ -263,11 +263,3 @@ def _at(purpose: str, address: SocketAddress, act: Callable[[SocketAddress], T])
 def _port(sock: socket.socket) -> int | None:
     name = sock.getsockname()
     return name[1] if isinstance(name, tuple) else None
-
-
-def _name(address: SocketAddress, sock: socket.socket) -> str:
-    """How a listener is called in logs and metrics: as it was written, but for a port that the kernel chose."""
-    if address.kind == "tcp" and address.port == 0:
-        host, port = sock.getsockname()[:2]
-        return str(SocketAddress("tcp", host=host, port=port))
-    return str(address)

@@ -13,8 +13,8 @@ def count(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Of so many a second."""
-    return f"{_three(value)}/s"
+    """Of so many a second; a third digit would be more than was measured where they are few."""
+    return f"{value:.2g}/s" if value < 10 else f"{_three(value)}/s"
 
 
 def octets(value: float) -> str:

@@ -117,6 +117,14 @@ def explain(error: OSError) -> str:
     return (error.strerror or str(error)) + (f" ({hint})" if hint else "")
 
 
+def name_of(address: SocketAddress, sock: socket.socket) -> str:
+    """How a listener is called in logs and metrics: as it was written, but for a port that the kernel chose."""
+    if address.kind == "tcp" and address.port == 0:
+        host, port = sock.getsockname()[:2]
+        return str(SocketAddress("tcp", host=host, port=port))
+    return str(address)
+
+
 def passed() -> list[SocketAddress]:
     """The sockets that systemd passes to this process, which are to be listened on when nothing else is said."""
     return [SocketAddress("fd", fd=fd) for fd, _ in descriptors()]

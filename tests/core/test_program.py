@@ -277,6 +277,14 @@ def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "settings are good\n")
 
 
+def test_ports_that_the_kernel_chose_are_in_the_log(start: Any, connect: Any, eventually: Any) -> None:
+    flags = ("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--proxy-protocol", "off", "--deliver", "discard:")
+    program = start(*flags, wait="metrics")
+    listening, metrics = re.findall(r"(listening|metrics) address=127\.0\.0\.1:(\d+)", program.log.read_text())
+    assert connect(int(listening[1])).banner.startswith(b"220")
+    eventually(lambda: reachable(int(metrics[1])))
+
+
 def test_it_listens_on_an_inherited_descriptor(tmp_path: Path, connect: Any) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

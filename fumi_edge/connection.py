@@ -355,6 +355,8 @@ class Connection:
         self._service.metrics.moved(received - counted[0], sent - counted[1])
 
     def _close(self, reason: str) -> None:
+        # First, so that a client that has seen the end finds its place free.
+        self._service.limits.leave(self.admitted)
         if self._backend is not None:
             if reason in _BROKEN_OFF:
                 reset_on_close(self._backend)

@@ -216,7 +216,6 @@ class Edge:
         connection = self._connections.pop(task)
         connection.listener.metrics.active.dec()
         self._crowd.went()
-        self._service.limits.leave(connection.admitted)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connection failed", exc_info=error)
 

@@ -91,19 +91,19 @@ def fumi_edge(talk: str) -> Start:
 
     @contextlib.contextmanager
     def start(site: Site) -> Iterator[Server]:
-        with backend(site, talk) as behind, edge_in_front_of(site, behind) as server:
+        with backend(site, talk) as behind, edge_in_front_of(site, f"127.0.0.1:{behind}") as server:
             yield server
 
     return start
 
 
 @contextlib.contextmanager
-def edge_in_front_of(site: Site, behind: int) -> Iterator[Server]:
-    """`fumi-edge` in front of a port."""
+def edge_in_front_of(site: Site, backend: str) -> Iterator[Server]:
+    """`fumi-edge` in front of an address."""
     port = free_port()
     files = ["--cert", str(site.certificate), "--key", str(site.key)]
     # The peers do not check their backend either.
-    ports = ["--backend", f"127.0.0.1:{behind}", "--listen", f"127.0.0.1:{port}", "--health-interval", "0"]
+    ports = ["--backend", backend, "--listen", f"127.0.0.1:{port}", "--health-interval", "0"]
     argv = [str(PROGRAMS / "fumi-edge"), *files, *ports]
     with running(argv, port, site.log("fumi-edge"), FUMI) as pid:
         yield Server(port, (pid,))
@@ -111,10 +111,10 @@ def edge_in_front_of(site: Site, behind: int) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def fumi_both(site: Site) -> Iterator[Server]:
-    """`fumi-edge` in front of `fumi-core`, the CPU of both counted."""
-    port = free_port()
-    argv = [str(PROGRAMS / "fumi-core"), "--listen", f"127.0.0.1:{port}", "--deliver", "discard:"]
-    with running(argv, port, site.log("fumi-core"), FUMI) as core, edge_in_front_of(site, port) as edge:
+    """`fumi-edge` in front of `fumi-core` as they are set up on one machine, by a Unix socket; the CPU of both counted."""
+    port, between = free_port(), f"unix:{site.directory / 'core.sock'}"
+    argv = [str(PROGRAMS / "fumi-core"), "--listen", f"127.0.0.1:{port}", "--listen", between, "--deliver", "discard:"]
+    with running(argv, port, site.log("fumi-core"), FUMI) as core, edge_in_front_of(site, between) as edge:
         yield Server(edge.port, (core, *edge.pids))
 
 

@@ -111,7 +111,10 @@ def browser(profile: Path) -> Iterator[Page]:
     their_in, say = os.pipe()
     hear, their_out = os.pipe()
     command = [sys.executable, "-c", _MOVE, str(their_in), str(their_out), program, *_FLAGS, f"--user-data-dir={profile}"]
-    process = subprocess.Popen(command, pass_fds=(their_in, their_out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, pass_fds=(their_in, their_out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(profile.parent)},  # it leaves something there
+    )  # fmt: skip
     try:
         os.close(their_in)
         os.close(their_out)

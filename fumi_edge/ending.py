@@ -15,6 +15,7 @@ LAST_WORDS = 5.0
 COMMAND_LIMIT = 4096
 
 NO_BACKEND = b"421 4.3.2 Service not available, closing connection\r\n"
+SHUTTING_DOWN = b"421 4.3.2 Service shutting down, closing connection\r\n"
 TOO_MANY_CLIENTS = b"421 4.7.0 Too many connections, try again later\r\n"
 TIMED_OUT = b"421 4.4.2 Error: timeout exceeded\r\n"
 

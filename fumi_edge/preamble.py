@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
-from fumi_edge.ending import TIMED_OUT, Ended, NoBanner
+from fumi_edge.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
 from fumi_edge.readiness import Company, readable, send_all
 from fumi_edge.starttls import INJECTED, READY, Preamble, Step, Verdict
 
@@ -30,6 +31,7 @@ class Negotiation:
 
         Raises Ended when there is nothing more to relay, NoBanner when there was nothing at all.
         """
+        step = _NOTHING
         while True:
             try:
                 async with asyncio.timeout(self._idle_timeout):
@@ -43,6 +45,12 @@ class Negotiation:
                         return step
             except TimeoutError:
                 raise Ended("idle_timeout", TIMED_OUT) from None
+            except asyncio.CancelledError:
+                # The edge stops, which may be the answer to any command; but nothing goes between a 220 to STARTTLS and TLS.
+                if step.verdict is None:
+                    with contextlib.suppress(OSError):
+                        self.sent += self._client.send(SHUTTING_DOWN)
+                raise
             if step.verdict is not None:
                 raise Ended(step.verdict.value)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.aside import aside
 from fumi_core.runtime.logs import event
+from fumi_edge.ending import reset_on_close
 from fumi_edge.readiness import receive, send_all, writable
 
 log = logging.getLogger("fumi.edge.backends")
@@ -170,7 +171,7 @@ async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: 
 async def quit_and_close(sock: socket.socket, timeout: float = FAREWELL) -> bytes:
     """Say QUIT and wait for the other side to close first, so that it keeps the TIME_WAIT (RFC 9293 §3.6) and we the port.
 
-    Returns the beginning of what it said in these ``timeout`` seconds.
+    If it does not in ``timeout`` seconds, it is broken off, for the same end. Returns the beginning of what it said.
     """
     loop = asyncio.get_running_loop()
     said = b""
@@ -179,9 +180,10 @@ async def quit_and_close(sock: socket.socket, timeout: float = FAREWELL) -> byte
             await send_all(loop, sock, b"QUIT\r\n")
             while data := await receive(loop, sock, 4096):
                 said += data if len(said) < 4096 else b""
+    except TimeoutError:
+        reset_on_close(sock)
     except OSError:
-        # It is gone, or does not go: either way there is nothing more to say to it.
-        pass
+        pass  # it is gone
     finally:
         sock.close()
     return said

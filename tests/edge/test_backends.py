@@ -407,7 +407,8 @@ def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, ed
     def handler(peer):
         peer.say(b"220 hi\r\n" + (answers if together else b""))
         while b"QUIT\r\n" not in (line := peer.line()):
-            assert line
+            if not line:
+                return  # the edge has been stopped
         peer.say(b"221 bye\r\n" if together else answers)
 
     server = backend(handler, proxy=False)
@@ -416,7 +417,7 @@ def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, ed
     detail = f"answered {answers.split(bytes((13,)))[0].decode()!r} to {words}"
     assert program.fetch("/readyz") == (503, f"backend {server.address}: {detail}\n")
     assert errors(program, server, "banner") >= 1
-    (failed,) = program.events("backend failed")
+    (failed,) = kit.until(lambda: program.events("backend failed"), "the line in the log")
     assert (failed["reason"], failed["detail"]) == ("banner", detail)
 
 
@@ -643,3 +644,20 @@ def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clie
     port = int(server.address.rpartition(":")[2])
     assert len(server.peers) > each * threads
     assert time_waits(port) < each * threads // 100
+
+
+def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool, monkeypatch):
+    """The port would be ours for a minute otherwise."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        async def scenario():
+            sock, _ = await pool(f"127.0.0.1:{port}").connect(b"")
+            assert await fumi_edge.dialing.quit_and_close(sock, 0.01) == b""
+
+        asyncio.run(scenario())
+        with server.accept()[0] as peer:
+            assert peer.recv(100) == b"QUIT\r\n"
+            with pytest.raises(ConnectionResetError):
+                peer.recv(100)
+    assert time_waits(port) == 0

@@ -1,7 +1,8 @@
 """Starts fumi-core and fumi-edge without the half second that a new interpreter needs for what they import.
 
 One process has imported them, and forks for each start; from there on it is the program, with arguments, environment,
-directory and descriptors of its own. Tests with programs of others, and those of systemd, start the real files instead.
+directory and descriptors of its own. The commands of READMEs, systemd's and containers' execute the real files, and so does what
+is to inherit descriptors.
 """
 
 from __future__ import annotations

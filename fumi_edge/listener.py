@@ -79,4 +79,6 @@ class Listener:
         if self.starttls and reason in LIMITS:
             with contextlib.suppress(OSError):
                 client.send(TOO_MANY_CLIENTS)
+                # Unread, it would make the close a reset, which destroys the 421 on its way.
+                client.recv(4096)
         client.close()

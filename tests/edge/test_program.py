@@ -191,6 +191,17 @@ def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend, edge, c
     assert clients.tls(program.tls_port).line().startswith(b"220")
 
 
+def test_one_too_many_that_talks_before_its_turn_hears_421_all_the_same(backend, edge, clients):
+    program = edge("--max-clients", "1", backend=backend())
+    first = clients.plain(program.starttls_port)
+    first.line()
+    program.process.send_signal(signal.SIGSTOP)
+    early = clients.plain(program.starttls_port)
+    early.say(b"EHLO early\r\n")
+    program.process.send_signal(signal.SIGCONT)
+    assert early.rest() == b"421 4.7.0 Too many connections, try again later\r\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_accepting_and_lets_connections_end(backend, edge, clients, kit, number):
     program = edge(backend=backend())

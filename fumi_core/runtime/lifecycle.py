@@ -135,8 +135,8 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         return board.problem() or work.trouble() or work.problem()
 
     await work.start(slot.crowd)
-    endpoint = serve_metrics(work, work.registry, problem)
     slot.state = State.SERVING
+    endpoint = serve_metrics(work, work.registry, problem)
     notifier.ready()
     heed({signal.SIGHUP: in_turn(take_over), **{number: partial(stop, number) for number in stops}})
     with every(notifier.interval, notifier.alive):

@@ -14,6 +14,7 @@ import pytest
 
 from fumi_core.client import probe
 from fumi_core.delivery import parse_target
+from tests.ports import free_port
 from tests.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
@@ -137,13 +138,6 @@ def deliver(path: Path) -> bytes:
             if not reply.startswith((b"2", b"3")):
                 break
         return reply
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def reachable(address: str) -> bool:

@@ -208,6 +208,9 @@ class Program:
         last = "metrics" if metrics else "listening"
         until(lambda: self.events(last) or self.process.poll() is not None, "the start of the edge")
         assert self.process.poll() is None, self.noise
+        if metrics and self.events("metrics")[0].get("port"):
+            # The log tells of sockets that are bound; what serves them is there when somebody answers.
+            self.fetch("/healthz")
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [entry for entry in self.logs if entry["event"] == name]

@@ -13,6 +13,9 @@ import pytest
 # Far more than any test takes on a slow machine with others beside it, in seconds; and what is left for tidying up after that.
 LIMIT, LONG_LIMIT, AGAIN = 300, 1800, 60
 
+# A shell has what it runs in the background ignore Ctrl-C, and then nothing that a test started would be stopped.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def _give_up(number: int, frame: FrameType | None) -> None:
     with tempfile.TemporaryFile("w+") as threads:

@@ -322,15 +322,17 @@ def s_client(port: int, *flags: str | Path, starttls: bool = False, say: str = "
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", *map(str, flags)]
     command += ["-starttls", "smtp"] if starttls else []
     command += [] if letters else ["-ign_eof"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # Said before it starts, since it may end before it listens; and its input stays open, since its end would end it.
+    listening, saying = os.pipe()
+    os.write(saying, say.encode())
+    with subprocess.Popen(command, stdin=listening, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        os.close(listening)
         watchdog = threading.Timer(PATIENCE, process.kill)
         watchdog.start()
-        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(say)
-        process.stdin.flush()
         printed = process.stdout.read()
         watchdog.cancel()
+    os.close(saying)
     assert process.returncode >= 0, printed
     return printed
 

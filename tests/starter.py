@@ -115,7 +115,9 @@ class Forked:
 
     def send_signal(self, number: int, /) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            # As of Popen's: it may have ended since.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -23,7 +23,7 @@ class Client:
     """A raw SMTP client: says lines, hears replies."""
 
     def __init__(self, port: int, first: bytes = b"", banner: bool = True) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
         self.file = self.sock.makefile("rb")
         self.sock.sendall(first)
         self.banner = self.reply() if banner else b""
@@ -92,7 +92,7 @@ def clock() -> Clock:
 @pytest.fixture
 def send() -> Callable[..., dict[str, Any]]:
     def function(port: int, text: str, *recipients: str) -> dict[str, Any]:
-        with smtplib.SMTP("127.0.0.1", port, timeout=20) as smtp:
+        with smtplib.SMTP("127.0.0.1", port, timeout=60) as smtp:
             return smtp.sendmail("a@b.example", recipients or ["c@d.example"], text)
 
     return function
@@ -145,6 +145,8 @@ class ScriptedHop:
         """The whole ones."""
         self.broken: list[bytes] = []
         """Those that broke off."""
+        self.begun = 0
+        """Messages of which the first line is here: whoever sends it has heard the answer to DATA."""
         self.connections = 0
         self._open: set[socket.socket] = set()
         self.sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
@@ -189,6 +191,7 @@ class ScriptedHop:
             if verb == "DATA" and self.answers["DATA"] == _ANSWERS["DATA"]:
                 text = b""
                 while (line := lines.readline()) not in (b".\r\n", b""):
+                    self.begun += not text
                     text += line
                 (self.messages if line else self.broken).append(text)
                 if not line or not self._answer(client, ".", text):

@@ -70,7 +70,7 @@ def test_port_scans_leave_no_traceback(connect: Any, reset: Any, eventually: Any
 
 
 def test_a_client_that_never_reads_is_timed_out(connect: Any, eventually: Any) -> None:
-    app = Fumi(auth_optional=True, socket_timeout=0.3, close_timeout=0.2)
+    app = Fumi(auth_optional=True, socket_timeout=2, close_timeout=0.2)
     app.observer = observer = Counting()
     with running(app) as server:
         client = connect(server.port)
@@ -159,17 +159,17 @@ def test_what_is_not_text_is_made_text(connect: Any) -> None:
 
 
 def test_after_a_slow_answer_the_client_has_its_whole_time_again(connect: Any) -> None:
-    app = Fumi(auth_optional=True, socket_timeout=0.4, close_timeout=0.2)
+    app = Fumi(auth_optional=True, socket_timeout=2, close_timeout=0.2)
 
     @app.on_mail_from
     async def mail(ctx: Any, next: Any) -> None:
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(1.8)
 
     with running(app) as server:
         client = connect(server.port)
         client.say("EHLO x")
         assert client.say("MAIL FROM:<>").startswith(b"250")
-        time.sleep(0.2)
+        time.sleep(0.5)
         assert client.say("NOOP").startswith(b"250")
 
 
@@ -188,7 +188,7 @@ async def main():
     await asyncio.sleep(0.2)
 asyncio.run(main())
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_close_cancels_handlers_that_do_not_end(connect: Any) -> None:
@@ -315,7 +315,8 @@ def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Any, eventual
             if chance.random() < 0.5:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
             sock.close()
-        eventually(lambda: connections(app) == 0)
+        # Until then the last of them may not have been accepted yet.
+        eventually(lambda: len(closed) == 300 and connections(app) == 0)
         assert app.crowd.clients == 0
-    assert len(opened) == len(closed)
+    assert len(opened) == 300
     assert "Traceback" not in caplog.text

@@ -34,7 +34,7 @@ HANDLER = re.compile(r"H (\w+)(?: (\S+))?: (\w+) ?(.*)")
 
 @pytest.mark.parametrize("path", DIALOGUES, ids=lambda path: path.stem)
 def test_the_server_answers_as_written(path: Path) -> None:
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
     app = _app(lines)
     with running(app) as server:
         closing = threading.Thread(target=server.run, args=(app.close,))
@@ -119,7 +119,7 @@ def _expected_replies() -> set[str]:
     found = set[str]()
     for path in DIALOGUES:
         lines: list[str] = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8").splitlines():
             if line.startswith("S:"):
                 lines.append(line[3:])
                 if line[6:7] != "-":

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fumi_core.runtime.loop import Loop
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -183,8 +184,7 @@ async def everything() -> None:
 async def refused() -> None:
     """A connection that fails leaves nothing behind for the next one with the same descriptor."""
     loop = asyncio.get_running_loop()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = listening.getsockname()
+    address = ("127.0.0.1", free_port())
     for _ in range(3):
         with pytest.raises(ConnectionRefusedError):
             await loop.create_connection(asyncio.Protocol, *address)

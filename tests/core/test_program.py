@@ -23,7 +23,7 @@ PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
 
 def get(url: str) -> tuple[int, str]:
-    with contextlib.closing(urllib.request.urlopen(url, timeout=10)) as answer:
+    with contextlib.closing(urllib.request.urlopen(url, timeout=60)) as answer:
         return answer.status, answer.read().decode()
 
 

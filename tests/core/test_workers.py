@@ -84,7 +84,8 @@ def in_flight(client: Any) -> Any:
 
 
 def gone(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
+    # The file may be there, and the process gone by the time that it is read.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return True
 

@@ -39,7 +39,7 @@ def said_in_dialogues() -> list[bytes]:
     found = []
     for path in sorted(DIALOGUES.glob("*.txt")):
         said = b""
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8").splitlines():
             kind, text = line[:2], line[3:]
             if kind == "C:":
                 said += text.encode() + b"\r\n"

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from types import SimpleNamespace
-
-import pytest
-
-from fumi_core import sasl
 
 from . import campaign, speech
 from .conversing import SETTINGS, Heard, Setting, converse
@@ -40,12 +35,6 @@ class Session(campaign.Case):
 def session(chance: Random) -> Session:
     setting = chance.choice(SETTINGS)
     return Session(speech.session(chance, setting.greeting), chance.randrange(1 << 30), setting)
-
-
-@pytest.fixture(autouse=True)
-def _same_challenge_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sasl, "secrets", SimpleNamespace(randbits=lambda bits: 5321))
-    monkeypatch.setattr(sasl, "time", SimpleNamespace(time_ns=lambda: 0))
 
 
 def test_every_dialogue_is_what_the_model_says_however_it_is_cut() -> None:

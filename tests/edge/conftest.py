@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,21 @@ def make_certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     return make
 
 
+SETTINGS = """
+[ca]
+default_ca = here
+[here]
+database = {directory}/index
+serial = {directory}/serial
+new_certs_dir = {directory}
+default_md = sha256
+unique_subject = no
+policy = anything
+[anything]
+commonName = supplied
+"""
+
+
 class Authority:
     """A certificate authority of the openssl program, with its own certificate in ``path``."""
 
@@ -403,12 +419,18 @@ class Authority:
         """A certificate for the names, the first one its CN, with an "ec" or an "rsa" key; the paths of both, new each time."""
         self._number += 1
         cert, key = (self._directory / f"{self._number}.{end}" for end in ("pem", "key"))
-        request, extensions = self._directory / "request", self._directory / "extensions"
+        request, extensions, settings = (self._directory / name for name in ("request", "extensions", "settings"))
         self._openssl("req", "-utf8", "-nodes", *self._new(kind), "-keyout", key, "-out", request, "-subj", f"/CN={names[0]}")
         alternative = alternative or ",".join(f"DNS:{name}" for name in names)
         extensions.write_text(f"authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\nsubjectAltName={alternative}\n")
-        ca = ("-CA", self.path, "-CAkey", self._key, "-set_serial", str(1000 + self._number))
-        self._openssl("x509", "-req", "-in", request, *ca, "-days", str(days), "-extfile", extensions, "-out", cert)
+        settings.write_text(SETTINGS.format(directory=self._directory))
+        (self._directory / "serial").write_text(f"{1000 + self._number:04X}")
+        (self._directory / "index").touch()
+        now = datetime.now(UTC)
+        begin, end = (f"{moment:%Y%m%d%H%M%SZ}" for moment in (now - timedelta(days=9 if days < 0 else 0), now + timedelta(days)))
+        # Not x509, which takes a number of days only, and in newer versions none that lie in the past.
+        ca = ("-batch", "-notext", "-config", settings, "-cert", self.path, "-keyfile", self._key, "-extfile", extensions)
+        self._openssl("ca", *ca, "-startdate", begin, "-enddate", end, "-in", request, "-out", cert)
         return cert, key
 
     @staticmethod

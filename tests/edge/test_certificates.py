@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import subprocess
 import time
@@ -107,17 +108,17 @@ def test_an_rsa_and_an_ecdsa_certificate_for_one_name_are_both_served(backend, e
         return kit.s_client(program.tls_port, *trust, "-servername", name, *flags)
 
     for name, algorithms, peer in (
-        ("both.test", "RSA-PSS+SHA256", "RSA-PSS"),
+        ("both.test", "RSA-PSS+SHA256", "RSA.PSS"),
         ("both.test", "ECDSA+SHA256", "ECDSA"),
         ("both.test", "RSA-PSS+SHA256:ECDSA+SHA256", "ECDSA"),
-        ("unknown.test", "RSA-PSS+SHA256", "RSA-PSS"),
+        ("unknown.test", "RSA-PSS+SHA256", "RSA.PSS"),
         ("unknown.test", "ECDSA+SHA256", "ECDSA"),
-        ("rsa.test", "RSA-PSS+SHA256", "RSA-PSS"),
+        ("rsa.test", "RSA-PSS+SHA256", "RSA.PSS"),
         ("ecdsa.test", "ECDSA+SHA256", "ECDSA"),
     ):
         for version in ("-tls1_2", "-tls1_3"):
             printed = served(name, "-sigalgs", algorithms, version)
-            assert f"Peer signature type: {peer}\n" in printed, (name, algorithms, printed)
+            assert re.search(f"^Peer signature type: {peer}", printed, re.MULTILINE | re.IGNORECASE), (name, algorithms, printed)
             assert "Verify return code: 0" in printed
     assert "alert handshake failure" in served("rsa.test", "-sigalgs", "ECDSA+SHA256")
     assert "alert handshake failure" in served("ecdsa.test", "-sigalgs", "RSA-PSS+SHA256")
@@ -128,7 +129,8 @@ def test_without_a_server_name_both_kinds_of_port_show_the_first(backend, edge, 
     program = edge(backend=backend(), certs=("--cert", first[0], "--key", first[1], "--cert", second[0], "--key", second[1]))
     for port, starttls in ((program.tls_port, False), (program.starttls_port, True)):
         for name, shown in (("-noservername", "first.test"), ("-servername=second.test", "second.test")):
-            assert f"subject=CN = {shown}\n" in kit.s_client(port, *name.split("="), starttls=starttls)
+            printed = kit.s_client(port, *name.split("="), starttls=starttls)
+            assert re.search(f"^subject=CN ?= ?{re.escape(shown)}$", printed, re.MULTILINE)
 
 
 def test_a_new_certificate_given_as_text_replaces_all_or_nothing(authority, served):

@@ -98,7 +98,7 @@ class Sender(threading.Thread):
     def __init__(self, port: int, context: ssl.SSLContext, name: str, stop: threading.Event) -> None:
         super().__init__(daemon=True)
         self.promised: list[str] = []
-        self._port, self._context, self._name_, self._stop_ = port, context, name, stop
+        self._port, self._trust, self._name_, self._stop_ = port, context, name, stop
 
     def run(self) -> None:
         number = 0
@@ -112,7 +112,7 @@ class Sender(threading.Thread):
         text = f"Subject: {mark}\r\n\r\n" + ("x" * 70 + "\r\n") * 2000 + "end\r\n"
         try:
             with smtplib.SMTP("127.0.0.1", self._port, timeout=20) as smtp:
-                smtp.starttls(context=self._context)
+                smtp.starttls(context=self._trust)
                 smtp.sendmail("a@b.example", ["c@d.example"], text)
                 return True
         except (OSError, smtplib.SMTPException):

@@ -61,7 +61,8 @@ def test_haproxy_accepts_the_file_and_finds_nothing_to_warn_of(
         done = subprocess.run(
             ["haproxy", "-c", "-f", DIRECTORY / name], env={**os.environ, **own, **more}, capture_output=True, text=True
         )
-        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "Configuration file is valid", "")
+        # Newer ones say nothing.
+        assert (done.returncode, done.stdout.replace("Configuration file is valid\n", ""), done.stderr) == (0, "", "")
 
 
 def test_the_readme_has_every_file_and_every_variable_with_its_default() -> None:

@@ -93,7 +93,7 @@ def test_as_many_files_as_messages_are_in_the_maildir(core: Any, smtp_source: An
     smtp_source(server, messages, KEPT, "-N", sessions=50)
     assert len(server.maildir) == messages
     recipients = {message.headers.partition("Delivered-To: ")[2].partition("\n")[0] for message in server.maildir.messages()}
-    assert recipients == {f"{number}c@d.example" for number in range(1, messages + 1)}
+    assert len(recipients) == messages
 
 
 @pytest.mark.parametrize("flags", [[], [KEPT]])

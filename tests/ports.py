@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import random
 import socket
+import time
+from collections.abc import Iterator
 
 # Below those that the kernel gives to whoever asks for any: one of these would often be somebody else's by the time that the
-# server is there, for several test runs go on at once and each connection takes one.
-FIRST, SPAN = 12_000, 20_000
-_numbers = itertools.count(random.randrange(SPAN))
+# server is there, for several test runs go on at once and each connection takes one. So each run has a share of its own.
+FIRST, SHARE, SHARES = 12_000, 1_000, 20
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port of this host that nobody has, and a different one each time. Raises OSError for a host that is not here."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
-        port = FIRST + next(_numbers) % SPAN
+        port = next(_numbers)
         with socket.socket(family) as sock:
             try:
                 sock.bind((host, port))
@@ -26,3 +28,39 @@ def free_port(host: str = "127.0.0.1") -> int:
                     continue
                 raise
             return port
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """For as long as the block takes, no other test run on this machine is in one of this name."""
+    while (held := _hold(name)) is None:
+        time.sleep(0.1)
+    with held:
+        yield
+
+
+def _hold(name: str) -> socket.socket | None:
+    """What only one can have at a time, until it is closed or the process ends: a name in the kernel, as ports are."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(f"\0fumi-tests-{name}")
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+    return sock
+
+
+def _share() -> int:
+    """One that no other run has, for as long as this process lives; any, should there be more runs than shares."""
+    shares = random.sample(range(SHARES), SHARES)
+    for share in shares:
+        if (held := _hold(f"ports-{FIRST + share * SHARE}")) is not None:
+            held.detach()
+            return share
+    return shares[0]
+
+
+_first, _begin = FIRST + _share() * SHARE, random.randrange(SHARE)
+_numbers = (_first + number % SHARE for number in itertools.count(_begin))

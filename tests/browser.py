@@ -39,6 +39,7 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         number = next(self._numbers)
@@ -67,22 +68,21 @@ class Page:
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def open(self, url: str) -> None:
-        """Returns when it is loaded."""
-        before = self._loads
-        self.call("Page.navigate", url=url)
-        self._wait(before)
+        """Returns when it is loaded; that the page of before has just refreshed itself does not count."""
+        loader = self.call("Page.navigate", url=url)["loaderId"]
+        while loader not in self._loads:
+            self.events.append(self._next())
 
     def reloaded(self) -> None:
-        """Returns when it has been loaded again by itself."""
-        self._wait(self._loads)
+        """Returns when it has been loaded once more by itself than anybody has noticed so far."""
+        before = len(self._loads)
+        while len(self._loads) == before:
+            self.events.append(self._next())
 
     @property
-    def _loads(self) -> int:
-        return len(self.named("Page.loadEventFired"))
-
-    def _wait(self, before: int) -> None:
-        while self._loads == before:
-            self.events.append(self._next())
+    def _loads(self) -> list[str]:
+        """What has been loaded, by the browser's names."""
+        return [event["loaderId"] for event in self.named("Page.lifecycleEvent") if event["name"] == "load"]
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression comes to. The page's own policy does not hold for it."""

@@ -23,8 +23,8 @@ from tests.starter import BIN, Process
 PATIENCE = 60.0
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
+def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    deadline = time.monotonic() + patience
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not happen"
         time.sleep(0.01)

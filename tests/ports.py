@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import random
 import socket
+import time
 from collections.abc import Iterator
 
 # Below those that the kernel gives to whoever asks for any: one of these would often be somebody else's by the time that the
-# server is there, for several test runs go on at once and each connection takes one.
-FIRST, SPAN = 12_000, 20_000
-# Those of a run, which no other run takes: a port is free when it is asked for, and until the server is there.
-BLOCK = 1_000
-_claims: list[socket.socket] = []
-
-
-def _block() -> Iterator[int]:
-    """The ports of the first block that is to be had, over and over; all of them when there is none."""
-    blocks = [range(first, first + BLOCK) for first in range(FIRST, FIRST + SPAN, BLOCK)]
-    random.shuffle(blocks)
-    for block in blocks:
-        # Bound as long as this process lives, and in all of them by the same name.
-        claim = socket.socket(socket.AF_UNIX)
-        try:
-            claim.bind(f"\0fumi-tests-ports-{block.start}")
-        except OSError:
-            claim.close()
-            continue
-        _claims.append(claim)
-        return itertools.cycle(block)
-    return itertools.cycle([port for block in blocks for port in block])
-
-
-_numbers = _block()
+# server is there, for several test runs go on at once and each connection takes one. So each run has a share of its own.
+FIRST, SHARE, SHARES = 12_000, 1_000, 20
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -49,6 +28,42 @@ def free_port(host: str = "127.0.0.1") -> int:
                     continue
                 raise
             return port
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """For as long as the block takes, no other test run on this machine is in one of this name."""
+    while (held := _hold(name)) is None:
+        time.sleep(0.1)
+    with held:
+        yield
+
+
+def _hold(name: str) -> socket.socket | None:
+    """What only one can have at a time, until it is closed or the process ends: a name in the kernel, as ports are."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(f"\0fumi-tests-{name}")
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+    return sock
+
+
+def _share() -> int:
+    """One that no other run has, for as long as this process lives; any, should there be more runs than shares."""
+    shares = random.sample(range(SHARES), SHARES)
+    for share in shares:
+        if (held := _hold(f"ports-{FIRST + share * SHARE}")) is not None:
+            held.detach()
+            return share
+    return shares[0]
+
+
+_first, _begin = FIRST + _share() * SHARE, random.randrange(SHARE)
+_numbers = (_first + number % SHARE for number in itertools.count(_begin))
 
 
 def kept_port() -> socket.socket:

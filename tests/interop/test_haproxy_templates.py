@@ -8,6 +8,7 @@ import pwd
 import re
 import signal
 import smtplib
+import socket
 import ssl
 import stat
 import subprocess
@@ -264,8 +265,13 @@ def test_it_may_run_as_somebody_else(programs: Any, haproxy: Start) -> None:
     port = programs.free_port()
     own = {"USER": user, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
     process = haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", **own)
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    assert re.findall(r"^[UG]id:\t(\d+)", status, re.MULTILINE) == [str(entry.pw_uid), str(entry.pw_gid)]
+    status = Path(f"/proc/{process.pid}/status")
+
+    def ids() -> list[str]:
+        return re.findall(r"^[UG]id:\t(\d+)", status.read_text(), re.MULTILINE)
+
+    # The ports come first.
+    programs.until(lambda: ids() == [str(entry.pw_uid), str(entry.pw_gid)], "its becoming somebody else")
 
 
 # The README's commands
@@ -284,6 +290,11 @@ with socket.socket(socket.AF_UNIX) as sock:
 """
 
 
+def takes_commands(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
+
+
 def test_the_commands_that_take_a_node_out_and_back_do_so(
     programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
@@ -292,6 +303,8 @@ def test_the_commands_that_take_a_node_out_and_back_do_so(
     variables: dict[str, object] = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
     variables |= {"LISTEN": f"127.0.0.1:{port}", "BALANCE": "roundrobin", "HEALTH_INTERVAL": "1h", "STATS": path}
     haproxy("two-nodes.cfg", port, **variables)
+    # The ports come first.
+    programs.until(lambda: takes_commands(path), "the socket for commands")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     (programs.directory / "socat").write_text(SOCAT.format(python=sys.executable))
     (programs.directory / "socat").chmod(0o755)

@@ -20,7 +20,7 @@ TEXT = "Subject: hi\r\n\r\nhi\r\n"
 @pytest.fixture
 def connect() -> Iterator[Callable[[Any], smtplib.SMTP]]:
     with ExitStack() as clients:
-        yield lambda server: clients.enter_context(smtplib.SMTP("127.0.0.1", server.port, "client.example", timeout=60))
+        yield lambda server: clients.enter_context(smtplib.SMTP("127.0.0.1", server.port, "client.example", timeout=240))
 
 
 def test_it_reads_the_extensions(core: Any, connect: Any) -> None:

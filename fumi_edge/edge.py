@@ -138,6 +138,7 @@ class Edge:
         if self._bound is None:
             self.bind()
         self.begin(crowd)
+        await self._reloader.first_look()
         for bound in self._bound or ():
             self._serve_at(*bound)
 

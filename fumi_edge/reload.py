@@ -19,6 +19,8 @@ log = logging.getLogger("fumi.edge.certificates")
 
 SETTLE = 1.0
 """Seconds for which files that changed may be bad before anybody is told: a certificate and its key are two, written in turn."""
+FIRST_LOOK = 5.0
+"""Seconds that the first look may hold a start up; it goes on all the same."""
 
 
 class Reloader:
@@ -33,6 +35,7 @@ class Reloader:
         self._reported: set[str] = set()
         self._lock = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
+        self._looked = asyncio.Event()
         self._publish()
 
     def start(self) -> None:
@@ -43,6 +46,13 @@ class Reloader:
             event(log, logging.WARNING, "no cipher for the certificates", detail=mismatch)
         if self._interval:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def first_look(self) -> None:
+        """Until the files have been looked at once: a worker that takes another's place has what the master read long ago."""
+        if self._watching is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_LOOK):
+                    await self._looked.wait()
 
     async def close(self) -> None:
         if self._watching is not None:
@@ -58,9 +68,10 @@ class Reloader:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._interval)
             async with self._lock:
                 await self._look()
+            self._looked.set()
+            await asyncio.sleep(self._interval)
 
     async def _look(self, always: bool = False) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -143,3 +144,24 @@ def refused(port):
 def test_dev_is_one_process(edge, kit, tmp_path):
     with pytest.raises(AssertionError, match="--dev is one process"):
         kit.Program("--dev", "--workers", "2", cwd=tmp_path)
+
+
+def test_a_worker_that_takes_anothers_place_has_the_certificate_of_today(two, authority, tmp_path, kit):
+    """Its master has read that of the start, and the files have been renewed since."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    (old_cert, old_key), (new_cert, new_key) = authority.issue("localhost"), authority.issue("localhost")
+    shutil.copy(old_cert, cert)
+    shutil.copy(old_key, key)
+    program = two("--cert-reload-interval", "3600", certs=("--cert", cert, "--key", key))
+    for path, new in ((key, new_key), (cert, new_cert)):
+        shutil.copy(new, tmp_path / "new")
+        os.replace(tmp_path / "new", path)
+    replaced(program, kit)
+    context = ssl.create_default_context(cafile=str(authority.path))
+    for _ in range(8):
+        with (
+            socket.create_connection(("127.0.0.1", program.tls_port), 30) as sock,
+            context.wrap_socket(sock, server_hostname="localhost") as tls,
+        ):
+            served = ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True))
+        assert served.strip() == new_cert.read_text().strip()

@@ -36,7 +36,7 @@ Name = tuple[str, int] | str
 
 
 class NoBackend(Exception):
-    """No backend could be reached."""
+    """No backend could be reached; the message is what the last one tried came to."""
 
 
 def header(version: str, source: Name, destination: Name, unique_id: bytes, tls: TLSInfo | None, resumed: bool = False) -> bytes:
@@ -114,6 +114,11 @@ class Backend:
         self._checked = self._unhealthy = True
         self._judge(reason, detail)
 
+    def undecided(self, detail: str) -> None:
+        """A check could not be made, for a reason of our own."""
+        self.metrics.errors["other"].inc()
+        self._trouble = detail
+
     def _judge(self, reason: str = "", detail: object = "") -> None:
         self._trouble = str(detail) or self._trouble
         up = not self._unhealthy and self._failed_at == _NEVER
@@ -168,12 +173,16 @@ class Backends:
         Raises NoBackend when there is none to be had but those that were ``tried``.
         """
         loop = asyncio.get_running_loop()
+        failure = "no banner"
         for backend in self.candidates(loop.time(), preferred):
-            if backend not in tried and (sock := await self._connect(loop, backend, opening)) is not None:
-                return sock, backend
-        raise NoBackend
+            if backend not in tried:
+                try:
+                    return await self._connect(loop, backend, opening), backend
+                except OSError as error:
+                    failure = error.strerror or str(error) or "timed out"
+        raise NoBackend(failure)
 
-    async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: bytes) -> socket.socket | None:
+    async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: bytes) -> socket.socket:
         begun = loop.time()
         backend.trying(begun)
         backend.connections += 1
@@ -185,11 +194,11 @@ class Backends:
                 backend.metrics.errors["other"].inc()
             else:
                 backend.failed(loop.time(), reason_of(error), error or "timed out")
-        else:
-            backend.connected(loop.time() - begun)
+            raise
         finally:
             if sock is None:
                 backend.connections -= 1
+        backend.connected(loop.time() - begun)
         return sock
 
     def release(self, backend: Backend) -> None:

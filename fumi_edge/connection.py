@@ -242,7 +242,8 @@ class Connection:
         try:
             self._backend, self.backend = await self._service.backends.connect(opening, self.backend, silent)
             return self.backend
-        except NoBackend:
+        except NoBackend as error:
+            self.detail = str(error)
             upgraded = self.listener.starttls and self.tls is not None
             raise Ended("no_backend", NO_BACKEND, when_asked=upgraded) from None
 

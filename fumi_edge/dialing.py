@@ -24,7 +24,7 @@ FAREWELL = 5.0
 """Seconds a backend has to close its side after QUIT."""
 _BUSY = 0.02  # seconds until a Unix socket with a full queue is asked again
 
-OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
+OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors that say nothing of a backend: it is this process, or this machine, that has no more."""
 
 Target = tuple[int, Any]
@@ -46,12 +46,14 @@ class Destination(Protocol):
 class Remote:
     """An address to connect to. The addresses behind a host name are asked for again every RESOLVE seconds, in the background."""
 
-    __slots__ = ("_asked_at", "_asking", "_targets", "address", "name")
+    __slots__ = ("_asked_at", "_asking", "_failed", "_targets", "address", "name")
 
     def __init__(self, address: SocketAddress) -> None:
         self.address = address
         self.name = str(address)
         self._targets = _literal(address)
+        self._failed: set[Target] = set()
+        """Those that come last, whatever the resolver says, until they are needed again and answer."""
         self._asked_at = float("-inf") if not self._targets else float("inf")
         self._asking: asyncio.Task[OSError | None] | None = None
 
@@ -70,7 +72,9 @@ class Remote:
     async def _ask(self, loop: asyncio.AbstractEventLoop) -> OSError | None:
         try:
             found = await aside(lambda: socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM))
-            self._targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
+            targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
+            self._failed.intersection_update(targets)
+            self._sort(targets)
         except OSError as error:
             if self._targets:
                 event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, detail=error)
@@ -88,18 +92,20 @@ class Remote:
                 sock = await _connect(loop, target, timeout, opening)
             except OSError as error:
                 failure = error
+                if error.errno not in OURS:
+                    self._failed.add(target)
             else:
-                self._prefer(target)
+                if self._failed:
+                    self._failed.discard(target)
+                    self._sort(self._targets)
                 return sock
         raise failure
 
     def afresh(self) -> Remote:
         return Remote(self.address)
 
-    def _prefer(self, target: Target) -> None:
-        """Try this one first from now on: it answered when others did not."""
-        if target in self._targets and self._targets[0] != target:
-            self._targets = (target, *(each for each in self._targets if each != target))
+    def _sort(self, targets: Sequence[Target]) -> None:
+        self._targets = tuple(sorted(targets, key=self._failed.__contains__))
 
 
 def is_destination(address: SocketAddress) -> bool:
@@ -197,4 +203,5 @@ def reason_of(error: OSError) -> str:
         return "resolve"
     if isinstance(error, ConnectionRefusedError | FileNotFoundError):
         return "refused"
-    return "unreachable" if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH) else "other"
+    # EADDRNOTAVAIL: no route for that family, or no port left towards this address.
+    return "unreachable" if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL) else "other"

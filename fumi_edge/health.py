@@ -115,9 +115,12 @@ class Checks:
                 failures += 1
                 self._failed(backend, failures, "banner", str(error))
             except OSError as error:
-                if error.errno not in OURS:
+                detail = error.strerror or str(error) or "timed out"
+                if error.errno in OURS:
+                    backend.undecided(detail)
+                else:
                     failures += 1
-                    self._failed(backend, failures, reason_of(error), error.strerror or str(error) or "timed out")
+                    self._failed(backend, failures, reason_of(error), detail)
             except Exception as error:
                 # A fault of ours says nothing of the backend, and must not be the last check.
                 failure(log, "check failed", error, backend=backend.name)

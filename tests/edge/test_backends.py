@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import sys
 import threading
@@ -581,6 +582,70 @@ def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(poo
         assert [name[0] for _, name in targets] == ["127.0.0.1", "127.0.0.3"]
 
     asyncio.run(scenario())
+
+
+def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_at_each_question(pool, monkeypatch, listening):
+    """It stays behind those that answer, in whatever order the resolver names them."""
+
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
+        resolver.install()
+        connected = []
+        connect = fumi_edge.dialing._connect
+
+        def told(loop, target, *rest):
+            connected.append(target[1][0])
+            return connect(loop, target, *rest)
+
+        monkeypatch.setattr(fumi_edge.dialing, "_connect", told)
+        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE", 0.0)
+        backends = pool(f"mail.test:{listening}")
+        while resolver.asked < 5:
+            (await backends.connect(b""))[0].close()
+            await asyncio.sleep(0.01)
+        assert connected.count("127.0.0.3") == 1
+        # When there is nothing else, it gets its chance.
+        resolver.answer = ["127.0.0.3"]
+        while connected[-1] != "127.0.0.3":
+            with contextlib.suppress(fumi_edge.backends.NoBackend):
+                (await backends.connect(b""))[0].close()
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(pool, monkeypatch, caplog):
+    """``[::1]`` without IPv6, or no port left: neither must look like a backend that is merely not busy."""
+
+    async def nowhere(*_):
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    async def scenario():
+        monkeypatch.setattr(fumi_edge.dialing, "_connect", nowhere)
+        backends = pool("[::1]:2525", "[::1]:2526")
+        with pytest.raises(fumi_edge.backends.NoBackend, match="Cannot assign requested address"):
+            await backends.connect(b"")
+        assert [backend.up for backend in backends.all] == [False, False]
+
+    asyncio.run(scenario())
+    assert caplog.text.count("reason=unreachable") == 2
+
+
+def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
+    async def exhausted(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def scenario():
+        monkeypatch.setattr(fumi_edge.health, "check", exhausted)
+        backends = pool("127.0.0.1:2525")
+        checks = fumi_edge.health.Checks(backends, 0.01, 1.0, b"")
+        while backends.problem() != "backend 127.0.0.1:2525: Too many open files":
+            await asyncio.sleep(0.01)
+        await checks.close()
+        assert backends.all[0].up
+        assert backends.all[0].metrics.errors["other"].value
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
 def test_farewells_to_backends_that_do_not_answer_are_bounded(pool, monkeypatch, listening):

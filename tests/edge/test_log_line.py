@@ -151,7 +151,7 @@ def a_client_leaves_in_the_handshake(scene):
     return client, {}
 
 
-@end("no_backend", *TLS)
+@end("no_backend", "detail", *TLS)
 def there_is_no_backend(scene):
     scene.start()
     scene.backend.close()

@@ -26,3 +26,14 @@ def free_port(host: str = "127.0.0.1") -> int:
                     continue
                 raise
             return port
+
+
+def kept_port() -> socket.socket:
+    """A socket that has a port of 127.0.0.1 and does nothing with it. Who listens there too, does so by create_server().
+
+    Where nobody does, connecting is refused as long as it is open; at a port that is nobody's, a stranger may come to listen.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return sock

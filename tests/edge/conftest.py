@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader, parse
+from tests.ports import kept_port
 from tests.starter import start
 
 PATIENCE = 30.0
@@ -70,10 +71,12 @@ class Peer:
 
     def rest(self) -> bytes:
         """Everything up to the end of the stream."""
+        pieces = [self._buffered]
+        self._buffered = b""
         while self.more():
-            pass
-        data, self._buffered = self._buffered, b""
-        return data
+            pieces.append(self._buffered)
+            self._buffered = b""
+        return b"".join(pieces)
 
     def say(self, data: bytes) -> None:
         self.sock.sendall(data)
@@ -127,13 +130,14 @@ class Backend:
     def __init__(self, handler: Callable[[Peer], None], proxy: bool = True, path: str | None = None) -> None:
         self._handler = handler
         self._proxy = proxy
+        self._port = kept_port()
         if path:
             self._listening = socket.socket(socket.AF_UNIX)
             self._listening.bind(path)
             self._listening.listen(64)
             self.address = f"unix:{path}"
         else:
-            self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+            self._listening = socket.create_server(self._port.getsockname(), backlog=64)
             self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self.peers: list[Peer] = []
         self.errors: list[Exception] = []
@@ -165,10 +169,16 @@ class Backend:
         return self.peers[number]
 
     def close(self) -> None:
+        """Be gone: who connects is refused."""
         # close() alone leaves the thread in accept() to take one more.
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
+
+    def give_up(self) -> None:
+        """The port too."""
+        self.close()
+        self._port.close()
 
 
 def open_files(pid: int) -> set[str]:
@@ -207,6 +217,8 @@ class Program:
     def _wait_until_started(self, metrics: bool) -> None:
         last = "metrics" if metrics else "listening"
         until(lambda: self.events(last) or self.process.poll() is not None, "the start of the edge")
+        if self.process.poll() is not None:
+            self._reader.join(PATIENCE)  # for its last words
         assert self.process.poll() is None, self.noise
         if metrics and self.events("metrics")[0].get("port"):
             # The log tells of sockets that are bound; what serves them is there when somebody answers.
@@ -263,6 +275,10 @@ class Program:
         """Resident bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+
+    def rests(self) -> bool:
+        """Whether its event loop sleeps: it has done all that there was to do, and does not just wait for the processor."""
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -439,7 +455,7 @@ def backend() -> Iterator[Callable[..., Backend]]:
 
     yield start
     for each in started:
-        each.close()
+        each.give_up()
         assert each.errors == []
 
 

@@ -38,13 +38,13 @@ def waiting(sock, what=termios.FIONREAD):
     return struct.unpack("i", fcntl.ioctl(sock, what, b"\0\0\0\0"))[0]
 
 
-def settled(measure):
-    """Poll until the measure has not changed for a while, and return it: nobody moves any more."""
+def settled(measure, program):
+    """Poll until the measure has not changed for a while, the program being idle, and return it: nobody moves any more."""
     value, since = measure(), time.monotonic()
     deadline = since + 20
     while time.monotonic() - since < 0.15 and time.monotonic() < deadline:
         time.sleep(0.01)
-        if (now := measure()) != value:
+        if (now := measure()) != value or not program.rests():
             value, since = now, time.monotonic()
     return value
 
@@ -147,11 +147,12 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
     begin, between, behind, end = (numbers.randbytes(size) for size in (room * 2 // 3, 112 * 1024, 30_000, 40_000))
     whole = kit.hash(begin + between + behind + end)
     go = threading.Event()
-    received = {}
+    said, received = [], {}
 
     def handler(peer):
         size = int(peer.line())
         peer.say(b"x" * size)
+        said.append(peer)
         go.wait(20)
         received[size] = peer.rest()
 
@@ -169,7 +170,8 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
         return {size: waiting(engine.sock, which) for size, engine in engines.items()}
 
     # Where the edge itself holds more to write, OpenSSL (here 3.0) gives up the connection at a second key update.
-    for size, received_by_kernel in settled(unread).items():
+    kit.until(lambda: len(said) == len(engines), "the words of every backend")
+    for size, received_by_kernel in settled(unread, program).items():
         if received_by_kernel < size:
             engines.pop(size).sock.close()
     program.process.send_signal(signal.SIGSTOP)
@@ -180,11 +182,11 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
         engine.write(behind)
         engine.flush()
     program.process.send_signal(signal.SIGCONT)
-    left = settled(lambda: unread(termios.TIOCOUTQ))
+    left = settled(lambda: unread(termios.TIOCOUTQ), program)
     assert any(left.values()), "no socket was full: this test shows nothing"
     for size, engine in engines.items():
         assert engine.read(size) == b"x" * size
-    settled(lambda: unread(termios.TIOCOUTQ))
+    settled(lambda: unread(termios.TIOCOUTQ), program)
     go.set()
     for engine in engines.values():
         engine.write(end)
@@ -237,7 +239,7 @@ def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_rep
     for size, client in peers.items():
         client.say(b"%d\r\n" % size)
     kit.until(lambda: len(said) == len(sizes), "the last reply of every backend")
-    settled(lambda: [waiting(client.sock) for client in peers.values()])
+    settled(lambda: [waiting(client.sock) for client in peers.values()], program)
     wrong = []
     for size, client in peers.items():
         # An end without close_notify is an error here.
@@ -460,7 +462,7 @@ def test_a_plaintext_clients_bytes_are_counted_once(backend, edge, greeted, kit)
 def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients, kit):
     """Their descriptors pass to others. Many dead backends keep the edge busy, so that the reset comes before it has the 421."""
     dead = [f"127.0.0.{number}:9" for number in range(1, 255)]
-    program = edge("--handshake-timeout", "4", *(f"--backend={address}" for address in dead[1:]), backend=dead[0])
+    program = edge("--handshake-timeout", "20", *(f"--backend={address}" for address in dead[1:]), backend=dead[0])
     peers = [clients.plain(program.tls_port) for _ in range(10)]
     for client, engine in [(client, Engine(client.sock, clients.context())) for client in peers]:
         engine.flush()
@@ -487,7 +489,7 @@ def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients,
 
 
 def test_connections_that_wait_in_the_queue_at_sigterm_are_served(backend, edge, clients, greeted, tmp_path):
-    program = edge(backend=backend(path=str(tmp_path / "backend.sock")))
+    program = edge("--connect-timeout", "30", backend=backend(path=str(tmp_path / "backend.sock")))
     port = program.starttls_port
     greeted(program).close()
     program.process.send_signal(signal.SIGSTOP)

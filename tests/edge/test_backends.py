@@ -19,6 +19,7 @@ from fumi_core.runtime.addresses import parse_address
 from fumi_edge.backends import AVOID, Backends
 from fumi_edge.dialing import Remote
 from fumi_edge.metrics import EdgeMetrics
+from tests.ports import kept_port
 
 CORE = Path(sys.executable).with_name("fumi-core")
 READY = [b"220 2.0.0 Ready to start TLS\r\n"]
@@ -78,8 +79,8 @@ class Flapping:
     """Stands before a backend, there one moment and gone the next."""
 
     def __init__(self, kit):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self._kept = kept_port()
+        self.port = self._kept.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self._kit = kit
         self._listening = None
@@ -141,7 +142,7 @@ def test_roundrobin_takes_each_in_turn_but_those_that_are_down(backend, edge, se
     assert len(servers[0].peers) + len(servers[2].peers) == 11
 
 
-def test_first_sends_all_to_the_first_that_is_up(backend, edge, served):
+def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, kit):
     servers = [backend(), backend()]
     program = edge("--balance", "first", *flags(servers[1]), backend=servers[0])
     for _ in range(3):
@@ -153,7 +154,7 @@ def test_first_sends_all_to_the_first_that_is_up(backend, edge, served):
     assert counts(*servers) == [3, 3]
     # Once was enough to find out.
     assert errors(program, servers[0], "refused") == 1
-    assert len(program.events("backend failed")) == 1
+    assert len(kit.until(lambda: program.events("backend failed"), "the line")) == 1
 
 
 def test_unix_sockets_are_balanced_like_any_other(backend, edge, clients, tmp_path):
@@ -360,6 +361,7 @@ def test_backend_up_and_readiness_follow_the_checks(backend, edge, kit):
         assert program.fetch("/readyz")[0] == 503
     assert errors(program, flapping, "refused") >= 3
     # One line for each change.
+    kit.until(lambda: len(program.events("backend failed")) >= 3, "the last line in the log")
     assert len(program.events("backend failed")) == 3
     assert len(program.events("backend is back")) == 2
 
@@ -381,7 +383,7 @@ def test_a_backend_that_greets_with_something_else_gets_nobody(backend, edge, se
     for _ in range(5):
         served(program)
     assert counts(sick, well) == [0, 5]
-    assert program.fetch("/readyz")[0] == 200
+    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
     assert errors(program, sick, "banner") >= 1
     answers[0] = b"220 again\r\n"
     kit.until(lambda: up(program, sick) == 1, "the rise")
@@ -450,7 +452,8 @@ def test_checks_that_hang_hold_up_nobody(edge, clients, kit, backend):
         peer.rest()
 
     hung, well = backend(handler), backend()
-    hanging = ("--health-interval", "0.05", "--connect-timeout", "0.3", "--balance", "first")
+    # So long a timeout that the other one answers in time, however busy this machine is.
+    hanging = ("--health-interval", "0.05", "--connect-timeout", "2", "--balance", "first")
     program = edge(*hanging, *flags(well), backend=hung)
     kit.until(lambda: up(program, hung) == 0, "the fall")
     assert clients.tls(program.tls_port).line().startswith(b"220")

@@ -208,7 +208,8 @@ def test_loading_leaves_no_descriptor_open(make_certificate):
     before = os.listdir("/proc/self/fd")
     for _ in range(5):
         load(Pair(cert, key))
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    # Fewer, when a thread of an earlier test or the garbage collector has closed one of theirs.
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
 def test_a_key_that_may_not_be_read_is_said_so(make_certificate, monkeypatch):

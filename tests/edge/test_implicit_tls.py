@@ -103,7 +103,7 @@ def test_ciphers_without_forward_secrecy_are_refused(backend, edge, clients):
 
 def test_the_backend_is_contacted_only_after_the_handshake(backend, edge, clients, kit):
     server = backend()
-    program = edge("--handshake-timeout", "0.5", backend=server)
+    program = edge("--handshake-timeout", "2", backend=server)
     silent = clients.plain(program.tls_port)
     nonsense = clients.plain(program.tls_port)
     nonsense.say(b"EHLO plaintext.test\r\n")

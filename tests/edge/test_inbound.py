@@ -148,14 +148,14 @@ def test_header_and_commands_may_come_in_one_packet_or_byte_by_byte(behind, clie
     assert server.peer(1).header.source == SOURCE6
 
 
-def test_who_is_not_trusted_is_closed_at_once_and_counted(behind, clients):
+def test_who_is_not_trusted_is_closed_at_once_and_counted(behind, clients, kit):
     program, server = behind("--trusted-proxy", "192.0.2.0/24")
     assert ended(clients.plain(program.starttls_port)) == b""
     with pytest.raises((ssl.SSLError, ConnectionError)):
         clients.tls(program.tls_port)
     assert rejected(program, "untrusted") == 2
     assert rejected(program, "proxy_header") == 0
-    assert program.events("rejected")[0]["reason"] == "untrusted"
+    assert kit.until(lambda: program.events("rejected"), "the line")[0]["reason"] == "untrusted"
     assert server.peers == []
 
 

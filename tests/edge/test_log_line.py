@@ -100,7 +100,7 @@ def a_backend_breaks_off(scene):
 
 @end("idle_timeout", *TLS, "backend")
 def nobody_says_anything(scene):
-    scene.start("--idle-timeout", "0.2")
+    scene.start("--idle-timeout", "1")
     client = scene.over_tls()
     assert client.rest() == b""
     return client, {}

@@ -103,6 +103,7 @@ def test_it_says_which_backend_is_down_and_why_nobody_is_served(backend, edge, k
     server = backend()
     program = edge("--backend", "127.0.0.1:9", "--health-interval", "0.1", backend=server)
     kit.until(lambda: look(program)[0].row("Backends", "127.0.0.1:9")[0] == "down", "the verdict")
+    kit.until(lambda: program.fetch("/readyz")[0] == 200, "the verdict on the other")
     page, _ = look(program)
     assert page.row("Backends", server.address)[0] == "up"
     assert re.fullmatch(r"[\d,]+ refused", page.row("Backends", "127.0.0.1:9")[-1])

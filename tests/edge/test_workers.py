@@ -62,7 +62,7 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients, ki
     )
     assert program.metric("fumi_edge_worker_restarts_total") == 1
     assert program.metric("fumi_edge_handshakes_total", result="ok") == 12
-    (death,) = program.events("worker died")
+    (death,) = kit.until(lambda: program.events("worker died"), "the line")
     assert (death["pid"], death["reason"]) == (min(before), "SIGKILL")
     assert clients.tls(program.tls_port).line().startswith(b"220")
 

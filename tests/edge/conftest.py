@@ -72,10 +72,12 @@ class Peer:
 
     def rest(self) -> bytes:
         """Everything up to the end of the stream."""
+        pieces = [self._buffered]
+        self._buffered = b""
         while self.more():
-            pass
-        data, self._buffered = self._buffered, b""
-        return data
+            pieces.append(self._buffered)
+            self._buffered = b""
+        return b"".join(pieces)
 
     def say(self, data: bytes) -> None:
         self.sock.sendall(data)

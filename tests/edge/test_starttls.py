@@ -294,7 +294,7 @@ def test_a_line_that_is_too_long_is_refused_and_forgotten(backend, edge, greeted
     client = greeted(program)
     before = program.memory()
     client.say(b"NOOP ")
-    for _ in range(300):
+    for _ in range(100):
         client.say(b"x" * 65536)
     assert client.ask(b"\r\n")[0].startswith(b"500 5.5.2 ")
     assert program.memory() - before < 3 << 20

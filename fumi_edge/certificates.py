@@ -10,16 +10,22 @@ A name that has an RSA and an ECDSA certificate has both in one context, and Ope
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from fumi_core.runtime.logs import event
 from fumi_edge.pem import Certificate, CertificateError, NoServer, Pair, Source, is_authority, is_path, label, load
 from fumi_edge.policy import IGNORE_UNEXPECTED_EOF, Policy, TLSSocket
 from fumi_edge.sources import Stamp, find, stamp
+
+log = logging.getLogger("fumi.edge")
 
 
 class Selection:
@@ -178,6 +184,7 @@ class Certificates:
     def _make_front(self) -> ssl.SSLContext:
         context = self._policy.context(self.selection.client_ca)
         context.sni_callback = self._on_server_name
+        _expect_any_server_name()
         return context
 
     def _on_server_name(self, sock: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
@@ -221,3 +228,17 @@ class Certificates:
         """Why no certificate is valid at ``now``, or None when one is."""
         problems = self.problems(now)
         return f"no valid certificate: {problems[0]}" if len(problems) == len(self.entries) else None
+
+
+@functools.cache
+def _expect_any_server_name() -> None:
+    """Python's ssl prints a traceback for a server name that is not ASCII; a client's nonsense is worth a line, not that."""
+    others = sys.unraisablehook
+
+    def hook(problem: sys.UnraisableHookArgs) -> None:
+        if isinstance(problem.exc_value, UnicodeDecodeError) and isinstance(problem.object, bytes):
+            event(log, logging.INFO, "server name is not ASCII")
+        else:
+            others(problem)
+
+    sys.unraisablehook = hook

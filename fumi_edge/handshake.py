@@ -14,6 +14,8 @@ from fumi_edge.pem import common_names
 from fumi_edge.policy import TLSSocket
 
 RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
+CN_LIMIT = 1024
+"""The most octets of a common name that a PROXY header of ours carries; X.520 (annex C) allows it 64 characters."""
 _CERTIFICATE_REASONS = ("CERTIFICATE", "UNKNOWN_CA")
 
 
@@ -116,7 +118,10 @@ async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: f
 
 
 def _client_certificate(sock: TLSSocket) -> tuple[bool, str | None]:
-    """Whether there is a client certificate, of this connection or of the session it resumes, and its common name."""
+    """Whether there is a client certificate, of this connection or of the session it resumes, and its common name.
+
+    A name over CN_LIMIT counts as none: cut short, it might be somebody else's.
+    """
     if sock.context.verify_mode is ssl.CERT_NONE:
         return False, None
     try:
@@ -124,4 +129,5 @@ def _client_certificate(sock: TLSSocket) -> tuple[bool, str | None]:
     except ValueError:
         # Some authority signed names that are not text; the certificate is there, and who it is for is not known.
         return True, None
-    return bool(facts), next(iter(common_names(facts)), None) if facts else None
+    name = next(iter(common_names(facts)), None) if facts else None
+    return bool(facts), name if name is None or len(name.encode("utf-8", "replace")) <= CN_LIMIT else None

@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -66,7 +65,6 @@ class EdgeWork:
         self._edge.unbind()
 
     async def start(self, crowd: Crowd) -> None:
-        sys.unraisablehook = self._unraisable
         if self._bench is not None:
             await self._bench.start()
         await self._edge.start(crowd)
@@ -102,13 +100,6 @@ class EdgeWork:
 
     def problem(self) -> str | None:
         return self._edge.problem()
-
-    def _unraisable(self, problem: sys.UnraisableHookArgs) -> None:
-        """Python's ssl prints a traceback for a server name that is not ASCII; a client's nonsense is worth a line, not that."""
-        if isinstance(problem.exc_value, UnicodeDecodeError):
-            event(self.log, logging.INFO, "server name is not ASCII")
-        else:
-            sys.__unraisablehook__(problem)
 
 
 def _tune_collector() -> None:

@@ -93,7 +93,12 @@ class Reloader:
     async def _read(self, stamp: Stamp) -> None:
         """Put into service what can be; report the rest when its files have settled."""
         results = self._metrics.certificate_reloads
-        while (complaints := await self._install()) and stamp != self._seen:
+        while complaints := await self._install():
+            if stamp == self._seen:
+                # Unless something has changed while it was being read, they have settled.
+                stamp = await self._stamp()
+                if stamp == self._seen:
+                    break
             results["deferred"].inc()
             self._seen = stamp
             await asyncio.sleep(self._settle)

@@ -300,7 +300,10 @@ class Tunnel:
             return self._encrypt(flow, data)
         except (BlockingIOError, InterruptedError):
             return 0
-        except OSError:
+        except OSError as error:
+            if flow is self._up and isinstance(error, ConnectionResetError):
+                # Told here, it is not told again to who reads.
+                self._reason = self._reason or "backend_reset"
             self._sink_failed(flow)
             return len(data)
 

@@ -47,6 +47,21 @@ def serial(sock: ssl.SSLSocket) -> bytes:
     return sock.getpeercert(binary_form=True)
 
 
+def test_a_server_name_that_is_not_ascii_is_one_log_line(make, context, caplog, capsys):
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname="aaaaaaaa.example")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read().replace(b"aaaaaaaa.example", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9\xf8.example")
+    caplog.set_level("INFO")
+    with running(make(secure=True)) as server, socket.create_connection(("127.0.0.1", server.port), 30) as sock:
+        sock.sendall(hello)
+        while sock.recv(4096):
+            pass
+    assert [record.getMessage() for record in caplog.records].count("server name is not ASCII") == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_implicit_tls_tells_handlers_all_that_the_program_tells_them(make, context):
     with running(make(secure=True)) as server:
         with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import select
 import ssl
+from types import SimpleNamespace
 
 import pytest
 
+from fumi_edge.handshake import CN_LIMIT, _client_certificate
 from tests.starter import finished
 
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
@@ -127,6 +129,20 @@ def test_why_a_certificate_did_not_verify_is_in_the_log(backend, edge, authority
     cert, key = strangers.issue("stranger")
     kit.s_client(program.tls_port, "-cert", cert, "-key", key)
     assert program.ended()[0]["detail"] == "certificate verify failed: unable to get local issuer certificate"
+
+
+@pytest.mark.parametrize(("length", "known"), [(CN_LIMIT, True), (CN_LIMIT + 1, False)])
+def test_a_name_that_a_header_has_no_room_for_is_none(length, known):
+    """openssl would not sign one; some authority may."""
+    name = "x" * length
+
+    class Presented:
+        context = SimpleNamespace(verify_mode=ssl.CERT_OPTIONAL)
+
+        def getpeercert(self):
+            return {"subject": ((("commonName", name),),)}
+
+    assert _client_certificate(Presented()) == (True, name if known else None)
 
 
 def test_a_name_that_is_no_text_leaves_a_client_without_a_name(backend, edge, clients, authority, context):

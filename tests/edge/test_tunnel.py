@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import select
+import signal
 import ssl
 import subprocess
 import threading
@@ -311,6 +312,30 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, 
     assert line["reason"] == f"{who}_reset"
     staying.say(b"still there\r\n")
     assert staying.line() == b"still there\r\n"
+
+
+def test_a_reset_is_one_whoever_moves_first(backend, edge, connect, kit):
+    """The kernel tells of it once: here to who writes, and not again to who reads."""
+    go, gone = threading.Event(), threading.Event()
+
+    def handler(peer):
+        opening(peer, connect.tls)
+        peer.say(b"hello\r\n")
+        go.wait(30)
+        peer.reset()
+        gone.set()
+
+    program = edge(backend=backend(handler))
+    client = connect(program)
+    assert client.line() == b"hello\r\n"
+    program.process.send_signal(signal.SIGSTOP)
+    client.say(b"NOOP\r\n")
+    go.set()
+    assert gone.wait(30)
+    program.process.send_signal(signal.SIGCONT)
+    assert client.rest() == b""
+    client.close()
+    assert program.ended()[0]["reason"] == "backend_reset"
 
 
 def test_silence_ends_at_the_idle_timeout(backend, edge, connect):

@@ -111,6 +111,7 @@ class Within:
     """The core in this process, as a backend."""
 
     name = "core"
+    descriptors = 2
 
     def __init__(self, server: Server) -> None:
         self._server = server

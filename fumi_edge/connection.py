@@ -29,7 +29,7 @@ from fumi_edge.listener import Listener
 from fumi_edge.metrics import LIMITS, EdgeMetrics
 from fumi_edge.policy import TLSSocket
 from fumi_edge.preamble import Negotiation
-from fumi_edge.readiness import Company
+from fumi_edge.readiness import Lookout
 from fumi_edge.starttls import Preamble, Replies, Step, Verdict
 from fumi_edge.tunnel import Tunnel
 
@@ -70,6 +70,7 @@ class Service:
     limits: Limits
     rejections: Rejections
     metrics: EdgeMetrics
+    lookout: Lookout
     buffer: memoryview
     proxy_protocol: str
     require_tls: bool
@@ -250,7 +251,8 @@ class Connection:
     async def _negotiate(self) -> Step:
         preamble = Preamble(self._service.require_tls, self._service.hide_starttls)
         assert self._backend is not None
-        negotiation = Negotiation(self._client, self._backend, preamble, self._service.idle_timeout)
+        lookout, idle_timeout = self._service.lookout, self._service.idle_timeout
+        negotiation = Negotiation(self._client, self._backend, preamble, lookout, idle_timeout)
         try:
             return await negotiation.run()
         except Ended as ended:
@@ -293,12 +295,11 @@ class Connection:
         """Read the second banner, which the client is not to see; returns what came behind it. Raises NoBanner."""
         assert self.backend is not None
         replies = Replies()
-        company = Company(asyncio.get_running_loop(), self._client)
         banner: bytes | None = None
         # A silence that is too long is a refusal as well.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(BANNER, self._service.idle_timeout)):
-                while banner is None and (data := await self._backend_said(company)):
+                while banner is None and (data := await self._backend_said()):
                     banner = replies.feed(data)
                 if banner is None and not replies.rest:
                     raise NoBanner
@@ -309,11 +310,11 @@ class Connection:
         self.detail = (banner or b"no banner in time").decode("ascii", "replace").strip()
         raise Ended("backend_refused", banner or NO_BACKEND, when_asked=True)
 
-    async def _backend_said(self, company: Company) -> bytes:
+    async def _backend_said(self) -> bytes:
         assert self._backend is not None
         while True:
             try:
-                await company.readable(self._backend.fileno())
+                await self._service.lookout.readable(self._client, self._backend)
             except ConnectionResetError:
                 raise Ended("client_reset") from None
             try:

@@ -32,9 +32,10 @@ Target = tuple[int, Any]
 
 
 class Destination(Protocol):
-    """Where a backend is; ``name`` is what logs and metrics call it."""
+    """Where a backend is; ``name`` is what logs and metrics call it, ``descriptors`` how many a connection takes here."""
 
     name: str
+    descriptors: int
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: bytes) -> socket.socket:
         """A connection on which ``opening`` has been sent, after ``timeout`` seconds at most a step. Raises OSError."""
@@ -45,6 +46,8 @@ class Destination(Protocol):
 
 class Remote:
     """An address to connect to. The addresses behind a host name are asked for again every RESOLVE seconds, in the background."""
+
+    descriptors = 1
 
     __slots__ = ("_asked_at", "_asking", "_failed", "_targets", "address", "name")
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
+from fumi_core.runtime.acceptor import Ceiling
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, name_of
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
@@ -23,6 +24,7 @@ from fumi_edge.health import Checks, probe
 from fumi_edge.limits import Limits, Rate, Rejections
 from fumi_edge.listener import Listener
 from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.readiness import Lookout
 from fumi_edge.reload import Reloader
 from fumi_edge.tunnel import BUFFER
 
@@ -85,6 +87,7 @@ class Edge:
             limits=Limits(max_clients, max_clients_per_ip, rate_per_ip, time.monotonic),
             rejections=Rejections(self.metrics.rejected),
             metrics=self.metrics,
+            lookout=Lookout(),
             buffer=memoryview(bytearray(BUFFER)),
             proxy_protocol=proxy_protocol,
             require_tls=require_tls,
@@ -101,6 +104,7 @@ class Edge:
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._bound: list[tuple[socket.socket, str, bool]] | None = None
         self._crowd = crowd_of_one()
+        self._ceiling = Ceiling(2)
         self._heartbeat: asyncio.TimerHandle | None = None
 
     def bind(self) -> None:
@@ -146,6 +150,8 @@ class Edge:
         """Start what goes on beside the connections; for whoever gives the listeners one by one."""
         service = self._service
         self._crowd = service.limits.crowd = crowd or self._crowd
+        service.lookout.open(asyncio.get_running_loop())
+        self._ceiling = Ceiling(1 + max(backend.destination.descriptors for backend in service.backends.all))
         if self._health_interval:
             opening = greeting(service.proxy_protocol)
             self._checks = Checks(service.backends, self._health_interval, self._connect_timeout, opening)
@@ -158,9 +164,9 @@ class Edge:
         _announce(name, starttls)
 
     def _serve_at(self, sock: socket.socket, name: str, starttls: bool) -> None:
-        service, crowd = self._service, self._crowd
+        service, crowd, ceiling = self._service, self._crowd, self._ceiling
         listener = Listener(
-            sock, name, starttls, self._balancers, service.limits, service.rejections, self.metrics, crowd, self._serve
+            sock, name, starttls, self._balancers, service.limits, service.rejections, self.metrics, crowd, ceiling, self._serve
         )
         self.listeners.append(listener)
 
@@ -203,6 +209,7 @@ class Edge:
         self._service.rejections.close()
         await self._reloader.close()
         await self._service.backends.close()
+        self._service.lookout.close()
 
     def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
         """Start an accepted connection on its walk."""

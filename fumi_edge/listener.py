@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from fumi_core.runtime.acceptor import Acceptor
+from fumi_core.runtime.acceptor import Acceptor, Ceiling
 from fumi_core.runtime.addresses import Networks, peer_of
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_edge.backends import Name
@@ -39,6 +39,7 @@ class Listener:
         rejections: Rejections,
         metrics: EdgeMetrics,
         crowd: Crowd,
+        ceiling: Ceiling,
         serve: Serve,
     ) -> None:
         self._serve = serve
@@ -52,7 +53,7 @@ class Listener:
         # An abstract name comes as bytes.
         self.address: Name = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
         self.sock = sock
-        self._acceptor = Acceptor(sock, name, log, self._admit, crowd)
+        self._acceptor = Acceptor(sock, name, log, self._admit, crowd, ceiling)
 
     def close(self) -> None:
         """Take in what has already connected, then stop listening."""

@@ -7,7 +7,7 @@ import contextlib
 import socket
 
 from fumi_edge.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
-from fumi_edge.readiness import Company, readable, send_all
+from fumi_edge.readiness import Lookout, readable, send_all
 from fumi_edge.starttls import INJECTED, READY, Preamble, Step, Verdict
 
 CHUNK = 4096
@@ -17,13 +17,15 @@ _NOTHING = Step()
 class Negotiation:
     """One connection's preamble on the wire. ``received`` and ``sent`` count the client's bytes."""
 
-    def __init__(self, client: socket.socket, backend: socket.socket, preamble: Preamble, idle_timeout: float) -> None:
+    def __init__(
+        self, client: socket.socket, backend: socket.socket, preamble: Preamble, lookout: Lookout, idle_timeout: float
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._client = client
         self._backend = backend
         self._preamble = preamble
         self._idle_timeout = idle_timeout
-        self._company = Company(self._loop, client)
+        self._lookout = lookout
         self.received = self.sent = 0
 
     async def run(self) -> Step:
@@ -57,7 +59,7 @@ class Negotiation:
     async def _step(self) -> Step:
         if not self._preamble.wants_command:
             try:
-                await self._company.readable(self._backend.fileno())
+                await self._lookout.readable(self._client, self._backend)
             except ConnectionResetError:
                 raise Ended("client_reset") from None
             return self._from_backend()

@@ -38,27 +38,49 @@ async def writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
         loop.remove_writer(fd)
 
 
-class Company:
-    """Notices that a client has broken off while a backend is waited for, whatever it may have sent ahead."""
+class Lookout:
+    """Notices clients that break off while a backend is waited for, whatever they may have sent ahead.
 
-    __slots__ = ("_client", "_loop")
+    Watched for nothing, a socket still reports that it is broken, and only that: neither unread bytes nor a FIN count. The event
+    loop may watch the same socket for something else, so this is done in an epoll beside it, one for all connections.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, client: socket.socket) -> None:
+    def __init__(self) -> None:
+        self._epoll: select.epoll | None = None
+        self._waiting: dict[int, asyncio.Future[int]] = {}
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In the process that serves: an epoll is not to be shared. Raises OSError."""
         self._loop = loop
-        self._client = client
+        self._epoll = select.epoll()
+        loop.add_reader(self._epoll.fileno(), self._look)
 
-    async def readable(self, fd: int) -> None:
-        """Return once the descriptor has something to read. Raises ConnectionResetError when the client breaks off first."""
-        # Watched for nothing, a socket still reports that it is broken, and only that: neither unread bytes nor a FIN count.
+    def close(self) -> None:
+        if self._epoll is not None:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+            self._epoll = None
+
+    async def readable(self, client: socket.socket, backend: socket.socket) -> None:
+        """Return once the backend has something to read. Raises ConnectionResetError when the client breaks off first."""
+        assert self._epoll is not None
+        watched, wanted = client.fileno(), backend.fileno()
+        woken: asyncio.Future[int] = self._loop.create_future()
+        self._waiting[watched] = woken
+        self._epoll.register(watched, 0)
+        self._loop.add_reader(wanted, _wake, woken, wanted)
         try:
-            broken = select.epoll()
-        except OSError:
-            await readable(self._loop, fd)  # no descriptor is left to watch with
-            return
-        with broken:
-            broken.register(self._client.fileno(), 0)
-            if await readable(self._loop, fd, broken.fileno()) != fd:
+            if await woken != wanted:
                 raise ConnectionResetError
+        finally:
+            self._loop.remove_reader(wanted)
+            self._epoll.unregister(watched)
+            del self._waiting[watched]
+
+    def _look(self) -> None:
+        assert self._epoll is not None
+        for fd, _ in self._epoll.poll(0):
+            _wake(self._waiting[fd], fd)
 
 
 async def receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int) -> bytes:

@@ -9,7 +9,10 @@ first, and end up with all the connections that stay; so one that is ahead in co
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
+import resource
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -28,19 +31,42 @@ PAUSE = 0.5
 """Seconds without accepting when descriptors or the kernel's memory have run out."""
 QUIET = 60.0
 """Seconds without a pause after which the next one is worth a line again."""
+SPARE = 64
+"""Descriptors that are left for what comes and goes beside the connections; an eighth of all where there are few."""
 _WILDCARDS = ("0.0.0.0", "::")
+
+
+class Ceiling:
+    """How many connections this process has descriptors for, when each takes more than the one that accept() finds.
+
+    Without it the last ones would be accepted and then find none for their other half.
+    """
+
+    def __init__(self, each: int) -> None:
+        """What is open now is not there for connections, of which each takes ``each``."""
+        self._each = each
+        self._others = len(os.listdir("/proc/self/fd"))
+
+    def reached(self, connections: int) -> bool:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit == resource.RLIM_INFINITY:
+            return False
+        return connections >= max(1, (limit - self._others - min(SPARE, limit // 8)) // self._each)
 
 
 class Acceptor:
     """Accepts from ``sock``, which must be listening and non-blocking, until ``close()``."""
 
-    def __init__(self, sock: socket.socket, name: str, log: logging.Logger, admit: Admit, crowd: Crowd) -> None:
-        """``name`` is for the log; ``crowd`` counts what is admitted."""
+    def __init__(
+        self, sock: socket.socket, name: str, log: logging.Logger, admit: Admit, crowd: Crowd, ceiling: Ceiling | None = None
+    ) -> None:
+        """``name`` is for the log; ``crowd`` counts what is admitted, which at the ``ceiling`` has to wait."""
         self.sock = sock
         self._name = name
         self._log = log
         self._admit = admit
         self._crowd = crowd
+        self._ceiling = ceiling
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
         self._paused_at = float("-inf")
@@ -74,6 +100,9 @@ class Acceptor:
 
     def _take(self) -> bool:
         """Accept one; False when there is none to be had now."""
+        if self._ceiling is not None and self._ceiling.reached(self._crowd.connections):
+            self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            return False
         try:
             client, name = self.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):

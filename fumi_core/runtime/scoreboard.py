@@ -65,6 +65,11 @@ class Crowd:
         return sum(self._clients)
 
     @property
+    def connections(self) -> int:
+        """Of this worker."""
+        return self._connections[self._number]
+
+    @property
     def ahead(self) -> bool:
         """Some worker that serves has fewer connections by more than LEAD."""
         enough = self._connections[self._number] - LEAD

@@ -527,12 +527,15 @@ def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, cli
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
 
     def came_too_late():
+        before_it = len(program.events("connection ended"))
         # One more descriptor is there for a client, and none for its backend; unless one that was counted went meanwhile.
         used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
         free = [number for number in range(len(used) + 2) if number not in used]
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[0] + 1, before[1]))
-        line = clients.plain(program.starttls_port).line()
+        with contextlib.closing(clients.plain(program.starttls_port)) as client:
+            line = client.line()
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        program.ended(before_it + 1)
         return line.startswith(b"421 4.3.2 ")
 
     kit.until(came_too_late, "a 421")

@@ -304,6 +304,23 @@ def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clie
     assert len(program.events("cannot accept, pausing")) == 1
 
 
+def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge, clients, kit):
+    """A client takes two: where there is one left, it is not accepted, and the backend's are not missed."""
+    program = edge("--health-interval", "0.2", backend=backend())
+    most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (40, most))
+    waiting = [clients.plain(program.starttls_port) for _ in range(60)]
+    for client in waiting:
+        # Whoever has been served makes room for another.
+        assert client.line() == b"220 backend.test ESMTP\r\n"
+        assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+        assert client.rest() == b""
+        client.close()
+    assert len(program.events("cannot accept, pausing")) == 1
+    assert program.fetch("/readyz") == (200, "ready\n")
+    assert {entry["reason"] for entry in program.ended(60)} == {"backend_closed"}
+
+
 def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path, kit):
     server = backend()
     path = str(tmp_path / "edge.sock")

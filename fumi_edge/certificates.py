@@ -236,7 +236,9 @@ def _expect_any_server_name() -> None:
     others = sys.unraisablehook
 
     def hook(problem: sys.UnraisableHookArgs) -> None:
-        if isinstance(problem.exc_value, UnicodeDecodeError) and isinstance(problem.object, bytes):
+        # Before Python 3.14 the name is the object, and since then in the message.
+        named = isinstance(problem.object, bytes) or "servername" in (problem.err_msg or "")
+        if named and isinstance(problem.exc_value, UnicodeDecodeError):
             event(log, logging.INFO, "server name is not ASCII")
         else:
             others(problem)

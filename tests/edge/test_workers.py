@@ -1,6 +1,5 @@
 """fumi-edge --workers: one edge to its clients, whichever process they come to."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -16,6 +15,15 @@ def replaced(program, kit, number=signal.SIGKILL):
     for pid in before:
         os.kill(pid, number)
     kit.until(lambda: len(program.workers() - before) == len(before) and kit.ready(program), "new workers")
+
+
+ESTABLISHED = 1
+
+
+def cut_off(client):
+    """As the kernel knows: with OpenSSL 3.6, Python 3.14 raises what came of one TLS socket at the next one, too."""
+    (state,) = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return state != ESTABLISHED
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients, ki
     kit.until(lambda: len(program.workers() - before) == 1, "a new worker")
     alive = 0
     for client in held:
-        with contextlib.suppress(OSError):
+        if not cut_off(client):
             client.say(b"NOOP\r\n")
             alive += client.line().startswith(b"250")
     assert 0 < alive < 12

@@ -58,10 +58,14 @@ def test_haproxy_accepts_the_file_and_finds_nothing_to_warn_of(
     name: str, certificate: tuple[Path, Path], client_certificate: Any
 ) -> None:
     own = {"FUMI_CERT": str(certificate[0].with_name("both.pem")), "FUMI_CLIENT_CA": str(client_certificate.ca)}
-    for more in ({}, {"FUMI_NODE_2": "127.0.0.2"}, {"FUMI_NODE_2": "", "FUMI_STATS": ""}):
+    for more in ({}, {"FUMI_NODE_2": "127.0.0.2"}, {"FUMI_NODE_2": ""}, {"FUMI_STATS": ""}):
         done = subprocess.run(
             ["haproxy", "-c", "-f", DIRECTORY / name], env={**os.environ, **own, **more}, capture_output=True, text=True
         )
+        if "FUMI_STATS" in more and "Warnings were found" in done.stdout:
+            # HAProxy 3.2 warns of empty words even in lines that it leaves out.
+            assert (done.returncode, done.stderr.count("[WARNING]")) == (0, 1)
+            continue
         # Newer ones say nothing.
         assert (done.returncode, done.stdout.replace("Configuration file is valid\n", ""), done.stderr) == (0, "", "")
 

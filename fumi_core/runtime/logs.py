@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -47,7 +48,11 @@ def failure(logger: logging.Logger, message: str, error: BaseException, /, **fie
 
 
 def configure(form: str, level: str) -> None:
-    """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up."""
+    """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up.
+
+    Both programs begin with this: before anything else could become descriptor 2, and get what is meant for stderr.
+    """
+    _complete()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()
@@ -55,6 +60,18 @@ def configure(form: str, level: str) -> None:
     root.setLevel(level.upper())
     # These are looked up for every record and shown in none.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def _complete() -> None:
+    """Open on /dev/null what is closed of stdin, stdout and stderr."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115  for as long as there is a program
 
 
 def _stamp(record: logging.LogRecord) -> str:

@@ -297,3 +297,28 @@ def test_it_listens_on_an_inherited_descriptor(tmp_path: Path, connect: Any) -> 
         finally:
             process.terminate()
             assert process.wait(40) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"], ids=["stderr", "all"])
+def test_no_socket_takes_the_place_of_a_stream_that_is_closed_from_the_start(
+    connect: Any, eventually: Any, free_port: Any, tmp_path: Path, workers: str, closed: str
+) -> None:
+    port, metrics = free_port(), free_port()
+    flags = ["--listen", f"127.0.0.1:{port}", "--metrics", f"127.0.0.1:{metrics}", "--workers", workers, "--deliver", "discard:"]
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$@" {closed}', "bash", PROGRAM, *flags, "--proxy-protocol", "off"], cwd=tmp_path
+    )
+    try:
+        eventually(lambda: process.poll() is not None or (reachable(port) and reachable(metrics)))
+        assert process.poll() is None
+        assert connect(port).banner.startswith(b"220")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in [str(process.pid), *children]:
+            for fd in (0, 1, 2) if "0" in closed else (2,):
+                assert os.readlink(f"/proc/{pid}/fd/{fd}") == os.devnull
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()

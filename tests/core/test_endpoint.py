@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 import fumi_core.runtime.endpoint
 from fumi_core.runtime.addresses import bind, parse_address
+from fumi_core.runtime.counting import Counter, Histogram, Tallied
 from fumi_core.runtime.endpoint import CLIENTS, Answer, Endpoint
 
 ASKED: queue.Queue[None] = queue.Queue()
@@ -39,7 +40,11 @@ BIG = Answer("x" * 6_000_000)
 def endpoint() -> Iterator[int]:
     """Its port."""
     (sock,) = bind(parse_address("127.0.0.1:0"))
-    endpoint = Endpoint([sock], CollectorRegistry(), ready=lambda: None, pages={"/held": held, "/big": lambda: BIG})
+    registry = CollectorRegistry()
+    Counter("things", "Things.", ("kind",), registry).labels("one").inc()
+    Tallied("others", "Others.", ("kind",), registry, lambda: [(("one",), 1)])
+    Histogram("times", "Times.", ("kind",), registry, (1, 2)).labels("one").observe(1)
+    endpoint = Endpoint([sock], registry, ready=lambda: None, pages={"/held": held, "/big": lambda: BIG})
     yield sock.getsockname()[1]
     endpoint.close()
 
@@ -155,3 +160,11 @@ def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_t
         over.set()
     assert len(tried) - len(paused) <= 1
     eventually(lambda: healthy(endpoint))
+
+
+def test_a_query_can_name_the_metrics(endpoint: int) -> None:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{endpoint}/metrics?name[]=things_total&name[]=others_total&name[]=times_bucket"
+    ) as answer:
+        names = {line.partition("{")[0] for line in answer.read().decode().splitlines() if not line.startswith("#")}
+    assert names == {"things_total", "others_total", "times_bucket"}

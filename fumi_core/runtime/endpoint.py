@@ -33,6 +33,8 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+"""As WSGI has it, PEP 3333."""
 Page = Callable[[], Answer]
 """Called in the endpoint's thread for each request."""
 Problem = Callable[[], str | None]
@@ -75,11 +77,11 @@ class Endpoint:
             headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
             headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *answer.headers]
             start_response(answer.status, headers)
-            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+            return [body]
 
         self._servers = [_Server(sock) for sock in sockets]
         for server in self._servers:
-            server.set_app(application)
+            server.set_app(_with_head(application))
             threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
     def close(self) -> None:
@@ -96,7 +98,7 @@ def _readiness(ready: Problem) -> Page:
     return page
 
 
-def _of_metrics(registry: CollectorRegistry) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
+def _of_metrics(registry: CollectorRegistry) -> Application:
     application = make_wsgi_app(registry)
 
     def metrics(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -107,6 +109,21 @@ def _of_metrics(registry: CollectorRegistry) -> Callable[[dict[str, Any], Any], 
             return application({**environ, "HTTP_ACCEPT": ""}, start_response)  # type: ignore[no-any-return]
 
     return metrics
+
+
+def _with_head(application: Application) -> Application:
+    """The same, and for HEAD what GET would be answered, but for the body."""
+
+    def both(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] != "HEAD":
+            return application(environ, start_response)
+        begun: list[Any] = []
+        length = sum(map(len, application({**environ, "REQUEST_METHOD": "GET"}, lambda *given: begun.extend(given))))
+        status, headers = begun
+        start_response(status, [*(each for each in headers if each[0] != "Content-Length"), ("Content-Length", str(length))])
+        return []
+
+    return both
 
 
 class _Handler(WSGIRequestHandler):

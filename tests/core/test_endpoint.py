@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,6 +160,20 @@ def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_t
         over.set()
     assert len(tried) - len(paused) <= 1
     eventually(lambda: healthy(endpoint))
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics?name[]=things_total", "/healthz", "/readyz", "/big", "/nowhere"])
+def test_head_is_answered_like_get_without_the_body(endpoint: int, path: str) -> None:
+    answers = []
+    for method in ("GET", "HEAD"):
+        connection = HTTPConnection("127.0.0.1", endpoint, timeout=60)
+        connection.request(method, path)
+        answer = connection.getresponse()
+        assert bool(answer.read()) == (method == "GET")
+        answers.append((answer.status, {name: value for name, value in answer.getheaders() if name != "Date"}))
+        connection.close()
+    get, head = answers
+    assert head == get
 
 
 def test_a_query_can_name_the_metrics(endpoint: int) -> None:

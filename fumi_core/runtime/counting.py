@@ -66,6 +66,10 @@ class _Family(Collector, Generic[Series]):
             self._series[values] = self._new()
         return self._series[values]
 
+    def describe(self) -> Iterable[Metric]:
+        """The family, for its names: ``name[]=`` in a query finds those alone that a registry has been told of."""
+        return self.collect()
+
     def _new(self) -> Series:
         raise NotImplementedError
 
@@ -122,6 +126,9 @@ class Tallied(Collector):
     ) -> None:
         self._name, self._text, self._label_names, self._rows = name, text, labels, rows
         registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(self._name, self._text, labels=self._label_names)
 
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(self._name, self._text, labels=self._label_names)

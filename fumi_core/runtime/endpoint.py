@@ -1,6 +1,9 @@
 """The HTTP side of both programs: /metrics, /healthz, /readyz and whatever else a program adds.
 
 It runs in a thread of its own, so that a slow scraper never delays mail. wsgiref serves, prometheus_client writes the metrics.
+
+So many are served at once, and whoever comes is, lest connections that say nothing keep a health check out: when all places are
+taken, the connection that has been silent longest makes room, or, where all have said what they want, the oldest.
 """
 
 from __future__ import annotations
@@ -30,15 +33,19 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+"""As WSGI has it, PEP 3333."""
 Page = Callable[[], Answer]
 """Called in the endpoint's thread for each request."""
 Problem = Callable[[], str | None]
 """A readiness check: None when ready, else the reason in a few words. Called in the endpoint's thread."""
 
 CLIENTS = 16
-"""Requests served at once; a client beyond them is closed."""
+"""Requests served at once."""
 PAUSE = 0.5
-"""Seconds without accepting when descriptors have run out."""
+"""Seconds without accepting when descriptors have run out, or all places are taken and nobody leaves."""
+HEAD = 2.0
+"""Seconds for the head of a request. It is one packet, and one that is lost comes again within a second."""
 REQUEST = 10.0
 """Seconds for one request from connection to answer, however much its client dawdles."""
 
@@ -70,11 +77,11 @@ class Endpoint:
             headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
             headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *answer.headers]
             start_response(answer.status, headers)
-            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+            return [body]
 
         self._servers = [_Server(sock) for sock in sockets]
         for server in self._servers:
-            server.set_app(application)
+            server.set_app(_with_head(application))
             threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
     def close(self) -> None:
@@ -91,7 +98,7 @@ def _readiness(ready: Problem) -> Page:
     return page
 
 
-def _of_metrics(registry: CollectorRegistry) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
+def _of_metrics(registry: CollectorRegistry) -> Application:
     application = make_wsgi_app(registry)
 
     def metrics(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -104,7 +111,29 @@ def _of_metrics(registry: CollectorRegistry) -> Callable[[dict[str, Any], Any], 
     return metrics
 
 
+def _with_head(application: Application) -> Application:
+    """The same, and for HEAD what GET would be answered, but for the body."""
+
+    def both(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] != "HEAD":
+            return application(environ, start_response)
+        begun: list[Any] = []
+        length = sum(map(len, application({**environ, "REQUEST_METHOD": "GET"}, lambda *given: begun.extend(given))))
+        status, headers = begun
+        start_response(status, [*(each for each in headers if each[0] != "Content-Length"), ("Content-Length", str(length))])
+        return []
+
+    return both
+
+
 class _Handler(WSGIRequestHandler):
+    server: _Server
+
+    def parse_request(self) -> bool:
+        whole = super().parse_request()
+        self.server.heard(self.request)
+        return whole
+
     def log_message(self, format: str, *args: object) -> None:
         logging.getLogger("fumi.endpoint").debug(format, *args)
 
@@ -123,7 +152,9 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = (name[0], name[1]) if isinstance(name, tuple) else ("unix", 0)
         self.setup_environ()
         self._free = threading.BoundedSemaphore(CLIENTS)
-        self._due: dict[Any, float] = {}  # when each request has to be over
+        # When each has to be over, the oldest first.
+        self._heads: dict[Any, float] = {}
+        self._requests: dict[Any, float] = {}
 
     def get_request(self) -> Any:
         try:
@@ -136,28 +167,55 @@ class _Server(ThreadingMixIn, WSGIServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            self._due[request] = time.monotonic() + REQUEST
+        if not self._free.acquire(blocking=False):
+            self._make_room()
+            # A thread that is not at its socket just now does not notice; then there is no room.
+            if not self._free.acquire(timeout=PAUSE):
+                self.shutdown_request(request)
+                return
+        self._heads[request] = time.monotonic() + HEAD
+        try:
             super().process_request(request, client_address or ("unix", 0))
-        else:
-            self.shutdown_request(request)
+        except RuntimeError:
+            # The system has no thread to give.
+            self._leave(request)
+            raise
+
+    def heard(self, request: Any) -> None:
+        """The head of a request is there, whole or wrong."""
+        if (due := self._heads.pop(request, None)) is not None:
+            self._requests[request] = due - HEAD + REQUEST
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._due.pop(request, None)
-            self._free.release()
+            self._leave(request)
+
+    def _leave(self, request: Any) -> None:
+        self._heads.pop(request, None)
+        self._requests.pop(request, None)
+        self._free.release()
 
     def service_actions(self) -> None:
-        """Called every half second: ends the requests that are overdue, whose threads then find the stream at its end."""
+        """Called every half second: ends the requests that are overdue."""
         now = time.monotonic()
-        for request, due in list(self._due.items()):
-            if now >= due:
-                # It may have ended by itself just now.
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
+        for waiting in (self._heads, self._requests):
+            for request, due in list(waiting.items()):
+                if now >= due:
+                    _end(request)
+
+    def _make_room(self) -> None:
+        for request in [*self._heads, *self._requests][:1]:
+            _end(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A scraper that hangs up in mid-answer is its own affair; anything else is worth a traceback.
         logging.getLogger("fumi.endpoint").debug("request failed", exc_info=True)
+
+
+def _end(request: Any) -> None:
+    """Have the thread that serves it find the stream at its end."""
+    # It may have ended by itself just now.
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)

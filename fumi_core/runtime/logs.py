@@ -1,18 +1,34 @@
 """Logs for people and for machines: one line an event on stderr, text or JSON, with named fields.
 
 A field's value may come from a client, so text quotes whatever is not plain and JSON escapes it: nobody can forge a line.
+
+Whoever reads stderr may stop: a pipe that nobody empties, a journal on a disk that hangs. Mail goes on then, and lines that there
+is no room for are lost, and counted.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import select
+import signal
+import socket
+import stat
 import sys
+import threading
 import time
-from functools import lru_cache
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
+STDERR = 2
+WAITING = 1 << 20
+"""Octets of lines that may wait for whoever reads stderr."""
+FLUSH = 1.0
+"""Seconds that they get at the end; less than a master gives its workers to end at once."""
 _PLAIN = re.compile(r"[!#-~]+")
 _PLAIN_LINES = re.compile(r"[!#-~]+(?:\n[!#-~]+)*")
 
@@ -47,14 +63,177 @@ def failure(logger: logging.Logger, message: str, error: BaseException, /, **fie
 
 
 def configure(form: str, level: str) -> None:
-    """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter())
+    """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up.
+
+    Both programs begin with this: before anything else could become descriptor 2, and get what is meant for stderr.
+    """
+    _complete()
     root = logging.getLogger()
+    # Lines may be waiting in the one that there is.
+    handler = next((each for each in root.handlers if isinstance(each, Outlet)), None) or Outlet(STDERR)
+    handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter())
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # These are looked up for every record and shown in none.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+class Outlet(logging.Handler):
+    """Writes lines to a descriptor, in their order, and never waits for room.
+
+    A line is written by whoever logs it, as far as there is room: to hand each to a thread costs more. The first for which there
+    is none, and all behind it, wait for a thread that waits for room. When too many wait, lines are lost until none waits any
+    more; then a line says how many.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self.fd = fd
+        self._try = _without_waiting(fd)
+        self._waiting: deque[bytes] = deque()  # what the thread is writing comes first
+        self._octets = 0
+        self._lost = 0
+        self._writer: threading.Thread | None = None
+        self._changed = threading.Condition(self.lock)
+        os.register_at_fork(after_in_child=self._forked)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called with the lock."""
+        line = self._line(record)
+        if not self._waiting:
+            self._write(line)
+        elif self._lost or self._octets + len(line) > WAITING:
+            self._lost += 1
+        else:
+            self._wait(line)
+
+    def flush(self) -> None:
+        """Give what waits a moment; called at exit."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, FLUSH)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        try:
+            text = self.format(record)
+        except Exception as error:
+            # What logging does of itself is to print it to stderr, and to wait until it can.
+            fault = Event("cannot format a log line", {"logger": record.name, "file": record.pathname, "line": record.lineno})
+            text = self.format(_record(logging.ERROR, fault, error))
+        return text.encode("utf-8", "backslashreplace") + b"\n"
+
+    def _write(self, line: bytes) -> None:
+        if self._lost:
+            line = self._loss() + line
+        try:
+            written = self._try(line)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            # A full disk, or nobody there who could ever read it.
+            self._lost += 1
+            return
+        self._lost = 0
+        if written < len(line):
+            self._wait(line[written:])
+
+    def _wait(self, line: bytes) -> None:
+        if self._writer is None:
+            # Now, and not before: a thread does not outlive a fork.
+            try:
+                self._writer = _undisturbed(self._write_waiting)
+            except RuntimeError:
+                self._lost += 1  # the system has no thread to give
+                return
+        self._waiting.append(line)
+        self._octets += len(line)
+        self._changed.notify_all()
+
+    def _write_waiting(self) -> None:
+        """The thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                line = self._waiting[0]
+            whole = _write_all(self.fd, line)
+            with self._changed:
+                self._octets -= len(self._waiting.popleft())
+                if not whole:
+                    self._lost += 1
+                elif self._lost and not self._waiting:
+                    self._wait(self._loss())
+                    self._lost = 0
+                self._changed.notify_all()
+
+    def _loss(self) -> bytes:
+        return self._line(_record(logging.WARNING, Event("log lines lost", {"count": self._lost})))
+
+    def _forked(self) -> None:
+        """What waits is the parent's to write, and so is the thread."""
+        self._waiting.clear()
+        self._octets = self._lost = 0
+        self._writer = None
+        self._changed = threading.Condition(self.lock)
+
+
+def _record(level: int, event: Event, error: BaseException | None = None) -> logging.LogRecord:
+    info = (type(error), error, error.__traceback__) if error else None
+    return logging.LogRecord("fumi.logs", level, "", 0, event, (), info)
+
+
+def _undisturbed(act: Callable[[], None]) -> threading.Thread:
+    """A thread that gets no signal: those of the process may be held for somebody who is still to come."""
+    thread = threading.Thread(target=act, name="log", daemon=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return thread
+
+
+def _without_waiting(fd: int) -> Callable[[bytes], int]:
+    """What writes as much as there is room for, and raises BlockingIOError where there is none.
+
+    O_NONBLOCK on the descriptor itself would be there for all who share it: the shell, the other program in a pipeline.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return partial(os.write, fd)  # never full for long
+    if stat.S_ISSOCK(mode):
+        sock = socket.socket(fileno=os.dup(fd))
+        return lambda line: sock.send(line, socket.MSG_DONTWAIT)
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        # Another user's pipe, or no /proc. Each line goes by the thread.
+        return lambda line: 0
+    return partial(os.write, own)
+
+
+def _write_all(fd: int, line: bytes) -> bool:
+    """Wait for room; whether it was written."""
+    room = select.poll()
+    room.register(fd, select.POLLOUT)
+    while line:
+        try:
+            line = line[os.write(fd, line) :]
+        except BlockingIOError:
+            room.poll()  # somebody who shares the descriptor has made it so
+        except OSError:
+            return False
+    return True
+
+
+def _complete() -> None:
+    """Open on /dev/null what is closed of stdin, stdout and stderr."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115  for as long as there is a program
 
 
 def _stamp(record: logging.LogRecord) -> str:

@@ -1,8 +1,9 @@
 """The master of a set of workers: forks them, keeps them there, and ends them.
 
-It keeps no thread and no event loop, so that it can fork at any time. It waits for signals, and does nothing else: SIGTERM and
-SIGINT drain all workers, a second one or SIGQUIT ends them at once, SIGHUP has them take over new settings, and SIGCHLD is one
-that has ended. New settings are tried here first, and kept, for those that are forked later.
+It keeps no event loop and no thread, so that it can fork at any time; that of the log, which is there once somebody has stopped
+reading, only ever writes. It waits for signals, and does nothing else: SIGTERM and SIGINT drain all workers, a second one or
+SIGQUIT ends them at once, SIGHUP has them take over new settings, and SIGCHLD is one that has ended. New settings are tried here
+first, and kept, for those that are forked later.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ log = logging.getLogger("fumi.systemd")
 
 FIRST = 3
 """The first descriptor that is passed, SD_LISTEN_FDS_START."""
+PATIENCE = 1.0
+"""Seconds to wait while systemd hears others. A handful of datagrams fills its queue when it is busy with many services."""
 
 
 @functools.cache
@@ -45,24 +47,29 @@ class Notifier:
 
     def ready(self) -> None:
         """It serves, or it has reloaded."""
-        self._send("READY=1")
+        self._send("READY=1", PATIENCE)
 
     def reloading(self) -> None:
         """It reads its settings anew; ``ready()`` is to follow."""
-        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", PATIENCE)
 
     def stopping(self) -> None:
-        self._send("STOPPING=1")
+        self._send("STOPPING=1", PATIENCE)
 
     def alive(self) -> None:
-        self._send("WATCHDOG=1")
+        # Soon there is another.
+        self._send("WATCHDOG=1", 0.0)
 
-    def _send(self, state: str) -> None:
+    def _send(self, state: str, patience: float) -> None:
+        """What is said once is worth ``patience`` seconds: systemd never asks."""
         if not self._address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(patience)
             try:
-                sock.sendto(state.encode(), self._address)
+                # Only a socket that is connected learns of room at the other end.
+                sock.connect(self._address)
+                sock.send(state.encode())
             except OSError as error:
-                # Mail does not wait for it.
-                event(log, logging.WARNING, "cannot notify", state=state.partition("\n")[0], problem=error.strerror)
+                problem = error.strerror or error
+                event(log, logging.WARNING, "cannot notify", state=state.partition("\n")[0], problem=problem)

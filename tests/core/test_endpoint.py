@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import queue
 import socket
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,20 +19,39 @@ from prometheus_client import CollectorRegistry
 
 import fumi_core.runtime.endpoint
 from fumi_core.runtime.addresses import bind, parse_address
-from fumi_core.runtime.endpoint import CLIENTS, Endpoint
+from fumi_core.runtime.counting import Counter, Histogram, Tallied
+from fumi_core.runtime.endpoint import CLIENTS, Answer, Endpoint
+
+ASKED: queue.Queue[None] = queue.Queue()
+HELD: queue.Queue[Answer] = queue.Queue()
+
+
+def held() -> Answer:
+    """A page that says when it is asked for, and waits for its answer."""
+    ASKED.put(None)
+    return HELD.get(timeout=60)
+
+
+BIG = Answer("x" * 6_000_000)
+"""More than fits between a server and a client that does not read."""
 
 
 @pytest.fixture
 def endpoint() -> Iterator[int]:
     """Its port."""
     (sock,) = bind(parse_address("127.0.0.1:0"))
-    endpoint = Endpoint([sock], CollectorRegistry(), ready=lambda: None)
+    registry = CollectorRegistry()
+    Counter("things", "Things.", ("kind",), registry).labels("one").inc()
+    Tallied("others", "Others.", ("kind",), registry, lambda: [(("one",), 1)])
+    Histogram("times", "Times.", ("kind",), registry, (1, 2)).labels("one").observe(1)
+    endpoint = Endpoint([sock], registry, ready=lambda: None, pages={"/held": held, "/big": lambda: BIG})
     yield sock.getsockname()[1]
     endpoint.close()
 
 
 @pytest.mark.parametrize("drip", [b"", b"GET /healthz HTTP/1.0\r\nX: y", b"GET /metrics HTTP/1.0\r\n\r\n"])
 def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatch: Any, eventually: Any, drip: bytes) -> None:
+    monkeypatch.setattr(fumi_core.runtime.endpoint, "HEAD", 0.5)
     monkeypatch.setattr(fumi_core.runtime.endpoint, "REQUEST", 0.5)
     over = threading.Event()
     slow = [socket.create_connection(("127.0.0.1", endpoint), 30) for _ in range(CLIENTS)]
@@ -55,6 +76,52 @@ def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatc
         thread.join()
         for sock in slow:
             sock.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /healthz HTTP/1.0\r\nX: y"], ids=["nothing", "half"])
+def test_silent_clients_make_room_for_one_that_comes_and_for_no_other_reason(
+    endpoint: int, monkeypatch: Any, eventually: Any, said: bytes
+) -> None:
+    monkeypatch.setattr(fumi_core.runtime.endpoint, "HEAD", 1000)
+    with contextlib.ExitStack() as stack:
+        # Older than the silent ones, and not silent.
+        asking = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30))
+        asking.sendall(b"GET /held HTTP/1.0\r\n\r\n")
+        ASKED.get(timeout=60)
+        silent = []
+        for _ in range(CLIENTS - 1):
+            silent.append(stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30)))
+            silent[-1].sendall(said)
+        assert healthy(endpoint)
+        assert ended(silent[0])
+        assert healthy(endpoint)
+        silent[-1].sendall(b"GET /healthz HTTP/1.0\r\n\r\n" if not said else b"\r\n\r\n")
+        assert silent[-1].recv(1000).startswith(b"HTTP/1.0 200")
+        HELD.put(Answer("at last"))
+        with asking.makefile("rb") as answer:
+            assert answer.read().endswith(b"at last")
+
+
+def test_a_request_without_an_end_has_its_time(endpoint: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(fumi_core.runtime.endpoint, "HEAD", 0.1)
+    with socket.create_connection(("127.0.0.1", endpoint), 30) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.0\r\n")
+        assert ended(sock)
+
+
+def test_where_all_clients_have_asked_the_oldest_makes_room(endpoint: int) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(CLIENTS):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30))
+            sock.sendall(b"GET /big HTTP/1.0\r\n\r\n")
+        assert healthy(endpoint)
+
+
+def ended(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
 
 
 def healthy(port: int) -> bool:
@@ -93,3 +160,25 @@ def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_t
         over.set()
     assert len(tried) - len(paused) <= 1
     eventually(lambda: healthy(endpoint))
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics?name[]=things_total", "/healthz", "/readyz", "/big", "/nowhere"])
+def test_head_is_answered_like_get_without_the_body(endpoint: int, path: str) -> None:
+    answers = []
+    for method in ("GET", "HEAD"):
+        connection = HTTPConnection("127.0.0.1", endpoint, timeout=60)
+        connection.request(method, path)
+        answer = connection.getresponse()
+        assert bool(answer.read()) == (method == "GET")
+        answers.append((answer.status, {name: value for name, value in answer.getheaders() if name != "Date"}))
+        connection.close()
+    get, head = answers
+    assert head == get
+
+
+def test_a_query_can_name_the_metrics(endpoint: int) -> None:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{endpoint}/metrics?name[]=things_total&name[]=others_total&name[]=times_bucket"
+    ) as answer:
+        names = {line.partition("{")[0] for line in answer.read().decode().splitlines() if not line.startswith("#")}
+    assert names == {"things_total", "others_total", "times_bucket"}

@@ -5,11 +5,19 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import IO
 
 import pytest
 
-from fumi_core.runtime.logs import JSONFormatter, TextFormatter, event, failure
+from fumi_core.runtime import logs
+from fumi_core.runtime.logs import JSONFormatter, Outlet, TextFormatter, event, failure
 
 Lines = Callable[[], list[str]]
 Written = Callable[..., tuple[logging.Logger, Lines]]
@@ -66,3 +74,116 @@ def test_what_is_below_the_level_is_not_logged(written: Written) -> None:
     logger, lines = written(TextFormatter())
     event(logger, logging.DEBUG, "no PROXY header")
     assert lines() == []
+
+
+# Whoever reads them may stop
+
+
+Outlets = tuple[logging.Logger, IO[bytes], Outlet]
+
+
+@pytest.fixture(params=["pipe", "pipe of another user", "socket"])
+def outlet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outlets]:
+    ends = [end.detach() for end in socket.socketpair()] if request.param == "socket" else list(os.pipe())
+    with monkeypatch.context() as patch:
+        if request.param == "pipe of another user":
+            patch.setattr("os.open", refuse)
+        handler = Outlet(ends[1])
+    handler.setFormatter(TextFormatter())
+    logger = logging.Logger("fumi.test", logging.INFO)
+    logger.addHandler(handler)
+    with open(ends[0], "rb") as reader:
+        yield logger, reader, handler
+    # The other end stays open: the handler's thread may be about to write.
+
+
+def refuse(*arguments: object) -> int:
+    raise PermissionError
+
+
+def words(line: bytes) -> str:
+    """A line without time, level and logger."""
+    return line.decode().rstrip("\n").split(" ", 3)[3]
+
+
+def test_who_logs_waits_for_nobody_and_no_line_is_lost_or_out_of_order(outlet: Outlets) -> None:
+    logger, reader, _ = outlet
+    for number in range(6000):
+        event(logger, logging.INFO, "line", number=number)
+    assert [words(reader.readline()) for _ in range(6000)] == [f"line number={number}" for number in range(6000)]
+    event(logger, logging.INFO, "and on")
+    assert words(reader.readline()) == "and on"
+
+
+def test_a_descriptor_that_others_made_non_blocking_loses_nothing_either(outlet: Outlets) -> None:
+    logger, reader, handler = outlet
+    os.set_blocking(handler.fd, False)
+    for number in range(6000):
+        event(logger, logging.INFO, "line", number=number)
+    assert [words(reader.readline()) for _ in range(6000)] == [f"line number={number}" for number in range(6000)]
+
+
+def test_lines_that_there_is_no_room_for_are_counted_where_they_are_missing(
+    outlet: Outlets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, reader, _ = outlet
+    monkeypatch.setattr(logs, "WAITING", 10_000)
+    for number in range(20_000):
+        event(logger, logging.INFO, "line", number=number)
+    next_one, losses = 0, 0
+    while next_one < 20_000:
+        line = words(reader.readline())
+        if found := re.fullmatch(r"log lines lost count=(\d+)", line):
+            next_one += int(found[1])
+            losses += 1
+        else:
+            assert line == f"line number={next_one}"
+            next_one += 1
+    assert losses
+
+
+def test_what_waits_has_a_moment_at_the_end_and_no_more(outlet: Outlets, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, reader, handler = outlet
+    for _ in range(6000):
+        event(logger, logging.INFO, "line")
+    monkeypatch.setattr(logs, "FLUSH", 0.01)
+    handler.flush()
+    monkeypatch.setattr(logs, "FLUSH", 60)
+    lines: list[bytes] = []
+    thread = threading.Thread(target=lambda: lines.extend(reader.readline() for _ in range(6000)))
+    thread.start()
+    before = time.monotonic()
+    handler.flush()
+    assert time.monotonic() - before < 60
+    thread.join()
+    assert len(lines) == 6000
+
+
+def test_what_waits_at_a_fork_is_written_once(outlet: Outlets, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, reader, handler = outlet
+    monkeypatch.setattr(logs, "FLUSH", 60)
+    for _ in range(6000):
+        event(logger, logging.INFO, "parent")
+    if (pid := os.fork()) == 0:
+        for _ in range(6000):
+            event(logger, logging.INFO, "child")
+        handler.flush()
+        os._exit(0)
+    lines = Counter(words(reader.readline()) for _ in range(12_000))
+    os.waitpid(pid, 0)
+    assert lines == {"parent": 6000, "child": 6000}
+
+
+def test_nobody_left_to_read_is_no_error(outlet: Outlets) -> None:
+    logger, reader, _ = outlet
+    reader.close()
+    for _ in range(3):
+        event(logger, logging.INFO, "to nobody")
+
+
+def test_a_line_that_cannot_be_formatted_is_one_that_says_so(outlet: Outlets) -> None:
+    logger, reader, _ = outlet
+    logger.info("%d", "no number")
+    assert words(reader.readline()).startswith(f"cannot format a log line logger=fumi.test file={__file__} line=")
+    while not (line := reader.readline()).startswith(b"TypeError"):
+        assert line

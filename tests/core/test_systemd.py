@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import fumi_core.runtime.systemd
+from fumi_core.runtime.systemd import Notifier
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
@@ -31,6 +35,16 @@ class Systemd:
 
     def hear(self) -> str:
         return self._sock.recv(4096).decode()
+
+    def busy(self) -> int:
+        """Fill its queue; with how many datagrams."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as other:
+            for number in itertools.count():
+                try:
+                    other.sendto(b"other", self._sock.getsockname())
+                except BlockingIOError:
+                    return number
+        raise AssertionError
 
     def silent(self, seconds: float) -> bool:
         self._sock.settimeout(seconds)
@@ -121,6 +135,31 @@ def test_a_watchdog_meant_for_another_process_is_none(start: Any, free_port: Any
         start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"})
         assert systemd.hear() == "READY=1"
         assert systemd.silent(0.1)
+
+
+def test_what_is_said_once_waits_until_systemd_has_heard_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fumi_core.runtime.systemd, "PATIENCE", 60)
+    with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
+        others = systemd.busy()
+        monkeypatch.setenv("NOTIFY_SOCKET", systemd.environment["NOTIFY_SOCKET"])
+        notifier = Notifier()
+        notifier.alive()  # in vain, at once
+        telling = threading.Thread(target=lambda: [notifier.ready(), notifier.reloading(), notifier.stopping()])
+        telling.start()
+        assert [systemd.hear() for _ in range(others)] == ["other"] * others
+        assert [systemd.hear().partition("\n")[0] for _ in range(3)] == ["READY=1", "RELOADING=1", "STOPPING=1"]
+        telling.join()
+
+
+def test_a_systemd_that_hears_nothing_is_not_waited_for_for_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fumi_core.runtime.systemd, "PATIENCE", 0.01)
+    with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
+        systemd.busy()
+        monkeypatch.setenv("NOTIFY_SOCKET", systemd.environment["NOTIFY_SOCKET"])
+        Notifier().ready()
+    assert "cannot notify state=READY=1" in caplog.text
 
 
 def test_children_see_nothing_of_it(start: Any, connect: Any, free_port: Any, tmp_path: Path) -> None:

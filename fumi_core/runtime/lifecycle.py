@@ -157,17 +157,24 @@ def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> En
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """What starts the coroutine in the running loop: one at a time, however often it is called."""
-    turn = asyncio.Lock()
-    running: set[asyncio.Task[None]] = set()
+    """What starts the coroutine in the running loop: one at a time, and when that has ended once more if it was called meanwhile.
 
-    async def once() -> None:
-        async with turn:
+    However often: what reads everything anew has seen all that was there when it began.
+    """
+    running: asyncio.Task[None] | None = None
+    wanted = False
+
+    async def work() -> None:
+        nonlocal wanted
+        while wanted:
+            wanted = False
             await act()
 
     def start() -> None:
-        running.add(task := asyncio.get_running_loop().create_task(once()))
-        task.add_done_callback(running.discard)
+        nonlocal running, wanted
+        wanted = True
+        if running is None or running.done():
+            running = asyncio.get_running_loop().create_task(work())
 
     return start
 

@@ -115,6 +115,41 @@ async def hang(ctx, next):
         pass
 
 
+def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(
+    systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, eventually: Any
+) -> None:
+    (tmp_path / "users").write_text("")
+    flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--users", "users", "--workers", "2")
+    program = start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
+    while systemd.hear() != "READY=1":
+        pass
+    (tmp_path / "users").unlink()
+    os.mkfifo(tmp_path / "users")  # which is read until we let it go
+    program.process.send_signal(signal.SIGHUP)
+    while not systemd.hear().startswith("RELOADING=1"):
+        pass
+    with open_fifo(tmp_path / "users", eventually):
+        program.process.send_signal(signal.SIGHUP)
+        assert [systemd.hear() for _ in range(5)] == ["WATCHDOG=1"] * 5
+        program.process.send_signal(signal.SIGTERM)
+        while (heard := systemd.hear()) != "STOPPING=1":
+            assert heard == "WATCHDOG=1"
+        assert program.process.wait(60) == 0
+
+
+def open_fifo(path: Path, eventually: Any) -> Any:
+    """The end for writing, once somebody reads."""
+    found: list[Any] = []
+
+    def there() -> bool:
+        with contextlib.suppress(OSError):
+            found.append(os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "w"))
+        return bool(found)
+
+    eventually(there)
+    return found[0]
+
+
 def test_a_watchdog_meant_for_another_process_is_none(start: Any, free_port: Any, tmp_path: Path) -> None:
     with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
         flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:")

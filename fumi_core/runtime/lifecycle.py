@@ -126,10 +126,13 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         stopped.set_result(number)
 
     async def take_over() -> None:
+        if stopped.done():
+            return
         notifier.reloading()
         if await reload(work):
             event(work.log, logging.INFO, "reloaded")
-        notifier.ready()
+        if not stopped.done():
+            notifier.ready()
 
     def problem() -> str | None:
         return board.problem() or work.trouble() or work.problem()

@@ -69,6 +69,33 @@ def test_systemd_hears_of_start_reload_and_stop(systemd: Systemd, start: Any, fr
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_program_that_stops_does_not_reload(
+    systemd: Systemd, start: Any, connect: Any, free_port: Any, workers: str, eventually: Any
+) -> None:
+    port = free_port()
+    flags = ("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--deliver", "discard:", "--workers", workers)
+    program = start(*flags, environment=systemd.environment)
+    assert systemd.hear() == "READY=1"
+    client = connect(port)
+    client.envelope()
+    assert client.say("DATA").startswith(b"354")
+    program.process.send_signal(signal.SIGTERM)
+    assert systemd.hear() == "STOPPING=1"
+    program.process.send_signal(signal.SIGHUP)
+    eventually(lambda: not pending(program.process.pid, signal.SIGHUP))
+    assert client.say(".").startswith(b"250")
+    assert program.process.wait(60) == 0
+    assert systemd.silent(0.1)
+
+
+def pending(pid: int, number: int) -> bool:
+    """Whether a process has still to take this signal."""
+    found = re.search(r"ShdPnd:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return bool(int(found[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_reload_that_fails_ends_too(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, workers: str) -> None:
     (tmp_path / "users").write_text("")
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--users", "users", "--workers", workers)

@@ -83,6 +83,15 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def ignore_user_signals() -> None:
+    """Let SIGUSR1 and SIGUSR2 do nothing, where they would end the process: to others they are a soft stop, or a new log.
+
+    Called before an app is imported, which may have a use for them.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def hold_signals() -> None:
     """Let signals wait from here on until ``heed()``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)

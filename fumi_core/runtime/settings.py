@@ -8,9 +8,11 @@ A wrong setting is one line on stderr and exit status 2, as click does it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -24,6 +26,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 _ARGUMENTS = "fumi.arguments"
 _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--version"))
 """Flags that say what to do this once, and not how: a variable of that name, or a key in a file, would be meant otherwise."""
+
+_LINK = re.compile(
+    r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
+)
+"""What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is not that: a user means something."""
 
 
 class AddressType(click.ParamType):  # type: ignore[type-arg]
@@ -136,6 +143,23 @@ class Program(click.Command):
         ctx.meta[_ARGUMENTS] = arguments
         return ctx
 
+    def invoke(self, ctx: click.Context) -> Any:
+        self._refuse_unknown_variables(ctx)
+        return super().invoke(ctx)
+
+    def _refuse_unknown_variables(self, ctx: click.Context) -> None:
+        """One that is misspelt would be a setting that is not made, as that no password is to come in plaintext."""
+        prefix = f"{ctx.auto_envvar_prefix}_"
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        actions = {option[2:].replace("-", "_").upper() for option in _ACTIONS}
+        known = {str(param.name).upper() for param in options} | actions
+        for variable in sorted(each for each in os.environ if each.startswith(prefix)):
+            name = variable.removeprefix(prefix)
+            if name not in known and not _LINK.fullmatch(f"{name}={os.environ[variable]}"):
+                near = difflib.get_close_matches(name, known - actions, 1)
+                hint = f"is it {prefix}{near[0]}?" if near else "--help lists the flags, and each can be one"
+                raise SettingError(f"the variable {variable} is no setting: {hint}")
+
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
             status = super().main(*args, **{**extra, "standalone_mode": False})
@@ -192,9 +216,8 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
         raise click.BadParameter(f"{path}: unknown section [{sorted(stray)[0]}]; there are [core] and [edge]")
     known = {option[2:]: param for param in ctx.command.get_params(ctx) for option in param.opts if option.startswith("--")}
     settings: dict[str, Any] = {}
-    own = tables.get(section, {})
-    for key, value in {**{k: v for k, v in document.items() if k not in tables}, **own}.items():
-        flag = key.replace("_", "-")
+    common = {key: value for key, value in document.items() if key not in tables}
+    for flag, (key, value) in {**_flags(path, common), **_flags(path, tables.get(section, {}))}.items():
         param = known.get(flag)
         if param is None or not param.name:
             raise click.BadParameter(f"{path}: unknown key {key!r}; the keys are the flags without dashes in front")
@@ -205,6 +228,17 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
         except click.BadParameter as error:
             raise click.BadParameter(f"{path}: {key} = {_shown(value)}: {error.message}") from None
     return settings
+
+
+def _flags(path: str, table: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """The flags that a table is of, each with its key as it is written there, and the value."""
+    flags: dict[str, tuple[str, Any]] = {}
+    for key, value in table.items():
+        flag = key.replace("_", "-")
+        if flag in flags:
+            raise click.BadParameter(f"{path}: {flags[flag][0]} and {key} are one setting: leave one of them out")
+        flags[flag] = key, value
+    return flags
 
 
 def _value(ctx: click.Context, param: click.Parameter, value: Any) -> Any:

@@ -116,6 +116,58 @@ def test_no_variable_is_an_action(tmp_path: Path) -> None:
     assert "no certificate" in refusal(run("fumi-edge", cwd=tmp_path, **actions))
 
 
+@pytest.mark.parametrize(
+    ("program", "variable", "hint"),
+    [
+        ("fumi-edge", "FUMI_EDGE_REQIRE_TLS", "is it FUMI_EDGE_REQUIRE_TLS?"),
+        ("fumi-edge", "FUMI_EDGE_MAX_CLIENT", "is it FUMI_EDGE_MAX_CLIENTS?"),
+        ("fumi-edge", "FUMI_EDGE_XYZZY", "--help lists the flags"),
+        ("fumi-edge", "FUMI_EDGE_PORT", "is no setting"),
+        ("fumi-core", "FUMI_CORE_REQUIRE-TLS", "is it FUMI_CORE_REQUIRE_TLS?"),
+        ("fumi-core", "FUMI_CORE_APP", "is no setting"),
+        ("fumi-core", "FUMI_CORE_", "is no setting"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_refused_and_the_nearest_named(
+    program: str, variable: str, hint: str, tmp_path: Path
+) -> None:
+    for more in ((), ("--check",)):
+        said = refusal(run(program, *more, cwd=tmp_path, **{variable: "1"}))
+        assert f"{variable} is no setting: " in said
+        assert hint in said
+    for more in ("--help", "--version"):
+        assert run(program, more, cwd=tmp_path, **{variable: "1"}).returncode == 0
+
+
+def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
+    links = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "2525",
+        "SERVICE_PORT_SMTP": "2525",
+        "PORT": "tcp://10.0.0.1:2525",
+        "PORT_2525_TCP": "tcp://10.0.0.1:2525",
+        "PORT_2525_TCP_ADDR": "10.0.0.1",
+        "PORT_2525_TCP_PORT": "2525",
+        "PORT_2525_TCP_PROTO": "tcp",
+        "METRICS_PORT": "tcp://10.0.0.2:9525",
+        "METRICS_SERVICE_HOST": "10.0.0.2",
+    }
+    others = {f"FUMI_CORE_{name}": value for name, value in links.items()}
+    others |= {"FUMI_EDGE_REQIRE_TLS": "1", "FUMI_BACKEND": "x", "_FUMI_CORE_X": "x", "FUMI_CORES": "x"}
+    flags = ("--listen", "127.0.0.1:0", "--deliver", "discard:", "--check")
+    done = run("fumi-core", *flags, cwd=tmp_path, **others)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_key_in_both_spellings_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text("require-tls = true\nrequire_tls = false\n")
+    assert "f.toml: require-tls and require_tls are one setting" in refusal(run("fumi-core", "--config", "f.toml", cwd=tmp_path))
+    (tmp_path / "f.toml").write_text(
+        "listen = ':1'\ndrain-timeout = 1\ndeliver = 'discard:'\n[core]\nlisten = '127.0.0.1:0'\ndrain_timeout = 2\n"
+    )
+    assert run("fumi-core", "--config", "f.toml", "--check", cwd=tmp_path).returncode == 0  # the section's own wins
+
+
 def test_settings_are_variables_config_too(tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text("size = 'x'")
     assert "f.toml" in refusal(run("fumi-core", cwd=tmp_path, FUMI_CORE_CONFIG="f.toml"))

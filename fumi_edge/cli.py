@@ -14,7 +14,17 @@ from fumi_core.runtime.addresses import Networks, parse_address, passed
 from fumi_core.runtime.lifecycle import STOPS, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.privileges import PrivilegeError, find
-from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, WORKERS, Program, SettingError, config_option
+from fumi_core.runtime.settings import (
+    ADDRESS,
+    NAME,
+    NETWORK,
+    SECONDS,
+    SECONDS_OR_NONE,
+    WORKERS,
+    Program,
+    SettingError,
+    config_option,
+)
 from fumi_core.runtime.workers import run
 from fumi_edge import dev
 from fumi_edge.backends import BALANCES, Backend, greeting
@@ -90,7 +100,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m, in each worker.")
 @click.option("--workers", type=WORKERS, default="1", help="Processes that share the work.")
-@click.option("--user", metavar="NAME", help="Become this user when the ports are bound and the keys are read.")
+@click.option("--user", type=NAME, metavar="NAME", help="Become this user when the ports are bound and the keys are read.")
 @click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")

@@ -47,6 +47,17 @@ class AddressType(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class NameType(click.ParamType):  # type: ignore[type-arg]
+    """What something is called, a file or a user: text, and some."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("the value is empty", param, ctx)
+        return str(value)
+
+
 class NetworkType(click.ParamType):  # type: ignore[type-arg]
     """A CIDR block, an address, or ``unix``; stays text, since a set of them is what is used."""
 
@@ -114,6 +125,7 @@ class WorkersType(CountType):
 
 
 ADDRESS = AddressType()
+NAME = NameType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
 SECONDS_OR_NONE = SecondsType(min=0)

@@ -159,6 +159,13 @@ def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("check", [(), ("--check",)])
+def test_a_user_without_a_name_is_refused(check: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text("user = ''")
+    assert "'--user': the value is empty" in refusal(run("fumi-edge", "--user", "", *check, cwd=tmp_path))
+    assert 'f.toml: user = "": the value is empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
+
+
 def test_a_key_in_both_spellings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text("require-tls = true\nrequire_tls = false\n")
     assert "f.toml: require-tls and require_tls are one setting" in refusal(run("fumi-core", "--config", "f.toml", cwd=tmp_path))

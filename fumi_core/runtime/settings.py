@@ -30,7 +30,12 @@ _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help",
 _LINK = re.compile(
     r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
 )
-"""What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is not that: a user means something."""
+"""What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is not that: somebody wants it."""
+
+_TOO_LARGE = 1 << 63
+"""What TOML has no number for."""
+_LONG = 100
+"""Characters of a value that are shown of it."""
 
 
 class AddressType(click.ParamType):  # type: ignore[type-arg]
@@ -221,8 +226,10 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             document = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
         raise click.BadParameter(f"{path}: {error}") from None
+    except RecursionError:
+        raise click.BadParameter(f"{path}: tables or lists in one another, deeper than can be read") from None
     tables = {name: value for name, value in document.items() if isinstance(value, dict)}
     if stray := set(tables) - {"core", "edge"}:
         raise click.BadParameter(f"{path}: unknown section [{sorted(stray)[0]}]; there are [core] and [edge]")
@@ -266,6 +273,9 @@ def _value(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
     """A value has its TOML type, or is text that the flag would take; true and false are no numbers, though Python has it so."""
+    if isinstance(value, str) and "\0" in value:
+        # Neither a flag nor a variable can have one, and no system call takes it.
+        raise click.BadParameter("leave out the NUL")
     if getattr(param, "is_flag", False):
         good, wanted = isinstance(value, bool), "true or false"
     elif isinstance(param.type, click.IntRange):
@@ -279,10 +289,14 @@ def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
         good, wanted = isinstance(value, str) or str(value) in param.type.choices, "text, in quotes"
     else:
         good, wanted = isinstance(value, str), "text, in quotes, or a list of texts" if many else "text, in quotes"
-    if not good:
+    if not good or (isinstance(value, int) and abs(value) >= _TOO_LARGE):
         raise click.BadParameter(f"write {wanted}")
 
 
 def _shown(value: Any) -> str:
-    """A value as it may stand in the file."""
-    return json.dumps(value, default=str, ensure_ascii=False)
+    """A value as it may stand in the file, or its beginning."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:
+        return "…"  # a number of thousands of digits, which was written as a hexadecimal one
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"

@@ -166,6 +166,29 @@ def test_a_user_without_a_name_is_refused(check: tuple[str, ...], tmp_path: Path
     assert 'f.toml: user = "": the value is empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("program", "text", "said"),
+    [
+        ("fumi-edge", 'user = "a\\u0000b"', "f.toml: user = "),
+        ("fumi-edge", 'cert = ["a", "a\\u0000b"]', "leave out the NUL"),
+        ("fumi-core", 'users = "a\\u0000b"', "leave out the NUL"),
+        ("fumi-core", f"size = {'9' * 5000}", "f.toml: "),
+        ("fumi-core", f"size = 0x{'f' * 5000}", "f.toml: size = "),
+        ("fumi-core", f"listen = [0x{'f' * 5000}]", "f.toml: listen = "),
+        ("fumi-edge", f"idle-timeout = 0x{'f' * 5000}", "f.toml: idle-timeout = "),
+        ("fumi-core", f"size = {'[' * 20000}", "f.toml: "),
+        ("fumi-core", f"size = {'[' * 100}{']' * 100}", "f.toml: size = "),
+        ("fumi-core", f"a{'.a' * 20000} = 1", "f.toml: "),
+    ],
+    ids=["user", "cert", "users", "digits", "hex", "listed", "seconds", "deep", "nested", "dotted"],
+)
+def test_a_file_that_is_out_of_all_measure_is_one_line(program: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text(text)
+    line = refusal(run(program, "--config", "f.toml", "--check", cwd=tmp_path))
+    assert said in line
+    assert len(line) < 400
+
+
 def test_a_key_in_both_spellings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text("require-tls = true\nrequire_tls = false\n")
     assert "f.toml: require-tls and require_tls are one setting" in refusal(run("fumi-core", "--config", "f.toml", cwd=tmp_path))

@@ -30,8 +30,7 @@ _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help",
 _LINK = re.compile(
     r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
 )
-"""What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is not that: somebody wants it."""
-
+"""What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is somebody's wish."""
 _TOO_LARGE = 1 << 63
 """What TOML has no number for."""
 _LONG = 100
@@ -134,7 +133,7 @@ NAME = NameType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
 SECONDS_OR_NONE = SecondsType(min=0)
-COUNT = CountType("a number", 100, min=1)
+COUNT = CountType("a whole number", 100, min=1)
 OCTETS = CountType("a number of octets", 25_000_000, min=1)
 WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 

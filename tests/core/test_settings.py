@@ -28,9 +28,9 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
         ("fumi-core", "require-tls = 1", "true or false"),
         ("fumi-core", "require-tls = 1.5", "true or false"),
         ("fumi-core", "require-tls = 'yes'", "true or false"),
-        ("fumi-core", "max-clients = true", "a number, such as 100"),
-        ("fumi-core", "max-clients = 20.5", "a number, such as 100"),
-        ("fumi-core", "max-clients = 12.0", "a number, such as 100"),
+        ("fumi-core", "max-clients = true", "a whole number, such as 100"),
+        ("fumi-core", "max-clients = 20.5", "a whole number, such as 100"),
+        ("fumi-core", "max-clients = 12.0", "a whole number, such as 100"),
         ("fumi-core", "size = true", "a number of octets, such as 25000000"),
         ("fumi-core", "size = '25M'", "a number of octets"),
         ("fumi-core", "workers = true", 'a number of processes or "auto", such as 4'),
@@ -92,7 +92,9 @@ def test_an_action_is_no_setting_of_a_file(program: str, keys: tuple[str, ...], 
     [
         ("fumi-core", ("--drain-timeout", "5s"), "'5s' is not a number of seconds: write one such as 5"),
         ("fumi-core", ("--size", "25M"), "'25M' is not a number of octets: write one such as 25000000"),
-        ("fumi-core", ("--max-clients", "many"), "'many' is not a number: write one such as 100"),
+        ("fumi-core", ("--max-clients", "many"), "'many' is not a whole number: write one such as 100"),
+        ("fumi-edge", ("--max-clients", "x"), "'x' is not a whole number: write one such as 100"),
+        ("fumi-edge", ("--max-clients-per-ip", "2.5"), "'2.5' is not a whole number: write one such as 100"),
         ("fumi-edge", ("--idle-timeout", "nan"), "'nan' is not a number of seconds: write one such as 5"),
         ("fumi-edge", ("--workers", "all"), "'all' is not a number of processes or \"auto\": write one such as 4"),
     ],
@@ -160,10 +162,11 @@ def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("check", [(), ("--check",)])
-def test_a_user_without_a_name_is_refused(check: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "f.toml").write_text("user = ''")
-    assert "'--user': the value is empty" in refusal(run("fumi-edge", "--user", "", *check, cwd=tmp_path))
-    assert 'f.toml: user = "": the value is empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
+@pytest.mark.parametrize("flag", ["user", "cert", "key", "client-ca"])
+def test_what_has_a_name_has_some(flag: str, check: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text(f"{flag} = ''")
+    assert f"'--{flag}': the value is empty" in refusal(run("fumi-edge", f"--{flag}", "", *check, cwd=tmp_path))
+    assert f'f.toml: {flag} = "": the value is empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fumi_edge.certificates import Certificates
-from fumi_edge.pem import CertificateError, Pair, load
+from fumi_edge.pem import CertificateError, Pair, authorities, load
 from fumi_edge.policy import Policy
 
 
@@ -202,6 +202,58 @@ def test_what_cannot_be_used_is_one_line_that_names_the_file(make_certificate, t
         load(Pair(*arguments))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("/")
+
+
+def test_who_has_another_form_hears_how_to_convert_it(make_certificate, tmp_path):
+    cert, key = make_certificate("localhost")
+    made = {name: tmp_path / name for name in ("cert.der", "key.der", "both.p12", "new.pem")}
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+
+    openssl("x509", "-in", cert, "-outform", "DER", "-out", made["cert.der"])
+    openssl("pkey", "-in", key, "-outform", "DER", "-out", made["key.der"])
+    openssl("pkcs12", "-export", "-in", cert, "-inkey", key, "-passout", "pass:", "-out", made["both.p12"])
+    new = made["new.pem"]
+    for pair, converted in (
+        (Pair(made["cert.der"], key), Pair(new, key)),
+        (Pair(cert, made["key.der"]), Pair(cert, new)),
+        (Pair(made["both.p12"]), Pair(new)),
+    ):
+        with pytest.raises(
+            CertificateError, match=r"(der|p12): is (DER|PKCS#12) and not PEM; convert it with openssl "
+        ) as caught:
+            load(pair)
+        old, _, command = str(caught.value).partition(": is ")
+        words = command.partition("with openssl ")[2].split()
+        password = ["-passin", "pass:"] if "pkcs12" in words else []
+        openssl(*({"OLD": old, "NEW": new}.get(word, word) for word in words), *password)
+        assert load(converted).names == ("localhost",)
+    with pytest.raises(CertificateError, match=r"cert\.der: is DER and not PEM"):
+        authorities(made["cert.der"])
+
+
+def test_who_has_put_the_authority_first_hears_of_it(authority, make_certificate, tmp_path):
+    cert, key = authority.issue("localhost")
+    chain = tmp_path / "chain.pem"
+    complaint = r"certificate in .*chain\.pem, whose first certificate is an authority's: the server's own must come first$"
+    chain.write_text(authority.path.read_text() + cert.read_text())
+    with pytest.raises(CertificateError, match=complaint):
+        load(Pair(chain, key))
+    alone, other = make_certificate("alone.test")[0], make_certificate("other.test")[1]  # which may sign, as it is its own
+    with pytest.raises(CertificateError, match=r"does not belong to the certificate in .*cert\.pem$"):
+        load(Pair(alone, other))
+
+
+@pytest.mark.parametrize("second", ["AAAA", "é", "bm9uc2Vuc2U=", None])
+def test_a_certificate_of_several_that_cannot_be_read_is_told_by_its_number(authority, tmp_path, second):
+    cert, key = authority.issue("localhost")
+    chain = tmp_path / "chain.pem"
+    ended = "" if second is None else f"{second}\n-----END CERTIFICATE-----\n"
+    chain.write_text(f"{cert.read_text()}-----BEGIN CERTIFICATE-----\n{ended}{authority.path.read_text()}")
+    with pytest.raises(CertificateError) as caught:
+        load(Pair(chain, key))
+    assert str(caught.value) == f"{chain}: OpenSSL cannot read certificate 2 of the 3 in the file"
 
 
 def test_loading_leaves_no_descriptor_open(make_certificate):

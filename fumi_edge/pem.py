@@ -22,6 +22,8 @@ _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME, which ssl.VerifyFlags leaves out: an expired certificate still has facts to be read."""
 _BEGIN = b"-----BEGIN CERTIFICATE-----"
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_TRACE = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )?CERTIFICATE-----")
+"""Of a certificate, be it only half there, or under a label that is not read, such as TRUSTED CERTIFICATE."""
 _AUTHORITY = re.compile(rb"\x06\x03\x55\x1d\x13(?:\x01\x01\xff)?\x04.\x30.\x01\x01\xff", re.DOTALL)
 """The extension basicConstraints (RFC 5280 §4.2.1.9) with cA TRUE, in DER: Python decodes it for nobody."""
 _PKCS12 = re.compile(rb"\x30(?:[\x00-\x80]|\x81.|\x82..|\x83...)\x02\x01\x03", re.DOTALL)
@@ -36,7 +38,7 @@ class CertificateError(Exception):
 
 
 class NoServer(CertificateError):
-    """A certificate that serves nobody: it has no key, or its own words keep it from TLS servers, as an authority's do."""
+    """What serves nobody: no certificate at all, one without a key, or one that its own words keep from TLS servers."""
 
 
 class Pair(NamedTuple):
@@ -99,19 +101,19 @@ def holds_key(source: Source) -> bool:
 
 
 def is_authority(source: Source) -> bool:
-    """Whether the first certificate in there may sign others, as most of those that signed themselves may."""
+    """Whether it is no server's: the first certificate in there may sign others, as most that signed themselves, or is none."""
     try:
         first = _CERTIFICATE.search(_read(source, "certificate"))
-        return first is not None and _may_sign(first[0])
-    except CertificateError:
-        return False
+        return first is None or _may_sign(first[0])
+    except CertificateError as error:
+        return isinstance(error, NoServer)
 
 
 def authorities(source: Source) -> str:
     """The certificates in a CA file, without what else is in it. Raises CertificateError."""
     found = _CERTIFICATE.findall(data := _read(source, "client CA"))
     if not found:
-        raise CertificateError(f"{label(source)}: {_conversion(data, 'x509') or 'holds no PEM certificate'}")
+        raise _without(source, data)
     return b"\n".join(found).decode("latin-1")
 
 
@@ -123,7 +125,7 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
         return previous
     leaf = _CERTIFICATE.search(chain)
     if leaf is None:
-        raise CertificateError(f"{pair}: {_conversion(chain, 'x509') or 'holds no PEM certificate'}")
+        raise _without(pair.cert, chain)
     place = label(pair.cert if pair.key is None else pair.key)
     if _ENCRYPTED.search(key):
         raise CertificateError(f"{place}: the private key is encrypted; decrypt it with openssl pkey -in OLD -out NEW")
@@ -151,7 +153,8 @@ def _read(source: Source, what: str) -> bytes:
             return file.read()
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or error
-        raise CertificateError(f"{label(source)}: cannot read the {what}: {detail}") from None
+        kind = NoServer if isinstance(error, IsADirectoryError) else CertificateError
+        raise kind(f"{label(source)}: cannot read the {what}: {detail}") from None
 
 
 def _give(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
@@ -174,6 +177,15 @@ def _file(data: bytes) -> Iterator[str]:
 def _no_passphrase() -> str:
     # OpenSSL would otherwise ask on the terminal, which a daemon has not.
     raise ValueError("the private key is encrypted")
+
+
+def _without(source: Source, data: bytes) -> CertificateError:
+    """What there is to say of a source in which no certificate was found."""
+    if conversion := _conversion(data, "x509"):
+        return CertificateError(f"{label(source)}: {conversion}")
+    # Half of one is not none: it may be that it is just being written.
+    kind = CertificateError if _TRACE.search(data) else NoServer
+    return kind(f"{label(source)}: holds no PEM certificate")
 
 
 def _conversion(data: bytes, command: str) -> str | None:

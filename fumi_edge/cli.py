@@ -11,10 +11,21 @@ from typing import Any
 import click
 
 from fumi_core.runtime.addresses import Networks, parse_address, passed
-from fumi_core.runtime.lifecycle import STOPS, raise_descriptor_limit
+from fumi_core.runtime.lifecycle import STOPS, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.privileges import PrivilegeError, find
-from fumi_core.runtime.settings import ADDRESS, NETWORK, SECONDS, SECONDS_OR_NONE, WORKERS, Program, SettingError, config_option
+from fumi_core.runtime.settings import (
+    ADDRESS,
+    COUNT,
+    NAME,
+    NETWORK,
+    SECONDS,
+    SECONDS_OR_NONE,
+    WORKERS,
+    Program,
+    SettingError,
+    config_option,
+)
 from fumi_core.runtime.workers import run
 from fumi_edge import dev
 from fumi_edge.backends import BALANCES, Backend, greeting
@@ -49,9 +60,15 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--listen", type=ADDRESS, multiple=True, help="Listen for implicit TLS.  [default: :465 when no listener is named]")
 @click.option("--starttls-listen", type=ADDRESS, multiple=True, help="Listen for SMTP with STARTTLS.")
 @click.option(
-    "--cert", metavar="FILE|DIR", multiple=True, help="Certificate chain, PEM, or a directory: *.pem, or Let's Encrypt's."
+    "--cert",
+    type=NAME,
+    metavar="FILE|DIR",
+    multiple=True,
+    help="Certificate chain, PEM, or a directory: *.pem, or Let's Encrypt's.",
 )
-@click.option("--key", metavar="FILE", multiple=True, help="Private key, PEM, for each --cert file without one, in their order.")
+@click.option(
+    "--key", type=NAME, metavar="FILE", multiple=True, help="Private key, PEM, for each --cert file without one, in their order."
+)
 @click.option(
     "--cert-reload-interval",
     type=SECONDS_OR_NONE,
@@ -76,21 +93,21 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--min-tls", type=click.Choice(["1.2", "1.3"]), default="1.2", help="The oldest TLS version to accept.")
 @click.option("--ciphers", metavar="LIST", default=CIPHERS, help="OpenSSL cipher list for TLS 1.2.")
 @click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, comma-separated.")
-@click.option("--client-ca", metavar="FILE", help="Ask clients for a certificate of one of these authorities, PEM.")
+@click.option("--client-ca", type=NAME, metavar="FILE", help="Ask clients for a certificate of one of these authorities, PEM.")
 @click.option("--client-cert", type=click.Choice(["optional", "required"]), help="With --client-ca.  [default: optional]")
 @click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz, /readyz and a status page at / here.")
 @click.option("--handshake-timeout", type=SECONDS, default=10.0, help="Seconds for a TLS handshake.")
 @click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
 @click.option("--idle-timeout", type=SECONDS, default=900.0, help="Seconds of silence in both directions.")
-@click.option("--max-clients", type=click.IntRange(min=1), help="Connections at once.")
+@click.option("--max-clients", type=COUNT, help="Connections at once.")
 @click.option(
     "--max-clients-per-ip",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Connections at once from an IPv4 address or IPv6 /64, in each worker.",
 )
 @click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m, in each worker.")
 @click.option("--workers", type=WORKERS, default="1", help="Processes that share the work.")
-@click.option("--user", metavar="NAME", help="Become this user when the ports are bound and the keys are read.")
+@click.option("--user", type=NAME, metavar="NAME", help="Become this user when the ports are bound and the keys are read.")
 @click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
@@ -107,6 +124,7 @@ def main(
         return
     configure(log_format, log_level)
     raise_descriptor_limit()
+    ignore_user_signals()
     with contextlib.ExitStack() as stack:
         if dev_mode:
             if flags["cert"] or flags["key"] or flags["backend"]:

@@ -20,10 +20,16 @@ Source = str | bytes | os.PathLike[str]
 
 _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME, which ssl.VerifyFlags leaves out: an expired certificate still has facts to be read."""
+_BEGIN = b"-----BEGIN CERTIFICATE-----"
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_TRACE = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )?CERTIFICATE-----")
+"""Of a certificate, be it only half there, or under a label that is not read, such as TRUSTED CERTIFICATE."""
 _AUTHORITY = re.compile(rb"\x06\x03\x55\x1d\x13(?:\x01\x01\xff)?\x04.\x30.\x01\x01\xff", re.DOTALL)
 """The extension basicConstraints (RFC 5280 §4.2.1.9) with cA TRUE, in DER: Python decodes it for nobody."""
+_PKCS12 = re.compile(rb"\x30(?:[\x00-\x80]|\x81.|\x82..|\x83...)\x02\x01\x03", re.DOTALL)
+"""The beginning of a PFX (RFC 7292 §4), version 3, in DER or BER."""
 _KEY = re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")
+_SOURCE_LINE = re.compile(r" \(_ssl\.c:\d+\)")
 _ENCRYPTED = re.compile(rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|^Proc-Type: 4,ENCRYPTED", re.MULTILINE)
 
 
@@ -32,7 +38,7 @@ class CertificateError(Exception):
 
 
 class NoServer(CertificateError):
-    """A certificate that serves nobody: it has no key, or its own words keep it from TLS servers, as an authority's do."""
+    """What serves nobody: no certificate at all, one without a key, or one that its own words keep from TLS servers."""
 
 
 class Pair(NamedTuple):
@@ -77,7 +83,7 @@ class Certificate:
         try:
             _give(context, self.chain, self.key)
         except ssl.SSLError as error:
-            raise _complaint(error, self.pair) from None
+            raise _complaint(error, self.pair, self.chain) from None
 
 
 def is_path(source: Source) -> bool:
@@ -95,19 +101,19 @@ def holds_key(source: Source) -> bool:
 
 
 def is_authority(source: Source) -> bool:
-    """Whether the first certificate in there may sign others, as most of those that signed themselves may."""
+    """Whether it is no server's: the first certificate in there may sign others, as most that signed themselves, or is none."""
     try:
         first = _CERTIFICATE.search(_read(source, "certificate"))
-        return first is not None and bool(_AUTHORITY.search(ssl.PEM_cert_to_DER_cert(first[0].decode("latin-1"))))
-    except (CertificateError, ValueError):
-        return False
+        return first is None or _may_sign(first[0])
+    except CertificateError as error:
+        return isinstance(error, NoServer)
 
 
 def authorities(source: Source) -> str:
     """The certificates in a CA file, without what else is in it. Raises CertificateError."""
-    found = _CERTIFICATE.findall(_read(source, "client CA"))
+    found = _CERTIFICATE.findall(data := _read(source, "client CA"))
     if not found:
-        raise CertificateError(f"{label(source)}: holds no PEM certificate")
+        raise _without(source, data)
     return b"\n".join(found).decode("latin-1")
 
 
@@ -119,18 +125,20 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
         return previous
     leaf = _CERTIFICATE.search(chain)
     if leaf is None:
-        raise CertificateError(f"{pair}: holds no PEM certificate")
+        raise _without(pair.cert, chain)
     place = label(pair.cert if pair.key is None else pair.key)
     if _ENCRYPTED.search(key):
         raise CertificateError(f"{place}: the private key is encrypted; decrypt it with openssl pkey -in OLD -out NEW")
     if not _KEY.search(key):
+        if conversion := _conversion(key, "pkey"):
+            raise CertificateError(f"{place}: {conversion}")
         hint = "; name its file with --key, or in a directory give it the same name with .key" if pair.key is None else ""
         raise NoServer(f"{place}: holds no private key{hint}")
     try:
         facts, kind = _try_out(chain, key, leaf[0].decode("latin-1"))
         return Certificate(pair, _names(facts), _seconds(facts["notBefore"]), _seconds(facts["notAfter"]), kind, chain, key)
     except ssl.SSLError as error:
-        raise _complaint(error, pair) from None
+        raise _complaint(error, pair, chain) from None
     except ValueError as error:
         raise CertificateError(f"{pair}: OpenSSL cannot read the certificate: {error}") from None
 
@@ -145,7 +153,8 @@ def _read(source: Source, what: str) -> bytes:
             return file.read()
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or error
-        raise CertificateError(f"{label(source)}: cannot read the {what}: {detail}") from None
+        kind = NoServer if isinstance(error, IsADirectoryError) else CertificateError
+        raise kind(f"{label(source)}: cannot read the {what}: {detail}") from None
 
 
 def _give(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
@@ -170,15 +179,58 @@ def _no_passphrase() -> str:
     raise ValueError("the private key is encrypted")
 
 
-def _complaint(error: ssl.SSLError, pair: Pair) -> CertificateError:
+def _without(source: Source, data: bytes) -> CertificateError:
+    """What there is to say of a source in which no certificate was found."""
+    if conversion := _conversion(data, "x509"):
+        return CertificateError(f"{label(source)}: {conversion}")
+    # Half of one is not none: it may be that it is just being written.
+    kind = CertificateError if _TRACE.search(data) else NoServer
+    return kind(f"{label(source)}: holds no PEM certificate")
+
+
+def _conversion(data: bytes, command: str) -> str | None:
+    """How PEM is made of what is in another form, by this command of openssl, or None. DER begins with a SEQUENCE."""
+    if _PKCS12.match(data):
+        return "is PKCS#12 and not PEM; convert it with openssl pkcs12 -nodes -in OLD -out NEW"
+    return f"is DER and not PEM; convert it with openssl {command} -inform DER -in OLD -out NEW" if data[:1] == b"\x30" else None
+
+
+def _may_sign(certificate: bytes) -> bool:
+    try:
+        return bool(_AUTHORITY.search(ssl.PEM_cert_to_DER_cert(certificate.decode("latin-1"))))
+    except ValueError:
+        return False
+
+
+def _complaint(error: ssl.SSLError, pair: Pair, chain: bytes) -> CertificateError:
     key = label(pair.cert if pair.key is None else pair.key)
     reason = (error.reason or "").replace("_", " ").lower()
     if "mismatch" in reason or reason == "no certificate assigned":  # the latter when it is of another kind
-        return CertificateError(f"{key}: the private key does not belong to the certificate in {pair}")
+        found = _CERTIFICATE.findall(chain)
+        swapped = len(found) > 1 and _may_sign(found[0])
+        hint = ", whose first certificate is an authority's: the server's own must come first" if swapped else ""
+        return CertificateError(f"{key}: the private key does not belong to the certificate in {pair}{hint}")
+    if broken := _broken(chain):
+        return CertificateError(f"{pair}: OpenSSL cannot read {broken}")
     if "pem lib" in str(error).lower():
-        return CertificateError(f"{pair}: OpenSSL cannot read the certificate, or the key in {key}")
+        return CertificateError(f"{key}: OpenSSL cannot read the private key")
     verify = getattr(error, "verify_message", "")
-    return NoServer(f"{pair}: not usable by a TLS server: {verify or reason or error}")
+    return NoServer(f"{pair}: not usable by a TLS server: {verify or reason or _SOURCE_LINE.sub('', str(error))}")
+
+
+def _broken(chain: bytes) -> str | None:
+    """Which certificate of a file cannot be read, or None."""
+    pieces = [_BEGIN + rest for rest in chain.split(_BEGIN)[1:]]
+    for number, piece in enumerate(pieces, 1):
+        found = _CERTIFICATE.match(piece)
+        try:
+            if found is not None:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found[0].decode("ascii"))
+                continue
+        except (ssl.SSLError, ValueError):
+            pass  # it is what is looked for
+        return "the certificate" if len(pieces) == 1 else f"certificate {number} of the {len(pieces)} in the file"
+    return None
 
 
 def _try_out(chain: bytes, key: bytes, leaf: str) -> tuple[dict[str, Any], str]:

@@ -32,7 +32,7 @@ def find(pair: Pair) -> list[Pair]:
     """The certificates that one --cert stands for: itself or, for a directory, what is there now, in the order of the names.
 
     A directory is Let's Encrypt's (/etc/letsencrypt, its live/, or one live/NAME), or holds *.pem, each with its key inside or
-    beside it as NAME.key or NAME.pem.key. Raises CertificateError when there is none.
+    beside it as NAME.key or NAME.pem.key; what is in them is not looked at. Raises CertificateError when there is none.
     """
     if not _is_directory(pair.cert):
         return [pair]

@@ -83,6 +83,15 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def ignore_user_signals() -> None:
+    """Let SIGUSR1 and SIGUSR2 do nothing, where they would end the process: to others they are a soft stop, or a new log.
+
+    Called before an app is imported, which may have a use for them.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def hold_signals() -> None:
     """Let signals wait from here on until ``heed()``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
@@ -126,10 +135,13 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         stopped.set_result(number)
 
     async def take_over() -> None:
+        if stopped.done():
+            return
         notifier.reloading()
         if await reload(work):
             event(work.log, logging.INFO, "reloaded")
-        notifier.ready()
+        if not stopped.done():
+            notifier.ready()
 
     def problem() -> str | None:
         return board.problem() or work.trouble() or work.problem()
@@ -157,17 +169,24 @@ def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> En
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """What starts the coroutine in the running loop: one at a time, however often it is called."""
-    turn = asyncio.Lock()
-    running: set[asyncio.Task[None]] = set()
+    """What starts the coroutine in the running loop: one at a time, and when that has ended once more if it was called meanwhile.
 
-    async def once() -> None:
-        async with turn:
+    However often: what reads everything anew has seen all that was there when it began.
+    """
+    running: asyncio.Task[None] | None = None
+    wanted = False
+
+    async def work() -> None:
+        nonlocal wanted
+        while wanted:
+            wanted = False
             await act()
 
     def start() -> None:
-        running.add(task := asyncio.get_running_loop().create_task(once()))
-        task.add_done_callback(running.discard)
+        nonlocal running, wanted
+        wanted = True
+        if running is None or running.done():
+            running = asyncio.get_running_loop().create_task(work())
 
     return start
 

@@ -1,9 +1,12 @@
 """The master of a set of workers: forks them, keeps them there, and ends them.
 
-It keeps no event loop and no thread, so that it can fork at any time; that of the log, which is there once somebody has stopped
-reading, only ever writes. It waits for signals, and does nothing else: SIGTERM and SIGINT drain all workers, a second one or
-SIGQUIT ends them at once, SIGHUP has them take over new settings, and SIGCHLD is one that has ended. New settings are tried here
-first, and kept, for those that are forked later.
+It waits for signals, and does nothing else: SIGTERM and SIGINT drain all workers, a second one or SIGQUIT ends them at once,
+SIGHUP has them take over new settings, and SIGCHLD is one that has ended.
+
+New settings are tried here first, and kept, for those that are forked later. That may take half a minute, as with a thousand
+certificates, and is done in a thread, so that a stop does not wait for it, nor the watchdog. While that one is there, nothing is
+forked. Else there is no event loop and no thread; but for that of the log, which is there once somebody has stopped reading, and
+only ever writes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -70,6 +74,10 @@ class Master:
         self._settled = False
         """All workers serve, with the newest settings, and systemd knows."""
         self._stopping = False
+        self._good = False
+        """The settings that were read last were."""
+        self._reading: threading.Thread | None = None
+        """What reads new settings. Meanwhile SIGHUP waits, and of those that wait the kernel keeps one."""
         self._announced = 0
         """The last reload that the log tells of."""
         self._deadline = float("inf")
@@ -90,7 +98,8 @@ class Master:
             for child in self._due():
                 if not self._fork(child):
                     return child.role
-            received = signal.sigtimedwait(HELD, self._patience())
+            awaited = HELD if self._reading is None else set(HELD) - {signal.SIGHUP}
+            received = signal.sigtimedwait(awaited, self._patience())
             if received is not None:
                 self._heed(signal.Signals(received.si_signo))
             self._reap()
@@ -104,7 +113,13 @@ class Master:
 
     def _due(self) -> list[_Child]:
         now = time.monotonic()
-        return [child for child in self._children if not child.pid and child.due <= now and not self._stopping]
+        return [child for child in self._missing() if child.due <= now]
+
+    def _missing(self) -> list[_Child]:
+        """Those that are to be started, now or later."""
+        if self._stopping or self._reading is not None:
+            return []
+        return [child for child in self._children if not child.pid]
 
     def _fork(self, child: _Child) -> bool:
         """False in the child."""
@@ -172,8 +187,9 @@ class Master:
     def _patience(self) -> float:
         """Seconds until there is something to do without a signal."""
         now = time.monotonic()
-        moments = [now + (LOOK if self._settled or self._stopping else SHORT_LOOK), self._deadline]
-        moments += [child.due for child in self._children if not child.pid and not self._stopping]
+        quiet = self._stopping or (self._settled and self._reading is None)
+        moments = [now + (LOOK if quiet else SHORT_LOOK), self._deadline]
+        moments += [child.due for child in self._missing()]
         if self._notifier.interval is not None:
             moments.append(self._next_sign)
         return max(0.0, min(moments) - now)
@@ -203,7 +219,20 @@ class Master:
 
     def _reload(self) -> None:
         self._notifier.reloading()
-        if asyncio.run(reload(self._work)):
+        self._good = False
+        self._reading = threading.Thread(target=self._read, name="reload", daemon=True)
+        try:
+            self._reading.start()
+        except RuntimeError as error:
+            # The system has no more threads to give; this one counts as ended.
+            event(self._work.log, logging.ERROR, "not reloaded: the old settings stay", problem=str(error))
+
+    def _read(self) -> None:
+        self._good = asyncio.run(reload(self._work))
+
+    def _have_read(self) -> None:
+        self._reading = None
+        if self._good:
             self._board.reloads += 1
             self._settled = False
             self._tell(signal.SIGHUP)
@@ -219,7 +248,9 @@ class Master:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if not self._settled and not self._stopping:
+        if self._reading is not None and not self._reading.is_alive() and not self._stopping:
+            self._have_read()
+        if not self._settled and not self._stopping and self._reading is None:
             self._settle()
         if now >= self._deadline:
             event(self._work.log, logging.WARNING, "killing workers that did not end in time")

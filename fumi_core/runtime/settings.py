@@ -8,9 +8,11 @@ A wrong setting is one line on stderr and exit status 2, as click does it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -25,6 +27,15 @@ _ARGUMENTS = "fumi.arguments"
 _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--version"))
 """Flags that say what to do this once, and not how: a variable of that name, or a key in a file, would be meant otherwise."""
 
+_LINK = re.compile(
+    r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
+)
+"""What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is somebody's wish."""
+_TOO_LARGE = 1 << 63
+"""What TOML has no number for."""
+_LONG = 100
+"""Characters of a value that are shown of it."""
+
 
 class AddressType(click.ParamType):  # type: ignore[type-arg]
     """ADDR: HOST:PORT, [V6]:PORT, :PORT, unix:/path or fd:N."""
@@ -38,6 +49,17 @@ class AddressType(click.ParamType):  # type: ignore[type-arg]
             return parse_address(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class NameType(click.ParamType):  # type: ignore[type-arg]
+    """What something is called, a file or a user: text, and some."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("the value is empty", param, ctx)
+        return str(value)
 
 
 class NetworkType(click.ParamType):  # type: ignore[type-arg]
@@ -107,10 +129,11 @@ class WorkersType(CountType):
 
 
 ADDRESS = AddressType()
+NAME = NameType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
 SECONDS_OR_NONE = SecondsType(min=0)
-COUNT = CountType("a number", 100, min=1)
+COUNT = CountType("a whole number", 100, min=1)
 OCTETS = CountType("a number of octets", 25_000_000, min=1)
 WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 
@@ -135,6 +158,23 @@ class Program(click.Command):
         ctx = super().make_context(info_name, args, *others, **extra)
         ctx.meta[_ARGUMENTS] = arguments
         return ctx
+
+    def invoke(self, ctx: click.Context) -> Any:
+        self._refuse_unknown_variables(ctx)
+        return super().invoke(ctx)
+
+    def _refuse_unknown_variables(self, ctx: click.Context) -> None:
+        """One that is misspelt would be a setting that is not made, as that no password is to come in plaintext."""
+        prefix = f"{ctx.auto_envvar_prefix}_"
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        actions = {option[2:].replace("-", "_").upper() for option in _ACTIONS}
+        known = {str(param.name).upper() for param in options} | actions
+        for variable in sorted(each for each in os.environ if each.startswith(prefix)):
+            name = variable.removeprefix(prefix)
+            if name not in known and not _LINK.fullmatch(f"{name}={os.environ[variable]}"):
+                near = difflib.get_close_matches(name, known - actions, 1)
+                hint = f"is it {prefix}{near[0]}?" if near else "--help lists the flags, and each can be one"
+                raise SettingError(f"the variable {variable} is no setting: {hint}")
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
@@ -185,16 +225,17 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             document = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
         raise click.BadParameter(f"{path}: {error}") from None
+    except RecursionError:
+        raise click.BadParameter(f"{path}: tables or lists in one another, deeper than can be read") from None
     tables = {name: value for name, value in document.items() if isinstance(value, dict)}
     if stray := set(tables) - {"core", "edge"}:
         raise click.BadParameter(f"{path}: unknown section [{sorted(stray)[0]}]; there are [core] and [edge]")
     known = {option[2:]: param for param in ctx.command.get_params(ctx) for option in param.opts if option.startswith("--")}
     settings: dict[str, Any] = {}
-    own = tables.get(section, {})
-    for key, value in {**{k: v for k, v in document.items() if k not in tables}, **own}.items():
-        flag = key.replace("_", "-")
+    common = {key: value for key, value in document.items() if key not in tables}
+    for flag, (key, value) in {**_flags(path, common), **_flags(path, tables.get(section, {}))}.items():
         param = known.get(flag)
         if param is None or not param.name:
             raise click.BadParameter(f"{path}: unknown key {key!r}; the keys are the flags without dashes in front")
@@ -205,6 +246,17 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
         except click.BadParameter as error:
             raise click.BadParameter(f"{path}: {key} = {_shown(value)}: {error.message}") from None
     return settings
+
+
+def _flags(path: str, table: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """The flags that a table is of, each with its key as it is written there, and the value."""
+    flags: dict[str, tuple[str, Any]] = {}
+    for key, value in table.items():
+        flag = key.replace("_", "-")
+        if flag in flags:
+            raise click.BadParameter(f"{path}: {flags[flag][0]} and {key} are one setting: leave one of them out")
+        flags[flag] = key, value
+    return flags
 
 
 def _value(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
@@ -220,6 +272,9 @@ def _value(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
     """A value has its TOML type, or is text that the flag would take; true and false are no numbers, though Python has it so."""
+    if isinstance(value, str) and "\0" in value:
+        # Neither a flag nor a variable can have one, and no system call takes it.
+        raise click.BadParameter("leave out the NUL")
     if getattr(param, "is_flag", False):
         good, wanted = isinstance(value, bool), "true or false"
     elif isinstance(param.type, click.IntRange):
@@ -233,10 +288,14 @@ def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
         good, wanted = isinstance(value, str) or str(value) in param.type.choices, "text, in quotes"
     else:
         good, wanted = isinstance(value, str), "text, in quotes, or a list of texts" if many else "text, in quotes"
-    if not good:
+    if not good or (isinstance(value, int) and abs(value) >= _TOO_LARGE):
         raise click.BadParameter(f"write {wanted}")
 
 
 def _shown(value: Any) -> str:
-    """A value as it may stand in the file."""
-    return json.dumps(value, default=str, ensure_ascii=False)
+    """A value as it may stand in the file, or its beginning."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:
+        return "…"  # a number of thousands of digits, which was written as a hexadecimal one
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fumi_core.runtime.lifecycle import in_turn
 from fumi_core.users import hash_password
 
 HASHES = {name: hash_password(f"{name}'s") for name in ("ann", "bob")}
@@ -186,6 +188,54 @@ def test_a_worker_that_comes_later_has_the_new_settings(server: Server, eventual
     eventually(lambda: len(set(children.read_text().split()) - before) == 2)
     assert server.settings() == {(b"new", b"2000")}
     assert server.knows("bob")
+
+
+def test_workers_that_die_while_the_master_reads_come_back_with_the_new_settings(
+    server: Server, tmp_path: Path, eventually: Any
+) -> None:
+    server.write("deliver = 'discard:'\n", "ann")
+    server.start("--workers", "2")
+    (tmp_path / "users").unlink()
+    os.mkfifo(tmp_path / "users")
+    children = Path(f"/proc/{server.program.process.pid}/task/{server.program.process.pid}/children")
+    server.program.process.send_signal(signal.SIGHUP)
+    with (tmp_path / "users").open("w") as fifo:  # which is when somebody reads
+        for pid in children.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        eventually(lambda: server.log.count("worker died") == 2)
+        fifo.write(users("bob"))
+    eventually(lambda: " reloaded" in server.log)
+    assert all(server.knows("bob") for _ in range(4))
+    assert server.program.stop() == 0
+
+
+def test_what_is_asked_for_many_times_is_done_once_more() -> None:
+    begun = 0
+
+    async def scenario() -> None:
+        gate = asyncio.Event()
+
+        async def act() -> None:
+            nonlocal begun
+            begun += 1
+            await gate.wait()
+
+        async def rest() -> None:
+            await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+        ask = in_turn(act)
+        ask()
+        await asyncio.sleep(0)
+        for _ in range(100):
+            ask()
+        gate.set()
+        await rest()
+        assert begun == 2
+        ask()
+        await rest()
+        assert begun == 3
+
+    asyncio.run(scenario())
 
 
 def test_the_log_level_is_taken_over(server: Server) -> None:

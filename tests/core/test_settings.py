@@ -28,9 +28,9 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
         ("fumi-core", "require-tls = 1", "true or false"),
         ("fumi-core", "require-tls = 1.5", "true or false"),
         ("fumi-core", "require-tls = 'yes'", "true or false"),
-        ("fumi-core", "max-clients = true", "a number, such as 100"),
-        ("fumi-core", "max-clients = 20.5", "a number, such as 100"),
-        ("fumi-core", "max-clients = 12.0", "a number, such as 100"),
+        ("fumi-core", "max-clients = true", "a whole number, such as 100"),
+        ("fumi-core", "max-clients = 20.5", "a whole number, such as 100"),
+        ("fumi-core", "max-clients = 12.0", "a whole number, such as 100"),
         ("fumi-core", "size = true", "a number of octets, such as 25000000"),
         ("fumi-core", "size = '25M'", "a number of octets"),
         ("fumi-core", "workers = true", 'a number of processes or "auto", such as 4'),
@@ -92,7 +92,9 @@ def test_an_action_is_no_setting_of_a_file(program: str, keys: tuple[str, ...], 
     [
         ("fumi-core", ("--drain-timeout", "5s"), "'5s' is not a number of seconds: write one such as 5"),
         ("fumi-core", ("--size", "25M"), "'25M' is not a number of octets: write one such as 25000000"),
-        ("fumi-core", ("--max-clients", "many"), "'many' is not a number: write one such as 100"),
+        ("fumi-core", ("--max-clients", "many"), "'many' is not a whole number: write one such as 100"),
+        ("fumi-edge", ("--max-clients", "x"), "'x' is not a whole number: write one such as 100"),
+        ("fumi-edge", ("--max-clients-per-ip", "2.5"), "'2.5' is not a whole number: write one such as 100"),
         ("fumi-edge", ("--idle-timeout", "nan"), "'nan' is not a number of seconds: write one such as 5"),
         ("fumi-edge", ("--workers", "all"), "'all' is not a number of processes or \"auto\": write one such as 4"),
     ],
@@ -114,6 +116,89 @@ def test_no_variable_is_an_action(tmp_path: Path) -> None:
     actions |= {f"FUMI_EDGE_{name}": "1" for name in ("VERSION", "CHECK", "EMIT", "DEV", "DEV_MODE", "HELP")}
     assert "descriptor 77" in refusal(run("fumi-core", "--listen", "fd:77", "--deliver", "discard:", cwd=tmp_path, **actions))
     assert "no certificate" in refusal(run("fumi-edge", cwd=tmp_path, **actions))
+
+
+@pytest.mark.parametrize(
+    ("program", "variable", "hint"),
+    [
+        ("fumi-edge", "FUMI_EDGE_REQIRE_TLS", "is it FUMI_EDGE_REQUIRE_TLS?"),
+        ("fumi-edge", "FUMI_EDGE_MAX_CLIENT", "is it FUMI_EDGE_MAX_CLIENTS?"),
+        ("fumi-edge", "FUMI_EDGE_XYZZY", "--help lists the flags"),
+        ("fumi-edge", "FUMI_EDGE_PORT", "is no setting"),
+        ("fumi-core", "FUMI_CORE_REQUIRE-TLS", "is it FUMI_CORE_REQUIRE_TLS?"),
+        ("fumi-core", "FUMI_CORE_APP", "is no setting"),
+        ("fumi-core", "FUMI_CORE_", "is no setting"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_refused_and_the_nearest_named(
+    program: str, variable: str, hint: str, tmp_path: Path
+) -> None:
+    for more in ((), ("--check",)):
+        said = refusal(run(program, *more, cwd=tmp_path, **{variable: "1"}))
+        assert f"{variable} is no setting: " in said
+        assert hint in said
+    for more in ("--help", "--version"):
+        assert run(program, more, cwd=tmp_path, **{variable: "1"}).returncode == 0
+
+
+def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
+    links = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "2525",
+        "SERVICE_PORT_SMTP": "2525",
+        "PORT": "tcp://10.0.0.1:2525",
+        "PORT_2525_TCP": "tcp://10.0.0.1:2525",
+        "PORT_2525_TCP_ADDR": "10.0.0.1",
+        "PORT_2525_TCP_PORT": "2525",
+        "PORT_2525_TCP_PROTO": "tcp",
+        "METRICS_PORT": "tcp://10.0.0.2:9525",
+        "METRICS_SERVICE_HOST": "10.0.0.2",
+    }
+    others = {f"FUMI_CORE_{name}": value for name, value in links.items()}
+    others |= {"FUMI_EDGE_REQIRE_TLS": "1", "FUMI_BACKEND": "x", "_FUMI_CORE_X": "x", "FUMI_CORES": "x"}
+    flags = ("--listen", "127.0.0.1:0", "--deliver", "discard:", "--check")
+    done = run("fumi-core", *flags, cwd=tmp_path, **others)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("check", [(), ("--check",)])
+@pytest.mark.parametrize("flag", ["user", "cert", "key", "client-ca"])
+def test_what_has_a_name_has_some(flag: str, check: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text(f"{flag} = ''")
+    assert f"'--{flag}': the value is empty" in refusal(run("fumi-edge", f"--{flag}", "", *check, cwd=tmp_path))
+    assert f'f.toml: {flag} = "": the value is empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "said"),
+    [
+        ("fumi-edge", 'user = "a\\u0000b"', "f.toml: user = "),
+        ("fumi-edge", 'cert = ["a", "a\\u0000b"]', "leave out the NUL"),
+        ("fumi-core", 'users = "a\\u0000b"', "leave out the NUL"),
+        ("fumi-core", f"size = {'9' * 5000}", "f.toml: "),
+        ("fumi-core", f"size = 0x{'f' * 5000}", "f.toml: size = "),
+        ("fumi-core", f"listen = [0x{'f' * 5000}]", "f.toml: listen = "),
+        ("fumi-edge", f"idle-timeout = 0x{'f' * 5000}", "f.toml: idle-timeout = "),
+        ("fumi-core", f"size = {'[' * 20000}", "f.toml: "),
+        ("fumi-core", f"size = {'[' * 100}{']' * 100}", "f.toml: size = "),
+        ("fumi-core", f"a{'.a' * 20000} = 1", "f.toml: "),
+    ],
+    ids=["user", "cert", "users", "digits", "hex", "listed", "seconds", "deep", "nested", "dotted"],
+)
+def test_a_file_that_is_out_of_all_measure_is_one_line(program: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text(text)
+    line = refusal(run(program, "--config", "f.toml", "--check", cwd=tmp_path))
+    assert said in line
+    assert len(line) < 400
+
+
+def test_a_key_in_both_spellings_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text("require-tls = true\nrequire_tls = false\n")
+    assert "f.toml: require-tls and require_tls are one setting" in refusal(run("fumi-core", "--config", "f.toml", cwd=tmp_path))
+    (tmp_path / "f.toml").write_text(
+        "listen = ':1'\ndrain-timeout = 1\ndeliver = 'discard:'\n[core]\nlisten = '127.0.0.1:0'\ndrain_timeout = 2\n"
+    )
+    assert run("fumi-core", "--config", "f.toml", "--check", cwd=tmp_path).returncode == 0  # the section's own wins
 
 
 def test_settings_are_variables_config_too(tmp_path: Path) -> None:

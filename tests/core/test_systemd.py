@@ -83,6 +83,33 @@ def test_systemd_hears_of_start_reload_and_stop(systemd: Systemd, start: Any, fr
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_program_that_stops_does_not_reload(
+    systemd: Systemd, start: Any, connect: Any, free_port: Any, workers: str, eventually: Any
+) -> None:
+    port = free_port()
+    flags = ("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--deliver", "discard:", "--workers", workers)
+    program = start(*flags, environment=systemd.environment)
+    assert systemd.hear() == "READY=1"
+    client = connect(port)
+    client.envelope()
+    assert client.say("DATA").startswith(b"354")
+    program.process.send_signal(signal.SIGTERM)
+    assert systemd.hear() == "STOPPING=1"
+    program.process.send_signal(signal.SIGHUP)
+    eventually(lambda: not pending(program.process.pid, signal.SIGHUP))
+    assert client.say(".").startswith(b"250")
+    assert program.process.wait(60) == 0
+    assert systemd.silent(0.1)
+
+
+def pending(pid: int, number: int) -> bool:
+    """Whether a process has still to take this signal."""
+    found = re.search(r"ShdPnd:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return bool(int(found[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_reload_that_fails_ends_too(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, workers: str) -> None:
     (tmp_path / "users").write_text("")
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--users", "users", "--workers", workers)
@@ -127,6 +154,41 @@ async def hang(ctx, next):
     client.sock.sendall(b"MAIL FROM:<a@b.example>\r\n")
     while not systemd.silent(2):
         pass
+
+
+def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(
+    systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, eventually: Any
+) -> None:
+    (tmp_path / "users").write_text("")
+    flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--users", "users", "--workers", "2")
+    program = start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
+    while systemd.hear() != "READY=1":
+        pass
+    (tmp_path / "users").unlink()
+    os.mkfifo(tmp_path / "users")  # which is read until we let it go
+    program.process.send_signal(signal.SIGHUP)
+    while not systemd.hear().startswith("RELOADING=1"):
+        pass
+    with open_fifo(tmp_path / "users", eventually):
+        program.process.send_signal(signal.SIGHUP)
+        assert [systemd.hear() for _ in range(5)] == ["WATCHDOG=1"] * 5
+        program.process.send_signal(signal.SIGTERM)
+        while (heard := systemd.hear()) != "STOPPING=1":
+            assert heard == "WATCHDOG=1"
+        assert program.process.wait(60) == 0
+
+
+def open_fifo(path: Path, eventually: Any) -> Any:
+    """The end for writing, once somebody reads."""
+    found: list[Any] = []
+
+    def there() -> bool:
+        with contextlib.suppress(OSError):
+            found.append(os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "w"))
+        return bool(found)
+
+    eventually(there)
+    return found[0]
 
 
 def test_a_watchdog_meant_for_another_process_is_none(start: Any, free_port: Any, tmp_path: Path) -> None:

@@ -279,6 +279,26 @@ app = Broken()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_is_a_soft_stop_to_others_is_nothing(
+    start: Any, connect: Any, free_port: Any, workers: str, eventually: Any
+) -> None:
+    port = free_port()
+    listen = ("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--metrics", f"127.0.0.1:{free_port()}")
+    program = start(*listen, "--deliver", "discard:", "--workers", workers)
+    pid = program.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    eventually(lambda: len(children.read_text().split()) == (3 if workers == "2" else 0))
+    before = children.read_text()
+    for each in (pid, *map(int, before.split())):
+        os.kill(each, signal.SIGUSR1)
+        os.kill(each, signal.SIGUSR2)
+    assert connect(port).banner.startswith(b"220")
+    assert children.read_text() == before
+    assert program.stop() == 0
+    assert "died" not in program.log.read_text()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_stop_between_listening_and_serving_is_a_clean_one(start: Any, tmp_path: Path, free_port: Any, workers: str) -> None:
     (tmp_path / "early.py").write_text(
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fumi_edge.certificates import Certificates
-from fumi_edge.pem import CertificateError, Pair, load
+from fumi_edge.pem import CertificateError, Pair, authorities, load
 from fumi_edge.policy import Policy
 
 
@@ -204,6 +204,58 @@ def test_what_cannot_be_used_is_one_line_that_names_the_file(make_certificate, t
     assert str(caught.value).startswith("/")
 
 
+def test_who_has_another_form_hears_how_to_convert_it(make_certificate, tmp_path):
+    cert, key = make_certificate("localhost")
+    made = {name: tmp_path / name for name in ("cert.der", "key.der", "both.p12", "new.pem")}
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+
+    openssl("x509", "-in", cert, "-outform", "DER", "-out", made["cert.der"])
+    openssl("pkey", "-in", key, "-outform", "DER", "-out", made["key.der"])
+    openssl("pkcs12", "-export", "-in", cert, "-inkey", key, "-passout", "pass:", "-out", made["both.p12"])
+    new = made["new.pem"]
+    for pair, converted in (
+        (Pair(made["cert.der"], key), Pair(new, key)),
+        (Pair(cert, made["key.der"]), Pair(cert, new)),
+        (Pair(made["both.p12"]), Pair(new)),
+    ):
+        with pytest.raises(
+            CertificateError, match=r"(der|p12): is (DER|PKCS#12) and not PEM; convert it with openssl "
+        ) as caught:
+            load(pair)
+        old, _, command = str(caught.value).partition(": is ")
+        words = command.partition("with openssl ")[2].split()
+        password = ["-passin", "pass:"] if "pkcs12" in words else []
+        openssl(*({"OLD": old, "NEW": new}.get(word, word) for word in words), *password)
+        assert load(converted).names == ("localhost",)
+    with pytest.raises(CertificateError, match=r"cert\.der: is DER and not PEM"):
+        authorities(made["cert.der"])
+
+
+def test_who_has_put_the_authority_first_hears_of_it(authority, make_certificate, tmp_path):
+    cert, key = authority.issue("localhost")
+    chain = tmp_path / "chain.pem"
+    complaint = r"certificate in .*chain\.pem, whose first certificate is an authority's: the server's own must come first$"
+    chain.write_text(authority.path.read_text() + cert.read_text())
+    with pytest.raises(CertificateError, match=complaint):
+        load(Pair(chain, key))
+    alone, other = make_certificate("alone.test")[0], make_certificate("other.test")[1]  # which may sign, as it is its own
+    with pytest.raises(CertificateError, match=r"does not belong to the certificate in .*cert\.pem$"):
+        load(Pair(alone, other))
+
+
+@pytest.mark.parametrize("second", ["AAAA", "é", "bm9uc2Vuc2U=", None])
+def test_a_certificate_of_several_that_cannot_be_read_is_told_by_its_number(authority, tmp_path, second):
+    cert, key = authority.issue("localhost")
+    chain = tmp_path / "chain.pem"
+    ended = "" if second is None else f"{second}\n-----END CERTIFICATE-----\n"
+    chain.write_text(f"{cert.read_text()}-----BEGIN CERTIFICATE-----\n{ended}{authority.path.read_text()}")
+    with pytest.raises(CertificateError) as caught:
+        load(Pair(chain, key))
+    assert str(caught.value) == f"{chain}: OpenSSL cannot read certificate 2 of the 3 in the file"
+
+
 def test_loading_leaves_no_descriptor_open(make_certificate):
     cert, key = make_certificate("localhost")
     load(Pair(cert, key))
@@ -247,6 +299,63 @@ def test_an_authority_in_a_directory_is_left_alone_and_said_to_be(dev, authority
     (dev / "lonely.pem").write_bytes(cert.read_bytes())
     with pytest.raises(CertificateError, match=r"lonely.pem: holds no private key"):
         Certificates([(dev, None)])  # no authority: somebody has forgotten its key
+
+
+def test_what_holds_no_certificate_is_left_alone_in_a_directory_and_said_to_be(authority, tmp_path):
+    cert, key = authority.issue("localhost")
+    both = tmp_path / "localhost.pem"
+    both.write_text(cert.read_text() + key.read_text())
+    others = {
+        "dhparam": "-----BEGIN DH PARAMETERS-----\nAAAA\n-----END DH PARAMETERS-----\n",
+        "empty": "",
+        "x-key": key.read_text(),
+    }
+    for name, text in others.items():
+        (tmp_path / f"{name}.pem").write_text(text)
+    (tmp_path / "sub.pem").mkdir()
+    certificates = Certificates([(tmp_path, None)])
+    assert [entry.name for entry in certificates.entries] == ["localhost"]
+    assert sorted(certificates.skipped) == [
+        f"{tmp_path}/dhparam.pem: holds no PEM certificate",
+        f"{tmp_path}/empty.pem: holds no PEM certificate",
+        f"{tmp_path}/sub.pem: cannot read the certificate: Is a directory",
+        f"{tmp_path}/x-key.pem: holds no PEM certificate",
+    ]
+    both.unlink()
+    with pytest.raises(CertificateError, match=r"dhparam.pem: holds no PEM certificate"):
+        Certificates([(tmp_path, None)])  # nothing is left
+    with pytest.raises(CertificateError, match=r"empty.pem: holds no PEM certificate"):
+        Certificates([(tmp_path / "empty.pem", None)])
+
+
+@pytest.mark.parametrize("bad", ["half", "broken", "trusted", "der", "keyless"])
+def test_a_certificate_that_is_bad_is_an_error_in_a_directory_too(authority, tmp_path, bad):
+    (cert, key), (other, _) = authority.issue("localhost"), authority.issue("other.test")
+    (tmp_path / "localhost.pem").write_text(cert.read_text() + key.read_text())
+    text = other.read_text()
+    (tmp_path / "other.pem").write_bytes(
+        {
+            "half": text[:300].encode(),
+            "broken": f"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n{key.read_text()}".encode(),
+            "trusted": text.replace(" CERTIFICATE", " TRUSTED CERTIFICATE").encode(),
+            "der": ssl.PEM_cert_to_DER_cert(text),
+            "keyless": text.encode(),
+        }[bad]
+    )
+    with pytest.raises(CertificateError, match=r"other\.pem: "):
+        Certificates([(tmp_path, None)])
+
+
+def test_a_file_that_loses_its_certificate_keeps_it_in_service(authority, tmp_path):
+    for name in ("a", "b"):
+        cert, key = authority.issue(f"{name}.test")
+        (tmp_path / f"{name}.pem").write_text(cert.read_text() + key.read_text())
+    certificates = Certificates([(tmp_path, None)])
+    (tmp_path / "b.pem").write_text("")  # as it is for a moment while it is written anew
+    reading = certificates.read()
+    assert (reading.complaints, reading.skipped) == ([f"{tmp_path}/b.pem: holds no PEM certificate"], [])
+    certificates.install(reading)
+    assert [entry.name for entry in certificates.entries] == ["a.test", "b.test"]
 
 
 def test_an_authority_alone_or_by_its_name_is_an_error(dev):

@@ -220,6 +220,17 @@ def test_a_signal_stops_accepting_and_lets_connections_end(backend, edge, client
     assert program.process.wait(30) == 0
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_is_a_soft_stop_to_others_is_nothing(backend, edge, clients, number, workers):
+    program = edge("--workers", workers, backend=backend())
+    program.process.send_signal(number)
+    client = clients.tls(program.tls_port)
+    assert client.line().startswith(b"220")
+    client.close()
+    assert program.stop() == 0
+
+
 def test_what_has_not_ended_after_the_drain_timeout_is_broken_off(backend, edge, clients):
     program = edge("--drain-timeout", "0.2", backend=backend())
     client, plain = clients.tls(program.tls_port), clients.plain(program.starttls_port)

@@ -43,7 +43,9 @@ Problem = Callable[[], str | None]
 CLIENTS = 16
 """Requests served at once."""
 PAUSE = 0.5
-"""Seconds without accepting when descriptors have run out, or all places are taken and nobody leaves."""
+"""Seconds without accepting when descriptors have run out."""
+ROOM = 2.0
+"""Seconds for one of those who are served to make room; a client that comes and finds none is closed."""
 HEAD = 2.0
 """Seconds for the head of a request. It is one packet, and one that is lost comes again within a second."""
 REQUEST = 10.0
@@ -169,8 +171,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
             self._make_room()
-            # A thread that is not at its socket just now does not notice; then there is no room.
-            if not self._free.acquire(timeout=PAUSE):
+            # A thread that is not at its socket just now notices later.
+            if not self._free.acquire(timeout=ROOM):
                 self.shutdown_request(request)
                 return
         self._heads[request] = time.monotonic() + HEAD

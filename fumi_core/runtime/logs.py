@@ -16,7 +16,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 from collections import deque
@@ -63,11 +62,7 @@ def failure(logger: logging.Logger, message: str, error: BaseException, /, **fie
 
 
 def configure(form: str, level: str) -> None:
-    """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up.
-
-    Both programs begin with this: before anything else could become descriptor 2, and get what is meant for stderr.
-    """
-    _complete()
+    """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up."""
     root = logging.getLogger()
     # Lines may be waiting in the one that there is.
     handler = next((each for each in root.handlers if isinstance(each, Outlet)), None) or Outlet(STDERR)
@@ -222,18 +217,6 @@ def _write_all(fd: int, line: bytes) -> bool:
         except OSError:
             return False
     return True
-
-
-def _complete() -> None:
-    """Open on /dev/null what is closed of stdin, stdout and stderr."""
-    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            # The lowest number that is free is this one.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115  for as long as there is a program
 
 
 def _stamp(record: logging.LogRecord) -> str:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
+from fumi_core.runtime.streams import complete
 
 F = TypeVar("F", bound=Callable[..., Any])
 _ARGUMENTS = "fumi.arguments"
@@ -177,6 +178,7 @@ class Program(click.Command):
                 raise SettingError(f"the variable {variable} is no setting: {hint}")
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        complete()
         try:
             status = super().main(*args, **{**extra, "standalone_mode": False})
         except click.ClickException as error:

@@ -71,6 +71,12 @@ def test_hash_password_reads_a_line(tmp_path: Path) -> None:
     assert users.check_password("secret", done.stdout.strip())
 
 
+def test_hash_password_without_an_input_is_one_line() -> None:
+    done = subprocess.run(["bash", "-c", 'exec "$0" --hash-password 0<&-', PROGRAM], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: --hash-password: there is no password to read\n"
+
+
 def test_hash_password_asks_on_a_terminal() -> None:
     parent, child = pty.openpty()
     process = subprocess.Popen(

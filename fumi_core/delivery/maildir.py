@@ -64,10 +64,12 @@ class Maildir:
         app.on_data(deliver)
 
     def create(self) -> None:
+        # A directory that the power took takes with it what is in it, however safe that was.
+        made_in = {each.parent for each in (self.path, *self.path.parents) if not each.exists()}
         for name in ("tmp", "new", "cur"):
             (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        _sync_directory(self.path)
-        _sync_directory(self.path.parent)
+        for directory in {self.path, self.path.parent} | made_in:
+            _sync_directory(directory)
 
     def problem(self) -> str | None:
         for name in ("tmp", "new"):

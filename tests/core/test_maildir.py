@@ -117,6 +117,18 @@ def test_a_failing_disk_is_a_4yz_and_leaves_nothing(
         assert client.say("hi\r\n.").startswith(b"250")
 
 
+def test_the_directories_that_had_to_be_made_are_safe_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost directory is lost mail: each is synced in the one above it."""
+    synced = []
+    monkeypatch.setattr(maildir, "_sync_directory", synced.append)
+    box = tmp_path / "not" / "there" / "box"
+    maildir.Maildir(box).create()
+    assert set(synced) == {box, *list(box.parents)[:3]}
+    synced.clear()
+    maildir.Maildir(box).create()
+    assert set(synced) == {box, box.parent}
+
+
 def test_nothing_is_promised_before_file_and_directory_are_synced(box: Path, connect: Any, monkeypatch: Any) -> None:
     steps: list[str] = []
     for call in ("write", "fsync", "rename"):

@@ -14,6 +14,7 @@ from fumi_core.runtime.logs import configure
 from fumi_core.runtime.settings import ADDRESS, COUNT, NETWORK, OCTETS, SECONDS, WORKERS, Program, SettingError, config_option
 from fumi_core.runtime.workers import run
 from fumi_core.users import hash_password
+from fumi_core.version import VERSION
 
 
 class DomainType(click.ParamType):  # type: ignore[type-arg]
@@ -75,7 +76,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 @config_option("core")
 @click.option("--check", is_flag=True, help="Check all settings, the next hop too, and exit.")
-@click.version_option(package_name="fumi")
+@click.version_option(VERSION)
 @click.pass_context
 def main(ctx: click.Context, /, **settings: Any) -> None:
     """A plaintext SMTP server, to stand behind fumi-edge, HAProxy or stunnel.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
@@ -11,6 +10,7 @@ from fumi_core.observer import Observer
 from fumi_core.runtime.counting import Counter, Gauge, Histogram, Labels, Tallied
 from fumi_core.session import Session
 from fumi_core.tally import Tally
+from fumi_core.version import VERSION
 
 _TLS_VERSIONS = ("none", "unknown", "TLSv1.2", "TLSv1.3", "TLSv1.1", "TLSv1")
 _CODES = (
@@ -61,7 +61,7 @@ class CoreMetrics(Observer):
         reasons = ("max_clients", "not_smtp", "errors", "timeout", "draining")
         self._rejected = {reason: rejected.labels(reason) for reason in reasons}
         counter("worker_restarts", "Workers that died and were replaced.").labels()
-        Gauge("fumi_core_build_info", "The running version.", ("version",), registry).labels(version("fumi")).inc()
+        Gauge("fumi_core_build_info", "The running version.", ("version",), registry).labels(VERSION).inc()
 
     def _commands(self) -> Iterable[tuple[Labels, float]]:
         return [((verb.decode(),), count) for verb, count in list(self._tally.commands.items())]

@@ -27,6 +27,7 @@ from fumi_core.runtime.settings import (
     config_option,
 )
 from fumi_core.runtime.workers import run
+from fumi_core.version import VERSION
 from fumi_edge import dev
 from fumi_edge.backends import BALANCES, Backend, greeting
 from fumi_edge.certificates import Certificates
@@ -114,7 +115,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--check", is_flag=True, help="Check certificates, addresses and backends, and exit.")
 @click.option("--emit", type=click.Choice(PROGRAMS), help="Print the same settings as that program's configuration, and exit.")
 @click.option("--dev", "dev_mode", is_flag=True, help="Try it out: own certificate, own server, mail to ./maildir.")
-@click.version_option(package_name="fumi")
+@click.version_option(VERSION)
 def main(
     log_format: str, log_level: str, workers: int, user: str | None, check: bool, emit: str | None, dev_mode: bool, **flags: Any
 ) -> None:

@@ -7,7 +7,6 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
@@ -16,6 +15,7 @@ from fumi_core.runtime.acceptor import Ceiling
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, name_of
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
+from fumi_core.version import VERSION
 from fumi_edge.backends import Backend, Backends, Name, greeting
 from fumi_edge.certificates import Certificates
 from fumi_edge.connection import Connection, Service
@@ -78,7 +78,7 @@ class Edge:
         self.registry = registry or CollectorRegistry()
         self.drain_timeout = drain_timeout
         self.max_clients = max_clients
-        self.metrics = EdgeMetrics(self.registry, certificates.ciphers(), version("fumi"))
+        self.metrics = EdgeMetrics(self.registry, certificates.ciphers(), VERSION)
         self._reloader = Reloader(certificates, self.metrics, cert_reload_interval)
         self._reloads: set[asyncio.Task[None]] = set()
         self._service = Service(

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fumi_core
 from tests.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
@@ -385,3 +387,8 @@ def test_a_stop_does_not_wait_for_who_reads_the_log(
         client.close()
         process.terminate()
         assert process.wait(60) == 0
+
+
+def test_the_package_the_program_and_the_distribution_have_one_version() -> None:
+    assert fumi_core.__version__ == version("fumi-smtp")
+    assert finished(PROGRAM, "--version").stdout == f"fumi-core, version {fumi_core.__version__}\n"

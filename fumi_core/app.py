@@ -38,6 +38,7 @@ class Fumi:
         self._chains: Chains = dict.fromkeys(PHASES)
         self._server: Server | None = None
         self._at_close: list[Callable[[], object]] = []
+        self._withheld: list[Callable[[], frozenset[str]]] = []
 
     # Handlers
 
@@ -84,6 +85,14 @@ class Fumi:
         """Have ``close()`` call this when the connections have ended: whoever holds something open lets it go there."""
         self._at_close.append(release)
 
+    def withhold(self, extensions: Callable[[], frozenset[str]]) -> None:
+        """Do not offer, and do not take, the extensions that this returns: EHLO keywords such as ``DSN`` or ``BINARYMIME``.
+
+        For a delivery target that cannot keep what an extension promises. It is called at every EHLO, and at every MAIL and
+        RCPT that has parameters, so the answer may change.
+        """
+        self._withheld.append(extensions)
+
     def configure(self, **options: Any) -> None:
         """Override options, before ``listen()``. Raises as the constructor does."""
         self.options = _options.override(self.options, options)
@@ -96,6 +105,7 @@ class Fumi:
         self.options = other.options
         self._handlers = {phase: list(handlers) for phase, handlers in other._handlers.items()}
         self._chains = dict(other._chains)
+        self._withheld = list(other._withheld)
         self._at_close += [release for release in other._at_close if release not in self._at_close]
         if self._server is not None:
             self._server.configure(self._service(), self._logger())
@@ -146,7 +156,9 @@ class Fumi:
     def _service(self) -> Service:
         options = self.options
         trusted = Networks(options.trusted_proxies)
-        return Service(options, self._chains, Greetings(options), self.tally, self.observer, trusted)
+        withheld = tuple(self._withheld)
+        greetings = Greetings(options, lambda: frozenset().union(*(extensions() for extensions in withheld)))
+        return Service(options, self._chains, greetings, self.tally, self.observer, trusted)
 
     # What fumi_edge.Fumi does otherwise
 

@@ -1,7 +1,8 @@
-"""What a server says of itself: the banner, and the answers to HELO, EHLO and HELP. The same for all clients, so encoded once."""
+"""The banner, and the replies to HELO, EHLO and HELP. They are the same for all clients, so each is encoded once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 from fumi_core import xclient
@@ -11,11 +12,13 @@ from fumi_core.replies import Reply
 
 
 class Greetings:
-    """A server's greetings, as its options want them."""
+    """A server's greetings. They offer what its options allow, except the extensions that ``withheld()`` returns at that time."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, withheld: Callable[[], frozenset[str]] = frozenset) -> None:
+        """``withheld`` returns EHLO keywords; see ``Fumi.withhold``."""
+        self.withheld = withheld
         self._options = options
-        self._ehlo: dict[tuple[bool, bool, bool], Reply] = {}
+        self._ehlo: dict[tuple[bool, bool, bool, frozenset[str]], Reply] = {}
 
     @cached_property
     def banner(self) -> Reply:
@@ -41,12 +44,12 @@ class Greetings:
 
         ``auth`` tells whether AUTH would be heard, ``trusted`` whether XCLIENT and XFORWARD would.
         """
-        key = secure, auth, trusted
+        key = secure, auth, trusted, self.withheld()
         if key not in self._ehlo:
             self._ehlo[key] = Reply(250, "\n".join([self._options.name, *self._extensions(*key)]))
         return self._ehlo[key]
 
-    def _extensions(self, secure: bool, auth: bool, trusted: bool) -> list[str]:
+    def _extensions(self, secure: bool, auth: bool, trusted: bool, withheld: frozenset[str]) -> list[str]:
         options = self._options
         auth = auth and bool(options.auth_methods) and "AUTH" not in options.disabled_commands
         offered = [
@@ -64,4 +67,4 @@ class Greetings:
             (" ".join(["XCLIENT", *xclient.XCLIENT]), trusted and options.use_xclient),
             (" ".join(["XFORWARD", *xclient.XFORWARD]), trusted and options.use_xforward),
         ]
-        return [keyword for keyword, shown in offered if shown]
+        return [keyword for keyword, shown in offered if shown and keyword not in withheld]

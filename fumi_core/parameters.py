@@ -28,9 +28,20 @@ def read_xtext(text: str) -> str | None:
     return _XTEXT_HEX.sub(lambda found: chr(int(found[1], 16)), text)
 
 
-def read_mail(envelope: Envelope, given: Mapping[str, Value], session: Session, options: Options) -> Reply | None:
-    """Take the parameters of MAIL into the envelope; the refusal where one is unknown, not offered or malformed."""
+def read_mail(
+    envelope: Envelope,
+    given: Mapping[str, Value],
+    session: Session,
+    options: Options,
+    withheld: frozenset[str] = frozenset(),
+) -> Reply | None:
+    """Read the parameters of MAIL into the envelope. Returns the refusal if one is unknown, not offered or malformed.
+
+    ``withheld`` are extensions that are not offered, whatever the options say.
+    """
     for keyword, value in given.items():
+        if withheld and _extension(keyword, value) in withheld:
+            return replies.UNSUPPORTED_PARAMETER
         read = _MAIL.get(keyword)
         refusal = read(envelope, value, session, options) if read else replies.UNSUPPORTED_PARAMETER
         if refusal is not None:
@@ -38,14 +49,21 @@ def read_mail(envelope: Envelope, given: Mapping[str, Value], session: Session, 
     return None
 
 
-def read_rcpt(given: Mapping[str, Value], options: Options) -> Reply | None:
-    """Look at the parameters of RCPT: NOTIFY and ORCPT (RFC 3461 §4.1, §4.2)."""
+def read_rcpt(given: Mapping[str, Value], options: Options, withheld: frozenset[str] = frozenset()) -> Reply | None:
+    """Check the parameters of RCPT: NOTIFY and ORCPT (RFC 3461 §4.1, §4.2). ``withheld`` as for MAIL."""
     for keyword, value in given.items():
-        if keyword not in ("NOTIFY", "ORCPT") or options.hide_dsn:
+        if keyword not in ("NOTIFY", "ORCPT") or options.hide_dsn or "DSN" in withheld:
             return replies.UNSUPPORTED_PARAMETER
         if value is True or not (_is_notify(str(value)) if keyword == "NOTIFY" else _is_orcpt(str(value))):
             return replies.BAD_PARAMETER
     return None
+
+
+def _extension(keyword: str, value: Value) -> str:
+    """The EHLO keyword of the extension that a parameter of MAIL belongs to."""
+    if keyword == "BODY":
+        return "BINARYMIME" if str(value).upper() == "BINARYMIME" else "8BITMIME"
+    return "DSN" if keyword in ("RET", "ENVID") else keyword
 
 
 def _is_notify(value: str) -> bool:

@@ -280,7 +280,9 @@ class Protocol:
         if sender is None:
             return replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL
         envelope = self.session.envelope
-        refusal = parameters.read_mail(envelope, sender.args, self.session, self._options) if sender.args else None
+        refusal = None
+        if sender.args:
+            refusal = parameters.read_mail(envelope, sender.args, self.session, self._options, self._greetings.withheld())
         if refusal is None and not envelope.smtputf8 and not sender.address.isascii():
             refusal = replies.NEED_SMTPUTF8
         if refusal is not None:
@@ -294,9 +296,10 @@ class Protocol:
         recipient = grammar.read_path(grammar.RCPT_ARGUMENT, argument)
         if recipient is None:
             return replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT
-        refusal = parameters.read_rcpt(recipient.args, self._options) if recipient.args else None
-        if refusal is not None:
-            return refusal
+        if recipient.args:
+            refusal = parameters.read_rcpt(recipient.args, self._options, self._greetings.withheld())
+            if refusal is not None:
+                return refusal
         envelope = self.session.envelope
         if not envelope.smtputf8 and not recipient.address.isascii():
             return replies.NEED_SMTPUTF8

@@ -35,6 +35,8 @@ THREADS = 16
 
 _log = logging.getLogger("fumi.core")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_KEPT = frozenset({"BINARYMIME", "DSN"})
+"""Extensions that a file with LF line ends cannot keep: binary content would change, and nobody would send the notifications."""
 
 
 class Maildir:
@@ -62,6 +64,7 @@ class Maildir:
             observer.delivery(self.name, "ok")
 
         app.on_data(deliver)
+        app.withhold(lambda: _NOT_KEPT)
 
     def create(self) -> None:
         # A directory that the power took takes with it what is in it, however safe that was.

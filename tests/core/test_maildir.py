@@ -65,6 +65,22 @@ def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Any, size
     assert body_of(stored(box)[0]) == lines.replace(b"\r\n", b"\n")
 
 
+def test_what_a_maildir_cannot_keep_is_neither_offered_nor_taken(box: Path, connect: Any) -> None:
+    with running(build(box)) as server:
+        client = connect(server.port)
+        offered = client.say("EHLO client.example").replace(b"250 ", b"250-").split(b"\r\n")
+        assert {b"250-CHUNKING", b"250-8BITMIME", b"250-SMTPUTF8"} < set(offered)
+        assert not {b"250-BINARYMIME", b"250-DSN"} & set(offered)
+        for parameter in ("BODY=BINARYMIME", "body=binarymime", "RET=HDRS", "ENVID=x"):
+            assert client.say(f"MAIL FROM:<a@b.example> {parameter}").startswith(b"555 5.5.4"), parameter
+        assert client.say("MAIL FROM:<a@b.example> BODY=8BITMIME SIZE=10").startswith(b"250")
+        for parameter in ("NOTIFY=NEVER", "ORCPT=rfc822;c@d.example"):
+            assert client.say(f"RCPT TO:<c@d.example> {parameter}").startswith(b"555 5.5.4"), parameter
+        assert client.say("RCPT TO:<c@d.example>").startswith(b"250")
+        assert client.say("BDAT 8 LAST\r\nA: b\r\n").startswith(b"250")
+    assert [body_of(message) for message in stored(box)] == [b"A: b\n\n"]
+
+
 def test_a_message_that_breaks_off_leaves_nothing(box: Path, connect: Any, eventually: Any) -> None:
     app = build(box)
     closed: list[Any] = []

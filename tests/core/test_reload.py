@@ -104,7 +104,7 @@ def test_domains_and_the_target_are_taken_over(server: Server, workers: str, tmp
     server.reload()
     for _ in range(4):
         client = server.client()
-        client.say("EHLO x")
+        assert b"DSN" not in client.say("EHLO x")
         client.say("MAIL FROM:<x@x.example>")
         assert client.say("RCPT TO:<x@a.example>").startswith(b"550")
         assert client.say("RCPT TO:<x@b.example>").startswith(b"250")

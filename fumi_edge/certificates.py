@@ -5,7 +5,9 @@ the context that a handshake began in, so sessions survive a renewal, and worker
 When the name is known the handshake goes on in a context of the current Selection. A selection never changes: a renewal makes a
 new one whole, and puts it in the old one's place at once.
 
-A name that has an RSA and an ECDSA certificate has both in one context, and OpenSSL picks what the client can verify.
+A name that has an RSA and an ECDSA certificate has both in one context, and OpenSSL picks what the client can verify. Of several
+certificates for one name and kind of key, the valid one that expires last is served. That changes with the time, so a selection
+is made for a moment, and says until when it holds.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import socket
 import ssl
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fumi_core.runtime.logs import event
@@ -29,35 +32,84 @@ log = logging.getLogger("fumi.edge")
 
 
 class Selection:
-    """Contexts by name, for certificates in their order: the first one answers clients with another name or none."""
+    """The contexts by name, chosen at ``now`` (seconds since 1970) from the certificates in their order.
 
-    def __init__(self, certificates: Sequence[Certificate], policy: Policy, client_ca: str | None) -> None:
-        by_name: dict[str, dict[str, Certificate]] = {}
-        for certificate in certificates:
-            for name in certificate.names:
-                by_name.setdefault(name, {}).setdefault(certificate.kind, certificate)
-        contexts: dict[tuple[Certificate, ...], ssl.SSLContext] = {}
+    The first certificate's name answers clients that ask for another name or for none. ``served`` are the certificates in use.
+    The choice is good from ``chosen_at`` to ``until``, after which a certificate has expired or become valid.
+    """
 
-        def context(kinds: Iterable[Certificate]) -> ssl.SSLContext:
-            key = tuple(kinds)
-            if key not in contexts:
-                contexts[key] = policy.context(client_ca)
-                for certificate in key:
-                    certificate.give(contexts[key])
-            return contexts[key]
-
-        first = certificates[0]
+    def __init__(
+        self,
+        certificates: Sequence[Certificate],
+        policy: Policy,
+        client_ca: str | None,
+        now: float,
+        before: Selection | None = None,
+    ) -> None:
+        """``before`` is a selection of the same policy, whose contexts are taken over where nothing has changed."""
         self.certificates = tuple(certificates)
         self.client_ca = client_ca
-        self._default = context(by_name[first.names[0]].values() if first.names else [first])
-        self._by_name = {name: context(kinds.values()) for name, kinds in by_name.items()}
+        self.chosen_at = now
+        self.until = min((moment for each in certificates for moment in each.changes(now)), default=math.inf)
+        self._policy = policy
+        self._contexts: dict[tuple[Certificate, ...], ssl.SSLContext] = {}
+        self._old = before._contexts if before is not None and before.client_ca == client_ca else {}
+        by_name: dict[str, list[Certificate]] = {}
+        for certificate in certificates:
+            for name in certificate.names:
+                by_name.setdefault(name, []).append(certificate)
+        chosen = {name: _best(candidates, now) for name, candidates in by_name.items()}
+        self._by_name = {name: self._context(_wildcard(name, kinds, chosen, now) or kinds) for name, kinds in chosen.items()}
+        first = certificates[0]
+        self._default = self._by_name[first.names[0]] if first.names else self._context((first,))
+        self._old = {}
+        self.served = frozenset(itertools.chain(*self._contexts))
+
+    def _context(self, kinds: tuple[Certificate, ...]) -> ssl.SSLContext:
+        """The context with these certificates, made or taken over once."""
+        if kinds not in self._contexts:
+            if (context := self._old.get(kinds)) is None:
+                context = self._policy.context(self.client_ca)
+                for certificate in kinds:
+                    certificate.give(context)
+            self._contexts[kinds] = context
+        return self._contexts[kinds]
 
     def context_for(self, name: str | None) -> ssl.SSLContext:
-        """The context for a server name: the exact one, then the wildcard for its first label, then the first certificate's."""
+        """The context for a server name: the exact one, then the wildcard for its first label, then the first certificate's.
+
+        A valid wildcard goes before an exact certificate that is not valid.
+        """
         if not name:
             return self._default
         name = name.lower().rstrip(".")
-        return self._by_name.get(name) or self._by_name.get("*." + name.partition(".")[2]) or self._default
+        return self._by_name.get(name) or self._by_name.get(_parent(name)) or self._default
+
+
+def _parent(name: str) -> str:
+    """The wildcard that covers a name (RFC 6125 §6.4.3)."""
+    return "*." + name.partition(".")[2]
+
+
+def _best(candidates: Iterable[Certificate], now: float) -> tuple[Certificate, ...]:
+    """Of the certificates for a name, for each kind of key the valid one that expires last; the earlier one of two alike.
+
+    A kind without a valid certificate is left out, unless no kind has one.
+    """
+    kinds: dict[str, Certificate] = {}
+    for each in sorted(candidates, key=lambda each: (each.problem(now) is None, each.not_after), reverse=True):
+        kinds.setdefault(each.kind, each)
+    valid = tuple(each for each in kinds.values() if each.problem(now) is None)
+    return valid or tuple(kinds.values())
+
+
+def _wildcard(
+    name: str, kinds: Sequence[Certificate], chosen: Mapping[str, tuple[Certificate, ...]], now: float
+) -> tuple[Certificate, ...] | None:
+    """The valid wildcard certificates that replace those of an exact name, where none of these is valid; or None."""
+    wildcard = chosen.get(_parent(name), ())
+    is_valid = [each.problem(now) is None for each in wildcard]
+    return tuple(wildcard) if any(is_valid) and all(each.problem(now) for each in kinds) else None
 
 
 class Reading(NamedTuple):
@@ -81,6 +133,7 @@ class Certificates:
         if not sources:
             raise CertificateError("no certificate: name one with --cert")
         self._policy = policy or Policy()
+        self._current: Reading = None  # type: ignore[assignment]
         self._current = self._read_strictly([Pair(*source) for source in sources])
         self._front = self._make_front()
 
@@ -126,6 +179,16 @@ class Certificates:
         """Put what was read into service, for handshakes that begin from now on; unless ``update`` has come in between."""
         if reading.sources is self._current.sources:
             self._put(reading)
+
+    def choose(self, now: float) -> Reading:
+        """The certificates in service, with a choice for ``now`` (seconds since 1970), to be installed after ``selection.until``.
+
+        It reads nothing and changes nothing, and may be called in another thread.
+        """
+        current = self._current
+        return current._replace(
+            selection=Selection(self.entries, self._policy, current.selection.client_ca, now, current.selection)
+        )
 
     def update(self, cert: Source, key: Source | None = None) -> None:
         """Replace all certificates by this one. Raises CertificateError, and then nothing has changed."""
@@ -173,7 +236,8 @@ class Certificates:
         return certificate
 
     def _select(self, groups: Sequence[Sequence[Certificate]], client_ca: str | None) -> Selection:
-        return Selection(list(itertools.chain(*groups)), self._policy, client_ca)
+        before = self._current.selection if self._current is not None else None
+        return Selection(list(itertools.chain(*groups)), self._policy, client_ca, time.time(), before)
 
     def _put(self, reading: Reading) -> None:
         before, self._current = self._current, reading
@@ -220,14 +284,19 @@ class Certificates:
             f"--ciphers {self._policy.ciphers}: none is for a certificate with {' or '.join(kinds)}, so TLS 1.2 cannot be spoken"
         )
 
+    @property
+    def served(self) -> list[Certificate]:
+        """Those of the certificates that some client gets; the others are for names that have a better one."""
+        return [entry for entry in self.entries if entry in self.selection.served]
+
     def problems(self, now: float) -> list[str]:
-        """A line for each certificate that is not valid at ``now`` (seconds since 1970)."""
-        return [problem for entry in self.entries if (problem := entry.problem(now))]
+        """A line for each certificate that is served and not valid at ``now`` (seconds since 1970)."""
+        return [problem for entry in self.served if (problem := entry.problem(now))]
 
     def problem(self, now: float) -> str | None:
-        """Why no certificate is valid at ``now``, or None when one is."""
+        """Why no certificate that is served is valid at ``now``, or None when one is."""
         problems = self.problems(now)
-        return f"no valid certificate: {problems[0]}" if len(problems) == len(self.entries) else None
+        return f"no valid certificate: {problems[0]}" if len(problems) == len(self.served) else None
 
 
 @functools.cache

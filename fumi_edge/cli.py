@@ -65,7 +65,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     type=NAME,
     metavar="FILE|DIR",
     multiple=True,
-    help="Certificate chain, PEM, or a directory: *.pem, or Let's Encrypt's.",
+    help="Certificate chain, PEM, or a directory: *.pem, Let's Encrypt's, or Kubernetes' tls.crt and tls.key.",
 )
 @click.option(
     "--key", type=NAME, metavar="FILE", multiple=True, help="Private key, PEM, for each --cert file without one, in their order."

@@ -78,6 +78,10 @@ class Certificate:
             return f"{self.pair}: the certificate is not valid before {date(self.not_before)}"
         return None
 
+    def changes(self, now: float) -> list[float]:
+        """The moments from ``now`` on (seconds since 1970) at which it becomes valid, and after which it has expired."""
+        return [self.not_before] * (self.not_before > now) + [self.not_after] * (self.not_after >= now)
+
     def give(self, context: ssl.SSLContext) -> None:
         """Put it into a context. Raises CertificateError when the context's policy forbids it."""
         try:

@@ -19,6 +19,8 @@ log = logging.getLogger("fumi.edge.certificates")
 
 SETTLE = 1.0
 """Seconds for which files that changed may be bad before anybody is told: a certificate and its key are two, written in turn."""
+CLOCK = 10.0
+"""Seconds after which the clock is asked whether a certificate has expired: it may have been set."""
 FIRST_LOOK = 5.0
 """Seconds that the first look may hold a start up; it goes on all the same."""
 
@@ -35,6 +37,7 @@ class Reloader:
         self._reported: set[str] = set()
         self._lock = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
+        self._choosing: asyncio.Task[None] | None = None
         self._looked = asyncio.Event()
         self._publish()
 
@@ -44,8 +47,10 @@ class Reloader:
         self._tell_skipped(())
         if mismatch := self._certificates.mismatch():
             event(log, logging.WARNING, "no cipher for the certificates", detail=mismatch)
+        loop = asyncio.get_running_loop()
         if self._interval:
-            self._watching = asyncio.get_running_loop().create_task(self._watch())
+            self._watching = loop.create_task(self._watch())
+        self._choosing = loop.create_task(self._choose())
 
     async def first_look(self) -> None:
         """Until the files have been looked at once: a worker that takes another's place has what the master read long ago."""
@@ -55,10 +60,11 @@ class Reloader:
                     await self._looked.wait()
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+        for task in (self._watching, self._choosing):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
     async def reload(self) -> None:
         """Read everything anew, changed or not, and say again what is wrong."""
@@ -72,6 +78,29 @@ class Reloader:
                 await self._look()
             self._looked.set()
             await asyncio.sleep(self._interval)
+
+    async def _choose(self) -> None:
+        """Change what is served when a certificate expires or becomes valid. The clock may be set, so ask it now and then."""
+        while True:
+            until = self._certificates.selection.until
+            if (now := time.time()) <= until:
+                await asyncio.sleep(min(CLOCK, until - now + 0.001))
+                continue
+            async with self._lock:
+                await self._choose_again(now)
+
+    async def _choose_again(self, now: float) -> None:
+        """In a thread: a thousand contexts may have to be made."""
+        before = self._certificates.selection
+        try:
+            self._certificates.install(await aside(lambda: self._certificates.choose(now)))
+        except Exception as error:
+            failure(log, "choosing certificates failed", error)
+            await asyncio.sleep(CLOCK)
+        self._publish()
+        for entry in self._certificates.entries:
+            if any(moment <= now for moment in entry.changes(before.chosen_at)):
+                self._warn(entry)
 
     async def _look(self, always: bool = False) -> None:
         try:
@@ -134,8 +163,9 @@ class Reloader:
             event(log, logging.INFO, "certificate skipped", detail=line)
 
     def _publish(self) -> None:
-        self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.entries)
+        self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.served)
 
     def _warn(self, entry: Certificate) -> None:
         if problem := entry.problem(time.time()):
-            event(log, logging.WARNING, "certificate is not valid", name=entry.name, detail=problem)
+            level = logging.WARNING if entry in self._certificates.selection.served else logging.INFO
+            event(log, level, "certificate is not valid", name=entry.name, detail=problem)

@@ -1,4 +1,5 @@
-"""What --cert and --key stand for: files, directories of them, Let's Encrypt's; which are there now, and whether they changed."""
+"""What --cert and --key stand for: files, directories of them, Let's Encrypt's or Kubernetes'; which files are there, and whether
+they changed."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from fumi_edge.pem import CertificateError, Pair, Source, holds_key, is_path
 
+_LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
+"""The certificate's and the key's name: certbot's, and those of a Kubernetes Secret of type kubernetes.io/tls."""
 Stamp = tuple[tuple[object, ...], ...]
 """Equal for two looks at files between which nothing happened to them."""
 
@@ -31,16 +34,17 @@ def give_keys(certs: Sequence[Source], keys: Sequence[Source]) -> list[Pair]:
 def find(pair: Pair) -> list[Pair]:
     """The certificates that one --cert stands for: itself or, for a directory, what is there now, in the order of the names.
 
-    A directory is Let's Encrypt's (/etc/letsencrypt, its live/, or one live/NAME), or holds *.pem, each with its key inside or
-    beside it as NAME.key or NAME.pem.key; what is in them is not looked at. Raises CertificateError when there is none.
+    A directory is Let's Encrypt's (/etc/letsencrypt, its live/, or one live/NAME), a Kubernetes Secret's (tls.crt and tls.key),
+    or holds directories like these, or *.pem, each with its key inside or beside it as NAME.key or NAME.pem.key; what is in the
+    files is not read. Raises CertificateError when there is none.
     """
     if not _is_directory(pair.cert):
         return [pair]
     directory = os.fspath(pair.cert)
     assert isinstance(directory, str)
-    fullchain, privkey = _lineage(directory)
-    if os.path.lexists(fullchain) and os.path.lexists(privkey):
-        return [Pair(fullchain, privkey)]
+    for cert, key in _by_layout(directory):
+        if os.path.lexists(cert) and os.path.lexists(key):
+            return [Pair(cert, key)]
     live = os.path.join(directory, "live")
     directory = live if os.path.isdir(live) else directory
     try:
@@ -49,23 +53,24 @@ def find(pair: Pair) -> list[Pair]:
         raise CertificateError(f"{directory}: cannot read the directory: {error.strerror}") from None
     found = [each for name in names if (each := _entry(os.path.join(directory, name)))]
     if not found:
-        raise CertificateError(f"{directory}: holds neither *.pem nor NAME/fullchain.pem with NAME/privkey.pem")
+        layouts = ", ".join(" with ".join(layout) for layout in _LAYOUTS)
+        raise CertificateError(f"{directory}: holds no certificate: neither *.pem, nor {layouts}, nor directories with these")
     return found
 
 
 def _entry(path: str) -> Pair | None:
-    fullchain, privkey = _lineage(path)
-    if os.path.lexists(fullchain):
-        return Pair(fullchain, privkey)
+    for cert, key in _by_layout(path):
+        if os.path.lexists(cert):
+            return Pair(cert, key)
     if not path.endswith(".pem"):
         return None
     beside = (path.removesuffix(".pem") + ".key", path + ".key")
     return Pair(path, next((key for key in beside if os.path.lexists(key)), None))
 
 
-def _lineage(directory: str) -> tuple[str, str]:
-    """Where certbot puts a certificate with its chain, and the key."""
-    return os.path.join(directory, "fullchain.pem"), os.path.join(directory, "privkey.pem")
+def _by_layout(directory: str) -> list[tuple[str, str]]:
+    """Where each known program would put the certificate with its chain, and the key."""
+    return [(os.path.join(directory, cert), os.path.join(directory, key)) for cert, key in _LAYOUTS]
 
 
 def _is_directory(source: Source) -> bool:

@@ -124,6 +124,78 @@ def test_an_rsa_and_an_ecdsa_certificate_for_one_name_are_both_served(backend, e
     assert "alert handshake failure" in served("ecdsa.test", "-sigalgs", "RSA-PSS+SHA256")
 
 
+HOUR, DAY = 1 / 24, 1
+EXPIRED = -1
+
+
+@pytest.mark.parametrize(
+    ("lifetimes", "best"),
+    [((EXPIRED, DAY), 1), ((DAY, EXPIRED), 0), ((HOUR, DAY), 1), ((DAY, HOUR), 0), ((EXPIRED, HOUR, DAY), 2)],
+)
+def test_of_certificates_for_one_name_the_valid_one_that_expires_last_is_served(authority, served, lifetimes, best):
+    pairs = [authority.issue("one.test", days=days) for days in lifetimes]
+    certificates = Certificates(pairs)
+    for name in ("one.test", None):
+        assert served(certificates, name) == serial(pairs[best][0])
+    assert [entry.pair.cert for entry in certificates.served] == [pairs[best][0]]
+    assert certificates.problems(time.time()) == []
+    assert certificates.problem(time.time()) is None
+
+
+def test_where_none_is_valid_the_one_that_expired_last_is_served_and_nothing_is_ready(make_certificate, served):
+    pairs = [make_certificate("one.test", options=("-days", days)) for days in ("3", "4", "2")]
+    certificates = Certificates(pairs)
+    last = max(entry.not_after for entry in certificates.entries)
+    certificates.install(certificates.choose(last + 1))
+    assert [entry.pair.cert for entry in certificates.served] == [pairs[1][0]]
+    assert certificates.problem(last + 1).startswith(f"no valid certificate: {pairs[1][0]}: the certificate expired on")
+
+
+def test_a_certificate_that_expires_or_becomes_valid_changes_the_choice(authority, served):
+    short, long = authority.issue("one.test", days=HOUR), authority.issue("one.test", "two.test", days=DAY)
+    certificates = Certificates([short, long, authority.issue("three.test", days=2)])
+    soon = min(entry.not_after for entry in certificates.entries)
+    assert certificates.selection.until == soon
+    certificates.install(certificates.choose(soon))
+    assert len(certificates.served) == 2
+    late = Certificates([short])
+    begin = late.entries[0].not_before
+    before = late.choose(begin - 1).selection
+    assert (before.until, late.choose(begin).selection.until) == (begin, soon)
+    assert late.choose(soon + 1).selection.until == float("inf")
+
+
+def test_an_expired_kind_is_not_served_beside_a_valid_one(authority, served):
+    """A client that prefers ECDSA would otherwise get the expired certificate."""
+    ecdsa, rsa = authority.issue("both.test", days=HOUR), authority.issue("both.test", kind="rsa", days=DAY)
+    certificates = Certificates([ecdsa, rsa])
+    assert served(certificates, "both.test") == serial(ecdsa[0])
+    certificates.install(certificates.choose(certificates.selection.until + 1))
+    for name in ("both.test", None):
+        assert served(certificates, name) == serial(rsa[0])
+    assert [entry.kind for entry in certificates.served] == ["RSA"]
+
+
+def test_a_valid_wildcard_goes_before_an_exact_certificate_that_has_expired(authority, served):
+    exact, wildcard = authority.issue("mail.example.org", days=HOUR), authority.issue("*.example.org", days=DAY)
+    certificates = Certificates([exact, wildcard])
+    assert served(certificates, "mail.example.org") == serial(exact[0])
+    certificates.install(certificates.choose(certificates.selection.until + 1))
+    for name in ("mail.example.org", "MAIL.EXAMPLE.ORG.", "other.example.org", None):
+        assert served(certificates, name) == serial(wildcard[0])
+
+
+def test_a_renewal_makes_only_the_contexts_that_have_changed(authority):
+    pairs = [authority.issue(f"{name}.test") for name in "ab"]
+    certificates = Certificates(pairs)
+    before = [certificates.selection.context_for(f"{name}.test") for name in "ab"]
+    pairs[0][0].write_bytes((new := authority.issue("a.test"))[0].read_bytes())
+    pairs[0][1].write_bytes(new[1].read_bytes())
+    certificates.install(certificates.read())
+    after = [certificates.selection.context_for(f"{name}.test") for name in "ab"]
+    assert [one is other for one, other in zip(before, after, strict=True)] == [False, True]
+
+
 def test_without_a_server_name_both_kinds_of_port_show_the_first(backend, edge, authority, kit):
     first, second = authority.issue("first.test"), authority.issue("second.test")
     program = edge(backend=backend(), certs=("--cert", first[0], "--key", first[1], "--cert", second[0], "--key", second[1]))

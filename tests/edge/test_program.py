@@ -81,7 +81,7 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certi
             ((*flags, "--alpn", "x" * 300), "--alpn"),
             ((*flags, "--ciphers", "nonsense"), "--ciphers: 'nonsense' selects no TLS 1.2 cipher"),
             ((*flags, "--cert-reload-interval", "-1"), "--cert-reload-interval"),
-            (("--cert", str(empty), "--backend", "127.0.0.1:9"), "holds neither *.pem nor"),
+            (("--cert", str(empty), "--backend", "127.0.0.1:9"), "holds no certificate: neither *.pem, nor"),
             (("--cert", str(empty), "--key", str(other), "--backend", "127.0.0.1:9"), "1 --cert but 1 --key"),
             ((*flags, "--no-such-flag"), "--no-such-flag"),
             ((*flags, "--config", str(tmp_path / "none.toml")), "--config"),

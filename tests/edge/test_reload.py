@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -118,6 +119,35 @@ def test_certbots_links_are_followed(backend, edge, authority, tmp_path, shown, 
     kit.until(lambda: len(program.events("certificate loaded")) == 2, "another certificate")
     assert shown(program, "other.test") == serial(other[0])
     assert shown(program) == serial(new[0])
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_certificate_that_expires_at_run_time_gives_way_to_a_valid_one(backend, edge, authority, shown, kit, workers):
+    short, long = authority.issue("localhost", days=4 / 86400), authority.issue("localhost", kind="rsa", days=3)
+    certs = ("--cert", short[0], "--key", short[1], "--cert", long[0], "--key", long[1])
+    program = edge("--cert-reload-interval", "0", "--workers", workers, backend=backend(), certs=certs)
+
+    def served():
+        try:
+            return {shown(program) for _ in range(4)}
+        except ssl.SSLCertVerificationError:
+            return None  # it has expired in this very moment
+
+    kit.until(lambda: served() == {serial(long[0])}, "the other certificate")
+    kit.until(lambda: program.fetch("/readyz") == (200, "ready\n"), "readiness")
+
+    def expiry():
+        return program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost")
+
+    kit.until(lambda: expiry() > time.time() + 86400, "the expiry of the one that is served")
+
+
+def test_readiness_ends_when_the_last_certificate_expires(backend, edge, authority, kit):
+    cert, key = authority.issue("localhost", days=4 / 86400)
+    program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", cert, "--key", key))
+    kit.until(lambda: program.fetch("/readyz")[0] == 503, "the expiry")
+    (warning,) = kit.until(lambda: program.events("certificate is not valid"), "the warning")
+    assert f"{cert}: the certificate expired on 20" in warning["detail"]
 
 
 def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend, edge, authority, tmp_path, shown, kit):
@@ -317,7 +347,8 @@ def test_what_serves_nobody_is_said_at_the_start(backend, edge, kit, make_author
 class Troubled:
     """Certificates whose files cannot be looked at for a while."""
 
-    entries = skipped = ()
+    entries = served = skipped = ()
+    selection = SimpleNamespace(until=float("inf"))
     mismatch = staticmethod(lambda: None)
 
     def __init__(self, *troubles):

@@ -56,9 +56,29 @@ def test_a_directory_gives_every_pem_file_with_the_key_beside_it(tmp_path):
     ]
 
 
+def test_a_directory_may_be_a_kubernetes_secret_or_hold_several(tmp_path):
+    for name in ("a", "b"):
+        data = tmp_path / name / "..2026_01_31"
+        data.mkdir(parents=True)
+        (tmp_path / name / "..data").symlink_to(data.name)
+        for file in ("ca.crt", "tls.crt", "tls.key"):
+            (data / file).write_text("")
+            (tmp_path / name / file).symlink_to(f"..data/{file}")
+    a, b = ((f"{tmp_path}/{name}/tls.crt", f"{tmp_path}/{name}/tls.key") for name in ("a", "b"))
+    assert paths(find(Pair(tmp_path / "a"))) == [a]
+    assert paths(find(Pair(tmp_path))) == [a, b]
+    before = stamp([Pair(tmp_path)])
+    new = tmp_path / "a" / "..2026_02_01"
+    (tmp_path / "a" / "..2026_01_31").rename(new)
+    (new / "tls.crt").write_text("renewed")
+    (tmp_path / "a" / "..new").symlink_to(new.name)
+    (tmp_path / "a" / "..new").rename(tmp_path / "a" / "..data")
+    assert stamp([Pair(tmp_path)]) != before
+
+
 def test_a_directory_without_certificates_is_an_error(tmp_path):
     (tmp_path / "README").write_text("")
-    with pytest.raises(CertificateError, match=r"holds neither \*\.pem nor NAME/fullchain\.pem"):
+    with pytest.raises(CertificateError, match=r"neither \*\.pem, nor fullchain\.pem with privkey\.pem, tls\.crt with tls\.key"):
         find(Pair(tmp_path))
 
 

@@ -27,8 +27,11 @@ from fumi_core.states import ALWAYS, BEFORE_MAIL, ORDER, State
 from fumi_core.tally import Tally
 from fumi_core.transfer import Transfer
 
-MAX_REPLIES = 500
-"""Replies that may wait to be sent before the next command is looked at: a client that pipelines thousands waits its turn."""
+MAX_REPLIES = 32
+"""Replies that may wait to be sent before the next command is read: a client that pipelines thousands waits its turn.
+
+The longest, EHLO's, has under 1 KiB.
+"""
 
 _MESSAGE_START, _MESSAGE_END = MessageStart(), MessageEnd()
 
@@ -53,6 +56,8 @@ class Protocol:
         """The event that waits for an answer."""
         self.throttled = False
         """So many replies wait to be sent that nothing is looked at before they are."""
+        self.line_begun = False
+        """Whether the last octets that came were the beginning of a command, whose end has yet to come."""
         self.last: Reply | None = None
         """The reply that closed the dialogue."""
         self._options = options
@@ -89,7 +94,7 @@ class Protocol:
 
     def next_event(self) -> Event | None:
         """Go on until the application is concerned; None when more bytes, or an answer, are needed first."""
-        self.throttled = False
+        self.throttled = self.line_begun = False
         while self.pending is None and self.state is not State.CLOSED:
             if len(self._output) > MAX_REPLIES:
                 self.throttled = True
@@ -109,9 +114,11 @@ class Protocol:
                 self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
                 continue
             if line is None:
-                if self._input.begun and self._exchange is None and self._is_foreign(self._input.beginning()):
-                    # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
-                    self.close(replies.NOT_SMTP)
+                if self._input.begun:
+                    self.line_begun = True
+                    if self._exchange is None and self._is_foreign(self._input.beginning()):
+                        # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
+                        self.close(replies.NOT_SMTP)
                 return None
             event = self._answer(self._command(line) if self._exchange is None else self._respond(line))
             if event is not None:

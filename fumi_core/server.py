@@ -28,7 +28,7 @@ from fumi_core.transport import Transport
 READ_SIZE = 128 * 1024
 """Octets taken from a socket at once, into one buffer that all connections share."""
 LINGER = 5.0
-"""Seconds a client has to notice that the dialogue is over."""
+"""Seconds a client has, after it has taken the last reply, to close its side."""
 
 
 class Phase(Enum):
@@ -99,7 +99,29 @@ class Server:
 
 
 class Connection:
-    """One client: bytes, timeouts and flow control around a Dialogue."""
+    """One client: bytes, timeouts and flow control around a Dialogue.
+
+    Every connection has a deadline in every state. What it is, and what puts it off:
+
+    ============================  ==============================  ============================  =====================
+    state                         deadline                        put off by                    when it has passed
+    ============================  ==============================  ============================  =====================
+    a PROXY header is expected    proxy_timeout                   nothing                       closed
+    a command is expected         socket_timeout                  octets received, replies      421, lingering
+                                                                  taken by the kernel
+    a command has begun           socket_timeout                  nothing: it must be complete  421, lingering
+                                  from its first octets on
+    a message or chunk arrives    socket_timeout, and             octets received;              421, lingering
+                                  data_timeout in all             nothing
+    a handler is at work          none: the silence is ours       -                             -
+    replies wait for the client   socket_timeout                  all of them taken by the      closed without a word
+    to read, handler or not                                       kernel
+    lingering                     LINGER                          nothing                       closed
+    closing                       the one there was               nothing                       closed
+    ============================  ==============================  ============================  =====================
+
+    A client that has closed its side (a half-close) is in the same states: it gets the replies to what it sent, then the end.
+    """
 
     __slots__ = (
         "_deadline",
@@ -151,23 +173,30 @@ class Connection:
     def received(self, count: int) -> None:
         data = bytes(self._server.buffer[:count])
         if self._phase is Phase.OPEN:
-            self._deadline = monotonic() + self._server.options.socket_timeout
-            self._dialogue.receive(data)  # type: ignore[union-attr]
+            dialogue = self._dialogue
+            assert dialogue is not None
+            if not dialogue.protocol.line_begun:
+                self._deadline = monotonic() + self._server.options.socket_timeout
+            dialogue.receive(data)
         elif self._phase is Phase.HEADER:
             self._read_header(data)
 
     def ended(self) -> None:
         if self._phase is Phase.HEADER:
             self._refuse_header("none", "closed", "closed before a PROXY header")
-        elif self._phase is Phase.OPEN and self._dialogue is not None and self._dialogue.busy:
-            # The client has said all it will say and may still read: it gets its reply, and then the end.
+        elif self._phase is Phase.OPEN:
+            # The client sends no more and may still read: it gets its replies, and then the end.
             self._ended = True
+            self._regulate()
         else:
             self._transport.close()
 
     def drained(self) -> None:
-        self._deadline = monotonic() + self._server.options.socket_timeout
-        self._proceed()
+        if self._phase is Phase.OPEN:
+            self._deadline = monotonic() + self._server.options.socket_timeout
+            self._proceed()
+        elif self._phase is Phase.LINGERING:
+            self._watch(LINGER)
 
     def lost(self) -> None:
         self._phase = Phase.CLOSED
@@ -247,15 +276,17 @@ class Connection:
         dialogue = self._dialogue
         if self._phase is not Phase.OPEN or dialogue is None:
             return
-        output = dialogue.protocol.take_output()
-        if output:
-            self._deadline = monotonic() + self._server.options.socket_timeout
-            self._transport.write(output)
+        # While replies wait for the client to read, further ones stay in the protocol, which stops when it has enough.
+        if not self._transport.blocked or dialogue.closed:
+            output = dialogue.protocol.take_output()
+            if output:
+                self._deadline = monotonic() + self._server.options.socket_timeout
+                self._transport.write(output)
         if dialogue.closed:
             self._end(dialogue)
         elif self._ended:
-            if not dialogue.busy:
-                self._transport.close()
+            if not (dialogue.busy or dialogue.protocol.throttled or self._transport.blocked):
+                self._close()
         elif (self._transport.blocked or dialogue.full) is not self._paused:
             self._paused = not self._paused
             if self._paused:
@@ -274,14 +305,18 @@ class Connection:
 
     def _end(self, dialogue: Dialogue) -> None:
         if dialogue.protocol.last is replies.BYE or self._ended:
-            self._phase = Phase.CLOSED
-            self._transport.close()
+            self._close()
         else:
             self._linger()
 
+    def _close(self) -> None:
+        self._phase = Phase.CLOSED
+        self._transport.close()
+
     def _linger(self) -> None:
         self._phase = Phase.LINGERING
-        self._watch(LINGER)
+        # The client has to take what waits first; drained() then gives it the rest of its time.
+        self._watch(self._server.options.socket_timeout if self._transport.blocked else LINGER)
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
@@ -348,8 +383,10 @@ class Connection:
             self._look_again(now)
         elif self._phase is Phase.HEADER:
             self._refuse_header("none", "timeout", "no PROXY header in time")
-        elif self._phase is Phase.OPEN:
-            self._dialogue.time_out()  # type: ignore[union-attr]
+        elif self._phase is Phase.OPEN and dialogue is not None:
+            dialogue.time_out()
+            if self._transport.blocked:
+                self._transport.abort()  # there is no room for the 421, nor a client that reads
         else:
             self._transport.abort()
 

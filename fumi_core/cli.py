@@ -9,7 +9,7 @@ import click
 
 from fumi_core.grammar import DOMAIN, MAX_DOMAIN
 from fumi_core.program import CoreWork
-from fumi_core.runtime.lifecycle import ignore_user_signals, raise_descriptor_limit
+from fumi_core.runtime.lifecycle import hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.settings import ADDRESS, COUNT, NETWORK, OCTETS, SECONDS, WORKERS, Program, SettingError, config_option
 from fumi_core.runtime.workers import run
@@ -100,6 +100,7 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
     configure(settings["log_format"], settings["log_level"])
     raise_descriptor_limit()
     ignore_user_signals()
+    hold_reloads()
     work = CoreWork(ctx, dry=settings["check"])
     if settings["check"]:
         if remark := work.check():

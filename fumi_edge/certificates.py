@@ -115,12 +115,14 @@ def _wildcard(
 class Reading(NamedTuple):
     """What it came to when all sources were read: the certificates of each, and a line for each thing that was wrong.
 
-    ``skipped`` are the files of directories that are left alone: authorities, which serve nobody.
+    ``stamp`` is how the files were before they were read; ``skipped`` are the files of directories that are left alone:
+    authorities, which serve nobody.
     """
 
     sources: Sequence[Pair]
     groups: list[list[Certificate]]
     selection: Selection
+    stamp: Stamp
     complaints: list[str]
     skipped: list[str]
 
@@ -145,6 +147,11 @@ class Certificates:
     def entries(self) -> tuple[Certificate, ...]:
         return self.selection.certificates
 
+    @property
+    def stamp_read(self) -> Stamp:
+        """``stamp()`` as it was before the certificates in service were read: another one since means that a file has changed."""
+        return self._current.stamp
+
     def stamp(self) -> Stamp:
         """Equal as long as nothing happens to any of the files."""
         return stamp(self._current.sources, self._policy.client_ca)
@@ -161,6 +168,7 @@ class Certificates:
         a valid certificate whose new version is not. The first certificate of all stays even when a directory has lost its file.
         """
         sources, old, selection, *_ = self._current
+        before = self.stamp()
         complaints: list[str] = []
         skipped: list[str] = []
         groups = [self._renew(source, group, complaints, skipped) for source, group in zip(sources, old, strict=True)]
@@ -173,7 +181,7 @@ class Certificates:
             client_ca = self._policy.read_client_ca()
         except CertificateError as error:
             complaints.append(str(error))
-        return Reading(sources, groups, self._select(groups, client_ca), complaints, skipped)
+        return Reading(sources, groups, self._select(groups, client_ca), before, complaints, skipped)
 
     def install(self, reading: Reading) -> None:
         """Put what was read into service, for handshakes that begin from now on; unless ``update`` has come in between."""
@@ -197,10 +205,11 @@ class Certificates:
     def _read_strictly(self, sources: Sequence[Pair]) -> Reading:
         complaints: list[str] = []
         skipped: list[str] = []
+        before = stamp(sources, self._policy.client_ca)
         groups = [self._renew(source, [], complaints, skipped) for source in sources]
         if complaints:
             raise CertificateError(complaints[0])
-        return Reading(sources, groups, self._select(groups, self._policy.read_client_ca()), [], skipped)
+        return Reading(sources, groups, self._select(groups, self._policy.read_client_ca()), before, [], skipped)
 
     def _renew(self, source: Pair, old: Sequence[Certificate], complaints: list[str], skipped: list[str]) -> list[Certificate]:
         """What one source gives now, with what it gave before in place of what is wrong.
@@ -236,7 +245,7 @@ class Certificates:
         return certificate
 
     def _select(self, groups: Sequence[Sequence[Certificate]], client_ca: str | None) -> Selection:
-        before = self._current.selection if self._current is not None else None
+        before = None if self._current is None else self._current.selection
         return Selection(list(itertools.chain(*groups)), self._policy, client_ca, time.time(), before)
 
     def _put(self, reading: Reading) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from fumi_core.runtime.addresses import Networks, parse_address, passed
-from fumi_core.runtime.lifecycle import STOPS, ignore_user_signals, raise_descriptor_limit
+from fumi_core.runtime.lifecycle import STOPS, hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.privileges import PrivilegeError, find
 from fumi_core.runtime.settings import (
@@ -126,6 +126,7 @@ def main(
     configure(log_format, log_level)
     raise_descriptor_limit()
     ignore_user_signals()
+    hold_reloads()
     with contextlib.ExitStack() as stack:
         if dev_mode:
             if flags["cert"] or flags["key"] or flags["backend"]:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fumi_core.runtime.files import NotRegularError, read_file
+
 Source = str | bytes | os.PathLike[str]
 """PEM text, or the path of a file that holds it."""
 
@@ -153,11 +155,10 @@ def _read(source: Source, what: str) -> bytes:
     if not is_path(source):
         return os.fspath(source).encode()
     try:
-        with open(source, "rb") as file:
-            return file.read()
+        return read_file(source)
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or error
-        kind = NoServer if isinstance(error, IsADirectoryError) else CertificateError
+        kind = NoServer if isinstance(error, IsADirectoryError | NotRegularError) else CertificateError
         raise kind(f"{label(source)}: cannot read the {what}: {detail}") from None
 
 

@@ -33,7 +33,7 @@ class Reloader:
         self._metrics = metrics
         self._interval = interval
         self._settle = min(SETTLE, interval or SETTLE)
-        self._seen = certificates.stamp()
+        self._seen = certificates.stamp_read
         self._reported: set[str] = set()
         self._lock = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None

@@ -4,9 +4,10 @@ they changed."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from fumi_edge.pem import CertificateError, Pair, Source, holds_key, is_path
+from fumi_core.runtime.files import in_time
+from fumi_edge.pem import CertificateError, Pair, Source, holds_key, is_path, label
 
 _LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
 """The certificate's and the key's name: certbot's, and those of a Kubernetes Secret of type kubernetes.io/tls."""
@@ -38,10 +39,19 @@ def find(pair: Pair) -> list[Pair]:
     or holds directories like these, or *.pem, each with its key inside or beside it as NAME.key or NAME.pem.key; what is in the
     files is not read. Raises CertificateError when there is none.
     """
-    if not _is_directory(pair.cert):
+    if not is_path(pair.cert):
         return [pair]
-    directory = os.fspath(pair.cert)
-    assert isinstance(directory, str)
+    path = os.fspath(pair.cert)
+    assert isinstance(path, str)
+    try:
+        return in_time(path, lambda: _find(pair, path))
+    except TimeoutError as error:
+        raise CertificateError(f"{path}: cannot read it: {error.strerror}") from None
+
+
+def _find(pair: Pair, directory: str) -> list[Pair]:
+    if not os.path.isdir(directory):
+        return [pair]
     for cert, key in _by_layout(directory):
         if os.path.lexists(cert) and os.path.lexists(key):
             return [Pair(cert, key)]
@@ -74,18 +84,37 @@ def _by_layout(directory: str) -> list[tuple[str, str]]:
 
 
 def _is_directory(source: Source) -> bool:
-    return is_path(source) and os.path.isdir(source)
+    try:
+        return is_path(source) and in_time(label(source), lambda: os.path.isdir(source))
+    except TimeoutError:
+        return False  # what reads it says so
 
 
 def stamp(pairs: Iterable[Pair], *others: Source | None) -> Stamp:
     """How all files of these sources are now, by stat() through symbolic links: certbot renews by putting a new link in place."""
+    pairs = list(pairs)
+    try:
+        return in_time("", lambda: _stamp(pairs, others, _stat))
+    except TimeoutError:
+        # Something hangs: each file by itself, so that those that do not are still looked at.
+        return _stamp(pairs, others, _stat_in_time)
+
+
+def _stamp(pairs: Iterable[Pair], others: Iterable[Source | None], look: Callable[[Source], tuple[object, ...]]) -> Stamp:
     files: list[Source | None] = []
     for pair in pairs:
         try:
             files += [each for found in find(pair) for each in found]
         except CertificateError:
             files.append(pair.cert)
-    return tuple(_stat(each) for each in (*files, *others) if each is not None and is_path(each))
+    return tuple(look(each) for each in (*files, *others) if each is not None and is_path(each))
+
+
+def _stat_in_time(path: Source) -> tuple[object, ...]:
+    try:
+        return in_time(os.path.dirname(label(path)), lambda: _stat(path))
+    except TimeoutError as error:
+        return path, error.errno
 
 
 def _stat(path: Source) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -29,12 +30,22 @@ async def aside(function: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(_settle, answer, outcome, failure)
 
+    start_thread(work, "aside")
+    return await answer
+
+
+def start_thread(act: Callable[[], object], name: str) -> threading.Thread:
+    """Start a daemon thread that receives no signals, which may be held for another thread. Raises OSError without one."""
+    thread = threading.Thread(target=act, name=name, daemon=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        threading.Thread(target=work, name="aside", daemon=True).start()
+        thread.start()
     except RuntimeError as error:
         # The system has no more threads to give.
         raise OSError(str(error)) from None
-    return await answer
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return thread
 
 
 def _settle(answer: asyncio.Future[Any], outcome: Any, failure: Exception | None) -> None:

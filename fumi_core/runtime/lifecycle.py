@@ -92,6 +92,14 @@ def ignore_user_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def hold_reloads() -> None:
+    """Let SIGHUP wait until ``heed()``: while an app is imported or certificates are loaded it would end the process.
+
+    A stop need not wait: nothing is served yet.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
 def hold_signals() -> None:
     """Let signals wait from here on until ``heed()``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)

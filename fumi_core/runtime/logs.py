@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import select
-import signal
 import socket
 import stat
 import threading
@@ -22,6 +21,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
+
+from fumi_core.runtime.aside import start_thread
 
 STDERR = 2
 WAITING = 1 << 20
@@ -135,8 +136,8 @@ class Outlet(logging.Handler):
         if self._writer is None:
             # Now, and not before: a thread does not outlive a fork.
             try:
-                self._writer = _undisturbed(self._write_waiting)
-            except RuntimeError:
+                self._writer = start_thread(self._write_waiting, "log")
+            except OSError:
                 self._lost += 1  # the system has no thread to give
                 return
         self._waiting.append(line)
@@ -173,17 +174,6 @@ class Outlet(logging.Handler):
 def _record(level: int, event: Event, error: BaseException | None = None) -> logging.LogRecord:
     info = (type(error), error, error.__traceback__) if error else None
     return logging.LogRecord("fumi.logs", level, "", 0, event, (), info)
-
-
-def _undisturbed(act: Callable[[], None]) -> threading.Thread:
-    """A thread that gets no signal: those of the process may be held for somebody who is still to come."""
-    thread = threading.Thread(target=act, name="log", daemon=True)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        thread.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return thread
 
 
 def _without_waiting(fd: int) -> Callable[[bytes], int]:

@@ -4,9 +4,9 @@ It waits for signals, and does nothing else: SIGTERM and SIGINT drain all worker
 SIGHUP has them take over new settings, and SIGCHLD is one that has ended.
 
 New settings are tried here first, and kept, for those that are forked later. That may take half a minute, as with a thousand
-certificates, and is done in a thread, so that a stop does not wait for it, nor the watchdog. While that one is there, nothing is
-forked. Else there is no event loop and no thread; but for that of the log, which is there once somebody has stopped reading, and
-only ever writes.
+certificates, and is done in a thread, so that neither a stop nor the watchdog waits for it. Nothing is forked meanwhile; a thread
+that has not returned after READING seconds is given up. Otherwise there is no event loop and no thread, except that of the log,
+which exists once somebody has stopped reading, and only ever writes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 
+from fumi_core.runtime.aside import start_thread
 from fumi_core.runtime.lifecycle import HELD, Work, reload
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, State
@@ -41,6 +43,8 @@ GRACE = 5.0
 """Seconds that draining may take beyond the drain timeout."""
 HASTE = 2.0
 """Seconds that ending at once may take."""
+READING = 60.0
+"""Seconds that new settings may take to be read; after that a file system is taken to hang."""
 SILENCE = 3.0
 """Seconds beyond the watchdog's own that a worker may give no sign of life."""
 
@@ -73,11 +77,17 @@ class Master:
         self._children = [*self._workers, *([_Child(METRICS)] if work.metrics_sockets else [])]
         self._settled = False
         """All workers serve, with the newest settings, and systemd knows."""
+        self._has_served = False
+        """All workers have served, and systemd was told."""
         self._stopping = False
-        self._good = False
-        """The settings that were read last were."""
+        self._good = threading.Event()
+        """Set when the settings that were read last are good."""
         self._reading: threading.Thread | None = None
-        """What reads new settings. Meanwhile SIGHUP waits, and of those that wait the kernel keeps one."""
+        """The thread that reads new settings. Meanwhile SIGHUP waits, and of those that wait the kernel keeps one."""
+        self._reading_until = float("inf")
+        """The time, by the monotonic clock, at which that thread is given up."""
+        self._hanging: threading.Thread | None = None
+        """A thread that was given up. It is in a system call that does not return, so to fork beside it is safe."""
         self._announced = 0
         """The last reload that the log tells of."""
         self._deadline = float("inf")
@@ -219,20 +229,35 @@ class Master:
 
     def _reload(self) -> None:
         self._notifier.reloading()
-        self._good = False
-        self._reading = threading.Thread(target=self._read, name="reload", daemon=True)
+        if self._hanging is not None and self._hanging.is_alive():
+            self._not_reloaded("an earlier reload still waits for a file")
+            return
+        self._good.clear()
         try:
-            self._reading.start()
-        except RuntimeError as error:
-            # The system has no more threads to give; this one counts as ended.
-            event(self._work.log, logging.ERROR, "not reloaded: the old settings stay", problem=str(error))
+            self._reading = start_thread(partial(self._read, self._good), "reload")
+        except OSError as error:
+            self._not_reloaded(str(error))
+        else:
+            self._reading_until = time.monotonic() + READING
 
-    def _read(self) -> None:
-        self._good = asyncio.run(reload(self._work))
+    def _not_reloaded(self, error: str) -> None:
+        event(self._work.log, logging.ERROR, "not reloaded: the old settings stay", error=error)
+        if self._settled:
+            self._notifier.ready()
+
+    def _read(self, good: threading.Event) -> None:
+        if asyncio.run(reload(self._work)):
+            good.set()
+
+    def _give_up_reading(self) -> None:
+        self._hanging, self._reading = self._reading, None
+        # What that thread finds out in the end is of no interest.
+        self._good = threading.Event()
+        self._not_reloaded(f"the files were not read within {READING:g} seconds")
 
     def _have_read(self) -> None:
         self._reading = None
-        if self._good:
+        if self._good.is_set():
             self._board.reloads += 1
             self._settled = False
             self._tell(signal.SIGHUP)
@@ -250,6 +275,8 @@ class Master:
         now = time.monotonic()
         if self._reading is not None and not self._reading.is_alive() and not self._stopping:
             self._have_read()
+        if self._reading is not None and now >= self._reading_until and not self._stopping:
+            self._give_up_reading()
         if not self._settled and not self._stopping and self._reading is None:
             self._settle()
         if now >= self._deadline:
@@ -258,15 +285,19 @@ class Master:
             self._deadline = float("inf")
         if self._notifier.interval is not None and now >= self._next_sign:
             self._next_sign = now + self._notifier.interval
-            # One that hangs is a fault of the service; one that has died is replaced.
-            limit = 2 * self._notifier.interval + SILENCE
-            if all(slot.silence < limit for slot in self._board.slots if slot.state is not State.ABSENT):
+            if self._is_healthy(2 * self._notifier.interval + SILENCE):
                 self._notifier.alive()
+
+    def _is_healthy(self, silence: float) -> bool:
+        """No worker has been silent for longer, and some worker serves; before the first one has, or at a stop, none need."""
+        living = [slot for slot in self._board.slots if slot.state is not State.ABSENT]
+        some = self._stopping or not self._has_served or any(slot.state is State.SERVING for slot in living)
+        return some and all(slot.silence < silence for slot in living)
 
     def _settle(self) -> None:
         newest = self._board.reloads
         if all(slot.state is State.SERVING and slot.reloads == newest for slot in self._board.slots):
-            self._settled = True
+            self._settled = self._has_served = True
             if newest != self._announced:
                 event(self._work.log, logging.INFO, "reloaded")
                 self._announced = newest

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
+from fumi_core.runtime.files import read_file
 from fumi_core.runtime.streams import complete
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -225,9 +226,10 @@ def config_option(section: str) -> Callable[[F], F]:
 
 def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            document = tomllib.load(file)
-    except (OSError, ValueError) as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
+        document = tomllib.loads(read_file(path).decode())
+    except OSError as error:
+        raise click.BadParameter(f"{path}: cannot read it: {error.strerror}") from None
+    except ValueError as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
         raise click.BadParameter(f"{path}: {error}") from None
     except RecursionError:
         raise click.BadParameter(f"{path}: tables or lists in one another, deeper than can be read") from None

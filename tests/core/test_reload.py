@@ -15,6 +15,24 @@ import pytest
 from fumi_core.runtime.lifecycle import in_turn
 from fumi_core.users import hash_password
 
+# An app whose settings are read as long as there is a file "hold"; "reading" is there when it has begun.
+SLOW = """
+import time
+from pathlib import Path
+import fumi_core.program
+from fumi_core import Fumi
+
+app = Fumi(auth_optional=True)
+read_again = fumi_core.program.read_again
+
+def slowly(ctx):
+    Path("reading").touch()
+    while Path("hold").exists():
+        time.sleep(0.01)
+    return read_again(ctx)
+
+fumi_core.program.read_again = slowly
+"""
 HASHES = {name: hash_password(f"{name}'s") for name in ("ann", "bob")}
 
 
@@ -193,19 +211,36 @@ def test_a_worker_that_comes_later_has_the_new_settings(server: Server, eventual
 def test_workers_that_die_while_the_master_reads_come_back_with_the_new_settings(
     server: Server, tmp_path: Path, eventually: Any
 ) -> None:
-    server.write("deliver = 'discard:'\n", "ann")
-    server.start("--workers", "2")
-    (tmp_path / "users").unlink()
-    os.mkfifo(tmp_path / "users")
+    (tmp_path / "slow.py").write_text(SLOW)
+    server.write("", "ann")
+    server.start("--workers", "2", "slow:app")
     children = Path(f"/proc/{server.program.process.pid}/task/{server.program.process.pid}/children")
+    (tmp_path / "hold").touch()
+    server.write("", "bob")
     server.program.process.send_signal(signal.SIGHUP)
-    with (tmp_path / "users").open("w") as fifo:  # which is when somebody reads
-        for pid in children.read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-        eventually(lambda: server.log.count("worker died") == 2)
-        fifo.write(users("bob"))
+    eventually((tmp_path / "reading").exists)
+    for pid in children.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    eventually(lambda: server.log.count("worker died") == 2)
+    (tmp_path / "hold").unlink()
     eventually(lambda: " reloaded" in server.log)
     assert all(server.knows("bob") for _ in range(4))
+    assert server.program.stop() == 0
+
+
+def test_sighup_while_an_app_is_imported_is_a_reload(server: Server, tmp_path: Path, eventually: Any, workers: str) -> None:
+    (tmp_path / "early.py").write_text(
+        """
+import os, signal
+from fumi_core import Fumi
+
+os.kill(os.getpid(), signal.SIGHUP)
+app = Fumi(auth_optional=True)
+"""
+    )
+    server.write("", "ann")
+    server.start("--workers", workers, "early:app")
+    eventually(lambda: " reloaded" in server.log)
     assert server.program.stop() == 0
 
 

@@ -156,39 +156,91 @@ async def hang(ctx, next):
         pass
 
 
-def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(
-    systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, eventually: Any
+# Reading new settings takes as long as there is a file "hold"; "reading" is there when it has begun.
+SLOW = """
+import time
+from pathlib import Path
+import fumi_core.program, fumi_core.runtime.master
+from fumi_core import Fumi
+
+app = Fumi(auth_optional=True, close_timeout=0.1)
+read_again = fumi_core.program.read_again
+
+def slowly(ctx):
+    Path("reading").touch()
+    while Path("hold").exists():
+        time.sleep(0.01)
+    return read_again(ctx)
+
+fumi_core.program.read_again = slowly
+"""
+
+
+@pytest.fixture
+def slow(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, eventually: Any) -> Callable[..., Any]:
+    """Start two workers, and a reload that lasts until the file "hold" is gone."""
+
+    def run(module: str = SLOW) -> Any:
+        (tmp_path / "slow.py").write_text(module)
+        flags = ("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--workers", "2", "slow:app")
+        program = start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
+        while systemd.hear() != "READY=1":
+            pass
+        (tmp_path / "hold").touch()
+        program.process.send_signal(signal.SIGHUP)
+        eventually((tmp_path / "reading").exists)
+        while not systemd.hear().startswith("RELOADING=1"):
+            pass
+        return program
+
+    return run
+
+
+def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(systemd: Systemd, slow: Any) -> None:
+    program = slow()
+    program.process.send_signal(signal.SIGHUP)
+    assert [systemd.hear() for _ in range(5)] == ["WATCHDOG=1"] * 5
+    program.process.send_signal(signal.SIGTERM)
+    while (heard := systemd.hear()) != "STOPPING=1":
+        assert heard == "WATCHDOG=1"
+    assert program.process.wait(60) == 0
+
+
+def kill_workers(program: Any) -> None:
+    children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children")
+    for pid in children.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_watchdog_without_a_serving_worker_starves(systemd: Systemd, slow: Any) -> None:
+    kill_workers(slow())
+    while not systemd.silent(1):
+        pass
+
+
+def test_settings_that_cannot_be_read_in_time_are_given_up_and_workers_are_replaced(
+    systemd: Systemd, slow: Any, eventually: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "users").write_text("")
-    flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--users", "users", "--workers", "2")
-    program = start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
+    program = slow(SLOW + "fumi_core.runtime.master.READING = 0.3\n")
+    eventually(lambda: "not reloaded" in program.log.read_text())
+    assert "ERROR fumi.core not reloaded: the old settings stay" in program.log.read_text()
     while systemd.hear() != "READY=1":
         pass
-    (tmp_path / "users").unlink()
-    os.mkfifo(tmp_path / "users")  # which is read until we let it go
-    program.process.send_signal(signal.SIGHUP)
-    while not systemd.hear().startswith("RELOADING=1"):
+    kill_workers(program)
+    eventually(lambda: program.log.read_text().count("worker died") == 2)
+    while systemd.hear() != "WATCHDOG=1":
         pass
-    with open_fifo(tmp_path / "users", eventually):
+    # As long as the first reload hangs there is no other beside it.
+    program.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "an earlier reload still waits for a file" in program.log.read_text())
+    (tmp_path / "hold").unlink()
+
+    def reloaded() -> bool:
         program.process.send_signal(signal.SIGHUP)
-        assert [systemd.hear() for _ in range(5)] == ["WATCHDOG=1"] * 5
-        program.process.send_signal(signal.SIGTERM)
-        while (heard := systemd.hear()) != "STOPPING=1":
-            assert heard == "WATCHDOG=1"
-        assert program.process.wait(60) == 0
+        return " reloaded" in program.log.read_text()
 
-
-def open_fifo(path: Path, eventually: Any) -> Any:
-    """The end for writing, once somebody reads."""
-    found: list[Any] = []
-
-    def there() -> bool:
-        with contextlib.suppress(OSError):
-            found.append(os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "w"))
-        return bool(found)
-
-    eventually(there)
-    return found[0]
+    eventually(reloaded)
+    assert program.process.poll() is None
 
 
 def test_a_watchdog_meant_for_another_process_is_none(start: Any, free_port: Any, tmp_path: Path) -> None:

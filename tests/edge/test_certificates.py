@@ -340,14 +340,14 @@ def test_loading_leaves_no_descriptor_open(make_certificate):
 
 def test_a_key_that_may_not_be_read_is_said_so(make_certificate, monkeypatch):
     cert, key = make_certificate("localhost")
-    real = open
+    real = os.open
 
     def refuse(path, *arguments, **options):
         if path == key:
             raise PermissionError(13, "Permission denied")
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CertificateError, match=r"key\.pem: cannot read the key: Permission denied"):
         load(Pair(cert, key))
 
@@ -385,11 +385,13 @@ def test_what_holds_no_certificate_is_left_alone_in_a_directory_and_said_to_be(a
     for name, text in others.items():
         (tmp_path / f"{name}.pem").write_text(text)
     (tmp_path / "sub.pem").mkdir()
+    os.mkfifo(tmp_path / "fifo.pem")
     certificates = Certificates([(tmp_path, None)])
     assert [entry.name for entry in certificates.entries] == ["localhost"]
     assert sorted(certificates.skipped) == [
         f"{tmp_path}/dhparam.pem: holds no PEM certificate",
         f"{tmp_path}/empty.pem: holds no PEM certificate",
+        f"{tmp_path}/fifo.pem: cannot read the certificate: it is not a regular file",
         f"{tmp_path}/sub.pem: cannot read the certificate: Is a directory",
         f"{tmp_path}/x-key.pem: holds no PEM certificate",
     ]

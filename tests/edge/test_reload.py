@@ -17,6 +17,9 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry
 
+import fumi_core.runtime.files as files_module
+import fumi_edge.certificates as certificates_module
+from fumi_edge.certificates import Certificates
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.reload import Reloader
 from tests.starter import finished
@@ -148,6 +151,31 @@ def test_readiness_ends_when_the_last_certificate_expires(backend, edge, authori
     kit.until(lambda: program.fetch("/readyz")[0] == 503, "the expiry")
     (warning,) = kit.until(lambda: program.events("certificate is not valid"), "the warning")
     assert f"{cert}: the certificate expired on 20" in warning["detail"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sighup_while_certificates_load_at_the_start_is_a_reload(
+    backend, edge, authority, files, tmp_path, kit, workers, monkeypatch
+):
+    put(authority.issue("localhost"), *files)
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import os, signal, sys
+
+def told(event, arguments, told=[]):
+    if event == "open" and arguments[0] == {str(files[0])!r} and not told:
+        told.append(1)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+sys.addaudithook(told)
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with open(os.devnull) as nothing:  # so that the program starts in an interpreter of its own
+        certs = ("--cert", files[0], "--key", files[1])
+        program = edge("--workers", workers, backend=backend(), certs=certs, inherited=(nothing.fileno(),))
+    kit.until(lambda: program.events("reloaded"), "the reload")
+    assert program.stop() == 0
 
 
 def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend, edge, authority, tmp_path, shown, kit):
@@ -344,12 +372,102 @@ def test_what_serves_nobody_is_said_at_the_start(backend, edge, kit, make_author
     assert (done.returncode, done.stderr) == (2, f"Error: {mismatch['detail']}\n")
 
 
+def test_a_fifo_among_the_certificates_holds_up_no_renewal(backend, edge, authority, tmp_path, shown, kit):
+    old, new, first, second = authority.issue("localhost"), authority.issue("localhost"), tmp_path / "a.pem", tmp_path / "b.pem"
+    first.write_text("".join(path.read_text() for path in old))
+    program = edge("--cert-reload-interval", "0.05", "--workers", "2", backend=backend(), certs=("--cert", tmp_path))
+    os.mkfifo(second)
+    (skipped, *_) = kit.until(lambda: program.events("certificate skipped"), "the line about the FIFO")
+    assert skipped["detail"] == f"{second}: cannot read the certificate: it is not a regular file"
+    (tmp_path / "new").write_text("".join(path.read_text() for path in new))
+    (tmp_path / "new").rename(first)
+    kit.until(lambda: {shown(program) for _ in range(4)} == {serial(new[0])}, "the new certificate")
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: program.events("reloaded"), "the reload")
+
+
+def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(authority, tmp_path, caplog, kit, monkeypatch):
+    monkeypatch.setattr(files_module, "FILE_TIMEOUT", 0.05)
+    hangs, answer, real = threading.Event(), threading.Event(), os.stat
+    paths = [tmp_path / "local.pem", tmp_path / "nfs" / "far.pem"]
+    (tmp_path / "nfs").mkdir()
+
+    def write(name, path):
+        (tmp_path / "new").write_text("".join(each.read_text() for each in authority.issue(name)))
+        (tmp_path / "new").rename(path)
+
+    def stat(path, *arguments, **options):
+        if hangs.is_set() and str(path) == str(paths[1]):
+            answer.wait()
+        return real(path, *arguments, **options)
+
+    for path in paths:
+        write("old.test", path)
+    certificates = Certificates([(path, None) for path in paths])
+    registry = CollectorRegistry()
+    metrics = EdgeMetrics(registry, [], "1")
+    monkeypatch.setattr(os, "stat", stat)
+
+    def names():
+        return [entry.name for entry in certificates.entries]
+
+    async def scenario():
+        reloader = Reloader(certificates, metrics, 0.01)
+        reloader.start()
+        hangs.set()
+        write("new.test", paths[0])
+        while names() != ["new.test", "old.test"]:
+            await asyncio.sleep(0.01)
+        while not registry.get_sample_value("fumi_edge_certificate_reloads_total", {"result": "failed"}):
+            await asyncio.sleep(0.01)
+        hangs.clear()
+        answer.set()
+        write("newer.test", paths[1])
+        while names() != ["new.test", "newer.test"]:
+            await asyncio.sleep(0.01)
+        await reloader.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    (line,) = {record.getMessage() for record in caplog.records if "certificate not loaded" in record.getMessage()}
+    assert f"{paths[1]}: cannot read" in line
+    assert "no answer within" in line
+
+
+def test_what_is_renewed_while_the_edge_starts_is_noticed(authority, tmp_path, monkeypatch):
+    """Between the reading of a file and the first look at it there may be seconds, with a thousand certificates."""
+    path = tmp_path / "a.pem"
+    path.write_text("".join(each.read_text() for each in authority.issue("old.test")))
+    real, renewed = certificates_module.load, []
+
+    def load(pair, previous=None):
+        certificate = real(pair, previous)
+        if not renewed:
+            renewed.append(1)
+            (tmp_path / "new").write_text("".join(each.read_text() for each in authority.issue("new.test")))
+            (tmp_path / "new").rename(path)
+        return certificate
+
+    monkeypatch.setattr(certificates_module, "load", load)
+    certificates = Certificates([(tmp_path, None)])
+    assert [entry.name for entry in certificates.entries] == ["old.test"]
+
+    async def scenario():
+        reloader = Reloader(certificates, EdgeMetrics(CollectorRegistry(), [], "1"), 3600)
+        reloader.start()
+        await reloader.first_look()
+        await reloader.close()
+
+    asyncio.run(scenario())
+    assert [entry.name for entry in certificates.entries] == ["new.test"]
+
+
 class Troubled:
     """Certificates whose files cannot be looked at for a while."""
 
     entries = served = skipped = ()
     selection = SimpleNamespace(until=float("inf"))
     mismatch = staticmethod(lambda: None)
+    stamp_read = ()
 
     def __init__(self, *troubles):
         self.troubles = list(troubles)
@@ -357,7 +475,7 @@ class Troubled:
 
     def stamp(self):
         self.looks += 1
-        if self.looks > 1 and self.troubles:
+        if self.troubles:
             raise self.troubles.pop(0)
         return ()
 
@@ -370,7 +488,7 @@ def test_a_look_that_fails_is_counted_and_not_the_last(caplog, kit):
     async def scenario():
         reloader = Reloader(certificates, metrics, 0.001)
         reloader.start()
-        while certificates.looks < 8:
+        while certificates.looks < 7:
             await asyncio.sleep(0.001)
         await reloader.close()
 

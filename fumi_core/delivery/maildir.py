@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fumi_core.contexts import DataContext
+from fumi_core.delivery.trace import Traced, trace_headers
 from fumi_core.errors import SMTPError
 from fumi_core.middleware import Next
 from fumi_core.runtime.logs import event
-from fumi_core.session import Session
 
 if TYPE_CHECKING:
     from fumi_core.app import Fumi
@@ -111,16 +111,19 @@ class Maildir:
                 ) from None
 
         message = _Message(self.path, self._unique_name())
-        batch, size = [trace_headers(ctx.session)], 0
+        traced = Traced(trace_headers(ctx.session))
+        batch: list[bytes] = []
+        size = 0
         try:
             async for piece in ctx.stream:
-                batch.append(piece)
+                batch.append(traced.feed(piece))
                 size += len(piece)
                 if size >= BATCH:
                     await in_thread(message.write, batch)
                     batch, size = [], 0
             if ctx.size_exceeded:
                 ctx.reject("5.3.4 Message too large", 552)
+            batch.append(traced.end())
             await in_thread(message.commit, batch)
             ctx.accept(f"Ok: queued as {message.name}")
         except BaseException:
@@ -130,15 +133,6 @@ class Maildir:
     def _unique_name(self) -> str:
         now = time.time_ns()
         return f"{now // 10**9}.M{now // 1000 % 10**6}P{os.getpid()}Q{next(self._count)}.{self._host}"
-
-
-def trace_headers(session: Session) -> bytes:
-    """What final delivery puts in front (RFC 5321 §4.4): Return-Path, a Delivered-To for each recipient, Received."""
-    envelope = session.envelope
-    sender = envelope.mail_from.address if envelope.mail_from else ""
-    recipients = dict.fromkeys(each.address for each in envelope.rcpt_to)
-    lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each}\r\n" for each in recipients)]
-    return ("".join(lines) + session.received_header()).encode()
 
 
 def _user() -> str:

@@ -11,6 +11,7 @@ from fumi_core.client.commands import CONVERSION
 from fumi_core.client.connection import DATA, Connection, Failure
 from fumi_core.contexts import DataContext
 from fumi_core.data import DotWriter
+from fumi_core.delivery.trace import Traced
 
 CHUNK = 64 * 1024
 """Octets, at least, of each chunk but the last."""
@@ -35,27 +36,30 @@ async def _by_data(connection: Connection, ctx: DataContext, count: int) -> list
         return [answer] * count
     seven_bit = "8BITMIME" not in connection.extensions
     dots = DotWriter()
-    await connection.send(dots.feed(ctx.session.received_header().encode()))
+    message = Traced(ctx.session.received_header().encode())
     async for piece in ctx.stream:
         if seven_bit and not piece.isascii():
             ctx.reject(*CONVERSION)
-        await connection.send(dots.feed(piece))
+        await connection.send(dots.feed(message.feed(piece)))
     _reject_oversize(ctx)
-    return await connection.finish(dots.end(), count)
+    return await connection.finish(dots.feed(message.end()) + dots.end(), count)
 
 
 async def _by_bdat(connection: Connection, ctx: DataContext, count: int) -> list[Verdict]:
-    batch = [ctx.session.received_header().encode()]
-    size = len(batch[0])
+    message = Traced(ctx.session.received_header().encode())
+    batch: list[bytes] = []
+    size = 0
     async for piece in ctx.stream:
-        batch.append(piece)
-        size += len(piece)
+        batch.append(message.feed(piece))
+        size += len(batch[-1])
         if size >= CHUNK:
             answer = await connection.chunk(b"".join(batch))
             if not answer.positive:
                 return [answer] * count
             batch, size = [], 0
     _reject_oversize(ctx)
+    batch.append(message.end())
+    size += len(batch[-1])
     return await connection.finish(b"BDAT %d LAST\r\n%b" % (size, b"".join(batch)), count)
 
 

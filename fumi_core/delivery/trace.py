@@ -1,0 +1,56 @@
+"""Trace header fields (RFC 5321 §4.4) put in front of a message that arrives in pieces."""
+
+from __future__ import annotations
+
+import re
+
+from fumi_core.session import Session
+
+MAX_LINE = 998
+"""Octets of a line, without CRLF (RFC 5322 §2.1.1). What has no colon by then is not taken for a header field."""
+
+# field-name, and the space that RFC 5322 §4.5 (obs-optional) still allows before the colon
+_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
+_PERHAPS_FIELD = re.compile(rb"(?:[!-9;-~]+[ \t]*|\r?)\Z")
+
+
+def trace_headers(session: Session) -> bytes:
+    """What final delivery puts in front: Return-Path, a Delivered-To for each recipient, Received."""
+    envelope = session.envelope
+    sender = envelope.mail_from.address if envelope.mail_from else ""
+    recipients = dict.fromkeys(each.address for each in envelope.rcpt_to)
+    lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each}\r\n" for each in recipients)]
+    return ("".join(lines) + session.received_header()).encode()
+
+
+class Traced:
+    """Joins trace header fields and a message, however that is cut into pieces.
+
+    An empty line goes between them when the message does not begin with a header field or an empty line: without it, a first
+    line that begins with a space or tab would continue the last trace field, and other text would become part of the header.
+    """
+
+    __slots__ = ("_begun", "_fields", "_text")
+
+    def __init__(self, fields: bytes) -> None:
+        """``fields`` are whole lines, each with its CRLF."""
+        self._fields = fields
+        self._text = b""
+        self._begun = False
+
+    def feed(self, piece: bytes) -> bytes:
+        """Take the next piece of the message and return what can be passed on: nothing while the first line is undecided."""
+        if self._begun:
+            return piece
+        self._text += piece
+        if len(self._text) <= MAX_LINE and _PERHAPS_FIELD.match(self._text):
+            return b""
+        return self.end()
+
+    def end(self) -> bytes:
+        """Return what is left when the message has ended."""
+        if self._begun:
+            return b""
+        self._begun = True
+        joined = not self._text or self._text.startswith(b"\r\n") or _FIELD.match(self._text, 0, MAX_LINE) is not None
+        return self._fields + (b"" if joined else b"\r\n") + self._text

@@ -16,7 +16,19 @@ from typing import Any
 from fumi_core import replies
 from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
-from fumi_core.events import Auth, Connect, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
+from fumi_core.events import (
+    Auth,
+    ChunkDropped,
+    ChunkEnd,
+    Connect,
+    Mail,
+    MessageBroken,
+    MessageData,
+    MessageEnd,
+    MessageExcess,
+    MessageStart,
+    Rcpt,
+)
 from fumi_core.fiber import Fiber
 from fumi_core.greetings import Greetings
 from fumi_core.middleware import Chain
@@ -96,6 +108,7 @@ class Dialogue:
         self._running: Context | None = None
         self._pumping = False
         self._message: _Message | None = None
+        self._dropping_since = 0.0
         self._draining = False
         self._reported = False
         self._gone: Callable[[], None] | None = None
@@ -133,8 +146,10 @@ class Dialogue:
 
     @property
     def message_started(self) -> float | None:
-        """When the message that is now arriving began to, by the monotonic clock."""
-        return None if self._message is None or self._message.ended else self._message.started
+        """When the message, or a chunk without a transaction, that is arriving began to, by the monotonic clock."""
+        if self._message is not None and not self._message.ended:
+            return self._message.started
+        return self._dropping_since if self.protocol.dropping else None
 
     def proceed(self) -> None:
         """Go on after the replies that throttled it were sent."""
@@ -206,6 +221,25 @@ class Dialogue:
     def _message_data(self, event: MessageData) -> None:
         assert self._message is not None
         self._message.stream.feed(event.text)
+
+    def _message_excess(self, event: MessageExcess) -> None:
+        assert self._message is not None
+        self._message.stream.exceed()
+
+    def _chunk_end(self, event: ChunkEnd) -> None:
+        """A refusal that is known already is not kept back until the last chunk."""
+        message = self._message
+        assert message is not None
+        if message.stream.has_text or message.stream.size_exceeded:
+            self._run_message(message)  # while its envelope is there
+        refusal = self._refusal_so_far(message)
+        if refusal is None:
+            self.protocol.accept()
+        else:
+            self.protocol.refuse(refusal)
+
+    def _chunk_dropped(self, event: ChunkDropped) -> None:
+        self._dropping_since = time.monotonic()
 
     def _message_end(self, event: MessageEnd) -> None:
         message = self._message
@@ -308,18 +342,20 @@ class Dialogue:
     def _verdicts(self, message: _Message) -> list[Reply]:
         """What to say of a whole message: one reply or, in LMTP, one for each recipient."""
         context = message.context
-        verdict = replies.OK
-        if message.stream.size_exceeded:
-            verdict = replies.SIZE_EXCEEDED
-        elif message.stream.refusal is not None:
-            verdict = self._refusal(context, message.stream.refusal)
-        elif message.refusal is not None:
-            verdict = message.refusal
-        elif context.accepted is not None:
-            verdict = from_text(250, context.accepted)
+        verdict = self._refusal_so_far(message)
+        if verdict is None:
+            verdict = replies.OK if context.accepted is None else from_text(250, context.accepted)
         if not self._service.options.lmtp:
             return [verdict]
         return [self._verdict(context, each, verdict) for each in self.session.envelope.rcpt_to]
+
+    def _refusal_so_far(self, message: _Message) -> Reply | None:
+        """The reply to a message that is refused to all its recipients, whether it is whole or not; else None."""
+        if message.stream.size_exceeded:
+            return replies.SIZE_EXCEEDED
+        if message.stream.refusal is not None:
+            return self._refusal(message.context, message.stream.refusal)
+        return message.refusal
 
     def _verdict(self, context: DataContext, recipient: Address, verdict: Reply) -> Reply:
         error = context.rejected.get(recipient.address) if verdict.code == 250 else None
@@ -383,6 +419,9 @@ _HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
     Rcpt: Dialogue._rcpt,
     MessageStart: Dialogue._message_start,
     MessageData: Dialogue._message_data,
+    MessageExcess: Dialogue._message_excess,
+    ChunkEnd: Dialogue._chunk_end,
+    ChunkDropped: Dialogue._chunk_dropped,
     MessageEnd: Dialogue._message_end,
     MessageBroken: Dialogue._message_broken,
 }

@@ -54,6 +54,24 @@ class MessageData:
         self.text = text
 
 
+class MessageExcess:
+    """Tells: the chunk that arrives makes the message too large, and is dropped."""
+
+    __slots__ = ()
+
+
+class ChunkEnd:
+    """Asks: a chunk other than the last has arrived and wants its reply. A refusal ends the transaction."""
+
+    __slots__ = ()
+
+
+class ChunkDropped:
+    """Tells: a chunk without a transaction arrives, and is dropped."""
+
+    __slots__ = ()
+
+
 class MessageEnd:
     """Asks: the message is whole and wants its reply."""
 
@@ -73,4 +91,16 @@ class MessageBroken:
         self.result = result
 
 
-Event = Connect | Auth | Mail | Rcpt | MessageStart | MessageData | MessageEnd | MessageBroken
+Event = (
+    Connect
+    | Auth
+    | Mail
+    | Rcpt
+    | MessageStart
+    | MessageData
+    | MessageExcess
+    | ChunkEnd
+    | ChunkDropped
+    | MessageEnd
+    | MessageBroken
+)

@@ -64,7 +64,7 @@ def transactions(app: Fumi) -> None:
             raise
         if ctx.size_exceeded:
             _tell(ctx, "message refused", **fields, size=ctx.stream.size, code=552)
-        elif len(ctx.rejected) == len(envelope.rcpt_to):
+        elif ctx.rejected and all(each.address in ctx.rejected for each in envelope.rcpt_to):
             _tell(ctx, "message refused", *list(ctx.rejected.values())[:1], **fields, size=ctx.stream.size)
         else:
             refused = _names([Address(each, {}) for each in ctx.rejected]) or None

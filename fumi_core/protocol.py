@@ -16,7 +16,20 @@ from collections.abc import Callable, Sequence
 from fumi_core import authentication, grammar, parameters, replies, sasl, xclient
 from fumi_core.authentication import Exchange
 from fumi_core.data import BareNewline
-from fumi_core.events import Auth, Connect, Event, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
+from fumi_core.events import (
+    Auth,
+    ChunkDropped,
+    ChunkEnd,
+    Connect,
+    Event,
+    Mail,
+    MessageBroken,
+    MessageData,
+    MessageEnd,
+    MessageExcess,
+    MessageStart,
+    Rcpt,
+)
 from fumi_core.greetings import Greetings
 from fumi_core.lines import Input, LineTooLong
 from fumi_core.options import Options
@@ -34,6 +47,7 @@ The longest, EHLO's, has under 1 KiB.
 """
 
 _MESSAGE_START, _MESSAGE_END = MessageStart(), MessageEnd()
+_MESSAGE_EXCESS, _CHUNK_END, _CHUNK_DROPPED = MessageExcess(), ChunkEnd(), ChunkDropped()
 
 
 class Protocol:
@@ -71,6 +85,10 @@ class Protocol:
         self._transfer = Transfer(self._input, options)
         self._exchange: Exchange | None = None
         self._broken: MessageBroken | None = None
+        self._failed: tuple[Reply, ...] = ()
+        """The refusals, one for each recipient, of a message in LMTP of which a chunk was refused: due at its last chunk."""
+        self._excused = 0
+        """How many commands that need the sender, the recipient or the chunk which was refused are no mistakes of the client."""
         self._recognized = False
         self._errors = 0
         self._unauthenticated = 0
@@ -140,11 +158,14 @@ class Protocol:
             self._reply(replies.RECIPIENT_OK)
         elif type(event) is Mail:
             envelope.mail_from = event.address
+            self._excused = 0
             self.state = State.MAIL
             self._reply(replies.SENDER_OK)
         elif type(event) is Auth:
             self._tally.authentications[event.credentials.method, "ok"] += 1
             self._reply(replies.AUTHENTICATED)
+        elif type(event) is ChunkEnd:
+            self._reply(replies.CHUNK_OK)
         elif type(event) is Connect:
             self._reply(self._greetings.banner)
         # MessageBroken is told and waited for: there is nothing to say to it.
@@ -157,7 +178,9 @@ class Protocol:
             return
         if type(event) is Mail:
             self._reset()
-        self._reply(reply)
+        elif type(event) is ChunkEnd:
+            self._fail_message(reply)
+        self._reply(self._excuse(reply))
         if reply.code == 421 or type(event) is Connect:
             self.state = State.CLOSED
 
@@ -185,6 +208,11 @@ class Protocol:
         self.state = State.CLOSED
 
     @property
+    def dropping(self) -> bool:
+        """Whether a chunk without a transaction is arriving."""
+        return self._transfer.active and bool(self._transfer.refusals)
+
+    @property
     def in_transaction(self) -> bool:
         return self.pending is not None or self.state not in (State.START, State.READY, State.CLOSED)
 
@@ -198,6 +226,8 @@ class Protocol:
             self.close(answer)
         elif answer.code < 500:
             self._reply(answer)
+        elif answer in _CONSEQUENCES:
+            self._answer_consequence(answer)
         else:
             self._mistake(answer)
         return None
@@ -228,6 +258,18 @@ class Protocol:
         if self._recognized or line.partition(b" ")[0].upper() in _COMMANDS:
             return False
         return grammar.NOT_TEXT.search(line.rstrip(b"\r\n")) is not None
+
+    def _excuse(self, refusal: Reply) -> Reply:
+        """A refusal of what comes first in a pipeline: what was sent after it, before the client could know, is no mistake."""
+        self._excused = self._options.max_recipients + 1
+        return refusal
+
+    def _answer_consequence(self, reply: Reply) -> None:
+        if self._excused:
+            self._excused -= 1
+            self._reply(reply)
+        else:
+            self._mistake(reply)
 
     def _mistake(self, reply: Reply) -> None:
         """Answer a client's mistake, or close at one too many."""
@@ -280,12 +322,12 @@ class Protocol:
 
     def _mail(self, argument: bytes) -> Event | Reply:
         if self._options.require_tls and not self.session.secure:
-            return replies.MUST_STARTTLS
+            return self._excuse(replies.MUST_STARTTLS)
         if self._options.auth_required and self.session.user is None:
-            return replies.AUTHENTICATION_REQUIRED
+            return self._excuse(replies.AUTHENTICATION_REQUIRED)
         sender = grammar.read_path(grammar.MAIL_ARGUMENT, argument)
         if sender is None:
-            return replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL
+            return self._excuse(replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL)
         envelope = self.session.envelope
         refusal = None
         if sender.args:
@@ -294,7 +336,7 @@ class Protocol:
             refusal = replies.NEED_SMTPUTF8
         if refusal is not None:
             self._reset()
-            return refusal
+            return self._excuse(refusal)
         self.session.transaction += 1
         self.pending = event = Mail(sender)
         return event
@@ -302,14 +344,14 @@ class Protocol:
     def _rcpt(self, argument: bytes) -> Event | Reply:
         recipient = grammar.read_path(grammar.RCPT_ARGUMENT, argument)
         if recipient is None:
-            return replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT
+            return self._excuse(replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT)
         if recipient.args:
             refusal = parameters.read_rcpt(recipient.args, self._options, self._greetings.withheld())
             if refusal is not None:
-                return refusal
+                return self._excuse(refusal)
         envelope = self.session.envelope
         if not envelope.smtputf8 and not recipient.address.isascii():
-            return replies.NEED_SMTPUTF8
+            return self._excuse(replies.NEED_SMTPUTF8)
         if len(envelope.rcpt_to) >= self._options.max_recipients and recipient.address not in (
             each.address for each in envelope.rcpt_to
         ):
@@ -451,32 +493,52 @@ class Protocol:
         size = int(words[0])
         refusal = BEFORE_MAIL.get(self.state)
         if refusal is not None:
-            self._transfer.skip_chunk(size, refusal)
-            return None
-        if not self._transfer.allows(size):
-            self._transfer.skip_chunk(size, replies.SIZE_EXCEEDED)
-            self._reset("too large", "rejected")
-            return None
+            self._transfer.drop_chunk(size, self._refusals_of_chunk(refusal, last))
+            return _CHUNK_DROPPED
         first = self._transfer.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
         self.state = State.DATA if last else State.CHUNKS
         return _MESSAGE_START if first else None
 
+    def _refusals_of_chunk(self, refusal: Reply, last: bool) -> tuple[Reply, ...]:
+        """The replies to a chunk without a transaction: one or, when a message failed that this chunk ends, its recipients'."""
+        if not self._failed or self.state is not State.READY:
+            return (refusal,)
+        failed = self._failed
+        if last:
+            self._failed = ()
+        return failed if last else failed[:1]
+
+    def _fail_message(self, reply: Reply) -> None:
+        """A chunk was refused, and with it the message. What follows of it in the pipeline gets its replies all the same."""
+        recipients = len(self.session.envelope.rcpt_to)
+        self._reset("a chunk was rejected", "deferred" if reply.code < 500 else "rejected")
+        if self._options.lmtp:
+            self._failed = (reply,) * recipients
+
     def _read_message(self) -> Event | None:
         transfer = self._transfer
+        if transfer.excess:
+            transfer.excess = False
+            return _MESSAGE_EXCESS
         try:
             text = transfer.read()
         except BareNewline:
+            if self._options.lmtp:
+                for _ in self.session.envelope.rcpt_to[1:]:
+                    self._reply(replies.BARE_NEWLINE)
             self.close(replies.BARE_NEWLINE)
             return MessageBroken("bare newline in the message", "rejected")
         if text:
             return MessageData(text)
         if transfer.active:
             return None
-        if transfer.refusal is not None:
-            refusal, transfer.refusal = transfer.refusal, None
-            self._answer(refusal)
+        if transfer.refusals:
+            refusals, transfer.refusals = transfer.refusals, ()
+            for each in refusals[1:]:
+                self._reply(each)
+            self._answer_consequence(refusals[0])
         elif self.state is State.CHUNKS:
-            self._reply(replies.CHUNK_OK)
+            self.pending = _CHUNK_END
         else:
             self.pending = _MESSAGE_END
         return self.pending
@@ -488,6 +550,8 @@ class Protocol:
         if self.state is State.CHUNKS:
             self._broken = MessageBroken(reason, result)
         self._transfer.reset()
+        self._failed = ()
+        self._excused = 0
         ended, self.session.envelope = self.session.envelope, Envelope()
         if self.session.xforward:
             self.session.xforward = {}
@@ -501,6 +565,8 @@ class Protocol:
         counts[reply.code] = counts.get(reply.code, 0) + 1
 
 
+# What a command is answered whose sender or recipient was refused.
+_CONSEQUENCES = frozenset({replies.NEED_MAIL, replies.NEED_RCPT})
 # The answers that end the dialogue.
 _FINAL = frozenset({replies.BYE, replies.NOT_SMTP, replies.TOO_MANY_ERRORS})
 

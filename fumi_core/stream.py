@@ -76,9 +76,11 @@ class MessageStream:
     def _over(self) -> bool:
         if self.refusal is not None:
             raise self.refusal
+        if self.size_exceeded:
+            return True
         if self._aborted is not None:
             raise MessageAborted(self._aborted)
-        return self._ended or self.size_exceeded
+        return self._ended
 
     async def skip(self) -> None:
         """Let the whole rest go by, and return when the message is whole. Raises as reading does."""
@@ -127,6 +129,11 @@ class MessageStream:
         if not self._discarding and not self.size_exceeded:
             self._pieces.append(piece)
             self._buffered += len(piece)
+        self._wake()
+
+    def exceed(self) -> None:
+        """The client has declared more octets than are allowed: as if they had arrived."""
+        self._limit = -1
         self._wake()
 
     def end(self) -> None:

@@ -14,13 +14,15 @@ from fumi_core.replies import Reply
 class Transfer:
     """The message that is arriving from ``input``; used again for the next one after ``reset()``."""
 
-    __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "active", "refusal")
+    __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "active", "excess", "refusals")
 
     def __init__(self, input: Input, options: Options) -> None:
         self.active = False
         """Whether what arrives now belongs to a message, or to a chunk, and not to a command."""
-        self.refusal: Reply | None = None
-        """What to say behind a chunk that nobody wants."""
+        self.refusals: tuple[Reply, ...] = ()
+        """What to reply after a chunk without a transaction."""
+        self.excess = False
+        """Whether a chunk that makes the message too large has yet to be reported."""
         self._input = input
         self._options = options
         self._reader: DotReader | ChunkReader | SkippedChunk
@@ -33,25 +35,28 @@ class Transfer:
         self.active = True
 
     def begin_chunk(self, size: int, last: bool, binary: bool) -> bool:
-        """A chunk of ``size`` octets follows; whether it is the message's first."""
+        """A chunk of ``size`` octets follows, which is dropped if the message is too large with it.
+
+        Returns whether it is the message's first.
+        """
         first = self._chunks is None
         if self._chunks is None:
             self._chunks = ChunkReader("keep" if binary else self._options.bare_newlines)
         self._size += size
-        self._chunks.begin(size, last)
-        self._reader = self._chunks
         self.active = True
+        if self._options.size is not None and self._size > self._options.size:
+            self._reader = SkippedChunk(size)
+            self.excess = True
+        else:
+            self._chunks.begin(size, last)
+            self._reader = self._chunks
         return first
 
-    def skip_chunk(self, size: int, refusal: Reply) -> None:
-        """A chunk follows all the same, although it is not wanted: nobody waits to hear whether it is (RFC 3030 §2)."""
+    def drop_chunk(self, size: int, refusals: tuple[Reply, ...]) -> None:
+        """A chunk follows without a transaction: a client may send it before it reads the reply (RFC 3030 §2)."""
         self._reader = SkippedChunk(size)
-        self.refusal = refusal
+        self.refusals = refusals
         self.active = True
-
-    def allows(self, size: int) -> bool:
-        """Whether a chunk of ``size`` octets more is not too much."""
-        return self._options.size is None or self._size + size <= self._options.size
 
     def read(self) -> bytes:
         """The text that has arrived. The end is told apart from the text: by nothing, and ``active`` False.

@@ -111,6 +111,8 @@ def test_a_client_that_never_reads_loses_its_place_though_each_reply_comes_late(
         (b"NOOP\r\nNO", b"O"),
         (b"", b"x" * 1000),
         (b"EHLO x\r\nAUTH LOGIN\r\n", b"Y"),
+        (b"BDAT 99999999999999999999\r\n", b"x"),
+        (ENVELOPE + b"BDAT 99999999999999999999\r\n", b"x"),
         (ENVELOPE + b"BDAT 99999999999\r\n", b"x"),
         (ENVELOPE + b"BDAT 1\r\nx", b"NOOP\r\n"),
         (ENVELOPE + b"BDAT 1\r\nx", b"BDAT 1\r\nx"),

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from fumi_core import Fumi, mail_log
+from fumi_core.testing import running
+
 PROGRAM = Path(sys.executable).with_name("fumi-core")
 Log = Callable[[str], list[dict[str, Any]]]
 
@@ -99,3 +102,32 @@ def test_a_failed_login_is_told_with_its_client_and_nothing_that_was_typed(core:
     (line,) = log("authentication failed")
     assert (line["client"], line["method"]) == ("127.0.0.1", "PLAIN")
     assert "typed-wrong" not in (tmp_path / "log").read_text()
+
+
+def test_a_message_that_is_too_large_with_a_chunk_leaves_a_line(core: Any) -> None:
+    port, log = core("--deliver", "maildir:inbox", "--size", "10")
+    for chunks in (b"BDAT 11 LAST\r\nhello world", b"BDAT 11\r\nhello world", b"BDAT 5\r\nhelloBDAT 6\r\n world"):
+        with smtplib.SMTP("127.0.0.1", port) as client:
+            client.ehlo()
+            client.mail("ann@example.com")
+            client.rcpt("joe@example.org")
+            client.send(chunks)
+            while client.getreply()[0] != 552:
+                pass
+    assert [(line["to"], line["code"]) for line in log("message refused")] == [("joe@example.org", 552)] * 3
+
+
+def test_a_recipient_named_twice_and_refused_leaves_no_line_of_an_accepted_message(connect: Any, caplog: Any) -> None:
+    app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2).use(mail_log.transactions)
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        ctx.reject_recipient("c@d.example", "Mailbox full", 452)
+
+    with caplog.at_level("INFO"), running(app) as server:
+        client = connect(server.port)
+        for line in ("LHLO x", "MAIL FROM:<>", "RCPT TO:<c@d.example>", "RCPT TO:<c@d.example>", "DATA"):
+            client.say(line)
+        assert [client.say("hi\r\n."), client.reply()] == [b"452 4.3.1 Mailbox full\r\n"] * 2
+    assert "message refused" in caplog.text
+    assert "message accepted" not in caplog.text

@@ -7,7 +7,19 @@ from typing import Any
 
 from fumi_core import options as _options
 from fumi_core import replies
-from fumi_core.events import Auth, Connect, Event, Mail, MessageBroken, MessageData, MessageEnd, MessageStart, Rcpt
+from fumi_core.events import (
+    Auth,
+    ChunkEnd,
+    Connect,
+    Event,
+    Mail,
+    MessageBroken,
+    MessageData,
+    MessageEnd,
+    MessageExcess,
+    MessageStart,
+    Rcpt,
+)
 from fumi_core.greetings import Greetings
 from fumi_core.lines import MAX_AUTH_LINE
 from fumi_core.options import Options
@@ -82,6 +94,7 @@ class Conversation:
         self.length = 0
         self.events: list[tuple[str, int, object]] = []
         self.text: list[bytes] | None = None
+        self.exceeded = False
         assert type(self.protocol.pending) is Connect
         self.protocol.accept()
         self._pump(0)
@@ -132,8 +145,12 @@ class Conversation:
             self.text.append(event.text)  # type: ignore[union-attr]
         elif kind is MessageStart:
             assert self.text is None, "a message inside a message"
-            self.text = []
+            self.text, self.exceeded = [], False
             self._note("start")
+        elif kind is MessageExcess:
+            self.exceeded = True
+        elif kind is ChunkEnd:
+            self._answer(replies.SIZE_EXCEEDED if self.exceeded else None)
         elif isinstance(event, Mail | Rcpt):
             self._note("mail" if kind is Mail else "rcpt", event.address)
             self._answer(_DECISIONS.get(event.address.address.partition("@")[0]))
@@ -161,7 +178,7 @@ class Conversation:
 
     def _end_message(self, event: Event, text: bytes) -> None:
         if type(event) is MessageEnd:
-            answer = NO if b"no" in text else BYE if b"bye" in text else replies.OK
+            answer = replies.SIZE_EXCEEDED if self.exceeded else NO if b"no" in text else BYE if b"bye" in text else replies.OK
             self.protocol.settle([answer] * (len(self.session.envelope.rcpt_to) if self.lmtp else 1))
         elif self.protocol.pending is event:
             self.protocol.accept()

@@ -23,6 +23,9 @@ FOREIGN = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|
 BINARY = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")
 BEGINNING = 16
 TOO_MANY = b"too many errors"
+TOO_LARGE = b"message too large"
+# What follows from an earlier refusal in a pipeline.
+NEED = (b"need MAIL command", b"need RCPT command")
 
 ACCEPTED = frozenset({250})
 HANDLERS = frozenset({421, 450, 550})
@@ -103,6 +106,7 @@ class Walk:
         self.chunks: bytes | None = None
         self.declared = 0
         self.errors = self.unauthenticated = 0
+        self.failed = self.excused = 0
 
     # What was heard
 
@@ -118,7 +122,7 @@ class Walk:
             self.closed = True
             return said
         assert said.code in among, f"{said} to {to[:80]!r}, not one of {sorted(among)}"
-        if said.code >= 500 and not handlers:
+        if said.code >= 500 and not handlers and TOO_LARGE not in said.text and not self._excuses(said):
             self.errors += 1
             # 554 and 550 end it whatever the count.
             assert self.errors <= self.options.max_errors or said.code in (554, 550), f"{self.errors} errors and no 421"
@@ -127,6 +131,12 @@ class Walk:
             self.closed = said.code == 421
         self._look_at_status(said, to)
         return said
+
+    def _excuses(self, said: Said) -> bool:
+        """Whether this is no mistake of the client: it could not know yet of a refusal."""
+        excused = self.excused > 0 and said.text.endswith(NEED)
+        self.excused -= excused
+        return excused
 
     def _look_at_status(self, said: Said, to: bytes) -> None:
         without = said.code in (220, 334, 354) or (said.code == 250 and to[1:4].upper() in (b"HLO", b"ELO"))
@@ -241,8 +251,11 @@ class Walk:
         handlers = HANDLER in said.text
         if verb in (b"MAIL", b"RCPT") and (handlers or said.code == 250):
             self.event(verb.decode().lower())
+        if verb in (b"MAIL", b"RCPT") and said.code >= 400 and said.code != 452:
+            self.excused = self.options.max_recipients + 1
         if verb == b"MAIL" and said.code == 250:
             self.sender = True
+            self.excused = 0
             self.binary = b"BODY=BINARYMIME" in line.upper()
         elif verb == b"RCPT" and said.code == 250:
             self.recipients += 1
@@ -257,7 +270,11 @@ class Walk:
         if self.chunks is not None:
             broken = self.event("broken")
             assert self._text(self.chunks).startswith(broken[2])  # type: ignore[arg-type]
+        self._over()
+
+    def _over(self) -> None:
         self.sender, self.recipients, self.chunks = False, 0, None
+        self.failed = self.excused = 0
 
     def _respond(self, line: bytes) -> None:
         self.exchange = False
@@ -300,8 +317,8 @@ class Walk:
         broken = self.event("broken")
         text = raw[: bare.start()]
         assert text.startswith(broken[2]) or unstuffed(text).startswith(broken[2])  # type: ignore[arg-type]
-        said = self.reply({550}, raw)
-        assert said.code == 550, f"{said} to a bare newline"
+        for _ in range(self.recipients if self.options.lmtp else 1):
+            assert self.reply({550}, raw).code == 550
         self.closed, self.chunks = True, None
         return True
 
@@ -316,7 +333,7 @@ class Walk:
             closed = self.closed
             self.reply({250, 550, 421}, b"the end of a message")
             self.closed = self.closed or closed
-        self.sender, self.recipients, self.chunks = False, 0, None
+        self._over()
 
     def _bdat(self, line: bytes, argument: bytes) -> bool:
         found = BDAT.fullmatch(argument)
@@ -327,20 +344,43 @@ class Walk:
         chunk = self.said[self.at : self.at + size]
         self.at += len(chunk)
         if not self.recipients:
-            return self._unwanted(chunk, size, 503, line)
+            return self._unwanted(chunk, size, last, line)
         if self.chunks is None:
             self.declared = 0
         if self.options.size is not None and self.declared + size > self.options.size:
-            if self.chunks is not None:
-                self._forget()
-            self.sender, self.recipients = False, 0
-            return self._unwanted(chunk, size, 552, line)
+            return self._excessive(chunk, size, last, line)
         return self._chunk(chunk, size, last, line)
 
-    def _unwanted(self, chunk: bytes, size: int, code: int, line: bytes) -> bool:
+    def _unwanted(self, chunk: bytes, size: int, last: bool, line: bytes) -> bool:
+        """No transaction; in LMTP the last chunk of a message that failed is answered for each recipient all the same."""
+        failed = self.failed if not self.sender else 0
+        if len(chunk) == size:
+            for _ in range(failed if failed and last else 1):
+                self.reply({552} if failed else {503}, line)
+            if failed:
+                self.excused -= self.excused > 0
+                self.failed = 0 if last else failed
+        return len(chunk) == size
+
+    def _excessive(self, chunk: bytes, size: int, last: bool, line: bytes) -> bool:
+        """A chunk with which the message is too large is taken, dropped and refused."""
+        if self.chunks is None:
+            self.event("start")
+            self.chunks = b""
+        self.declared += size
         if len(chunk) < size:
             return False
-        self.reply({code}, line)
+        if last:
+            end = self.event("end")
+            assert self._text(self.chunks).startswith(end[2])  # type: ignore[arg-type]
+            for _ in range(self.recipients if self.options.lmtp else 1):
+                self.reply({552}, line)
+            self._over()
+        else:
+            self.reply({552}, line)
+            recipients = self.recipients
+            self._forget()
+            self.failed, self.excused = recipients if self.options.lmtp else 0, self.options.max_recipients + 1
         return True
 
     def _chunk(self, chunk: bytes, size: int, last: bool, line: bytes) -> bool:

@@ -21,6 +21,7 @@ from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends import Backend, Backends, Name, NoBackend, greeting, header
 from fumi_edge.certificates import Certificates
+from fumi_edge.close_notify import CloseNotify
 from fumi_edge.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
 from fumi_edge.handshake import HandshakeError, handshake
 from fumi_edge.inbound import HeaderError, receive_client
@@ -71,6 +72,7 @@ class Service:
     rejections: Rejections
     metrics: EdgeMetrics
     lookout: Lookout
+    close_notify: CloseNotify
     buffer: memoryview
     proxy_protocol: str
     require_tls: bool
@@ -330,8 +332,11 @@ class Connection:
     async def _carry(self, upstream: bytes, downstream: bytes, expectant: bool = False) -> str:
         assert self._backend is not None
         loop = asyncio.get_running_loop()
-        buffer, idle_timeout = self._service.buffer, self._service.idle_timeout
-        tunnel = Tunnel(loop, buffer, self._client, self._backend, idle_timeout, upstream, downstream, expectant)
+        service = self._service
+        tunnel = Tunnel(
+            loop, service.buffer, service.close_notify, self._client, self._backend, service.idle_timeout,
+            upstream, downstream, expectant,
+        )  # fmt: skip
         self._tunnel = tunnel
         try:
             reason = await tunnel.run()

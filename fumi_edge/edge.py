@@ -18,6 +18,7 @@ from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
 from fumi_core.version import VERSION
 from fumi_edge.backends import Backend, Backends, Name, greeting
 from fumi_edge.certificates import Certificates
+from fumi_edge.close_notify import CloseNotify
 from fumi_edge.connection import Connection, Service
 from fumi_edge.dialing import Destination
 from fumi_edge.health import Checks, probe
@@ -88,6 +89,7 @@ class Edge:
             rejections=Rejections(self.metrics.rejected),
             metrics=self.metrics,
             lookout=Lookout(),
+            close_notify=CloseNotify(),
             buffer=memoryview(bytearray(BUFFER)),
             proxy_protocol=proxy_protocol,
             require_tls=require_tls,
@@ -151,6 +153,7 @@ class Edge:
         service = self._service
         self._crowd = service.limits.crowd = crowd or self._crowd
         service.lookout.open(asyncio.get_running_loop())
+        service.close_notify.open()
         self._ceiling = Ceiling(1 + max(backend.destination.descriptors for backend in service.backends.all))
         if self._health_interval:
             opening = greeting(service.proxy_protocol)
@@ -210,6 +213,7 @@ class Edge:
         await self._reloader.close()
         await self._service.backends.close()
         self._service.lookout.close()
+        self._service.close_notify.close()
 
     def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
         """Start an accepted connection on its walk."""

@@ -24,6 +24,8 @@ import enum
 import socket
 import ssl
 
+from fumi_edge.close_notify import CloseNotify
+
 BUFFER = 128 * 1024
 RECORD = 16 * 1024
 """The most that one TLS record carries (RFC 8446 §5.1)."""
@@ -61,7 +63,7 @@ class _End:
 class _Flow:
     """One direction. ``total`` counts the bytes read from the source."""
 
-    __slots__ = ("held", "leftover", "sink", "source", "state", "total", "wants_read", "wants_write")
+    __slots__ = ("leftover", "sink", "source", "state", "total", "wants_read", "wants_write")
 
     def __init__(self, source: _End, sink: _End, leftover: bytes) -> None:
         self.source = source
@@ -69,7 +71,6 @@ class _Flow:
         self.leftover = leftover
         self.state = _OPEN
         self.total = len(leftover)
-        self.held = False  # the end is told later, see Tunnel._quiet
         self.wants_read = False  # TLS: writing to the sink waits for the sink to be readable
         self.wants_write = False  # TLS: reading from the source waits for the source to be writable
         source.inward = sink.outward = self
@@ -86,10 +87,12 @@ class Tunnel:
     __slots__ = (
         "_buffer",
         "_client",
+        "_close_notify",
         "_deadline",
         "_done",
         "_down",
         "_expectant",
+        "_farewell",
         "_idle_timeout",
         "_loop",
         "_moved",
@@ -102,6 +105,7 @@ class Tunnel:
         self,
         loop: asyncio.AbstractEventLoop,
         buffer: memoryview,
+        close_notify: CloseNotify,
         client: socket.socket,
         backend: socket.socket,
         idle_timeout: float,
@@ -111,6 +115,9 @@ class Tunnel:
     ) -> None:
         self._loop = loop
         self._buffer = buffer
+        self._close_notify = close_notify
+        self._farewell: bytes | None = None
+        """What is left to send of the client's close_notify, once it is made."""
         self._client = _End(client)
         server = _End(backend)
         self._up = _Flow(self._client, server, upstream)
@@ -200,11 +207,9 @@ class Tunnel:
             if not end.inward.leftover:
                 self._pump(end.inward)
         flow = end.outward
-        if (flow.leftover or (flow.state is _CLOSING and not flow.held)) and self._flush(flow) and flow.state is _OPEN:
+        if (flow.leftover or flow.state is _CLOSING) and self._flush(flow) and flow.state is _OPEN:
             # More is likely to be waiting: while the sink stays the slower side, neither socket's registration has to change.
             self._pump(flow)
-        if self._down.held and not self._up.leftover:
-            self._end_again()
         self._watch(end)
         self._watch(flow.source)
 
@@ -219,9 +224,7 @@ class Tunnel:
                 self._resume(inward)
             else:
                 self._loop.remove_reader(end.fd)
-        write = inward.wants_write or (
-            not outward.wants_read and (bool(outward.leftover) or (outward.state is _CLOSING and not outward.held))
-        )
+        write = inward.wants_write or (not outward.wants_read and (bool(outward.leftover) or outward.state is _CLOSING))
         if write is not end.writing:
             end.writing = write
             if write:
@@ -260,8 +263,7 @@ class Tunnel:
 
     def _receive(self, sock: socket.socket) -> tuple[int, bool]:
         try:
-            # The plain socket's own, also where TLS has ended.
-            count = socket.socket.recv_into(sock, self._buffer)
+            count = sock.recv_into(self._buffer)
         except (BlockingIOError, InterruptedError):
             return 0, False
         return count, not count
@@ -372,7 +374,7 @@ class Tunnel:
         """Tell the sink that nothing more will come. False when that has to wait."""
         sock = flow.sink.sock
         try:
-            if isinstance(sock, ssl.SSLSocket) and not (self._quiet(flow) and self._close_notify(sock)):
+            if flow.sink.tls and not self._say_goodbye(sock):
                 return False
             # Not sock.shutdown(), which would end a TLS socket's reading too.
             socket.socket.shutdown(sock, socket.SHUT_WR)
@@ -380,56 +382,16 @@ class Tunnel:
             self._sink_failed(flow)
         return True
 
-    def _quiet(self, flow: _Flow) -> bool:
-        """Whether the client has sent nothing that is not read yet. If it has, ``_end_again`` comes back for its close_notify.
-
-        Python cannot send close_notify without looking at once for the client's, and OpenSSL takes any data that it finds there
-        for a fatal error: then a backend that has only half closed would lose it.
-        """
-        up = self._up
-        if up.state <= _DISCARDING and not up.leftover and not up.wants_write:
-            before = up.total
-            self._pump(up)
-            if up.total == before or self._done.done():
-                return True
-            if not up.leftover:
-                self._loop.call_soon(self._end_again)
-        elif up.state > _DISCARDING:
-            return True
-        flow.held = True
-        self._deadline = self._deadline or self._loop.time() + LINGER
-        return False
-
-    def _end_again(self) -> None:
-        if not self._done.done() and self._down.held:
-            self._down.held = False
-            self._flush(self._down)
-            self._watch(self._client)
-            self._watch(self._up.sink)
-
-    def _close_notify(self, sock: ssl.SSLSocket) -> bool:
-        """Send the client TLS's own end (RFC 8446 §6.1). False when it did not fit."""
-        if sock.family != socket.AF_UNIX:
-            # Lets it leave together with the FIN, and not before OpenSSL has looked for the client's answer.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    def _say_goodbye(self, sock: socket.socket) -> bool:
+        """Send the client TLS's own end, in one packet with the FIN. False when not all of it did fit."""
+        assert isinstance(sock, ssl.SSLSocket)
+        if self._farewell is None:
+            self._farewell = self._close_notify.record(sock)
         try:
-            sock.unwrap()
-        except ssl.SSLWantWriteError:
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+            self._farewell = self._farewell[socket.socket.send(sock, self._farewell, socket.MSG_MORE) :]
+        except (BlockingIOError, InterruptedError):
             return False
-        except ssl.SSLWantReadError:
-            return True
-        except (OSError, ValueError):
-            # There was something else. What the client sends from here on cannot be read, only thrown away.
-            self._client.tls = False
-            if self._up.state is _OPEN:
-                self._up.state = _DISCARDING
-            return True
-        # OpenSSL found the client's, and Python has taken TLS off the socket: there is nothing more to read.
-        if self._up.state <= _DISCARDING:
-            self._source_ended(self._up)
-        return True
+        return not self._farewell
 
     def _closed(self, flow: _Flow) -> None:
         if self._up.state is _CLOSED and self._down.state is _CLOSED:

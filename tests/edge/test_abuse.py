@@ -21,6 +21,7 @@ import time
 import pytest
 
 import fumi_edge.tunnel
+from fumi_edge.close_notify import CloseNotify
 from tests.starter import finished
 
 READY = [b"220 2.0.0 Ready to start TLS\r\n"]
@@ -202,7 +203,8 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
     async def trickle(ends):
         loop = asyncio.get_running_loop()
         client, ours, theirs, backend = ends
-        tunnel = fumi_edge.tunnel.Tunnel(loop, memoryview(bytearray(fumi_edge.tunnel.BUFFER)), ours, theirs, 900.0)
+        buffer = memoryview(bytearray(fumi_edge.tunnel.BUFFER))
+        tunnel = fumi_edge.tunnel.Tunnel(loop, buffer, CloseNotify(), ours, theirs, 900.0)
         running = loop.create_task(tunnel.run())
         backend.shutdown(socket.SHUT_WR)
         assert await loop.sock_recv(client, 10) == b""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import select
 import signal
+import socket
 import ssl
 import subprocess
 import threading
 
 import pytest
+
+from fumi_edge.close_notify import CloseNotify
+from fumi_edge.tunnel import BUFFER, Tunnel
 
 SIZE = 50 * 1024 * 1024
 
@@ -133,6 +138,54 @@ def test_a_backend_that_ends_its_side_still_gets_what_the_client_sends(backend, 
     client.say(b"x" * 300_000)
     client.close()
     assert len(kit.until(lambda: heard, "the client's bytes")[0]) == 300_000
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_what_the_client_sends_at_the_moment_of_its_close_notify_still_reaches_the_backend(certificate, monkeypatch, version):
+    """unwrap() writes close_notify and then reads: whatever has arrived by then is the tunnel's, and must stay so."""
+    server_context, client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=certificate[0])
+    server_context.load_cert_chain(*certificate)
+    server_context.maximum_version = version
+    at_the_end = ssl.SSLSocket.unwrap
+
+    async def upload(client, ours, theirs, backend):
+        def unwrap(sock):
+            client.sendall(b"in between ")
+            return at_the_end(sock)
+
+        monkeypatch.setattr(ssl.SSLSocket, "unwrap", unwrap)
+        loop = asyncio.get_running_loop()
+        close_notify = CloseNotify()
+        close_notify.open()
+        tunnel = Tunnel(loop, memoryview(bytearray(BUFFER)), close_notify, ours, theirs, 900.0)
+        running = loop.create_task(tunnel.run())
+        client.sendall(b"before ")
+        backend.shutdown(socket.SHUT_WR)
+        assert await asyncio.to_thread(client.recv, 10) == b""
+        client.sendall(b"after")
+        client.close()
+        assert await running == "backend_closed"
+        theirs.close()
+        close_notify.close()
+        return b"".join(iter(lambda: backend.recv(100), b""))
+
+    with contextlib.ExitStack() as stack:
+        pairs = socket.create_server(("127.0.0.1", 0)), socket.socketpair()
+        listening, (theirs, backend) = pairs
+        for sock in (listening, theirs, backend):
+            stack.enter_context(sock)
+        client = socket.create_connection(listening.getsockname())
+        accepted, _ = listening.accept()
+        shaking = threading.Thread(target=lambda: ends.append(server_context.wrap_socket(accepted, server_side=True)))
+        ends = []
+        shaking.start()
+        client = stack.enter_context(client_context.wrap_socket(client, server_hostname="localhost", suppress_ragged_eofs=False))
+        shaking.join()
+        ours = stack.enter_context(ends[0])
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        backend.settimeout(20)
+        assert asyncio.run(asyncio.wait_for(upload(client, ours, theirs, backend), 20)) == b"before in between after"
 
 
 def test_a_client_that_ends_its_side_still_gets_the_replies(backend, edge, connect):

@@ -307,8 +307,9 @@ class Protocol:
         return self._extensions()
 
     def _extensions(self) -> Reply:
-        secure = self.session.secure
-        auth = self._authenticates and (secure or self._options.allow_insecure_auth)
+        options, secure = self._options, self.session.secure
+        # Never offered where the answer would be 530: clients send the password with the command.
+        auth = self._authenticates and (secure or (options.allow_insecure_auth and not options.require_tls))
         return self._greetings.ehlo(secure, auth, self._trusted)
 
     def _introduce(self, verb: str, argument: bytes) -> bool:

@@ -37,9 +37,11 @@ _LONG = frozenset((b"AUTH", b"BDAT"))
 """Commands whose line may be longer (RFC 4954 §4), which is the backend's to judge."""
 _BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
 _GREETINGS = frozenset((b"EHLO", b"LHLO"))
-_KEYWORD = re.compile(rb"^250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE | re.MULTILINE)
+_REJECTED = frozenset((b"AUTH", b"CHUNKING", b"BINARYMIME", b"ETRN", b"ATRN", b"BURL", b"VRFY", b"EXPN", b"XCLIENT", b"XFORWARD"))
+"""Keywords of commands that get a 530 before TLS. A client that reads AUTH in the list sends its password at once."""
 _LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
 _LINE = re.compile(rb"[^\n]*\n")
+_KEYWORD = re.compile(rb"[^ \t\r\n=]*")
 _VERB = re.compile(rb"[^ \t\r\n]*")
 _BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
 
@@ -199,17 +201,33 @@ class Preamble:
         return Step(verdict=Verdict.UPGRADE)
 
     def _offer(self, reply: bytes) -> bytes:
-        """Put STARTTLS into EHLO's list (RFC 5321 §4.1.1.1), once; with ``hide_starttls`` take it out."""
-        if self._hide:
-            return _relist(_KEYWORD.sub(b"", reply))
-        return reply if _KEYWORD.search(reply) else _relist(reply + b"250 STARTTLS\r\n")
+        """EHLO's list (RFC 5321 §4.1.1.1) as it is true here: with STARTTLS once, or without it where that is hidden.
+
+        The first line is the server's name, whatever it looks like.
+        """
+        withheld = (_REJECTED if self._require_tls else frozenset()) | ({b"STARTTLS"} if self._hide else frozenset())
+        name, *lines = [_text(line) for line in _LINE.findall(reply)]
+        kept = [line for line in lines if _keyword(line) not in withheld]
+        if not self._hide and b"STARTTLS" not in map(_keyword, kept):
+            kept.append(b"STARTTLS\r\n")
+        return _list(name, *kept)
 
 
-def _relist(reply: bytes) -> bytes:
-    """Number the lines of a 250 reply anew: a hyphen behind every code but the last."""
-    lines: list[bytes] = _LINE.findall(reply)
-    *texts, last = [line[4:] if line[3:4] in (b" ", b"-") else line[3:] for line in lines]
-    return b"".join(b"250-" + text for text in texts) + b"250 " + last
+def _text(line: bytes) -> bytes:
+    """A line of a reply without its code."""
+    return line[4:] if line[3:4] in (b" ", b"-") else line[3:]
+
+
+def _keyword(line: bytes) -> bytes:
+    """The keyword of a line of EHLO's list, in upper case; of ``AUTH=LOGIN``, an old form, it is AUTH."""
+    found = _KEYWORD.match(line)
+    return found[0].upper() if found else b""
+
+
+def _list(*texts: bytes) -> bytes:
+    """A 250 reply of these lines: a hyphen after every code but the last."""
+    *before, last = texts
+    return b"".join(b"250-" + text for text in before) + b"250 " + last
 
 
 def _verb(line: bytes) -> bytes:

@@ -32,6 +32,8 @@ def test_a_command_is_forwarded_and_the_next_waits_for_the_reply():
         (b"250 hi\r\n", b"250-hi\r\n250 STARTTLS\r\n"),
         (b"250-hi\r\n250 SIZE\r\n", b"250-hi\r\n250-SIZE\r\n250 STARTTLS\r\n"),
         (b"250-hi\r\n250 STARTTLS\r\n", b"250-hi\r\n250 STARTTLS\r\n"),
+        (b"250-hi\r\n250-starttls \r\n250 X\r\n", b"250-hi\r\n250-starttls \r\n250 X\r\n"),
+        (b"250 STARTTLS\r\n", b"250-STARTTLS\r\n250 STARTTLS\r\n"),
         (b"250-STARTTLSX\r\n250 X\r\n", b"250-STARTTLSX\r\n250-X\r\n250 STARTTLS\r\n"),
         (b"502 no\r\n", b"502 no\r\n"),
         (b"250-hi\n250 X\n", b"250-hi\n250-X\n250 STARTTLS\r\n"),
@@ -51,6 +53,39 @@ def test_hidden_starttls_is_taken_out_of_the_backends_own_offer():
     preamble = started(hide_starttls=True)
     preamble.client_said(b"EHLO me\r\n")
     assert preamble.backend_said(b"250-hi\r\n250-SIZE\r\n250 STARTTLS\r\n").client == b"250-hi\r\n250 SIZE\r\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "rest"),
+    [
+        (b"250 STARTTLS\r\n", b"250 STARTTLS\r\n"),  # a name
+        (b"250-hi\r\n250 STARTTLS\r\n", b"250 hi\r\n"),
+        (b"250 hi\r\n", b"250 hi\r\n"),
+        (b"250\r\n", b"250 \r\n"),
+    ],
+)
+def test_a_list_that_holds_nothing_besides_starttls_can_be_hidden(reply, rest):
+    preamble = started(hide_starttls=True)
+    preamble.client_said(b"EHLO me\r\n")
+    assert preamble.backend_said(reply).client == rest
+
+
+def test_with_require_tls_a_command_that_would_get_530_is_not_offered_in_plaintext():
+    preamble = started(require_tls=True)
+    preamble.client_said(b"EHLO me\r\n")
+    offer = (
+        b"250-AUTH\r\n250-PIPELINING\r\n250-auth PLAIN LOGIN\r\n250-AUTH=LOGIN\r\n250-CHUNKING\r\n250-BINARYMIME\r\n"
+        b"250-ETRN\r\n250-XCLIENT NAME ADDR\r\n250-AUTHENTIC\r\n250 AUTH CRAM-MD5\r\n"
+    )
+    expected = b"250-AUTH\r\n250-PIPELINING\r\n250-AUTHENTIC\r\n250 STARTTLS\r\n"
+    assert preamble.backend_said(offer).client == expected
+
+
+def test_without_require_tls_everything_is_offered_in_plaintext_too():
+    preamble = started()
+    preamble.client_said(b"EHLO me\r\n")
+    offer = b"250-hi\r\n250-AUTH PLAIN\r\n250-CHUNKING\r\n250 STARTTLS\r\n"
+    assert preamble.backend_said(offer).client == offer
 
 
 def test_helo_is_offered_nothing():

@@ -19,7 +19,13 @@ BEFORE_TLS = (b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT")
 BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
 HTTP = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ", re.IGNORECASE)
 BANNER = b"220-mx\r\n220 mx\r\n"
-LISTS = (b"250 mx\r\n", b"250-mx\r\n250 SIZE\r\n", b"250-mx\r\n250-STARTTLS\r\n250 SIZE\r\n", b"501 no\r\n")
+LISTS = (
+    b"250 mx\r\n",
+    b"250 STARTTLS\r\n",
+    b"250-mx\r\n250-AUTH PLAIN LOGIN\r\n250-AUTH=LOGIN\r\n250 SIZE\r\n",
+    b"250-mx\r\n250-STARTTLS\r\n250 SIZE\r\n",
+    b"501 no\r\n",
+)
 
 
 def verb_of(line: bytes) -> bytes:
@@ -36,11 +42,13 @@ def backend(line: bytes) -> bytes:
     return (b"250 ok\r\n", b"250-it is\r\n250 ok\r\n", b"500 what\r\n")[len(line) % 3]
 
 
-def offered(reply: bytes, hide: bool) -> bytes:
+def offered(reply: bytes, hide: bool, require_tls: bool) -> bytes:
     """EHLO's reply as the client gets it."""
-    words = [line[4:] for line in reply.splitlines() if line[4:] != b"STARTTLS" or not hide]
+    name, *words = [line[4:] for line in reply.splitlines()]
+    words = [word for word in words if not (hide and word == b"STARTTLS") and not (require_tls and word[:4] == b"AUTH")]
     if not hide and b"STARTTLS" not in words:
         words.append(b"STARTTLS")
+    words.insert(0, name)
     return b"".join(b"250%b%b\r\n" % (b" " if at == len(words) - 1 else b"-", word) for at, word in enumerate(words))
 
 
@@ -117,7 +125,8 @@ class Dialogue(campaign.Case):
                 continue
             reply = backend(line)
             forwarded += line
-            client += offered(reply, self.hide) if verb_of(line) in (b"EHLO", b"LHLO") and reply[:1] == b"2" else reply
+            lists = verb_of(line) in (b"EHLO", b"LHLO") and reply[:1] == b"2"
+            client += offered(reply, self.hide, self.require_tls) if lists else reply
             if reply[:1] == b"3" and not self.require_tls:
                 return Outcome(client, forwarded + rest, Verdict.PLAINTEXT)
         if BINARY.match(rest):

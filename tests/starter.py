@@ -1,5 +1,7 @@
 """Starts fumi-core and fumi-edge without the half second that a new interpreter needs for what they import.
 
+``failing-core`` is fumi-core with system calls that fail (tests/faults/seeded).
+
 One process has imported them, and forks for each start; from there on it is the program, with arguments, environment,
 directory and descriptors of its own. The commands of READMEs, systemd's and containers' execute the real files, and so does what
 is to inherit descriptors.
@@ -23,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
-PROGRAMS = ("fumi-core", "fumi-edge")
+PROGRAMS = ("fumi-core", "fumi-edge", "failing-core")
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parent.parent
 _OURS = {str(BIN / program) for program in PROGRAMS}
@@ -139,8 +141,13 @@ def _starter() -> socket.socket:
 def _serve(control: socket.socket) -> None:
     import fumi_core.cli
     import fumi_edge.cli
+    from tests.faults.seeded import launcher
 
-    programs = {"fumi-core": fumi_core.cli.main, "fumi-edge": fumi_edge.cli.main}
+    programs: dict[str, Callable[..., Any]] = {
+        "fumi-core": fumi_core.cli.main,
+        "fumi-edge": fumi_edge.cli.main,
+        "failing-core": launcher.main,
+    }
     # With a handler, for otherwise nothing is written to the descriptor.
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     deaths, bell = socket.socketpair()

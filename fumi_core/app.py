@@ -37,6 +37,7 @@ class Fumi:
         self._handlers: dict[str, list[Handler]] = {phase: [] for phase in PHASES}
         self._chains: Chains = dict.fromkeys(PHASES)
         self._server: Server | None = None
+        self._at_start: list[Callable[[], object]] = []
         self._at_close: list[Callable[[], object]] = []
         self._withheld: list[Callable[[], frozenset[str]]] = []
 
@@ -81,6 +82,10 @@ class Fumi:
         plugin(self)
         return self
 
+    def at_start(self, begin: Callable[[], object]) -> None:
+        """Have the first ``listen()`` call this in the event loop, in each process that serves."""
+        self._at_start.append(begin)
+
     def at_close(self, release: Callable[[], object]) -> None:
         """Have ``close()`` call this when the connections have ended: whoever holds something open lets it go there."""
         self._at_close.append(release)
@@ -107,8 +112,11 @@ class Fumi:
         self._chains = dict(other._chains)
         self._withheld = list(other._withheld)
         self._at_close += [release for release in other._at_close if release not in self._at_close]
+        self._at_start = list(other._at_start)
         if self._server is not None:
             self._server.configure(self._service(), self._logger())
+            for begin in self._at_start:
+                begin()
         return self
 
     # Serving
@@ -128,6 +136,8 @@ class Fumi:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
             self._server = Server(self._service(), self._logger(), self.crowd)
+            for begin in self._at_start:
+                begin()
         for each in sockets:
             self._listen(self._server, each)
 

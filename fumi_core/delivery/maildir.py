@@ -1,27 +1,31 @@
-"""``maildir:PATH``: one file a message (https://cr.yp.to/proto/maildir.html), safe before the client hears 250.
+"""``maildir:PATH``: one file a message (https://cr.yp.to/proto/maildir.html), safe before the client gets 250.
 
-Safe means: written into tmp/, fsynced, renamed into new/, and new/ fsynced. Before the rename nobody sees the file; after the
-last fsync no power loss takes it. All of it happens in threads, in one job for a message that fits into a batch.
+Safe means: written into tmp/, fsynced, linked into new/ under a name that nothing had, and new/ fsynced. Before the link nobody
+sees the file; after the last fsync no power loss takes it. All of it happens in threads, in one job for a message that fits into
+a batch. A delivery that fails or is cancelled leaves nothing in new/, however late that is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import logging
 import os
 import pwd
 import socket
+import stat
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fumi_core.contexts import DataContext
 from fumi_core.delivery.trace import Traced, trace_headers
-from fumi_core.errors import SMTPError
+from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.middleware import Next
 from fumi_core.runtime.logs import event
 
@@ -31,10 +35,19 @@ if TYPE_CHECKING:
 BATCH = 64 * 1024
 """Octets gathered before a thread is asked to write them."""
 THREADS = 16
-"""Messages on their way to the disk at once; each mostly waits for fsync."""
+"""Messages written at once; each thread mostly waits for fsync."""
+NAMES = 10
+"""Names that are tried for a message when each is taken already."""
+STALE = 36 * 3600.0
+"""Seconds after which a file in tmp/ is the remains of a delivery that was killed, as the specification says."""
+CLEANING = 3600.0
+"""Seconds between two looks for such files, while mail is delivered."""
 
 _log = logging.getLogger("fumi.core")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What CIFS, FUSE and the like answer; a failing disk is EIO.
+_CANNOT_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
 _NOT_KEPT = frozenset({"BINARYMIME", "DSN"})
 """Extensions that a file with LF line ends cannot keep: binary content would change, and nobody would send the notifications."""
 
@@ -49,6 +62,8 @@ class Maildir:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="maildir")
         self._count = itertools.count(1)
         self._host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
+        self._clean_at = 0.0
+        self._warned = False
 
     def __call__(self, app: Fumi) -> None:
         """Raises OSError when the directories cannot be made."""
@@ -56,15 +71,21 @@ class Maildir:
         observer = app.observer
 
         async def deliver(ctx: DataContext, next: Next) -> None:
+            if time.monotonic() >= self._clean_at:
+                self._clean()
             try:
                 await self._deliver(ctx)
-            except SMTPError as error:
-                observer.delivery(self.name, "failed" if error.code >= 500 else "deferred")
+            except MessageAborted:
+                raise
+            except BaseException as error:
+                for_good = isinstance(error, SMTPError) and error.code >= 500
+                observer.delivery(self.name, "failed" if for_good else "deferred")
                 raise
             observer.delivery(self.name, "ok")
 
         app.on_data(deliver)
         app.withhold(lambda: _NOT_KEPT)
+        app.at_start(self._clean)
 
     def create(self) -> None:
         # A directory that the power took takes with it what is in it, however safe that was.
@@ -72,7 +93,8 @@ class Maildir:
         for name in ("tmp", "new", "cur"):
             (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in {self.path, self.path.parent} | made_in:
-            _sync_directory(directory)
+            if os.access(directory, os.W_OK):  # else nothing of ours was made in it
+                self._sync(directory)
 
     def problem(self) -> str | None:
         for name in ("tmp", "new"):
@@ -94,45 +116,72 @@ class Maildir:
         return None
 
     async def _deliver(self, ctx: DataContext) -> None:
-        loop = asyncio.get_running_loop()
+        file = _File(self, ctx.session.id)
+        try:
+            await self._store(ctx, file)
+        except (asyncio.CancelledError, GeneratorExit):
+            file.withdraw()
+            raise
+        except BaseException:
+            file.withdrawn = True
+            if file.begun:
+                with contextlib.suppress(RuntimeError):  # no thread starts for it: it is queued for one that there is
+                    await asyncio.wrap_future(self._threads.submit(file.discard))
+            raise
+        ctx.accept(f"Ok: queued as {file.name}")
 
-        async def in_thread(job: Callable[..., Any], *arguments: Any) -> None:
-            future = loop.run_in_executor(self._threads, job, *arguments)
-            try:
-                await asyncio.shield(future)
-            except asyncio.CancelledError:
-                await asyncio.wait([future])  # nothing is taken from under a thread that is at work
-                raise
-            except OSError as error:
-                event(_log, logging.ERROR, "cannot deliver", id=ctx.session.id, path=self.path, problem=error.strerror)
-                full = error.errno in _FULL
-                raise SMTPError(
-                    *(("4.3.1 Insufficient system storage", 452) if full else ("4.3.0 Mail store error", 451))
-                ) from None
-
-        message = _Message(self.path, self._unique_name())
+    async def _store(self, ctx: DataContext, file: _File) -> None:
         traced = Traced(trace_headers(ctx.session))
         batch: list[bytes] = []
         size = 0
+        async for piece in ctx.stream:
+            batch.append(traced.feed(piece))
+            size += len(piece)
+            if size >= BATCH:
+                await self._in_thread(file, file.write, batch)
+                batch, size = [], 0
+        if ctx.size_exceeded:
+            ctx.reject("5.3.4 Message too large", 552)
+        batch.append(traced.end())
+        await self._in_thread(file, file.commit, batch)
+
+    async def _in_thread(self, file: _File, work: Callable[..., None], *arguments: Any) -> None:
+        """Raises SMTPError, after a line in the log, when the disk or the system refuses."""
+        file.begun = True
         try:
-            async for piece in ctx.stream:
-                batch.append(traced.feed(piece))
-                size += len(piece)
-                if size >= BATCH:
-                    await in_thread(message.write, batch)
-                    batch, size = [], 0
-            if ctx.size_exceeded:
-                ctx.reject("5.3.4 Message too large", 552)
-            batch.append(traced.end())
-            await in_thread(message.commit, batch)
-            ctx.accept(f"Ok: queued as {message.name}")
-        except BaseException:
-            message.discard()
-            raise
+            file.job = self._threads.submit(work, *arguments)
+            await asyncio.wrap_future(file.job)
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: the system has no more threads to give.
+            problem = getattr(error, "strerror", None) or error
+            event(_log, logging.ERROR, "cannot deliver", id=file.id, path=self.path, problem=problem)
+            full = isinstance(error, OSError) and error.errno in _FULL
+            raise SMTPError(*(("4.3.1 Insufficient system storage", 452) if full else ("4.3.0 Mail store error", 451))) from None
 
     def _unique_name(self) -> str:
         now = time.time_ns()
         return f"{now // 10**9}.M{now // 1000 % 10**6}P{os.getpid()}Q{next(self._count)}.{self._host}"
+
+    def sync_new(self) -> None:
+        """Make the names in new/ safe. Raises OSError when the disk fails."""
+        self._sync(self.path / "new")
+
+    def _sync(self, directory: Path) -> None:
+        try:
+            _sync_directory(directory)
+        except OSError as error:
+            if error.errno not in _CANNOT_SYNC:
+                raise
+            if not self._warned:
+                self._warned = True
+                words = "a directory cannot be fsynced: a power loss may take mail that was accepted"
+                event(_log, logging.WARNING, words, path=directory, problem=error.strerror)
+
+    def _clean(self) -> None:
+        """Remove the remains of deliveries that were killed, in a thread."""
+        self._clean_at = time.monotonic() + CLEANING
+        with contextlib.suppress(RuntimeError):  # no thread to be had: the next time then
+            self._threads.submit(_remove_stale, self.path / "tmp")
 
 
 def _user() -> str:
@@ -143,24 +192,57 @@ def _user() -> str:
         return str(os.getuid())
 
 
-class _Message:
-    """One file on its way from tmp/ to new/. Its methods run in a thread, one after the other."""
+class _File:
+    """One message on its way from tmp/ to new/. ``write``, ``commit`` and ``discard`` run in threads."""
 
-    def __init__(self, maildir: Path, name: str) -> None:
-        self.name = name
-        self._temporary = maildir / "tmp" / name
-        self._final = maildir / "new" / name
-        self._path: Path | None = None  # where the file is now
+    def __init__(self, maildir: Maildir, id: str) -> None:
+        """``id`` is the connection's, for the log."""
+        self.id = id
+        self.name = maildir._unique_name()
+        self.job: Future[None] | None = None
+        """The last job that a thread was given."""
+        self.begun = False
+        """Whether there may be something to discard."""
+        self.withdrawn = False
+        """The client was not sent 250, and sends the message again: nothing is written any more, and nothing linked."""
+        self._maildir = maildir
+        self._temporary: Path | None = None
+        self._final: Path | None = None
         self._fd = -1
         self._carriage_return = b""
+        # A job that was queued although no thread started for it runs later, when another thread is free.
+        self._lock = threading.Lock()
 
     def write(self, pieces: list[bytes]) -> None:
+        with self._lock:
+            if not self.withdrawn:
+                self._write(b"".join(pieces))
+
+    def _write(self, text: bytes) -> None:
         if self._fd < 0:
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._path = self._temporary
-        data = memoryview(self._local_lines(b"".join(pieces)))
+            self._open()
+        data = memoryview(self._local_lines(text))
         while data:
             data = data[os.write(self._fd, data) :]
+
+    def _open(self) -> None:
+        def create(name: str) -> None:
+            path = self._maildir.path / "tmp" / name
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._temporary = path
+
+        self._with_new_name(create)
+
+    def _with_new_name(self, make: Callable[[str], None]) -> None:
+        """Make something under the message's name, which becomes another one while that is taken. Raises OSError."""
+        for left in range(NAMES - 1, -1, -1):
+            try:
+                make(self.name)
+                break
+            except FileExistsError:
+                if not left:
+                    raise
+                self.name = self._maildir._unique_name()
 
     def _local_lines(self, text: bytes) -> bytes:
         """CRLF to LF. A piece may end between the two; the CR then waits for the next."""
@@ -169,25 +251,102 @@ class _Message:
         return text[: len(text) - len(self._carriage_return)].replace(b"\r\n", b"\n")
 
     def commit(self, pieces: list[bytes]) -> None:
-        self.write(pieces)
-        if self._carriage_return:
-            os.write(self._fd, self._carriage_return)
-        os.fsync(self._fd)
-        self._close()
-        os.rename(self._temporary, self._final)
-        self._path = self._final
-        _sync_directory(self._final.parent)
+        with self._lock:
+            if self.withdrawn:
+                return
+            self._write(b"".join(pieces))
+            if self._carriage_return:
+                os.write(self._fd, self._carriage_return)
+            os.fsync(self._fd)
+            self._close()
+            if not self.withdrawn:
+                self._with_new_name(self._publish)
+                self._maildir.sync_new()
+            with contextlib.suppress(OSError):  # the message is safe, and tmp/ is cleaned one day
+                self._remove_temporary()
+
+    def _publish(self, name: str) -> None:
+        assert self._temporary is not None
+        final = self._maildir.path / "new" / name
+        try:
+            _link(self._temporary, final)
+        except FileExistsError:
+            # NFS says so, too, of a link that it has just made and whose confirmation was lost.
+            if not os.path.samefile(self._temporary, final):
+                raise
+        self._final = final
+
+    def withdraw(self) -> None:
+        """Discard the message as soon as no thread is at work on it. Returns at once."""
+        self.withdrawn = True
+        if self.job is not None:
+            self.job.add_done_callback(lambda job: self.discard())
 
     def discard(self) -> None:
-        """Leave nothing: the client has not heard 250, and comes again."""
-        self._close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        """Leave nothing of the message; what cannot be removed is logged."""
+        with self._lock:
+            for remove in (self._close, self._remove_final, self._remove_temporary):
+                try:
+                    remove()
+                except OSError as error:
+                    event(
+                        _log,
+                        logging.ERROR,
+                        "cannot remove",
+                        id=self.id,
+                        path=self._maildir.path,
+                        file=self.name,
+                        problem=error.strerror,
+                    )
 
     def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+    def _remove_final(self) -> None:
+        if self._final is not None:
+            self._final.unlink(missing_ok=True)
+
+    def _remove_temporary(self) -> None:
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file another name, or a new one where the file system has no hard links. Raises FileExistsError, OSError."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.rename(source, target)
+
+
+def _remove_stale(tmp: Path) -> None:
+    """Remove files of which the last octet was written longer than STALE ago."""
+    oldest, removed = time.time() - STALE, 0
+    try:
+        with os.scandir(tmp) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another worker cleans too
+                    removed += _remove_if_older(entry, oldest)
+    except OSError as error:
+        event(_log, logging.WARNING, "cannot remove unfinished deliveries", path=tmp, problem=error.strerror)
+    if removed:
+        event(_log, logging.INFO, "unfinished deliveries removed", path=tmp, files=removed)
+
+
+def _remove_if_older(entry: os.DirEntry[str], oldest: float) -> bool:
+    if entry.name.startswith("."):
+        return False  # the file system's own, such as .nfs0001
+    found = entry.stat(follow_symlinks=False)
+    if not stat.S_ISREG(found.st_mode) or found.st_mtime >= oldest:
+        return False
+    os.unlink(entry.path)
+    return True
 
 
 def _sync_directory(path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_message_over_the_size_leaves_nothing(box: Path, connect: Any) -> None
     ("number", "reply"),
     [(28, b"452 4.3.1 Insufficient system storage\r\n"), (5, b"451 4.3.0 Mail store error\r\n")],
 )
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "link"])
 def test_a_failing_disk_is_a_4yz_and_leaves_nothing(
     box: Path, connect: Any, monkeypatch: Any, number: int, reply: bytes, call: str
 ) -> None:
@@ -147,7 +147,7 @@ def test_the_directories_that_had_to_be_made_are_safe_too(tmp_path: Path, monkey
 
 def test_nothing_is_promised_before_file_and_directory_are_synced(box: Path, connect: Any, monkeypatch: Any) -> None:
     steps: list[str] = []
-    for call in ("write", "fsync", "rename"):
+    for call in ("write", "fsync", "link"):
         real = getattr(os, call)
 
         def watched(*arguments: Any, call: str = call, real: Any = real) -> Any:
@@ -161,7 +161,7 @@ def test_nothing_is_promised_before_file_and_directory_are_synced(box: Path, con
         client.envelope()
         client.say("DATA")
         assert client.say("hi\r\n.").startswith(b"250")
-        assert steps == ["write", "fsync", "rename", "fsync"]
+        assert steps == ["write", "fsync", "link", "fsync"]
 
 
 def test_a_killed_core_has_kept_what_it_promised_and_shows_nothing_half_written(tmp_path: Path, connect: Any) -> None:

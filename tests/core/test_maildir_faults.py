@@ -1,0 +1,287 @@
+"""What a disk, a file system or a cancellation does to a delivery: the reply and new/ agree, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fumi_core import builtin
+from fumi_core.delivery import maildir
+from fumi_core.observer import Observer
+from fumi_core.testing import running
+
+LONG_AGO = time.time() - maildir.STALE - 60
+
+
+class Deliveries(Observer):
+    def __init__(self) -> None:
+        self.results: list[str] = []
+
+    def delivery(self, target: str, result: str) -> None:
+        self.results.append(result)
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    return tmp_path / "box"
+
+
+def build(box: Path, observer: Observer | None = None, **options: Any) -> Any:
+    return builtin.build(f"maildir:{box}", name="mx.example", observer=observer, **{"close_timeout": 0.2, **options})
+
+
+def files(box: Path) -> list[str]:
+    return sorted(f"{path.parent.name}/{path.name}" for path in box.glob("*/*"))
+
+
+def deliver(client: Any, text: str = "Subject: hi") -> bytes:
+    client.envelope()
+    assert client.say("DATA").startswith(b"354")
+    reply: bytes = client.say(f"{text}\r\n.")
+    return reply
+
+
+class Held:
+    """A system call that waits for ``release``, before or after it does its work."""
+
+    def __init__(self, real: Callable[..., Any], *, before: bool, turn: int) -> None:
+        self.reached, self.release = threading.Event(), threading.Event()
+        self._real, self._before, self._turn = real, before, turn
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        self._turn -= 1
+        if self._turn or self.release.is_set():
+            return self._real(*arguments, **more)
+        if self._before:
+            self._wait()
+        result = self._real(*arguments, **more)
+        if not self._before:
+            self._wait()
+        return result
+
+    def _wait(self) -> None:
+        self.reached.set()
+        assert self.release.wait(60)
+
+
+@pytest.fixture
+def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
+    held: list[Held] = []
+
+    def make(call: str, *, before: bool, turn: int = 1) -> Held:
+        held.append(Held(getattr(os, call), before=before, turn=turn))
+        monkeypatch.setattr(f"fumi_core.delivery.maildir.os.{call}", held[-1])
+        return held[-1]
+
+    yield make
+    for each in held:
+        each.release.set()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(("call", "turn"), [("open", 1), ("write", 1), ("fsync", 1), ("link", 1), ("fsync", 2)])
+def test_a_delivery_that_is_cancelled_in_a_slow_call_is_taken_back(
+    box: Path, connect: Any, eventually: Any, hold: Any, call: str, turn: int, before: bool
+) -> None:
+    observer = Deliveries()
+    app = build(box, observer)
+    with running(app) as server:
+        client = connect(server.port)
+        slow = hold(call, before=before, turn=turn)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall(b"Subject: hi\r\n.\r\n")
+        assert slow.reached.wait(60)
+        server.run(app.close)
+        assert client.reply().startswith(b"421 ")
+        assert client.reply() == b""
+        slow.release.set()
+        eventually(lambda: files(box) == [])
+        assert observer.results == ["deferred"]
+
+
+def test_a_delivery_that_waits_for_a_thread_when_it_is_cancelled_never_starts(
+    box: Path, connect: Any, eventually: Any, hold: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maildir, "THREADS", 1)
+    app = build(box)
+    with running(app) as server:
+        first, second = connect(server.port), connect(server.port)
+        assert deliver(first).startswith(b"250")
+        (delivered,) = files(box)
+        slow = hold("write", before=True)
+        for client in (first, second):
+            client.envelope()
+            client.say("DATA")
+            client.sock.sendall(b"Subject: hi\r\n.\r\n")
+        assert slow.reached.wait(60)
+        server.run(app.close)
+        assert [client.reply()[:4] for client in (first, second)] == [b"421 "] * 2
+        slow.release.set()
+        eventually(lambda: files(box) == [delivered])
+
+
+@pytest.mark.parametrize("folder", ["tmp", "new"])
+def test_a_name_that_exists_is_not_used_again(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    names = iter(["one", "one", "two", "three"])
+    with running(build(box)) as server:
+        monkeypatch.setattr(maildir.Maildir, "_unique_name", lambda self: next(names))
+        (box / folder / "one").write_bytes(b"somebody's")
+        reply = deliver(connect(server.port))
+    assert reply == b"250 2.0.0 Ok: queued as two\r\n"
+    assert (box / folder / "one").read_bytes() == b"somebody's"
+    assert files(box) == sorted([f"{folder}/one", "new/two"])
+
+
+def test_where_every_name_exists_the_message_is_deferred(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(build(box)) as server:
+        monkeypatch.setattr(maildir.Maildir, "_unique_name", lambda self: "one")
+        client = connect(server.port)
+        assert deliver(client, "Subject: first") == b"250 2.0.0 Ok: queued as one\r\n"
+        assert deliver(client, "Subject: second") == b"451 4.3.0 Mail store error\r\n"
+    assert files(box) == ["new/one"]
+    assert b"first" in (box / "new" / "one").read_bytes()
+
+
+def test_a_link_whose_confirmation_was_lost_counts(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.link
+
+    def link(source: Path, target: Path) -> None:
+        real(source, target)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    with running(build(box)) as server:
+        monkeypatch.setattr("fumi_core.delivery.maildir.os.link", link)
+        name = deliver(connect(server.port)).split()[-1].decode()
+    assert files(box) == [f"new/{name}"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_without_hard_links_a_message_is_renamed_but_over_nothing(
+    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    names = iter(["one", "one", "two"])
+
+    def link(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with running(build(box)) as server:
+        monkeypatch.setattr(maildir.Maildir, "_unique_name", lambda self: next(names))
+        monkeypatch.setattr("fumi_core.delivery.maildir.os.link", link)
+        client = connect(server.port)
+        assert deliver(client, "Subject: first") == b"250 2.0.0 Ok: queued as one\r\n"
+        assert deliver(client, "Subject: second") == b"250 2.0.0 Ok: queued as two\r\n"
+    assert files(box) == ["new/one", "new/two"]
+    assert b"first" in (box / "new" / "one").read_bytes()
+
+
+def test_a_remainder_that_cannot_be_removed_hides_neither_reason_nor_result(
+    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    observer = Deliveries()
+
+    def fail(number: int) -> Callable[..., None]:
+        def call(*arguments: Any, **more: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    with running(build(box, observer)) as server:
+        client = connect(server.port)
+        with monkeypatch.context() as patch:
+            patch.setattr("fumi_core.delivery.maildir.os.fsync", fail(errno.ENOSPC))
+            patch.setattr("fumi_core.delivery.maildir.Path.unlink", fail(errno.EIO))
+            assert deliver(client) == b"452 4.3.1 Insufficient system storage\r\n"
+    assert observer.results == ["deferred"]
+    lines = [line for record in caplog.records if (line := record.getMessage()).startswith("cannot")]
+    assert [line.split(" id=")[0] for line in lines] == ["cannot deliver", "cannot remove"]
+    assert "No space left" in lines[0]
+    assert "Traceback" not in caplog.text
+
+
+def test_a_system_without_a_thread_to_spare_defers_the_message(
+    box: Path, connect: Any, hold: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with running(build(box)) as server:
+        first, second = connect(server.port), connect(server.port)
+        slow = hold("write", before=True)
+        first.envelope()
+        first.say("DATA")
+        first.sock.sendall(b"Subject: hi\r\n.\r\n")
+        assert slow.reached.wait(60)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            assert deliver(second) == b"451 4.3.0 Mail store error\r\n"
+        slow.release.set()
+        assert first.reply().startswith(b"250")
+        assert deliver(second).startswith(b"250")
+    # What was queued for the thread that did not start came to nothing, too.
+    assert len(files(box)) == 2
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_directories_that_cannot_be_fsynced_are_one_warning(
+    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def sync(path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(maildir, "_sync_directory", sync)
+    with running(build(box)) as server:
+        client = connect(server.port)
+        assert deliver(client).startswith(b"250")
+        assert deliver(client).startswith(b"250")
+    assert len(files(box)) == 2
+    assert [record.levelname for record in caplog.records if "fsync" in record.getMessage()] == ["WARNING"]
+
+
+def test_a_directory_that_the_disk_does_not_sync_is_an_error_all_the_same(
+    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(build(box)) as server:
+
+        def sync(path: Path) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(maildir, "_sync_directory", sync)
+        assert deliver(connect(server.port)) == b"451 4.3.0 Mail store error\r\n"
+    assert files(box) == []
+
+
+def test_unfinished_deliveries_are_removed_after_36_hours(box: Path, eventually: Any) -> None:
+    app = build(box)
+    for folder, name, age in (
+        ("tmp", "old", LONG_AGO), ("tmp", "young", LONG_AGO + 120), ("tmp", ".nfs0001", LONG_AGO), ("new", "mail", LONG_AGO),
+    ):  # fmt: skip
+        (box / folder / name).touch()
+        os.utime(box / folder / name, (age, age))
+    (box / "tmp" / "folder").mkdir()
+    (box / "tmp" / "link").symlink_to(box / "new" / "mail")
+    os.utime(box / "tmp" / "folder", (LONG_AGO, LONG_AGO))
+    os.utime(box / "tmp" / "link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
+    with running(app):
+        eventually(lambda: "tmp/old" not in files(box))
+    assert files(box) == ["new/mail", "tmp/.nfs0001", "tmp/folder", "tmp/link", "tmp/young"]
+
+
+def test_unfinished_deliveries_are_looked_for_now_and_then(
+    box: Path, connect: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maildir, "CLEANING", 0.0)
+    with running(build(box)) as server:
+        (box / "tmp" / "old").touch()
+        os.utime(box / "tmp" / "old", (LONG_AGO, LONG_AGO))
+        assert deliver(connect(server.port)).startswith(b"250")
+        eventually(lambda: "tmp/old" not in files(box))
+        assert len(files(box)) == 1

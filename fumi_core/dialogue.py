@@ -35,7 +35,7 @@ from fumi_core.middleware import Chain
 from fumi_core.observer import Observer
 from fumi_core.options import Options
 from fumi_core.protocol import Protocol
-from fumi_core.replies import Reply, from_text
+from fumi_core.replies import Reply, from_text, verdict
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.logs import event as log_event
 from fumi_core.runtime.logs import failure
@@ -305,7 +305,7 @@ class Dialogue:
         return replies.LOCAL_ERROR
 
     def _log_failure(self, error: BaseException) -> None:
-        failure(errors, "a handler failed", error, id=self.session.id, client=self.session.remote_address)
+        failure(errors, "a handler failed", error, id=self.session.id, client_ip=self.session.remote_address)
 
     # The message
 
@@ -334,7 +334,7 @@ class Dialogue:
         self._message = None
         answers = self._verdicts(message)
         best = min([reply.code for reply in answers])
-        result = "accepted" if best == 250 else "deferred" if best < 500 else "rejected"
+        result = verdict(best)
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         self.messages += best == 250
         self.protocol.settle(answers)

@@ -1,4 +1,4 @@
-"""The built-in app's log of mail: a line for each message, each sender or recipient that was refused, each failed authentication.
+"""The built-in app's log of mail: a line for each message, each rejected or deferred sender or recipient, and each failed login.
 
 An app of one's own logs what it likes, for example with ``plugins.logger()``.
 """
@@ -12,6 +12,7 @@ from fumi_core.app import Fumi
 from fumi_core.contexts import AuthContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.middleware import Next
+from fumi_core.replies import verdict
 from fumi_core.runtime.logs import event
 from fumi_core.session import Address
 
@@ -35,20 +36,21 @@ def authentications(app: Fumi) -> None:
 
 
 def transactions(app: Fumi) -> None:
-    """Log messages, and who was refused; to be used before all others that may refuse."""
+    """Log messages, rejections (5xx) and deferrals (4xx); to be used before all other handlers that may reject."""
 
     async def mail_from(ctx: MailContext, next: Next) -> None:
         try:
             await next()
         except SMTPError as error:
-            _tell(ctx, "sender refused", error, **{"from": _path(ctx.address)})
+            _tell(ctx, f"sender {verdict(error.code)}", error, **{"from": _path(ctx.address)})
             raise
 
     async def rcpt_to(ctx: RcptContext, next: Next) -> None:
         try:
             await next()
         except SMTPError as error:
-            _tell(ctx, "recipient refused", error, **{"from": _path(ctx.session.envelope.mail_from)}, to=ctx.address.address)
+            sender = {"from": _path(ctx.session.envelope.mail_from)}
+            _tell(ctx, f"recipient {verdict(error.code)}", error, **sender, to=ctx.address.address)
             raise
 
     async def data(ctx: DataContext, next: Next) -> None:
@@ -60,15 +62,17 @@ def transactions(app: Fumi) -> None:
             # The client has gone; the line of its session says so.
             raise
         except SMTPError as error:
-            _tell(ctx, "message refused", error, **fields, size=ctx.stream.size)
+            _tell(ctx, f"message {verdict(error.code)}", error, **fields, size=ctx.stream.size)
             raise
         if ctx.size_exceeded:
-            _tell(ctx, "message refused", **fields, size=ctx.stream.size, code=552)
+            _tell(ctx, "message rejected", **fields, size=ctx.stream.size, code=552)
         elif ctx.rejected and all(each.address in ctx.rejected for each in envelope.rcpt_to):
-            _tell(ctx, "message refused", *list(ctx.rejected.values())[:1], **fields, size=ctx.stream.size)
+            # One that may come again is not rejected for good.
+            best = min(ctx.rejected.values(), key=lambda error: error.code)
+            _tell(ctx, f"message {verdict(best.code)}", best, **fields, size=ctx.stream.size)
         else:
-            refused = _names([Address(each, {}) for each in ctx.rejected]) or None
-            _tell(ctx, "message accepted", **fields, size=ctx.stream.size, reply=ctx.accepted, refused=refused)
+            rejected = _names([Address(each, {}) for each in ctx.rejected]) or None
+            _tell(ctx, "message accepted", **fields, size=ctx.stream.size, reply=ctx.accepted, rejected=rejected)
 
     app.on_mail_from(mail_from)
     app.on_rcpt_to(rcpt_to)
@@ -79,7 +83,8 @@ def _tell(ctx: Context, words: str, error: SMTPError | None = None, /, **fields:
     session = ctx.session
     if error is not None:
         fields |= {"code": error.code, "reply": error.message}
-    event(_log, logging.INFO, words, id=session.id, client=session.remote_address, **fields)
+    client = {"client_ip": session.remote_address, "client_port": session.remote_port or None}
+    event(_log, logging.INFO, words, id=session.id, **client, **fields)
 
 
 def _path(address: Address | None) -> str:

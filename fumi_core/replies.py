@@ -21,6 +21,11 @@ _DEFAULT_STATUS = {
 }  # fmt: skip
 
 
+def verdict(code: int) -> str:
+    """What a reply code means for mail, in the words of logs and metrics: accepted (2xx), deferred (4xx) or rejected (5xx)."""
+    return "accepted" if code < 400 else "deferred" if code < 500 else "rejected"
+
+
 class Reply:
     """One reply: ``code``, and the bytes with (``data``) and without (``plain``) the enhanced status code."""
 

@@ -248,7 +248,7 @@ class Connection:
         self._server.observer.proxy_header(version, result)
         # A health check that connects and hangs up is not worth a line above debug.
         level = logging.DEBUG if result == "closed" else logging.WARNING
-        event(logging.getLogger("fumi.core"), level, "no PROXY header", peer=self._session.remote_address, problem=problem)
+        event(logging.getLogger("fumi.core"), level, "no PROXY header", peer=self._session.remote_address, error=problem)
         self._phase = Phase.CLOSED
         self._transport.abort()
 
@@ -345,7 +345,8 @@ class Connection:
                 logging.DEBUG if self._local else logging.INFO,
                 "session ended",
                 id=session.id,
-                client=session.remote_address,
+                client_ip=session.remote_address,
+                client_port=session.remote_port or None,
                 proxy=session.proxy_address,
                 helo=session.client_hostname,
                 tls=session.tls.version if session.tls else ("yes" if session.secure else None),

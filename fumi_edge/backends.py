@@ -129,7 +129,7 @@ class Backend:
         if up:
             event(log, logging.INFO, "backend is back", backend=self.name)
         else:
-            event(log, logging.WARNING, "backend failed", backend=self.name, reason=reason, detail=detail)
+            event(log, logging.WARNING, "backend failed", backend=self.name, reason=reason, error=detail)
 
 
 class Backends:

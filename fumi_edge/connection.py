@@ -148,7 +148,7 @@ class Connection:
             raise
         except Exception as error:
             # A fault of ours costs this connection and no other.
-            failure(log, "connection failed", error, id=self.id, client=self._client_name())
+            failure(log, "connection failed", error, id=self.id, client_ip=self._host())
         finally:
             self._close(reason)
             self._report(reason)
@@ -390,17 +390,14 @@ class Connection:
             sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
             event(
                 log, self._level, "connection ended",
-                id=self.id, client=self._client_name(), listener=self.listener.name,
+                id=self.id, client_ip=self._host(), client_port=self._port(), listener=self.listener.name,
                 tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
                 backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
-                seconds=round(seconds, 3), reason=reason, detail=self.detail,
+                seconds=round(seconds, 3), reason=reason, error=self.detail,
             )  # fmt: skip
 
     def _host(self) -> str:
         return "unix" if isinstance(self._source, str) else self._source[0]
 
-    def _client_name(self) -> str:
-        if isinstance(self._source, str):
-            return "unix"
-        host, port = self._source
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    def _port(self) -> int | None:
+        return None if isinstance(self._source, str) else self._source[1]

@@ -80,7 +80,7 @@ class Remote:
             self._sort(targets)
         except OSError as error:
             if self._targets:
-                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, detail=error)
+                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, error=error)
             return error
         finally:
             self._asked_at = loop.time()

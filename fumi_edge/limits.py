@@ -129,7 +129,7 @@ class Rejections:
             self._unsaid[reason] += 1
             self._client = client
             return
-        event(log, logging.INFO, "rejected", client=client, listener=listener, reason=reason)
+        event(log, logging.INFO, "rejected", client_ip=client, listener=listener, reason=reason)
         self._timer = asyncio.get_running_loop().call_later(SUMMARY, self._sum_up)
 
     def _sum_up(self) -> None:

@@ -46,7 +46,7 @@ class Reloader:
             self._warn(entry)
         self._tell_skipped(())
         if mismatch := self._certificates.mismatch():
-            event(log, logging.WARNING, "no cipher for the certificates", detail=mismatch)
+            event(log, logging.WARNING, "no cipher for the certificates", error=mismatch)
         loop = asyncio.get_running_loop()
         if self._interval:
             self._watching = loop.create_task(self._watch())
@@ -140,7 +140,7 @@ class Reloader:
         """Say what was not said last time."""
         for complaint in complaints:
             if complaint not in self._reported:
-                event(log, level, words, detail=complaint)
+                event(log, level, words, error=complaint)
         self._reported = set(complaints)
 
     async def _install(self) -> list[str]:
@@ -160,7 +160,7 @@ class Reloader:
 
     def _tell_skipped(self, before: Sequence[str]) -> None:
         for line in [each for each in self._certificates.skipped if each not in before]:
-            event(log, logging.INFO, "certificate skipped", detail=line)
+            event(log, logging.INFO, "certificate skipped", error=line)
 
     def _publish(self) -> None:
         self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.served)
@@ -168,4 +168,4 @@ class Reloader:
     def _warn(self, entry: Certificate) -> None:
         if problem := entry.problem(time.time()):
             level = logging.WARNING if entry in self._certificates.selection.served else logging.INFO
-            event(log, level, "certificate is not valid", name=entry.name, detail=problem)
+            event(log, level, "certificate is not valid", name=entry.name, error=problem)

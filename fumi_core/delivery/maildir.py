@@ -154,7 +154,7 @@ class Maildir:
         except (OSError, RuntimeError) as error:
             # RuntimeError: the system has no more threads to give.
             problem = getattr(error, "strerror", None) or error
-            event(_log, logging.ERROR, "cannot deliver", id=file.id, path=self.path, problem=problem)
+            event(_log, logging.ERROR, "cannot deliver", id=file.id, path=self.path, error=problem)
             full = isinstance(error, OSError) and error.errno in _FULL
             raise SMTPError(*(("4.3.1 Insufficient system storage", 452) if full else ("4.3.0 Mail store error", 451))) from None
 
@@ -175,7 +175,7 @@ class Maildir:
             if not self._warned:
                 self._warned = True
                 words = "a directory cannot be fsynced: a power loss may take mail that was accepted"
-                event(_log, logging.WARNING, words, path=directory, problem=error.strerror)
+                event(_log, logging.WARNING, words, path=directory, error=error.strerror)
 
     def _clean(self) -> None:
         """Remove the remains of deliveries that were killed, in a thread."""
@@ -296,7 +296,7 @@ class _File:
                         id=self.id,
                         path=self._maildir.path,
                         file=self.name,
-                        problem=error.strerror,
+                        error=error.strerror,
                     )
 
     def _close(self) -> None:
@@ -334,7 +334,7 @@ def _remove_stale(tmp: Path) -> None:
                 with contextlib.suppress(FileNotFoundError):  # another worker cleans too
                     removed += _remove_if_older(entry, oldest)
     except OSError as error:
-        event(_log, logging.WARNING, "cannot remove unfinished deliveries", path=tmp, problem=error.strerror)
+        event(_log, logging.WARNING, "cannot remove unfinished deliveries", path=tmp, error=error.strerror)
     if removed:
         event(_log, logging.INFO, "unfinished deliveries removed", path=tmp, files=removed)
 

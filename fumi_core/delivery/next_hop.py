@@ -215,7 +215,7 @@ class NextHop:
 
     def _log(self, session: Session, failure: Failure) -> None:
         next_hop = f"{self.name}:{self.address}"
-        event(_log, logging.WARNING, "next hop failed", id=session.id, next_hop=next_hop, problem=failure)
+        event(_log, logging.WARNING, "next hop failed", id=session.id, next_hop=next_hop, error=failure)
 
     def _bypassed(self, session: Session) -> SMTPError:
         """Some handler accepted, or refused, what the next hop was not asked about, or has accepted."""

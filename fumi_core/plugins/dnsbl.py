@@ -86,7 +86,7 @@ class Blocklist:
             listed = _means_listed(answers)
         except Exception as error:
             problem = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            event(_log, logging.WARNING, "blocklist not usable", id=id, zone=self.zone, client=address, problem=problem)
+            event(_log, logging.WARNING, "blocklist not usable", id=id, zone=self.zone, client_ip=address, error=problem)
             return False
         self._remember(name, listed)
         return listed

@@ -11,6 +11,7 @@ from fumi_core.app import Fumi
 from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.middleware import Next
+from fumi_core.replies import verdict
 from fumi_core.runtime.logs import event
 from fumi_core.session import Session
 
@@ -45,7 +46,7 @@ class _Lines:
         session = ctx.session
         self._connected[session] = time.monotonic()
         tls = session.tls.version if session.tls else ("yes" if session.secure else None)
-        fields = {"client": session.remote_address, "proxy": session.proxy_address, "tls": tls}
+        fields = {"client_ip": session.remote_address, "proxy": session.proxy_address, "tls": tls}
         await _outcome(ctx, next, "connection", fields)
 
     async def auth(self, ctx: AuthContext, next: Next) -> None:
@@ -53,12 +54,12 @@ class _Lines:
         try:
             await next()
         except Exception as error:
-            _tell(ctx, "authentication refused", **fields, **_refusal(error))
+            _tell(ctx, f"authentication {_verdict(error)}", **fields, **_refusal(error))
             raise
         if ctx.accepted:
             _tell(ctx, "authentication accepted", **fields, username=ctx.credentials.username)
         else:
-            _tell(ctx, "authentication refused", **fields, code=ctx.default_code)
+            _tell(ctx, "authentication rejected", **fields, code=ctx.default_code)
 
     async def mail_from(self, ctx: MailContext, next: Next) -> None:
         await _outcome(ctx, next, "sender", {"address": ctx.address.address})
@@ -79,20 +80,22 @@ class _Lines:
         if isinstance(failure, MessageAborted):
             _tell(ctx, "message aborted", **fields, reason=str(failure))
         elif ctx.size_exceeded:
-            _tell(ctx, "message refused", **fields, code=552, reply="too large")
+            _tell(ctx, "message rejected", **fields, code=552, reply="too large")
         elif failure is not None:
-            _tell(ctx, "message refused", **fields, **_refusal(failure))
+            _tell(ctx, f"message {_verdict(failure)}", **fields, **_refusal(failure))
         else:
-            refused = len(ctx.rejected)
-            verdict = "refused" if refused == len(envelope.rcpt_to) else "accepted"
-            _tell(ctx, f"message {verdict}", **fields, refused=refused or None)
+            # In LMTP each recipient has a reply of its own.
+            codes = [250] * (len(envelope.rcpt_to) - len(ctx.rejected)) + [error.code for error in ctx.rejected.values()]
+            _tell(ctx, f"message {verdict(min(codes))}", **fields, rejected=len(ctx.rejected) or None)
         if failure is not None:
             raise failure
 
     async def close(self, ctx: CloseContext, next: Next) -> None:
         started = self._connected.pop(ctx.session, None)
         seconds = None if started is None else round(time.monotonic() - started, 3)
-        _tell(ctx, "connection closed", client=ctx.session.remote_address, seconds=seconds, transactions=ctx.session.transaction)
+        _tell(
+            ctx, "connection closed", client_ip=ctx.session.remote_address, seconds=seconds, transactions=ctx.session.transaction
+        )
         await next()
 
 
@@ -100,7 +103,7 @@ async def _outcome(ctx: Context, next: Next, what: str, fields: dict[str, Any]) 
     try:
         await next()
     except Exception as error:
-        _tell(ctx, f"{what} refused", **fields, **_refusal(error))
+        _tell(ctx, f"{what} {_verdict(error)}", **fields, **_refusal(error))
         raise
     _tell(ctx, f"{what} accepted", **fields)
 
@@ -120,10 +123,15 @@ async def _failure_of(ctx: DataContext, next: Next) -> Exception | None:
     return failure
 
 
+def _verdict(error: Exception) -> str:
+    """Other exceptions are answered 451, or 421 to a connection."""
+    return verdict(error.code if isinstance(error, SMTPError) else 451)
+
+
 def _refusal(error: Exception) -> dict[str, Any]:
     if isinstance(error, SMTPError):
         return {"code": error.code, "reply": error.message}
-    return {"problem": type(error).__name__}
+    return {"error": type(error).__name__}
 
 
 def _tell(ctx: Context, words: str, **fields: Any) -> None:

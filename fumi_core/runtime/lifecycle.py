@@ -119,7 +119,7 @@ async def reload(work: Work, quiet: bool = False) -> bool:
         skipped = sorted(await work.reload())
     except click.ClickException as error:
         problem = " ".join(error.format_message().split())
-        event(work.log, logging.ERROR, "not reloaded: the old settings stay", problem=problem)
+        event(work.log, logging.ERROR, "not reloaded: the old settings stay", error=problem)
         return False
     except Exception:
         # A fault of ours; the program it is in serves on, with what it had.

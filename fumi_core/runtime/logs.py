@@ -219,7 +219,7 @@ def _second(seconds: int) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """``2026-01-31T12:00:00.123Z INFO fumi.core session ended id=… client=…``; a traceback follows on lines of its own."""
+    """``2026-01-31T12:00:00.123Z INFO fumi.core session ended id=… client_ip=…``; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
         words = [_stamp(record), record.levelname, record.name, _one_line(record.getMessage())]

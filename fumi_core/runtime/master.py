@@ -144,7 +144,7 @@ class Master:
         except OSError as error:
             child.failures += 1
             child.due = now + max(1.0, child.pause)
-            event(self._work.log, logging.ERROR, "cannot start a worker", problem=error.strerror)
+            event(self._work.log, logging.ERROR, "cannot start a worker", error=error.strerror)
             return True
         if child.pid == 0:
             return False

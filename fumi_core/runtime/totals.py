@@ -51,7 +51,7 @@ class Reporter:
             self._slot.write(_dumped(trouble, families))
         except ValueError as error:
             if not self._silent:
-                event(log, logging.ERROR, "cannot report metrics: too many series, such as certificates", problem=error)
+                event(log, logging.ERROR, "cannot report metrics: too many series, such as certificates", error=error)
             self._silent = True
 
 

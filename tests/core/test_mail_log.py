@@ -54,7 +54,7 @@ def test_a_message_leaves_a_line_that_names_it(core: Any, tmp_path: Path) -> Non
     (line,) = log("message accepted")
     (name,) = [path.name for path in (tmp_path / "inbox" / "new").iterdir()]
     assert line["logger"] == "fumi.core.mail"
-    assert (line["from"], line["to"], line["client"]) == ("ann@example.com", "joe@example.org,eve@example.org", "127.0.0.1")
+    assert (line["from"], line["to"], line["client_ip"]) == ("ann@example.com", "joe@example.org,eve@example.org", "127.0.0.1")
     assert line["reply"] == f"2.0.0 Ok: queued as {name}" or name in line["reply"]
     assert line["size"] == len("Subject: x\r\n\r\nsecret words\r\n")
     (session,) = log("session ended")
@@ -71,15 +71,25 @@ def test_who_is_refused_is_named_with_the_reason(core: Any) -> None:
         client.rcpt("joe@elsewhere.example")
         client.rcpt("joe@example.org")
         assert client.data("x" * 2000)[0] == 552
-    (line,) = log("recipient refused")
+    (line,) = log("recipient rejected")
     assert (line["from"], line["to"], line["code"], line["reply"]) == (
         "<>",
         "joe@elsewhere.example",
         550,
         "5.7.1 Relay access denied",
     )
-    (line,) = log("message refused")
+    (line,) = log("message rejected")
     assert (line["to"], line["code"]) == ("joe@example.org", 552)
+
+
+def test_what_may_come_again_is_deferred_in_the_log(core: Any, tmp_path: Path) -> None:
+    port, log = core("--deliver", "maildir:inbox")
+    (tmp_path / "inbox" / "tmp").rmdir()  # nothing can be written
+    with smtplib.SMTP("127.0.0.1", port) as client, pytest.raises(smtplib.SMTPDataError):
+        client.sendmail("ann@example.com", "joe@example.org", "x\r\n")
+    (line,) = log("message deferred")
+    assert (line["to"], line["code"]) == ("joe@example.org", 451)
+    assert isinstance(line["client_port"], int)
 
 
 def test_of_many_recipients_some_are_named(core: Any) -> None:
@@ -100,7 +110,7 @@ def test_a_failed_login_is_told_with_its_client_and_nothing_that_was_typed(core:
             words = base64.b64encode(f"\0joe\0{password}".encode()).decode()
             assert client.docmd("AUTH", "PLAIN " + words)[0] == code
     (line,) = log("authentication failed")
-    assert (line["client"], line["method"]) == ("127.0.0.1", "PLAIN")
+    assert (line["client_ip"], line["method"]) == ("127.0.0.1", "PLAIN")
     assert "typed-wrong" not in (tmp_path / "log").read_text()
 
 
@@ -114,7 +124,7 @@ def test_a_message_that_is_too_large_with_a_chunk_leaves_a_line(core: Any) -> No
             client.send(chunks)
             while client.getreply()[0] != 552:
                 pass
-    assert [(line["to"], line["code"]) for line in log("message refused")] == [("joe@example.org", 552)] * 3
+    assert [(line["to"], line["code"]) for line in log("message rejected")] == [("joe@example.org", 552)] * 3
 
 
 def test_a_recipient_named_twice_and_refused_leaves_no_line_of_an_accepted_message(connect: Any, caplog: Any) -> None:
@@ -129,5 +139,5 @@ def test_a_recipient_named_twice_and_refused_leaves_no_line_of_an_accepted_messa
         for line in ("LHLO x", "MAIL FROM:<>", "RCPT TO:<c@d.example>", "RCPT TO:<c@d.example>", "DATA"):
             client.say(line)
         assert [client.say("hi\r\n."), client.reply()] == [b"452 4.3.1 Mailbox full\r\n"] * 2
-    assert "message refused" in caplog.text
+    assert "message deferred" in caplog.text
     assert "message accepted" not in caplog.text

@@ -45,12 +45,12 @@ def test_a_session_is_a_line_an_event(app: Fumi, connect: Any, lines: Lines, eve
         client.say("QUIT")
         eventually(lambda: len(lines()) == 6)
     assert lines() == [
-        "connection accepted client=127.0.0.1",
+        "connection accepted client_ip=127.0.0.1",
         "sender accepted address=a@b.example",
         "recipient accepted address=c@d.example",
         "recipient accepted address=e@f.example",
         "message accepted sender=a@b.example recipients=2 size=7",
-        "connection closed client=127.0.0.1 transactions=1",
+        "connection closed client_ip=127.0.0.1 transactions=1",
     ]
 
 
@@ -79,11 +79,10 @@ def test_refusals_of_others_are_seen_with_code_and_words(app: Fumi, connect: Any
         client.say("RCPT TO:<c@d.example>")
         client.say("DATA")
         assert client.say("hello\r\n.").startswith(b"450")
-    refused = [line for line in lines() if "refused" in line]
-    assert refused == [
-        'sender refused address=bad@b.example code=550 reply="Not you"',
-        'recipient refused address=bad@d.example code=551 reply="Nobody here\\r\\nforged"',
-        'message refused sender=a@b.example recipients=1 size=7 code=450 reply="4.2.2 Later"',
+    assert [line for line in lines() if " code=" in line] == [
+        'sender rejected address=bad@b.example code=550 reply="Not you"',
+        'recipient rejected address=bad@d.example code=551 reply="Nobody here\\r\\nforged"',
+        'message deferred sender=a@b.example recipients=1 size=7 code=450 reply="4.2.2 Later"',
     ]
 
 
@@ -100,8 +99,8 @@ def test_a_refused_connection_and_a_failing_handler_are_seen(app: Fumi, connect:
         assert connect(server.port).banner.startswith(b"554")
         refusing = False
         assert connect(server.port).banner.startswith(b"421")
-    assert lines()[0] == 'connection refused client=127.0.0.1 code=554 reply="Go away"'
-    assert "connection refused client=127.0.0.1 problem=KeyError" in lines()
+    assert lines()[0] == 'connection rejected client_ip=127.0.0.1 code=554 reply="Go away"'
+    assert "connection deferred client_ip=127.0.0.1 error=KeyError" in lines()
 
 
 def test_how_an_authentication_ended_is_logged_and_no_credential(app: Fumi, connect: Any, lines: Lines, caplog: Any) -> None:
@@ -118,8 +117,8 @@ def test_how_an_authentication_ended_is_logged_and_no_credential(app: Fumi, conn
             client.say("EHLO x")
             client.say(f"AUTH PLAIN {response}")
     assert [line for line in lines() if line.startswith("auth")] == [
-        "authentication refused method=PLAIN code=535",
-        "authentication refused method=PLAIN code=535 reply=Blocked",
+        "authentication rejected method=PLAIN code=535",
+        "authentication rejected method=PLAIN code=535 reply=Blocked",
         "authentication accepted method=PLAIN username=joe",
     ]
     assert not any(word in caplog.text for word in ("wrong", "secret", "AGpv", "AGJs"))
@@ -137,7 +136,7 @@ def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, conne
         client.close()
         eventually(lambda: "connection closed" in lines()[-1])
     messages = [line for line in lines() if line.startswith("message")]
-    assert messages[0].startswith("message refused sender=a@b.example recipients=1 size=2002 code=552")
+    assert messages[0].startswith("message rejected sender=a@b.example recipients=1 size=2002 code=552")
     assert messages[1].startswith("message aborted sender=a@b.example recipients=1 ")
 
 
@@ -156,7 +155,7 @@ def test_the_size_is_the_messages_though_nobody_reads_it(connect: Any, lines: Li
     assert f"size={998 * 500 + 2} " in next(line for line in lines() if line.startswith("message"))
 
 
-@pytest.mark.parametrize(("refusing", "verdict"), [(["c@d.example"], "accepted"), (["c@d.example", "e@f.example"], "refused")])
+@pytest.mark.parametrize(("refusing", "verdict"), [(["c@d.example"], "accepted"), (["c@d.example", "e@f.example"], "deferred")])
 def test_in_lmtp_the_refused_recipients_are_counted(connect: Any, lines: Lines, refusing: list[str], verdict: str) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2).use(plugins.logger())
 
@@ -173,7 +172,7 @@ def test_in_lmtp_the_refused_recipients_are_counted(connect: Any, lines: Lines, 
         client.say("RCPT TO:<e@f.example>")
         client.say("DATA")
         client.say("hello\r\n.")
-    expected = f"message {verdict} sender=a@b.example recipients=2 size=7 refused={len(refusing)}"
+    expected = f"message {verdict} sender=a@b.example recipients=2 size=7 rejected={len(refusing)}"
     assert next(line for line in lines() if line.startswith("message")) == expected
 
 
@@ -181,7 +180,7 @@ def test_who_came_through_a_terminator_is_named_with_it(connect: Any, lines: Lin
     app = Fumi(auth_optional=True, proxy_protocol="required", assume_tls=True, close_timeout=0.2).use(plugins.logger())
     with running(app) as server:
         connect(server.port, ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.1", 1), ("192.0.2.2", 25)).to_bytes())
-    assert lines()[0] == "connection accepted client=192.0.2.1 proxy=127.0.0.1 tls=yes"
+    assert lines()[0] == "connection accepted client_ip=192.0.2.1 proxy=127.0.0.1 tls=yes"
 
 
 def test_nothing_is_remembered_of_who_is_gone(connect: Any, reset: Any, eventually: Any) -> None:
@@ -210,4 +209,4 @@ with running(Fumi(close_timeout=0.2).use(plugins.logger())) as server:
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert "INFO:fumi.core.events:connection accepted id=" in done.stderr
-    assert " client=127.0.0.1" in done.stderr
+    assert " client_ip=127.0.0.1" in done.stderr

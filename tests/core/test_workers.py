@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import fumi_core
 from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.scoreboard import Scoreboard, Slot, State
 
@@ -170,7 +171,7 @@ def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: Any, f
     before = metrics.values()
     assert before['fumi_core_messages_total{result="accepted"}'] == 2
     assert before['fumi_core_message_bytes_bucket{le="+Inf"}'] == 2
-    assert before['fumi_core_build_info{version="0.1.0"}'] == 1
+    assert before['fumi_core_build_info{version="' + fumi_core.__version__ + '"}'] == 1
     open_before = before["fumi_core_connections_active"]
     assert open_before == before["fumi_core_connections_total"] >= 2
 

@@ -421,7 +421,7 @@ def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, ed
     assert program.fetch("/readyz") == (503, f"backend {server.address}: {detail}\n")
     assert errors(program, server, "banner") >= 1
     (failed,) = kit.until(lambda: program.events("backend failed"), "the line in the log")
-    assert (failed["reason"], failed["detail"]) == ("banner", detail)
+    assert (failed["reason"], failed["error"]) == ("banner", detail)
 
 
 def test_a_backend_that_waits_for_a_header_that_is_off_is_said_to(backend, edge, kit):

@@ -128,7 +128,7 @@ def test_why_a_certificate_did_not_verify_is_in_the_log(backend, edge, authority
     program = edge("--client-ca", str(authority.path), backend=backend())
     cert, key = strangers.issue("stranger")
     kit.s_client(program.tls_port, "-cert", cert, "-key", key)
-    assert program.ended()[0]["detail"] == "certificate verify failed: unable to get local issuer certificate"
+    assert program.ended()[0]["error"] == "certificate verify failed: unable to get local issuer certificate"
 
 
 @pytest.mark.parametrize(("length", "known"), [(CN_LIMIT, True), (CN_LIMIT + 1, False)])

@@ -133,7 +133,7 @@ def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, k
 
     kit.until(lambda: said() == 300, "the count in the log")
     assert len(program.events("rejected") + program.events("more rejected")) < 60
-    assert program.events("rejected")[0]["client"] == ("192.0.2.7" if behind_a_balancer else "127.0.0.1")
+    assert program.events("rejected")[0]["client_ip"] == ("192.0.2.7" if behind_a_balancer else "127.0.0.1")
     assert program.events("connection ended") == []
 
 

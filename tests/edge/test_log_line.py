@@ -19,7 +19,20 @@ import pytest
 import fumi_edge
 from fumi_edge.tunnel import LINGER
 
-ALWAYS = {"time", "level", "logger", "event", "id", "client", "listener", "bytes_in", "bytes_out", "seconds", "reason"}
+ALWAYS = {
+    "time",
+    "level",
+    "logger",
+    "event",
+    "id",
+    "client_ip",
+    "client_port",
+    "listener",
+    "bytes_in",
+    "bytes_out",
+    "seconds",
+    "reason",
+}
 TLS = {"tls", "cipher", "sni"}
 BANNER, READY = len(b"220 backend.test ESMTP\r\n"), len(b"220 2.0.0 Ready to start TLS\r\n")
 ENDS = {}
@@ -117,7 +130,7 @@ def a_client_does_not_end_what_the_backend_has_ended(scene):
     return client, {}
 
 
-@end("handshake_timeout", "detail")
+@end("handshake_timeout", "error")
 def a_client_does_not_begin_tls(scene):
     scene.start("--handshake-timeout", "0.2")
     client = scene.tls_port()
@@ -125,7 +138,7 @@ def a_client_does_not_begin_tls(scene):
     return client, {"bytes_in": 0, "bytes_out": 0}
 
 
-@end("handshake_protocol", "detail")
+@end("handshake_protocol", "error")
 def a_client_does_not_speak_tls(scene):
     scene.start()
     client = scene.tls_port()
@@ -134,7 +147,7 @@ def a_client_does_not_speak_tls(scene):
     return client, {}
 
 
-@end("handshake_certificate", "sni", "detail")
+@end("handshake_certificate", "sni", "error")
 def a_client_distrusts_the_certificate(scene):
     scene.start()
     client = scene.tls_port()
@@ -143,7 +156,7 @@ def a_client_distrusts_the_certificate(scene):
     return client, {"sni": "localhost"}
 
 
-@end("handshake_reset", "detail")
+@end("handshake_reset", "error")
 def a_client_leaves_in_the_handshake(scene):
     scene.start()
     client = scene.tls_port()
@@ -151,7 +164,7 @@ def a_client_leaves_in_the_handshake(scene):
     return client, {}
 
 
-@end("no_backend", "detail", *TLS)
+@end("no_backend", "error", *TLS)
 def there_is_no_backend(scene):
     scene.start()
     scene.backend.close()
@@ -160,7 +173,7 @@ def there_is_no_backend(scene):
     return client, {"bytes_out": len(b"421 4.3.2 Service not available, closing connection\r\n")}
 
 
-@end("backend_refused", *TLS, "backend", "detail")
+@end("backend_refused", *TLS, "backend", "error")
 def a_backend_refuses_after_the_upgrade(scene):
     banners = [b"554 5.7.1 go away\r\n", b"220 hello\r\n"]
     scene.start(handler=lambda peer: (peer.say(banners.pop()), peer.rest()))
@@ -169,7 +182,7 @@ def a_backend_refuses_after_the_upgrade(scene):
     assert client.ask(b"STARTTLS\r\n")[0].startswith(b"220")
     client = scene.upgrade(client)
     assert client.ask(b"EHLO me\r\n") == [b"554 5.7.1 go away\r\n"]
-    return client, {"detail": "554 5.7.1 go away"}
+    return client, {"error": "554 5.7.1 go away"}
 
 
 @end("injection", "backend")
@@ -201,7 +214,7 @@ def a_client_never_says_starttls(scene):
     return client, {}
 
 
-@end("proxy_header", "detail")
+@end("proxy_header", "error")
 def a_balancer_sends_no_header(scene):
     scene.start("--accept-proxy")
     client = scene.starttls_port()
@@ -216,8 +229,8 @@ def one_too_many(scene, *flags):
         client.say(b"PROXY TCP4 192.0.2.1 192.0.2.2 7 25\r\n")
         client.line()
     # What the flood's own line says is not said again unless asked for.
-    assert [entry["client"] for entry in scene.until(lambda: scene.program.events("rejected"))] == ["192.0.2.1"]
-    return client, {"client": "192.0.2.1:7", "level": "debug"}
+    assert [entry["client_ip"] for entry in scene.until(lambda: scene.program.events("rejected"))] == ["192.0.2.1"]
+    return client, {"client_ip": "192.0.2.1", "client_port": 7, "level": "debug"}
 
 
 @end("max_clients_per_ip")
@@ -254,7 +267,7 @@ def test_the_end_of_a_connection_is_one_line_that_says_all(scene, reason, provok
         header = scene.backend.peers[-1].header
         assert (line["id"], line["backend"]) == (header.unique_id.decode(), scene.backend.address)
         host, port = header.source
-        assert line["client"] == f"{host}:{port}"
+        assert (line["client_ip"], line["client_port"]) == (host, port)
 
 
 def test_the_readme_explains_every_reason():
@@ -268,8 +281,8 @@ def test_a_connection_that_is_not_let_in_is_a_line_too(scene):
     scene.over_tls()
     assert scene.starttls_port().rest()
     (line,) = scene.until(lambda: scene.program.events("rejected"))
-    assert set(line) == {"time", "level", "logger", "event", "client", "listener", "reason"}
-    assert (line["client"], line["reason"]) == ("127.0.0.1", "max_clients")
+    assert set(line) == {"time", "level", "logger", "event", "client_ip", "listener", "reason"}
+    assert (line["client_ip"], line["reason"]) == ("127.0.0.1", "max_clients")
 
 
 def test_a_text_line_has_the_fields_of_the_json_line(backend, certificate, clients, kit, tmp_path):

@@ -150,7 +150,7 @@ def test_readiness_ends_when_the_last_certificate_expires(backend, edge, authori
     program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", cert, "--key", key))
     kit.until(lambda: program.fetch("/readyz")[0] == 503, "the expiry")
     (warning,) = kit.until(lambda: program.events("certificate is not valid"), "the warning")
-    assert f"{cert}: the certificate expired on 20" in warning["detail"]
+    assert f"{cert}: the certificate expired on 20" in warning["error"]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -291,12 +291,12 @@ def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(bac
     server = backend()
     program = edge("--cert-reload-interval", "0.02", backend=server, certs=("--cert", cert, "--key", key))
     (warning,) = kit.until(lambda: program.events("certificate is not valid"), "the warning")
-    assert warning["detail"].startswith(f"{cert}: the certificate expired on 20")
+    assert warning["error"].startswith(f"{cert}: the certificate expired on 20")
     assert re.search("^subject=CN ?= ?localhost$", kit.s_client(program.tls_port), re.MULTILINE)
     assert program.fetch("/readyz")[0] == 503
     flags = ("--cert", cert, "--key", key, "--backend", server.address, "--check")
     done = finished("fumi-edge", *flags)
-    assert (done.returncode, done.stderr) == (2, f"Error: {warning['detail']}\n")
+    assert (done.returncode, done.stderr) == (2, f"Error: {warning['error']}\n")
     assert len(program.events("certificate is not valid")) == 1
 
 
@@ -367,9 +367,9 @@ def test_what_serves_nobody_is_said_at_the_start(backend, edge, kit, make_author
     (mismatch,) = kit.until(lambda: program.events("no cipher for the certificates"), "the warning")
     (skipped,) = program.events("certificate skipped")
     assert (skipped["level"], mismatch["level"]) == ("info", "warning")
-    assert skipped["detail"].startswith(f"{tmp_path}/ca.pem: holds no private key")
+    assert skipped["error"].startswith(f"{tmp_path}/ca.pem: holds no private key")
     done = finished("fumi-edge", "--cert", tmp_path, "--backend", server.address, *ciphers, "--check")
-    assert (done.returncode, done.stderr) == (2, f"Error: {mismatch['detail']}\n")
+    assert (done.returncode, done.stderr) == (2, f"Error: {mismatch['error']}\n")
 
 
 def test_a_fifo_among_the_certificates_holds_up_no_renewal(backend, edge, authority, tmp_path, shown, kit):
@@ -378,7 +378,7 @@ def test_a_fifo_among_the_certificates_holds_up_no_renewal(backend, edge, author
     program = edge("--cert-reload-interval", "0.05", "--workers", "2", backend=backend(), certs=("--cert", tmp_path))
     os.mkfifo(second)
     (skipped, *_) = kit.until(lambda: program.events("certificate skipped"), "the line about the FIFO")
-    assert skipped["detail"] == f"{second}: cannot read the certificate: it is not a regular file"
+    assert skipped["error"] == f"{second}: cannot read the certificate: it is not a regular file"
     (tmp_path / "new").write_text("".join(path.read_text() for path in new))
     (tmp_path / "new").rename(first)
     kit.until(lambda: {shown(program) for _ in range(4)} == {serial(new[0])}, "the new certificate")
@@ -496,6 +496,6 @@ def test_a_look_that_fails_is_counted_and_not_the_last(caplog, kit):
     assert registry.get_sample_value("fumi_edge_certificate_reloads_total", {"result": "failed"}) == 4
     # The same trouble once and in a line; what is no trouble of the system's with all there is to know.
     assert [(record.getMessage(), bool(record.exc_info)) for record in caplog.records] == [
-        ("reload failed detail=\"[Errno 13] Permission denied: '/k'\"", False),
+        ("reload failed error=\"[Errno 13] Permission denied: '/k'\"", False),
         ("reload failed", True),
     ]

@@ -90,7 +90,7 @@ def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clien
             assert client.rest() == b"500000\r\n"
             header = server.peers[-1].header
             assert (header.transport, header.tls.version) == ("UNIX", "TLSv1.3")
-    assert {(entry["client"], entry["reason"]) for entry in program.ended(2)} == {("unix", "client_closed")}
+    assert {(entry["client_ip"], entry["reason"]) for entry in program.ended(2)} == {("unix", "client_closed")}
 
 
 # Numbers, and slowness

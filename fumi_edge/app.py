@@ -17,6 +17,7 @@ from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.scoreboard import crowd_of_one
 from fumi_core.server import Server
 from fumi_edge.certificates import Certificates
+from fumi_edge.dialing import Opening
 from fumi_edge.edge import Edge
 from fumi_edge.pem import Source
 from fumi_edge.policy import Policy
@@ -116,12 +117,12 @@ class Within:
     def __init__(self, server: Server) -> None:
         self._server = server
 
-    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: bytes) -> socket.socket:
+    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """A socket pair, one end of it the core's; it never has to wait. Raises OSError."""
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
             sock.setblocking(False)
-        ours.send(opening)
+        ours.send(opening if isinstance(opening, bytes) else opening("", ""))
         self._server.admit(theirs, "", "")
         return ours
 

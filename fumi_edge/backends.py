@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
-from fumi_edge.dialing import OURS, Destination, quit_and_close, reason_of
+from fumi_edge.dialing import OURS, Destination, Name, Opening, quit_and_close, reason_of
 from fumi_edge.ending import reset_on_close
 from fumi_edge.metrics import BackendMetrics, EdgeMetrics
 
@@ -31,8 +31,6 @@ RETIRING = 1024
 """Connections to backends that may be waiting for the backend to close; one more is broken off."""
 
 _NEVER = float("-inf")
-
-Name = tuple[str, int] | str
 
 
 class NoBackend(Exception):
@@ -57,9 +55,15 @@ def header(version: str, source: Name, destination: Name, unique_id: bytes, tls:
 _of_tls = lru_cache(256)(tls_tlvs)
 
 
-def greeting(version: str) -> bytes:
-    """The header of a connection of the edge's own, which stands for no client."""
-    return b"" if version == "off" else ProxyHeader(1 if version == "v1" else 2, "LOCAL").to_bytes()
+def own_opening(version: str) -> Opening:
+    """The header of a connection of the edge's own, which stands for no client. ``version`` is v2, v1 or off.
+
+    Version 1 has no word for that but UNKNOWN, which Postfix, Haraka and chasquid reject. So the connection's own addresses are
+    sent, as HAProxy's checks do.
+    """
+    if version == "v1":
+        return lambda own, backend: header("v1", own, backend, b"", None)
+    return b"" if version == "off" else ProxyHeader(2, "LOCAL").to_bytes()
 
 
 class Backend:
@@ -166,7 +170,7 @@ class Backends:
         return usable + doubtful
 
     async def connect(
-        self, opening: bytes, preferred: Backend | None = None, tried: Collection[Backend] = ()
+        self, opening: Opening, preferred: Backend | None = None, tried: Collection[Backend] = ()
     ) -> tuple[socket.socket, Backend]:
         """A connection on which ``opening``, the PROXY header, has been sent; it counts until ``release()``.
 
@@ -182,7 +186,7 @@ class Backends:
                     failure = error.strerror or str(error) or "timed out"
         raise NoBackend(failure)
 
-    async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: bytes) -> socket.socket:
+    async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: Opening) -> socket.socket:
         begun = loop.time()
         backend.trying(begun)
         backend.connections += 1

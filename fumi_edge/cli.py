@@ -29,13 +29,13 @@ from fumi_core.runtime.settings import (
 from fumi_core.runtime.workers import run
 from fumi_core.version import VERSION
 from fumi_edge import dev
-from fumi_edge.backends import BALANCES, Backend, greeting
+from fumi_edge.backends import BALANCES, Backend
 from fumi_edge.certificates import Certificates
 from fumi_edge.check import Place, clash, look, unreadable
 from fumi_edge.dialing import Remote, is_destination
 from fumi_edge.edge import Edge
 from fumi_edge.emit import PROGRAMS, configuration
-from fumi_edge.health import probe
+from fumi_edge.health import Manner, probe
 from fumi_edge.inbound import LOOPBACK
 from fumi_edge.limits import Rate, parse_rate
 from fumi_edge.pem import CertificateError
@@ -84,6 +84,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     help="Which backend of those that are up: the one with the fewest connections, each in turn, or the first.",
 )
 @click.option("--health-interval", type=SECONDS_OR_NONE, default=5.0, help="Seconds between checks of a backend; 0 is none.")
+@click.option("--health-timeout", type=SECONDS, default=10.0, help="Seconds for a backend to greet a check.")
 @click.option(
     "--proxy-protocol", type=click.Choice(["v2", "v1", "off"]), default="v2", help="What the backend is told of the client."
 )
@@ -218,9 +219,9 @@ def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user:
     problems += looked.problems
     if user:
         problems += [f"--user {user} cannot read {path}" for path in unreadable(user, edge.certificates.files())]
-    for backend in backends:
-        trouble = probe(backend.destination, flags["connect_timeout"], greeting(flags["proxy_protocol"]))
-        problems += [f"backend {backend.name}: {trouble}"] if trouble else []
+    manner = Manner(flags["proxy_protocol"], flags["connect_timeout"], flags["health_timeout"])
+    troubles = probe([backend.destination for backend in backends], manner)
+    problems += [f"backend {each.name}: {trouble}" for each, trouble in zip(backends, troubles, strict=True) if trouble]
     for address in looked.taken:
         click.echo(f"{address} is taken: by an edge that runs, or by another program")
     if problems:

@@ -19,9 +19,10 @@ from typing import TypeVar
 
 from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
-from fumi_edge.backends import Backend, Backends, Name, NoBackend, greeting, header
+from fumi_edge.backends import Backend, Backends, NoBackend, header, own_opening
 from fumi_edge.certificates import Certificates
 from fumi_edge.close_notify import CloseNotify
+from fumi_edge.dialing import Name, Opening
 from fumi_edge.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
 from fumi_edge.handshake import HandshakeError, handshake
 from fumi_edge.inbound import HeaderError, receive_client
@@ -238,10 +239,10 @@ class Connection:
     async def _connect(self, silent: list[Backend]) -> Backend:
         """Connect to a backend, telling it what is known of the client by now: to the one it had before, if that can be."""
         version = self._service.proxy_protocol
-        opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
+        opening: Opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
         if self._local:
             # A balancer's check is nobody's client for the backend either.
-            opening = greeting(version)
+            opening = own_opening(version)
         try:
             self._backend, self.backend = await self._service.backends.connect(opening, self.backend, silent)
             return self.backend

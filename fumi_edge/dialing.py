@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fumi_core.runtime.addresses import SocketAddress
@@ -29,6 +29,10 @@ OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Target = tuple[int, Any]
 """Address family, and the address as connect() takes it."""
+Name = tuple[str, int] | str
+"""An address and a port, or the path of a Unix socket, empty where it has none."""
+Opening = bytes | Callable[[Name, Name], bytes]
+"""What is sent first on a connection, or what makes it of the connection's own address and the backend's."""
 
 
 class Destination(Protocol):
@@ -37,7 +41,7 @@ class Destination(Protocol):
     name: str
     descriptors: int
 
-    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: bytes) -> socket.socket:
+    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """A connection on which ``opening`` has been sent, after ``timeout`` seconds at most a step. Raises OSError."""
 
     def afresh(self) -> Destination:
@@ -87,7 +91,7 @@ class Remote:
             self._asking = None
         return None
 
-    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: bytes) -> socket.socket:
+    async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """The resolver has ``timeout`` seconds, and then each address."""
         failure: OSError = OSError("no address")
         for target in await self.targets(loop, timeout):
@@ -129,7 +133,7 @@ def _literal(address: SocketAddress) -> tuple[Target, ...]:
     return ((family, (host, address.port)),)
 
 
-async def _connect(loop: asyncio.AbstractEventLoop, target: Target, timeout: float, opening: bytes) -> socket.socket:
+async def _connect(loop: asyncio.AbstractEventLoop, target: Target, timeout: float, opening: Opening) -> socket.socket:
     family, name = target
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -143,7 +147,7 @@ async def _connect(loop: asyncio.AbstractEventLoop, target: Target, timeout: flo
     return sock
 
 
-def _begin(sock: socket.socket, family: int, name: Any, opening: bytes) -> bytes | None:
+def _begin(sock: socket.socket, family: int, name: Any, opening: Opening) -> bytes | None:
     """Start to connect; what is left of the opening, or None when connection and opening are through already.
 
     On the same machine the TCP handshake is over when connect() returns, although it says EINPROGRESS: to try to send
@@ -152,6 +156,8 @@ def _begin(sock: socket.socket, family: int, name: Any, opening: bytes) -> bytes
     if family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     code = sock.connect_ex(name)
+    if not isinstance(opening, bytes):
+        opening = opening(_name(sock.getsockname()), _name(name))
     if code == errno.EAGAIN and family == socket.AF_UNIX:
         return opening
     if code not in (0, errno.EINPROGRESS):
@@ -162,6 +168,10 @@ def _begin(sock: socket.socket, family: int, name: Any, opening: bytes) -> bytes
         return opening[sock.send(opening) :] or None
     except BlockingIOError:
         return opening
+
+
+def _name(address: Any) -> Name:
+    return (address[0], address[1]) if isinstance(address, tuple) else os.fsdecode(address)
 
 
 async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any, opening: bytes) -> None:

@@ -16,12 +16,12 @@ from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inh
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
 from fumi_core.version import VERSION
-from fumi_edge.backends import Backend, Backends, Name, greeting
+from fumi_edge.backends import Backend, Backends
 from fumi_edge.certificates import Certificates
 from fumi_edge.close_notify import CloseNotify
 from fumi_edge.connection import Connection, Service
-from fumi_edge.dialing import Destination
-from fumi_edge.health import Checks, probe
+from fumi_edge.dialing import Destination, Name
+from fumi_edge.health import Checks, Manner, probe
 from fumi_edge.limits import Limits, Rate, Rejections
 from fumi_edge.listener import Listener
 from fumi_edge.metrics import EdgeMetrics
@@ -35,16 +35,14 @@ log = logging.getLogger("fumi.edge")
 HEARTBEAT = 5.0
 """Seconds between two looks at all connections, for idleness and for the metrics."""
 SHORTEST_BEAT = 0.05
-PROBE = 2.0
-"""Seconds a backend has to answer when somebody asks whether the edge is ready."""
 
 
 class Edge:
     """A TLS terminator in the running event loop: ``await start()``, ``await close()``.
 
     Times are in seconds. ``proxy_protocol`` is what backends are sent: v2, v1 or off. ``max_clients``, ``max_clients_per_ip``
-    and ``rate_per_ip``: None means no limit. ``health_interval`` 0 means no checks. ``balancers``: who may connect, and sends a
-    PROXY header; None when clients come themselves.
+    and ``rate_per_ip``: None means no limit. ``health_interval`` 0 means no checks, ``health_timeout`` is for the
+    banner of one. ``balancers``: who may connect, and sends a PROXY header; None when clients come themselves.
     Certificates are looked at every ``cert_reload_interval``, with 0 only when ``reload()`` is called.
     """
 
@@ -63,6 +61,7 @@ class Edge:
         hide_starttls: bool = False,
         handshake_timeout: float = 10.0,
         connect_timeout: float = 5.0,
+        health_timeout: float = 10.0,
         idle_timeout: float = 900.0,
         cert_reload_interval: float = 10.0,
         max_clients: int | None = None,
@@ -99,8 +98,8 @@ class Edge:
         )
         self._listen = [(address, False) for address in listen] + [(address, True) for address in starttls_listen]
         self._balancers = balancers
-        self._connect_timeout = connect_timeout
         self._health_interval = health_interval
+        self._manner = Manner(proxy_protocol, connect_timeout, health_timeout)
         self._checks: Checks | None = None
         self._metrics_address = metrics
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -156,8 +155,7 @@ class Edge:
         service.close_notify.open()
         self._ceiling = Ceiling(1 + max(backend.destination.descriptors for backend in service.backends.all))
         if self._health_interval:
-            opening = greeting(service.proxy_protocol)
-            self._checks = Checks(service.backends, self._health_interval, self._connect_timeout, opening)
+            self._checks = Checks(service.backends, self._health_interval, self._manner)
         self._reloader.start()
         self._beat()
 
@@ -247,13 +245,9 @@ class Edge:
         """The same for what only the health checks know: without them it asks the backends now, and that takes its time."""
         if self._health_interval:
             return None
-        problem = None
-        for backend in self._service.backends.all:
-            trouble = probe(backend.destination, PROBE, greeting(self._service.proxy_protocol))
-            if trouble is None:
-                return None
-            problem = f"backend {backend.name}: {trouble}"
-        return problem
+        backends = self._service.backends.all
+        problems = probe([backend.destination for backend in backends], self._manner, one=True)
+        return None if None in problems else f"backend {backends[-1].name}: {problems[-1]}"
 
 
 def _announce(name: str, starttls: bool) -> None:

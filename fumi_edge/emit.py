@@ -142,7 +142,16 @@ class _Variables(string.Template):
 _HAPROXY_CARRIES = {
     *("listen", "starttls_listen", "cert", "key", "backend", "balance", "health_interval", "proxy_protocol", "accept_proxy"),
     *("trusted_proxy", "client_ca", "client_cert", "min_tls", "ciphers", "alpn", "metrics", "connect_timeout", "idle_timeout"),
-    *("handshake_timeout", "max_clients", "max_clients_per_ip", "rate_per_ip", "drain_timeout", "log_level", "user"),
+    *(
+        "handshake_timeout",
+        "health_timeout",
+        "max_clients",
+        "max_clients_per_ip",
+        "rate_per_ip",
+        "drain_timeout",
+        "log_level",
+        "user",
+    ),
 }
 _HAPROXY_REASONS = {
     "require_tls": "is for STARTTLS listeners.",
@@ -274,7 +283,7 @@ def _haproxy_values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Seq
         values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address, "127.0.0.1")
     for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
         values[flag.upper()] = flags.get(flag)
-    for flag in ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval"):
+    for flag in ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval", "health_timeout"):
         values[flag.upper()] = None if flags.get(flag) is None else f"{max(1, math.ceil(flags[flag] * 1000))}ms"
     if flags.get("rate_per_ip"):
         values["RATE_PER_IP"] = flags["rate_per_ip"].clients
@@ -313,6 +322,7 @@ _STUNNEL_REASONS = {
     "max_clients": "half of what ulimit -n allows.",
     "max_clients_per_ip": "stunnel does not count by address; a packet filter can.",
     "rate_per_ip": "stunnel does not count by address; a packet filter can.",
+    "health_timeout": "see --health-interval.",
     "health_interval": "a core is found gone by the client that would have had it.",
     "metrics": "stunnel has none.",
     "drain_timeout": "SIGTERM ends every session.",

@@ -12,9 +12,11 @@ import asyncio
 import logging
 import random
 import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from fumi_core.runtime.logs import failure
-from fumi_edge.backends import Backend, Backends
+from fumi_edge.backends import Backend, Backends, own_opening
 from fumi_edge.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of
 from fumi_edge.readiness import receive
 from fumi_edge.starttls import Replies
@@ -37,15 +39,22 @@ class BadBanner(Exception):
     """A backend that can be connected to, and does not greet with 220, or no client could use; the text says what it does."""
 
 
-async def check(destination: Destination, timeout: float, opening: bytes) -> None:
-    """One check: ``timeout`` seconds to connect, again for the banner, and again to take leave.
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a check is made: the PROXY protocol's version (v2, v1 or off), and the seconds to connect and for the banner."""
 
-    Raises BadBanner, or OSError when no connection came about.
-    """
+    proxy_protocol: str
+    connect_timeout: float
+    timeout: float
+
+
+async def check(destination: Destination, manner: Manner) -> None:
+    """One check. Raises BadBanner, or OSError when no connection came about."""
     loop = asyncio.get_running_loop()
-    sock = await destination.connect(loop, timeout, opening)
+    opening = own_opening(manner.proxy_protocol)
+    sock = await destination.connect(loop, manner.connect_timeout, opening)
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(manner.timeout):
             banner, behind = await _banner(loop, sock)
         if not banner.startswith(b"220"):
             raise BadBanner(f"answered {_quoted(banner)} instead of 220")
@@ -53,11 +62,11 @@ async def check(destination: Destination, timeout: float, opening: bytes) -> Non
         sock.close()
         if not isinstance(error, TimeoutError):
             raise BadBanner(error.strerror or str(error)) from None
-        raise BadBanner("did not answer in time" + ("" if opening else _EXPECTANT)) from None
+        raise BadBanner(f"did not greet within {manner.timeout:g} s" + ("" if opening else _EXPECTANT)) from None
     except BaseException:
         sock.close()
         raise
-    answer = behind + await quit_and_close(sock, min(timeout, FAREWELL))
+    answer = behind + await quit_and_close(sock, min(manner.timeout, FAREWELL))
     if answer.startswith((b"4", b"5")):
         raise BadBanner(f"answered {_quoted(answer)} to {_IGNORANT if opening else 'QUIT'}")
 
@@ -76,28 +85,45 @@ def _quoted(reply: bytes) -> str:
     return repr(reply.partition(b"\n")[0][:80].decode("ascii", "replace").strip())
 
 
-def probe(destination: Destination, timeout: float, opening: bytes) -> str | None:
-    """One check from outside the loop: what is wrong with a backend, or None."""
+def probe(destinations: Iterable[Destination], manner: Manner, one: bool = False) -> list[str | None]:
+    """Check all of them at once, from outside the loop: what is wrong with each, or None.
 
+    With ``one``, a good one is all that is looked for: what is wrong with the others is not waited for, and left out.
+    """
+
+    async def check_all() -> list[str | None]:
+        tasks = [asyncio.ensure_future(_problem(each.afresh(), manner)) for each in destinations]
+        if one:
+            for earliest in asyncio.as_completed(tasks):
+                if await earliest is None:
+                    return [None]
+        return await asyncio.gather(*tasks)
+
+    return asyncio.run(check_all())
+
+
+async def _problem(destination: Destination, manner: Manner) -> str | None:
     try:
-        asyncio.run(check(destination.afresh(), timeout, opening))
-    except TimeoutError:
-        return "did not answer in time"
+        await check(destination, manner)
     except OSError as error:
-        return error.strerror or str(error)
+        return _words(error)
     except BadBanner as error:
         return str(error)
     return None
 
 
+def _words(error: OSError) -> str:
+    """What went wrong with a connection, for people."""
+    return error.strerror or str(error) or "could not be connected to in time"
+
+
 class Checks:
     """Checks every backend each ``interval`` seconds, until ``close()``."""
 
-    def __init__(self, backends: Backends, interval: float, timeout: float, opening: bytes) -> None:
+    def __init__(self, backends: Backends, interval: float, manner: Manner) -> None:
         self._backends = backends
         self._interval = interval
-        self._timeout = timeout
-        self._opening = opening
+        self._manner = manner
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._watch(backend)) for backend in backends.all]
 
@@ -110,12 +136,12 @@ class Checks:
         failures = FALL - 1  # the first check decides at once
         while True:
             try:
-                await check(backend.destination, self._timeout, self._opening)
+                await check(backend.destination, self._manner)
             except BadBanner as error:
                 failures += 1
                 self._failed(backend, failures, "banner", str(error))
             except OSError as error:
-                detail = error.strerror or str(error) or "timed out"
+                detail = _words(error)
                 if error.errno in OURS:
                     backend.undecided(detail)
                 else:

@@ -12,7 +12,7 @@ from typing import Any
 from fumi_core.runtime.acceptor import Acceptor, Ceiling
 from fumi_core.runtime.addresses import Networks, peer_of
 from fumi_core.runtime.scoreboard import Crowd
-from fumi_edge.backends import Name
+from fumi_edge.dialing import Name
 from fumi_edge.ending import TOO_MANY_CLIENTS
 from fumi_edge.limits import Limits, Rejections
 from fumi_edge.metrics import LIMITS, EdgeMetrics

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 import fumi_edge.backends
 import fumi_edge.dialing
 import fumi_edge.health
+from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.runtime.addresses import parse_address
 from fumi_edge.backends import AVOID, Backends
 from fumi_edge.dialing import Remote
@@ -309,21 +310,76 @@ def test_a_check_says_local_and_quit_and_is_no_client(backend, edge, kit):
     assert program.events("connection ended") == []
 
 
-@pytest.mark.parametrize(("version", "wanted"), [("v1", b"PROXY UNKNOWN\r\n"), ("off", b"")])
-def test_a_check_says_what_the_protocol_has_words_for(backend, edge, kit, version, wanted):
-    heard = []
+@pytest.mark.parametrize("interval", ["30", "0"], ids=["by the clock", "when asked"])
+@pytest.mark.parametrize("version", ["v1", "off"])
+def test_a_check_says_what_the_protocol_has_words_for(backend, edge, kit, version, interval):
+    """Version 1 has none that servers take: a check names its own connection, as HAProxy's do."""
+    heard, wanted = [], []
 
     def handler(peer):
-        if wanted:
+        if version == "v1":
+            wanted.append(named_in_version_1(peer))
             heard.append(peer.line())
         peer.say(b"220 hi\r\n")
         heard.append(peer.line())
 
     server = backend(handler, proxy=False)
-    program = edge("--health-interval", "30", "--proxy-protocol", version, backend=server)
-    kit.until(lambda: heard[-1:] == [b"QUIT\r\n"], "the check")
-    assert heard[:-1] == ([wanted] if wanted else [])
+    program = edge("--health-interval", interval, "--proxy-protocol", version, backend=server)
     kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    kit.until(lambda: heard[-1:] == [b"QUIT\r\n"], "the check")
+    assert heard[: len(wanted[:1]) + 1] == [*wanted[:1], b"QUIT\r\n"]
+
+
+def named_in_version_1(peer):
+    """The header that names the connection's own addresses."""
+    client, server = peer.sock.getpeername(), peer.sock.getsockname()
+    return f"PROXY TCP4 {client[0]} {server[0]} {client[1]} {server[1]}\r\n".encode()
+
+
+def test_a_balancers_own_check_is_one_that_a_backend_of_version_1_takes(backend, edge, clients):
+    """It comes in as LOCAL, for which version 1 has no word that servers take."""
+    heard = []
+
+    def handler(peer):
+        heard.append(peer.line() == named_in_version_1(peer))
+        peer.say(b"220 hi\r\n")
+        peer.line()
+
+    program = edge("--proxy-protocol", "v1", "--accept-proxy", backend=backend(handler, proxy=False))
+    client = clients.plain(program.starttls_port)
+    client.say(ProxyHeader(2, "LOCAL").to_bytes())
+    assert client.line() == b"220 hi\r\n"
+    assert heard == [True]
+
+
+def test_a_backend_that_is_slow_to_greet_is_up(backend, edge, kit):
+    """The time to connect is not the time for the banner: postscreen takes six seconds for that."""
+    go = threading.Event()
+
+    def handler(peer):
+        peer.say(b"220-wait\r\n")
+        go.wait(20)
+        kit.smtp(peer)
+
+    server = backend(handler)
+    program = edge("--health-interval", "0.05", "--connect-timeout", "0.2", backend=server)
+    threading.Timer(0.6, go.set).start()
+    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    assert errors(program, server, "banner") == 0
+
+
+@pytest.mark.parametrize("interval", ["0.05", "0"], ids=["by the clock", "when asked"])
+def test_a_backend_that_does_not_greet_within_the_health_timeout_is_down(backend, edge, kit, interval):
+    server = backend(lambda peer: peer.rest())
+    program = edge("--health-interval", interval, "--health-timeout", "0.2", backend=server)
+    said = f"backend {server.address}: did not greet within 0.2 s\n"
+    kit.until(lambda: program.fetch("/readyz") == (503, said), "the fall")
+
+
+def test_one_backend_that_greets_is_enough_however_long_another_takes(backend, edge):
+    hung, well = backend(lambda peer: peer.rest()), backend()
+    program = edge("--health-timeout", "3600", *flags(well), backend=hung)
+    assert program.fetch("/readyz") == (200, "ready\n")
 
 
 def test_the_cores_log_says_nothing_of_checks(certificate, edge, kit, programs):
@@ -426,9 +482,9 @@ def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, ed
 
 def test_a_backend_that_waits_for_a_header_that_is_off_is_said_to(backend, edge, kit):
     server = backend(lambda peer: peer.rest(), proxy=False)
-    program = edge("--health-interval", "0.05", "--connect-timeout", "0.1", "--proxy-protocol", "off", backend=server)
+    program = edge("--health-interval", "0.05", "--health-timeout", "0.1", "--proxy-protocol", "off", backend=server)
     kit.until(lambda: up(program, server) == 0, "the fall")
-    assert program.fetch("/readyz")[1].endswith(": did not answer in time; or it waits for a PROXY header\n")
+    assert program.fetch("/readyz")[1].endswith(": did not greet within 0.1 s; or it waits for a PROXY header\n")
 
 
 def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients, kit):
@@ -454,7 +510,7 @@ def test_checks_that_hang_hold_up_nobody(edge, clients, kit, backend):
 
     hung, well = backend(handler), backend()
     # So long a timeout that the other one answers in time, however busy this machine is.
-    hanging = ("--health-interval", "0.05", "--connect-timeout", "2", "--balance", "first")
+    hanging = ("--health-interval", "0.05", "--health-timeout", "2", "--balance", "first")
     program = edge(*hanging, *flags(well), backend=hung)
     kit.until(lambda: up(program, hung) == 0, "the fall")
     assert clients.tls(program.tls_port).line().startswith(b"220")
@@ -563,7 +619,7 @@ def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
 
         monkeypatch.setattr(fumi_edge.health, "check", check)
         backends = pool("127.0.0.1:1")
-        checks = fumi_edge.health.Checks(backends, 0.01, 1.0, b"")
+        checks = fumi_edge.health.Checks(backends, 0.01, fumi_edge.health.Manner("off", 1.0, 1.0))
         while backends.problem() is not None:
             await asyncio.sleep(0.01)
         await checks.close()
@@ -638,7 +694,7 @@ def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
     async def scenario():
         monkeypatch.setattr(fumi_edge.health, "check", exhausted)
         backends = pool("127.0.0.1:2525")
-        checks = fumi_edge.health.Checks(backends, 0.01, 1.0, b"")
+        checks = fumi_edge.health.Checks(backends, 0.01, fumi_edge.health.Manner("off", 1.0, 1.0))
         while backends.problem() != "backend 127.0.0.1:2525: Too many open files":
             await asyncio.sleep(0.01)
         await checks.close()

@@ -23,7 +23,10 @@ Source = str | bytes | os.PathLike[str]
 _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME, which ssl.VerifyFlags leaves out: an expired certificate still has facts to be read."""
 _BEGIN = b"-----BEGIN CERTIFICATE-----"
-_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_END = b"-----END CERTIFICATE-----"
+_GLUED = b"----------BEGIN "
+"""The end of one block and the beginning of the next on one line, as when files without a final line break are joined."""
+_BOM = b"\xef\xbb\xbf"
 _TRACE = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )?CERTIFICATE-----")
 """Of a certificate, be it only half there, or under a label that is not read, such as TRUSTED CERTIFICATE."""
 _AUTHORITY = re.compile(rb"\x06\x03\x55\x1d\x13(?:\x01\x01\xff)?\x04.\x30.\x01\x01\xff", re.DOTALL)
@@ -109,17 +112,18 @@ def holds_key(source: Source) -> bool:
 def is_authority(source: Source) -> bool:
     """Whether it is no server's: the first certificate in there may sign others, as most that signed themselves, or is none."""
     try:
-        first = _CERTIFICATE.search(_read(source, "certificate"))
-        return first is None or _may_sign(first[0])
+        first = next(_certificates(_read(source, "certificate")), None)
+        return first is None or _may_sign(first)
     except CertificateError as error:
         return isinstance(error, NoServer)
 
 
 def authorities(source: Source) -> str:
     """The certificates in a CA file, without what else is in it. Raises CertificateError."""
-    found = _CERTIFICATE.findall(data := _read(source, "client CA"))
+    found = list(_certificates(data := _read(source, "client CA")))
     if not found:
         raise _without(source, data)
+    _refuse_glued(source, data)
     return b"\n".join(found).decode("latin-1")
 
 
@@ -129,9 +133,12 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
     key = chain if pair.key is None else _read(pair.key, "key")
     if previous is not None and (previous.chain, previous.key) == (chain, key):
         return previous
-    leaf = _CERTIFICATE.search(chain)
+    leaf = next(_certificates(chain), None)
     if leaf is None:
         raise _without(pair.cert, chain)
+    _refuse_glued(pair.cert, chain)
+    if pair.key is not None:
+        _refuse_glued(pair.key, key)
     place = label(pair.cert if pair.key is None else pair.key)
     if _ENCRYPTED.search(key):
         raise CertificateError(f"{place}: the private key is encrypted; decrypt it with openssl pkey -in OLD -out NEW")
@@ -141,7 +148,7 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
         hint = "; name its file with --key, or in a directory give it the same name with .key" if pair.key is None else ""
         raise NoServer(f"{place}: holds no private key{hint}")
     try:
-        facts, kind = _try_out(chain, key, leaf[0].decode("latin-1"))
+        facts, kind = _try_out(chain, key, leaf.decode("latin-1"))
         return Certificate(pair, _names(facts), _seconds(facts["notBefore"]), _seconds(facts["notAfter"]), kind, chain, key)
     except ssl.SSLError as error:
         raise _complaint(error, pair, chain) from None
@@ -155,11 +162,26 @@ def _read(source: Source, what: str) -> bytes:
     if not is_path(source):
         return os.fspath(source).encode()
     try:
-        return read_file(source)
+        return read_file(source).removeprefix(_BOM)
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or error
         kind = NoServer if isinstance(error, IsADirectoryError | NotRegularError) else CertificateError
         raise kind(f"{label(source)}: cannot read the {what}: {detail}") from None
+
+
+def _certificates(data: bytes) -> Iterator[bytes]:
+    """The certificates of a PEM text, without what is between them. Linear in the text's length, whatever is in it."""
+    end = 0
+    while (begin := data.find(_BEGIN, end)) >= 0 and (found := data.find(_END, begin)) >= 0:
+        end = found + len(_END)
+        yield data[begin:end]
+
+
+def _refuse_glued(source: Source, data: bytes) -> None:
+    """Raises CertificateError. OpenSSL would pass over the second block, and blame the key that was to be in it."""
+    if (at := data.find(_GLUED)) >= 0:
+        line = data.count(b"\n", 0, at) + 1
+        raise CertificateError(f"{label(source)}: line {line} has -----BEGIN after -----END; put a line break between them")
 
 
 def _give(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
@@ -211,7 +233,7 @@ def _complaint(error: ssl.SSLError, pair: Pair, chain: bytes) -> CertificateErro
     key = label(pair.cert if pair.key is None else pair.key)
     reason = (error.reason or "").replace("_", " ").lower()
     if "mismatch" in reason or reason == "no certificate assigned":  # the latter when it is of another kind
-        found = _CERTIFICATE.findall(chain)
+        found = list(_certificates(chain))
         swapped = len(found) > 1 and _may_sign(found[0])
         hint = ", whose first certificate is an authority's: the server's own must come first" if swapped else ""
         return CertificateError(f"{key}: the private key does not belong to the certificate in {pair}{hint}")
@@ -227,10 +249,10 @@ def _broken(chain: bytes) -> str | None:
     """Which certificate of a file cannot be read, or None."""
     pieces = [_BEGIN + rest for rest in chain.split(_BEGIN)[1:]]
     for number, piece in enumerate(pieces, 1):
-        found = _CERTIFICATE.match(piece)
+        found = next(_certificates(piece), None)
         try:
             if found is not None:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found[0].decode("ascii"))
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found.decode("ascii"))
                 continue
         except (ssl.SSLError, ValueError):
             pass  # it is what is looked for

@@ -6,6 +6,7 @@ import os
 import re
 import ssl
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -326,6 +327,71 @@ def test_a_certificate_of_several_that_cannot_be_read_is_told_by_its_number(auth
     with pytest.raises(CertificateError) as caught:
         load(Pair(chain, key))
     assert str(caught.value) == f"{chain}: OpenSSL cannot read certificate 2 of the 3 in the file"
+
+
+STRANGE = """
+import itertools
+from fumi_edge.pem import CertificateError, Pair, authorities, is_authority, load
+
+begin, end, room = b"-----BEGIN CERTIFICATE-----\\n", b"-----END CERTIFICATE-----\\n", 4 << 20
+many = begin * (room // len(begin) - 9)
+for data in (many, many + end, begin + end + many, bytes(room), b"-" * room, b"-----BEGIN " * (room // 11), b"\\x30" * room):
+    for act in (lambda: load(Pair(data)), lambda: authorities(data), lambda: is_authority(data)):
+        try:
+            act()
+        except CertificateError as error:
+            print(len(str(error)) < 200)
+"""
+
+
+def test_a_strange_file_takes_no_longer_than_its_length(tmp_path):
+    """In a process of its own, to be ended: to look at every beginning for every end would take hours."""
+    done = subprocess.run([sys.executable, "-c", STRANGE], capture_output=True, text=True, timeout=120, check=True)
+    assert set(done.stdout.split()) == {"True"}
+
+
+def test_a_file_that_is_too_large_is_not_read(make_certificate, tmp_path):
+    large = tmp_path / "large.pem"
+    large.touch()
+    os.truncate(large, 1 << 40)
+    cert, key = make_certificate("localhost")
+    for pair in (Pair(large), Pair(cert, large)):
+        with pytest.raises(CertificateError, match=r"large\.pem: cannot read the (certificate|key): it has more than 4 MiB"):
+            load(pair)
+    both = tmp_path / "certs" / "both.pem"
+    both.parent.mkdir()
+    both.write_text(cert.read_text() + key.read_text())
+    certificates = Certificates([(both.parent, None)], Policy(client_ca=cert))
+    large.rename(both.parent / "large.pem")
+    assert certificates.read().complaints == [f"{both.parent}/large.pem: cannot read the certificate: it has more than 4 MiB"]
+
+
+def test_blocks_on_one_line_are_named_as_that(authority, make_certificate, tmp_path):
+    """As cat joins files of which one has no line break at its end; OpenSSL would blame the key."""
+    cert, key = authority.issue("localhost")
+    stripped = cert.read_text().rstrip("\n")
+    number = stripped.count("\n") + 1
+    complaint = rf"glued\.pem: line {number} has -----BEGIN after -----END; put a line break between them$"
+    glued = tmp_path / "glued.pem"
+    for text, pair in (
+        (stripped + authority.path.read_text(), Pair(glued, key)),
+        (stripped + key.read_text(), Pair(glued)),
+        (stripped + key.read_text(), Pair(cert, glued)),
+    ):
+        glued.write_text(text)
+        with pytest.raises(CertificateError, match=complaint):
+            load(pair)
+    with pytest.raises(CertificateError, match=complaint):
+        authorities(glued)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(make_certificate, tmp_path):
+    pair = []
+    for path in make_certificate("localhost"):
+        pair.append(tmp_path / path.name)
+        pair[-1].write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load(Pair(*pair)).names == ("localhost",)
+    assert "\ufeff" not in authorities(pair[0])
 
 
 def test_loading_leaves_no_descriptor_open(make_certificate):

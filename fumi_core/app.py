@@ -11,9 +11,10 @@ from fumi_core import options as _options
 from fumi_core.dialogue import Chains, Service
 from fumi_core.greetings import Greetings
 from fumi_core.middleware import Handler, compose
-from fumi_core.observer import Observer
+from fumi_core.observer import Observer, guarded
 from fumi_core.options import Options
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
+from fumi_core.runtime.logs import failure
 from fumi_core.runtime.scoreboard import crowd_of_one
 from fumi_core.server import Server
 from fumi_core.tally import Tally
@@ -31,7 +32,7 @@ class Fumi:
     def __init__(self, **options: Any) -> None:
         """The options: see ``Options``. Raises TypeError for an unknown one or a wrong type, ValueError for what cannot be."""
         self.options: Options = _options.read(options)
-        self.observer = Observer()
+        self._observer = Observer()
         self.tally = Tally()
         self.crowd = crowd_of_one()
         self._handlers: dict[str, list[Handler]] = {phase: [] for phase in PHASES}
@@ -40,6 +41,15 @@ class Fumi:
         self._at_start: list[Callable[[], object]] = []
         self._at_close: list[Callable[[], object]] = []
         self._withheld: list[Callable[[], frozenset[str]]] = []
+
+    @property
+    def observer(self) -> Observer:
+        """Who is told of what happens: an ``Observer`` that does nothing, until another one is assigned."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self._observer = guarded(observer)
 
     # Handlers
 
@@ -147,7 +157,7 @@ class Fumi:
         if server is not None:
             await self._close(server)
             for release in self._at_close:
-                release()
+                _release(release)
 
     @property
     def addresses(self) -> list[tuple[str, int] | str]:
@@ -185,3 +195,11 @@ class Fumi:
         if isinstance(self.options.logger, logging.Logger):
             return self.options.logger
         return logging.getLogger("fumi.core") if self.options.logger else None
+
+
+def _release(release: Callable[[], object]) -> None:
+    """One that fails does not keep the others from being called."""
+    try:
+        release()
+    except Exception as error:
+        failure(logging.getLogger("fumi.core"), "at_close failed", error)

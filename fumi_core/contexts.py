@@ -14,6 +14,10 @@ class Context:
     """The connection's ``session``, and the way to say no."""
 
     __slots__ = ("session",)
+    hook: ClassVar[str]
+    """What its handlers are registered by, for the log."""
+    command: str | None = None
+    """The SMTP command that the handlers decide about, for the log; None where there is none."""
     default_code: ClassVar[int] = 550
     default_status: ClassVar[str | None] = None
     """The enhanced status code for ``default_code``, where the message has none; None is the usual one."""
@@ -30,12 +34,15 @@ class ConnectContext(Context):
     """A client has connected, and the PROXY header, if one is required, was read; no banner was sent."""
 
     __slots__ = ()
+    hook = "on_connect"
 
 
 class AuthContext(Context):
     """A client wants to authenticate: ``credentials`` says how and as whom. Accept it, or it is refused with 535."""
 
     __slots__ = ("accepted", "credentials", "user")
+    hook = "on_auth"
+    command = "AUTH"
     default_code = 535
 
     def __init__(self, session: Session, credentials: Credentials) -> None:
@@ -56,6 +63,8 @@ class MailContext(Context):
     """MAIL: ``address`` is the reverse-path, its address "" for ``<>``."""
 
     __slots__ = ("address",)
+    hook = "on_mail_from"
+    command = "MAIL"
 
     def __init__(self, session: Session, address: Address) -> None:
         super().__init__(session)
@@ -66,6 +75,8 @@ class RcptContext(Context):
     """RCPT: ``address`` is the forward-path."""
 
     __slots__ = ("address",)
+    hook = "on_rcpt_to"
+    command = "RCPT"
     default_status = "5.1.1"
 
     def __init__(self, session: Session, address: Address) -> None:
@@ -79,12 +90,14 @@ class DataContext(Context):
     In LMTP every recipient has a reply of its own: ``reject_recipient`` refuses it to one, and the rest get it.
     """
 
-    __slots__ = ("accepted", "rejected", "stream")
+    __slots__ = ("accepted", "command", "rejected", "stream")
+    hook = "on_data"
     default_code = 552
 
-    def __init__(self, session: Session, stream: MessageStream) -> None:
+    def __init__(self, session: Session, stream: MessageStream, command: str = "DATA") -> None:
         super().__init__(session)
         self.stream = stream
+        self.command = command
         self.accepted: str | None = None
         self.rejected: dict[str, SMTPError] = {}
 
@@ -110,3 +123,4 @@ class CloseContext(Context):
     """The connection is gone; there is nobody left to reject."""
 
     __slots__ = ()
+    hook = "on_close"

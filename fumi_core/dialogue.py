@@ -74,13 +74,14 @@ class Stage(Enum):
 class _Message:
     """The message that is arriving, and what its handlers made of it."""
 
-    __slots__ = ("aborted", "context", "ended", "refusal", "stage", "started", "stream")
+    __slots__ = ("aborted", "context", "ended", "error", "refusal", "stage", "started", "stream")
 
-    def __init__(self, session: Session, stream: MessageStream) -> None:
+    def __init__(self, session: Session, stream: MessageStream, command: str) -> None:
         self.stream = stream
-        self.context = DataContext(session, stream)
+        self.context = DataContext(session, stream, command)
         self.started = time.monotonic()
         self.stage = Stage.WAITING
+        self.error: BaseException | None = None  # what the handlers raised; ``refusal`` is the reply it leads to
         self.refusal: Reply | None = None
         self.ended = False
         self.aborted = False
@@ -99,6 +100,7 @@ class Dialogue:
             service.tally,
             authenticates=service.chains["auth"] is not None,
             trusted=(options.use_xclient or options.use_xforward) and session.remote_address in service.trusted,
+            at_end_failed=self._at_end_failed,
         )
         self.messages = 0
         self._service = service
@@ -182,6 +184,8 @@ class Dialogue:
                 _HANDLERS[type(event)](self, event)
             if self._message is not None and self._message.stream.has_text:
                 self._run_message(self._message)
+        except Exception as error:
+            self._fail(error)
         finally:
             self._pumping = False
         if self._draining and not self.protocol.in_transaction and not self.closed:
@@ -216,7 +220,7 @@ class Dialogue:
             self._run(phase, context(self.session, address), self._answer)
 
     def _message_start(self, event: MessageStart) -> None:
-        self._message = _Message(self.session, MessageStream(self._service.options.size, self._changed))
+        self._message = _Message(self.session, MessageStream(self._service.options.size, self._changed), event.command)
 
     def _message_data(self, event: MessageData) -> None:
         assert self._message is not None
@@ -264,7 +268,10 @@ class Dialogue:
 
         def ended(error: BaseException | None) -> None:
             self._running = None
-            done(context, error)
+            try:
+                done(context, error)
+            except Exception as failed:
+                self._fail(failed)
             if self._gone is not None:
                 if not isinstance(context, CloseContext):
                     self._after_gone()
@@ -277,7 +284,7 @@ class Dialogue:
         if self.protocol.pending is None or error is None or isinstance(error, SMTPError):
             self._answer(context, error)
         else:
-            self._log_failure(error)
+            self._log_failure(context, error)
             self.protocol.refuse(replies.CONNECT_FAILED)
 
     def _auth_done(self, context: Context, error: BaseException | None) -> None:
@@ -292,20 +299,36 @@ class Dialogue:
         if self.protocol.pending is None:
             # Abandoned: there is nobody to answer. Cancelled it was by us, then.
             if error is not None and not isinstance(error, SMTPError | asyncio.CancelledError):
-                self._log_failure(error)
+                self._log_failure(context, error)
         elif error is None:
             self.protocol.accept()
         else:
             self.protocol.refuse(self._refusal(context, error))
 
     def _refusal(self, context: Context, error: BaseException) -> Reply:
+        """The reply that an error leads to. What is not an SMTPError, or cannot be made a reply, is logged."""
         if isinstance(error, SMTPError):
-            return from_text(error.code, error.message, context.default_status if error.code == context.default_code else None)
-        self._log_failure(error)
+            try:
+                return _reply_to(error, context)
+            except Exception as unusable:
+                error = unusable
+        self._log_failure(context, error)
         return replies.LOCAL_ERROR
 
-    def _log_failure(self, error: BaseException) -> None:
-        failure(errors, "a handler failed", error, id=self.session.id, client_ip=self.session.remote_address)
+    def _log_failure(self, context: Context, error: BaseException) -> None:
+        self._log("handler failed", error, context.hook, context.command)
+
+    def _at_end_failed(self, command: str, error: BaseException) -> None:
+        self._log("handler failed", error, "at_end", command)
+
+    def _log(self, message: str, error: BaseException, hook: str | None = None, command: str | None = None) -> None:
+        session = self.session
+        failure(errors, message, error, id=session.id, client_ip=session.remote_address, hook=hook, command=command)
+
+    def _fail(self, error: Exception) -> None:
+        """The last resort, when this code is at fault or an app has changed what it must not: no client waits for ever."""
+        self._log("dialogue failed", error)
+        self._end(replies.CONNECT_FAILED, "local error")
 
     # The message
 
@@ -323,8 +346,8 @@ class Dialogue:
         if cut_off or isinstance(error, MessageAborted):
             log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error) or "cut off")
             message.refusal = replies.LOCAL_ERROR
-        elif error is not None:
-            message.refusal = self._refusal(context, error)
+        elif error is not None and error is not message.error:
+            message.error, message.refusal = error, self._refusal(context, error)
         if message.aborted:
             self._forget_broken_message()
         elif message.ended and not self._pumping:
@@ -332,34 +355,39 @@ class Dialogue:
 
     def _answer_message(self, message: _Message) -> None:
         self._message = None
-        answers = self._verdicts(message)
+        answers = self.protocol.settle(self._verdicts(message))
         best = min([reply.code for reply in answers])
         result = verdict(best)
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         self.messages += best == 250
-        self.protocol.settle(answers)
 
     def _verdicts(self, message: _Message) -> list[Reply]:
         """What to say of a whole message: one reply or, in LMTP, one for each recipient."""
         context = message.context
         verdict = self._refusal_so_far(message)
         if verdict is None:
-            verdict = replies.OK if context.accepted is None else from_text(250, context.accepted)
+            verdict = replies.OK if context.accepted is None else self._acceptance(context)
         if not self._service.options.lmtp:
             return [verdict]
         return [self._verdict(context, each, verdict) for each in self.session.envelope.rcpt_to]
 
     def _refusal_so_far(self, message: _Message) -> Reply | None:
         """The reply to a message that is refused to all its recipients, whether it is whole or not; else None."""
-        if message.stream.size_exceeded:
-            return replies.SIZE_EXCEEDED
-        if message.stream.refusal is not None:
-            return self._refusal(message.context, message.stream.refusal)
-        return message.refusal
+        error = message.stream.refusal
+        if error is not None and error is not message.error:
+            message.error, message.refusal = error, self._refusal(message.context, error)
+        return replies.SIZE_EXCEEDED if message.stream.size_exceeded else message.refusal
+
+    def _acceptance(self, context: DataContext) -> Reply:
+        try:
+            return from_text(250, str(context.accepted))
+        except Exception as unusable:
+            self._log_failure(context, unusable)
+            return replies.LOCAL_ERROR
 
     def _verdict(self, context: DataContext, recipient: Address, verdict: Reply) -> Reply:
         error = context.rejected.get(recipient.address) if verdict.code == 250 else None
-        return verdict if error is None else from_text(error.code, error.message)
+        return verdict if error is None else self._refusal(context, error)
 
     def _abort_message(self, reason: str, result: str = "aborted") -> None:
         message = self._message
@@ -399,11 +427,18 @@ class Dialogue:
 
         def done(context: Context, error: BaseException | None) -> None:
             if error is not None:
-                self._log_failure(error)
+                self._log_failure(context, error)
             self._fiber.close()
             closed()
 
         self._run("close", CloseContext(self.session), done)
+
+
+def _reply_to(error: SMTPError, context: Context) -> Reply:
+    """Raises what is wrong with an SMTPError that an app has changed, or subclassed without calling its constructor."""
+    sound = SMTPError(error.message, error.code)
+    status = context.default_status if sound.code == context.default_code else None
+    return from_text(sound.code, sound.message, status)
 
 
 _REASONS: dict[Reply | None, str] = {

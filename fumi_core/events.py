@@ -40,9 +40,12 @@ class Rcpt:
 
 
 class MessageStart:
-    """Tells: a message follows."""
+    """Tells: a message follows. ``command`` is what brings it: DATA or BDAT."""
 
-    __slots__ = ()
+    __slots__ = ("command",)
+
+    def __init__(self, command: str) -> None:
+        self.command = command
 
 
 class MessageData:

@@ -40,9 +40,9 @@ class Fiber:
         except StopIteration:
             done(None)
             return
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             raise
-        except BaseException as error:
+        except BaseException as error:  # SystemExit too: a handler does not end the server
             done(error)
             return
         self._pending = (coroutine, yielded, done)
@@ -83,8 +83,8 @@ class Fiber:
             outcome: BaseException | None = None
             try:
                 await _Rest(coroutine, yielded, error)
-            except (KeyboardInterrupt, SystemExit, GeneratorExit):
-                raise  # GeneratorExit: the loop was closed over it
+            except (KeyboardInterrupt, GeneratorExit):
+                raise  # GeneratorExit: the loop is closed while the coroutine waits
             except BaseException as raised:
                 outcome = raised
             self._pending = None
@@ -140,6 +140,9 @@ class _Rest:
                     argument: Any = None
                 else:
                     step, argument = coroutine.throw, error
+            except GeneratorExit:
+                coroutine.close()
+                raise
             except BaseException as thrown:
                 step, argument = coroutine.throw, thrown
             error = None
@@ -147,3 +150,5 @@ class _Rest:
                 yielded = step(argument)
             except StopIteration:
                 return
+            except GeneratorExit as raised:
+                raise RuntimeError("the coroutine raised GeneratorExit") from raised

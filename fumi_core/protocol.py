@@ -46,8 +46,11 @@ MAX_REPLIES = 32
 The longest, EHLO's, has under 1 KiB.
 """
 
-_MESSAGE_START, _MESSAGE_END = MessageStart(), MessageEnd()
+_DATA_START, _BDAT_START, _MESSAGE_END = MessageStart("DATA"), MessageStart("BDAT"), MessageEnd()
 _MESSAGE_EXCESS, _CHUNK_END, _CHUNK_DROPPED = MessageExcess(), ChunkEnd(), ChunkDropped()
+
+AtEndFailed = Callable[[str, BaseException], None]
+"""Called with the command and the error when a function of ``envelope.at_end`` raises."""
 
 
 class Protocol:
@@ -62,6 +65,7 @@ class Protocol:
         *,
         authenticates: bool = False,
         trusted: bool = False,
+        at_end_failed: AtEndFailed | None = None,
     ) -> None:
         """``authenticates``: there is somebody to decide about AUTH. ``trusted``: the client may speak for others, by XCLIENT."""
         self.session = session
@@ -79,6 +83,7 @@ class Protocol:
         self._tally = tally
         self._authenticates = authenticates
         self._trusted = trusted
+        self._at_end_failed = at_end_failed
         self._enhanced = not options.hide_enhancedstatuscodes
         self._input = Input()
         self._output: list[bytes] = []
@@ -177,23 +182,30 @@ class Protocol:
             self._refuse_authentication(event, reply)
             return
         if type(event) is Mail:
-            self._reset()
+            self._reset("MAIL")
         elif type(event) is ChunkEnd:
             self._fail_message(reply)
         self._reply(self._excuse(reply))
         if reply.code == 421 or type(event) is Connect:
             self.state = State.CLOSED
 
-    def settle(self, answers: Sequence[Reply]) -> None:
-        """Answer the end of a message: with one reply or, in LMTP, one for each recipient in order (RFC 2033 §4.2)."""
+    def settle(self, answers: Sequence[Reply]) -> Sequence[Reply]:
+        """Answer the end of a message: with one reply or, in LMTP, one for each recipient in order (RFC 2033 §4.2).
+
+        Returns the replies that were sent; when the client has gone, those that it would have got. No message is accepted
+        whose transaction could not be ended (``envelope.at_end``).
+        """
         if self.pending is None:
-            return
+            return answers
         self.pending = None
-        self._reset()
+        error = self._reset("BDAT" if self._transfer.chunked else "DATA")
+        if error is not None:
+            answers = [error if reply.code < 400 else reply for reply in answers]
         for reply in answers:
             self._reply(reply)
             if reply.code == 421:
                 self.state = State.CLOSED
+        return answers
 
     def close(self, reply: Reply) -> None:
         """End the dialogue with this reply; what the client still sends is not looked at."""
@@ -290,21 +302,21 @@ class Protocol:
             return replies.USE_LHLO
         if not self._introduce("HELO", argument):
             return replies.SYNTAX_HELO
-        return self._greetings.helo
+        return self._reset("HELO") or self._greetings.helo
 
     def _ehlo(self, argument: bytes) -> Reply:
         if self._options.lmtp:
             return replies.USE_LHLO
         if not self._introduce("EHLO", argument):
             return replies.SYNTAX_EHLO
-        return self._extensions()
+        return self._reset("EHLO") or self._extensions()
 
     def _lhlo(self, argument: bytes) -> Reply:
         if not self._options.lmtp:
             return replies.NOT_RECOGNIZED
         if not self._introduce("LHLO", argument):
             return replies.SYNTAX_LHLO
-        return self._extensions()
+        return self._reset("LHLO") or self._extensions()
 
     def _extensions(self) -> Reply:
         options, secure = self._options, self.session.secure
@@ -318,7 +330,6 @@ class Protocol:
             return False
         self.session.client_hostname = hostname
         self.session.opening_command = verb
-        self._reset()
         return True
 
     def _mail(self, argument: bytes) -> Event | Reply:
@@ -336,7 +347,7 @@ class Protocol:
         if refusal is None and not envelope.smtputf8 and not sender.address.isascii():
             refusal = replies.NEED_SMTPUTF8
         if refusal is not None:
-            self._reset()
+            self._reset("MAIL")
             return self._excuse(refusal)
         self.session.transaction += 1
         self.pending = event = Mail(sender)
@@ -363,9 +374,8 @@ class Protocol:
     def _rset(self, argument: bytes) -> Reply:
         if argument:
             return replies.SYNTAX_NO_ARGUMENT
-        if self.state is not State.START:
-            self._reset()
-        return replies.OK
+        error = self._reset("RSET") if self.state is not State.START else None
+        return error or replies.OK
 
     def _noop(self, argument: bytes) -> Reply:
         return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.OK
@@ -455,7 +465,7 @@ class Protocol:
         if isinstance(attributes, Reply):
             return attributes
         introduced = xclient.impersonate(self.session, attributes)
-        self._reset()
+        self._reset("XCLIENT")
         self.state = State.READY if introduced else State.START
         # As though that client had connected: the application is asked, and the answer is a banner.
         self.pending = event = Connect()
@@ -482,7 +492,7 @@ class Protocol:
         self.state = State.DATA
         self._transfer.begin()
         self._reply(replies.START_DATA)
-        return _MESSAGE_START
+        return _DATA_START
 
     def _bdat(self, argument: bytes) -> Event | Reply | None:
         if self._options.hide_chunking:
@@ -498,7 +508,7 @@ class Protocol:
             return _CHUNK_DROPPED
         first = self._transfer.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
         self.state = State.DATA if last else State.CHUNKS
-        return _MESSAGE_START if first else None
+        return _BDAT_START if first else None
 
     def _refusals_of_chunk(self, refusal: Reply, last: bool) -> tuple[Reply, ...]:
         """The replies to a chunk without a transaction: one or, when a message failed that this chunk ends, its recipients'."""
@@ -512,7 +522,7 @@ class Protocol:
     def _fail_message(self, reply: Reply) -> None:
         """A chunk was refused, and with it the message. What follows of it in the pipeline gets its replies all the same."""
         recipients = len(self.session.envelope.rcpt_to)
-        self._reset("a chunk was rejected", "deferred" if reply.code < 500 else "rejected")
+        self._reset("BDAT", "a chunk was rejected", "deferred" if reply.code < 500 else "rejected")
         if self._options.lmtp:
             self._failed = (reply,) * recipients
 
@@ -546,8 +556,11 @@ class Protocol:
 
     # State
 
-    def _reset(self, reason: str = "the client gave it up", result: str = "aborted") -> None:
-        """No transaction: RSET, EHLO, the end of a message, a refused MAIL (RFC 5321 §4.1.1.5)."""
+    def _reset(self, command: str, reason: str = "the client gave it up", result: str = "aborted") -> Reply | None:
+        """No transaction: RSET, EHLO, the end of a message, a refused MAIL (RFC 5321 §4.1.1.5).
+
+        Returns the reply to send in place of a success when a function of ``envelope.at_end`` raises; the others are called.
+        """
         if self.state is State.CHUNKS:
             self._broken = MessageBroken(reason, result)
         self._transfer.reset()
@@ -557,8 +570,20 @@ class Protocol:
         if self.session.xforward:
             self.session.xforward = {}
         self.state = State.READY
+        return self._call_at_end(ended, command) if ended.at_end else None
+
+    def _call_at_end(self, ended: Envelope, command: str) -> Reply | None:
+        outcome = None
         for end in ended.at_end:
-            end()
+            try:
+                end()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                outcome = replies.LOCAL_ERROR
+                if self._at_end_failed is not None:
+                    self._at_end_failed(command, error)
+        return outcome
 
     def _reply(self, reply: Reply) -> None:
         self._output.append(reply.data if self._enhanced else reply.plain)

@@ -9,7 +9,7 @@ import re
 
 MAX_TEXT = 496  # octets of text in a line, so that code, the longest enhanced code and CRLF fit into 512 (RFC 5321 §4.5.3.1.5)
 
-_ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: +|$)(.*)", re.DOTALL)
+_ENHANCED = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: +|$)(.*)", re.DOTALL)
 _UNSENDABLE = re.compile(r"[^\x20-\x7e]")
 
 # The status to supply where a handler's message has none. RFC 5248's registry names these codes for them.

@@ -16,7 +16,8 @@ class MessageStream:
     """An async iterator of ``bytes``: dot-unstuffed, CRLF kept, the terminating dot left out.
 
     ``size`` counts the octets received so far; ``size_exceeded`` tells that they are more than the ``size`` option allows:
-    the text then ends early, and the server answers 552 whatever the handler says. ``refusal`` is what ``refuse()`` set.
+    the text then ends early, and the server answers 552 whatever the handler says. ``refusal`` is what the message is answered
+    with, whatever the handlers say: what ``refuse()`` was given, or what a function of ``tap()`` raised.
     """
 
     __slots__ = (
@@ -36,7 +37,7 @@ class MessageStream:
     def __init__(self, limit: int | None, resume: Callable[[], None]) -> None:
         """``resume`` is called when the handler has taken all there was."""
         self.size = 0
-        self.refusal: SMTPError | None = None
+        self.refusal: Exception | None = None
         self._limit = limit
         self._resume = resume
         self._pieces: deque[bytes] = deque()
@@ -57,7 +58,7 @@ class MessageStream:
         return self
 
     async def __anext__(self) -> bytes:
-        """Raises MessageAborted when the rest will never come, SMTPError when the message was refused in the meantime."""
+        """Raises MessageAborted when the rest will never come, and ``refusal`` when there is one."""
         while not self._pieces:
             if self._over:
                 raise StopAsyncIteration
@@ -96,7 +97,10 @@ class MessageStream:
             self._waiter = None
 
     def tap(self, listener: Callable[[bytes], object]) -> None:
-        """Call ``listener`` with each piece as it arrives, those that wait here first, whoever reads the stream."""
+        """Call ``listener`` with each piece as it arrives, those that wait here first, whoever reads the stream.
+
+        When it raises, the message is not accepted: an SMTPError is its reply, any other exception leads to 451.
+        """
         for piece in self._pieces:
             listener(piece)
         self._listeners += (listener,)
@@ -107,7 +111,11 @@ class MessageStream:
 
     def refuse(self, error: SMTPError) -> None:
         """Answer the message with this, whatever else the handlers say; who reads it gets it raised, and the text is dropped."""
-        self.refusal = error
+        self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        if self.refusal is None:
+            self.refusal = error
         self.discard()
         self._wake()
 
@@ -125,7 +133,13 @@ class MessageStream:
     def feed(self, piece: bytes) -> None:
         self.size += len(piece)
         for listener in self._listeners:
-            listener(piece)
+            try:
+                listener(piece)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self._listeners = ()  # no function gets a message with a hole in it
+                self._refuse(_exception(error))
         if not self._discarding and not self.size_exceeded:
             self._pieces.append(piece)
             self._buffered += len(piece)
@@ -159,3 +173,12 @@ class MessageStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _exception(error: BaseException) -> Exception:
+    """The error as one that may be raised in any task: SystemExit would end the event loop there."""
+    if isinstance(error, Exception):
+        return error
+    failed = RuntimeError(f"a function of tap() raised {type(error).__name__}")
+    failed.__cause__ = error
+    return failed

@@ -52,6 +52,11 @@ class Transfer:
             self._reader = self._chunks
         return first
 
+    @property
+    def chunked(self) -> bool:
+        """Whether the message arrives by BDAT."""
+        return self._chunks is not None
+
     def drop_chunk(self, size: int, refusals: tuple[Reply, ...]) -> None:
         """A chunk follows without a transaction: a client may send it before it reads the reply (RFC 3030 §2)."""
         self._reader = SkippedChunk(size)

@@ -51,15 +51,28 @@ class Event:
 
 
 def event(logger: logging.Logger, level: int, message: str, /, **fields: object) -> None:
-    """Log one event with its fields; a field that is None is left out."""
-    if logger.isEnabledFor(level):
-        # What log() does, but for looking for its caller.
-        logger.handle(logger.makeRecord(logger.name, level, "", 0, Event(message, fields), (), None))
+    """Log one event with its fields; a field that is None is left out. Raises nothing, whatever logger an app has given."""
+    try:
+        if logger.isEnabledFor(level):
+            # What log() does, but for looking for its caller.
+            logger.handle(logger.makeRecord(logger.name, level, "", 0, Event(message, fields), (), None))
+    except Exception as unusable:
+        _cannot_log(message, unusable)
 
 
 def failure(logger: logging.Logger, message: str, error: BaseException, /, **fields: object) -> None:
-    """Log an error of ours, with its traceback and its fields."""
-    logger.error(Event(message, fields), exc_info=error)
+    """Log an error with its traceback and its fields. Raises nothing."""
+    try:
+        logger.error(Event(message, fields), exc_info=error)
+    except Exception as unusable:
+        _cannot_log(message, unusable)
+
+
+def _cannot_log(message: str, error: Exception) -> None:
+    """A filter or handler that an app has added to a logger failed: report that where no such filter or handler is asked."""
+    outlet = next((each for each in logging.getLogger().handlers if isinstance(each, Outlet)), logging.lastResort)
+    if outlet is not None:
+        outlet.handle(_record(logging.ERROR, Event("cannot log", {"message": message}), error))
 
 
 def configure(form: str, level: str) -> None:

@@ -67,8 +67,8 @@ class Resolver:
                 continue  # nobody waits for it any more
             try:
                 outcome: Sequence[str] | Exception = self._resolve(name)
-            except Exception as error:
-                outcome = error
+            except BaseException as error:  # SystemExit too: it would end the thread, and the answer would never come
+                outcome = error if isinstance(error, Exception) else RuntimeError(f"the lookup raised {type(error).__name__}")
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(_settle, answer, outcome)
 

@@ -60,6 +60,10 @@ class Exchange:
             return credentials
         except (binascii.Error, sasl.Malformed):
             return replies.AUTH_MALFORMED
+        except sasl.BadName:
+            return replies.AUTH_BAD_NAME
+        except sasl.NotAuthorized:
+            return replies.AUTH_FAILED
 
     def explain(self, verdict: Reply) -> Reply | None:
         """The challenge to send before this refusal of the credentials, which the next response is then given; often none."""

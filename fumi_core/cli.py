@@ -63,6 +63,16 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--allow-insecure-auth", is_flag=True, help="Offer AUTH to clients that did not come over TLS, too.")
 @click.option("--require-tls", is_flag=True, help="Refuse MAIL from a client that did not come over TLS.")
 @click.option("--size", type=OCTETS, help="Largest message, in octets. [default: no limit]")
+@click.option(
+    "--bare-newlines",
+    type=click.Choice(["reject", "normalize"]),
+    help="What to do with a CR or LF alone in a message: reject it, or make it a CRLF. [default: reject]",
+)
+@click.option(
+    "--lenient-addresses",
+    is_flag=True,
+    help="Take addresses without <> or a domain, with dots anywhere or a final dot, as devices and carriers send them.",
+)
 @click.option("--max-clients", type=COUNT, help="Most clients at once. [default: no limit]")
 @click.option("--name", help="The server's name in banner and trace lines. [default: this host's]")
 @click.option("--banner", default="", help="Words behind the name in the banner.")

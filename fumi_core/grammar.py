@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 import socket
+import unicodedata
+from functools import cache
 from typing import NamedTuple
 
 MAX_PATH = 256  # RFC 5321 §4.5.3.1.3, octets, angle brackets included
-MAX_LOCAL_PART = 64  # §4.5.3.1.1
+# A local part may fill the path. §4.5.3.1.1 has 64 octets, but SRS, VERP and forwarders write more, and no one can shorten them.
+MAX_LABEL = 63  # RFC 1035 §2.3.4, octets, of an internationalized label's A-label
 MAX_DOMAIN = 255  # §4.5.3.1.2
 
 # Classes that take UTF8-non-ascii (RFC 6531 §3.3) name the ASCII characters that are not in them: a class that reaches up to
@@ -25,8 +28,8 @@ _DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
 _QUOTED_STRING = r'"(?:[^\x00-\x1f"\\\x7f]|\\[ -~])*"'
 # sub-domain = Let-dig [Ldh-str]: letters, digits, and hyphens within; the underscore is not in the RFC but in use.
 _LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"
-_SUB_DOMAIN = rf"{_LET_DIG}(?:[^\x00-,./:-@\[-^`{{-\x7f]*{_LET_DIG})?"
-# Domain = sub-domain *("." sub-domain); a final dot is not in the RFC and not taken.
+_SUB_DOMAIN = rf"{_LET_DIG}(?:[^\x00-,./:-@\[-^`{{-\x7f]{{,{MAX_LABEL - 2}}}{_LET_DIG})?"
+# Domain = sub-domain *("." sub-domain); a final dot is not in the RFC, and taken by lenient servers alone.
 _DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
 # address-literal = "[" ( IPv4 / "IPv6:" IPv6 / General ) "]"; what is inside is looked at below.
 _ADDRESS_LITERAL = r"\[[!-Z^-~]+\]"
@@ -38,16 +41,18 @@ _MAILBOX = rf"(?P<local>{_DOT_STRING}|{_QUOTED_STRING})@(?P<domain>{_DOMAIN}|{_A
 _PARAMETERS = r"(?P<parameters>(?: +[A-Za-z0-9][A-Za-z0-9-]*(?:=[^\x00- =\x7f]+)?)*) *"
 
 DOMAIN = re.compile(rf"{_DOMAIN}|{_ADDRESS_LITERAL}")
-# The space after the colon is not in the RFC; half of all clients written by hand send it.
-MAIL_ARGUMENT = re.compile(rf"[Ff][Rr][Oo][Mm]: ?<(?:{_SOURCE_ROUTE}{_MAILBOX})?>{_PARAMETERS}")
-RCPT_ARGUMENT = re.compile(
-    rf"[Tt][Oo]: ?<(?:{_SOURCE_ROUTE}{_MAILBOX}|(?P<postmaster>[Pp][Oo][Ss][Tt][Mm][Aa][Ss][Tt][Ee][Rr]))>{_PARAMETERS}"
+# The spaces after the colon are not in the RFC; half of all clients written by hand send one.
+_FROM, _TO = r"[Ff][Rr][Oo][Mm]: *", r"[Tt][Oo]: *"
+_MAIL_ARGUMENT = re.compile(rf"{_FROM}<(?:{_SOURCE_ROUTE}{_MAILBOX})?>{_PARAMETERS}")
+_RCPT_ARGUMENT = re.compile(
+    rf"{_TO}<(?:{_SOURCE_ROUTE}{_MAILBOX}|(?P<postmaster>[Pp][Oo][Ss][Tt][Mm][Aa][Ss][Tt][Ee][Rr]))>{_PARAMETERS}"
 )
+# What devices and carriers send: dots anywhere in a local part, no domain, a domain's final dot, no angle brackets.
+_LENIENT_LOCAL_PART = rf"(?:\.|{_ATEXT})+|{_QUOTED_STRING}"
+_LENIENT_MAILBOX = rf"(?P<local>{_LENIENT_LOCAL_PART})(?:@(?P<domain>{_DOMAIN}|{_ADDRESS_LITERAL})\.?)?"
+_LENIENT_PATH = rf"(?![A-Za-z0-9-]+=[^@]*\Z)(?P<open><)?{_SOURCE_ROUTE}{_LENIENT_MAILBOX}(?(open)>)"
 # What follows the path when only the path is wrong, to tell "bad address" from "bad syntax".
-PATH_SHAPE = re.compile(r"(?:[Ff][Rr][Oo][Mm]|[Tt][Oo]): ?<.*>.*", re.DOTALL)
-
-# ehlo = "EHLO" SP ( Domain / address-literal ): clients say many other things; what matters is that it is one printable word.
-CLIENT_HOSTNAME = re.compile(r"[^\x00- \x7f]{1,255}")
+PATH_SHAPE = re.compile(r"(?:[Ff][Rr][Oo][Mm]|[Tt][Oo]): *<.*>.*", re.DOTALL)
 
 VERBS = (
     *("HELO", "EHLO", "LHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT"),
@@ -67,6 +72,22 @@ class Address(NamedTuple):
 
     address: str
     args: dict[str, str | bool]
+
+
+class Paths(NamedTuple):
+    """What MAIL and RCPT take after them, for ``read_path()``."""
+
+    mail: re.Pattern[str]
+    rcpt: re.Pattern[str]
+
+
+@cache
+def paths(lenient: bool) -> Paths:
+    """The RFC's paths or, if ``lenient``, also those of devices and carriers that do not know the RFC."""
+    if not lenient:
+        return Paths(_MAIL_ARGUMENT, _RCPT_ARGUMENT)
+    mail = re.compile(rf"{_FROM}(?:<>|{_LENIENT_PATH}){_PARAMETERS}")
+    return Paths(mail, re.compile(rf"{_TO}{_LENIENT_PATH}{_PARAMETERS}"))
 
 
 def read_text(argument: bytes) -> str | None:
@@ -100,7 +121,11 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
     if match is None:
         return None
     local, domain = match["local"], match["domain"]
-    address = f"{local}@{domain}" if local is not None else (match.groupdict().get("postmaster") or "")
+    if domain is not None:
+        address = f"{local}@{domain}"
+    else:
+        # Without a domain there is <>, <Postmaster> and, for lenient servers, a local part alone.
+        address, domain = local or match.groupdict().get("postmaster") or "", ""
     if local is not None and not _fits(local, domain):
         return None
     parameters = _parameters(match["parameters"]) if match["parameters"] else {}
@@ -109,12 +134,58 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
 
 def _fits(local: str, domain: str) -> bool:
     if not local.isascii() or not domain.isascii():
+        if not is_visible(local + domain) or not all(map(_fits_as_label, domain.split("."))):
+            return False
         local_length, domain_length = len(local.encode()), len(domain.encode())
     else:
         local_length, domain_length = len(local), len(domain)
-    if local_length > MAX_LOCAL_PART or domain_length > MAX_DOMAIN or local_length + domain_length + 3 > MAX_PATH:
+    if domain_length > MAX_DOMAIN or local_length + domain_length + 3 > MAX_PATH:
         return False
-    return domain[0] != "[" or is_address_literal(domain[1:-1])
+    return domain[:1] != "[" or is_address_literal(domain[1:-1])
+
+
+def _fits_as_label(label: str) -> bool:
+    """Whether an internationalized label's A-label, with ``xn--`` before it, is short enough."""
+    return label.isascii() or len(label.encode("punycode")) + 4 <= MAX_LABEL
+
+
+# Unassigned characters are not among them: which they are depends on the version of Unicode.
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp", "Zs"})
+# Fillers, variation selectors and other letters and marks without a shape (Unicode's Default_Ignorable_Code_Point, and U+2800).
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | frozenset(
+    map(chr, (*range(0xFE00, 0xFE10), *range(0xE0000, 0xE1000)))
+)
+_JOINERS = "\u200c\u200d"
+
+
+def is_visible(text: str) -> bool:
+    """Whether all characters beyond ASCII can be seen: two addresses that look the same, or a line that is none, fool people.
+
+    The joiners of Indic and Arabic scripts are fine between two of their letters (RFC 5892 appendix A.1, A.2).
+    """
+    for at, character in enumerate(text):
+        if character.isascii():
+            continue
+        if character in _JOINERS:
+            before, after = text[at - 1 : at], text[at + 1 : at + 2]
+            if not (_is_foreign_letter(before) and _is_foreign_letter(after)):
+                return False
+        elif unicodedata.category(character) in _INVISIBLE_CATEGORIES or character in _INVISIBLE:
+            return False
+    return True
+
+
+def _is_foreign_letter(character: str) -> bool:
+    return not character.isascii() and unicodedata.category(character)[0] in "LM"
+
+
+def is_client_hostname(text: str) -> bool:
+    """What EHLO takes: ``Domain / address-literal`` in the RFC, any printable words of up to 255 octets in practice."""
+    return text.isprintable() and 1 <= len(text.encode()) <= 255
+
+
+# Controls of ASCII and of ISO 6429 (C1), and the two separators that some take for line ends.
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def is_address_literal(text: str) -> bool:

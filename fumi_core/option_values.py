@@ -149,5 +149,6 @@ _VALUES: dict[str, Check] = {
     "data_timeout": _ABOVE_ZERO,
     "proxy_timeout": _ABOVE_ZERO,
     "close_timeout": _FROM_ZERO,
+    "lenient_addresses": _flag,
     "logger": _logger,
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
+from fumi_core.grammar import Paths, paths
 from fumi_core.option_values import check
 
 _TLS_OPTIONS = {"secure", "key", "cert", "ca"}
@@ -50,16 +51,19 @@ class Options:
     data_timeout: float = 600.0
     proxy_timeout: float = 5.0
     close_timeout: float = 30.0
+    lenient_addresses: bool = False
     logger: bool | logging.Logger = False
 
     disabled_verbs: frozenset[bytes] = field(init=False, default=frozenset())
     auth_required: bool = field(init=False, default=True)
+    paths: Paths = field(init=False, default=paths(False))
 
     def __post_init__(self) -> None:
         for option in NAMES:
             object.__setattr__(self, option, check(option, getattr(self, option)))
         # The protocol compares verbs as they arrive: bytes.
         object.__setattr__(self, "disabled_verbs", frozenset(verb.encode() for verb in self.disabled_commands))
+        object.__setattr__(self, "paths", paths(self.lenient_addresses))
         # Where nobody can authenticate nobody has to: as in smtp-server, whose users disable AUTH to take mail from anyone.
         object.__setattr__(self, "auth_required", not self.auth_optional and "AUTH" not in self.disabled_commands)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from fumi_core import replies
+from fumi_core import grammar, replies
 from fumi_core.options import Options
 from fumi_core.replies import Reply
 from fumi_core.session import Envelope, Session
@@ -14,18 +14,30 @@ Value = str | bool
 """What stands behind the =; True where there is no =."""
 
 # xtext = *( xchar / hexchar ) (RFC 3461 §4)
-_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
-_XTEXT_HEX = re.compile(r"\+([0-9A-F]{2})")
+# Lower-case digits are not in the RFC; some clients send them, and they can mean nothing else.
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-Fa-f]{2})*")
+_XTEXT_HEX = re.compile(rb"\+([0-9A-Fa-f]{2})")
 _NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
-# addr-type ";" xtext, or utf-8-addr-xtext (RFC 3461 §4.2, RFC 6533 §3)
-_ORCPT = re.compile(r"[A-Za-z0-9-]+;(?:[^\x00- +=\x7f]|\+[0-9A-F]{2})+")
+_ADDRESS_TYPE = re.compile(r"[A-Za-z0-9-]+")
+# utf-8-addr-xtext and utf-8-addr-unitext (RFC 6533 §3): UTF-8 as it is, or \x{…}, which is never a control character
+_UTF8_ADDRESS = re.compile(r"(?:[^\x00- +=\x7f\\]|\\x\{[0-9A-Fa-f]{2,6}\}|\+[0-9A-Fa-f]{2})+")
+_UTF8_HEX = re.compile(r"\\x\{([0-9A-Fa-f]{2,6})\}")
 
 
 def read_xtext(text: str) -> str | None:
-    """The text that xtext stands for (RFC 3461 §4), None when it is not xtext."""
+    """The text that xtext stands for (RFC 3461 §4); None when it is not xtext, or hides control characters or other bytes."""
     if not _XTEXT.fullmatch(text):
         return None
-    return _XTEXT_HEX.sub(lambda found: chr(int(found[1], 16)), text)
+    return _decoded(text)
+
+
+def _decoded(text: str) -> str | None:
+    """The UTF-8 text with ``+XX`` replaced; None when that makes it something other than text."""
+    try:
+        decoded = _XTEXT_HEX.sub(lambda found: bytes([int(found[1], 16)]), text.encode()).decode()
+    except UnicodeDecodeError:
+        return None
+    return None if grammar.CONTROL_CHARACTER.search(decoded) else decoded
 
 
 def read_mail(
@@ -72,7 +84,18 @@ def _is_notify(value: str) -> bool:
 
 
 def _is_orcpt(value: str) -> bool:
-    return len(value) <= 500 and _ORCPT.fullmatch(value) is not None
+    """``addr-type ";" xtext`` (RFC 3461 §4.2) or, with ``utf-8`` as the type, RFC 6533 §3."""
+    kind, _, address = value.partition(";")
+    if len(value) > 500 or not address or not _ADDRESS_TYPE.fullmatch(kind):
+        return False
+    if kind.lower() != "utf-8":
+        return (read_xtext(address) or "\x80").isascii()
+    if not _UTF8_ADDRESS.fullmatch(address):
+        return False
+    numbers = [int(found, 16) for found in _UTF8_HEX.findall(address)]
+    if any(number > 0x10FFFF or 0xD800 <= number < 0xE000 for number in numbers):
+        return False
+    return _decoded(_UTF8_HEX.sub(lambda found: chr(int(found[1], 16)), address)) is not None
 
 
 def _size(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
@@ -130,7 +153,7 @@ def _envid(envelope: Envelope, value: Value, session: Session, options: Options)
     if options.hide_dsn:
         return replies.UNSUPPORTED_PARAMETER
     text = None if value is True or len(str(value)) > 100 else read_xtext(str(value))
-    if text is None:
+    if text is None or not text.isascii():
         return replies.BAD_PARAMETER
     envelope.dsn = envelope.dsn._replace(envid=text)
     return None

@@ -36,6 +36,8 @@ _OPTIONS = {
     "allow_insecure_auth": "allow_insecure_auth",
     "lmtp": "lmtp",
     "size": "size",
+    "bare_newlines": "bare_newlines",
+    "lenient_addresses": "lenient_addresses",
     "max_clients": "max_clients",
     "name": "name",
     "banner": "banner",

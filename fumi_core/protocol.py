@@ -326,7 +326,7 @@ class Protocol:
 
     def _introduce(self, verb: str, argument: bytes) -> bool:
         hostname = grammar.read_text(argument)
-        if hostname is None or not grammar.CLIENT_HOSTNAME.fullmatch(hostname := hostname.strip()):
+        if hostname is None or not grammar.is_client_hostname(hostname := hostname.strip()):
             return False
         self.session.client_hostname = hostname
         self.session.opening_command = verb
@@ -337,7 +337,7 @@ class Protocol:
             return self._excuse(replies.MUST_STARTTLS)
         if self._options.auth_required and self.session.user is None:
             return self._excuse(replies.AUTHENTICATION_REQUIRED)
-        sender = grammar.read_path(grammar.MAIL_ARGUMENT, argument)
+        sender = grammar.read_path(self._options.paths.mail, argument)
         if sender is None:
             return self._excuse(replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL)
         envelope = self.session.envelope
@@ -354,7 +354,7 @@ class Protocol:
         return event
 
     def _rcpt(self, argument: bytes) -> Event | Reply:
-        recipient = grammar.read_path(grammar.RCPT_ARGUMENT, argument)
+        recipient = grammar.read_path(self._options.paths.rcpt, argument)
         if recipient is None:
             return self._excuse(replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT)
         if recipient.args:
@@ -426,16 +426,16 @@ class Protocol:
             self.pending = event = Auth(outcome)
             return event
         if outcome.code != 334:
-            self._break_off_exchange()
+            self._break_off_exchange("failed" if outcome is replies.AUTH_FAILED else "aborted")
         return outcome
 
     def _begin_exchange(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._input.responses = True
 
-    def _break_off_exchange(self) -> None:
+    def _break_off_exchange(self, result: str = "aborted") -> None:
         if self._exchange is not None and self._exchange.verdict is None:
-            self._tally.authentications[self._exchange.method, "aborted"] += 1
+            self._tally.authentications[self._exchange.method, result] += 1
         self._end_exchange()
 
     def _end_exchange(self) -> None:

@@ -317,6 +317,9 @@ def _v1_line(line: bytes) -> ProxyHeader:
 def _v1_address(family: int, word: bytes) -> str:
     # inet_pton is as strict as the specification (no leading zeroes, no scope), but for one thing that senders need:
     # it takes the dotted form ::ffff:192.0.2.1, which stunnel and others send from a socket that serves both families.
+    # Some send the IPv4 address itself, under TCP6 and beside an IPv6 address: it means the same.
+    if family == AF_INET6 and b":" not in word:
+        return "::ffff:" + _v1_address(AF_INET, word)
     try:
         return inet_ntop(family, inet_pton(family, word.decode("ascii")))
     except (OSError, ValueError) as error:

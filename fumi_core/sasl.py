@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
+from fumi_core.grammar import CONTROL_CHARACTER
+
 Exchange = Generator[bytes, bytes, "Credentials"]
 Mechanism = Callable[[str], Exchange]
 """Called with the server's name."""
@@ -19,6 +21,14 @@ Mechanism = Callable[[str], Exchange]
 
 class Malformed(Exception):
     """A response that is not what the mechanism prescribes."""
+
+
+class BadName(Exception):
+    """A user name with control characters, which could forge lines wherever it is written."""
+
+
+class NotAuthorized(Exception):
+    """A user who wants to act for another one, which nobody may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +59,9 @@ def _plain(name: str) -> Exchange:
     parts = (yield b"").split(b"\x00")
     if len(parts) != 3 or not parts[1]:
         raise Malformed
-    return Credentials("PLAIN", _text(parts[1]), password=_text(parts[2]))
+    if parts[0] and parts[0] != parts[1]:
+        raise NotAuthorized
+    return Credentials("PLAIN", _name(parts[1]), password=_text(parts[2]))
 
 
 def _login(name: str) -> Exchange:
@@ -58,15 +70,15 @@ def _login(name: str) -> Exchange:
     password = yield b"Password:"
     if not username:
         raise Malformed
-    return Credentials("LOGIN", _text(username), password=_text(password))
+    return Credentials("LOGIN", _name(username), password=_text(password))
 
 
 def _cram_md5(name: str) -> Exchange:
     challenge = f"<{secrets.randbits(64)}.{time.time_ns()}@{name}>"
-    username, _, digest = _text((yield challenge.encode())).rpartition(" ")
+    username, _, digest = (yield challenge.encode()).rpartition(b" ")
     if not username:
         raise Malformed
-    return Credentials("CRAM-MD5", username, challenge=challenge, challenge_response=digest.lower())
+    return Credentials("CRAM-MD5", _name(username), challenge=challenge, challenge_response=_text(digest).lower())
 
 
 def _xoauth2(name: str) -> Exchange:
@@ -74,7 +86,14 @@ def _xoauth2(name: str) -> Exchange:
     scheme, _, token = fields.get("auth", "").partition(" ")
     if scheme.lower() != "bearer" or not token or not fields.get("user"):
         raise Malformed
-    return Credentials("XOAUTH2", fields["user"], access_token=token)
+    return Credentials("XOAUTH2", _name(fields["user"].encode()), access_token=token)
+
+
+def _name(response: bytes) -> str:
+    name = _text(response)
+    if CONTROL_CHARACTER.search(name):
+        raise BadName
+    return name
 
 
 def _text(response: bytes) -> str:

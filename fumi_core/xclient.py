@@ -20,7 +20,8 @@ UNKNOWN = "unknown"
 """The address of a client whose address is not known; Postfix's word."""
 
 _UNAVAILABLE = ("[UNAVAILABLE]", "[TEMPUNAVAIL]")
-_HOSTNAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,253}[A-Za-z0-9_])?")
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
 _TEXT = re.compile(r"[^\x00- \x7f](?:[^\x00-\x1f\x7f]{0,254})")
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
 

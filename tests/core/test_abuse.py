@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
@@ -176,6 +177,7 @@ def test_after_a_slow_answer_the_client_has_its_whole_time_again(connect: Any) -
 def test_a_loop_that_ends_does_not_wait_for_a_sleeping_handler() -> None:
     program = """
 import asyncio
+import re
 from fumi_core import Fumi
 async def main():
     app = Fumi(auth_optional=True)
@@ -320,3 +322,20 @@ def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Any, eventual
         assert app.crowd.clients == 0
     assert len(opened) == 300
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["my own pc", 'a" (x)\\ <y@z>;', "Büro", "x" * 255])
+def test_whatever_a_client_calls_itself_the_trace_line_is_one(connect: Any, name: str) -> None:
+    app = Fumi(auth_optional=True, name="mx.example", close_timeout=0.2)
+    with running(app) as server:
+        client = connect(server.port)
+        assert client.say(f"EHLO {name}").startswith(b"250")
+        assert client.say("MAIL FROM:<>").startswith(b"250")
+        assert client.say("RCPT TO:<a@b.example>").startswith(b"250")
+        client.say("DATA")
+        assert client.say("hi\r\n.").startswith(b"250")
+        session = server.messages[0].session
+    first, *rest = session.received_header().split("\r\n\t")
+    assert session.client_hostname == name
+    assert re.fullmatch(r"Received: from [A-Za-z0-9.?]+ \(\[127\.0\.0\.1\]\)", first)
+    assert rest[0].startswith("by mx.example with ESMTP id ")

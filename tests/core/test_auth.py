@@ -51,7 +51,8 @@ BEARER = "user=joe\x01auth=Bearer %s\x01\x01"
     ("said", "heard"),
     [
         (["AUTH PLAIN " + b64("\0joe\0secret")], [OK]),
-        (["auth plain " + b64("admin\0joe\0secret")], [OK]),
+        (["auth plain " + b64("joe\0joe\0secret")], [OK]),
+        (["AUTH PLAIN " + b64("admin\0joe\0secret")], [FAILED]),
         (["AUTH PLAIN", b64("\0joe\0secret")], [b"334 \r\n", OK]),
         (["AUTH PLAIN " + b64("\0joe\0wrong")], [FAILED]),
         (["AUTH PLAIN " + b64("\0banned\0x")], [b"535 5.7.8 Account disabled\r\n"]),

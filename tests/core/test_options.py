@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.events import MessageEnd
+from fumi_core.events import MessageEnd, MessageExcess
 from fumi_core.grammar import VERBS
 from fumi_core.greetings import Greetings
 from fumi_core.options import Options
 from fumi_core.protocol import Protocol, Tally
-from fumi_core.replies import OK
+from fumi_core.replies import OK, SIZE_EXCEEDED
 from fumi_core.session import Session
 from fumi_core.testing import running
 
@@ -32,9 +32,12 @@ def replies(said: bytes, *, secure: bool = False, authenticates: bool = False, u
     protocol = Protocol(session, read, Greetings(read), Tally(), authenticates=authenticates, trusted=True)
     protocol.receive((b"" if said[1:4] == b"HLO" else b"EHLO x\r\n") + said)
     protocol.accept()
+    verdict = OK
     while (event := protocol.next_event()) is not None:
-        if isinstance(event, MessageEnd):
-            protocol.settle([OK])
+        if isinstance(event, MessageExcess):
+            verdict = SIZE_EXCEEDED
+        elif isinstance(event, MessageEnd):
+            protocol.settle([verdict])
         elif protocol.pending is event:
             protocol.accept()
     return protocol.take_output().decode().splitlines()
@@ -223,6 +226,11 @@ def test_assume_tls_makes_every_session_secure(connect: Any) -> None:
 @pytest.mark.parametrize(("setting", "code"), [("reject", "550 5.6.11"), ("normalize", "250")])
 def test_bare_newlines_are_refused_or_made_whole(setting: str, code: str) -> None:
     assert answer(ENVELOPE + b"BDAT 4\r\na\nb\n", bare_newlines=setting).startswith(code)
+
+
+def test_lenient_addresses_takes_what_devices_send() -> None:
+    for lenient in (True, False):
+        assert answer(b"MAIL FROM:root\r\n", lenient_addresses=lenient).startswith("250" if lenient else "501")
 
 
 def test_max_recipients_is_told_and_one_more_refused() -> None:

@@ -392,3 +392,14 @@ def test_a_stop_does_not_wait_for_who_reads_the_log(
 def test_the_package_the_program_and_the_distribution_have_one_version() -> None:
     assert fumi_core.__version__ == version("fumi-smtp")
     assert finished(PROGRAM, "--version").stdout == f"fumi-core, version {fumi_core.__version__}\n"
+
+
+def test_lenient_flags_take_what_devices_send(start: Any, connect: Any, free_port: Any) -> None:
+    port = free_port()
+    flags = ("--proxy-protocol", "off", "--deliver", "discard:", "--bare-newlines", "normalize", "--lenient-addresses")
+    start("--listen", f"127.0.0.1:{port}", *flags)
+    client = connect(port)
+    for line in ("EHLO x", "MAIL FROM:root", "RCPT TO:<a.@b.example.>"):
+        assert client.say(line).startswith(b"250")
+    client.say("DATA")
+    assert client.say("hi\nthere\r\n.").startswith(b"250")

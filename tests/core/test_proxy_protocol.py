@@ -298,6 +298,20 @@ def test_ipv6_comes_out_compressed_and_in_lower_case() -> None:
 
 
 @pytest.mark.parametrize(
+    ("addresses", "source", "destination"),
+    [
+        (b"192.0.2.1 2001:db8::1", "::ffff:192.0.2.1", "2001:db8::1"),
+        (b"2001:db8::1 192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"),
+        (b"192.0.2.1 192.0.2.2", "::ffff:192.0.2.1", "::ffff:192.0.2.2"),
+    ],
+)
+def test_an_ipv4_address_in_a_tcp6_line_is_its_mapped_address(addresses: bytes, source: str, destination: str) -> None:
+    header = parsed(b"PROXY TCP6 " + addresses + b" 1 2\r\n")
+    assert (header.source, header.destination) == ((source, 1), (destination, 2))
+    assert parsed(header.to_bytes()) == header
+
+
+@pytest.mark.parametrize(
     ("line", "wrong_at"),
     [
         (b"proxy TCP4 ", 1),
@@ -315,7 +329,9 @@ def test_ipv6_comes_out_compressed_and_in_lower_case() -> None:
         (b"PROXY TCP4 1.2.3.4.5", 19),
         (b"PROXY TCP4 1.2.3 ", 17),
         (b"PROXY TCP4 ::1", 12),
-        (b"PROXY TCP6 1.2.3.4", 13),
+        (b"PROXY TCP6 01.2.3.4", 14),
+        (b"PROXY TCP6 1.2.3.4:", 19),
+        (b"PROXY TCP6 1.2.3.4 1.2.3 ", 25),
         (b"PROXY TCP6 fe80::1%eth0", 19),
         (b"PROXY TCP6 12345:", 16),
         (b"PROXY TCP6 1::2::", 17),

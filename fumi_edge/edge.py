@@ -194,8 +194,7 @@ class Edge:
 
     async def close(self) -> None:
         """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest."""
-        for listener in self.listeners:
-            listener.close()
+        await asyncio.gather(*(listener.close() for listener in self.listeners))
         if self._connections:
             event(log, logging.INFO, "draining", connections=len(self._connections))
             await asyncio.wait(self._connections, timeout=self.drain_timeout)

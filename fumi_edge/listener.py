@@ -55,9 +55,9 @@ class Listener:
         self.sock = sock
         self._acceptor = Acceptor(sock, name, log, self._admit, crowd, ceiling)
 
-    def close(self) -> None:
-        """Take in what has already connected, then stop listening."""
-        self._acceptor.close(take_queue=True)
+    async def close(self) -> None:
+        """Accept what has already connected, then stop listening."""
+        await self._acceptor.close_after_queue()
 
     def _admit(self, client: socket.socket, name: Any, own: Any) -> None:
         self.metrics.connections.inc()

@@ -14,9 +14,11 @@ import logging
 import os
 import resource
 import socket
+import struct
 from collections.abc import Callable
 from typing import Any
 
+from fumi_core.runtime.addresses import BACKLOG
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd
 
@@ -31,8 +33,12 @@ PAUSE = 0.5
 """Seconds without accepting when descriptors or the kernel's memory have run out."""
 QUIET = 60.0
 """Seconds without a pause after which the next one is worth a line again."""
+QUEUE_TIMEOUT = 1.0
+"""Seconds that accepting the kernel's queue may take at a stop."""
 SPARE = 64
 """Descriptors that are left for what comes and goes beside the connections; an eighth of all where there are few."""
+_TCPI_UNACKED = struct.Struct("24xI")
+"""Of struct tcp_info (linux/tcp.h), up to this field."""
 _WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -79,15 +85,27 @@ class Acceptor:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._loop.add_reader(sock.fileno(), self._accept)
 
-    def close(self, take_queue: bool = False) -> None:
-        """Stop listening; with ``take_queue``, take in what has connected already."""
+    async def close_after_queue(self) -> None:
+        """Accept the connections that wait in the kernel's queue now, for at most QUEUE_TIMEOUT, and stop listening.
+
+        In turns with everything else, and not those that come meanwhile: in a flood there is always one more.
+        """
         if self.sock.fileno() < 0:
             return
-        while take_queue and self._take():
-            pass
-        if self._resume is not None:
-            self._resume.cancel()
-        self._loop.remove_reader(self.sock.fileno())
+        self._stop_watching()
+        end = self._loop.time() + QUEUE_TIMEOUT
+        waiting = _queued(self.sock)
+        while waiting > 0 and self._loop.time() < end:
+            for _ in range(min(BURST, waiting)):
+                waiting = waiting - 1 if self._take() else 0
+            await asyncio.sleep(0)
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening. Connections that were not accepted yet are reset, unless another process has the socket too."""
+        if self.sock.fileno() < 0:
+            return
+        self._stop_watching()
         self.sock.close()
 
     def _accept(self) -> None:
@@ -128,13 +146,24 @@ class Acceptor:
         self._rest(PAUSE)
 
     def _rest(self, seconds: float) -> None:
+        self._stop_watching()
+        self._resume = self._loop.call_later(seconds, self._go_on)
+
+    def _stop_watching(self) -> None:
         if self._resume is not None:
             self._resume.cancel()
         self._loop.remove_reader(self.sock.fileno())
-        self._resume = self._loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         """Take the one, if there is one, that nobody else has taken."""
         self._resume = None
         self._loop.add_reader(self.sock.fileno(), self._accept)
         self._take()
+
+
+def _queued(sock: socket.socket) -> int:
+    """How many connections wait to be accepted: tcpi_unacked of a listening socket; of others the most that there can be."""
+    if sock.family == socket.AF_UNIX:
+        return BACKLOG
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.size)
+    return int(_TCPI_UNACKED.unpack(info)[0])

@@ -18,7 +18,7 @@ import pytest
 
 import fumi_core
 from fumi_core.runtime.acceptor import Acceptor
-from fumi_core.runtime.scoreboard import Scoreboard, Slot, State
+from fumi_core.runtime.scoreboard import Scoreboard, Slot, State, crowd_of_one
 
 # MAIL tells which worker it came to; "hang@" makes that worker hear nothing any more.
 WHO = """
@@ -115,6 +115,42 @@ def test_connections_that_stay_are_shared_out() -> None:
 
     counts = asyncio.run(shared())
     assert max(counts) < 20
+
+
+def test_a_stop_in_a_flood_accepts_what_has_come_and_serves_meanwhile() -> None:
+    """Each connection that is accepted brings another one, so that the queue is never empty."""
+    queued, most = 100, 2000
+
+    async def flood() -> tuple[int, int]:
+        accepted, turns = 0, 0
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=256))
+            listener.setblocking(False)
+            address = listener.getsockname()
+
+            def admit(sock: socket.socket, peer: Any, own: Any) -> None:
+                nonlocal accepted
+                accepted += 1
+                stack.enter_context(sock)
+                if accepted < most:
+                    stack.enter_context(socket.create_connection(address))
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                loop.call_soon(turn)
+
+            acceptor = Acceptor(listener, "", logging.getLogger(), admit, crowd_of_one())
+            for _ in range(queued):
+                stack.enter_context(socket.create_connection(address))
+            loop.call_soon(turn)
+            await acceptor.close_after_queue()
+            return accepted, turns
+
+    accepted, turns = asyncio.run(flood())
+    assert accepted == queued
+    assert turns >= 3
 
 
 def test_a_killed_worker_is_replaced_and_only_its_own_connections_suffer(two_workers: Any, connect: Any) -> None:

@@ -90,12 +90,12 @@ class Fiber:
             self._pending = None
             stop = self._forget_cancellation() and not self._cancelled and isinstance(outcome, asyncio.CancelledError)
             self._cancelled = False
+            if stop:
+                raise asyncio.CancelledError  # the loop is being shut down, and waits for this task to end
             try:
                 done(outcome)
             except Exception as failure:
                 self._loop.call_exception_handler({"message": "a dialogue failed", "exception": failure})
-            if stop:
-                raise asyncio.CancelledError  # the loop is being shut down, and waits for this task to end
 
     async def _work_arrives(self) -> asyncio.CancelledError | None:
         """A cancellation that comes between a first step and its continuation is the coroutine's, not the task's."""

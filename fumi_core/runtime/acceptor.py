@@ -97,7 +97,10 @@ class Acceptor:
         waiting = _queued(self.sock)
         while waiting > 0 and self._loop.time() < end:
             for _ in range(min(BURST, waiting)):
-                waiting = waiting - 1 if self._take() else 0
+                if not self._take():
+                    waiting = 0
+                    break
+                waiting -= 1
             await asyncio.sleep(0)
         self.close()
 

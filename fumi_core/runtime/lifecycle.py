@@ -8,22 +8,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import click
 from prometheus_client import CollectorRegistry
 
+from fumi_core.runtime.aside import start_thread
 from fumi_core.runtime.endpoint import Endpoint, Page, Problem
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, Scoreboard, State
 from fumi_core.runtime.systemd import Notifier
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+TIDY_TIMEOUT = 2.0
+"""Seconds that a process may take to end once it has drained, or was told to end at once."""
+_ending = threading.Event()
+"""Set when the process tidies up, and will end within TIDY_TIMEOUT."""
 HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
 
@@ -131,16 +138,21 @@ async def reload(work: Work, quiet: bool = False) -> bool:
 
 
 async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals]) -> None:
-    """Work until one of these signals, then drain. A second one ends it at once."""
+    """Work until one of these signals, then drain. A second one ends the process at once, whatever it is doing."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[signal.Signals] = loop.create_future()
     slot = (board := Scoreboard(1)).slots[0]
 
-    def stop(number: signal.Signals) -> None:
+    def stop(number: int, frame: object) -> None:
+        # Not the loop's own handlers: the second signal must not wait for a loop that a hook keeps busy.
         for each in stops:
-            loop.remove_signal_handler(each)
             signal.signal(each, leave)
-        stopped.set_result(number)
+        loop.call_soon_threadsafe(begin_to_stop, signal.Signals(number))
+
+    def begin_to_stop(number: signal.Signals) -> None:
+        # A second signal may have cancelled it in the same turn.
+        if not stopped.done():
+            stopped.set_result(number)
 
     async def take_over() -> None:
         if stopped.done():
@@ -158,13 +170,16 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
     slot.state = State.SERVING
     endpoint = serve_metrics(work, work.registry, problem)
     notifier.ready()
-    heed({signal.SIGHUP: in_turn(take_over), **{number: partial(stop, number) for number in stops}})
+    for each in stops:
+        signal.signal(each, stop)
+    heed({} if signal.SIGHUP in stops else {signal.SIGHUP: in_turn(take_over)})
     with every(notifier.interval, notifier.alive):
         number = await stopped
         event(work.log, logging.INFO, "stopping", signal=number.name)
         slot.state = State.DRAINING
         notifier.stopping()
         await work.close()
+    end_within(TIDY_TIMEOUT, 0)
     if endpoint is not None:
         await asyncio.to_thread(endpoint.close)
 
@@ -221,5 +236,23 @@ def every(seconds: float | None, act: Callable[[], None]) -> Iterator[None]:
 
 
 def leave(number: int, frame: object) -> None:
-    """End at once; by way of an exception, so that what is to be tidied up is."""
+    """End at once: by way of an exception, so that what is to be tidied up is, within a time; without, where that has begun."""
+    if _ending.is_set():
+        os._exit(128 + number)
+    end_within(TIDY_TIMEOUT, 128 + number)
     raise SystemExit(128 + number)
+
+
+def end_within(seconds: float, status: int) -> None:
+    """End the process with this exit status if it has not ended by itself in so many seconds.
+
+    Python waits at its end for every thread that is not a daemon: one that a hook has left in a system call may take for ever.
+    """
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(status)
+
+    _ending.set()
+    with contextlib.suppress(OSError):  # no thread is left to be had, so there is none to wait for
+        start_thread(end, "end")

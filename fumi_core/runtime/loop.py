@@ -62,6 +62,13 @@ class Loop(asyncio.SelectorEventLoop):
         self._poll.update(watch)
         return True
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Take no more work for asyncio's threads. It does not wait for them, as asyncio does: a hook may sit in one for ever."""
+        executor = getattr(self, "_default_executor", None)
+        self._executor_shutdown_called = True
+        if executor is not None:
+            executor.shutdown(wait=False)
+
     def _failed(self, call: Call | None, error: Exception) -> None:
         self.call_exception_handler({"message": f"Exception in {call and call[0]!r}", "exception": error})
 

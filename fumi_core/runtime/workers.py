@@ -17,7 +17,20 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.lifecycle import STOPS, Work, alone, every, heed, hold_signals, in_turn, leave, reload, serve_metrics
+from fumi_core.runtime.lifecycle import (
+    STOPS,
+    TIDY_TIMEOUT,
+    Work,
+    alone,
+    end_within,
+    every,
+    heed,
+    hold_signals,
+    in_turn,
+    leave,
+    reload,
+    serve_metrics,
+)
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.loop import Loop
 from fumi_core.runtime.master import METRICS, Master
@@ -91,6 +104,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> N
         await stopped.wait()
         slot.state = State.DRAINING
         await work.close()
+    end_within(TIDY_TIMEOUT, 0)
     report()
 
 

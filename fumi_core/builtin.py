@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fumi_core import mail_log
@@ -13,12 +14,21 @@ from fumi_core.observer import Observer
 from fumi_core.plugins import rcpt_filter
 
 
-def build(deliver: str, *, domains: Sequence[str] = (), observer: Observer | None = None, **options: Any) -> Fumi:
-    """Raises ValueError for an unknown target, OSError when its place cannot be made ready, TypeError for a bad option."""
+def build(
+    deliver: str,
+    *,
+    domains: Sequence[str] = (),
+    state: Path | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> Fumi:
+    """``state`` is a directory where the target may remember things. It is made when it is needed.
+
+    Raises ValueError for an unknown target, OSError when its place cannot be made ready, TypeError for a bad option."""
     app = Fumi(**{"auth_optional": True, **options})
     if observer is not None:
         app.observer = observer
-    return equip(app, parse_target(deliver), domains)
+    return equip(app, parse_target(deliver, state), domains)
 
 
 def equip(app: Fumi, target: Target, domains: Sequence[str]) -> Fumi:

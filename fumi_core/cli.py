@@ -57,6 +57,12 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     multiple=True,
     help="Accept recipients of this domain alone; repeatable. [default: all]",
 )
+@click.option(
+    "--state",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Where lmtp: remembers answers that differ. [default: $STATE_DIRECTORY, else ./state]",
+)
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Let these users in: NAME:HASH a line.")
 @click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
 @click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -165,7 +166,7 @@ class CoreWork:
             wanted = {flag for flag in _OPTIONS if flag in given(ctx)}
         else:
             app.configure(auth_optional=True, logger=True)
-            target = self._target_for(settings["deliver"] or DELIVER)
+            target = self._target_for(settings["deliver"] or DELIVER, _state(settings))
             wanted = {flag for flag in _OPTIONS if settings[flag] not in (None, ())}
         if settings["users"]:
             if not settings["app"]:
@@ -186,12 +187,13 @@ class CoreWork:
         self.app.adopt(app)
         self._target = target
 
-    def _target_for(self, deliver: str) -> Target:
+    def _target_for(self, deliver: str, state: Path | None) -> Target:
         """The target that there is, if it is the same: it may have threads and connections that are worth keeping."""
-        if self._target is not None and deliver == (self._settings["deliver"] or DELIVER):
+        same = deliver == (self._settings["deliver"] or DELIVER) and state == _state(self._settings)
+        if self._target is not None and same:
             return self._target
         try:
-            return parse_target(deliver)
+            return parse_target(deliver, state)
         except ValueError as error:
             raise SettingError(f"--deliver: {error}") from None
 
@@ -218,7 +220,7 @@ def _load(reference: str) -> Fumi:
 
 
 def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
-    for flag in ("deliver", "domain"):
+    for flag in ("deliver", "domain", "state"):
         if flag in wanted:
             raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
 
@@ -247,6 +249,16 @@ def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
         builtin.equip(app, target, settings["domain"])
     except (OSError, ValueError) as error:
         raise SettingError(f"--deliver {settings['deliver']}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _state(settings: dict[str, Any]) -> Path | None:
+    """--state, else the first of systemd's directories (systemd.exec(5), StateDirectory=), else ./state.
+
+    None for LMTP clients: they get an answer for each recipient, so nothing has to be remembered for them.
+    """
+    if settings["lmtp"]:
+        return None
+    return Path(settings["state"] or os.environ.get("STATE_DIRECTORY", "").split(":")[0] or "state")
 
 
 def _bind(flag: str, address: SocketAddress) -> list[socket.socket]:

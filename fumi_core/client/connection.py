@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 from fumi_core.client.answers import Answer, AnswerReader, Malformed
@@ -165,14 +165,21 @@ class Connection(asyncio.Protocol):
         if self._blocked:
             await self._until(lambda: not self._blocked, BLOCK)
 
-    async def finish(self, data: bytes, count: int) -> list[Answer | Failure]:
-        """The last part, and the replies that it is owed; in place of one that did not come stands why. Raises Failure."""
+    async def finish(
+        self, data: bytes, count: int, waiting: Callable[[Sequence[Answer | Failure]], None] | None = None
+    ) -> list[Answer | Failure]:
+        """Send the last part of the message. Returns ``count`` replies; a reply that did not come is a Failure there.
+
+        ``waiting`` is called with the replies so far, at least one, whenever the next has to be waited for. Raises Failure.
+        """
         self._check()
         self._owed += count
         self._transport.write(data)
         verdicts: list[Answer | Failure] = []
         deadline = self._loop.time() + END
         for _ in range(count):
+            if waiting is not None and verdicts and not self._answers:
+                waiting(verdicts)
             try:
                 verdicts.append(await self.hear(deadline - self._loop.time()))
             except Failure as failure:

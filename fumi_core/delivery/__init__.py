@@ -6,6 +6,7 @@ it could if it were used, makes nothing for that, and raises OSError if not; wha
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from fumi_core.app import Fumi
@@ -29,13 +30,16 @@ class Target(Protocol):
     def check(self) -> str | None: ...
 
 
-def parse_target(text: str) -> Target:
-    """``maildir:PATH``, ``lmtp:ADDR``, ``smtp:ADDR`` or ``discard:``. Raises ValueError for anything else."""
+def parse_target(text: str, state: Path | None = None) -> Target:
+    """``maildir:PATH``, ``lmtp:ADDR``, ``smtp:ADDR`` or ``discard:``. Raises ValueError for anything else.
+
+    ``state`` is a directory where a target may remember things, None is nowhere. It is made when it is needed.
+    """
     kind, colon, rest = text.partition(":")
     if kind == "maildir" and rest:
         return Maildir(rest)
     if kind in ("lmtp", "smtp") and rest:
-        return NextHop(cast(Literal["lmtp", "smtp"], kind), parse_address(rest))
+        return NextHop(cast(Literal["lmtp", "smtp"], kind), parse_address(rest), state)
     if kind == "discard" and colon and not rest:
         return Discard()
     raise ValueError(f"{text!r} is not a target: write maildir:PATH, lmtp:ADDR, smtp:ADDR or discard:")

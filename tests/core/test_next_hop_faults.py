@@ -12,6 +12,7 @@ import pytest
 
 from fumi_core import Fumi, builtin
 from fumi_core.client import connection, pool
+from fumi_core.client import hop as client_hop
 from fumi_core.delivery import next_hop
 from fumi_core.testing import RunningServer, running
 
@@ -112,7 +113,7 @@ def test_silence_is_451_and_the_connection_is_cut(
     scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any, silent: str
 ) -> None:
     for limit in ("MAIL", "RCPT", "DATA", "END"):
-        for module in (connection, next_hop):
+        for module in (connection, client_hop, next_hop):
             monkeypatch.setattr(module, limit, 0.3, raising=False)
     monkeypatch.setattr("fumi_core.delivery.transfer.DATA", 0.3)
     hop = scripted_hop(**{silent: b""})
@@ -124,8 +125,8 @@ def test_a_next_hop_that_stops_reading_is_given_up(connect: Any, front: Any, mon
     monkeypatch.setattr(connection, "BLOCK", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.listen()
         client = connect(front(f"127.0.0.1:{listener.getsockname()[1]}").port)
+        listener.listen()  # not before: the server asks at its start what is offered
         client.sock.sendall(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<c@d.example>\r\nDATA\r\nSubject: hi\r\n\r\n")
         peer, _ = listener.accept()
         with peer, peer.makefile("rb") as lines:
@@ -241,7 +242,7 @@ def test_no_more_than_so_many_are_kept_idle(
 
 @pytest.mark.parametrize("waiting", ["BANNER", "EHLO", "MAIL", "RCPT"])
 def test_a_client_that_vanishes_while_the_next_hop_thinks_leaves_nothing_open(
-    scripted_hop: Any, connect: Any, front: Any, eventually: Any, reset: Any, waiting: str
+    scripted_hop: Any, connect: Any, front: Any, eventually: Any, reset: Any, monkeypatch: Any, waiting: str
 ) -> None:
     hop = scripted_hop(**{waiting: b""})
     server = front(hop.address)
@@ -250,7 +251,8 @@ def test_a_client_that_vanishes_while_the_next_hop_thinks_leaves_nothing_open(
     if waiting == "RCPT":
         client.say("MAIL FROM:<>")
     client.sock.sendall(b"RCPT TO:<c@d.example>\r\n" if waiting == "RCPT" else b"MAIL FROM:<>\r\n")
-    eventually(lambda: bool(hop.open if waiting == "BANNER" else hop.lines and hop.lines[-1].startswith(waiting.encode())))
+    said = hop.lines
+    eventually(lambda: bool(hop.open if waiting == "BANNER" else said and hop.open and said[-1].startswith(waiting.encode())))
     reset(client)
     eventually(lambda: hop.open == 0)
 

@@ -1,4 +1,4 @@
-"""``lmtp:``: an answer for each recipient, to clients that can hear them."""
+"""``lmtp:`` in front of clients that speak LMTP: they get an answer for each recipient."""
 
 from __future__ import annotations
 
@@ -60,29 +60,6 @@ def test_an_lmtp_recipient_said_twice_is_one(scripted_hop: Any, connect: Any) ->
         say_envelope(client, "LHLO", "a@d.example", "a@d.example")
         assert send(client, 1) == [b"250 2.0.0 Ok: queued as HOP1\r\n"]
     assert hop.lines.count(b"RCPT TO:<a@d.example>") == 1
-
-
-def test_an_smtp_client_gets_one_recipient_a_transaction(scripted_hop: Any, connect: Any) -> None:
-    hop = scripted_hop()
-    with running(front(f"lmtp:{hop.address}")) as server:
-        client = connect(server.port)
-        assert b"LIMITS RCPTMAX=1\r\n" in client.say("EHLO client.example")
-        for mine, next in zip(RECIPIENTS, (*RECIPIENTS[1:], None), strict=True):
-            say_envelope(client, "EHLO", mine, mine)
-            assert next is None or client.say(f"RCPT TO:<{next}>") == b"452 4.5.3 Error: too many recipients\r\n"
-            assert send(client, 1) == [b"250 2.0.0 Ok: queued as HOP1\r\n"]
-    assert [line for line in hop.lines if line.startswith(b"RCPT")] == [b"RCPT TO:<%b>" % each.encode() for each in RECIPIENTS]
-    assert len(hop.messages) == 3
-
-
-def test_one_recipient_it_stays_whatever_max_recipients_says(scripted_hop: Any, connect: Any) -> None:
-    hop = scripted_hop()
-    app = front(f"lmtp:{hop.address}")
-    app.configure(max_recipients=100)
-    with running(app) as server:
-        client = connect(server.port)
-        say_envelope(client, "EHLO", "a@d.example")
-        assert client.say("RCPT TO:<b@d.example>").startswith(b"452 4.5.3 ")
 
 
 @pytest.mark.parametrize(("answer", "reply"), [(b"250 Saved\r\n", b"250 2.0.0 Saved\r\n"), (b"554 No\r\n", b"554 5.7.1 No\r\n")])

@@ -1,0 +1,61 @@
+"""One server to which mail is sent: its idle connections, and the beginning of each transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from fumi_core.client.answers import Answer
+from fumi_core.client.commands import mail_command
+from fumi_core.client.connection import MAIL, RSET, Connection, Failure, Protocol, connect, late
+from fumi_core.client.pool import Pool
+from fumi_core.errors import SMTPError
+from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.session import Address, Session
+
+
+class Hop:
+    """The server at ``address``."""
+
+    def __init__(self, protocol: Protocol, address: SocketAddress) -> None:
+        self._protocol = protocol
+        self._address = address
+        self._pool = Pool()
+
+    async def mail(self, session: Session, sender: Address) -> tuple[Connection, Answer]:
+        """Send MAIL. Raises Failure, and SMTPError for what the server cannot carry."""
+        try:
+            async with asyncio.timeout(MAIL):
+                return await self._mail(session, sender)
+        except TimeoutError:
+            raise late("no answer to MAIL in time") from None
+
+    async def _mail(self, session: Session, sender: Address) -> tuple[Connection, Answer]:
+        """Use an idle connection, as long as there is one and it is still good for it, else a new one."""
+        while (connection := self._pool.take()) is not None:
+            with contextlib.suppress(Failure):
+                if not connection.resetting or (await connection.hear(RSET)).positive:
+                    answer = await self._say_mail(connection, session, sender)
+                    if answer.code != 421:
+                        return connection, answer
+            connection.cut()
+        connection = await connect(self._address, self._protocol, session.name)
+        return connection, await self._say_mail(connection, session, sender)
+
+    async def _say_mail(self, connection: Connection, session: Session, sender: Address) -> Answer:
+        try:
+            line = mail_command(sender, session.envelope, connection, self._protocol)
+        except SMTPError:
+            self._pool.put(connection)
+            raise
+        return await connection.say(line, MAIL)
+
+    def give_back(self, connection: Connection, clean: bool) -> None:
+        """Keep the connection for the next transaction; ``clean`` tells that the last one is over there, too."""
+        if not clean:
+            connection.reset()
+        self._pool.put(connection)
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._pool.close()

@@ -1,0 +1,75 @@
+"""Which messages are being delivered at this moment, by all workers: a byte of a file is locked for each (fcntl(2), F_SETLK).
+
+The kernel frees the locks of a process that dies. The beginning of the file has another use: 8 octets that change with every
+answer that is remembered, so that a worker can tell without asking the database that there is still none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+_STAMP = 8
+
+
+class MessageLocks:
+    """The file ``path``, opened when first used, which is after the workers were forked: they would share its locks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+        self._held: set[bytes] = set()
+
+    def acquire(self, digest: bytes) -> bool:
+        """Lock the message with this digest; False if somebody else has it. Raises OSError."""
+        if digest in self._held or not self._lock(digest):
+            return False
+        self._held.add(digest)
+        return True
+
+    def is_free(self, digest: bytes) -> bool:
+        """Whether nobody has locked this message. Raises OSError."""
+        if digest in self._held or not self._lock(digest):
+            return False
+        self._unlock(digest)
+        return True
+
+    def release(self, digest: bytes) -> None:
+        self._held.discard(digest)
+        with contextlib.suppress(OSError):  # it ends with the process
+            self._unlock(digest)
+
+    def stamp(self) -> bytes:
+        """Raises OSError."""
+        return os.pread(self._file(), _STAMP, 0)
+
+    def change_stamp(self) -> None:
+        """Raises OSError."""
+        os.pwrite(self._file(), os.urandom(_STAMP), 0)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _lock(self, digest: bytes) -> bool:
+        try:
+            fcntl.lockf(self._file(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _offset(digest))
+        except (BlockingIOError, PermissionError):  # either, says POSIX
+            return False
+        return True
+
+    def _unlock(self, digest: bytes) -> None:
+        fcntl.lockf(self._file(), fcntl.LOCK_UN, 1, _offset(digest))
+
+    def _file(self) -> int:
+        if self._fd < 0:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._fd
+
+
+def _offset(digest: bytes) -> int:
+    """Where the message's byte is; it need not exist in the file."""
+    return _STAMP + (int.from_bytes(digest[:8], "big") >> 2)

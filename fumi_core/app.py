@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fumi_core import options as _options
@@ -40,7 +40,9 @@ class Fumi:
         self._server: Server | None = None
         self._at_start: list[Callable[[], object]] = []
         self._at_close: list[Callable[[], object]] = []
+        self._at_listen: list[Callable[[], Awaitable[object]]] = []
         self._withheld: list[Callable[[], frozenset[str]]] = []
+        self._not_offered: list[Callable[[], frozenset[str]]] = []
 
     @property
     def observer(self) -> Observer:
@@ -100,13 +102,20 @@ class Fumi:
         """Have ``close()`` call this when the connections have ended: whoever holds something open lets it go there."""
         self._at_close.append(release)
 
-    def withhold(self, extensions: Callable[[], frozenset[str]]) -> None:
+    def at_listen(self, prepare: Callable[[], Awaitable[object]]) -> None:
+        """Have ``listen()`` await this before the first connection is accepted."""
+        self._at_listen.append(prepare)
+
+    def withhold(self, extensions: Callable[[], frozenset[str]], *, take: bool = False) -> None:
         """Do not offer, and do not take, the extensions that this returns: EHLO keywords such as ``DSN`` or ``BINARYMIME``.
 
         For a delivery target that cannot keep what an extension promises. It is called at every EHLO, and at every MAIL and
-        RCPT that has parameters, so the answer may change.
+        RCPT that has parameters, so the answer may change. With ``take`` parameters of these extensions are accepted
+        nevertheless: the target decides itself about clients that were offered them before.
         """
-        self._withheld.append(extensions)
+        self._not_offered.append(extensions)
+        if not take:
+            self._withheld.append(extensions)
 
     def configure(self, **options: Any) -> None:
         """Override options, before ``listen()``. Raises as the constructor does."""
@@ -120,7 +129,8 @@ class Fumi:
         self.options = other.options
         self._handlers = {phase: list(handlers) for phase, handlers in other._handlers.items()}
         self._chains = dict(other._chains)
-        self._withheld = list(other._withheld)
+        self._at_listen = list(other._at_listen)
+        self._withheld, self._not_offered = list(other._withheld), list(other._not_offered)
         self._at_close += [release for release in other._at_close if release not in self._at_close]
         self._at_start = list(other._at_start)
         if self._server is not None:
@@ -148,8 +158,15 @@ class Fumi:
             self._server = Server(self._service(), self._logger(), self.crowd)
             for begin in self._at_start:
                 begin()
+            await self.prepare()
         for each in sockets:
             self._listen(self._server, each)
+
+    async def prepare(self) -> None:
+        """Await what ``at_listen()`` was given; after ``adopt()``, again. Does nothing in an app that does not listen."""
+        if self._server is not None:
+            for prepare in self._at_listen:
+                await prepare()
 
     async def close(self) -> None:
         """Stop accepting, let transactions end for ``close_timeout`` seconds, then cut what is left."""
@@ -176,8 +193,7 @@ class Fumi:
     def _service(self) -> Service:
         options = self.options
         trusted = Networks(options.trusted_proxies)
-        withheld = tuple(self._withheld)
-        greetings = Greetings(options, lambda: frozenset().union(*(extensions() for extensions in withheld)))
+        greetings = Greetings(options, _union(self._withheld), _union(self._not_offered))
         return Service(options, self._chains, greetings, self.tally, self.observer, trusted)
 
     # What fumi_edge.Fumi does otherwise
@@ -203,3 +219,8 @@ def _release(release: Callable[[], object]) -> None:
         release()
     except Exception as error:
         failure(logging.getLogger("fumi.core"), "at_close failed", error)
+
+
+def _union(functions: Sequence[Callable[[], frozenset[str]]]) -> Callable[[], frozenset[str]]:
+    functions = tuple(functions)
+    return lambda: frozenset().union(*(function() for function in functions))

@@ -12,11 +12,17 @@ from fumi_core.replies import Reply
 
 
 class Greetings:
-    """A server's greetings. They offer what its options allow, except the extensions that ``withheld()`` returns at that time."""
+    """A server's greetings. They offer what its options allow, except what ``not_offered()`` returns at that time."""
 
-    def __init__(self, options: Options, withheld: Callable[[], frozenset[str]] = frozenset) -> None:
-        """``withheld`` returns EHLO keywords; see ``Fumi.withhold``."""
+    def __init__(
+        self,
+        options: Options,
+        withheld: Callable[[], frozenset[str]] = frozenset,
+        not_offered: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
+        """Both functions return EHLO keywords; the parameters of ``withheld`` are not taken either. See ``Fumi.withhold``."""
         self.withheld = withheld
+        self._not_offered = not_offered
         self._options = options
         self._ehlo: dict[tuple[bool, bool, bool, frozenset[str]], Reply] = {}
 
@@ -44,12 +50,12 @@ class Greetings:
 
         ``auth`` tells whether AUTH would be heard, ``trusted`` whether XCLIENT and XFORWARD would.
         """
-        key = secure, auth, trusted, self.withheld()
+        key = secure, auth, trusted, self._not_offered()
         if key not in self._ehlo:
             self._ehlo[key] = Reply(250, "\n".join([self._options.name, *self._extensions(*key)]))
         return self._ehlo[key]
 
-    def _extensions(self, secure: bool, auth: bool, trusted: bool, withheld: frozenset[str]) -> list[str]:
+    def _extensions(self, secure: bool, auth: bool, trusted: bool, not_offered: frozenset[str]) -> list[str]:
         options = self._options
         auth = auth and bool(options.auth_methods) and "AUTH" not in options.disabled_commands
         offered = [
@@ -67,4 +73,4 @@ class Greetings:
             (" ".join(["XCLIENT", *xclient.XCLIENT]), trusted and options.use_xclient),
             (" ".join(["XFORWARD", *xclient.XFORWARD]), trusted and options.use_xforward),
         ]
-        return [keyword for keyword, shown in offered if shown and keyword not in withheld]
+        return [keyword for keyword, shown in offered if shown and keyword not in not_offered]

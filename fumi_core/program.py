@@ -143,6 +143,7 @@ class CoreWork:
     async def reload(self) -> Iterable[str]:
         ctx = read_again(self._ctx)
         self._take_over(ctx)
+        await self.app.prepare()
         old, self._settings = self._settings, {**ctx.params, **{name: self._settings[name] for name in _ONCE}}
         configure(ctx.params["log_format"], ctx.params["log_level"])
         return [name for name in _ONCE if ctx.params[name] != old[name]]

@@ -24,6 +24,20 @@ from fumi_core.session import Address, Envelope
 CONVERSION = ("5.6.3 Conversion required but not supported by the next hop", 554)
 
 
+CARRIED = frozenset({"8BITMIME", "BINARYMIME", "DSN", "REQUIRETLS", "SMTPUTF8"})
+"""The extensions that a message needs all the way: whoever offers them must have a next hop that does."""
+
+
+def not_carried(connection: Connection) -> frozenset[str]:
+    """Those of ``CARRIED`` that this server does not offer, or that this client cannot use with it."""
+    offered = CARRIED & connection.extensions.keys()
+    if "CHUNKING" not in connection.extensions:
+        offered -= {"BINARYMIME"}
+    if not connection.local:
+        offered -= {"REQUIRETLS"}
+    return CARRIED - offered
+
+
 def mail_command(sender: Address, envelope: Envelope, connection: Connection, protocol: Protocol) -> bytes:
     """MAIL without its CRLF. Raises SMTPError for what the server cannot carry."""
     offered = connection.extensions

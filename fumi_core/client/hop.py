@@ -1,4 +1,4 @@
-"""One server to which mail is sent: its idle connections, and the beginning of each transaction."""
+"""One server to which mail is sent: its idle connections, what it offers, and the beginning of each transaction."""
 
 from __future__ import annotations
 
@@ -6,21 +6,31 @@ import asyncio
 import contextlib
 
 from fumi_core.client.answers import Answer
-from fumi_core.client.commands import mail_command
+from fumi_core.client.commands import CARRIED, mail_command, not_carried
 from fumi_core.client.connection import MAIL, RSET, Connection, Failure, Protocol, connect, late
 from fumi_core.client.pool import Pool
 from fumi_core.errors import SMTPError
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.session import Address, Session
 
+ASK = 5.0
+"""Seconds that the server has, at the start, to say what extensions it offers."""
+
 
 class Hop:
-    """The server at ``address``."""
+    """The server at ``address``. ``not_offered`` are the extensions of ``CARRIED`` that the newest connection lacked."""
 
     def __init__(self, protocol: Protocol, address: SocketAddress) -> None:
+        self.not_offered = CARRIED
         self._protocol = protocol
         self._address = address
         self._pool = Pool()
+
+    async def ask(self, name: str) -> None:
+        """Open a first connection, to learn what the server offers. Until one succeeds, it is taken to offer nothing."""
+        with contextlib.suppress(Failure, TimeoutError):
+            async with asyncio.timeout(ASK):
+                self._pool.put(await self._connect(name))
 
     async def mail(self, session: Session, sender: Address) -> tuple[Connection, Answer]:
         """Send MAIL. Raises Failure, and SMTPError for what the server cannot carry."""
@@ -39,7 +49,7 @@ class Hop:
                     if answer.code != 421:
                         return connection, answer
             connection.cut()
-        connection = await connect(self._address, self._protocol, session.name)
+        connection = await self._connect(session.name)
         return connection, await self._say_mail(connection, session, sender)
 
     async def _say_mail(self, connection: Connection, session: Session, sender: Address) -> Answer:
@@ -49,6 +59,11 @@ class Hop:
             self._pool.put(connection)
             raise
         return await connection.say(line, MAIL)
+
+    async def _connect(self, name: str) -> Connection:
+        connection = await connect(self._address, self._protocol, name)
+        self.not_offered = not_carried(connection)
+        return connection
 
     def give_back(self, connection: Connection, clean: bool) -> None:
         """Keep the connection for the next transaction; ``clean`` tells that the last one is over there, too."""

@@ -120,6 +120,8 @@ class NextHop:
             app.on_data(hash_text, first=True)
             app.at_close(memory.close)
         app.at_close(self._hop.close)
+        app.at_listen(lambda: self._hop.ask(app.options.name))
+        app.withhold(lambda: self._hop.not_offered, take=True)
 
     def problem(self) -> str | None:
         trouble = probe(self.address)

@@ -288,3 +288,71 @@ def test_it_reaches_unix_sockets(scripted_hop: Any, serve: Any, connect: Any, tm
     client.say("DATA")
     assert client.say("hi\r\n.").startswith(b"250 ")
     assert len(hop.messages) == 1
+
+
+CARRIED = {"8BITMIME", "BINARYMIME", "DSN", "REQUIRETLS", "SMTPUTF8"}
+
+
+def offered(client: Any) -> set[str]:
+    lines = client.say("EHLO client.example").decode().splitlines()
+    return {line[4:].split()[0] for line in lines[1:]} & CARRIED
+
+
+def greeting(*keywords: str) -> bytes:
+    lines = ["hop", *keywords]
+    return "".join(f"250{'-' if line is not lines[-1] else ' '}{line}\r\n" for line in lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "expected"),
+    [
+        ((), set()),
+        (("8BITMIME",), {"8BITMIME"}),
+        (("DSN", "SMTPUTF8", "REQUIRETLS"), {"DSN", "SMTPUTF8", "REQUIRETLS"}),
+        (("BINARYMIME",), set()),
+        (("BINARYMIME", "CHUNKING"), {"BINARYMIME"}),
+        (("8BITMIME", "CHUNKING", "ENHANCEDSTATUSCODES", "PIPELINING"), {"8BITMIME"}),  # Dovecot's LMTP
+        ((*CARRIED, "CHUNKING"), CARRIED),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
+def test_what_a_message_needs_all_the_way_is_offered_as_the_next_hop_offers_it(
+    scripted_hop: Any, serve: Any, connect: Any, protocol: str, keywords: tuple[str, ...], expected: set[str]
+) -> None:
+    hop = scripted_hop(**{"EHLO" if protocol == "smtp" else "LHLO": greeting(*keywords)})
+    client = connect(serve(front(f"{protocol}:{hop.address}", assume_tls=True)).port)
+    assert offered(client) == expected
+
+
+def test_what_is_offered_changes_with_each_new_connection_to_the_next_hop(
+    scripted_hop: Any, serve: Any, connect: Any, eventually: Any
+) -> None:
+    hop = scripted_hop(EHLO=greeting("SMTPUTF8", "DSN"), dot=[b"250 Ok\r\n", None])
+    client = connect(serve(front(f"smtp:{hop.address}")).port)
+    assert offered(client) == {"SMTPUTF8", "DSN"}
+    hop.answers["EHLO"] = greeting("8BITMIME")
+    for expected in ({"SMTPUTF8", "DSN"}, {"8BITMIME"}):
+        client.envelope()
+        client.say("DATA")
+        assert client.say("hi\r\n.").startswith(b"250")
+        eventually(lambda: hop.open == 0)
+        assert offered(client) == expected
+
+
+def test_before_the_next_hop_has_answered_nothing_is_offered_that_it_may_lack(
+    serve: Any, scripted_hop: Any, connect: Any
+) -> None:
+    hop = scripted_hop(BANNER=b"421 busy\r\n", EHLO=greeting("DSN"))
+    client = connect(serve(front(f"smtp:{hop.address}")).port)
+    assert offered(client) == set()
+    hop.answers["BANNER"] = b"220 hop\r\n"
+    client.envelope()
+    assert offered(client) == {"DSN"}
+
+
+def test_what_options_hide_stays_hidden(scripted_hop: Any, serve: Any, connect: Any) -> None:
+    hop = scripted_hop(EHLO=greeting(*CARRIED, "CHUNKING"))
+    hidden = {"hide_dsn": True, "hide_smtputf8": True, "hide_chunking": True, "hide_8bitmime": True, "hide_requiretls": True}
+    client = connect(serve(front(f"smtp:{hop.address}", assume_tls=True, **hidden)).port)
+    assert offered(client) == set()

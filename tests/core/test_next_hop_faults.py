@@ -112,7 +112,7 @@ def test_nobody_there_is_451(connect: Any, front: Any, tmp_path: Path) -> None:
 def test_silence_is_451_and_the_connection_is_cut(
     scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any, silent: str
 ) -> None:
-    for limit in ("MAIL", "RCPT", "DATA", "END"):
+    for limit in ("ASK", "MAIL", "RCPT", "DATA", "END"):
         for module in (connection, client_hop, next_hop):
             monkeypatch.setattr(module, limit, 0.3, raising=False)
     monkeypatch.setattr("fumi_core.delivery.transfer.DATA", 0.3)
@@ -244,8 +244,11 @@ def test_no_more_than_so_many_are_kept_idle(
 def test_a_client_that_vanishes_while_the_next_hop_thinks_leaves_nothing_open(
     scripted_hop: Any, connect: Any, front: Any, eventually: Any, reset: Any, monkeypatch: Any, waiting: str
 ) -> None:
+    monkeypatch.setattr(client_hop, "ASK", 0.1)
     hop = scripted_hop(**{waiting: b""})
     server = front(hop.address)
+    if waiting in ("BANNER", "EHLO"):
+        eventually(lambda: hop.connections == 1 and hop.open == 0)  # the question at the start went unanswered
     client = connect(server.port)
     client.say("EHLO client.example")
     if waiting == "RCPT":

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("fumi.core")
 
+_MISCONFIGURED = (530, 534, 535, 538)
+"""Replies of a server that wants STARTTLS or AUTH (RFC 3207 §4, RFC 4954 §6): nothing that the client could change."""
+
 
 class _Transaction:
     """The next hop's side of a transaction: its connection, the recipients it accepted, in that order, and what ended it early.
@@ -355,6 +358,10 @@ class NextHop:
             if isinstance(verdict, Failure):
                 event(_log, logging.WARNING, "next hop failed", id=session.id, next_hop=next_hop, error=verdict)
                 return
+            if verdict.code in _MISCONFIGURED:
+                words = "next hop requires STARTTLS or AUTH: mail is deferred until it accepts this server without them"
+                event(_log, logging.ERROR, words, id=session.id, next_hop=next_hop, reply=verdict)
+                return
 
     def _bypassed(self, session: Session) -> SMTPError:
         """Some handler accepted, or refused, what the next hop was not asked about, or has accepted."""
@@ -386,6 +393,8 @@ def _error(verdict: Verdict) -> SMTPError | None:
         return SMTPError(verdict.text, 451)
     if verdict.positive:
         return None
+    if verdict.code in _MISCONFIGURED:
+        return SMTPError("4.3.5 Next hop does not accept mail from this server, try again later", 451)
     return SMTPError(verdict.text, 451 if verdict.code == 421 else verdict.code)
 
 

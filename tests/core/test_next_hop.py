@@ -356,3 +356,22 @@ def test_what_options_hide_stays_hidden(scripted_hop: Any, serve: Any, connect: 
     hidden = {"hide_dsn": True, "hide_smtputf8": True, "hide_chunking": True, "hide_8bitmime": True, "hide_requiretls": True}
     client = connect(serve(front(f"smtp:{hop.address}", assume_tls=True, **hidden)).port)
     assert offered(client) == set()
+
+
+@pytest.mark.parametrize("command", ["MAIL", "RCPT", "DATA", "dot"])
+@pytest.mark.parametrize("reply", [b"530 5.7.0 Must issue a STARTTLS command first", b"535 5.7.8 Authentication failed"])
+@pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
+def test_a_next_hop_that_wants_starttls_or_auth_is_451_and_an_error_in_the_log(
+    scripted_hop: Any, serve: Any, connect: Any, caplog: Any, protocol: str, reply: bytes, command: str
+) -> None:
+    hop = scripted_hop(**{command: reply + b"\r\n"})
+    client = connect(serve(front(f"{protocol}:{hop.address}")).port)
+    client.say("EHLO client.example")
+    for line in ("MAIL FROM:<a@b.example>", "RCPT TO:<c@d.example>", "DATA", "hi\r\n."):
+        answer = client.say(line)
+        if not answer.startswith((b"250", b"354")):
+            break
+    assert answer == b"451 4.3.5 Next hop does not accept mail from this server, try again later\r\n"
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "next hop requires STARTTLS or AUTH" in record.getMessage()
+    assert reply.decode() in str(record.__dict__)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from fumi_core.runtime.addresses import SocketAddress
@@ -19,7 +20,11 @@ from fumi_edge.readiness import receive, send_all, writable
 log = logging.getLogger("fumi.edge.backends")
 
 RESOLVE = 30.0
-"""Seconds for which the addresses of a host name are kept."""
+"""Seconds for which the addresses of a host name are kept, while one of them can be connected to."""
+RESOLVE_AGAIN = 1.0
+"""Seconds between two questions to the resolver when none of them can."""
+AVOID_ADDRESS = 30.0
+"""Seconds for which an address that could not be connected to is tried after the others of the same name."""
 FAREWELL = 5.0
 """Seconds a backend has to close its side after QUIT."""
 _BUSY = 0.02  # seconds until a Unix socket with a full queue is asked again
@@ -49,42 +54,62 @@ class Destination(Protocol):
 
 
 class Remote:
-    """An address to connect to. The addresses behind a host name are asked for again every RESOLVE seconds, in the background."""
+    """An address to connect to. The addresses of a host name take turns, and are resolved again every RESOLVE seconds, in the
+    background; when none of them can be connected to, at once.
+    """
 
     descriptors = 1
 
-    __slots__ = ("_asked_at", "_asking", "_failed", "_targets", "address", "name")
+    __slots__ = ("_asked_at", "_asking", "_failed", "_targets", "_turn", "_unresolved", "address", "name")
 
     def __init__(self, address: SocketAddress) -> None:
         self.address = address
         self.name = str(address)
         self._targets = _literal(address)
-        self._failed: set[Target] = set()
-        """Those that come last, whatever the resolver says, until they are needed again and answer."""
+        self._failed: dict[Target, float] = {}
+        """When an address could not be connected to, whatever the resolver has said since."""
+        self._turn = -1
+        self._unresolved = False
+        """Whether the log says that the name cannot be resolved any more."""
         self._asked_at = float("-inf") if not self._targets else float("inf")
         self._asking: asyncio.Task[OSError | None] | None = None
 
     async def targets(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[Target]:
         """Where to connect to, in this order. Only the first time somebody has to wait. Raises OSError, or TimeoutError."""
         if self._asking is None and (not self._targets or loop.time() - self._asked_at >= RESOLVE):
-            # One question, however many wait for the answer: each occupies a thread.
-            self._asking = loop.create_task(self._ask(loop))
-        if not self._targets and self._asking is not None:
-            async with asyncio.timeout(timeout):
-                failure = await asyncio.shield(self._asking)
-            if failure is not None:
-                raise failure
-        return self._targets
+            self._ask(loop)
+        if not self._targets and (failure := await self._answer(timeout)) is not None:
+            raise failure
+        if len(self._targets) == 1:
+            return self._targets
+        turn = self._turn = (self._turn + 1) % len(self._targets)
+        now = loop.time()
+        return sorted(self._targets[turn:] + self._targets[:turn], key=lambda target: self._avoided(target, now))
 
-    async def _ask(self, loop: asyncio.AbstractEventLoop) -> OSError | None:
+    def _avoided(self, target: Target, now: float) -> bool:
+        return now - self._failed.get(target, float("-inf")) < AVOID_ADDRESS
+
+    def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
+        # One question, however many wait for the answer: each occupies a thread.
+        self._asking = self._asking or loop.create_task(self._resolve(loop))
+
+    async def _answer(self, timeout: float) -> OSError | None:
+        """Wait for the resolver, and return its error. Raises TimeoutError."""
+        if self._asking is None:
+            return None
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(self._asking)
+
+    async def _resolve(self, loop: asyncio.AbstractEventLoop) -> OSError | None:
         try:
             found = await aside(lambda: socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM))
-            targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
-            self._failed.intersection_update(targets)
-            self._sort(targets)
+            self._targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
+            self._failed = {target: at for target, at in self._failed.items() if target in self._targets}
+            self._unresolved = False
         except OSError as error:
-            if self._targets:
-                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, error=error)
+            if self._targets and not self._unresolved:
+                self._unresolved = True
+                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, detail=error)
             return error
         finally:
             self._asked_at = loop.time()
@@ -93,26 +118,38 @@ class Remote:
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """The resolver has ``timeout`` seconds, and then each address."""
+        tried: set[Target] = set()
         failure: OSError = OSError("no address")
-        for target in await self.targets(loop, timeout):
-            try:
-                sock = await _connect(loop, target, timeout, opening)
-            except OSError as error:
-                failure = error
-                if error.errno not in OURS:
-                    self._failed.add(target)
-            else:
-                if self._failed:
-                    self._failed.discard(target)
-                    self._sort(self._targets)
-                return sock
+        targets = await self.targets(loop, timeout)
+        while targets:
+            for target in targets:
+                if target in self._failed:
+                    # It is tried again: one connection is enough to find out.
+                    self._failed[target] = loop.time()
+                try:
+                    sock = await _connect(loop, target, timeout, opening)
+                except OSError as error:
+                    failure = error
+                    if error.errno in OURS:
+                        raise
+                    self._failed[target] = loop.time()
+                else:
+                    self._failed.pop(target, None)
+                    return sock
+            tried.update(targets)
+            targets = await self._others(loop, timeout, tried)
         raise failure
+
+    async def _others(self, loop: asyncio.AbstractEventLoop, timeout: float, tried: Collection[Target]) -> Sequence[Target]:
+        """The addresses that the name has now besides those that were tried: it may have moved."""
+        if loop.time() - self._asked_at >= RESOLVE_AGAIN:
+            self._ask(loop)
+        with contextlib.suppress(TimeoutError):
+            await self._answer(timeout)
+        return [target for target in self._targets if target not in tried]
 
     def afresh(self) -> Remote:
         return Remote(self.address)
-
-    def _sort(self, targets: Sequence[Target]) -> None:
-        self._targets = tuple(sorted(targets, key=self._failed.__contains__))
 
 
 def is_destination(address: SocketAddress) -> bool:

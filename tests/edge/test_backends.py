@@ -670,6 +670,98 @@ def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_a
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
+@pytest.fixture
+def listening_everywhere():
+    """A port of all of this machine's addresses, and which of them were connected to."""
+    with socket.create_server(("", 0), backlog=64) as server:
+
+        def connected():
+            with server.accept()[0] as sock:
+                return sock.getsockname()[0]
+
+        yield server.getsockname()[1], connected
+
+
+def test_the_addresses_of_a_name_take_turns(pool, monkeypatch, listening_everywhere):
+    port, connected = listening_everywhere
+
+    async def scenario():
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3").install()
+        backends = pool(f"mail.test:{port}")
+        for _ in range(6):
+            (await backends.connect(b""))[0].close()
+
+    asyncio.run(scenario())
+    assert sorted(connected() for _ in range(6)) == [f"127.0.0.{n}" for n in (1, 1, 2, 2, 3, 3)]
+
+
+def test_an_address_that_failed_is_used_again_after_a_while(pool, monkeypatch, listening_everywhere):
+    port, connected = listening_everywhere
+    monkeypatch.setattr(fumi_edge.dialing, "AVOID_ADDRESS", 0.05)
+
+    async def scenario():
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
+        backends = pool(f"mail.test:{port}")
+        dial = fumi_edge.dialing._connect
+
+        async def broken(loop, target, *rest):
+            if target[1][0] == "127.0.0.2":
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
+            return await dial(loop, target, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fumi_edge.dialing, "_connect", broken)
+            for _ in range(4):
+                (await backends.connect(b""))[0].close()
+                assert connected() == "127.0.0.1"
+        seen = set()
+        while "127.0.0.2" not in seen:
+            (await backends.connect(b""))[0].close()
+            seen.add(connected())
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(pool, monkeypatch, listening):
+    """The client that finds out is served where the name has moved to."""
+
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
+        resolver.install()
+        backends = pool(f"mail.test:{listening}")
+        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE_AGAIN", 3600.0)
+        for _ in range(5):
+            with pytest.raises(fumi_edge.backends.NoBackend):
+                await backends.connect(b"")
+        assert resolver.asked == 1  # so long ago is a second
+        resolver.answer = ["127.0.0.1"]
+        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE_AGAIN", 0.0)
+        results = await asyncio.gather(*(backends.connect(b"") for _ in range(10)))
+        assert resolver.asked == 2
+        assert backends.all[0].up
+        for sock, _ in results:
+            sock.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(pool, monkeypatch, caplog):
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3")
+        resolver.install()
+        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE_AGAIN", 0.0)
+        backends = pool("mail.test:9")
+        for _ in range(5):
+            with pytest.raises(fumi_edge.backends.NoBackend):
+                await backends.connect(b"")
+            resolver.answer = [socket.gaierror("no more")]
+        assert resolver.asked >= 5
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert caplog.text.count("keeping the old addresses") == 1
+
+
 def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(pool, monkeypatch, caplog):
     """``[::1]`` without IPv6, or no port left: neither must look like a backend that is merely not busy."""
 

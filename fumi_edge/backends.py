@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
@@ -147,6 +147,13 @@ class Backends:
         self._balance = balance
         self._turn = -1
         self._retiring: set[asyncio.Task[bytes]] = set()
+        self.full: Callable[[], bool] = lambda: False
+        """Returns True when the descriptors that are left are needed for the clients that are here."""
+
+    @property
+    def retiring(self) -> int:
+        """Connections that wait for their backend to close."""
+        return len(self._retiring)
 
     def problem(self) -> str | None:
         """Why no backend is up, as far as the checks know, or None."""
@@ -210,8 +217,8 @@ class Backends:
         backend.connections -= 1
 
     def retire(self, sock: socket.socket) -> None:
-        """Take leave of a backend in the background."""
-        if len(self._retiring) >= RETIRING:
+        """Take leave of a backend in the background, or without waiting for it where too many are waited for."""
+        if len(self._retiring) >= RETIRING or self.full():
             reset_on_close(sock)
             sock.close()
             return

@@ -153,7 +153,11 @@ class Edge:
         self._crowd = service.limits.crowd = crowd or self._crowd
         service.lookout.open(asyncio.get_running_loop())
         service.close_notify.open()
-        self._ceiling = Ceiling(1 + max(backend.destination.descriptors for backend in service.backends.all))
+        backends = service.backends
+        each = 1 + max(backend.destination.descriptors for backend in backends.all)
+        # An upgrade by STARTTLS takes a second connection to a backend while the first one closes.
+        self._ceiling = Ceiling(each, lambda: backends.retiring)
+        backends.full = lambda: self._ceiling.reached(self._crowd.connections)
         if self._health_interval:
             self._checks = Checks(service.backends, self._health_interval, self._manner)
         self._reloader.start()

@@ -48,16 +48,20 @@ class Ceiling:
     Without it the last ones would be accepted and then find none for their other half.
     """
 
-    def __init__(self, each: int) -> None:
-        """What is open now is not there for connections, of which each takes ``each``."""
+    def __init__(self, each: int, closing: Callable[[], int] = lambda: 0) -> None:
+        """Each connection takes ``each`` descriptors. What is open now is not there for them, nor what ``closing()`` counts:
+        descriptors of connections that are over, but not closed yet.
+        """
         self._each = each
+        self._closing = closing
         self._others = len(os.listdir("/proc/self/fd"))
 
     def reached(self, connections: int) -> bool:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit == resource.RLIM_INFINITY:
             return False
-        return connections >= max(1, (limit - self._others - min(SPARE, limit // 8)) // self._each)
+        free = limit - self._others - min(SPARE, limit // 8) - self._closing()
+        return connections >= max(1, free // self._each)
 
 
 class Acceptor:

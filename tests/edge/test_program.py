@@ -332,6 +332,35 @@ def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge,
     assert {entry["reason"] for entry in program.ended(60)} == {"backend_closed"}
 
 
+def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slow_to_close(backend, edge, clients, kit):
+    """Each needs a second connection to the backend, and the first one is not closed yet."""
+    go = threading.Event()
+
+    def handler(peer):
+        kit.smtp(peer)
+        go.wait(20)
+
+    program = edge("--max-clients", "1000", backend=backend(handler))
+    most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (120, most))
+    peers = [clients.plain(program.starttls_port) for _ in range(36)]
+    for peer in peers:
+        assert peer.line() == b"220 backend.test ESMTP\r\n"
+    for peer in peers:
+        assert peer.ask(b"STARTTLS\r\n") == [b"220 2.0.0 Ready to start TLS\r\n"]
+    upgraded = [clients.upgrade(peer) for peer in peers]
+    for peer in upgraded:
+        assert peer.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    # Others wait until there is room, and are not turned away.
+    late = [clients.plain(program.starttls_port) for _ in range(20)]
+    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    go.set()
+    for peer in upgraded:
+        peer.close()
+    for peer in late:
+        assert peer.line() == b"220 backend.test ESMTP\r\n"
+
+
 def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path, kit):
     server = backend()
     path = str(tmp_path / "edge.sock")

@@ -27,6 +27,8 @@ AVOID_ADDRESS = 30.0
 """Seconds for which an address that could not be connected to is tried after the others of the same name."""
 FAREWELL = 5.0
 """Seconds a backend has to close its side after QUIT."""
+LAST_ANSWER = 64 * 1024
+"""Octets a backend may still send after QUIT."""
 _BUSY = 0.02  # seconds until a Unix socket with a full queue is asked again
 
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -227,7 +229,8 @@ async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: 
 async def quit_and_close(sock: socket.socket, timeout: float = FAREWELL) -> bytes:
     """Say QUIT and wait for the other side to close first, so that it keeps the TIME_WAIT (RFC 9293 §3.6) and we the port.
 
-    If it does not in ``timeout`` seconds, it is broken off, for the same end. Returns the beginning of what it said.
+    If it does not in ``timeout`` seconds, or sends more than an answer, it is broken off, for the same end: whoever goes on
+    sending would keep the event loop from everybody else. Returns the beginning of what it said.
     """
     loop = asyncio.get_running_loop()
     said = b""
@@ -235,7 +238,9 @@ async def quit_and_close(sock: socket.socket, timeout: float = FAREWELL) -> byte
         async with asyncio.timeout(timeout):
             await send_all(loop, sock, b"QUIT\r\n")
             while data := await receive(loop, sock, 4096):
-                said += data if len(said) < 4096 else b""
+                said += data
+                if len(said) > LAST_ANSWER:
+                    raise TimeoutError
     except TimeoutError:
         reset_on_close(sock)
     except OSError:

@@ -862,6 +862,32 @@ def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clie
     assert time_waits(port) < each * threads // 100
 
 
+def test_a_backend_that_goes_on_sending_after_quit_is_broken_off_and_holds_up_nobody(pool):
+    """Something to read is always there, so the event loop would never get a turn, nor a timeout its time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, stop = server.getsockname()[1], threading.Event()
+
+        def flood():
+            with contextlib.suppress(OSError), server.accept()[0] as peer:
+                while not stop.is_set():
+                    peer.send(b"x" * 65536)
+
+        async def scenario():
+            sock, _ = await pool(f"127.0.0.1:{port}").connect(b"")
+            await fumi_edge.dialing.receive(asyncio.get_running_loop(), sock, 1)
+            return await fumi_edge.dialing.quit_and_close(sock, 3600.0)
+
+        sender = threading.Thread(target=flood)
+        sender.start()
+        try:
+            said = asyncio.run(asyncio.wait_for(scenario(), 20))
+        finally:
+            stop.set()
+            sender.join(20)
+        assert set(said) == set(b"x")
+        assert not sender.is_alive()
+
+
 def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool, monkeypatch):
     """The port would be ours for a minute otherwise."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -41,6 +42,7 @@ class Fumi:
         self._at_start: list[Callable[[], object]] = []
         self._at_close: list[Callable[[], object]] = []
         self._at_listen: list[Callable[[], Awaitable[object]]] = []
+        self._closed: asyncio.Event | None = None  # of the last close()
         self._withheld: list[Callable[[], frozenset[str]]] = []
         self._not_offered: list[Callable[[], frozenset[str]]] = []
 
@@ -169,12 +171,22 @@ class Fumi:
                 await prepare()
 
     async def close(self) -> None:
-        """Stop accepting, let transactions end for ``close_timeout`` seconds, then cut what is left."""
+        """Stop accepting, let transactions end for ``close_timeout`` seconds, then cut what is left.
+
+        If this is cancelled, everything is cut at once. A second call waits until the first has ended.
+        """
         server, self._server = self._server, None
-        if server is not None:
+        if server is None:
+            if self._closed is not None:
+                await self._closed.wait()
+            return
+        self._closed = closed = asyncio.Event()
+        try:
             await self._close(server)
+        finally:
             for release in self._at_close:
                 _release(release)
+            closed.set()
 
     @property
     def addresses(self) -> list[tuple[str, int] | str]:

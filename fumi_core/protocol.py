@@ -220,6 +220,11 @@ class Protocol:
         self.state = State.CLOSED
 
     @property
+    def unused(self) -> bool:
+        """Whether the client has sent nothing, and was refused nothing."""
+        return self.state is State.START and not (self._recognized or self._errors or self._input.begun)
+
+    @property
     def dropping(self) -> bool:
         """Whether a chunk without a transaction is arriving."""
         return self._transfer.active and bool(self._transfer.refusals)

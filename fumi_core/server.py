@@ -25,6 +25,9 @@ from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.session import Session
 from fumi_core.transport import Transport
 
+_log = logging.getLogger("fumi.core")
+_DIRECT = "clients that connect without a proxy need --proxy-protocol off"
+_HEADER_HINTS = {"timeout": _DIRECT, "malformed": _DIRECT, "untrusted": f"name a proxy with --trusted-proxy; {_DIRECT}"}
 READ_SIZE = 128 * 1024
 """Octets taken from a socket at once, into one buffer that all connections share."""
 LINGER = 5.0
@@ -62,7 +65,7 @@ class Server:
         """Accept connections from a listening socket, which is the server's from here on."""
         sock.setblocking(False)
         name = str(sock.getsockname())
-        self._acceptors.append(Acceptor(sock, name, logging.getLogger("fumi.core"), self.admit, self.crowd))
+        self._acceptors.append(Acceptor(sock, name, _log, self.admit, self.crowd))
 
     def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
         """Serve a connected, non-blocking socket, whose ends have these names."""
@@ -73,16 +76,18 @@ class Server:
         return [acceptor.sock for acceptor in self._acceptors]
 
     async def close(self, timeout: float) -> None:
-        """Stop accepting, let transactions end for ``timeout`` seconds, then cut what is left."""
+        """Stop accepting, let transactions end for ``timeout`` seconds, then cut what is left; if cancelled, cut it at once."""
         self.draining = True
         for acceptor in self._acceptors:
             acceptor.close()
         for connection in list(self.connections):
             connection.drain()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wait_empty(), timeout)
-        for connection in list(self.connections):
-            connection.kill()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wait_empty(), timeout)
+        finally:
+            for connection in list(self.connections):
+                connection.kill()
         # Their handlers are cancelled, and on_close follows; one that does not end is not waited for.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wait_empty(), 1)
@@ -128,9 +133,9 @@ class Connection:
         "_dialogue",
         "_ended",
         "_header",
-        "_local",
         "_paused",
         "_phase",
+        "_probe",
         "_server",
         "_session",
         "_started",
@@ -145,7 +150,7 @@ class Connection:
         self._header = b""
         self._dialogue: Dialogue | None = None
         self._ended = False
-        self._local = False
+        self._probe = False
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
@@ -208,6 +213,7 @@ class Connection:
             self._server.forget(self)
         else:
             self._server.crowd.left()
+            self._probe = self._probe or self._dialogue.protocol.unused
             self._dialogue.gone(self._closed)
 
     # The PROXY header
@@ -235,7 +241,7 @@ class Connection:
         session.proxy_address = session.remote_address
         session.secure = self._server.options.assume_tls
         if header.command == "LOCAL":
-            self._local = True
+            self._probe = True
             return
         session.remote_address, session.remote_port = _endpoint(header.source, session.remote_address, session.remote_port)
         session.local_address, session.local_port = _endpoint(header.destination, session.local_address, session.local_port)
@@ -248,7 +254,8 @@ class Connection:
         self._server.observer.proxy_header(version, result)
         # A health check that connects and hangs up is not worth a line above debug.
         level = logging.DEBUG if result == "closed" else logging.WARNING
-        event(logging.getLogger("fumi.core"), level, "no PROXY header", peer=self._session.remote_address, error=problem)
+        hint = _HEADER_HINTS.get(result)
+        event(_log, level, "no PROXY header", peer=self._session.remote_address, error=problem, hint=hint)
         self._phase = Phase.CLOSED
         self._transport.abort()
 
@@ -260,7 +267,8 @@ class Connection:
             server.observer.rejected("max_clients")
             counts = server.service.tally.replies
             counts[421] = counts.get(421, 0) + 1
-            self._transport.write(replies.TOO_MANY_CLIENTS.data)
+            refusal = replies.TOO_MANY_CLIENTS
+            self._transport.write(refusal.plain if server.options.hide_enhancedstatuscodes else refusal.data)
             self._linger()
             return
         server.crowd.entered()
@@ -341,8 +349,8 @@ class Connection:
         if server.logger is not None and dialogue is not None:
             event(
                 server.logger,
-                # A proxy's health check comes every few seconds and is no client.
-                logging.DEBUG if self._local else logging.INFO,
+                # Health checks come every few seconds: those of a proxy, and those that close without a command.
+                logging.DEBUG if self._probe else logging.INFO,
                 "session ended",
                 id=session.id,
                 client_ip=session.remote_address,

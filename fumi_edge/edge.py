@@ -201,9 +201,13 @@ class Edge:
         await asyncio.gather(*(listener.close() for listener in self.listeners))
         if self._connections:
             event(log, logging.INFO, "draining", connections=len(self._connections))
-            await asyncio.wait(self._connections, timeout=self.drain_timeout)
-        for task in list(self._connections):
-            task.cancel()
+        try:
+            if self._connections:
+                await asyncio.wait(self._connections, timeout=self.drain_timeout)
+        finally:
+            # If this is cancelled, too: nobody else would end them.
+            for task in list(self._connections):
+                task.cancel()
         if self._connections:
             await asyncio.wait(self._connections)
         if self._heartbeat is not None:

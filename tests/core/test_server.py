@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
@@ -11,12 +12,21 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import Fumi, plugins
+from fumi_core.observer import Observer
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.testing import running
 
 TLS = TLSInfo(version="TLSv1.3", cipher="TLS_AES_256_GCM_SHA384", sni="mx.example")
 CLIENT, SERVER = ("192.0.2.7", 4711), ("198.51.100.1", 25)
+
+
+class Reasons(Observer):
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def rejected(self, reason: str) -> None:
+        self.reasons.append(reason)
 
 
 def header(tls: TLSInfo | None = TLS, unique_id: bytes = b"conn-1", **changes: Any) -> bytes:
@@ -307,6 +317,102 @@ def test_close_cuts_what_does_not_end_in_time(connect: Any) -> None:
         client.envelope()
         server.run(app.close)
         assert len(closed) == 1
+
+
+async def in_a_transaction(app: Fumi) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A client that has begun one, so that ``close()`` waits for it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    writer.write(b"EHLO x\r\nMAIL FROM:<>\r\n")
+    while b"250 2.1.0" not in await reader.readline():
+        pass
+    return reader, writer
+
+
+def test_a_second_close_returns_when_the_first_has_ended() -> None:
+    async def main() -> None:
+        app = Fumi(auth_optional=True, close_timeout=20)
+        released: list[str] = []
+        app.at_close(lambda: released.append("released"))
+        await app.listen(0)
+        _, writer = await in_a_transaction(app)
+        first, second = asyncio.create_task(app.close()), asyncio.create_task(app.close())
+        done, _ = await asyncio.wait([first, second], timeout=0.2)
+        assert not done
+        writer.close()
+        await second
+        assert released == ["released"]
+        await first
+        await app.close()
+        assert released == ["released"]
+
+    asyncio.run(main())
+
+
+def test_a_close_that_is_cancelled_cuts_what_is_left() -> None:
+    async def main() -> None:
+        app = Fumi(auth_optional=True, close_timeout=1000)
+        ended: list[str] = []
+        app.on_close(lambda ctx, next: ended.append("closed"))
+        app.at_close(lambda: ended.append("released"))
+        await app.listen(0)
+        reader, writer = await in_a_transaction(app)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await app.close()
+        assert (await reader.read()).startswith(b"421 4.3.2")
+        while len(ended) < 2:
+            await asyncio.sleep(0)
+        writer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("said", "level"), [(b"", "DEBUG"), (b"QUIT\r\n", "INFO"), (b"EHLO x\r\n", "INFO"), (b"BOGUS\r\n", "INFO"), (b"NO", "INFO")]
+)
+def test_a_client_that_closes_without_a_word_is_worth_a_line_only_to_those_who_debug(
+    connect: Any, caplog: Any, eventually: Any, said: bytes, level: str
+) -> None:
+    """Load balancers look in this way whether a port is open."""
+    app = Fumi(auth_optional=True, logger=True, close_timeout=0.2)
+    app.observer = observer = Reasons()
+    with caplog.at_level("DEBUG"), running(app) as server:
+        client = connect(server.port)
+        client.sock.sendall(said)
+        client.close()
+        eventually(lambda: "session ended" in caplog.text)
+    assert [record.levelname for record in caplog.records if "session ended" in record.message] == [level]
+    assert observer.reasons == []
+
+
+def test_a_client_that_is_refused_is_worth_a_line_though_it_says_nothing(connect: Any, caplog: Any, eventually: Any) -> None:
+    app = Fumi(auth_optional=True, logger=True, close_timeout=0.2).use(plugins.denylist(["127.0.0.1"]))
+    with caplog.at_level("DEBUG"), running(app) as server:
+        assert connect(server.port).banner.startswith(b"554")
+        connect(server.port).close()
+        eventually(lambda: "session ended" in caplog.text)
+    assert {record.levelname for record in caplog.records if "session ended" in record.message} == {"INFO"}
+
+
+@pytest.mark.parametrize("said", [b"", b"EHLO x\r\n"])
+def test_who_connects_without_a_proxy_is_told_of_the_option_in_the_log(
+    behind: Any, connect: Any, caplog: Any, said: bytes
+) -> None:
+    app, _ = behind(proxy_timeout=0.1)
+    with running(app) as server:
+        assert connect(server.port, said, banner=False).reply() == b""
+    (line,) = [record.message for record in caplog.records if "no PROXY header" in record.message]
+    assert "clients that connect without a proxy need --proxy-protocol off" in line
+
+
+def test_a_port_that_is_only_looked_at_is_no_missing_header(behind: Any, connect: Any, caplog: Any, eventually: Any) -> None:
+    app, _ = behind()
+    with caplog.at_level("DEBUG"), running(app) as server:
+        connect(server.port, banner=False).close()
+        eventually(lambda: "no PROXY header" in caplog.text)
+    (record,) = [record for record in caplog.records if "no PROXY header" in record.message]
+    assert record.levelname == "DEBUG"
+    assert "--proxy-protocol" not in record.message
 
 
 def test_it_listens_on_a_unix_socket_too(tmp_path: Any) -> None:

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import click
 from prometheus_client import CollectorRegistry
@@ -143,14 +143,18 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
     stopped: asyncio.Future[signal.Signals] = loop.create_future()
     slot = (board := Scoreboard(1)).slots[0]
 
+    is_stopping = False
+
     def stop(number: int, frame: object) -> None:
-        # Not the loop's own handlers: the second signal must not wait for a loop that a hook keeps busy.
-        for each in stops:
-            signal.signal(each, leave)
+        # Not a handler of the loop: the second signal must not wait for a loop that a hook keeps busy.
+        nonlocal is_stopping
+        if is_stopping:
+            leave(number, frame)
+        is_stopping = True
         loop.call_soon_threadsafe(begin_to_stop, signal.Signals(number))
 
     def begin_to_stop(number: signal.Signals) -> None:
-        # A second signal may have cancelled it in the same turn.
+        # A second signal may have cancelled it meanwhile.
         if not stopped.done():
             stopped.set_result(number)
 
@@ -235,12 +239,19 @@ def every(seconds: float | None, act: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def leave(number: int, frame: object) -> None:
+def leave(number: int, frame: object) -> NoReturn:
     """End at once: by way of an exception, so that what is to be tidied up is, within a time; without, where that has begun."""
     if _ending.is_set():
         os._exit(128 + number)
     end_within(TIDY_TIMEOUT, 128 + number)
-    raise SystemExit(128 + number)
+    raise Left(128 + number)
+
+
+class Left(KeyboardInterrupt):
+    """Raised by a signal, wherever the process is just then; the argument is the exit status.
+
+    No SystemExit, which a hook may raise, and which ends nothing there.
+    """
 
 
 def end_within(seconds: float, status: int) -> None:

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from fumi_core.runtime.lifecycle import (
     STOPS,
     TIDY_TIMEOUT,
+    Left,
     Work,
     alone,
     end_within,
@@ -66,8 +67,11 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> No
 
 
 def _run(program: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=Loop) as runner:
-        runner.run(program)
+    try:
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            runner.run(program)
+    except Left as left:
+        raise SystemExit(left.args[0]) from None
 
 
 async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> None:

@@ -89,7 +89,13 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     "--drain-timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds transactions get to end at SIGTERM."
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="From which level on events are logged; debug adds the SMTP dialogue, without credentials and message content.",
+)
 @config_option("core")
 @click.option("--check", is_flag=True, help="Check all settings, the next hop too, and exit.")
 @click.version_option(VERSION)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from fumi_core import replies
+from fumi_core import dialogue_log, replies
 from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.events import (
@@ -93,7 +93,8 @@ class Dialogue:
     def __init__(self, session: Session, service: Service, changed: Callable[[], None]) -> None:
         self.session = session
         options = service.options
-        self.protocol = Protocol(
+        logged = dialogue_log.log.isEnabledFor(logging.DEBUG)
+        self.protocol = (dialogue_log.LoggedProtocol if logged else Protocol)(
             session,
             options,
             service.greetings,

@@ -83,6 +83,8 @@ def configure(form: str, level: str) -> None:
     handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter())
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # At debug asyncio reports which selector it uses, in every process.
+    logging.getLogger("asyncio").setLevel(max(root.level, logging.WARNING))
     # These are looked up for every record and shown in none.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 

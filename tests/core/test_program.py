@@ -403,3 +403,11 @@ def test_lenient_flags_take_what_devices_send(start: Any, connect: Any, free_por
         assert client.say(line).startswith(b"250")
     client.say("DATA")
     assert client.say("hi\nthere\r\n.").startswith(b"250")
+
+
+def test_debug_shows_the_dialogue_and_nothing_of_asyncio(start: Any, connect: Any, eventually: Any, free_port: Any) -> None:
+    port = free_port()
+    program = start("--proxy-protocol", "off", "--deliver", "discard:", "--listen", f"127.0.0.1:{port}", "--log-level", "debug")
+    connect(port).say("EHLO client.example")
+    eventually(lambda: 'received="EHLO client.example"' in program.log.read_text())
+    assert "asyncio" not in program.log.read_text()

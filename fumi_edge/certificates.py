@@ -27,6 +27,7 @@ from fumi_core.runtime.logs import event
 from fumi_edge.pem import Certificate, CertificateError, NoServer, Pair, Source, is_authority, is_path, label, load
 from fumi_edge.policy import IGNORE_UNEXPECTED_EOF, Policy, TLSSocket
 from fumi_edge.sources import Stamp, find, stamp
+from fumi_edge.ticket_keys import TicketKeys
 
 log = logging.getLogger("fumi.edge")
 
@@ -137,7 +138,8 @@ class Certificates:
         self._policy = policy or Policy()
         self._current: Reading = None  # type: ignore[assignment]
         self._current = self._read_strictly([Pair(*source) for source in sources])
-        self._front = self._make_front()
+        self._ticket_keys = TicketKeys(self._make_front)
+        self.renew_ticket_keys(time.time())
 
     @property
     def selection(self) -> Selection:
@@ -249,13 +251,21 @@ class Certificates:
         return Selection(list(itertools.chain(*groups)), self._policy, client_ca, time.time(), before)
 
     def _put(self, reading: Reading) -> None:
-        before, self._current = self._current, reading
-        if before.selection.client_ca != reading.selection.client_ca:
-            # With new ticket keys: a session that an old authority vouched for is not to be resumed.
-            self._front = self._make_front()
+        self._current = reading
+        # A session that an old authority vouched for is not to be resumed.
+        self.renew_ticket_keys(time.time())
+
+    def share_ticket_keys(self) -> None:
+        """For processes that are forked from here on: they resume each other's sessions. Raises OSError."""
+        self._ticket_keys.share()
+
+    def renew_ticket_keys(self, now: float) -> None:
+        """Use the ticket keys of the time ``now``, in seconds since 1970; call it at least every few minutes."""
+        self._front = self._ticket_keys.context(self.selection.client_ca, now)
 
     def _make_front(self) -> ssl.SSLContext:
-        context = self._policy.context(self.selection.client_ca)
+        # Without the client CA certificates: clients' are verified by the context that their server name leads to.
+        context = self._policy.context()
         context.sni_callback = self._on_server_name
         _expect_any_server_name()
         return context

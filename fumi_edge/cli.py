@@ -151,6 +151,8 @@ def main(
             # In a terminal, to close it is to stop.
             run(EdgeWork(edge, dev.Bench(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
         else:
+            if workers > 1:
+                edge.certificates.share_ticket_keys()
             run(EdgeWork(edge, user=user), workers)
 
 

@@ -239,6 +239,7 @@ class Edge:
     def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
+        self.certificates.renew_ticket_keys(time.time())
         for connection in self._connections.values():
             connection.tick(now)
         self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self._service.idle_timeout / 4)), self._beat)

@@ -7,7 +7,9 @@ costs nothing where removing and adding it costs two system calls; it parks itse
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
+import time
 
 from fumi_core.proxy_protocol import TLSInfo
 from fumi_edge.pem import common_names
@@ -103,6 +105,7 @@ async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: f
         raise
     finally:
         timer.cancel()
+    _check_session(sock)
     cipher = sock.cipher()
     presented, common_name = _client_certificate(sock)
     return TLSInfo(
@@ -115,6 +118,17 @@ async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: f
         client_cert_verified=presented,
         client_cn=common_name,
     )
+
+
+def _check_session(sock: TLSSocket) -> None:
+    """Raise HandshakeError for a resumed session whose client certificate has expired: OpenSSL does not verify it again."""
+    if not sock.session_reused or sock.context.verify_mode is ssl.CERT_NONE:
+        return
+    # A certificate with a name that is not text cannot be read. Its sessions end, as all of TLS 1.2, after two hours.
+    with contextlib.suppress(ValueError):
+        facts = sock.getpeercert()
+        if facts and ssl.cert_time_to_seconds(str(facts["notAfter"])) < time.time():
+            raise HandshakeError("certificate", "certificate of the resumed session has expired")
 
 
 def _client_certificate(sock: TLSSocket) -> tuple[bool, str | None]:

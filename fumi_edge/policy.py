@@ -66,12 +66,15 @@ class Policy:
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
         # Without it OpenSSL 3 kills both directions when a client that half-closes forgets close_notify.
         context.options |= IGNORE_UNEXPECTED_EOF
-        # Clients resume with the newest ticket; the second one that OpenSSL sends by default is only work.
-        context.num_tickets = 1
+        # Clients resume with the newest ticket; the second one that OpenSSL sends by default is only work. Where clients are
+        # asked for a certificate they get none: each resumption would come with a new ticket, for as long as the client likes,
+        # whether or not its certificate is still valid. TLS 1.2 gives a ticket at a full handshake only, for two hours.
+        context.num_tickets = 0 if self.client_ca else 1
         context.sslsocket_class = TLSSocket
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
-        if client_ca is not None:
+        if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED if self.client_cert == "required" else ssl.CERT_OPTIONAL
+        if client_ca is not None:
             context.load_verify_locations(cadata=client_ca)
         return context

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fumi_edge.handshake import CN_LIMIT, _client_certificate
+from fumi_edge.handshake import CN_LIMIT, HandshakeError, _check_session, _client_certificate
 from tests.starter import finished
 
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
@@ -53,11 +53,10 @@ def test_the_backend_is_told_of_a_clients_certificate(backend, edge, clients, au
     assert server.peer(2).header.ssl == header.ssl
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_resumed_session_brings_its_certificate_along(backend, edge, clients, authority, context, version):
+def test_a_resumed_session_brings_its_certificate_along(backend, edge, clients, authority, context):
     server = backend()
     program = edge("--client-ca", str(authority.path), "--client-cert", "required", backend=server)
-    showing = context(authority.issue("the client"), version)
+    showing = context(authority.issue("the client"), ssl.TLSVersion.TLSv1_2)
     first = clients.tls(program.tls_port, context=showing)
     first.line()
     raw = clients.plain(program.tls_port)
@@ -66,6 +65,47 @@ def test_a_resumed_session_brings_its_certificate_along(backend, edge, clients, 
         assert second.recv(3) == b"220"
     header = server.peer(1).header
     assert (header.ssl.client, header.ssl.verify, header.ssl.cn) == (0x05, 0, "the client")
+
+
+@pytest.mark.parametrize("demand", ["optional", "required"])
+def test_with_tls_1_3_a_client_certificate_is_verified_at_every_connection(backend, edge, clients, authority, context, demand):
+    """A session could be resumed for ever: each time it is, the client gets another ticket."""
+    server = backend()
+    program = edge("--client-ca", str(authority.path), "--client-cert", demand, backend=server)
+    showing = context(authority.issue("the client"), ssl.TLSVersion.TLSv1_3)
+    first = clients.tls(program.tls_port, context=showing)
+    first.line()
+    raw = clients.plain(program.tls_port)
+    with showing.wrap_socket(raw.sock, server_hostname="localhost", session=first.sock.session) as second:
+        assert not second.session_reused
+        assert second.recv(3) == b"220"
+    header = server.peer(1).header
+    assert (header.ssl.client, header.ssl.verify, header.ssl.cn) == (0x07, 0, "the client")
+
+
+@pytest.mark.parametrize(
+    ("not_after", "resumed", "refused"),
+    [
+        ("Jan  1 00:00:00 2020 GMT", True, True),
+        ("Jan  1 00:00:00 2020 GMT", False, False),
+        ("Jan  1 00:00:00 2999 GMT", True, False),
+    ],
+)
+def test_a_session_is_good_only_while_its_client_certificate_is(not_after, resumed, refused):
+    """In a full handshake OpenSSL verifies it."""
+    context = SimpleNamespace(verify_mode=ssl.CERT_OPTIONAL)
+    sock = SimpleNamespace(session_reused=resumed, context=context, getpeercert=lambda: {"notAfter": not_after})
+    if refused:
+        with pytest.raises(HandshakeError, match="expired") as failure:
+            _check_session(sock)
+        assert failure.value.result == "certificate"
+    else:
+        _check_session(sock)
+
+
+def test_a_resumed_session_without_a_client_certificate_does_not_expire():
+    context = SimpleNamespace(verify_mode=ssl.CERT_OPTIONAL)
+    _check_session(SimpleNamespace(session_reused=True, context=context, getpeercert=dict))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

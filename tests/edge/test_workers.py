@@ -50,6 +50,30 @@ def test_workers_resume_each_others_sessions(two, clients, kit, version):
         assert sock.session_reused
 
 
+def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(two, clients, authority, make_authority, kit, tmp_path):
+    """All of them use the same new ticket keys, and none the old."""
+    ca = tmp_path / "ca.pem"
+    ca.write_text(authority.path.read_text())
+    program = two("--client-ca", str(ca), "--cert-reload-interval", "0.05")
+    context = clients.context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    def visit(session):
+        """The session of a connection, and whether it resumed the one given."""
+        sock = context.wrap_socket(clients.plain(program.tls_port).sock, server_hostname="localhost", session=session)
+        with sock:
+            assert sock.recv(3) == b"220"
+            return sock.session, sock.session_reused
+
+    old, _ = visit(None)
+    assert all(visit(old)[1] for _ in range(20))
+    ca.write_text(ca.read_text() + make_authority("Another CA").path.read_text())
+    kit.until(lambda: program.metric("fumi_edge_certificate_reloads_total", result="ok") == 2, "the reload in both")
+    assert not any(visit(old)[1] for _ in range(20))
+    new, _ = visit(None)
+    assert all(visit(new)[1] for _ in range(20))
+
+
 def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients, kit):
     program = two()
     held = [clients.tls(program.tls_port) for _ in range(12)]

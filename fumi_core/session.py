@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, NamedTuple
 
+from fumi_core.domains import canonical
 from fumi_core.grammar import Address as Address
 from fumi_core.proxy_protocol import TLSInfo
 
@@ -15,8 +16,8 @@ _UNSAFE_IN_TRACE = re.compile(r"[^A-Za-z0-9.:_\-\[\]]")
 
 
 def domain_of(address: str) -> str:
-    """What is behind the last @, in lower case; "" where there is none."""
-    return address.rpartition("@")[2].lower() if "@" in address else ""
+    """What is after the last @, in the form in which domains are compared (``domains.canonical``); "" where there is none."""
+    return canonical(address.rpartition("@")[2]) if "@" in address else ""
 
 
 class DSN(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from fumi_core.domains import canonical
 from fumi_core.runtime.addresses import Networks
 
 
@@ -14,12 +15,12 @@ def networks(plugin: str, given: Iterable[str]) -> Networks:
 
 
 def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
-    """Mail domains, in lower case."""
+    """Mail domains, in the form in which ``session.domain_of()`` gives them."""
     found = texts(plugin, given, "example.org")
     for text in found:
         if not text or "@" in text or text.startswith(".") or not text.isprintable() or " " in text:
             raise ValueError(f"{plugin}: {text!r} is not a domain: write what is behind the @, as in 'example.org'")
-    return frozenset(text.lower() for text in found)
+    return frozenset(map(canonical, found))
 
 
 def whole(plugin: str, name: str, given: int, least: int) -> int:

@@ -114,10 +114,15 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
     read again; SIGTERM lets transactions end.
     """
     if settings["hash_password"]:
-        password = _ask_password()
-        if not password:
-            raise SettingError("--hash-password: there is no password to read")
-        click.echo(hash_password(password))
+        try:
+            password = _ask_password()
+            if not password:
+                raise SettingError("--hash-password: there is no password to read")
+            click.echo(hash_password(password))
+        except UnicodeError:
+            raise SettingError("--hash-password: the password is not UTF-8 text") from None
+        except ValueError as error:
+            raise SettingError(f"--hash-password: {error}") from None
         return
     configure(settings["log_format"], settings["log_level"])
     raise_descriptor_limit()
@@ -135,4 +140,4 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
 def _ask_password() -> str:
     if sys.stdin.isatty():
         return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
-    return sys.stdin.readline().rstrip("\r\n")
+    return sys.stdin.buffer.readline().decode().rstrip("\r\n")

@@ -18,6 +18,7 @@ from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Contex
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.events import (
     Auth,
+    AuthEnded,
     ChunkDropped,
     ChunkEnd,
     Connect,
@@ -169,6 +170,7 @@ class Dialogue:
     def gone(self, closed: Callable[[], None]) -> None:
         """The client has gone: stop the handlers, run those of the close phase, then call ``closed``."""
         self.protocol.abandon()
+        self._auth_ended(self.protocol.break_off_exchange())
         self._abort_message("client went away")
         self._gone = closed  # from here on the end of a running handler leads to the close phase
         if self._running is None:
@@ -207,6 +209,11 @@ class Dialogue:
 
     def _auth(self, event: Auth) -> None:
         self._run("auth", AuthContext(self.session, event.credentials), self._auth_done)
+
+    def _auth_ended(self, event: AuthEnded | None) -> None:
+        if event is not None:
+            client = {"client_ip": self.session.remote_address, "client_port": self.session.remote_port or None}
+            log_event(errors, logging.INFO, f"authentication {event.result}", id=self.session.id, **client, method=event.method)
 
     def _mail(self, event: Mail) -> None:
         self._ask("mail_from", MailContext, event.address)
@@ -451,6 +458,7 @@ _REASONS: dict[Reply | None, str] = {
 _HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
     Connect: Dialogue._connect,
     Auth: Dialogue._auth,
+    AuthEnded: Dialogue._auth_ended,
     Mail: Dialogue._mail,
     Rcpt: Dialogue._rcpt,
     MessageStart: Dialogue._message_start,

@@ -21,6 +21,20 @@ class Auth:
         self.credentials = credentials
 
 
+class AuthEnded:
+    """Tells: AUTH ended before there were credentials to ask about.
+
+    ``result`` is ``aborted`` when the client cancelled it, sent something malformed or is gone, and ``failed`` when it wanted to
+    act for another user.
+    """
+
+    __slots__ = ("method", "result")
+
+    def __init__(self, method: str, result: str) -> None:
+        self.method = method
+        self.result = result
+
+
 class Mail:
     """Asks: MAIL wants to begin a transaction."""
 
@@ -97,6 +111,7 @@ class MessageBroken:
 Event = (
     Connect
     | Auth
+    | AuthEnded
     | Mail
     | Rcpt
     | MessageStart

@@ -5,6 +5,7 @@ An app of one's own logs what it likes, for example with ``plugins.logger()``.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
@@ -23,14 +24,26 @@ NAMED = 10
 
 
 def authentications(app: Fumi) -> None:
-    """Log those that fail, without the name: people type passwords there. To be used before the handler that knows them."""
+    """Log each, however it ends; to be used before the handler that accepts users.
+
+    A name that was not accepted is left out: people type passwords there. One that ends before there are credentials has its
+    line from the dialogue.
+    """
 
     async def auth(ctx: AuthContext, next: Next) -> None:
+        method = ctx.credentials.method
         try:
             await next()
-        finally:
-            if not ctx.accepted:
-                _tell(ctx, "authentication failed", method=ctx.credentials.method)
+        except asyncio.CancelledError:
+            _tell(ctx, "authentication failed", method=method, error="the connection ended before the reply")
+            raise
+        except BaseException:
+            _tell(ctx, "authentication failed", method=method)
+            raise
+        if ctx.accepted:
+            _tell(ctx, "authentication accepted", method=method, user=ctx.user)
+        else:
+            _tell(ctx, "authentication failed", method=method)
 
     app.on_auth(auth)
 

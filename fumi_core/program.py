@@ -236,7 +236,10 @@ def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
 
 def _users(path: str) -> Users:
     try:
-        return Users(path)
+        users = Users(path)
+        if not len(users):
+            event(CoreWork.log, logging.WARNING, "no users in the file: nobody can log in", path=path)
+        return users
     except OSError as error:
         raise SettingError(f"--users {path}: {error.strerror}") from None
     except UnicodeDecodeError:

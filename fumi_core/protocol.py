@@ -18,6 +18,7 @@ from fumi_core.authentication import Exchange
 from fumi_core.data import BareNewline
 from fumi_core.events import (
     Auth,
+    AuthEnded,
     ChunkDropped,
     ChunkEnd,
     Connect,
@@ -133,8 +134,10 @@ class Protocol:
             try:
                 line = self._input.line()
             except LineTooLong as error:
-                self._break_off_exchange()
+                ended = self.break_off_exchange()
                 self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
+                if ended is not None:
+                    return ended
                 continue
             if line is None:
                 if self._input.begun:
@@ -430,18 +433,26 @@ class Protocol:
             self._end_exchange()
             self.pending = event = Auth(outcome)
             return event
-        if outcome.code != 334:
-            self._break_off_exchange("failed" if outcome is replies.AUTH_FAILED else "aborted")
-        return outcome
+        if outcome.code == 334:
+            return outcome
+        ended = self.break_off_exchange("failed" if outcome is replies.AUTH_FAILED else "aborted")
+        if ended is None:
+            return outcome
+        self._answer(outcome)
+        return ended
 
     def _begin_exchange(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._input.responses = True
 
-    def _break_off_exchange(self, result: str = "aborted") -> None:
-        if self._exchange is not None and self._exchange.verdict is None:
-            self._tally.authentications[self._exchange.method, result] += 1
+    def break_off_exchange(self, result: str = "aborted") -> AuthEnded | None:
+        """End AUTH. Returns what is to be logged, unless a verdict was logged already."""
+        exchange = self._exchange
         self._end_exchange()
+        if exchange is None or exchange.verdict is not None:
+            return None
+        self._tally.authentications[exchange.method, result] += 1
+        return AuthEnded(exchange.method, result)
 
     def _end_exchange(self) -> None:
         self._exchange = None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
+from fumi_core import saslprep
 from fumi_core.grammar import CONTROL_CHARACTER
 
 Exchange = Generator[bytes, bytes, "Credentials"]
@@ -46,13 +47,19 @@ class Credentials:
     challenge_response: str = field(default="", repr=False)
 
     def validate_password(self, password: str) -> bool:
-        """Whether the client knows this password, in a time that says nothing about where it differs."""
+        """Whether the client knows this password, in a time that does not depend on where it differs.
+
+        Other Unicode forms of a password are the same password (RFC 4013).
+        """
         if self.method == "CRAM-MD5":
-            digest = hmac.new(password.encode(), self.challenge.encode(), "md5").hexdigest()
-            return hmac.compare_digest(digest.encode(), self.challenge_response.encode())
+            found = False
+            for form in saslprep.forms(password):
+                digest = hmac.new(form.encode(), self.challenge.encode(), "md5").hexdigest()
+                found |= hmac.compare_digest(digest.encode(), self.challenge_response.encode())
+            return found
         if self.method == "XOAUTH2":
             return False
-        return hmac.compare_digest(password.encode(), self.password.encode())
+        return hmac.compare_digest(saslprep.prepare(password).encode(), saslprep.prepare(self.password).encode())
 
 
 def _plain(name: str) -> Exchange:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -55,6 +56,9 @@ class _Lines:
             await next()
         except Exception as error:
             _tell(ctx, f"authentication {_verdict(error)}", **fields, **_refusal(error))
+            raise
+        except asyncio.CancelledError:
+            _tell(ctx, "authentication rejected", **fields, error="the connection ended before the reply")
             raise
         if ctx.accepted:
             _tell(ctx, "authentication accepted", **fields, username=ctx.credentials.username)

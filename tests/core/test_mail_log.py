@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import logging
+import re
 import smtplib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,3 +145,96 @@ def test_a_recipient_named_twice_and_refused_leaves_no_line_of_an_accepted_messa
         assert [client.say("hi\r\n."), client.reply()] == [b"452 4.3.1 Mailbox full\r\n"] * 2
     assert "message deferred" in caplog.text
     assert "message accepted" not in caplog.text
+
+
+def _plain(password: str) -> str:
+    return base64.b64encode(f"\0joe\0{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([f"AUTH PLAIN {_plain('right')}"], ["authentication accepted method=PLAIN user=joe"]),
+        ([f"AUTH PLAIN {_plain('wrong')}"], ["authentication failed method=PLAIN"]),
+        ([f"AUTH PLAIN {_plain('broken')}"], ["authentication failed method=PLAIN"]),
+        (["AUTH PLAIN", "*"], ["authentication aborted method=PLAIN"]),
+        (["AUTH LOGIN", "*"], ["authentication aborted method=LOGIN"]),
+        (["AUTH LOGIN", "not base64"], ["authentication aborted method=LOGIN"]),
+        (["AUTH PLAIN x"], ["authentication aborted method=PLAIN"]),
+        (["AUTH LOGIN", "A" * 20_000], ["authentication aborted method=LOGIN"]),
+        (["AUTH PLAIN YW5uAGpvZQByaWdodA=="], ["authentication failed method=PLAIN"]),  # joe, for ann
+        (["AUTH LOGIN", "am9l"], ["authentication aborted method=LOGIN"]),
+        (["AUTH XOAUTH2 dXNlcj1qb2UBYXV0aD1CZWFyZXIgeAEB"], ["authentication failed method=XOAUTH2"]),
+        (["AUTH XOAUTH2 dXNlcj1qb2UBYXV0aD1CZWFyZXIgeAEB", ""], ["authentication failed method=XOAUTH2"]),
+        (
+            ["AUTH LOGIN", "*", f"AUTH PLAIN {_plain('wrong')}", f"AUTH PLAIN {_plain('right')}"],
+            [
+                "authentication aborted method=LOGIN",
+                "authentication failed method=PLAIN",
+                "authentication accepted method=PLAIN user=joe",
+            ],
+        ),
+    ],
+)
+def test_an_authentication_has_one_line_however_it_ends(
+    connect: Any, eventually: Any, caplog: pytest.LogCaptureFixture, lines: list[str], told: list[str]
+) -> None:
+    app = Fumi(allow_insecure_auth=True, auth_methods=("PLAIN", "LOGIN", "XOAUTH2"), close_timeout=0.2, logger=True)
+    app.use(mail_log.authentications)
+
+    def decide(ctx: Any, next: Any) -> None:
+        if ctx.credentials.password == "broken":
+            raise RuntimeError("on purpose")
+        if ctx.credentials.validate_password("right"):
+            ctx.accept("joe")
+
+    app.on_auth(decide)
+    with caplog.at_level(logging.INFO), running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO client.example")
+        for line in lines:
+            client.say(line)
+        client.close()
+        eventually(lambda: "session ended" in caplog.text)
+    assert _authentications(caplog) == told
+
+
+@pytest.mark.parametrize("ending", ["a half-close", "a reset", "the end of the server"])
+def test_an_authentication_has_its_line_when_the_connection_ends_during_the_check(
+    connect: Any, eventually: Any, reset: Any, caplog: pytest.LogCaptureFixture, ending: str
+) -> None:
+    app = Fumi(allow_insecure_auth=True, close_timeout=0.2, logger=True)
+    app.use(mail_log.authentications)
+    checking, checked = threading.Event(), threading.Event()
+
+    async def decide(ctx: Any, next: Any) -> None:
+        checking.set()
+        while not checked.is_set():
+            await asyncio.sleep(0.001)
+        ctx.accept("joe")
+
+    app.on_auth(decide)
+    with caplog.at_level(logging.INFO), running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO client.example")
+        client.sock.sendall(f"AUTH PLAIN {_plain('right')}\r\n".encode())
+        assert checking.wait(60)
+        if ending == "a half-close":
+            client.close()
+            checked.set()
+        elif ending == "a reset":
+            reset(client)
+        else:
+            server.run(app.close)
+        eventually(lambda: "session ended" in caplog.text)
+    assert _authentications(caplog) == [
+        "authentication accepted method=PLAIN user=joe"
+        if ending == "a half-close"
+        else 'authentication failed method=PLAIN error="the connection ended before the reply"'
+    ]
+
+
+def _authentications(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines that tell of one, without what they all have."""
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("authentication")]
+    return [re.sub(r" id=\S+ client_ip=127.0.0.1 client_port=\d+", "", line) for line in lines]

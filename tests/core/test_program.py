@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import fumi_core
+from fumi_core.users import hash_password
 from tests.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
@@ -202,7 +203,7 @@ def test_flags_that_need_a_proxy_header_are_refused_without_one(flags: tuple[str
 def test_an_open_relay_says_once_that_it_is_one(
     flags: tuple[str, ...], warnings: int, start: Any, connect: Any, tmp_path: Path, free_port: Any
 ) -> None:
-    (tmp_path / "users").write_text("")
+    (tmp_path / "users").write_text(f"joe:{hash_password('secret')}\n")
     program = start("--listen", f"127.0.0.1:{(port := free_port())}", "--proxy-protocol", "off", *flags)
     with contextlib.closing(connect(port)) as client:
         assert client.banner.startswith(b"220")

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fumi_core.runtime.addresses import SocketAddress, bind
+from fumi_core.runtime.addresses import SocketAddress, bind, resolve
 from fumi_core.runtime.privileges import find
 
 _ACL = "system.posix_acl_access"
@@ -80,9 +80,7 @@ def _try(address: SocketAddress) -> None:
     elif address.kind == "unix":
         _try_path(os.path.abspath(address.path))
     else:
-        host = address.host or "0.0.0.0"
-        found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, name in found:
+        for family, name in resolve(address.host or "0.0.0.0", address.port):
             with socket.socket(family, socket.SOCK_STREAM) as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:

@@ -91,14 +91,33 @@ def bind(address: SocketAddress) -> list[socket.socket]:
         return [_listen(socket.AF_UNIX, address.path)]
     if not address.host:
         return [_listen_everywhere(address.port)]
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
-        for family, name in dict.fromkeys((family, name) for family, _, _, _, name in found):
+        for family, name in resolve(address.host, address.port):
             sockets.append(_listen(family, name))
             undo.callback(sockets[-1].close)
         undo.pop_all()
     return sockets
+
+
+def resolve(host: str, port: int) -> list[tuple[int, Any]]:
+    """The family and name of each address to bind for a host. Raises OSError.
+
+    Where the machine has no IPv6, IPv6 addresses of a name that has others are left out: /etc/hosts has ::1 for localhost anyway.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    names: list[tuple[int, Any]] = list(dict.fromkeys((family, name) for family, _, _, _, name in found))
+    others = [each for each in names if each[0] != socket.AF_INET6]
+    return others if len(names) > len(others) > 0 and not _has_ipv6() else names
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def check_inherited(address: SocketAddress) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
@@ -27,7 +27,9 @@ from fumi_core.runtime.streams import complete
 F = TypeVar("F", bound=Callable[..., Any])
 _ARGUMENTS = "fumi.arguments"
 _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--version"))
-"""Flags that say what to do this once, and not how: a variable of that name, or a key in a file, would be meant otherwise."""
+"""Flags that choose an action for one run. They are not settings, so neither a variable nor a configuration key can give them."""
+_TAG = "VERSION"
+"""FUMI_EDGE_VERSION is what people call the tag of an image: a variable that is left alone."""
 
 _LINK = re.compile(
     r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
@@ -39,6 +41,12 @@ _LONG = 100
 """Characters of a value that are shown of it."""
 
 
+def _refuse_comma(param_type: click.ParamType, text: str, what: str, *where: Any) -> None:  # type: ignore[type-arg]
+    """Several values in one: what a list in a variable looks like elsewhere."""
+    if "," in text:
+        param_type.fail(f"{text!r} has a comma in it: repeat the flag, or in a variable separate {what} by spaces", *where)
+
+
 class AddressType(click.ParamType):  # type: ignore[type-arg]
     """ADDR: HOST:PORT, [V6]:PORT, :PORT, unix:/path or fd:N."""
 
@@ -47,6 +55,8 @@ class AddressType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> SocketAddress:
         if isinstance(value, SocketAddress):
             return value
+        if not str(value).startswith(("unix:", "fd:")):
+            _refuse_comma(self, str(value), "addresses", param, ctx)
         try:
             return parse_address(str(value))
         except ValueError as error:
@@ -54,7 +64,7 @@ class AddressType(click.ParamType):  # type: ignore[type-arg]
 
 
 class NameType(click.ParamType):  # type: ignore[type-arg]
-    """What something is called, a file or a user: text, and some."""
+    """A non-empty name, of a file or a user."""
 
     name = "text"
 
@@ -74,6 +84,7 @@ class NetworkType(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = "unix" if str(value).lower() == "unix" else str(value)
+        _refuse_comma(self, text, "networks", param, ctx)
         try:
             Networks([text])
         except ValueError as error:
@@ -161,21 +172,35 @@ class Program(click.Command):
         ctx.meta[_ARGUMENTS] = arguments
         return ctx
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError:
+            # What is wrong with a variable may be why.
+            self._check_variables(ctx)
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
-        self._refuse_unknown_variables(ctx)
+        self._check_variables(ctx)
         return super().invoke(ctx)
 
-    def _refuse_unknown_variables(self, ctx: click.Context) -> None:
-        """One that is misspelt would be a setting that is not made, as that no password is to come in plaintext."""
+    def _check_variables(self, ctx: click.Context) -> None:
+        """Raises SettingError for an unknown one: misspelt, it would be a setting that is not made, such as --require-tls."""
         prefix = f"{ctx.auto_envvar_prefix}_"
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        actions = {option[2:].replace("-", "_").upper() for option in _ACTIONS}
-        known = {str(param.name).upper() for param in options} | actions
+        actions = {name: option for option in options for name in _names(option) if not _ACTIONS.isdisjoint(option.opts)}
+        known = {str(option.name).upper() for option in options} - set(actions)
         for variable in sorted(each for each in os.environ if each.startswith(prefix)):
-            name = variable.removeprefix(prefix)
-            if name not in known and not _LINK.fullmatch(f"{name}={os.environ[variable]}"):
-                near = difflib.get_close_matches(name, known - actions, 1)
-                hint = f"is it {prefix}{near[0]}?" if near else "--help lists the flags, and each can be one"
+            name, value = variable.removeprefix(prefix), os.environ[variable]
+            if name in actions:
+                if name != _TAG:
+                    flag = actions[name].opts[-1]
+                    raise SettingError(f"the variable {variable} is no setting: {flag} is an action, for the command line only")
+            elif name in known:
+                if "\r" in value:
+                    raise SettingError(f"the variable {variable} has a carriage return in it: save its file with Unix line ends")
+            elif not _LINK.fullmatch(f"{name}={value}"):
+                hint = _nearest(name, known, prefix) or "--help lists the flags, and each can be one"
                 raise SettingError(f"the variable {variable} is no setting: {hint}")
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -188,6 +213,16 @@ class Program(click.Command):
         except click.Abort:
             sys.exit(130)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _names(option: click.Option) -> set[str]:
+    """What a variable for this option is called, without the prefix, by the option's name and as it is written."""
+    return {str(option.name).upper(), *(each.lstrip("-").replace("-", "_").upper() for each in option.opts)}
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str | None:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"is it {prefix}{near[0]}?" if near else None
 
 
 def read_again(ctx: click.Context) -> click.Context:
@@ -232,7 +267,7 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     except ValueError as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
         raise click.BadParameter(f"{path}: {error}") from None
     except RecursionError:
-        raise click.BadParameter(f"{path}: tables or lists in one another, deeper than can be read") from None
+        raise click.BadParameter(f"{path}: nested too deeply") from None
     tables = {name: value for name, value in document.items() if isinstance(value, dict)}
     if stray := set(tables) - {"core", "edge"}:
         raise click.BadParameter(f"{path}: unknown section [{sorted(stray)[0]}]; there are [core] and [edge]")
@@ -242,7 +277,9 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     for flag, (key, value) in {**_flags(path, common), **_flags(path, tables.get(section, {}))}.items():
         param = known.get(flag)
         if param is None or not param.name:
-            raise click.BadParameter(f"{path}: unknown key {key!r}; the keys are the flags without dashes in front")
+            keys = sorted(each for each in known if f"--{each}" not in {*_ACTIONS, "--config"})
+            hint = _nearest(flag, keys) or "the keys are the flags without dashes in front"
+            raise click.BadParameter(f"{path}: unknown key {key!r}: {hint}")
         if f"--{flag}" in {*_ACTIONS, "--config"}:
             raise click.BadParameter(f"{path}: {key} is not a setting: say --{flag} on the command line")
         try:
@@ -258,7 +295,7 @@ def _flags(path: str, table: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     for key, value in table.items():
         flag = key.replace("_", "-")
         if flag in flags:
-            raise click.BadParameter(f"{path}: {flags[flag][0]} and {key} are one setting: leave one of them out")
+            raise click.BadParameter(f"{path}: {flags[flag][0]} and {key} are the same setting; remove one")
         flags[flag] = key, value
     return flags
 
@@ -278,7 +315,7 @@ def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
     """A value has its TOML type, or is text that the flag would take; true and false are no numbers, though Python has it so."""
     if isinstance(value, str) and "\0" in value:
         # Neither a flag nor a variable can have one, and no system call takes it.
-        raise click.BadParameter("leave out the NUL")
+        raise click.BadParameter("must not contain NUL")
     if getattr(param, "is_flag", False):
         good, wanted = isinstance(value, bool), "true or false"
     elif isinstance(param.type, click.IntRange):

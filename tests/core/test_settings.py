@@ -111,11 +111,63 @@ def test_words_stand_in_the_help_as_they_are_written_and_are_taken_in_any_case(t
     assert run("fumi-core", *flags, "--check", cwd=tmp_path).returncode == 0
 
 
-def test_no_variable_is_an_action(tmp_path: Path) -> None:
-    actions = {f"FUMI_CORE_{name}": "0.1.0" for name in ("VERSION", "CHECK", "HASH_PASSWORD", "HELP")}
-    actions |= {f"FUMI_EDGE_{name}": "1" for name in ("VERSION", "CHECK", "EMIT", "DEV", "DEV_MODE", "HELP")}
-    assert "descriptor 77" in refusal(run("fumi-core", "--listen", "fd:77", "--deliver", "discard:", cwd=tmp_path, **actions))
-    assert "no certificate" in refusal(run("fumi-edge", cwd=tmp_path, **actions))
+@pytest.mark.parametrize(
+    ("program", "name", "flag"),
+    [
+        ("fumi-core", "CHECK", "--check"),
+        ("fumi-core", "HASH_PASSWORD", "--hash-password"),
+        ("fumi-core", "HELP", "--help"),
+        ("fumi-edge", "CHECK", "--check"),
+        ("fumi-edge", "EMIT", "--emit"),
+        ("fumi-edge", "DEV", "--dev"),
+        ("fumi-edge", "DEV_MODE", "--dev"),
+    ],
+)
+def test_a_variable_that_names_an_action_is_an_error_and_starts_nothing(
+    program: str, name: str, flag: str, tmp_path: Path
+) -> None:
+    variable = f"{program.upper().replace('-', '_')}_{name}"
+    said = refusal(run(program, cwd=tmp_path, **{variable: "1"}))
+    assert f"the variable {variable} is no setting: {flag} is an action, for the command line only" in said
+
+
+def test_a_variable_for_the_tag_of_an_image_is_left_alone(tmp_path: Path) -> None:
+    assert "no certificate" in refusal(run("fumi-edge", cwd=tmp_path, FUMI_EDGE_VERSION="0.2.0"))
+
+
+def test_a_carriage_return_in_a_variable_is_named(tmp_path: Path) -> None:
+    for variable, value in (
+        ("FUMI_EDGE_CERT", "cert.pem"),
+        ("FUMI_EDGE_MIN_TLS", "1.3"),
+        ("FUMI_EDGE_LISTEN", ":465 :25"),
+    ):
+        said = refusal(run("fumi-edge", cwd=tmp_path, **{variable: value + "\r"}))
+        assert f"the variable {variable} has a carriage return in it: save its file with Unix line ends" in said
+
+
+def test_a_list_with_commas_is_named_as_that(tmp_path: Path) -> None:
+    for program, name, value in (
+        ("fumi-edge", "LISTEN", "127.0.0.1:465,127.0.0.1:587"),
+        ("fumi-edge", "BACKEND", "127.0.0.1:2525,[::1]:2525"),
+        ("fumi-core", "LISTEN", ":25,:587"),
+        ("fumi-core", "TRUSTED_PROXY", "192.0.2.0/24,198.51.100.0/24"),
+        ("fumi-core", "DOMAIN", "example.org,example.com"),
+    ):
+        said = refusal(run(program, cwd=tmp_path, **{f"{program.upper().replace('-', '_')}_{name}": value}))
+        assert repr(value) in said
+        assert "repeat the flag" in said
+        assert "by spaces" in said
+        assert "IPv6" not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("lisen", "is it listen?"), ("require_tsl", "is it require-tls?"), ("chek", "the keys are"), ("xyzzy", "the keys are")],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest(key: str, hint: str, tmp_path: Path) -> None:
+    (tmp_path / "f.toml").write_text(f"{key} = 1\n")
+    for program in ("fumi-core", "fumi-edge"):
+        assert f"f.toml: unknown key {key!r}: {hint}" in refusal(run(program, "--config", "f.toml", cwd=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -173,8 +225,8 @@ def test_what_has_a_name_has_some(flag: str, check: tuple[str, ...], tmp_path: P
     ("program", "text", "said"),
     [
         ("fumi-edge", 'user = "a\\u0000b"', "f.toml: user = "),
-        ("fumi-edge", 'cert = ["a", "a\\u0000b"]', "leave out the NUL"),
-        ("fumi-core", 'users = "a\\u0000b"', "leave out the NUL"),
+        ("fumi-edge", 'cert = ["a", "a\\u0000b"]', "must not contain NUL"),
+        ("fumi-core", 'users = "a\\u0000b"', "must not contain NUL"),
         ("fumi-core", f"size = {'9' * 5000}", "f.toml: "),
         ("fumi-core", f"size = 0x{'f' * 5000}", "f.toml: size = "),
         ("fumi-core", f"listen = [0x{'f' * 5000}]", "f.toml: listen = "),
@@ -194,7 +246,9 @@ def test_a_file_that_is_out_of_all_measure_is_one_line(program: str, text: str, 
 
 def test_a_key_in_both_spellings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text("require-tls = true\nrequire_tls = false\n")
-    assert "f.toml: require-tls and require_tls are one setting" in refusal(run("fumi-core", "--config", "f.toml", cwd=tmp_path))
+    assert "f.toml: require-tls and require_tls are the same setting" in refusal(
+        run("fumi-core", "--config", "f.toml", cwd=tmp_path)
+    )
     (tmp_path / "f.toml").write_text(
         "listen = ':1'\ndrain-timeout = 1\ndeliver = 'discard:'\n[core]\nlisten = '127.0.0.1:0'\ndrain_timeout = 2\n"
     )

@@ -9,6 +9,7 @@ is to inherit descriptors.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -20,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -204,6 +206,9 @@ def _become(program: Callable[..., Any], request: dict[str, Any], descriptors: S
     except BaseException:
         traceback.print_exc()
     finally:
+        # As at the end of every interpreter: threads are waited for, then what is registered is called.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

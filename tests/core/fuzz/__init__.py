@@ -1,4 +1,4 @@
-"""Random input for what is sans-IO: the protocol, the message readers, PROXY headers, the STARTTLS preamble.
+"""Random input: for what is sans-IO (the protocol, message readers, PROXY headers, the STARTTLS preamble), and for whole servers.
 
 Every input comes from a seed and its number, so what failed once fails again. A failure names both and shows the smallest input
 that was found to fail likewise. In the environment:
@@ -11,4 +11,6 @@ that was found to fail likewise. In the environment:
     speech.py     what clients say, more or less
     conversing.py a Protocol and an application that decides by the words it is given; what was said and done
     model.py      what a server must have said and done, by somebody who knows nothing but framing
+    world.py      a whole server, whose clock runs as fast as there is nothing to do
+    wild.py       an app whose handlers go wrong in every way
 """

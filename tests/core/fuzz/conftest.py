@@ -8,6 +8,8 @@ import pytest
 
 from fumi_core import sasl
 
+from .world import loop as loop
+
 
 @pytest.fixture(autouse=True)
 def _same_challenge_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class Attempts:
         self.sessions = 0
         """How many the server must log."""
         self.failed = 0
-        """Attempts of clients that went on to the end, and were not answered 250 throughout."""
+        """Attempts of clients that went on to the end, and were answered 250 for nobody."""
 
 
 def run(setting: Setting, count: int, directory: Path) -> None:
@@ -198,7 +198,7 @@ class Bench:
             attempts.sessions += greeted
             attempts.verdicts.update(verdicts.items())
             left = tuple(recipient for recipient in left if verdicts[recipient] is not Verdict.TAKEN)
-            attempts.failed += bool(left) and not way.stop
+            attempts.failed += Verdict.TAKEN not in verdicts.values() and not way.stop
             way = replace(way, stop="")
             if left and self.hop is not None:
                 self.hop.revive()

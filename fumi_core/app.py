@@ -123,6 +123,14 @@ class Fumi:
         """Override options, before ``listen()``. Raises as the constructor does."""
         self.options = _options.override(self.options, options)
 
+    def never_takes_mail(self) -> str | None:
+        """Why nobody could ever send mail, by the options and handlers as they are now; or None."""
+        if self.options.auth_optional or self._handlers["auth"]:
+            return None
+        return (
+            "nobody could send mail: authentication is required, and there is no on_auth handler; add one or auth_optional=True"
+        )
+
     def adopt(self, other: Fumi) -> Fumi:
         """Forget one's own options and handlers, and take over those of another app. Returns this app.
 

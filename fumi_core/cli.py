@@ -11,7 +11,18 @@ from fumi_core.grammar import DOMAIN, MAX_DOMAIN
 from fumi_core.program import CoreWork
 from fumi_core.runtime.lifecycle import hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
-from fumi_core.runtime.settings import ADDRESS, COUNT, NETWORK, OCTETS, SECONDS, WORKERS, Program, SettingError, config_option
+from fumi_core.runtime.settings import (
+    ADDRESS,
+    CONFIGURATION_OK,
+    COUNT,
+    NETWORK,
+    OCTETS,
+    SECONDS,
+    WORKERS,
+    Program,
+    SettingError,
+    config_option,
+)
 from fumi_core.runtime.workers import run
 from fumi_core.users import hash_password
 from fumi_core.version import VERSION
@@ -130,9 +141,9 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
     hold_reloads()
     work = CoreWork(ctx, dry=settings["check"])
     if settings["check"]:
-        if remark := work.check():
+        for remark in work.check():
             click.echo(remark)
-        click.echo("settings are good")
+        click.echo(CONFIGURATION_OK)
         return
     run(work, settings["workers"])
 

@@ -20,7 +20,17 @@ from fumi_core import builtin, mail_log
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.metrics import CoreMetrics
-from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, explain, name_of, passed, peer_of
+from fumi_core.runtime.addresses import (
+    Networks,
+    SocketAddress,
+    bind,
+    check_inherited,
+    explain,
+    is_taken,
+    name_of,
+    passed,
+    peer_of,
+)
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
@@ -73,11 +83,15 @@ class CoreWork:
             self.app.observer = self._metrics = CoreMetrics(self.registry, self.app.tally, () if reference else TARGETS)
         self._take_over(ctx)
 
-    def check(self) -> str | None:
-        """Whether the addresses are this host's, and the target delivers; a server that runs already is no fault.
+    def check(self) -> list[str]:
+        """See that the addresses are this host's, that mail can be taken, and that the target delivers.
 
-        Gives a remark on the target, if there is one. Raises SettingError.
+        Returns remarks: addresses in use, most often by the server that is to be restarted, and what the target says. Raises
+        SettingError.
         """
+        if self._settings["app"] and (problem := self.app.never_takes_mail()):
+            raise SettingError(f"{self._settings['app']}: {problem}")
+        remarks: list[str] = []
         addresses = [("listen", each) for each in self._settings["listen"]]
         if self._settings["metrics"]:
             addresses.append(("metrics", self._settings["metrics"]))
@@ -87,12 +101,13 @@ class CoreWork:
                     sock.close()
             elif address.kind == "unix" and not os.access(os.path.dirname(address.path) or ".", os.W_OK | os.X_OK):
                 raise SettingError(f"--{flag} {address}: cannot write to its directory")
-        if self._target is None:
-            return None
+            if is_taken(address):
+                remarks.append(f"{address} is already in use (by a running fumi-core or another program)")
         try:
-            return self._target.check()
+            remark = self._target.check() if self._target is not None else None
         except OSError as error:
             raise SettingError(f"--deliver {self._settings['deliver'] or DELIVER}: {error.strerror or error}") from None
+        return remarks if remark is None else [*remarks, remark]
 
     @property
     def drain_timeout(self) -> float:

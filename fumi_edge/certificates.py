@@ -24,7 +24,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fumi_core.runtime.logs import event
-from fumi_edge.pem import Certificate, CertificateError, NoServer, Pair, Source, is_authority, is_path, label, load
+from fumi_edge.pem import (
+    Certificate,
+    CertificateError,
+    NoServer,
+    Pair,
+    Source,
+    authorities_in,
+    is_authority,
+    is_path,
+    label,
+    load,
+)
 from fumi_edge.policy import IGNORE_UNEXPECTED_EOF, Policy, TLSSocket
 from fumi_edge.sources import Stamp, find, stamp
 from fumi_edge.ticket_keys import TicketKeys
@@ -311,6 +322,12 @@ class Certificates:
     def problems(self, now: float) -> list[str]:
         """A line for each certificate that is served and not valid at ``now`` (seconds since 1970)."""
         return [problem for entry in self.served if (problem := entry.problem(now))]
+
+    def authority_problems(self, now: float) -> list[str]:
+        """A line for each CA certificate that is sent to clients or trusted from them, and is not valid at ``now``."""
+        sent = [problem for entry in self.served for problem in entry.chain_problems(now)]
+        place, trusted = label(self._policy.client_ca or b""), authorities_in(self.selection.client_ca or "")
+        return sent + [f"{place}: {problem}" for each in trusted if (problem := each.problem(now))]
 
     def problem(self, now: float) -> str | None:
         """Why no certificate that is served is valid at ``now``, or None when one is."""

@@ -16,6 +16,7 @@ from fumi_core.runtime.logs import configure
 from fumi_core.runtime.privileges import PrivilegeError, find
 from fumi_core.runtime.settings import (
     ADDRESS,
+    CONFIGURATION_OK,
     COUNT,
     NAME,
     NETWORK,
@@ -214,7 +215,8 @@ def _places(flags: dict[str, Any]) -> list[Place]:
 
 def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user: str | None) -> None:
     """Exit with status 2 and what is wrong, in one line."""
-    problems = [*edge.certificates.problems(time.time())]
+    now = time.time()
+    problems = [*edge.certificates.problems(now), *edge.certificates.authority_problems(now)]
     if mismatch := edge.certificates.mismatch():
         problems.append(mismatch)
     looked = look(_places(flags))
@@ -225,7 +227,7 @@ def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user:
     troubles = probe([backend.destination for backend in backends], manner)
     problems += [f"backend {each.name}: {trouble}" for each, trouble in zip(backends, troubles, strict=True) if trouble]
     for address in looked.taken:
-        click.echo(f"{address} is taken: by an edge that runs, or by another program")
+        click.echo(f"{address} is already in use (by a running fumi-edge or another program)")
     if problems:
         raise SettingError("; ".join(problems))
-    click.echo("everything is in order")
+    click.echo(CONFIGURATION_OK)

@@ -56,11 +56,28 @@ class Pair(NamedTuple):
         return label(self.cert)
 
 
+class Authority(NamedTuple):
+    """A CA certificate: its subject's common name or organization, and its validity in seconds since 1970."""
+
+    subject: str
+    not_before: float
+    not_after: float
+
+    def problem(self, now: float) -> str | None:
+        """Why it is not valid at ``now`` (seconds since 1970), or None."""
+        if now > self.not_after:
+            return f"the CA certificate {self.subject!r} expired on {date(self.not_after)}"
+        if now < self.not_before:
+            return f"the CA certificate {self.subject!r} is not valid before {date(self.not_before)}"
+        return None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Certificate:
     """A certificate that works: where it came from, the names it is for, its validity in seconds since 1970.
 
-    ``kind`` is RSA or ECDSA (EdDSA too), the two that clients may be unable to verify.
+    ``kind`` is RSA or ECDSA (EdDSA too), the two that clients may be unable to verify. ``authorities`` are the CA certificates
+    that are sent with it.
     """
 
     pair: Pair
@@ -68,6 +85,7 @@ class Certificate:
     not_before: float
     not_after: float
     kind: str
+    authorities: tuple[Authority, ...]
     chain: bytes = field(repr=False)
     key: bytes = field(repr=False)
 
@@ -82,6 +100,10 @@ class Certificate:
         if now < self.not_before:
             return f"{self.pair}: the certificate is not valid before {date(self.not_before)}"
         return None
+
+    def chain_problems(self, now: float) -> list[str]:
+        """A line for each CA certificate in its file that is not valid at ``now`` (seconds since 1970)."""
+        return [f"{self.pair}: {problem}" for each in self.authorities if (problem := each.problem(now))]
 
     def changes(self, now: float) -> list[float]:
         """The moments from ``now`` on (seconds since 1970) at which it becomes valid, and after which it has expired."""
@@ -127,6 +149,17 @@ def authorities(source: Source) -> str:
     return b"\n".join(found).decode("latin-1")
 
 
+def authorities_in(text: str | bytes) -> tuple[Authority, ...]:
+    """The CA certificates of a PEM text. Other certificates are left out, and so is everything where one cannot be read."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=text if isinstance(text, str) else text.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        return ()
+    found: list[dict[str, Any]] = context.get_ca_certs()
+    return tuple(Authority(_subject(each), _seconds(each["notBefore"]), _seconds(each["notAfter"])) for each in found)
+
+
 def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
     """Read a certificate chain and its key; ``previous`` itself where neither has changed. Raises CertificateError."""
     chain = _read(pair.cert, "certificate")
@@ -149,7 +182,9 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
         raise NoServer(f"{place}: holds no private key{hint}")
     try:
         facts, kind = _try_out(chain, key, leaf.decode("latin-1"))
-        return Certificate(pair, _names(facts), _seconds(facts["notBefore"]), _seconds(facts["notAfter"]), kind, chain, key)
+        validity = _seconds(facts["notBefore"]), _seconds(facts["notAfter"])
+        others = list(_certificates(chain))[1:]
+        return Certificate(pair, _names(facts), *validity, kind, authorities_in(b"\n".join(others)), chain, key)
     except ssl.SSLError as error:
         raise _complaint(error, pair, chain) from None
     except ValueError as error:
@@ -295,6 +330,12 @@ def common_names(facts: dict[str, Any]) -> list[str]:
     """The common names of a subject in getpeercert()'s form."""
     subject: Sequence[Sequence[tuple[str, str]]] = facts.get("subject", ())
     return [value for rdn in subject for kind, value in rdn if kind == "commonName"]
+
+
+def _subject(facts: dict[str, Any]) -> str:
+    """The last part of a subject in getpeercert()'s form: its common name or, in old authorities, an organization."""
+    parts = [value for rdn in facts.get("subject", ()) for _, value in rdn]
+    return str([*parts, *common_names(facts)][-1]) if parts else ""
 
 
 def _seconds(asn1: object) -> float:

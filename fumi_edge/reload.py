@@ -35,6 +35,8 @@ class Reloader:
         self._settle = min(SETTLE, interval or SETTLE)
         self._seen = certificates.stamp_read
         self._reported: set[str] = set()
+        self._told: list[str] = []
+        """What was last said of CA certificates."""
         self._lock = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
         self._choosing: asyncio.Task[None] | None = None
@@ -44,6 +46,7 @@ class Reloader:
     def start(self) -> None:
         for entry in self._certificates.entries:
             self._warn(entry)
+        self._tell_authorities()
         self._tell_skipped(())
         if mismatch := self._certificates.mismatch():
             event(log, logging.WARNING, "no cipher for the certificates", error=mismatch)
@@ -152,11 +155,19 @@ class Reloader:
         for entry in [each for each in now if each not in before]:
             event(log, logging.INFO, "certificate loaded", name=entry.name, file=str(entry.pair), expires=date(entry.not_after))
             self._warn(entry)
+        self._tell_authorities()
         self._tell_skipped(skipped)
         kept = {each.pair for each in now}
         for entry in [each for each in before if each.pair not in kept]:
             event(log, logging.INFO, "certificate dropped", name=entry.name, file=str(entry.pair))
         return reading.complaints
+
+    def _tell_authorities(self) -> None:
+        problems = self._certificates.authority_problems(time.time())
+        for problem in problems:
+            if problem not in self._told:
+                event(log, logging.WARNING, "CA certificate is not valid", error=problem)
+        self._told = problems
 
     def _tell_skipped(self, before: Sequence[str]) -> None:
         for line in [each for each in self._certificates.skipped if each not in before]:

@@ -111,6 +111,29 @@ def resolve(host: str, port: int) -> list[tuple[int, Any]]:
     return others if len(names) > len(others) > 0 and not _has_ipv6() else names
 
 
+def is_taken(address: SocketAddress) -> bool:
+    """Whether some process listens there now, as a running server does before its restart. Nothing is listened on meanwhile."""
+    if address.kind == "fd":
+        return False
+    if address.kind == "unix":
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(address.path) == 0
+    hosts = [address.host] if address.host else ["0.0.0.0", *(["::"] if _has_ipv6() else [])]
+    return any(_is_taken(family, name) for host in hosts for family, name in resolve(host, address.port))
+
+
+def _is_taken(family: int, name: Any) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            sock.bind(name)
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
 def _has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:

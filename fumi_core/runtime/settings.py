@@ -31,6 +31,8 @@ _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help",
 _TAG = "VERSION"
 """FUMI_EDGE_VERSION is what people call the tag of an image: a variable that is left alone."""
 
+CONFIGURATION_OK = "configuration OK"
+"""What --check prints in the end when nothing is wrong."""
 _LINK = re.compile(
     r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
 )

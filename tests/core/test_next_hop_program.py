@@ -49,7 +49,7 @@ def test_check_says_that_the_next_hop_is_not_there(target: str, tmp_path: Path) 
 
 def test_check_says_what_a_next_hop_greets_with_and_wants_220(scripted_hop: Any, tmp_path: Path) -> None:
     done = check(f"smtp:{scripted_hop().address}", tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "settings are good\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "configuration OK\n", "")
     done = check(f"smtp:{scripted_hop(BANNER=b'554 5.3.2 no' + bytes([13, 10])).address}", tmp_path)
     assert done.returncode == 2
     assert done.stderr.endswith(": it greets with 554 5.3.2 no\n")

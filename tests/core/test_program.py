@@ -258,14 +258,33 @@ def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, p
 
 def test_check_says_so_and_ends(tmp_path: Path) -> None:
     done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "settings are good\n")
+    assert (done.returncode, done.stdout) == (0, "configuration OK\n")
+
+
+def test_check_names_an_address_that_is_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "sock"))
+        unix.listen()
+        addresses = [f"127.0.0.1:{tcp.getsockname()[1]}", f"unix:{tmp_path}/sock"]
+        flags = [each for address in addresses for each in ("--listen", address)]
+        done = run("--check", *flags, "--deliver", "discard:", cwd=tmp_path)
+    said = [f"{address} is already in use (by a running fumi-core or another program)" for address in addresses]
+    assert (done.returncode, done.stdout.splitlines()) == (0, [*said, "configuration OK"])
+
+
+def test_check_fails_for_an_app_that_can_never_take_mail(tmp_path: Path) -> None:
+    (tmp_path / "never.py").write_text("from fumi_core import Fumi\napp = Fumi()\nopen_to_all = Fumi(auth_optional=True)\n")
+    done = run("--check", "--listen", "127.0.0.1:0", "never:app", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: never:app: nobody could send mail: authentication is required")
+    assert run("--check", "--listen", "127.0.0.1:0", "never:open_to_all", cwd=tmp_path).returncode == 0
 
 
 def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:
     flags = ("--check", "--listen", "127.0.0.1:0", "--deliver", "maildir:mail/box")
     done = run(*flags, cwd=tmp_path)
     user = pwd.getpwuid(os.getuid()).pw_name
-    assert done.stdout == f"maildir:mail/box is not there yet: user {user} will make it\nsettings are good\n"
+    assert done.stdout == f"maildir:mail/box is not there yet: user {user} will make it\nconfiguration OK\n"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mail").touch()
     done = run(*flags, cwd=tmp_path)
@@ -277,7 +296,7 @@ def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
     for name in ("tmp", "new", "cur"):
         (tmp_path / "maildir" / name).mkdir(parents=True)
     done = run("--check", "--listen", "127.0.0.1:0", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "settings are good\n")
+    assert (done.returncode, done.stdout) == (0, "configuration OK\n")
 
 
 def test_ports_that_the_kernel_chose_are_in_the_log(start: Any, connect: Any, eventually: Any) -> None:

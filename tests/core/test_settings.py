@@ -63,7 +63,7 @@ def test_a_value_of_the_right_type_is_taken(tmp_path: Path) -> None:
         "drain-timeout = 1.5\ndomain = 'a.example'\ndeliver = 'discard:'\nlog-format = 'json'\n"
     )
     done = run("fumi-core", "--config", "f.toml", "--check", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "settings are good\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "configuration OK\n", "")
 
 
 def test_a_version_of_tls_may_be_written_as_a_number(tmp_path: Path) -> None:

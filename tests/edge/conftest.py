@@ -417,7 +417,9 @@ class Authority:
         made = ("-keyout", self._key, "-out", self.path, "-subj", f"/CN={name}")
         self._openssl("req", "-x509", "-nodes", *self._new("ec"), *usage, *made)
 
-    def issue(self, *names: str, kind: str = "ec", days: int = 2, alternative: str = "") -> tuple[Path, Path]:
+    def issue(
+        self, *names: str, kind: str = "ec", days: float = 2, alternative: str = "", is_ca: bool = False
+    ) -> tuple[Path, Path]:
         """A certificate for the names, the first one its CN, with an "ec" or an "rsa" key; the paths of both, new each time."""
         self._number += 1
         cert, key = (self._directory / f"{self._number}.{end}" for end in ("pem", "key"))
@@ -425,6 +427,8 @@ class Authority:
         self._openssl("req", "-utf8", "-nodes", *self._new(kind), "-keyout", key, "-out", request, "-subj", f"/CN={names[0]}")
         alternative = alternative or ",".join(f"DNS:{name}" for name in names)
         extensions.write_text(f"authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\nsubjectAltName={alternative}\n")
+        if is_ca:
+            extensions.write_text("basicConstraints=critical,CA:TRUE\nsubjectKeyIdentifier=hash\n")
         settings.write_text(SETTINGS.format(directory=self._directory))
         (self._directory / "serial").write_text(f"{1000 + self._number:04X}")
         (self._directory / "index").touch()

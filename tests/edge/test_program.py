@@ -142,8 +142,8 @@ def test_check_looks_at_the_listeners(flags, backend, tmp_path):
         # An edge that runs has it, and is to be restarted.
         served = ("--listen", f"127.0.0.1:{port}", "--metrics", f"unix:{tmp_path}/sock")
         done = finished("fumi-edge", *flags, *served, "--check")
-        taken_by = f"127.0.0.1:{port} is taken: by an edge that runs, or by another program\n"
-        assert (done.returncode, done.stdout, done.stderr) == (0, taken_by + "everything is in order\n", "")
+        taken_by = f"127.0.0.1:{port} is already in use (by a running fumi-edge or another program)\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, taken_by + "configuration OK\n", "")
     assert not (tmp_path / "sock").exists()
 
 

@@ -300,6 +300,23 @@ def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(bac
     assert len(program.events("certificate is not valid")) == 1
 
 
+def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(backend, edge, authority, kit, tmp_path):
+    (cert, key), (expired, _) = authority.issue("localhost"), authority.issue("Old CA", days=-1, is_ca=True)
+    chain, server = tmp_path / "chain.pem", backend()
+    chain.write_text(cert.read_text() + expired.read_text())
+    flags = ("--cert", chain, "--key", key, "--client-ca", expired)
+    program = edge(backend=server, certs=flags)
+    warnings = kit.until(lambda: program.events("CA certificate is not valid"), "the warnings")
+    assert [entry["level"] for entry in warnings] == ["warning", "warning"]
+    done = finished("fumi-edge", *flags, "--backend", server.address, "--check")
+    assert done.returncode == 2
+    for path, warning in zip((chain, expired), warnings, strict=True):
+        assert f"{path}: the CA certificate 'Old CA' expired on 20" in warning["error"]
+        assert warning["error"] in done.stderr
+    assert program.fetch("/readyz")[0] == 200  # the certificate itself is valid
+    assert finished("fumi-edge", "--cert", cert, "--key", key, "--backend", server.address, "--check").returncode == 0
+
+
 def swap_under_load(program, authority, files, pairs, seconds, every, pause):
     """Handshakes without end by two clients while the files are swapped.
 

@@ -313,7 +313,7 @@ def test_the_file(kitchen: Kitchen, core: Any) -> None:
     title = "All of it in a file"
     (kitchen.directory / "edge.toml").write_text(kitchen.here(block(title, "toml")))
     check, run = block(title).strip().splitlines()
-    assert sh(check, kitchen.directory) == "everything is in order\n"
+    assert sh(check, kitchen.directory) == "configuration OK\n"
     kitchen.cook(run, port="9465")
     send(kitchen.tls())
     send(kitchen.starttls("587"))

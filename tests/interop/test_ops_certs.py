@@ -65,7 +65,7 @@ def test_the_edge_serves_them_and_a_client_with_one_comes_in(programs: Any) -> N
         port = programs.free_port()
         flags = ["--cert", "ca/localhost.pem", "--client-ca", "ca/ca.pem", "--client-cert", "required"]
         flags += ["--backend", f"127.0.0.1:{server.port}", "--listen", f"127.0.0.1:{port}"]
-        assert "everything is in order" in programs.run(programs.bin / "fumi-edge", *flags, "--check")
+        assert "configuration OK" in programs.run(programs.bin / "fumi-edge", *flags, "--check")
         programs.start(programs.bin / "fumi-edge", *flags, port=port, log="edge.log")
         context = ssl.create_default_context(cafile=str(programs.directory / "ca" / "ca.pem"))
         context.verify_flags |= ssl.VERIFY_X509_STRICT

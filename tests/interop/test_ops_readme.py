@@ -153,7 +153,7 @@ def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_fr
     programs.until(lambda: "listening" in (programs.directory / "core.log").read_text(), "the core")
     restart = "systemctl restart fumi-core fumi-edge"
     said = host(UPGRADE).splitlines()
-    assert said == ["pip install .", "settings are good", "everything is in order", restart]
+    assert said == ["pip install .", "configuration OK", "configuration OK", restart]
     second = current.readlink()
     assert sorted(opt.glob("fumi-*")) == [first, second]
     # What runs is not touched: the new one is another directory.
@@ -175,7 +175,7 @@ def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[.
     path.write_text(
         path.read_text().replace("[core]\n", "[core]\n" + line.replace("/etc/", f"{programs.directory}/root/etc/") + "\n")
     )
-    assert "settings are good" in programs.run(programs.bin / "fumi-core", "--config", path, "--check")
+    assert "configuration OK" in programs.run(programs.bin / "fumi-core", "--config", path, "--check")
 
 
 def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]) -> None:
@@ -203,7 +203,7 @@ def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certifi
     programs.start(programs.bin / "fumi-core", *core, port=port, log="core.log")
     said = host(here(EDGE_HOST))
     assert said.splitlines() == [
-        "everything is in order",
+        "configuration OK",
         "systemctl restart fumi-edge",
         "systemctl disable --now fumi-core.socket fumi-core",
     ]

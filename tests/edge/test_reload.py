@@ -484,6 +484,7 @@ class Troubled:
     entries = served = skipped = ()
     selection = SimpleNamespace(until=float("inf"))
     mismatch = staticmethod(lambda: None)
+    authority_problems = staticmethod(lambda now: [])
     stamp_read = ()
 
     def __init__(self, *troubles):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fumi_core import grammar
 from fumi_core.parameters import read_xtext
 from fumi_core.replies import Reply
+from fumi_core.runtime.addresses import unmapped
 from fumi_core.session import Session
 
 Attributes = dict[str, str | None]
@@ -80,7 +81,7 @@ def read(command: str, known: dict[str, _Check], argument: bytes) -> Attributes 
 
 
 def _without_tag(address: str) -> str:
-    return address[5:] if address[:5].lower() == "ipv6:" else address
+    return unmapped(address[5:]) if address[:5].lower() == "ipv6:" else address
 
 
 def impersonate(session: Session, attributes: Attributes) -> bool:

@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from fumi_core.runtime.addresses import unmapped
 from fumi_core.runtime.counting import Count
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import crowd_of_one
@@ -107,6 +108,7 @@ class Limits:
 
 def _key(host: str) -> bytes | None:
     """What stands for a host; None for a client on a Unix socket, which no such limit fits."""
+    host = unmapped(host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.inet_pton(family, host)[:8]

@@ -21,6 +21,8 @@ from fumi_core.runtime.systemd import descriptors
 
 _FD_NAME = re.compile(r"[!-9;-~]{1,255}")
 
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # the first 96 bits of an IPv4-mapped address
+
 BACKLOG = 4096
 """Connections the kernel may queue before accept; it caps this at net.core.somaxconn."""
 _HINTS = {
@@ -241,14 +243,23 @@ def peer_of(name: Any) -> tuple[str, int]:
     """(host, port) out of what getpeername() gives: ("unix", 0) for a Unix socket, IPv4 for an IPv4-mapped IPv6 address."""
     if not isinstance(name, tuple):
         return "unix", 0
-    host: str = name[0]
-    if host.startswith("::ffff:") and "." in host:
-        host = host[7:]
-    return host.partition("%")[0], name[1]
+    return unmapped(name[0].partition("%")[0]), name[1]
+
+
+def unmapped(host: str) -> str:
+    """The IPv4 address that an IPv4-mapped IPv6 address (RFC 4291 §2.5.5.2) stands for, however it is written; else ``host``."""
+    if ":" not in host:
+        return host
+    try:
+        octets = socket.inet_pton(socket.AF_INET6, host)
+    except (OSError, ValueError):
+        return host
+    return socket.inet_ntop(socket.AF_INET, octets[12:]) if octets[:12] == _MAPPED else host
 
 
 def block_of(host: str, *, ipv4: int, ipv6: int) -> str:
     """The CIDR block of this many bits that a host is in, for those who count by it; ``unix`` for every Unix socket."""
+    host = unmapped(host)
     try:
         bits = ipv4 if ip_address(host).version == 4 else ipv6
         return str(ip_network((host, bits), strict=False))
@@ -257,7 +268,10 @@ def block_of(host: str, *, ipv4: int, ipv6: int) -> str:
 
 
 class Networks:
-    """A set of CIDR blocks, and ``unix`` for every peer on a Unix socket; ``host in networks`` takes microseconds."""
+    """A set of CIDR blocks, and ``unix`` for every peer on a Unix socket; ``host in networks`` takes microseconds.
+
+    IPv4-mapped IPv6 addresses and blocks are the IPv4 addresses and blocks that they stand for.
+    """
 
     __slots__ = ("_blocks", "_unix")
 
@@ -273,11 +287,14 @@ class Networks:
                 network = ip_network(text)
             except ValueError as error:
                 raise ValueError(f"{text!r} is not a network: write 192.0.2.0/24, 2001:db8::/32 or unix ({error})") from None
+            if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped is not None:
+                network = ip_network((unmapped(str(network.network_address)), network.prefixlen - 96))
             self._blocks.append((network.version, int(network.network_address), int(network.netmask)))
 
     def __contains__(self, host: str) -> bool:
         if host == "unix":
             return self._unix
+        host = unmapped(host)
         version, family = (6, socket.AF_INET6) if ":" in host else (4, socket.AF_INET)
         try:
             number = int.from_bytes(socket.inet_pton(family, host), "big")

@@ -228,3 +228,13 @@ def test_who_has_left_is_forgotten():
         limits.leave(host)
     assert not limits._clients_of
     assert [limits.enter(f"10.0.1.{number}") for number in range(11)] == [None] * 10 + ["max_clients"]
+
+
+def test_an_ipv4_mapped_address_is_the_ipv4_address():
+    limits = Limits(None, 1, None, Clock())
+    assert limits.enter("::ffff:192.0.2.1") is None
+    assert limits.enter("::ffff:192.0.2.2") is None
+    for host in ("192.0.2.1", "::ffff:192.0.2.1", "::ffff:c000:201", "::FFFF:192.0.2.1"):
+        assert limits.enter(host) == "max_clients_per_ip"
+    limits.leave("::ffff:c000:201")
+    assert limits.enter("192.0.2.1") is None

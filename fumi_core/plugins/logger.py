@@ -89,8 +89,9 @@ class _Lines:
             _tell(ctx, f"message {_verdict(failure)}", **fields, **_refusal(failure))
         else:
             # In LMTP each recipient has a reply of its own.
-            codes = [250] * (len(envelope.rcpt_to) - len(ctx.rejected)) + [error.code for error in ctx.rejected.values()]
-            _tell(ctx, f"message {verdict(min(codes))}", **fields, rejected=len(ctx.rejected) or None)
+            errors = [ctx.rejected.get(each.address) for each in envelope.rcpt_to]
+            best = min((error.code if error else 250 for error in errors), default=250)
+            _tell(ctx, f"message {verdict(best)}", **fields, rejected=sum(error is not None for error in errors) or None)
         if failure is not None:
             raise failure
 

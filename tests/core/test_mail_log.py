@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, mail_log
+from fumi_core import Fumi, mail_log, plugins
 from fumi_core.testing import running
 
 PROGRAM = Path(sys.executable).with_name("fumi-core")
@@ -132,7 +132,7 @@ def test_a_message_that_is_too_large_with_a_chunk_leaves_a_line(core: Any) -> No
 
 
 def test_a_recipient_named_twice_and_refused_leaves_no_line_of_an_accepted_message(connect: Any, caplog: Any) -> None:
-    app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2).use(mail_log.transactions)
+    app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2).use(mail_log.transactions).use(plugins.logger())
 
     @app.on_data
     async def data(ctx: Any, next: Any) -> None:

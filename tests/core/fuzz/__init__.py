@@ -10,6 +10,7 @@ that was found to fail likewise. In the environment:
     campaign.py   seeds, numbers, hanging, shrinking
     speech.py     what clients say, more or less
     conversing.py a Protocol and an application that decides by the words it is given; what was said and done
+    passing.py    an event loop in which minutes of silence take no time
     model.py      what a server must have said and done, by somebody who knows nothing but framing
     world.py      a whole server, whose clock runs as fast as there is nothing to do
     wild.py       an app whose handlers go wrong in every way

@@ -27,7 +27,21 @@ ANYWHERE = (
     *(b"BDAT 3\r\n", b"BDAT 0 LAST\r\n", b"DATA\r\n"),
 )  # fmt: skip
 RESPONSES = (
-    *(b"\0joe\0secret", b"\0no\0x", b"\0bye\0x", b"joe", b"secret", b"no", b"joe 0123", b"\0", b"\xff", b""),
+    *(
+        b"\0joe\0secret",
+        b"\0no\0x",
+        b"no\0joe\0secret",
+        b"joe\0joe\0secret",
+        b"\0jo\re\0x",
+        b"\0bye\0x",
+        b"joe",
+        b"secret",
+        b"no",
+        b"joe 0123",
+        b"\0",
+        b"\xff",
+        b"",
+    ),
     *(b"user=joe\x01auth=Bearer t\x01\x01", b"user=no\x01auth=Bearer t\x01\x01", b"user=joe"),
 )
 # Around the limits of lines.

@@ -121,6 +121,7 @@ class Connection:
     a handler is at work          none: the silence is ours       -                             -
     replies wait for the client   socket_timeout                  all of them taken by the      closed without a word
     to read, handler or not                                       kernel
+    lingering, replies waiting    socket_timeout                  nothing; then as below        closed
     lingering                     LINGER                          nothing                       closed
     closing                       the one there was               nothing                       closed
     ============================  ==============================  ============================  =====================

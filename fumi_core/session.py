@@ -20,6 +20,12 @@ def domain_of(address: str) -> str:
     return canonical(address.rpartition("@")[2]) if "@" in address else ""
 
 
+def address_key(address: str) -> str:
+    """An address in the form in which two are compared: in lower case, its domain as ``domain_of()`` gives it."""
+    local, at, _ = address.rpartition("@")
+    return f"{local.lower()}@{domain_of(address)}" if at else address.lower()
+
+
 class DSN(NamedTuple):
     """What MAIL asked of delivery status notifications (RFC 3461 §4.3, §4.4); None where it did not say."""
 

@@ -12,6 +12,7 @@ from fumi_core.contexts import RcptContext
 from fumi_core.middleware import Next
 from fumi_core.plugins import arguments
 from fumi_core.runtime.addresses import block_of
+from fumi_core.session import address_key
 
 RETRY_WINDOW = 2 * 86400.0
 """Seconds in which a sender that was told to wait is to come again."""
@@ -35,7 +36,7 @@ def greylist(delay: float, *, clock: Callable[[], float] = time.monotonic) -> Ca
 
     def is_known(block: str, sender: str, recipient: str) -> bool:
         now = clock()
-        triplet = (block, sender.lower(), recipient.lower())
+        triplet = (block, address_key(sender), address_key(recipient))
         passed = known.get(triplet)
         if passed is None or now - passed > RETENTION:
             seen = waiting.get(triplet)

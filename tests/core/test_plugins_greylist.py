@@ -36,6 +36,16 @@ def test_the_first_try_waits_and_one_after_the_delay_does_not(app: Fumi, connect
         assert rcpt(client, "A@B.EXAMPLE", "C@d.example").startswith(b"250")
 
 
+def test_two_spellings_of_a_domain_are_one_recipient(app: Fumi, connect_from: Any, clock: Any) -> None:
+    with running(app) as server:
+        client = connect_from(server.port, "192.0.2.1")
+        assert rcpt(client, recipient="c@xn--mnchen-3ya.example").startswith(b"450")
+        clock.now += 300
+        client.say("EHLO x")
+        client.say("MAIL FROM:<a@b.example> SMTPUTF8")
+        assert client.say("RCPT TO:<c@münchen.example>").startswith(b"250")
+
+
 @pytest.mark.parametrize(
     ("address", "sender", "recipient", "known"),
     [

@@ -92,6 +92,7 @@ class Connection:
         "_destination",
         "_level",
         "_local",
+        "_negotiation",
         "_resumed",
         "_service",
         "_source",
@@ -117,6 +118,7 @@ class Connection:
         self._source = source
         self._destination = destination
         self._backend: socket.socket | None = None
+        self._negotiation: Negotiation | None = None
         self._tunnel: Tunnel | None = None
         self._undecided = listener.starttls
         self._counted = (0, 0)
@@ -255,7 +257,7 @@ class Connection:
         preamble = Preamble(self._service.require_tls, self._service.hide_starttls)
         assert self._backend is not None
         lookout, idle_timeout = self._service.lookout, self._service.idle_timeout
-        negotiation = Negotiation(self._client, self._backend, preamble, lookout, idle_timeout)
+        negotiation = self._negotiation = Negotiation(self._client, self._backend, preamble, lookout, idle_timeout)
         try:
             return await negotiation.run()
         except Ended as ended:
@@ -265,10 +267,15 @@ class Connection:
                 self._decide("injection")
             elif ended.reason != "not_smtp" and not preamble.refused:
                 self._decide("plaintext")
-            self._retire()
+            if preamble.in_content:
+                # A QUIT would be taken for a part of the message, and might make it whole.
+                self._leave_backend()
+            else:
+                self._retire()
             raise
         finally:
             self.received, self.sent = negotiation.received, negotiation.sent
+            self._negotiation = None
 
     def _decide(self, result: str) -> None:
         """Count, once, what has become of a STARTTLS port's client; whoever gets nowhere was refused.
@@ -353,6 +360,8 @@ class Connection:
 
     def tick(self, now: float) -> None:
         """Called now and then while the connection lasts: idleness, and the bytes so far for the metrics."""
+        if self._negotiation is not None:
+            self._count(self._negotiation.received, self._negotiation.sent)
         if self._tunnel is not None:
             self._tunnel.tick(now)
             self._count(self.received + self._tunnel.received, self.sent + self._tunnel.sent)

@@ -8,9 +8,11 @@ import socket
 
 from fumi_edge.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
 from fumi_edge.readiness import Lookout, readable, send_all
-from fumi_edge.starttls import INJECTED, READY, Preamble, Step, Verdict
+from fumi_edge.starttls import INJECTED, READY, REPLY_LIMIT, Preamble, Step, Verdict
 
 CHUNK = 4096
+CONTENT = 64 * 1024
+"""Octets read at once of what is only passed on."""
 _NOTHING = Step()
 
 
@@ -57,12 +59,18 @@ class Negotiation:
                 raise Ended(step.verdict.value)
 
     async def _step(self) -> Step:
-        if not self._preamble.wants_command:
+        preamble = self._preamble
+        if not preamble.wants_client:
+            if preamble.held and (step := preamble.backend_said(b"")) != _NOTHING:
+                return step
             try:
                 await self._lookout.readable(self._client, self._backend)
             except ConnectionResetError:
                 raise Ended("client_reset") from None
             return self._from_backend()
+        if preamble.in_content and preamble.held > REPLY_LIMIT:
+            await readable(self._loop, self._client.fileno())
+            return self._from_client()
         await readable(self._loop, self._client.fileno(), self._backend.fileno())
         # The backend first: when it has closed, the client's command would get no answer.
         step = self._from_backend()
@@ -86,7 +94,7 @@ class Negotiation:
 
     def _from_client(self) -> Step:
         try:
-            data = self._client.recv(CHUNK)
+            data = self._client.recv(CONTENT if self._preamble.in_content else CHUNK)
         except BlockingIOError:
             return _NOTHING
         except OSError:

@@ -1,13 +1,18 @@
 """The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: bytes of both sides in, bytes for both sides and a verdict out.
 
-Until the client upgrades, or content follows, the dialogue is held in lock-step: one command of the client, one whole reply of
-the backend. Only so can the edge say which bytes came in plaintext, offer STARTTLS in the one reply where it belongs, and let
-nothing said before the handshake survive it (RFC 3207 §4.2, CVE-2011-0411). A client whose MAIL was answered 530 can upgrade yet.
+Until the client upgrades the dialogue is held in lock-step: one command of the client, one whole reply of the backend. Only so
+can the edge say which bytes came in plaintext, offer STARTTLS in the one reply where it belongs, and let nothing said before the
+handshake survive it (RFC 3207 §4.2, CVE-2011-0411). A client whose MAIL was answered 530 can upgrade yet, and so can one that has
+sent messages in plaintext: what belongs to DATA, BDAT and AUTH is forwarded unread, up to where a command comes again.
 
     BANNER ──reply──▶ COMMAND ──forwarded──▶ REPLY ──reply──▶ COMMAND …
-                         │ STARTTLS → UPGRADE, with bytes behind it → INJECTION
-                         │ BDAT, or a 3yz reply to DATA or AUTH → PLAINTEXT, from there on the tunnel
+                         │                     └ 3yz to DATA or AUTH → TEXT, RESPONSE ──end──▶ REPLY
+                         │ BDAT → CHUNK ──end──▶ REPLY
+                         │ STARTTLS → UPGRADE, with bytes after it → INJECTION
                          └ not SMTP at all → NOT_SMTP
+
+Where STARTTLS was not offered, or nobody can say where the next command begins (a BDAT that is not RFC 3030's, a 3yz reply to
+another command), the verdict is PLAINTEXT: from there on the tunnel carries all.
 """
 
 from __future__ import annotations
@@ -31,12 +36,12 @@ NOT_SMTP = b"554 5.5.1 Error: this is an SMTP server\r\n"
 TOO_MANY_ERRORS = b"421 4.7.0 Error: too many errors\r\n"
 MAX_ERRORS = 20
 
-_CONTENT = frozenset((b"BDAT",))
-"""Commands behind which content follows unasked. Behind others it needs a 3yz reply: DATA's 354, AUTH's 334."""
+_CHUNK = re.compile(rb"BDAT (\d{1,18})( LAST)?\r\n", re.IGNORECASE)
+"""RFC 3030 §2 to the letter: a backend that understands such a line otherwise would have to be wrong."""
+_END_OF_TEXT = b"\r\n.\r\n"
 _LONG = frozenset((b"AUTH", b"BDAT"))
 """Commands whose line may be longer (RFC 4954 §4), which is the backend's to judge."""
 _BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
-_GREETINGS = frozenset((b"EHLO", b"LHLO"))
 _REJECTED = frozenset((b"AUTH", b"CHUNKING", b"BINARYMIME", b"ETRN", b"ATRN", b"BURL", b"VRFY", b"EXPN", b"XCLIENT", b"XFORWARD"))
 """Keywords of commands that get a 530 before TLS. A client that reads AUTH in the list sends its password at once."""
 _LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
@@ -86,7 +91,21 @@ class Replies:
 class _Await(enum.Enum):
     REPLY = 1
     GREETING_REPLY = 2
-    COMMAND = 3
+    DATA_REPLY = 3
+    AUTH_REPLY = 4
+    COMMAND = 5
+    TEXT = 6
+    CHUNK = 7
+    RESPONSE = 8
+
+
+_CONTENT = (_Await.TEXT, _Await.CHUNK, _Await.RESPONSE)
+_REPLY_TO = {
+    b"EHLO": _Await.GREETING_REPLY,
+    b"LHLO": _Await.GREETING_REPLY,
+    b"DATA": _Await.DATA_REPLY,
+    b"AUTH": _Await.AUTH_REPLY,
+}
 
 
 class Preamble:
@@ -100,31 +119,82 @@ class Preamble:
         self._commands = b""
         self._overlong = False
         self._errors = 0
+        self._offered = False
+        self._text_before = b""
+        self._chunk_left = 0
         self.refused = False
         """Whether a command got a 530."""
 
     @property
-    def wants_command(self) -> bool:
+    def wants_client(self) -> bool:
         """Whether it is the client's turn; while it is not, nothing is to be read from the client."""
-        return self._await is _Await.COMMAND
+        return self._await is _Await.COMMAND or self._await in _CONTENT
+
+    @property
+    def in_content(self) -> bool:
+        """Whether the backend takes what comes next for a part of a message or of a password, and for no command."""
+        return self._await in _CONTENT
+
+    @property
+    def held(self) -> int:
+        """Octets of the backend's that wait for the rest of a reply, or for the end of what the client is sending."""
+        return len(self._replies.rest)
 
     def backend_said(self, data: bytes) -> Step:
         """Take bytes from the backend. A whole reply goes to the client, and the next command that is waiting to the backend."""
         if self._await is _Await.COMMAND:
             # Unasked for, such as a 421 when the backend shuts down.
             return Step(client=data)
+        if self._await in _CONTENT:
+            # The reply to it, before its end.
+            self._replies.rest += data
+            return Step()
         reply = self._replies.feed(data)
         if reply is None:
             return Step()
         if self._await is _Await.GREETING_REPLY and reply.startswith(b"250"):
             reply = self._offer(reply)
         rest, self._replies.rest = self._replies.rest, b""
-        self._await = _Await.COMMAND
         if reply.startswith(b"3") and not self._require_tls:
-            # Whatever command that was, what comes now is not one.
-            return Step(reply + rest, self._commands, Verdict.PLAINTEXT)
+            if not self._expect_content():
+                return Step(reply + rest, self._commands, Verdict.PLAINTEXT)
+        else:
+            self._await = _Await.COMMAND
         step = self.client_said(b"")
         return step._replace(client=reply + rest + step.client)
+
+    def _expect_content(self) -> bool:
+        """After a 3yz reply. False when nobody here knows what comes, or nobody needs to know when a command comes again."""
+        if self._offered and self._await is _Await.DATA_REPLY:
+            self._await, self._text_before = _Await.TEXT, b"\r\n"
+        elif self._offered and self._await is _Await.AUTH_REPLY:
+            self._await = _Await.RESPONSE
+        else:
+            return False
+        return True
+
+    def _content(self) -> bytes:
+        """What of the client's bytes belongs to the content that is expected."""
+        data, end = self._commands, 0
+        if self._await is _Await.TEXT:
+            found = (self._text_before + data).find(_END_OF_TEXT)
+            if found >= 0:
+                end, self._await = found + len(_END_OF_TEXT) - len(self._text_before), _Await.REPLY
+            else:
+                end, self._text_before = len(data), (self._text_before + data)[-len(_END_OF_TEXT) + 1 :]
+        elif self._await is _Await.CHUNK:
+            end = min(self._chunk_left, len(data))
+            self._chunk_left -= end
+            if not self._chunk_left:
+                self._await = _Await.REPLY
+        else:
+            end = data.find(b"\n") + 1
+            if end:
+                self._await = _Await.AUTH_REPLY
+            else:
+                end = len(data)
+        self._commands = data[end:]
+        return data[:end]
 
     def backend_ended(self) -> bytes:
         """What the backend said last, be it half a reply: for the client."""
@@ -134,6 +204,8 @@ class Preamble:
     def client_said(self, data: bytes) -> Step:
         """Take bytes from the client, act on the commands that are whole, and stop at the first one that the backend answers."""
         self._commands += data
+        if self._await in _CONTENT:
+            return Step(backend=self._content())
         answers = b""
         while self._await is _Await.COMMAND:
             line = self._next_line()
@@ -188,10 +260,18 @@ class Preamble:
         if self._require_tls and (verb not in _BEFORE_TLS or b"\r" in line.rstrip(b"\r\n")):
             self.refused = True
             return self._mistake(MUST_STARTTLS)
-        if verb in _CONTENT:
-            return Step(backend=line + self._commands, verdict=Verdict.PLAINTEXT)
-        self._await = _Await.GREETING_REPLY if verb in _GREETINGS else _Await.REPLY
+        if verb == b"BDAT":
+            return self._bdat(line)
+        self._await = _REPLY_TO.get(verb, _Await.REPLY)
         return Step(backend=line)
+
+    def _bdat(self, line: bytes) -> Step:
+        """The chunk follows unasked, and the reply after it."""
+        found = _CHUNK.fullmatch(line)
+        if found is None or not self._offered:
+            return Step(backend=line + self._commands, verdict=Verdict.PLAINTEXT)
+        self._await, self._chunk_left = _Await.CHUNK, int(found[1])
+        return Step(backend=line + self._content())
 
     def _starttls(self, line: bytes) -> Step:
         if line[len(b"STARTTLS") : -2].strip(b" \t"):
@@ -208,7 +288,8 @@ class Preamble:
         withheld = (_REJECTED if self._require_tls else frozenset()) | ({b"STARTTLS"} if self._hide else frozenset())
         name, *lines = [_text(line) for line in _LINE.findall(reply)]
         kept = [line for line in lines if _keyword(line) not in withheld]
-        if not self._hide and b"STARTTLS" not in map(_keyword, kept):
+        self._offered = not self._hide
+        if self._offered and b"STARTTLS" not in map(_keyword, kept):
             kept.append(b"STARTTLS\r\n")
         return _list(name, *kept)
 

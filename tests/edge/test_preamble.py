@@ -12,18 +12,18 @@ BANNER = b"220 hi\r\n"
 def started(**options) -> Preamble:
     preamble = Preamble(**options)
     assert preamble.backend_said(BANNER) == Step(client=BANNER)
-    assert preamble.wants_command
+    assert preamble.wants_client
     return preamble
 
 
 def test_a_command_is_forwarded_and_the_next_waits_for_the_reply():
     preamble = started()
     assert preamble.client_said(b"NOOP\r\nRSET\r\nHELP") == Step(backend=b"NOOP\r\n")
-    assert not preamble.wants_command
+    assert not preamble.wants_client
     assert preamble.backend_said(b"250 o") == Step()
     assert preamble.backend_said(b"k\r\n") == Step(b"250 ok\r\n", b"RSET\r\n")
     assert preamble.backend_said(b"250 ok\r\n") == Step(b"250 ok\r\n")
-    assert preamble.wants_command
+    assert preamble.wants_client
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,90 @@ def test_helo_is_offered_nothing():
     assert preamble.backend_said(b"250 hi\r\n").client == b"250 hi\r\n"
 
 
-@pytest.mark.parametrize("command", [b"BDAT 5", b"bdat 5 LAST"])
-def test_commands_with_content_end_the_preamble_with_all_that_is_there(command):
-    preamble = started()
-    step = preamble.client_said(command + b"\r\nSTARTTLS\r\nhalf a li")
-    assert step == Step(backend=command + b"\r\nSTARTTLS\r\nhalf a li", verdict=Verdict.PLAINTEXT)
+def offered(**options) -> Preamble:
+    """A preamble in which STARTTLS was offered."""
+    preamble = started(**options)
+    preamble.client_said(b"EHLO me\r\n")
+    assert preamble.backend_said(b"250 hi\r\n").client.endswith(b"250 STARTTLS\r\n")
+    return preamble
+
+
+@pytest.mark.parametrize(
+    "line", [b"BDAT 5 FIRST\r\n", b"BDAT\r\n", b"BDAT x\r\n", b"BDAT  5\r\n", b"BDAT 5\n", b"BDAT 1234567890123456789\r\n"]
+)
+def test_a_chunk_whose_end_nobody_knows_ends_the_preamble_with_all_that_is_there(line):
+    preamble = offered()
+    step = preamble.client_said(line + b"STARTTLS\r\nhalf a li")
+    assert step == Step(backend=line + b"STARTTLS\r\nhalf a li", verdict=Verdict.PLAINTEXT)
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_where_starttls_was_not_offered_content_ends_the_preamble(hide):
+    preamble = started(hide_starttls=hide)
+    assert preamble.client_said(b"BDAT 5\r\nhel") == Step(backend=b"BDAT 5\r\nhel", verdict=Verdict.PLAINTEXT)
+    preamble = started(hide_starttls=hide)
+    preamble.client_said(b"DATA\r\n")
+    assert preamble.backend_said(b"354 go\r\n") == Step(b"354 go\r\n", verdict=Verdict.PLAINTEXT)
+
+
+CONTENTS = {
+    b"DATA\r\n": (b"354 go\r\n", b"STARTTLS\r\n..\r\n\n.\n\r.\r\r\n.x\r\n\0\r\n.\r\n"),
+    b"data\r\n": (b"354 go\r\n", b".\r\n"),
+    b"BDAT 21\r\n": (b"", b"STARTTLS\r\n.\r\nEHLO x\r\n"),
+    b"bdat 3 last\r\n": (b"", b"\r\n."),
+    b"BDAT 0 LAST\r\n": (b"", b""),
+    b"AUTH LOGIN\r\n": (b"334 VXNlcm5hbWU6\r\n", b"STARTTLS\r\n"),
+}
+
+
+@pytest.mark.parametrize("command", CONTENTS)
+def test_starttls_is_answered_after_content_however_that_is_cut(command):
+    asked, content = CONTENTS[command]
+    for cut in range(len(content) + 1):
+        preamble = offered()
+        step = preamble.client_said(command + (b"" if asked else content[:cut]))
+        forwarded = step.backend
+        if asked:
+            assert preamble.backend_said(asked).client == asked
+            forwarded += preamble.client_said(content[:cut]).backend
+        assert preamble.in_content == (cut < len(content))
+        forwarded += preamble.client_said(content[cut:]).backend if cut < len(content) else b""
+        assert forwarded == command + content
+        assert not preamble.wants_client
+        assert preamble.backend_said(b"250 ok\r\n") == Step(b"250 ok\r\n")
+        assert preamble.client_said(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
+
+
+@pytest.mark.parametrize("command", [b"DATA\r\n", b"BDAT 21\r\n"])
+def test_commands_pipelined_after_content_wait_for_its_reply(command):
+    asked, content = CONTENTS[command]
+    preamble = offered()
+    step = preamble.client_said(command + content + b"STARTTLS\r\n")
+    assert step == Step(backend=command + (b"" if asked else content))
+    if asked:
+        assert preamble.backend_said(asked) == Step(asked, content)
+    assert preamble.backend_said(b"250 ok\r\n") == Step(b"250 ok\r\n", verdict=Verdict.UPGRADE)
+
+
+def test_a_reply_that_comes_before_the_end_of_the_content_is_the_reply_to_it():
+    """Servers that refuse a chunk do not always wait for all of it."""
+    preamble = offered()
+    assert preamble.client_said(b"BDAT 5\r\nab") == Step(backend=b"BDAT 5\r\nab")
+    assert preamble.backend_said(b"503 no\r\n") == Step()
+    assert preamble.held
+    assert preamble.client_said(b"cdeNOOP\r\n") == Step(backend=b"cde")
+    assert preamble.backend_said(b"") == Step(b"503 no\r\n", b"NOOP\r\n")
+
+
+def test_auth_goes_on_until_the_backend_asks_for_nothing_more():
+    preamble = offered()
+    preamble.client_said(b"AUTH LOGIN\r\n")
+    for _ in range(2):
+        assert preamble.backend_said(b"334 more\r\n") == Step(b"334 more\r\n")
+        assert preamble.client_said(b"x" * 12000) == Step(backend=b"x" * 12000)
+        assert preamble.client_said(b"\r\n") == Step(backend=b"\r\n")
+    assert preamble.backend_said(b"535 no\r\n") == Step(b"535 no\r\n")
+    assert preamble.client_said(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
 
 
 @pytest.mark.parametrize("command", [b"MAIL FROM:<>", b"mail from:<>", b"RCPT TO:<a@b>", b"AUTH PLAIN", b"DATA"])

@@ -18,6 +18,7 @@ OCTETWISE = 1000
 BEFORE_TLS = (b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT")
 BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
 HTTP = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ", re.IGNORECASE)
+CHUNK = re.compile(rb"BDAT (\d{1,18})( LAST)?\r\n", re.IGNORECASE)
 BANNER = b"220-mx\r\n220 mx\r\n"
 LISTS = (
     b"250 mx\r\n",
@@ -39,7 +40,54 @@ def backend(line: bytes) -> bytes:
         return LISTS[len(line) % len(LISTS)]
     if verb in (b"DATA", b"AUTH"):
         return (b"354 go on\r\n", b"503-not\r\n503 now\r\n")[len(line) % 2]
-    return (b"250 ok\r\n", b"250-it is\r\n250 ok\r\n", b"500 what\r\n")[len(line) % 3]
+    return after(line)
+
+
+def after(content: bytes) -> bytes:
+    """What the backend answers to what is whole, a line or a message."""
+    return (b"250 ok\r\n", b"250-it is\r\n250 ok\r\n", b"500 what\r\n")[len(content) % 3]
+
+
+def content_of(line: bytes, reply: bytes, rest: bytes) -> tuple[bytes, bool] | None:
+    """What of ``rest`` belongs to a command and is none itself, and whether that is all of it; None where there is none."""
+    verb = verb_of(line)
+    if chunk := CHUNK.fullmatch(line):
+        return rest[: int(chunk[1])], len(rest) >= int(chunk[1])
+    if reply[:1] != b"3":
+        return None
+    if verb == b"DATA":
+        end = (b"\r\n" + rest).find(b"\r\n.\r\n")
+        return (rest, False) if end < 0 else (rest[: end + 3], True)
+    end = rest.find(b"\n") + 1
+    return rest[:end] if end else rest, bool(end)
+
+
+class Server:
+    """The backend, fed piece by piece."""
+
+    def __init__(self) -> None:
+        self._heard = b""
+        self._line = b""
+
+    def hear(self, said: bytes) -> bytes:
+        """The answers to what was said."""
+        self._heard += said
+        answers = b""
+        while True:
+            if not self._line:
+                end = self._heard.find(b"\n") + 1
+                if not end:
+                    return answers
+                self._line, self._heard = self._heard[:end], self._heard[end:]
+                if not CHUNK.fullmatch(self._line):
+                    answers += backend(self._line)
+            content = content_of(self._line, b"" if CHUNK.fullmatch(self._line) else backend(self._line), self._heard)
+            if content is not None:
+                if not content[1]:
+                    return answers
+                answers += after(content[0])
+                self._heard = self._heard[len(content[0]) :]
+            self._line = b""
 
 
 def offered(reply: bytes, hide: bool, require_tls: bool) -> bytes:
@@ -86,8 +134,9 @@ class Dialogue(campaign.Case):
         client = forwarded = b""
         waiting = [b"", *pieces]
         answer = BANNER
+        server = Server()
         while waiting:
-            if preamble.wants_command:
+            if preamble.wants_client:
                 step = preamble.client_said(waiting.pop(0))
             else:
                 said, answer = _some(chance, answer)
@@ -95,10 +144,8 @@ class Dialogue(campaign.Case):
             client, forwarded = client + step.client, forwarded + step.backend
             if step.verdict is not None:
                 return self._end(step, client, forwarded, waiting)
-            if step.backend:
-                assert step.backend.count(b"\n") == 1, f"{step.backend!r} is not one command"
-                answer += backend(step.backend)
-            waiting = waiting if waiting or preamble.wants_command else [b""]
+            answer += server.hear(step.backend)
+            waiting = waiting if waiting or preamble.wants_client else [b""]
         return Outcome(client, forwarded)
 
     def _end(self, step: Step, client: bytes, forwarded: bytes, waiting: list[bytes]) -> Outcome:
@@ -108,7 +155,7 @@ class Dialogue(campaign.Case):
         return Outcome(client, forwarded, step.verdict, taken)
 
     def _expected(self) -> Outcome:
-        client, forwarded, errors = BANNER, b"", 0
+        client, forwarded, errors, listed = BANNER, b"", 0, False
         rest = self.data
         while line := rest[: rest.find(b"\n") + 1]:
             rest = rest[len(line) :]
@@ -123,12 +170,23 @@ class Dialogue(campaign.Case):
                     return Outcome(client + starttls.TOO_MANY_ERRORS, forwarded, Verdict.ERRORS)
                 client += local
                 continue
-            reply = backend(line)
+            chunk = CHUNK.fullmatch(line)
+            if verb_of(line) == b"BDAT" and not (chunk and listed):
+                return Outcome(client, forwarded + line + rest, Verdict.PLAINTEXT)
+            reply = b"" if chunk else backend(line)
             forwarded += line
             lists = verb_of(line) in (b"EHLO", b"LHLO") and reply[:1] == b"2"
             client += offered(reply, self.hide, self.require_tls) if lists else reply
-            if reply[:1] == b"3" and not self.require_tls:
+            listed = listed or (lists and not self.hide)
+            content = content_of(line, reply, rest)
+            if content is not None and not listed:
                 return Outcome(client, forwarded + rest, Verdict.PLAINTEXT)
+            if content is not None:
+                forwarded += content[0]
+                if not content[1]:
+                    return Outcome(client, forwarded)
+                client += after(content[0])
+                rest = rest[len(content[0]) :]
         if BINARY.match(rest):
             return Outcome(client + starttls.NOT_SMTP, forwarded, Verdict.NOT_SMTP)
         return Outcome(client, forwarded)
@@ -146,7 +204,7 @@ class Dialogue(campaign.Case):
             return Verdict.UPGRADE if not line[8:-2].strip(b" \t") else starttls.NO_ARGUMENT
         if self.require_tls and (verb not in BEFORE_TLS or b"\r" in line.rstrip(b"\r\n")):
             return starttls.MUST_STARTTLS
-        return Verdict.PLAINTEXT if verb == b"BDAT" else b""
+        return b""
 
 
 def _some(chance: Random, answer: bytes) -> tuple[bytes, bytes]:

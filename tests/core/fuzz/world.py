@@ -82,6 +82,7 @@ class World:
         if little_room:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LITTLE)
         self.loop.call_soon(self.server.admit, theirs, CLIENT, OWN)
+        self.loop.run(0)
         return Client(self.loop, ours)
 
     @property

@@ -207,7 +207,7 @@ def test_the_tables_of_the_session_are_its_own() -> None:
 def test_the_table_of_the_stream_is_its_own() -> None:
     rows = _table("The message")
     said = {name for row in rows for name in re.findall(r"ctx\.stream\.(\w+)", row[0])}
-    servers = {"abort", "discard", "end", "feed", "full", "has_text", "refusal"}
+    servers = {"abort", "discard", "end", "exceed", "feed", "full", "has_text", "refusal"}
     assert said == {name for name in dir(MessageStream) if not name.startswith("_")} - servers
 
 

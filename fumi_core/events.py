@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fumi_core.replies import Reply
 from fumi_core.sasl import Credentials
 from fumi_core.session import Address
 
@@ -98,14 +99,17 @@ class MessageEnd:
 class MessageBroken:
     """Asks for patience: the message will never be whole, and its handlers are to end before anything else begins.
 
-    ``reason`` is for the log, ``result`` for the metrics.
+    ``reason`` is for the log, ``result`` for the metrics. ``command`` ended the transaction, and ``reply`` is its reply, which
+    is sent when the handlers have ended: until then they have their envelope. Both are None when nothing more is said.
     """
 
-    __slots__ = ("reason", "result")
+    __slots__ = ("command", "reason", "reply", "result")
 
-    def __init__(self, reason: str, result: str) -> None:
+    def __init__(self, reason: str, result: str, command: str | None = None, reply: Reply | None = None) -> None:
         self.reason = reason
         self.result = result
+        self.command = command
+        self.reply = reply
 
 
 Event = (

@@ -176,7 +176,8 @@ class Protocol:
             self._reply(replies.CHUNK_OK)
         elif type(event) is Connect:
             self._reply(self._greetings.banner)
-        # MessageBroken is told and waited for: there is nothing to say to it.
+        elif type(event) is MessageBroken:
+            self._end_broken(event)
 
     def refuse(self, reply: Reply) -> None:
         """Say no to it. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
@@ -187,7 +188,8 @@ class Protocol:
         if type(event) is Mail:
             self._reset("MAIL")
         elif type(event) is ChunkEnd:
-            self._fail_message(reply)
+            result = "deferred" if reply.code < 500 else "rejected"
+            self._broken = MessageBroken("a chunk was rejected", result, "BDAT", reply)
         self._reply(self._excuse(reply))
         if reply.code == 421 or type(event) is Connect:
             self.state = State.CLOSED
@@ -305,26 +307,26 @@ class Protocol:
         self._unauthenticated += 1
         return self._unauthenticated > self._options.max_unauthenticated_commands
 
-    def _helo(self, argument: bytes) -> Reply:
+    def _helo(self, argument: bytes) -> Event | Reply:
         if self._options.lmtp:
             return replies.USE_LHLO
         if not self._introduce("HELO", argument):
             return replies.SYNTAX_HELO
-        return self._reset("HELO") or self._greetings.helo
+        return self._end_transaction("HELO", self._greetings.helo)
 
-    def _ehlo(self, argument: bytes) -> Reply:
+    def _ehlo(self, argument: bytes) -> Event | Reply:
         if self._options.lmtp:
             return replies.USE_LHLO
         if not self._introduce("EHLO", argument):
             return replies.SYNTAX_EHLO
-        return self._reset("EHLO") or self._extensions()
+        return self._end_transaction("EHLO", self._extensions())
 
-    def _lhlo(self, argument: bytes) -> Reply:
+    def _lhlo(self, argument: bytes) -> Event | Reply:
         if not self._options.lmtp:
             return replies.NOT_RECOGNIZED
         if not self._introduce("LHLO", argument):
             return replies.SYNTAX_LHLO
-        return self._reset("LHLO") or self._extensions()
+        return self._end_transaction("LHLO", self._extensions())
 
     def _extensions(self) -> Reply:
         options, secure = self._options, self.session.secure
@@ -379,11 +381,10 @@ class Protocol:
         self.pending = event = Rcpt(recipient)
         return event
 
-    def _rset(self, argument: bytes) -> Reply:
+    def _rset(self, argument: bytes) -> Event | Reply:
         if argument:
             return replies.SYNTAX_NO_ARGUMENT
-        error = self._reset("RSET") if self.state is not State.START else None
-        return error or replies.OK
+        return self._end_transaction("RSET", replies.OK) if self.state is not State.START else replies.OK
 
     def _noop(self, argument: bytes) -> Reply:
         return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.OK
@@ -535,12 +536,26 @@ class Protocol:
             self._failed = ()
         return failed if last else failed[:1]
 
-    def _fail_message(self, reply: Reply) -> None:
-        """A chunk was refused, and with it the message. What follows of it in the pipeline gets its replies all the same."""
+    def _end_transaction(self, command: str, reply: Reply) -> Event | Reply:
+        """Reset, then reply. A message that is arriving in chunks is broken off first, and its handlers end."""
+        if self.state is State.CHUNKS:
+            self.pending = event = MessageBroken("the client gave it up", "aborted", command, reply)
+            return event
+        return self._reset(command) or reply
+
+    def _end_broken(self, event: MessageBroken) -> None:
+        """The handlers of a message that was broken off have ended."""
+        if event.command is None or event.reply is None:
+            return
         recipients = len(self.session.envelope.rcpt_to)
-        self._reset("BDAT", "a chunk was rejected", "deferred" if reply.code < 500 else "rejected")
+        error = self._reset(event.command)
+        if event.command != "BDAT":
+            self._answer(error or event.reply)
+            return
+        # A chunk was refused, and has its reply. What follows of the message in the pipeline gets its replies all the same.
+        self._excuse(event.reply)
         if self._options.lmtp:
-            self._failed = (reply,) * recipients
+            self._failed = (event.reply,) * recipients
 
     def _read_message(self) -> Event | None:
         transfer = self._transfer
@@ -572,13 +587,11 @@ class Protocol:
 
     # State
 
-    def _reset(self, command: str, reason: str = "the client gave it up", result: str = "aborted") -> Reply | None:
+    def _reset(self, command: str) -> Reply | None:
         """No transaction: RSET, EHLO, the end of a message, a refused MAIL (RFC 5321 §4.1.1.5).
 
         Returns the reply to send in place of a success when a function of ``envelope.at_end`` raises; the others are called.
         """
-        if self.state is State.CHUNKS:
-            self._broken = MessageBroken(reason, result)
         self._transfer.reset()
         self._failed = ()
         self._excused = 0

@@ -69,7 +69,18 @@ def own_opening(version: str) -> Opening:
 class Backend:
     """One backend: where it is, how it has been doing, and how many connections to it are open."""
 
-    __slots__ = ("_checked", "_failed_at", "_trouble", "_unhealthy", "connections", "destination", "metrics", "name", "up")
+    __slots__ = (
+        "_checked",
+        "_failed_at",
+        "_trouble",
+        "_unhealthy",
+        "connections",
+        "destination",
+        "metrics",
+        "name",
+        "siblings",
+        "up",
+    )
 
     def __init__(self, destination: Destination, metrics: BackendMetrics) -> None:
         self.destination = destination
@@ -77,6 +88,8 @@ class Backend:
         self.metrics = metrics
         self.connections = 0
         self.up = True
+        self.siblings: Sequence[Backend] = (self,)
+        """All backends of the edge, this one included."""
         self._failed_at = _NEVER
         self._checked = self._unhealthy = False
         self._trouble = "not checked yet"
@@ -131,9 +144,11 @@ class Backend:
         self.up = up
         self.metrics.up.set(up)
         if up:
-            event(log, logging.INFO, "backend is back", backend=self.name)
+            event(log, logging.INFO, "backend up", backend=self.name)
         else:
-            event(log, logging.WARNING, "backend failed", backend=self.name, reason=reason, error=detail)
+            left = sum(each.up for each in self.siblings)
+            level = logging.WARNING if left else logging.ERROR
+            event(log, level, "backend down", backend=self.name, reason=reason, error=detail, backends_up=left)
 
 
 class Backends:
@@ -143,6 +158,8 @@ class Backends:
         self, destinations: Iterable[Destination], connect_timeout: float, metrics: EdgeMetrics, balance: str = "leastconn"
     ) -> None:
         self.all = [Backend(each, metrics.backend(each.name)) for each in destinations]
+        for each in self.all:
+            each.siblings = self.all
         self._timeout = connect_timeout
         self._balance = balance
         self._turn = -1

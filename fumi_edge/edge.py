@@ -80,7 +80,7 @@ class Edge:
         self.max_clients = max_clients
         self.metrics = EdgeMetrics(self.registry, certificates.ciphers(), VERSION)
         self._reloader = Reloader(certificates, self.metrics, cert_reload_interval)
-        self._reloads: set[asyncio.Task[None]] = set()
+        self._reloads: set[asyncio.Task[list[str]]] = set()
         self._service = Service(
             certificates=certificates,
             backends=Backends(backends, connect_timeout, self.metrics, balance),
@@ -184,14 +184,14 @@ class Edge:
     def backends(self) -> Sequence[Backend]:
         return self._service.backends.all
 
-    def reload(self) -> asyncio.Task[None]:
-        """Begin to read the certificates anew; no connection notices. What it returns is done when they are in service."""
+    def reload(self) -> asyncio.Task[list[str]]:
+        """Begin to read the certificates; connections are unaffected. The task returns a line for each that stays as it was."""
         task = asyncio.get_running_loop().create_task(self._reloader.reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloaded)
         return task
 
-    def _reloaded(self, task: asyncio.Task[None]) -> None:
+    def _reloaded(self, task: asyncio.Task[list[str]]) -> None:
         self._reloads.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("reload failed", exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -14,13 +15,19 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.addresses import explain
 from fumi_core.runtime.endpoint import Page, Problem
+from fumi_core.runtime.lifecycle import Incomplete
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.dev import Bench
 from fumi_edge.edge import Edge
+from fumi_edge.pem import date
+from fumi_edge.reload import SETTLE
 from fumi_edge.status import Facts, Status
+
+NAMED = 50
+"""Certificates with a line of their own in the log at the start."""
 
 
 class EdgeWork:
@@ -53,6 +60,7 @@ class EdgeWork:
             self._edge.bind()
         except OSError as error:
             raise SettingError(explain(error)) from None
+        self._tell_certificates()
         if self._user is not None:
             try:
                 become(self._user)
@@ -60,6 +68,14 @@ class EdgeWork:
                 raise SettingError(f"--user: {error}") from None
             if unreadable := [path for path in self._edge.certificates.files() if not os.access(path, os.R_OK)]:
                 event(self.log, logging.WARNING, "no renewal without a restart", user=self._user, unreadable=",".join(unreadable))
+
+    def _tell_certificates(self) -> None:
+        served = self._edge.certificates.served
+        for entry in served[:NAMED]:
+            expires = date(entry.not_after)
+            event(self.log, logging.INFO, "serving certificate", name=entry.name, file=str(entry.pair), expires=expires)
+        if len(served) > NAMED:
+            event(self.log, logging.INFO, "serving more certificates", count=len(served) - NAMED)
 
     def unbind(self) -> None:
         self._edge.unbind()
@@ -81,12 +97,23 @@ class EdgeWork:
     async def reload(self) -> Iterable[str]:
         """The certificates are what is read again."""
         if self._serving:
-            await self._edge.reload()
+            complaints = await self._edge.reload()
         else:
-            # For the workers to come. Those that are there say what is wrong.
-            certificates = self._edge.certificates
-            certificates.install(certificates.read())
+            # For the workers to come. Those that are there log each certificate.
+            complaints = await self._read_for_workers()
+        if complaints:
+            more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+            raise Incomplete(f"{complaints[0]}{more}")
         return ()
+
+    async def _read_for_workers(self) -> list[str]:
+        """As a worker does: a certificate and its key are two files, which may be in the middle of being replaced."""
+        certificates = self._edge.certificates
+        certificates.install(reading := certificates.read())
+        if reading.complaints:
+            await asyncio.sleep(SETTLE)
+            certificates.install(reading := certificates.read())
+        return reading.complaints
 
     def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
         edge = self._edge

@@ -69,11 +69,11 @@ class Reloader:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
 
-    async def reload(self) -> None:
-        """Read everything anew, changed or not, and say again what is wrong."""
+    async def reload(self) -> list[str]:
+        """Read everything, changed or not, and log again what is wrong. Returns a line for each thing that stays as it was."""
         async with self._lock:
             self._reported = set()
-            await self._look(always=True)
+            return await self._look(always=True)
 
     async def _watch(self) -> None:
         while True:
@@ -105,11 +105,12 @@ class Reloader:
             if any(moment <= now for moment in entry.changes(before.chosen_at)):
                 self._warn(entry)
 
-    async def _look(self, always: bool = False) -> None:
+    async def _look(self, always: bool = False) -> list[str]:
         try:
             stamp = await self._stamp()
             if always or stamp != self._seen:
-                await self._read(stamp)
+                return await self._read(stamp)
+            return []
         except Exception as error:
             # Neither the system's trouble nor a fault of ours must be the last look that is taken.
             self._metrics.certificate_reloads["failed"].inc()
@@ -117,12 +118,13 @@ class Reloader:
                 self._complain(logging.ERROR, "reload failed", [str(error)])
             else:
                 failure(log, "reload failed", error)
+            return [str(error)]
 
     async def _stamp(self) -> Stamp:
         # In a thread, as the reading: a file system may hang, and mail is not to wait for it.
         return await aside(self._certificates.stamp)
 
-    async def _read(self, stamp: Stamp) -> None:
+    async def _read(self, stamp: Stamp) -> list[str]:
         """Put into service what can be; report the rest when its files have settled."""
         results = self._metrics.certificate_reloads
         while complaints := await self._install():
@@ -138,6 +140,7 @@ class Reloader:
         self._seen = stamp
         results["failed" if complaints else "ok"].inc()
         self._complain(logging.WARNING, "certificate not loaded", complaints)
+        return complaints
 
     def _complain(self, level: int, words: str, complaints: Sequence[str]) -> None:
         """Say what was not said last time."""

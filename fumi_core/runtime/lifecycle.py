@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
 from typing import Any, NoReturn, Protocol
 
 import click
@@ -32,6 +33,18 @@ TIDY_TIMEOUT = 2.0
 _ending = threading.Event()
 """Set when the process tidies up, and will end within TIDY_TIMEOUT."""
 HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
+
+
+class Incomplete(Exception):
+    """A reload that changed what it could: the message says what stays as it was."""
+
+
+class Outcome(IntEnum):
+    """What became of a reload. After FAILED everything is as it was."""
+
+    FAILED = 0
+    PARTLY = 1
+    DONE = 2
 
 
 class Work(Protocol):
@@ -64,7 +77,8 @@ class Work(Protocol):
         """Stop accepting and drain."""
 
     async def reload(self) -> Iterable[str]:
-        """Take over new settings; gives those that need a restart. Raises ClickException, and then all stays as it was.
+        """Take over new settings; gives those that need a restart. Raises ClickException, and then all stays as it was; or
+        Incomplete.
 
         Called in processes that do not serve, too, to which it may be news later: those that fork workers.
         """
@@ -120,21 +134,25 @@ def heed(handlers: Mapping[signal.Signals, Callable[[], object]]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
-async def reload(work: Work, quiet: bool = False) -> bool:
-    """Whether the new settings were good. Where not, the log says why; unless ``quiet``, it says what needs a restart, too."""
+async def reload(work: Work, quiet: bool = False) -> Outcome:
+    """Reload, and log what went wrong; unless ``quiet``, also what could be reloaded in part only or needs a restart."""
     try:
         skipped = sorted(await work.reload())
     except click.ClickException as error:
         problem = " ".join(error.format_message().split())
         event(work.log, logging.ERROR, "not reloaded: the old settings stay", error=problem)
-        return False
+        return Outcome.FAILED
+    except Incomplete as error:
+        if not quiet:
+            event(work.log, logging.ERROR, "reloaded in part", error=error)
+        return Outcome.PARTLY
     except Exception:
         # A fault of ours; the program it is in serves on, with what it had.
         work.log.exception("reload failed")
-        return False
+        return Outcome.FAILED
     if skipped and not quiet:
         event(work.log, logging.WARNING, "these changes need a restart", settings=",".join(skipped))
-    return True
+    return Outcome.DONE
 
 
 async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals]) -> None:
@@ -162,7 +180,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         if stopped.done():
             return
         notifier.reloading()
-        if await reload(work):
+        if await reload(work) is Outcome.DONE:
             event(work.log, logging.INFO, "reloaded")
         if not stopped.done():
             notifier.ready()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fumi_core.runtime.aside import start_thread
-from fumi_core.runtime.lifecycle import HELD, Work, reload
+from fumi_core.runtime.lifecycle import HELD, Outcome, Work, reload
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, State
 from fumi_core.runtime.systemd import Notifier
@@ -82,6 +82,8 @@ class Master:
         self._stopping = False
         self._good = threading.Event()
         """Set when the settings that were read last are good."""
+        self._partly = False
+        """They were read in part only, and the log says so."""
         self._reading: threading.Thread | None = None
         """The thread that reads new settings. Meanwhile SIGHUP waits, and of those that wait the kernel keeps one."""
         self._reading_until = float("inf")
@@ -246,7 +248,9 @@ class Master:
             self._notifier.ready()
 
     def _read(self, good: threading.Event) -> None:
-        if asyncio.run(reload(self._work)):
+        outcome = asyncio.run(reload(self._work))
+        self._partly = outcome is Outcome.PARTLY
+        if outcome is not Outcome.FAILED:
             good.set()
 
     def _give_up_reading(self) -> None:
@@ -299,6 +303,7 @@ class Master:
         if all(slot.state is State.SERVING and slot.reloads == newest for slot in self._board.slots):
             self._settled = self._has_served = True
             if newest != self._announced:
-                event(self._work.log, logging.INFO, "reloaded")
+                if not self._partly:
+                    event(self._work.log, logging.INFO, "reloaded")
                 self._announced = newest
             self._notifier.ready()

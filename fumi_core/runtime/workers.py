@@ -38,6 +38,7 @@ from fumi_core.runtime.master import METRICS, Master
 from fumi_core.runtime.scoreboard import Scoreboard, State
 from fumi_core.runtime.systemd import Notifier
 from fumi_core.runtime.totals import Reporter, Totals
+from fumi_core.version import VERSION
 
 REPORT = 1.0
 """Seconds between two reports of a worker: so old are the metrics of a set at most."""
@@ -50,6 +51,7 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> No
     """
     hold_signals()
     work.bind()
+    event(work.log, logging.INFO, "starting", version=VERSION, pid=os.getpid(), workers=workers)
     notifier = Notifier()
     if workers == 1:
         _run(alone(work, notifier, stops))

@@ -144,7 +144,7 @@ def test_roundrobin_takes_each_in_turn_but_those_that_are_down(backend, edge, se
     assert len(servers[0].peers) + len(servers[2].peers) == 11
 
 
-def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, kit):
+def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, kit, clients):
     servers = [backend(), backend()]
     program = edge("--balance", "first", *flags(servers[1]), backend=servers[0])
     for _ in range(3):
@@ -156,7 +156,13 @@ def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, kit):
     assert counts(*servers) == [3, 3]
     # Once was enough to find out.
     assert errors(program, servers[0], "refused") == 1
-    assert len(kit.until(lambda: program.events("backend failed"), "the line")) == 1
+    (line,) = kit.until(lambda: program.events("backend down"), "the line")
+    assert (line["level"], line["backends_up"]) == ("warning", 1)
+    servers[1].close()
+    client = clients.tls(program.tls_port)
+    assert client.rest().startswith(b"421 4.3.2")
+    (_, last) = kit.until(lambda: len(lines := program.events("backend down")) == 2 and lines, "the last one")
+    assert (last["level"], last["backend"], last["backends_up"]) == ("error", servers[1].address, 0)
 
 
 def test_unix_sockets_are_balanced_like_any_other(backend, edge, clients, tmp_path):
@@ -392,7 +398,7 @@ def test_the_cores_log_says_nothing_of_checks(certificate, edge, kit, programs):
     log = (programs.directory / "core.log").read_text()
     assert "session" not in log
     assert "WARN" not in log
-    assert program.events("backend failed") == []
+    assert program.events("backend down") == []
 
 
 def quits(port):
@@ -418,9 +424,9 @@ def test_backend_up_and_readiness_follow_the_checks(backend, edge, kit):
         assert program.fetch("/readyz")[0] == 503
     assert errors(program, flapping, "refused") >= 3
     # One line for each change.
-    kit.until(lambda: len(program.events("backend failed")) >= 3, "the last line in the log")
-    assert len(program.events("backend failed")) == 3
-    assert len(program.events("backend is back")) == 2
+    kit.until(lambda: len(program.events("backend down")) >= 3, "the last line in the log")
+    assert len(program.events("backend down")) == 3
+    assert len(program.events("backend up")) == 2
 
 
 def test_a_backend_that_greets_with_something_else_gets_nobody(backend, edge, served, kit):
@@ -476,7 +482,7 @@ def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, ed
     detail = f"answered {answers.split(bytes((13,)))[0].decode()!r} to {words}"
     assert program.fetch("/readyz") == (503, f"backend {server.address}: {detail}\n")
     assert errors(program, server, "banner") >= 1
-    (failed,) = kit.until(lambda: program.events("backend failed"), "the line in the log")
+    (failed,) = kit.until(lambda: program.events("backend down"), "the line in the log")
     assert (failed["reason"], failed["error"]) == ("banner", detail)
 
 
@@ -499,7 +505,7 @@ def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients, k
         kit.until(lambda server=server: up(program, server) == 0, "the fall")
     assert clients.tls(program.tls_port).rest() == b"421 4.3.2 draining\r\n"
     assert [up(program, server) for server in servers] == [0, 0]
-    assert program.events("backend is back") == []
+    assert program.events("backend up") == []
 
 
 def test_checks_that_hang_hold_up_nobody(edge, clients, kit, backend):

@@ -462,7 +462,8 @@ def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients,
     )
     assert clients.tls(program.tls_port).line().startswith(b"220")
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: program.events("reloaded"), "the reload")
+    (line,) = kit.until(lambda: program.events("reloaded in part"), "the reload")
+    assert "Permission denied" in line["error"]
 
 
 def test_a_user_that_is_not_there_is_an_error(flags):

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 import fumi_core.runtime.files as files_module
 import fumi_edge.certificates as certificates_module
+from fumi_core.version import VERSION
 from fumi_edge.certificates import Certificates
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.reload import Reloader
@@ -176,6 +177,37 @@ sys.addaudithook(told)
         program = edge("--workers", workers, backend=backend(), certs=certs, inherited=(nothing.fileno(),))
     kit.until(lambda: program.events("reloaded"), "the reload")
     assert program.stop() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_log_says_reloaded_only_when_everything_was(backend, edge, authority, tmp_path, kit, workers):
+    paths = [tmp_path / "a.pem", tmp_path / "b.pem"]
+    for path in paths:
+        path.write_text("".join(each.read_text() for each in authority.issue(f"{path.stem}.test")))
+    flags = ("--cert-reload-interval", "0", "--workers", workers)
+    program = edge(*flags, backend=backend(), certs=("--cert", paths[0], "--cert", paths[1]))
+    good = paths[1].read_text()
+    paths[1].write_text(good[:300])
+    program.process.send_signal(signal.SIGHUP)
+    (line,) = kit.until(lambda: program.events("reloaded in part"), "the reload")
+    assert (line["level"], line["error"]) == ("error", f"{paths[1]}: holds no PEM certificate")
+    kit.until(lambda: reloads(program, "failed") == int(workers), "the count")
+    assert program.events("reloaded") == []
+    paths[1].write_text(good)
+    program.process.send_signal(signal.SIGHUP)
+    kit.until(lambda: program.events("reloaded"), "the reload")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_start_is_logged_with_version_pid_and_certificates(backend, edge, authority, kit, workers):
+    (cert, key), more = authority.issue("localhost"), authority.issue("other.test", days=9)
+    certs = ("--cert", cert, "--key", key, "--cert", more[0], "--key", more[1])
+    program = edge("--workers", workers, backend=backend(), certs=certs)
+    (start,) = kit.until(lambda: program.events("starting"), "the line")
+    assert (start["version"], start["pid"], start["workers"]) == (VERSION, program.process.pid, int(workers))
+    lines = program.events("serving certificate")
+    assert [(line["name"], line["file"]) for line in lines] == [("localhost", str(cert)), ("other.test", str(more[0]))]
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", line["expires"]) for line in lines)
 
 
 def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend, edge, authority, tmp_path, shown, kit):

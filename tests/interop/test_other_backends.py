@@ -87,13 +87,13 @@ def test_mail_comes_through_by_tls_and_by_starttls(
     for message in delivered(programs):
         assert message.replace(b"\r\n", b"\n").rstrip(b"\n").endswith(b"\nhello\n.dot\n" + b"x" * 998 + b"\nbye")
     # The checks, five a second by now, found nothing wrong.
-    assert "backend failed" not in (programs.directory / "edge.log").read_text()
+    assert "backend down" not in (programs.directory / "edge.log").read_text()
 
 
 def test_a_sink_that_turns_everybody_away_is_heard(edge: Any, programs: Any) -> None:
     """Its banner is a hard error; the checks call it down, and the client still hears it in its own words."""
     _, starttls = edge(smtp_sink(programs, "-f", "connect"))
-    programs.until(lambda: "backend failed" in (programs.directory / "edge.log").read_text(), "the verdict")
+    programs.until(lambda: "backend down" in (programs.directory / "edge.log").read_text(), "the verdict")
     with socket.create_connection(("127.0.0.1", starttls), 60) as client, client.makefile("rb") as replies:
         assert replies.readline().startswith(b"5")
         client.sendall(b"QUIT\r\n")

@@ -11,7 +11,7 @@ from fumi_core.app import Fumi
 from fumi_core.delivery import Target, parse_target
 from fumi_core.delivery.loop_limit import loop_limit
 from fumi_core.observer import Observer
-from fumi_core.plugins import rcpt_filter
+from fumi_core.plugins import rcpt_filter, sender_login
 
 
 def build(
@@ -31,11 +31,13 @@ def build(
     return equip(app, parse_target(deliver, state), domains)
 
 
-def equip(app: Fumi, target: Target, domains: Sequence[str]) -> Fumi:
-    """Make an app without handlers the built-in one."""
+def equip(app: Fumi, target: Target, domains: Sequence[str], *, own_senders: bool = False) -> Fumi:
+    """Make an app without handlers the built-in one. ``own_senders``: users may send under addresses of their own only."""
     if target.name != "discard":
         # What is thrown away needs no trace, and is what benchmarks measure with.
         app.use(mail_log.transactions)
+    if own_senders:
+        app.use(sender_login(domains))
     if domains:
         app.use(rcpt_filter(domains))
     return app.use(loop_limit).use(target)

@@ -75,6 +75,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     help="Where lmtp: remembers answers that differ. [default: $STATE_DIRECTORY, else ./state]",
 )
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Let these users in: NAME:HASH a line.")
+@click.option("--sender-login", is_flag=True, help="Reject MAIL from a user whose login it is not, nor login@ one of --domain.")
 @click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
 @click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")
 @click.option("--allow-insecure-auth", is_flag=True, help="Offer AUTH to clients that did not come over TLS, too.")

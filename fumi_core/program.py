@@ -187,9 +187,13 @@ class CoreWork:
         if settings["users"]:
             if not settings["app"]:
                 app.use(mail_log.authentications)
-            app.use(_users(settings["users"]))
+            app.use(users := _users(settings["users"]))
+            if settings["sender_login"]:
+                _refuse_senders_of_nobody(settings, users)
         elif settings["auth_required"] and not settings["app"]:
             raise SettingError("--auth-required needs --users FILE: nobody could send mail")
+        elif settings["sender_login"]:
+            raise SettingError("--sender-login needs --users FILE: without logins it has no effect")
         if settings["proxy_protocol"] == "off" and not settings["app"]:
             _refuse_proxy_flags(settings)
         if settings["auth_required"]:
@@ -239,6 +243,8 @@ def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
     for flag in ("deliver", "domain", "state"):
         if flag in wanted:
             raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
+    if settings["sender_login"]:
+        raise SettingError(f"--sender-login belongs to the built-in app; {settings['app']} can use plugins.sender_login()")
 
 
 def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
@@ -263,9 +269,15 @@ def _users(path: str) -> Users:
         raise SettingError(f"--users: {error}") from None
 
 
+def _refuse_senders_of_nobody(settings: dict[str, Any], users: Users) -> None:
+    if len(users) and not settings["domain"] and not any("@" in name for name in users.names):
+        words = "nobody could send mail: name the users by their addresses (joe@example.org), or add --domain"
+        raise SettingError(f"--sender-login: {words}")
+
+
 def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
     try:
-        builtin.equip(app, target, settings["domain"])
+        builtin.equip(app, target, settings["domain"], own_senders=settings["sender_login"])
     except (OSError, ValueError) as error:
         raise SettingError(f"--deliver {settings['deliver']}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -13,7 +13,7 @@ import hmac
 import re
 import secrets
 from base64 import b64decode, b64encode
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -120,6 +120,11 @@ class Users:
 
     def __len__(self) -> int:
         return len(self._hashes)
+
+    @property
+    def names(self) -> Collection[str]:
+        """The users' names, prepared."""
+        return self._hashes.keys()
 
     def __call__(self, app: Fumi) -> None:
         app.on_auth(self._authenticate)

@@ -12,6 +12,7 @@ from fumi_core.plugins.rate_limit import rate_limit
 from fumi_core.plugins.rcpt_filter import rcpt_filter
 from fumi_core.plugins.require_tls import require_tls
 from fumi_core.plugins.sender_block import sender_block
+from fumi_core.plugins.sender_login import sender_login
 
 __all__ = [
     "allowlist",
@@ -24,4 +25,5 @@ __all__ = [
     "rcpt_filter",
     "require_tls",
     "sender_block",
+    "sender_login",
 ]

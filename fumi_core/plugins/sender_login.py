@@ -1,0 +1,58 @@
+"""``sender_login(domains)``: who has logged in sends as that user and as nobody else."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fumi_core.app import Fumi
+from fumi_core.contexts import MailContext
+from fumi_core.domains import canonical
+from fumi_core.middleware import Next
+from fumi_core.plugins import arguments
+
+
+def name_of(user: Any) -> str:
+    """The login's name when ``ctx.accept()`` was given one. Raises TypeError for anything else: the message is then deferred."""
+    if not isinstance(user, str):
+        raise TypeError(
+            f"sender_login: session.user is a {type(user).__name__}; give sender_login() a login= that returns its name"
+        )
+    return user
+
+
+def sender_login(domains: Iterable[str] = (), *, login: Callable[[Any], str] = name_of) -> Callable[[Fumi], None]:
+    """Answer MAIL of a user who has logged in with ``553 5.7.1`` unless the sender is its login, or login@ one of ``domains``.
+
+    Upper and lower case are the same here, as in most mail systems, and so are the spellings of a domain: logins that differ in
+    nothing else can send as each other. The null sender is allowed, since return receipts have it (RFC 8098 §3). Clients that
+    have not logged in are not checked, and neither is the From field. ``login`` gives the name of what ``ctx.accept()`` was
+    given. Raises ValueError for what is not a domain.
+    """
+    own = arguments.domains("sender_login", domains)
+
+    async def check(ctx: MailContext, next: Next) -> None:
+        user, sender = ctx.session.user, ctx.address.address
+        if user is not None and sender and not _owns(login(user), sender, own):
+            ctx.reject("5.7.1 Sender address rejected: not owned by your login", 553)
+        await next()
+
+    def plugin(app: Fumi) -> None:
+        app.on_mail_from(check)
+
+    return plugin
+
+
+def _owns(name: str, sender: str, domains: frozenset[str]) -> bool:
+    if _folded(name) == _folded(sender):
+        return True
+    local, _, domain = sender.rpartition("@")
+    return "@" not in name and _folded(name) == _folded(local) and canonical(domain) in domains
+
+
+def _folded(address: str) -> str:
+    local, at, domain = address.rpartition("@")
+    if not at:
+        local, domain = domain, ""
+    return f"{unicodedata.normalize('NFC', local).lower()}{at}{canonical(domain)}"

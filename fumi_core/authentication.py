@@ -26,7 +26,7 @@ def refusal(session: Session, options: Options, enabled: bool) -> Reply | None:
     return replies.ALREADY_AUTHENTICATED if session.user is not None else None
 
 
-class Exchange:
+class AuthExchange:
     """One attempt by one mechanism. It has ended when ``respond()`` gives something other than a 334."""
 
     __slots__ = ("_steps", "method", "verdict")

@@ -126,6 +126,8 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
     else:
         # Without a domain there is <>, <Postmaster> and, for lenient servers, a local part alone.
         address, domain = local or match.groupdict().get("postmaster") or "", ""
+        if "%" in address or "!" in address:
+            return None  # user%domain and domain!user are routes to other domains: the next server may follow them
     if local is not None and not _fits(local, domain):
         return None
     parameters = _parameters(match["parameters"]) if match["parameters"] else {}

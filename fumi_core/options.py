@@ -69,7 +69,7 @@ class Options:
 
     @property
     def chunking(self) -> bool:
-        """Whether there is BDAT (RFC 3030); never offered and then refused, for a client sends its message behind it unasked."""
+        """Whether there is BDAT (RFC 3030). Where it is refused it is not offered: a client sends its chunk without waiting."""
         return not self.hide_chunking and b"BDAT" not in self.disabled_verbs
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fumi_core import authentication, grammar, parameters, replies, sasl, xclient
-from fumi_core.authentication import Exchange
+from fumi_core.authentication import AuthExchange
 from fumi_core.data import BareNewline
 from fumi_core.events import (
     Auth,
@@ -89,7 +89,7 @@ class Protocol:
         self._input = Input()
         self._output: list[bytes] = []
         self._transfer = Transfer(self._input, options)
-        self._exchange: Exchange | None = None
+        self._exchange: AuthExchange | None = None
         self._broken: MessageBroken | None = None
         self._failed: tuple[Reply, ...] = ()
         """The refusals, one for each recipient, of a message in LMTP of which a chunk was refused: due at its last chunk."""
@@ -420,7 +420,7 @@ class Protocol:
             return replies.SYNTAX_AUTH
         if method not in self._options.auth_methods or method not in sasl.MECHANISMS:
             return replies.UNKNOWN_MECHANISM
-        self._begin_exchange(exchange := Exchange(method, self.session.name))
+        self._begin_exchange(exchange := AuthExchange(method, self.session.name))
         return self._proceed(exchange.begin(initial if space else None))
 
     def _respond(self, line: bytes) -> Event | Reply:
@@ -442,7 +442,7 @@ class Protocol:
         self._answer(outcome)
         return ended
 
-    def _begin_exchange(self, exchange: Exchange) -> None:
+    def _begin_exchange(self, exchange: AuthExchange) -> None:
         self._exchange = exchange
         self._input.responses = True
 
@@ -461,7 +461,7 @@ class Protocol:
 
     def _refuse_authentication(self, event: Auth, reply: Reply) -> None:
         self._tally.authentications[event.credentials.method, "failed"] += 1
-        exchange = Exchange(event.credentials.method, self.session.name)
+        exchange = AuthExchange(event.credentials.method, self.session.name)
         challenge = exchange.explain(reply)
         if challenge is not None:
             self._begin_exchange(exchange)

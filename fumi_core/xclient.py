@@ -1,6 +1,7 @@
 """XCLIENT and XFORWARD, as Postfix documents them (XCLIENT_README, XFORWARD_README): whom a trusted proxy speaks for.
 
-XCLIENT makes the session the client's whom it names, from the banner on; XFORWARD only tells of one, for the logs.
+XCLIENT replaces the session's client by the one it names and restarts the dialogue at the banner. XFORWARD only records a client
+for the logs.
 """
 
 from __future__ import annotations

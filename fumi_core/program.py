@@ -56,6 +56,7 @@ _OPTIONS = {
 }
 DELIVER = "maildir:./maildir"
 _THIS_HOST = Networks(("127.0.0.0/8", "::1", "unix"))
+_NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
 # Settings of sockets and processes, which are made once.
 _ONCE = ("listen", "metrics", "workers")
 
@@ -132,6 +133,9 @@ class CoreWork:
 
     def _warn(self) -> None:
         """Say what works and is hardly meant."""
+        name = self.app.options.name
+        if name.lower().rstrip(".") in _NO_NAMES:
+            event(self.log, logging.WARNING, "the banner says 220 localhost: set --name", name=name)
         if self._settings["assume_tls"]:
             for name in [sock.getsockname() for sock in self._sockets]:
                 if peer_of(name)[0] not in _THIS_HOST:

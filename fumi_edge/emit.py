@@ -29,7 +29,11 @@ from fumi_edge.pem import CertificateError, Pair, label
 from fumi_edge.policy import CIPHERS, Policy
 from fumi_edge.sources import find, give_keys
 
-PROGRAMS = ("haproxy", "stunnel")
+_NAMES = {"haproxy": "HAProxy", "stunnel": "stunnel"}
+PROGRAMS = tuple(_NAMES)
+_TIMES = ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval", "health_timeout")
+_LONGEST = (2**31 - 1) // 1000
+"""Seconds of the longest time, some 24.8 days: both programs have it as milliseconds in 31 bits."""
 
 Flags = Mapping[str, Any]
 Emitted = tuple[list[str], str]
@@ -61,7 +65,8 @@ def configuration(program: str, context: click.Context) -> str:
     _refuse_what_no_edge_would_take(flags)
     notes, body = emit(flags, given, listeners, _pairs(flags))
     notes = [*_missing(flags), *notes]
-    lines = [f"What fumi-edge does with the same flags, for {program}.{' What is not the same:' if notes else ''}", "", *notes]
+    notes += _longest(flags, given, program)
+    lines = [f"Equivalent {_NAMES[program]} configuration.{' Differences:' if notes else ''}", "", *notes]
     wrapped = (part for line in lines for part in (_wrap(line) if line else [""]))
     return "".join(f"{mark} {line}".rstrip() + "\n" for line in wrapped) + "\n" + body
 
@@ -125,6 +130,12 @@ def _lost(flags: Flags, given: Collection[str], carried: Collection[str], reason
     return [f"--{name.replace('_', '-')}: {reasons.get(name, 'not carried over.')}" for name in lost]
 
 
+def _longest(flags: Flags, given: Collection[str], program: str) -> list[str]:
+    """A note for each time that is shortened."""
+    long = [name for name in _TIMES if name in given and (flags.get(name) or 0) > _LONGEST]
+    return [f"--{name.replace('_', '-')}: {_LONGEST} seconds, the longest that {_NAMES[program]} takes." for name in long]
+
+
 def _starttls(flags: Flags, why: str) -> list[str]:
     listeners = ", ".join(map(str, flags.get("starttls_listen") or ()))
     return [f"--starttls-listen {listeners}: {why}"] if listeners else []
@@ -186,7 +197,7 @@ def _haproxy(flags: Flags, given: Collection[str], listeners: Sequence[SocketAdd
     notes += _header_notes(flags)
     notes += _key_notes(pairs)
     notes += [f"{address}: a client on a Unix socket has no address in HAProxy's header." for address in _of(listeners, "unix")]
-    notes.append("A client is hung up on, without 421, when no core is there; and when its address has reached a limit.")
+    notes.append("A client is disconnected without 421 when no core is available, and when its address has reached a limit.")
     if flags.get("max_clients"):
         notes.append("--max-clients: one client more waits to be accepted.")
     if flags.get("drain_timeout") is not None:
@@ -283,8 +294,9 @@ def _haproxy_values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Seq
         values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address, "127.0.0.1")
     for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
         values[flag.upper()] = flags.get(flag)
-    for flag in ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval", "health_timeout"):
-        values[flag.upper()] = None if flags.get(flag) is None else f"{max(1, math.ceil(flags[flag] * 1000))}ms"
+    for flag in _TIMES:
+        seconds = flags.get(flag)
+        values[flag.upper()] = None if seconds is None else f"{max(1, math.ceil(min(seconds, _LONGEST) * 1000))}ms"
     if flags.get("rate_per_ip"):
         values["RATE_PER_IP"] = flags["rate_per_ip"].clients
     if flags.get("metrics"):
@@ -383,7 +395,7 @@ def _stunnel_settings(flags: Flags) -> dict[str, list[str]]:
     }
     for option, flag in (("busy", "handshake"), ("connect", "connect"), ("idle", "idle")):
         seconds = flags.get(f"{flag}_timeout")
-        values[f"TIMEOUT{option}"] = None if seconds is None else str(math.ceil(seconds))
+        values[f"TIMEOUT{option}"] = None if seconds is None else str(math.ceil(min(seconds, _LONGEST)))
     return {option: [f"{option} = {value}"] for option, value in values.items() if value}
 
 

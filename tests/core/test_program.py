@@ -204,7 +204,7 @@ def test_an_open_relay_says_once_that_it_is_one(
     flags: tuple[str, ...], warnings: int, start: Any, connect: Any, tmp_path: Path, free_port: Any
 ) -> None:
     (tmp_path / "users").write_text(f"joe:{hash_password('secret')}\n")
-    program = start("--listen", f"127.0.0.1:{(port := free_port())}", "--proxy-protocol", "off", *flags)
+    program = start("--listen", f"127.0.0.1:{(port := free_port())}", "--proxy-protocol", "off", "--name", "mx.example", *flags)
     with contextlib.closing(connect(port)) as client:
         assert client.banner.startswith(b"220")
     program.stop()
@@ -259,6 +259,15 @@ def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, p
 def test_check_says_so_and_ends(tmp_path: Path) -> None:
     done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "configuration OK\n")
+
+
+@pytest.mark.parametrize(("name", "warned"), [("localhost", True), ("localhost.localdomain.", True), ("mx.example.org", False)])
+def test_a_server_that_calls_itself_localhost_is_told_of_name(
+    start: Any, free_port: Any, eventually: Any, name: str, warned: bool
+) -> None:
+    program = start("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--deliver", "discard:", "--name", name)
+    text = program.log.read_text()
+    assert (f"WARNING fumi.core the banner says 220 localhost: set --name name={name}" in text) is warned
 
 
 def test_check_names_an_address_that_is_in_use(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ HAPROXY = {
     "tls": ["--min-tls", "1.3", "--ciphers", "ECDHE+AESGCM", "--alpn", "smtp, lmtp"],
     "limits": ["--max-clients", "100", "--max-clients-per-ip", "9", "--rate-per-ip", "600/m"],
     "times": ["--connect-timeout", "0.25", "--idle-timeout", "60", "--handshake-timeout", "7.5", "--drain-timeout", "0"],
+    "times of years": [
+        *("--connect-timeout", "1e9", "--idle-timeout", "2592000", "--handshake-timeout", "1e12"),
+        *("--drain-timeout", "1e9", "--health-interval", "1e9", "--health-timeout", "1e9"),
+    ],
     "somebody": ["--user", "nobody"],
     "a descriptor beside": ["--listen", "fd:3", "--listen", ":4465", "--metrics", "fd:metrics"],
     "observation": ["--metrics", ":9465", "--log-format", "json", "--log-level", "error"],
@@ -100,6 +104,14 @@ def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_ce
     ]  # fmt: skip
     assert [line for line in expected if line not in settings(text)] == []
     assert 'local0 "warning"' in text
+
+
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+def test_a_time_that_is_too_long_is_shortened_and_said_at_the_top(program: str, emit: Emit, both: Path) -> None:
+    text = emit(program, "--cert", both, "--backend", ":2525", "--idle-timeout", "2592000", "--connect-timeout", "2147483")
+    said = notes(text, "#" if program == "haproxy" else ";")
+    assert f"--idle-timeout: 2147483 seconds, the longest that {'HAProxy' if program == 'haproxy' else 'stunnel'} takes." in said
+    assert "--connect-timeout" not in said
 
 
 def test_limits_that_nobody_set_are_none(emit: Emit, both: Path) -> None:
@@ -167,7 +179,7 @@ def test_descriptors_are_left_out_and_said_to_be(emit: Emit, both: Path) -> None
 def test_a_switch_that_is_off_is_not_lost(program: str, emit: Emit, both: Path) -> None:
     config = both.with_name("edge.toml")
     config.write_text("require-tls = true\naccept-proxy = true\nhide-starttls = true\n")
-    names = ("REQUIRE_TLS", "ACCEPT_PROXY", "HIDE_STARTTLS", "DEV")
+    names = ("REQUIRE_TLS", "ACCEPT_PROXY", "HIDE_STARTTLS")
     off = {f"FUMI_EDGE_{name}": "false" for name in names}
     text = emit(program, "--cert", both, "--backend", ":2525", "--config", config, **off)
     assert not re.search("--require-tls|--hide-starttls|--accept-proxy", notes(text, "#" if program == "haproxy" else ";"))
@@ -216,6 +228,7 @@ STUNNEL = {
     "backends": ["--backend", "[::1]:2526", "--backend", "unix:/run/core.sock", "--balance", "first"],
     "no header": ["--proxy-protocol", "off", "--listen", "unix:tls.sock"],
     "tls": ["--min-tls", "1.3", "--ciphers", "ECDHE+AESGCM"],
+    "times of years": ["--connect-timeout", "1e9", "--idle-timeout", "2592000", "--handshake-timeout", "1e12"],
     "times": ["--connect-timeout", "0.25", "--idle-timeout", "60", "--handshake-timeout", "7.5"],
     "logs": ["--log-level", "error"],
     "somebody": ["--user", "nobody"],

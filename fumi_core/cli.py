@@ -15,6 +15,7 @@ from fumi_core.runtime.settings import (
     ADDRESS,
     CONFIGURATION_OK,
     COUNT,
+    MODE,
     NETWORK,
     OCTETS,
     SECONDS,
@@ -96,6 +97,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--banner", default="", help="Words behind the name in the banner.")
 @click.option("--lmtp", is_flag=True, help="Speak LMTP: an answer for each recipient.")
 @click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
+@click.option("--socket-mode", type=MODE, help="Permissions of Unix listeners, such as 0660. [default: by the umask]")
 @click.option("--workers", type=WORKERS, default="1", show_default=True, help="Processes that share the work.")
 @click.option(
     "--drain-timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds transactions get to end at SIGTERM."

@@ -34,7 +34,7 @@ from fumi_core.runtime.addresses import (
 from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.scoreboard import Crowd
-from fumi_core.runtime.settings import SettingError, given, read_again
+from fumi_core.runtime.settings import SettingError, check_mode, given, read_again
 from fumi_core.users import Users
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ DELIVER = "maildir:./maildir"
 _THIS_HOST = Networks(("127.0.0.0/8", "::1", "unix"))
 _NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
 # Settings of sockets and processes, which are made once.
-_ONCE = ("listen", "metrics", "workers")
+_ONCE = ("listen", "metrics", "socket_mode", "workers")
 
 
 class CoreWork:
@@ -71,6 +71,8 @@ class CoreWork:
         self._ctx = ctx
         self._dry = dry
         self._settings = ctx.params
+        addresses = [*self._settings["listen"], self._settings["metrics"]]
+        check_mode(self._settings["socket_mode"], [each for each in addresses if each is not None])
         self._target: Target | None = None
         self._sockets: list[socket.socket] = []
         self.metrics_sockets: list[socket.socket] = []
@@ -122,12 +124,12 @@ class CoreWork:
         for flag, each in [("listen", each) for each in addresses] + ([("metrics", metrics)] if metrics else []):
             _at(flag, each, check_inherited)
         for address in addresses:
-            bound = _bind("listen", address)
+            bound = _bind("listen", address, self._settings["socket_mode"])
             self._sockets += bound
             for name in dict.fromkeys(name_of(address, sock) for sock in bound):
                 event(self.log, logging.INFO, "listening", address=name, proxy_protocol=self.app.options.proxy_protocol)
         if metrics:
-            self.metrics_sockets = _bind("metrics", metrics)
+            self.metrics_sockets = _bind("metrics", metrics, self._settings["socket_mode"])
             event(self.log, logging.INFO, "metrics", address=name_of(metrics, self.metrics_sockets[0]))
         self._warn()
 
@@ -296,8 +298,8 @@ def _state(settings: dict[str, Any]) -> Path | None:
     return Path(settings["state"] or os.environ.get("STATE_DIRECTORY", "").split(":")[0] or "state")
 
 
-def _bind(flag: str, address: SocketAddress) -> list[socket.socket]:
-    return _at(flag, address, bind)
+def _bind(flag: str, address: SocketAddress, mode: int | None = None) -> list[socket.socket]:
+    return _at(flag, address, lambda address: bind(address, mode))
 
 
 def _at(flag: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:

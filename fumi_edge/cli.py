@@ -18,6 +18,7 @@ from fumi_core.runtime.settings import (
     ADDRESS,
     CONFIGURATION_OK,
     COUNT,
+    MODE,
     NAME,
     NETWORK,
     SECONDS,
@@ -25,6 +26,7 @@ from fumi_core.runtime.settings import (
     WORKERS,
     Program,
     SettingError,
+    check_mode,
     config_option,
 )
 from fumi_core.runtime.workers import run
@@ -109,6 +111,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     help="Connections at once from an IPv4 address or IPv6 /64, in each worker.",
 )
 @click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m, in each worker.")
+@click.option("--socket-mode", type=MODE, help="Permissions of Unix listeners, such as 0660.  [default: by the umask]")
 @click.option("--workers", type=WORKERS, default="1", help="Processes that share the work.")
 @click.option("--user", type=NAME, metavar="NAME", help="Become this user when the ports are bound and the keys are read.")
 @click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
@@ -186,6 +189,7 @@ def _edge(flags: dict[str, Any]) -> Edge:
     for name in ("require_tls", "hide_starttls"):
         if flags[name] and not flags["starttls_listen"]:
             raise SettingError(f"--{name.replace('_', '-')} is for STARTTLS listeners: add --starttls-listen, or leave it out")
+    check_mode(flags["socket_mode"], [each.address for each in _places(flags)])
     if problem := clash(_places(flags)):
         raise SettingError(problem)
     balancers = Networks(trusted or LOOPBACK) if accepts else None

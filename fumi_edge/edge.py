@@ -43,6 +43,7 @@ class Edge:
     Times are in seconds. ``proxy_protocol`` is what backends are sent: v2, v1 or off. ``max_clients``, ``max_clients_per_ip``
     and ``rate_per_ip``: None means no limit. ``health_interval`` 0 means no checks, ``health_timeout`` is for the
     banner of one. ``balancers``: who may connect, and sends a PROXY header; None when clients come themselves.
+    ``socket_mode`` are the permissions of Unix sockets that are listened on; None leaves them to the umask.
     Certificates are looked at every ``cert_reload_interval``, with 0 only when ``reload()`` is called.
     """
 
@@ -69,6 +70,7 @@ class Edge:
         rate_per_ip: Rate | None = None,
         drain_timeout: float = 30.0,
         metrics: SocketAddress | None = None,
+        socket_mode: int | None = None,
         registry: CollectorRegistry | None = None,
     ) -> None:
         self.certificates = certificates
@@ -97,6 +99,7 @@ class Edge:
             idle_timeout=idle_timeout,
         )
         self._listen = [(address, False) for address in listen] + [(address, True) for address in starttls_listen]
+        self._socket_mode = socket_mode
         self._balancers = balancers
         self._health_interval = health_interval
         self._manner = Manner(proxy_protocol, connect_timeout, health_timeout)
@@ -116,9 +119,9 @@ class Edge:
             _at(purpose, address, check_inherited)
         try:
             for address, starttls in self._listen:
-                bound += [(sock, name_of(address, sock), starttls) for sock in _bind("listen", address)]
+                bound += [(sock, name_of(address, sock), starttls) for sock in _bind("listen", address, self._socket_mode)]
             if self._metrics_address is not None:
-                self.metrics_sockets = _bind("serve metrics", self._metrics_address)
+                self.metrics_sockets = _bind("serve metrics", self._metrics_address, self._socket_mode)
         except BaseException:
             for sock, _, _ in bound:
                 sock.close()
@@ -262,8 +265,8 @@ def _announce(name: str, starttls: bool) -> None:
     event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
 
 
-def _bind(purpose: str, address: SocketAddress) -> list[socket.socket]:
-    return _at(purpose, address, bind)
+def _bind(purpose: str, address: SocketAddress, mode: int | None) -> list[socket.socket]:
+    return _at(purpose, address, lambda address: bind(address, mode))
 
 
 def _at(purpose: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:

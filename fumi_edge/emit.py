@@ -160,6 +160,7 @@ _HAPROXY_CARRIES = {
         "max_clients_per_ip",
         "rate_per_ip",
         "drain_timeout",
+        "socket_mode",
         "log_level",
         "user",
     ),
@@ -272,6 +273,8 @@ def _bind_options(flags: Flags, pairs: Sequence[Pair]) -> str:
         options.append(f"alpn {_quoted(','.join(name.strip() for name in flags['alpn'].split(',')))}")
     if flags.get("accept_proxy"):
         options.append("accept-proxy")
+    if flags.get("socket_mode") is not None:
+        options.append(f"mode {flags['socket_mode']:03o}")
     return "".join(f" {option}" for option in options)
 
 
@@ -337,6 +340,7 @@ _STUNNEL_REASONS = {
     "health_timeout": "see --health-interval.",
     "health_interval": "a core is found gone by the client that would have had it.",
     "metrics": "stunnel has none.",
+    "socket_mode": "the umask decides.",
     "drain_timeout": "SIGTERM ends every session.",
     "require_tls": "is for STARTTLS listeners.",
     "hide_starttls": "is for STARTTLS listeners.",

@@ -82,15 +82,16 @@ def parse_address(text: str) -> SocketAddress:
     return SocketAddress("tcp", host=host, port=int(port))
 
 
-def bind(address: SocketAddress) -> list[socket.socket]:
+def bind(address: SocketAddress, mode: int | None = None) -> list[socket.socket]:
     """Listening, non-blocking sockets for an address: one, or one for each address a host name has.
 
+    ``mode`` are the permissions of a Unix socket, as of chmod(2); None leaves them to the umask. Others are not affected.
     Raises OSError when the address is taken, unknown or not allowed.
     """
     if address.kind == "fd":
         return [_inherited(fd) for fd in _descriptors(address)]
     if address.kind == "unix":
-        return [_listen(socket.AF_UNIX, address.path)]
+        return [_listen(socket.AF_UNIX, address.path, mode=mode)]
     if not address.host:
         return [_listen_everywhere(address.port)]
     sockets: list[socket.socket] = []
@@ -207,7 +208,7 @@ def _listen_everywhere(port: int) -> socket.socket:
     return _listen(socket.AF_INET, ("0.0.0.0", port))
 
 
-def _listen(family: int, name: Any, v6only: bool = True) -> socket.socket:
+def _listen(family: int, name: Any, v6only: bool = True, mode: int | None = None) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if family == socket.AF_UNIX:
@@ -217,6 +218,8 @@ def _listen(family: int, name: Any, v6only: bool = True) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
         sock.bind(name)
+        if mode is not None:
+            os.chmod(name, mode)  # nobody can connect yet
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except BaseException:

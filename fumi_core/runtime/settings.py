@@ -37,6 +37,7 @@ _LINK = re.compile(
     r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
 )
 """What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is somebody's wish."""
+_MODE = re.compile(r"0?[0-7]{3}")
 _TOO_LARGE = 1 << 63
 """What TOML has no number for."""
 _LONG = 100
@@ -110,6 +111,19 @@ class SecondsType(click.FloatRange):
         return float(super().convert(seconds, param, ctx))
 
 
+class ModeType(click.ParamType):  # type: ignore[type-arg]
+    """Permissions as chmod(1) takes them, in octal."""
+
+    name = "octal"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        if not _MODE.fullmatch(str(value)):
+            self.fail(f"{value!r} is not a mode: write one in octal, such as 0660", param, ctx)
+        return int(value, 8)
+
+
 class CountType(click.IntRange):
     """A whole number of something, which is said in the message about anything else, with an example."""
 
@@ -148,6 +162,7 @@ NAME = NameType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
 SECONDS_OR_NONE = SecondsType(min=0)
+MODE = ModeType()
 COUNT = CountType("a whole number", 100, min=1)
 OCTETS = CountType("a number of octets", 25_000_000, min=1)
 WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
@@ -241,6 +256,12 @@ class SettingError(click.ClickException):
     """A setting that cannot work: one line on stderr, exit status 2."""
 
     exit_code = 2
+
+
+def check_mode(mode: int | None, addresses: Iterable[SocketAddress]) -> None:
+    """Raises SettingError for a --socket-mode without a Unix socket that this program makes."""
+    if mode is not None and all(each.kind != "unix" for each in addresses):
+        raise SettingError("--socket-mode is for Unix listeners: listen on unix:/path, or leave it out")
 
 
 def config_option(section: str) -> Callable[[F], F]:

@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import socket
+import stat
 import subprocess
 import sys
 import urllib.error
@@ -314,6 +315,19 @@ def test_ports_that_the_kernel_chose_are_in_the_log(start: Any, connect: Any, ev
     listening, metrics = re.findall(r"(listening|metrics) address=127\.0\.0\.1:(\d+)", program.log.read_text())
     assert connect(int(listening[1])).banner.startswith(b"220")
     eventually(lambda: reachable(int(metrics[1])))
+
+
+@pytest.mark.parametrize(("mode", "given"), [(0o660, "flag"), (0o606, "file")])
+def test_a_unix_socket_gets_the_mode_that_was_asked_for(start: Any, tmp_path: Path, mode: int, given: str) -> None:
+    (tmp_path / "f.toml").write_text(f'socket-mode = "{mode:o}"\n')
+    flags = ("--socket-mode", f"0{mode:o}") if given == "flag" else ("--config", "f.toml")
+    start("--listen", f"unix:{tmp_path}/sock", "--proxy-protocol", "off", "--deliver", "discard:", *flags, wait="starting")
+    assert stat.S_IMODE((tmp_path / "sock").stat().st_mode) == mode
+    done = run("--listen", "127.0.0.1:0", "--socket-mode", "0660", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "Error: --socket-mode is for Unix listeners: listen on unix:/path, or leave it out\n",
+    )
 
 
 def test_it_listens_on_an_inherited_descriptor(tmp_path: Path, connect: Any) -> None:

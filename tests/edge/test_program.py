@@ -9,6 +9,7 @@ import signal
 import smtplib
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,10 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certi
             ((*flags, "--handshake-timeout", "soon"), "--handshake-timeout"),
             ((*flags, "--min-tls", "1.1"), "--min-tls"),
             ((*flags, "--alpn", "x" * 300), "--alpn"),
+            ((*flags, "--socket-mode", "0660"), "--socket-mode is for Unix listeners"),
+            ((*flags, "--listen", "unix:s", "--socket-mode", "rw"), "'rw' is not a mode: write one in octal, such as 0660"),
+            ((*flags, "--listen", "unix:s", "--socket-mode", "888"), "'888' is not a mode"),
+            ((*flags, "--listen", "unix:s", "--socket-mode", "4755"), "'4755' is not a mode"),
             ((*flags, "--ciphers", "nonsense"), "--ciphers: 'nonsense' selects no TLS 1.2 cipher"),
             ((*flags, "--cert-reload-interval", "-1"), "--cert-reload-interval"),
             (("--cert", str(empty), "--backend", "127.0.0.1:9"), "holds no certificate: neither *.pem, nor"),
@@ -371,6 +376,14 @@ def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path, kit):
         assert client.line() == b"220 backend.test ESMTP\r\n"
         assert server.peer().header.transport == "UNIX"
         assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_unix_sockets_get_the_mode_that_was_asked_for(backend, edge, tmp_path, workers):
+    paths = [tmp_path / name for name in ("a.sock", "b.sock")]
+    listeners = ("--starttls-listen", f"unix:{paths[0]}", "--listen", f"unix:{paths[1]}")
+    edge(*listeners, "--socket-mode", "0622", "--workers", workers, backend=backend())
+    assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o622, 0o622]
 
 
 def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend, edge, clients, kit):

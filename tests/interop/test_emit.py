@@ -68,6 +68,7 @@ HAPROXY = {
         *("--drain-timeout", "1e9", "--health-interval", "1e9", "--health-timeout", "1e9"),
     ],
     "somebody": ["--user", "nobody"],
+    "a mode": ["--listen", ":4465", "--listen", "unix:tls.sock", "--socket-mode", "0660"],
     "a descriptor beside": ["--listen", "fd:3", "--listen", ":4465", "--metrics", "fd:metrics"],
     "observation": ["--metrics", ":9465", "--log-format", "json", "--log-level", "error"],
 }

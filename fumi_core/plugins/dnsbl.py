@@ -19,6 +19,10 @@ REMEMBERED = 300.0
 """Seconds for which an answer is good."""
 MAX_REMEMBERED = 16_384
 """Answers, in each zone."""
+RETRY = 60.0
+"""Seconds for which a failure is remembered: that of a lookup, and that of a zone."""
+FAILURES = 3
+"""Lookups that fail one after another before the zone is left out: one alone may be a lost packet."""
 
 _log = logging.getLogger("fumi.core")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -40,7 +44,8 @@ def dnsbl(
 
     The reply names the zone, so it should not have a key of yours in its name. Addresses that are not public are not asked
     about. A zone that does not answer within ``timeout`` seconds, or not sensibly, is passed over with one line in the log: no
-    mail is lost to a resolver. Raises ValueError for what is not a zone.
+    mail is lost to a resolver. After an error code, or three failures in a row, the zone is left out for a minute, and then
+    asked by one client: a dead zone does not delay every banner. Raises ValueError for what is not a zone.
 
     ``resolve`` gives the IPv4 addresses of a name, in a thread; ``clock`` gives seconds.
     """
@@ -63,7 +68,7 @@ def dnsbl(
 
 
 class Blocklist:
-    """One zone, and what it said lately."""
+    """One zone, and what it answered lately."""
 
     def __init__(self, zone: str, resolver: Resolver, clock: Callable[[], float], limit: int = MAX_REMEMBERED) -> None:
         self.zone = zone
@@ -71,6 +76,8 @@ class Blocklist:
         self._clock = clock
         self._limit = limit
         self._answers: dict[str, tuple[float, bool]] = {}
+        self._failures = 0
+        self._again = 0.0  # when the zone is asked again after too many failures
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -81,21 +88,41 @@ class Blocklist:
         until, listed = self._answers.get(name, (0.0, False))
         if self._clock() < until:
             return listed
+        if self._left_out():
+            return False
         try:
             answers = await self._resolver.lookup(name)
             listed = _means_listed(answers)
         except Exception as error:
             problem = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
             event(_log, logging.WARNING, "blocklist not usable", id=id, zone=self.zone, client_ip=address, error=problem)
+            self._failures = FAILURES if isinstance(error, ErrorCode) else self._failures + 1
+            self._again = self._clock() + RETRY
+            self._remember(name, False, RETRY)
             return False
-        self._remember(name, listed)
+        self._failures = 0
+        self._remember(name, listed, REMEMBERED)
         return listed
 
-    def _remember(self, name: str, listed: bool) -> None:
+    def _left_out(self) -> bool:
+        """Whether the zone has failed too often to be asked now. Every RETRY seconds one caller asks it all the same."""
+        now = self._clock()
+        if self._failures < FAILURES:
+            return False
+        if now < self._again:
+            return True
+        self._again = now + RETRY
+        return False
+
+    def _remember(self, name: str, listed: bool, seconds: float) -> None:
         self._answers.pop(name, None)
         if len(self._answers) >= self._limit:
             del self._answers[next(iter(self._answers))]
-        self._answers[name] = (self._clock() + REMEMBERED, listed)
+        self._answers[name] = (self._clock() + seconds, listed)
+
+
+class ErrorCode(ValueError):
+    """The zone rejects the question or the resolver that asks, whoever the client is."""
 
 
 def _means_listed(answers: Iterable[str]) -> bool:
@@ -103,8 +130,10 @@ def _means_listed(answers: Iterable[str]) -> bool:
     found = [IPv4Address(answer) for answer in answers]
     if any(each in _LISTED and each not in _ERROR for each in found):
         return True
+    if found and found[0] in _ERROR:
+        raise ErrorCode(f"it answers {found[0]}, which is an error code")
     if found:
-        raise ValueError(f"it answers {found[0]}, which {'is an error code' if found[0] in _ERROR else 'no blocklist does'}")
+        raise ValueError(f"it answers {found[0]}, which no blocklist does")
     return False
 
 

@@ -109,18 +109,85 @@ def test_a_failing_zone_does_not_silence_the_next(banner: Any) -> None:
     assert b"blocked using other.example" in banner(resolve)
 
 
-def test_an_answer_is_remembered_for_a_while_and_a_failure_is_not(app: Fumi, connect_from: Any, clock: Any) -> None:
-    resolve = Zone({"4.4.8.8.bl.example": OSError("down")})
+@pytest.mark.parametrize("failure", [OSError("down"), "203.0.113.9"])
+def test_an_answer_is_remembered_for_a_while_and_a_failure_for_less(
+    app: Fumi, connect_from: Any, clock: Any, failure: Any
+) -> None:
+    resolve = Zone({"4.4.8.8.bl.example": failure})
     app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
     with running(app) as server:
-        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"220")
-        resolve.names["4.4.8.8.bl.example"] = "127.0.0.2"
-        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"554")
-        resolve.names.clear()
-        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"554")
-        assert len(resolve.asked) == 2
-        clock.now += 301
-        assert connect_from(server.port, "8.8.4.4").banner.startswith(b"220")
+        for code, asked, later in (
+            (b"220", 1, 59),
+            (b"220", 1, 2),
+            (b"554", 2, 299),
+            (b"554", 2, 2),
+            (b"220", 3, 299),
+            (b"220", 3, 0),
+        ):
+            assert connect_from(server.port, "8.8.4.4").banner.startswith(code)
+            assert len(resolve.asked) == asked
+            resolve.names = {"4.4.8.8.bl.example": "127.0.0.2"} if asked == 1 else {}
+            clock.now += later
+
+
+class DeadZone(Zone):
+    """Answers every name with the same."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+        self.clients = 0
+
+    def __call__(self, name: str) -> Sequence[str]:
+        self.names = {name: self.answer}
+        return super().__call__(name)
+
+
+def asked_by(clients: int, server: Any, connect_from: Any, resolve: DeadZone) -> int:
+    """How many of so many new clients, one after another, a zone is asked about; all are let in."""
+    before = len(resolve.asked)
+    for _ in range(clients):
+        resolve.clients += 1
+        assert connect_from(server.port, f"8.8.4.{resolve.clients}").banner.startswith(b"220")
+    return len(resolve.asked) - before
+
+
+@pytest.mark.parametrize(
+    ("failure", "needed"), [(OSError("down"), 3), (TimeoutError(), 3), ("203.0.113.9", 3), ("127.255.255.254", 1)]
+)
+def test_a_dead_zone_is_left_out_and_then_asked_by_one_client_a_minute(
+    app: Fumi, connect_from: Any, clock: Any, caplog: Any, failure: Any, needed: int
+) -> None:
+    resolve = DeadZone(failure)
+    app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
+    with running(app) as server:
+        assert asked_by(10, server, connect_from, resolve) == needed
+        assert caplog.text.count("blocklist not usable") == needed
+        for _ in range(2):
+            clock.now += 61
+            assert asked_by(5, server, connect_from, resolve) == 1
+        resolve.answer = ()
+        clock.now += 61
+        assert asked_by(5, server, connect_from, resolve) == 5
+
+
+def test_failures_that_are_not_in_a_row_leave_a_zone_in(app: Fumi, connect_from: Any, clock: Any) -> None:
+    resolve = DeadZone(())
+    app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
+    with running(app) as server:
+        for answer in (OSError("down"), OSError("down"), ()) * 3:
+            resolve.answer = answer
+            assert asked_by(1, server, connect_from, resolve) == 1
+
+
+def test_a_zone_that_is_left_out_does_not_silence_the_next(app: Fumi, connect_from: Any, clock: Any) -> None:
+    dead = {f"{number}.4.8.8.bl.example": "127.255.255.254" for number in range(9)}
+    resolve = Zone({**dead, **{f"{number}.4.8.8.other.example": "127.0.0.2" for number in range(9)}})
+    app.use(plugins.dnsbl(["bl.example", "other.example"], resolve=resolve, clock=clock))
+    with running(app) as server:
+        for number in range(9):
+            assert b"blocked using other.example" in connect_from(server.port, f"8.8.4.{number}").banner
+    assert sum(name.endswith("bl.example") for name in resolve.asked) == 1
 
 
 def test_memory_is_bounded_however_many_addresses_come(clock: Any) -> None:

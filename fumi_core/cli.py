@@ -60,7 +60,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     help="Whether every connection begins with a PROXY header.",
 )
 @click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send that header; repeatable. [default: this host]")
-@click.option("--assume-tls", is_flag=True, help="Take every client for one that came over TLS: for stunnel.")
+@click.option("--assume-tls", is_flag=True, help="Treat every connection as TLS-protected: for stunnel.")
 @click.option("--deliver", metavar="TARGET", help="maildir:PATH, lmtp:ADDR, smtp:ADDR or discard:  [default: maildir:./maildir]")
 @click.option(
     "--domain",
@@ -75,7 +75,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     type=click.Path(file_okay=False),
     help="Where lmtp: remembers answers that differ. [default: $STATE_DIRECTORY, else ./state]",
 )
-@click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Let these users in: NAME:HASH a line.")
+@click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Password file, NAME:HASH per line.")
 @click.option("--sender-login", is_flag=True, help="Reject MAIL from a user whose login it is not, nor login@ one of --domain.")
 @click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
 @click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")
@@ -92,9 +92,9 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     is_flag=True,
     help="Take addresses without <> or a domain, with dots anywhere or a final dot, as devices and carriers send them.",
 )
-@click.option("--max-clients", type=COUNT, help="Most clients at once. [default: no limit]")
+@click.option("--max-clients", type=COUNT, help="Maximum concurrent connections. [default: no limit]")
 @click.option("--name", help="The server's name in banner and trace lines. [default: this host's]")
-@click.option("--banner", default="", help="Words behind the name in the banner.")
+@click.option("--banner", default="", help="Text after the host name in the banner.")
 @click.option("--lmtp", is_flag=True, help="Speak LMTP: an answer for each recipient.")
 @click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
 @click.option("--socket-mode", type=MODE, help="Permissions of Unix listeners, such as 0660. [default: by the umask]")

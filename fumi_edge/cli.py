@@ -77,7 +77,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     "--cert-reload-interval",
     type=SECONDS_OR_NONE,
     default=10.0,
-    help="Seconds between looks for changed certificates; 0 is never.",
+    help="Interval for checking certificate files, in seconds; 0 is never.",
 )
 @click.option("--backend", type=ADDRESS, multiple=True, help="Where an SMTP server is; repeatable.")
 @click.option(
@@ -89,7 +89,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--health-interval", type=SECONDS_OR_NONE, default=5.0, help="Seconds between checks of a backend; 0 is none.")
 @click.option("--health-timeout", type=SECONDS, default=10.0, help="Seconds for a backend to greet a check.")
 @click.option(
-    "--proxy-protocol", type=click.Choice(["v2", "v1", "off"]), default="v2", help="What the backend is told of the client."
+    "--proxy-protocol", type=click.Choice(["v2", "v1", "off"]), default="v2", help="PROXY protocol version sent to backends."
 )
 @click.option("--accept-proxy", is_flag=True, help="Expect a PROXY header (v1 or v2) from a layer-4 balancer, before TLS.")
 @click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send it.  [default: loopback and unix]")
@@ -113,13 +113,13 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m, in each worker.")
 @click.option("--socket-mode", type=MODE, help="Permissions of Unix listeners, such as 0660.  [default: by the umask]")
 @click.option("--workers", type=WORKERS, default="1", help="Processes that share the work.")
-@click.option("--user", type=NAME, metavar="NAME", help="Become this user when the ports are bound and the keys are read.")
+@click.option("--user", type=NAME, metavar="NAME", help="Become this user after ports are bound and keys are read.")
 @click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
-@click.option("--check", is_flag=True, help="Check certificates, addresses and backends, and exit.")
-@click.option("--emit", type=click.Choice(PROGRAMS), help="Print the same settings as that program's configuration, and exit.")
-@click.option("--dev", "dev_mode", is_flag=True, help="Try it out: own certificate, own server, mail to ./maildir.")
+@click.option("--check", is_flag=True, help="Check certificates, addresses, file permissions and backends, and exit.")
+@click.option("--emit", type=click.Choice(PROGRAMS), help="Print the equivalent configuration of that program, and exit.")
+@click.option("--dev", "dev_mode", is_flag=True, help="Run a trial: own certificate, own server, mail to ./maildir.")
 @click.version_option(VERSION)
 def main(
     log_format: str, log_level: str, workers: int, user: str | None, check: bool, emit: str | None, dev_mode: bool, **flags: Any

@@ -325,15 +325,16 @@ def test_the_flags_are_those_of_the_help() -> None:
     with main.make_context("fumi-edge", [], resilient_parsing=True) as context:
         parameters = {parameter.opts[-1]: parameter for parameter in main.get_params(context)}
         assert sorted(documented) == sorted(parameters)
-        for flag, (shown, question, default) in documented.items():
-            assert "?" in question, flag
+        for flag, (shown, meaning, default) in documented.items():
+            assert meaning.endswith("."), flag
+            assert "?" not in meaning, flag
             name, text = parameters[flag].get_help_record(context)  # type: ignore[misc]
             found = re.search(r"\[default: (.*?)(?:; [^\]]*)?\]$", text)
             assert normal(default) == normal(found[1] if found else ""), flag
             if choices := re.search(r"\[(.*\|.*)\]", name):
                 assert choices[1] in shown
             assert (" " in shown) is (" " in name), flag
-            assert bool(getattr(parameters[flag], "multiple", False)) is ("Repeatable" in question), flag
+            assert bool(getattr(parameters[flag], "multiple", False)) is ("Repeatable" in meaning), flag
 
 
 def normal(default: str) -> str | float:

@@ -49,7 +49,7 @@ class Attempts:
         self.sessions = 0
         """How many the server must log."""
         self.failed = 0
-        """Attempts of clients that went on to the end, and were answered 250 for nobody."""
+        """Attempts of clients that were greeted and went on to the end, and were answered 250 for nobody."""
 
 
 def run(setting: Setting, count: int, directory: Path) -> None:
@@ -198,7 +198,7 @@ class Bench:
             attempts.sessions += greeted
             attempts.verdicts.update(verdicts.items())
             left = tuple(recipient for recipient in left if verdicts[recipient] is not Verdict.TAKEN)
-            attempts.failed += Verdict.TAKEN not in verdicts.values() and not way.stop
+            attempts.failed += greeted and Verdict.TAKEN not in verdicts.values() and not way.stop
             way = replace(way, stop="")
             if left and self.hop is not None:
                 self.hop.revive()
@@ -223,7 +223,7 @@ class Bench:
             self._check_letter(attempts, copies)
         if self.hop is not None:
             assert not self.hop.busy, "a transaction at the next hop that nobody ends"
-        if case.death == "hang up":
+        if case.death == "hang up" and not any(way.stop for _, way in case.letters):
             self._check_failures(tried, 0)
         if case.fault is not None and case.fault.action in ("fail", "shorten"):
             self._check_failures(tried, struck if case.fault.action == "fail" else 0)

@@ -14,7 +14,11 @@ from enum import Enum
 from random import Random
 from typing import NamedTuple
 
-TIMEOUT = 10.0
+TIMEOUT = 20.0
+"""Seconds for a reply."""
+BANNER = 2.0
+"""Seconds for the banner. A connection that is made just when its listener is closed is, once in tens of thousands of times,
+neither refused nor reset by Linux; who made it would wait for ever."""
 SENDER = "sender@client.example"
 
 
@@ -99,8 +103,17 @@ class _Client:
         except OSError:
             raise Lost from None
 
+    def banner(self) -> None:
+        """Wait for it. Raises Lost, also when it does not come."""
+        self.sock.settimeout(BANNER)
+        try:
+            self.reply()
+        except AssertionError:
+            raise Lost from None
+        self.sock.settimeout(TIMEOUT)
+
     def reply(self) -> int:
-        """The code of the next reply. Raises Lost."""
+        """The code of the next reply. Raises Lost, and AssertionError where there is none in time."""
         while True:
             line, found, rest = self._buffer.partition(b"\n")
             if found:
@@ -149,7 +162,7 @@ class _Attempt:
 
     def _converse(self) -> None:
         client, way = self.client, self.way
-        client.reply()
+        client.banner()
         client.send(b"LHLO me\r\n" if way.lmtp else b"EHLO me\r\n")
         client.reply()
         self.greeted = True

@@ -24,10 +24,13 @@ HOLD = 30.0
 
 def main(prog_name: str) -> None:
     from fumi_core import cli
+    from fumi_core.client import connection
     from fumi_core.runtime import master
 
     # Workers are killed by the hundred here, and not because they cannot start.
     master.YOUNG = 0.0
+    # A next hop that dies just when it is connected to may never be heard of again; see clients.BANNER.
+    connection.MAIL = 4.0
     plan = Plan(Path("plan"))
     _wrap(plan, "open", lambda path, flags, *mode: _is_ours(path) and flags & os.O_CREAT)
     _wrap(plan, "unlink", lambda path: _is_ours(path))

@@ -17,7 +17,7 @@ from tests.ports import free_port
 
 from .plan import Plan
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 """Seconds in which anything must have happened."""
 
 

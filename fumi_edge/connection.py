@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from fumi_edge.listener import Listener
 from fumi_edge.metrics import LIMITS, EdgeMetrics
 from fumi_edge.policy import TLSSocket
 from fumi_edge.preamble import Negotiation
-from fumi_edge.readiness import Lookout
+from fumi_edge.readiness import Lookout, received_since
 from fumi_edge.starttls import Preamble, Replies, Step, Verdict
 from fumi_edge.tunnel import Tunnel
 
@@ -41,6 +42,8 @@ BANNER = 300.0
 """Seconds a backend may take for its banner (RFC 5321 §4.5.3.2.1)."""
 _GONE = ("client_closed", "client_reset", "handshake_timeout", "handshake_reset", "proxy_header", *LIMITS)
 """Ends at which nobody is left to hear last words, or nobody who deserves to be waited for."""
+_SILENCES = ("client_closed", "client_reset", "idle_timeout", "handshake_timeout", "handshake_reset")
+"""Ends of a client that, when it has sent nothing, only looked whether the port is open."""
 _BROKEN_OFF = ("client_reset", "idle_timeout", "linger", "shutdown")
 
 T = TypeVar("T")
@@ -87,6 +90,7 @@ class Connection:
 
     __slots__ = (
         "_backend",
+        "_before",
         "_client",
         "_counted",
         "_destination",
@@ -125,6 +129,7 @@ class Connection:
         self._level = logging.INFO
         self._local = False
         self._unnamed = False
+        self._before = 0
         self._resumed = False
         self.id = unique_id()
         self._unique_id = self.id.encode("ascii")
@@ -179,12 +184,13 @@ class Connection:
         except HeaderError as error:
             self.detail = str(error)
             if error.silent:
-                # A balancer that looks whether the port is open.
+                # A balancer that only checks the port.
                 self._level = logging.DEBUG
                 self._unnamed = True
                 raise Ended("client_closed") from None
             self._service.metrics.rejected["proxy_header"].inc()
             raise Ended("proxy_header") from None
+        self._before = client.length
         its_own = client.source in (None, self._source)
         self._source = client.source if client.source is not None else self._source
         self._destination = client.destination if client.destination is not None else self._destination
@@ -210,15 +216,23 @@ class Connection:
         begun = time.monotonic()
         try:
             client = self._client = self._service.certificates.wrap(self._client)
-        except OSError:
-            metrics.handshakes["reset"].inc()
+        except OSError as error:
+            # With bytes of the client's unread it is an SSLError.
+            if isinstance(error, ssl.SSLError) or self.listener.starttls:
+                metrics.handshakes["reset"].inc()
+            else:
+                self._probed()
             raise Ended("handshake_reset") from None
         try:
             self.tls = await handshake(asyncio.get_running_loop(), client, self._service.handshake_timeout)
         except HandshakeError as error:
-            metrics.handshakes[error.result].inc()
+            reason = f"handshake_{error.result}"
             self.detail = str(error)
-            raise Ended(f"handshake_{error.result}") from None
+            if reason in _SILENCES and not received_since(client, self._before):
+                self._probed()
+            else:
+                metrics.handshakes[error.result].inc()
+            raise Ended(reason) from None
         self._resumed = bool(client.session_reused)
         if self.listener.starttls:
             self._decide("upgraded")
@@ -265,6 +279,8 @@ class Connection:
                 self._service.metrics.rejected[ended.reason].inc()
             if ended.reason == "injection":
                 self._decide("injection")
+            elif ended.reason in _SILENCES and not negotiation.received and not received_since(self._client, self._before):
+                self._probed()
             elif ended.reason != "not_smtp" and not preamble.refused:
                 self._decide("plaintext")
             if preamble.in_content:
@@ -287,6 +303,11 @@ class Connection:
             if self._unnamed and result in ("plaintext", "refused"):
                 return
             self._service.metrics.starttls[result].inc()
+
+    def _probed(self) -> None:
+        """The client has sent nothing: a check of the port, which is neither worth a line nor a client that was refused."""
+        self._level = logging.DEBUG
+        self._undecided = False
 
     def _retire(self) -> None:
         """Leave the backend that heard plaintext: it gets QUIT, and nothing of what was said lives on."""

@@ -9,6 +9,7 @@ import asyncio
 import select
 import socket
 import ssl
+import sys
 
 
 def _wake(future: asyncio.Future[int], fd: int) -> None:
@@ -81,6 +82,22 @@ class Lookout:
         assert self._epoll is not None
         for fd, _ in self._epoll.poll(0):
             _wake(self._waiting[fd], fd)
+
+
+_TCP_INFO_BYTES_RECEIVED = 128
+"""Where ``tcpi_bytes_received`` is in Linux' ``struct tcp_info``."""
+
+
+def received_since(sock: socket.socket, before: int) -> bool:
+    """Whether the peer of a TCP connection has sent more than ``before`` octets, read or not; True where that cannot be told."""
+    try:
+        info = socket.socket.getsockopt(sock, socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES_RECEIVED + 8)
+    except OSError:
+        return True
+    if len(info) < _TCP_INFO_BYTES_RECEIVED + 8:
+        return True
+    # Its FIN counts as one.
+    return int.from_bytes(info[_TCP_INFO_BYTES_RECEIVED:], sys.byteorder) > before + 1
 
 
 async def receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int) -> bytes:

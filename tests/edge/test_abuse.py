@@ -386,7 +386,7 @@ def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgo
             waits.append(peer)
         peer.rest()
 
-    program = edge(backend=backend(handler))
+    program = edge("--log-level", "debug", backend=backend(handler))
     peers = []
     for _ in range(10):
         client = clients.plain(program.starttls_port)
@@ -524,7 +524,7 @@ def test_an_edge_that_drains_is_not_ready(backend, edge, clients, kit):
 
 
 def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, clients, kit):
-    program = edge(backend=backend())
+    program = edge("--log-level", "debug", backend=backend())
     pid = program.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import fumi_edge
+from fumi_core.proxy_protocol import ProxyHeader
 from fumi_edge.tunnel import LINGER
 
 ALWAYS = {
@@ -73,6 +74,43 @@ def scene(backend, edge, clients, kit):
         upgrade = staticmethod(clients.upgrade)
 
     return Scene()
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(backend, edge, clients, kit, balanced):
+    """Somebody checks the port, and hangs up, breaks off or waits."""
+    server = backend()
+    accept = ("--accept-proxy",) if balanced else ()
+    header = ProxyHeader(1, "PROXY", "TCP4", ("192.0.2.1", 1), ("192.0.2.2", 2)).to_bytes() if balanced else b""
+    program = edge("--handshake-timeout", "0.3", "--idle-timeout", "0.5", *accept, backend=server)
+    ports = (program.tls_port, program.starttls_port)
+
+    def active():
+        listeners = [f"127.0.0.1:{port}" for port in ports]
+        return sum(program.metric("fumi_edge_connections_active", listener=listener) for listener in listeners)
+
+    for port in ports:
+        for leave in ("close", "reset", "rest"):
+            client = clients.plain(port)
+            client.say(header)
+            getattr(client, leave)()
+            client.close()
+    kit.until(lambda: active() == 0, "the end of them")
+    tls = f"127.0.0.1:{program.tls_port}"
+    for result in ("reset", "timeout", "protocol"):
+        assert program.metric("fumi_edge_handshakes_total", listener=tls, result=result) == 0
+    for result in ("refused", "plaintext"):
+        assert program.metric("fumi_edge_starttls_total", result=result) == 0
+    assert program.metric("fumi_edge_connections_total", listener=tls) == 3
+    assert program.metric("fumi_edge_rejected_total", reason="proxy_header") == 0
+    # One that did begin is worth a line.
+    client = clients.plain(program.tls_port)
+    client.say(header + b"\x16\x03\x01")
+    client.end()
+    client.rest()
+    client.close()
+    assert [entry["reason"] for entry in program.ended()] == ["handshake_reset"]
+    assert program.metric("fumi_edge_handshakes_total", listener=tls, result="reset") == 1
 
 
 @end("client_closed", *TLS, "backend")

@@ -98,7 +98,7 @@ def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clien
 
 def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, clients, kit):
     """Whatever becomes of them: by TLS, upgraded, in plaintext, broken off in the handshake, turned away."""
-    program = edge("--health-interval", "0.05", backend=backend())
+    program = edge("--health-interval", "0.05", "--log-level", "debug", backend=backend())
 
     def over_tls():
         client = clients.tls(program.tls_port)

@@ -439,7 +439,7 @@ def test_what_the_backend_says_when_it_closes_is_relayed(backend, edge, clients)
 
 
 def test_silence_before_the_upgrade_is_a_421(backend, edge, greeted):
-    program = edge("--idle-timeout", "1", backend=backend())
+    program = edge("--idle-timeout", "1", "--log-level", "debug", backend=backend())
     client = greeted(program)
     assert client.rest() == b"421 4.4.2 Error: timeout exceeded\r\n"
     client.close()

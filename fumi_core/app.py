@@ -6,16 +6,17 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 
 from fumi_core import options as _options
 from fumi_core.dialogue import Chains, Service
 from fumi_core.greetings import Greetings
-from fumi_core.middleware import Handler, compose
+from fumi_core.middleware import Handler, check, compose, name_of
 from fumi_core.observer import Observer, guarded
 from fumi_core.options import Options
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
-from fumi_core.runtime.logs import failure
+from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.scoreboard import crowd_of_one
 from fumi_core.server import Server
 from fumi_core.tally import Tally
@@ -82,6 +83,7 @@ class Fumi:
         return self._on("close", handler)
 
     def _on(self, phase: str, handler: H, first: bool = False) -> H:
+        check(handler, f"on_{phase}")
         self._handlers[phase].insert(0 if first else len(self._handlers[phase]), handler)
         self._chains[phase] = compose(self._handlers[phase])
         return handler
@@ -92,7 +94,9 @@ class Fumi:
         self._chains[phase] = compose(self._handlers[phase]) if self._handlers[phase] else None
 
     def use(self, plugin: Callable[[Fumi], Any]) -> Fumi:
-        """Let a plugin, ``(app) -> None``, add its handlers. Returns the app."""
+        """Let a plugin, ``(app) -> None``, add its handlers. Returns the app. Raises TypeError for a coroutine function."""
+        if iscoroutinefunction(plugin):
+            raise TypeError(f"{name_of(plugin)} is a coroutine function: a plugin is a plain function, so that use() runs it")
         plugin(self)
         return self
 
@@ -156,7 +160,8 @@ class Fumi:
     ) -> None:
         """Listen on a port (0 picks one), on a Unix socket's ``path``, or on a listening ``sock``; returns once bound.
 
-        May be called several times. Raises OSError when the address cannot be bound.
+        May be called several times. Logs a warning when no client could ever send mail. Raises OSError when the address cannot
+        be bound.
         """
         if sock is not None:
             sockets = [sock]
@@ -166,11 +171,25 @@ class Fumi:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
             self._server = Server(self._service(), self._logger(), self.crowd)
+            problem = self.mail_problem()
+            if problem is not None:
+                event(logging.getLogger("fumi.core"), logging.WARNING, "no client can send mail", error=problem)
             for begin in self._at_start:
                 begin()
             await self.prepare()
         for each in sockets:
             self._listen(self._server, each)
+
+    def mail_problem(self) -> str | None:
+        """Why no client could ever send mail to this app, or None."""
+        options = self._service().options
+        if not options.auth_required or options.use_xclient:
+            return None  # XCLIENT can name a user
+        if self._chains["auth"] is None:
+            return "authentication is required, and there is no on_auth handler: add one, or set auth_optional=True"
+        if options.proxy_protocol == "off" and not (options.assume_tls or options.allow_insecure_auth):
+            return "authentication is required and needs TLS, which no client can have: proxy_protocol is off"
+        return None
 
     async def prepare(self) -> None:
         """Await what ``at_listen()`` was given; after ``adopt()``, again. Does nothing in an app that does not listen."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, ClassVar, NoReturn
 
 from fumi_core.errors import SMTPError
+from fumi_core.grammar import parse_path, paths
 from fumi_core.sasl import Credentials
 from fumi_core.session import Address, Session
 from fumi_core.stream import MessageStream
 
 
 class Context:
-    """The connection's ``session``, and the way to say no."""
+    """The connection's ``session``, and the way to reject."""
 
     __slots__ = ("session",)
     hook: ClassVar[str]
@@ -26,7 +27,10 @@ class Context:
         self.session = session
 
     def reject(self, message: str, code: int | None = None) -> NoReturn:
-        """Answer with this refusal. Raises SMTPError, and ValueError for a code outside 400 to 599."""
+        """Reply with this rejection: ``message`` first, then ``code``. Raises SMTPError.
+
+        Raises TypeError and ValueError for a code that is not a whole number from 400 to 599.
+        """
         raise SMTPError(message, self.default_code if code is None else code)
 
 
@@ -59,29 +63,51 @@ class AuthContext(Context):
         self.user = user
 
 
-class MailContext(Context):
+class AddressContext(Context):
+    """MAIL or RCPT. An ``Address`` assigned to ``address`` takes its place for later handlers, the envelope and the delivery."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, session: Session, address: Address) -> None:
+        super().__init__(session)
+        self._address = address
+
+    @property
+    def address(self) -> Address:
+        """The address and its parameters."""
+        return self._address
+
+    @address.setter
+    def address(self, address: Address) -> None:
+        """Raises TypeError for what is not an Address, ValueError for text that is no address (RFC 5321 §4.1.2)."""
+        if not isinstance(address, Address):
+            raise TypeError(f"ctx.address is an Address, as in ctx.address._replace(address='joe@example.org'), not {address!r}")
+        if not self._is_path(address.address):
+            raise ValueError(f"{address.address!r} is not an address that {self.command} can have")
+        self._address = address
+
+    def _is_path(self, text: str) -> bool:
+        """Whether a client, too, could have sent this address."""
+        keyword, at = ("FROM", 0) if self.command == "MAIL" else ("TO", 1)
+        parsed = [parse_path(paths(lenient)[at], f"{keyword}:<{text}>") for lenient in (False, True)]
+        return any(each is not None and each.address == text for each in parsed)
+
+
+class MailContext(AddressContext):
     """MAIL: ``address`` is the reverse-path, its address "" for ``<>``."""
 
-    __slots__ = ("address",)
+    __slots__ = ()
     hook = "on_mail_from"
     command = "MAIL"
 
-    def __init__(self, session: Session, address: Address) -> None:
-        super().__init__(session)
-        self.address = address
 
-
-class RcptContext(Context):
+class RcptContext(AddressContext):
     """RCPT: ``address`` is the forward-path."""
 
-    __slots__ = ("address",)
+    __slots__ = ()
     hook = "on_rcpt_to"
     command = "RCPT"
     default_status = "5.1.1"
-
-    def __init__(self, session: Session, address: Address) -> None:
-        super().__init__(session)
-        self.address = address
 
 
 class DataContext(Context):
@@ -93,6 +119,7 @@ class DataContext(Context):
     __slots__ = ("accepted", "command", "rejected", "stream")
     hook = "on_data"
     default_code = 552
+    default_status = "5.7.1"  # 5.3.4, the usual one, means too large
 
     def __init__(self, session: Session, stream: MessageStream, command: str = "DATA") -> None:
         super().__init__(session)

@@ -14,7 +14,16 @@ from enum import Enum
 from typing import Any
 
 from fumi_core import dialogue_log, replies
-from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
+from fumi_core.contexts import (
+    AddressContext,
+    AuthContext,
+    CloseContext,
+    ConnectContext,
+    Context,
+    DataContext,
+    MailContext,
+    RcptContext,
+)
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.events import (
     Auth,
@@ -309,6 +318,8 @@ class Dialogue:
             if error is not None and not isinstance(error, SMTPError | asyncio.CancelledError):
                 self._log_failure(context, error)
         elif error is None:
+            if isinstance(context, AddressContext):
+                self.protocol.pending.address = context.address  # type: ignore[union-attr]
             self.protocol.accept()
         else:
             self.protocol.refuse(self._refusal(context, error))

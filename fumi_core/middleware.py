@@ -6,8 +6,9 @@ it called without returning it runs when it has returned.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from inspect import isawaitable
+from inspect import isasyncgenfunction, isawaitable, isgeneratorfunction, signature
 from types import CoroutineType
 from typing import Any
 
@@ -49,6 +50,8 @@ class Next:
         return self._called and not self._started
 
 
+_RETURNS = "a handler returns None, or what next() gave; call ctx.reject(message, code) to reject"
+
 # What nearly all handlers return, told apart faster than by asking for a method.
 _AWAITABLE = (CoroutineType, Next)
 
@@ -56,10 +59,34 @@ _AWAITABLE = (CoroutineType, Next)
 async def _step(handlers: Sequence[Handler], context: Any, index: int) -> None:
     rest = Next(handlers, context, index + 1)
     result = handlers[index](context, rest)
-    if result is not None and (type(result) in _AWAITABLE or isawaitable(result)):
-        await result
+    if result is not None and result is not rest:
+        if type(result) in _AWAITABLE or isawaitable(result):
+            result = await result
+        if result is not None and result is not rest:
+            raise TypeError(f"{name_of(handlers[index])} returned {reprlib.repr(result)}: {_RETURNS}")
     if rest.owed:
         await rest
+
+
+def name_of(handler: Callable[..., Any]) -> str:
+    """The handler's name in its source."""
+    return str(getattr(handler, "__qualname__", None) or type(handler).__qualname__) + "()"
+
+
+def check(handler: Handler, hook: str) -> None:
+    """Raises TypeError when no message could ever pass it: it cannot be called with (ctx, next), or is a generator."""
+    if not callable(handler):
+        raise TypeError(f"{hook} takes a function of (ctx, next), not {reprlib.repr(handler)}")
+    if any(kind(each) for each in (handler, type(handler).__call__) for kind in (isgeneratorfunction, isasyncgenfunction)):
+        raise TypeError(f"{hook}: {name_of(handler)} is a generator: a handler does not yield")
+    try:
+        parameters = signature(handler)
+    except ValueError:
+        return  # some functions of C have none
+    try:
+        parameters.bind(None, None)
+    except TypeError:
+        raise TypeError(f"{hook}: {name_of(handler)} is called with (ctx, next), and takes {parameters}") from None
 
 
 def compose(handlers: Sequence[Handler]) -> Chain:

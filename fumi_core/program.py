@@ -234,15 +234,26 @@ def _load(reference: str) -> Fumi:
     sys.path.insert(0, os.getcwd())
     try:
         loaded = importlib.import_module(module)
-    except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise SettingError(f"{reference}: {type(error).__name__}: {error} ({at.filename}:{at.lineno})") from None
+    except (Exception, SystemExit) as error:
+        raise SettingError(f"{reference}: {type(error).__name__}: {error} ({_place_of(error)})") from None
     if not hasattr(loaded, name):
         raise SettingError(f"{reference}: {module} has no {name}")
     app = getattr(loaded, name)
     if not isinstance(app, Fumi):
         raise SettingError(f"{reference} is a {type(app).__name__}, not a Fumi")
     return app
+
+
+def _place_of(error: BaseException) -> str:
+    """File and line of the app's own code that raised it, whatever it called there."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    above = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    ours = tuple(os.path.join(above, package, "") for package in ("fumi_core", "fumi_edge"))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [each for each in frames if not each.filename.startswith(("<frozen ", importlib.__file__, *ours))]
+    at = (theirs or frames)[-1]
+    return f"{at.filename}:{at.lineno}"
 
 
 def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:

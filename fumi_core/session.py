@@ -60,6 +60,7 @@ class Session:
     """
 
     __slots__ = (
+        "_state",
         "client_hostname",
         "envelope",
         "id",
@@ -96,6 +97,14 @@ class Session:
         self.transaction = 0
         self.xclient: dict[str, str | None] = {}
         self.xforward: dict[str, str | None] = {}
+        self._state: dict[Any, Any] | None = None
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """The app's own notes on this connection."""
+        if self._state is None:
+            self._state = {}
+        return self._state
 
     @property
     def transmission_type(self) -> str:

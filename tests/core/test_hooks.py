@@ -47,7 +47,7 @@ def test_every_phase_can_refuse_with_its_own_default_code(app: Fumi, connect: An
         assert client.say("DATA").startswith(b"503")
         assert client.say("RCPT TO:<c@d.example>").startswith(b"250")
         assert client.say("DATA").startswith(b"354")
-        assert client.say("bad\r\n.") == b"552 5.3.4 Too much\r\n"
+        assert client.say("bad\r\n.") == b"552 5.7.1 Too much\r\n"
         client.envelope()
         client.say("DATA")
         assert client.say("good\r\n.") == b"250 2.0.0 Ok\r\n"

@@ -454,3 +454,22 @@ def test_debug_shows_the_dialogue_and_nothing_of_asyncio(start: Any, connect: An
     connect(port).say("EHLO client.example")
     eventually(lambda: 'received="EHLO client.example"' in program.log.read_text())
     assert "asyncio" not in program.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("app = Fumi(szie=1)", "did you mean 'size'?"),
+        ("plugins.max_size(0)", "max_size: n is"),
+        ("raise SystemExit('enough')", "SystemExit: enough"),
+        ("app = (", "SyntaxError"),
+        ("Fumi().on_data(len)", "on_data: len() is called with (ctx, next)"),
+    ],
+)
+def test_an_app_that_cannot_be_loaded_is_an_error_at_its_own_line(tmp_path: Path, line: str, problem: str) -> None:
+    (tmp_path / "broken.py").write_text(f"from fumi_core import Fumi, plugins\n\n{line}\n")
+    done = run("--check", "broken:app", cwd=tmp_path)
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert f"{tmp_path / 'broken.py'}:3)" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,13 +1,16 @@
-"""A message's text on its way from the socket to the handler, with back-pressure both ways of looking at it."""
+"""A message's text on its way from the socket to the handler: the socket is read no faster than the handler reads."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 from fumi_core.errors import MessageAborted, SMTPError
 
+READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
+DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
 HIGH_WATER = 64 * 1024
 """Octets waiting for the handler beyond which the socket is not read; one read more may already be on its way."""
 
@@ -27,7 +30,9 @@ class MessageStream:
         "_ended",
         "_limit",
         "_listeners",
+        "_lost",
         "_pieces",
+        "_reader",
         "_resume",
         "_waiter",
         "refusal",
@@ -45,6 +50,8 @@ class MessageStream:
         self._ended = False
         self._aborted: str | None = None
         self._discarding = False
+        self._lost = False  # some text was dropped that nobody had read
+        self._reader: object | None = None  # who has read from it; nobody else may
         self._waiter: asyncio.Future[None] | None = None
         self._listeners: tuple[Callable[[bytes], object], ...] = ()
 
@@ -54,13 +61,35 @@ class MessageStream:
     def size_exceeded(self) -> bool:
         return self._limit is not None and self.size > self._limit
 
-    def __aiter__(self) -> MessageStream:
-        return self
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """All pieces, from the first on. Raises RuntimeError when the stream was read already."""
+        if self._reader is not None:
+            raise RuntimeError(READ_ALREADY)
+        return _Reading(self)
 
     async def __anext__(self) -> bytes:
-        """Raises MessageAborted when the rest will never come, and ``refusal`` when there is one."""
+        """The next piece, for one who takes them one by one. Raises as reading all of them does."""
+        try:
+            return await self._next(self)
+        except StopAsyncIteration:
+            self._reader = READ_ALREADY
+            raise
+
+    async def _next(self, reader: object) -> bytes:
+        """Raises MessageAborted when the rest will never come, and ``refusal`` when there is one.
+
+        Raises RuntimeError when ``reader`` would get less than the whole message: another one has read some of it, or it was
+        dropped after ``skip()`` or after the handlers had ended.
+        """
+        if self._reader is None:
+            self._reader = reader
+        elif self._reader is not reader:
+            raise RuntimeError(READ_ALREADY)
         while not self._pieces:
-            if self._over:
+            over = self._over
+            if self._lost and not self.size_exceeded:
+                raise RuntimeError(DROPPED)
+            if over:
                 raise StopAsyncIteration
             await self._more()
         piece = self._pieces.popleft()
@@ -70,7 +99,7 @@ class MessageStream:
         return piece
 
     async def read(self) -> bytes:
-        """The whole rest of the message. Raises as ``__anext__`` does."""
+        """The whole message. Raises MessageAborted, ``refusal`` when there is one, and RuntimeError when it was read already."""
         return b"".join([piece async for piece in self])
 
     @property
@@ -84,12 +113,14 @@ class MessageStream:
         return self._ended
 
     async def skip(self) -> None:
-        """Let the whole rest go by, and return when the message is whole. Raises as reading does."""
+        """Drop what nobody has read, and return when the message has arrived. Raises MessageAborted and ``refusal``."""
         self.discard()
         while not self._over:
             await self._more()
 
     async def _more(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("another task is reading this message")
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -99,8 +130,11 @@ class MessageStream:
     def tap(self, listener: Callable[[bytes], object]) -> None:
         """Call ``listener`` with each piece as it arrives, those that wait here first, whoever reads the stream.
 
-        When it raises, the message is not accepted: an SMTPError is its reply, any other exception leads to 451.
+        When it raises, the message is not accepted: an SMTPError is its reply, any other exception leads to 451. Raises
+        RuntimeError when some of the message was read, or dropped, already.
         """
+        if self._reader is not None or self._lost:
+            raise RuntimeError("tap() comes before the message is read")
         for piece in self._pieces:
             listener(piece)
         self._listeners += (listener,)
@@ -140,7 +174,9 @@ class MessageStream:
             except BaseException as error:
                 self._listeners = ()  # no function gets a message with a hole in it
                 self._refuse(_exception(error))
-        if not self._discarding and not self.size_exceeded:
+        if self._discarding:
+            self._lost = True
+        elif not self.size_exceeded:
             self._pieces.append(piece)
             self._buffered += len(piece)
         self._wake()
@@ -164,6 +200,7 @@ class MessageStream:
     def discard(self) -> None:
         """The handler is done with it: drop what there is and what comes."""
         self._discarding = True
+        self._lost = self._lost or bool(self._pieces)
         self._drop()
 
     def _drop(self) -> None:
@@ -173,6 +210,21 @@ class MessageStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class _Reading:
+    """One reader's way through a stream, so that nobody else goes on where it stopped."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: MessageStream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> _Reading:
+        return self
+
+    def __anext__(self) -> Coroutine[Any, Any, bytes]:
+        return self._stream._next(self)
 
 
 def _exception(error: BaseException) -> Exception:

@@ -50,21 +50,31 @@ class RunningServer:
 def running(app: Fumi, *, record: bool = True) -> Iterator[RunningServer]:
     """Serve ``app`` on a free port of 127.0.0.1 until the block ends.
 
-    To record messages, a handler ahead of the app's own keeps their text; without ``record`` there is none.
+    To record messages, a handler before the app's own keeps their text; without ``record`` there is none. Raises OSError when
+    it cannot listen.
     """
+    messages: list[RecordedMessage] = []
+    recorder = _record(app, messages) if record else None
+    try:
+        with _loop_in_thread() as loop:
+            try:
+                asyncio.run_coroutine_threadsafe(app.listen(0, "127.0.0.1"), loop).result(30)
+                yield RunningServer(app, loop, messages)
+            finally:
+                asyncio.run_coroutine_threadsafe(app.close(), loop).result(60)
+    finally:
+        if recorder is not None:
+            app.forget("data", recorder)
+
+
+@contextmanager
+def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fumi", daemon=True)
     thread.start()
-    messages: list[RecordedMessage] = []
-    recorder = _record(app, messages) if record else None
-    asyncio.run_coroutine_threadsafe(app.listen(0, "127.0.0.1"), loop).result(30)
-    server = RunningServer(app, loop, messages)
     try:
-        yield server
+        yield loop
     finally:
-        asyncio.run_coroutine_threadsafe(app.close(), loop).result(60)
-        if recorder is not None:
-            app.forget("data", recorder)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
@@ -77,8 +87,8 @@ def _record(app: Fumi, messages: list[RecordedMessage]) -> Callable[..., Any]:
         envelope, pieces = ctx.session.envelope, list[bytes]()
         ctx.stream.tap(pieces.append)
         await next()
-        await ctx.stream.read()
-        if not ctx.size_exceeded:
+        await ctx.stream.skip()
+        if not ctx.size_exceeded and not all(each.address in ctx.rejected for each in envelope.rcpt_to):
             messages.append(RecordedMessage(ctx.session, envelope, b"".join(pieces)))
 
     return app.on_data(recorder, first=True)

@@ -121,9 +121,8 @@ async def _failure_of(ctx: DataContext, next: Next) -> Exception | None:
     except Exception as error:
         failure = error
     try:
-        async for _ in ctx.stream:
-            pass
-    except MessageAborted as error:
+        await ctx.stream.skip()
+    except Exception as error:
         return failure or error
     return failure
 

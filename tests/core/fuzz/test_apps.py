@@ -89,8 +89,7 @@ class Script(campaign.Case):
         world.loop.run(len(before.sent) * 2 * SLOW)
         output = client.read()
         assert len(replies_in(output)) == before.replies, f"{output!r} in a pipeline"
-        for text in wild.read:
-            assert text in before.texts, f"{text!r} is not what was sent: {before.texts}"
+        assert _whole(wild.read, self.data), f"part of a message was read as {wild.read}"
         client.close()
         world.loop.run(1)
 
@@ -143,7 +142,6 @@ class Speaker:
         self.client = world.connect()
         self.script = script
         self.sent: list[bytes] = []
-        self.texts: list[bytes] = []
         self.replies = 0
         self.recipients: list[str] = []
         self.chunks: bytes = b""
@@ -193,7 +191,6 @@ class Speaker:
         assert 250 not in codes or limit is None or len(text) <= limit, f"250 to {len(text)} octets"
         read, self.recipients, self.chunks = self.wild.read, [], b""
         assert all(each == text for each in read), f"{read} was read instead of {text!r}"
-        self.texts.append(text)
         read.clear()
 
     def _hear(self, count: int, to: bytes) -> list[int]:
@@ -291,7 +288,7 @@ def _transaction(chance: Random) -> list[bytes]:
         return [*moves, b"d " + _some_text(chance)]
     moves += [b"k " + _some_text(chance) for _ in range(chance.randrange(3))]
     if chance.random() < 0.2:
-        moves.append(chance.choice((b"c RSET", b"c NOOP", b"c EHLO y", b"c MAIL FROM:<>", b"c QUIT")))
+        moves.append(chance.choice((b"c RSET", b"c NOOP", b"c EHLO y", b"c DATA x", b"c QUIT")))
     return [*moves, b"l " + _some_text(chance)]
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
-from fumi_edge.dialing import OURS, Destination, Name, Opening, quit_and_close, reason_of
+from fumi_edge.dialing import OURS, Destination, Name, Opening, quit_and_close, reason_of, words_of
 from fumi_edge.ending import reset_on_close
 from fumi_edge.metrics import BackendMetrics, EdgeMetrics
 
@@ -207,7 +207,7 @@ class Backends:
                 try:
                     return await self._connect(loop, backend, opening), backend
                 except OSError as error:
-                    failure = error.strerror or str(error) or "timed out"
+                    failure = words_of(error)
         raise NoBackend(failure)
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: Opening) -> socket.socket:
@@ -221,7 +221,7 @@ class Backends:
             if error.errno in OURS:
                 backend.metrics.errors["other"].inc()
             else:
-                backend.failed(loop.time(), reason_of(error), error or "timed out")
+                backend.failed(loop.time(), reason_of(error), words_of(error))
             raise
         finally:
             if sock is None:

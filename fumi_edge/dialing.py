@@ -250,6 +250,11 @@ async def quit_and_close(sock: socket.socket, timeout: float = FAREWELL) -> byte
     return said
 
 
+def words_of(error: OSError) -> str:
+    """What went wrong with a connection, for people."""
+    return error.strerror or str(error) or "timed out"
+
+
 def reason_of(error: OSError) -> str:
     """An error of connect() as one of BACKEND_ERRORS."""
     if isinstance(error, TimeoutError):

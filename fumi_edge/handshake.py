@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import time
 
@@ -16,6 +17,8 @@ from fumi_edge.pem import common_names
 from fumi_edge.policy import TLSSocket
 
 RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
+HELLO = 4096
+"""Octets of a ClientHello that are looked at, at most."""
 CN_LIMIT = 1024
 """The most octets of a common name that a PROXY header of ours carries; X.520 (annex C) allows it 64 characters."""
 _CERTIFICATE_REASONS = ("CERTIFICATE", "UNKNOWN_CA")
@@ -40,8 +43,26 @@ def classify(error: OSError) -> HandshakeError:
     return HandshakeError("certificate" if any(part in reason for part in _CERTIFICATE_REASONS) else "protocol", detail)
 
 
+def server_name(hello: bytes) -> str | None:
+    """The name in the server_name extension (RFC 6066 §3) of a record with a ClientHello; None without one, or when it is cut."""
+    try:
+        at = 5 + 4 + 2 + 32  # the headers of record and message, version, random
+        for size in (1, 2, 1):  # session id, cipher suites, compression methods
+            at += size + int.from_bytes(hello[at : at + size])
+        at += 2
+        while at + 4 <= len(hello):
+            kind, length = int.from_bytes(hello[at : at + 2]), int.from_bytes(hello[at + 2 : at + 4])
+            if kind == 0:
+                # A list of one: its length, the type, and the name with its length.
+                return hello[at + 9 : at + 4 + length].decode("ascii") or None if at + 4 + length <= len(hello) else None
+            at += 4 + length
+    except UnicodeDecodeError:
+        pass
+    return None
+
+
 class _Handshake:
-    __slots__ = ("_fd", "_loop", "_sock", "_writing", "done")
+    __slots__ = ("_fd", "_loop", "_sock", "_writing", "done", "hello")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: TLSSocket) -> None:
         self._loop = loop
@@ -49,6 +70,8 @@ class _Handshake:
         self._fd = sock.fileno()
         self._writing = False
         self.done: asyncio.Future[None] = loop.create_future()
+        self.hello: bytes | None = None
+        """The ClientHello, or the beginning of it."""
 
     def start(self) -> None:
         self._loop.add_reader(self._fd, self.step)
@@ -59,7 +82,12 @@ class _Handshake:
             self._loop.remove_reader(self._fd)
             return
         try:
+            if self.hello is None:
+                # Python's recv() of a TLS socket knows no flags.
+                self.hello = socket.socket.recv(self._sock, HELLO, socket.MSG_PEEK)
             self._sock.do_handshake()
+        except BlockingIOError:
+            pass
         except ssl.SSLWantReadError:
             self._write(False)
         except ssl.SSLWantWriteError:
@@ -106,6 +134,9 @@ async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: f
     finally:
         timer.cancel()
     _check_session(sock)
+    if sock.session_reused and sock.version() == "TLSv1.2":
+        # OpenSSL tells the name of the session, which need not be the one that was asked for now (RFC 6066 §3).
+        sock.server_name = server_name(driver.hello or b"")
     cipher = sock.cipher()
     presented, common_name = _client_certificate(sock)
     return TLSInfo(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends import Backend, Backends, own_opening
-from fumi_edge.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of
+from fumi_edge.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of, words_of
 from fumi_edge.readiness import receive
 from fumi_edge.starttls import Replies
 
@@ -106,15 +106,10 @@ async def _problem(destination: Destination, manner: Manner) -> str | None:
     try:
         await check(destination, manner)
     except OSError as error:
-        return _words(error)
+        return words_of(error)
     except BadBanner as error:
         return str(error)
     return None
-
-
-def _words(error: OSError) -> str:
-    """What went wrong with a connection, for people."""
-    return error.strerror or str(error) or "could not be connected to in time"
 
 
 class Checks:
@@ -141,7 +136,7 @@ class Checks:
                 failures += 1
                 self._failed(backend, failures, "banner", str(error))
             except OSError as error:
-                detail = _words(error)
+                detail = words_of(error)
                 if error.errno in OURS:
                     backend.undecided(detail)
                 else:

@@ -390,7 +390,17 @@ def test_one_backend_that_greets_is_enough_however_long_another_takes(backend, e
 
 def test_the_cores_log_says_nothing_of_checks(certificate, edge, kit, programs):
     core, metrics = programs.free_port(), programs.free_port()
-    command = (CORE, "--listen", f"127.0.0.1:{core}", "--metrics", f"127.0.0.1:{metrics}", "--deliver", "discard:")
+    command = (
+        CORE,
+        "--listen",
+        f"127.0.0.1:{core}",
+        "--metrics",
+        f"127.0.0.1:{metrics}",
+        "--deliver",
+        "discard:",
+        "--name",
+        "mx.test",
+    )
     programs.start(*command, port=core, log="core.log")
     program = edge("--health-interval", "0.05", backend=f"127.0.0.1:{core}")
     kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
@@ -785,6 +795,19 @@ def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(pool
     assert caplog.text.count("reason=unreachable") == 2
 
 
+def test_a_backend_that_cannot_be_connected_to_in_time_is_said_to_be(pool, monkeypatch, caplog):
+    async def nowhere(*_):
+        raise TimeoutError
+
+    async def scenario():
+        monkeypatch.setattr(fumi_edge.dialing, "_connect", nowhere)
+        with pytest.raises(fumi_edge.backends.NoBackend, match="timed out"):
+            await pool("127.0.0.1:2525").connect(b"")
+
+    asyncio.run(scenario())
+    assert 'reason=timeout error="timed out"' in caplog.text
+
+
 def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
     async def exhausted(*_):
         raise OSError(errno.EMFILE, "Too many open files")
@@ -829,7 +852,7 @@ def time_waits(port):
 def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clients, kit):
     """With QUIT, with an upgrade, and without a word; it is the backend that closes first and keeps the TIME_WAIT."""
     server = backend()
-    program = edge(backend=server)
+    program = edge("--log-level", "debug", backend=server)
     each, threads = 50, 10
     failures = []
 

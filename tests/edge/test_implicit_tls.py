@@ -7,6 +7,8 @@ import ssl
 
 import pytest
 
+from fumi_edge.handshake import server_name
+
 
 def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend, edge, clients):
     server = backend()
@@ -32,6 +34,35 @@ def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend, edge, cl
     assert ended["id"] == header.unique_id.decode("ascii")
     assert (ended["tls"], ended["sni"], ended["backend"]) == ("TLSv1.3", "localhost", server.address)
     assert (ended["bytes_in"], ended["bytes_out"]) == (6, len(b"220 backend.test ESMTP\r\n221 2.0.0 bye\r\n"))
+
+
+def test_a_resumed_session_of_tls_1_2_names_the_server_that_is_asked_for_now(backend, edge, clients):
+    server = backend()
+    program = edge(backend=server)
+    context = clients.context()
+    context.check_hostname = False
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    first = clients.tls(program.tls_port, "other.test", context)
+    first.line()
+    raw = clients.plain(program.tls_port)
+    with context.wrap_socket(raw.sock, server_hostname="localhost", session=first.sock.session) as second:
+        assert second.session_reused
+        assert second.recv(3) == b"220"
+    assert server.peer().header.authority == "other.test"
+    assert server.peer(1).header.authority == "localhost"
+
+
+@pytest.mark.parametrize("name", ["mail.test", None])
+def test_the_name_in_a_client_hello_is_found_unless_it_is_cut(name):
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    sent = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname=name)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = sent.read()
+    assert server_name(hello) == name
+    assert {server_name(hello[:length]) for length in range(len(hello))} <= {None, name}
 
 
 def test_unique_ids_are_unique_and_printable(backend, edge, clients):

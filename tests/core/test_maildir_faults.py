@@ -262,7 +262,7 @@ def test_a_directory_that_the_disk_does_not_sync_is_an_error_all_the_same(
 def test_unfinished_deliveries_are_removed_after_36_hours(box: Path, eventually: Any) -> None:
     app = build(box)
     for folder, name, age in (
-        ("tmp", "old", LONG_AGO), ("tmp", "young", LONG_AGO + 120), ("tmp", ".nfs0001", LONG_AGO), ("new", "mail", LONG_AGO),
+        ("tmp", "old", LONG_AGO), ("tmp", "young", LONG_AGO + 7200), ("tmp", ".nfs0001", LONG_AGO), ("new", "mail", LONG_AGO),
     ):  # fmt: skip
         (box / folder / name).touch()
         os.utime(box / folder / name, (age, age))

@@ -1,6 +1,6 @@
-"""What can be known before anything is served: listeners that exclude each other or are not to be had, files of --user's.
+"""What can be known before anything is served: listeners that conflict or cannot be bound, and files that --user cannot read.
 
-An address that is taken is none of these problems: most often a running edge has it, and this is the check before its restart.
+An address in use is not a problem: most often a running edge has it, and this is the check before its restart.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def clash(places: Iterable[Place]) -> str | None:
     for one, other in itertools.combinations(places, 2):
         if one.address == other.address and not _any_port(one.address):
             if one.flag == other.flag:
-                return f"{one} is there twice"
-            return f"{one} and {other}: an address can be for one of them only"
+                return f"{one} is given twice"
+            return f"{one} and {other}: one address cannot serve both"
         for whole, part in ((one, other), (other, one)):
             if _is_part(part.address, whole.address):
                 return f"{whole} is every address of this machine, and {part} one of them"
@@ -97,7 +97,7 @@ def _try_path(path: str) -> None:
         raise PermissionError(errno.EACCES, f"no permission to write to {directory}")
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "there is something else than a socket")
+            raise FileExistsError(errno.EEXIST, "the file exists and is not a socket")
 
 
 def unreadable(name: str, paths: Iterable[str]) -> list[str]:

@@ -135,7 +135,7 @@ def test_check_looks_at_the_listeners(flags, backend, tmp_path):
             (("--listen", "192.0.2.1:25"), "cannot listen on --listen 192.0.2.1:25: Cannot assign requested address"),
             (("--starttls-listen", "no.such.invalid:25"), "cannot listen on --starttls-listen no.such.invalid:25: "),
             (("--metrics", f"unix:{tmp_path}/none/sock"), f"unix:{tmp_path}/none/sock: there is no directory {tmp_path}/none"),
-            (("--listen", f"unix:{tmp_path}/file"), "something else than a socket"),
+            (("--listen", f"unix:{tmp_path}/file"), "the file exists and is not a socket"),
             (("--listen", "fd:77"), "descriptor 77 is not an open socket"),
             (("--listen", f"fd:{mute.fileno()}"), f"descriptor {mute.fileno()} is not a"),
         ):
@@ -155,10 +155,10 @@ def test_check_looks_at_the_listeners(flags, backend, tmp_path):
 @pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
 def test_an_address_that_is_given_twice_is_an_error_that_says_so(flags, check):
     for more, complaint in (
-        (("--listen", "127.0.0.1:4465", "--listen", "127.0.0.1:4465"), "--listen 127.0.0.1:4465 is there twice"),
+        (("--listen", "127.0.0.1:4465", "--listen", "127.0.0.1:4465"), "--listen 127.0.0.1:4465 is given twice"),
         (
             ("--listen", "unix:sock", "--starttls-listen", "unix:sock"),
-            "--listen unix:sock and --starttls-listen unix:sock: an address can be for one of them only",
+            "--listen unix:sock and --starttls-listen unix:sock: one address cannot serve both",
         ),
         (
             ("--starttls-listen", "127.0.0.1:4465", "--metrics", ":4465"),

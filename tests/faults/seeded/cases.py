@@ -53,7 +53,10 @@ class Case:
     fault: Fault | None = None
     """In a system call."""
     death: str = ""
-    """The state in which the next hop dies; "hang up" and "defer" are what it may do alive."""
+    """The state in which the next hop dies; "hang up", "defer" and "silence" are what it may do alive.
+
+    When it falls silent between two of LMTP's replies, and the first are recorded, the core is killed.
+    """
     after: int = 0
     kill: float | None = None
     """Seconds after which the core is killed, or one of its workers, whatever it does."""
@@ -69,6 +72,8 @@ def make(setting: Setting, number: int, seed: str) -> Case:
     """The same for the same seed and number."""
     chance = Random(f"{seed}:{setting.name}:{number}")
     kinds = (_error, _error, _kill_in_a_call, _kill_in_a_call, _held, _client) if setting.on_disk else (_death, _death, _death)
+    if setting.target == "lmtp" and not setting.lmtp:
+        kinds = (*kinds, _kill_between_answers)
     kind = chance.choice((*kinds, _kill_at_a_reply, _kill_somewhere, _client))
     return kind(chance, setting, f"{setting.name}-{number}")
 
@@ -111,6 +116,12 @@ def _kill_at_a_reply(chance: Random, setting: Setting, mark: str) -> Case:
 
 def _kill_somewhere(chance: Random, setting: Setting, mark: str) -> Case:
     return Case(_letters(chance, setting, mark), kill=chance.random() * 0.02)
+
+
+def _kill_between_answers(chance: Random, setting: Setting, mark: str) -> Case:
+    letter, way = _letters(chance, setting, mark, stops=0)[0]
+    recipients = tuple(f"r{number}@{mark}.example" for number in range(chance.choice((2, 3, 5))))
+    return Case(((replace(letter, recipients=recipients), way),), death="silence", after=chance.randrange(len(recipients) - 1))
 
 
 def _held(chance: Random, setting: Setting, mark: str) -> Case:

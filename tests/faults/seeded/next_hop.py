@@ -40,6 +40,8 @@ class NextHop:
         self.stored: list[Stored] = []
         self.lock = threading.RLock()
         self.died = 0
+        self.paused: list[str] = []
+        """The recipients that had their 250 when it fell silent between LMTP's replies."""
         self._death, self._after, self._later = "", 0, ""
         self._selector = selectors.DefaultSelector()
         self._kept = kept_port()
@@ -56,9 +58,13 @@ class NextHop:
     # The test's side
 
     def condemn(self, state: str, after: int = 0, defer: str = "") -> None:
-        """Let it die in this state. Recipients that contain ``defer`` are answered 451 after the message."""
+        """Let it die in this state, or fall silent for once between two of LMTP's replies ("silence").
+
+        Recipients that contain ``defer`` are answered 451 after the message.
+        """
         with self.lock:
             self._death, self._after, self._later = state, after, defer
+            self.paused = []
             if state in CONNECTING:
                 self.hang_up()  # or no connection would come
             if state == "connect":
@@ -155,6 +161,9 @@ class NextHop:
                 self._listener.close()
                 self._listener = None
             self.hang_up()
+
+    def fall_silent(self, answered: list[str]) -> None:
+        self._death, self.paused = "", answered
 
     def defers(self, recipient: str) -> bool:
         return bool(self._later) and self._later in recipient
@@ -277,6 +286,9 @@ class _Connection:
                 self._store(recipients[number:], text, answered=False)
                 self.hop.die()
                 raise Died
+            if number and self.hop.die_in("silence"):
+                self.hop.fall_silent(recipients[:number])
+                return
             if self.hop.defers(recipient):
                 self._say(b"451 4.2.2 full\r\n")
             else:

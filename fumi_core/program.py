@@ -265,7 +265,7 @@ def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
 
 
 def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
-    """Those that mean nothing, or that nobody could send mail, without a PROXY header."""
+    """Refuse flags that have no effect without PROXY headers, or that would keep every client from sending mail."""
     if settings["trusted_proxy"]:
         raise SettingError("--trusted-proxy says who may send a PROXY header: leave it out, or --proxy-protocol off")
     if settings["require_tls"] and not settings["assume_tls"]:

@@ -43,7 +43,7 @@ class CertificateError(Exception):
 
 
 class NoServer(CertificateError):
-    """What serves nobody: no certificate at all, one without a key, or one that its own words keep from TLS servers."""
+    """A file that no server can use: without a certificate or its key, or with a certificate that is not for TLS servers."""
 
 
 class Pair(NamedTuple):
@@ -132,7 +132,7 @@ def holds_key(source: Source) -> bool:
 
 
 def is_authority(source: Source) -> bool:
-    """Whether it is no server's: the first certificate in there may sign others, as most that signed themselves, or is none."""
+    """True when this is not a server certificate: its first one is a CA (as most self-signed ones are), or there is none."""
     try:
         first = next(_certificates(_read(source, "certificate")), None)
         return first is None or _may_sign(first)

@@ -2,8 +2,8 @@
 
 It runs in a thread of its own, so that a slow scraper never delays mail. wsgiref serves, prometheus_client writes the metrics.
 
-So many are served at once, and whoever comes is, lest connections that say nothing keep a health check out: when all places are
-taken, the connection that has been silent longest makes room, or, where all have said what they want, the oldest.
+At most CLIENTS requests are served at once. A newcomer always gets a place, so that idle connections cannot lock out a health
+check: the connection that has been silent longest is closed or, if all have sent their request, the oldest.
 """
 
 from __future__ import annotations

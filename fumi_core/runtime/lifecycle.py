@@ -77,8 +77,8 @@ class Work(Protocol):
         """Stop accepting and drain."""
 
     async def reload(self) -> Iterable[str]:
-        """Take over new settings; gives those that need a restart. Raises ClickException, and then all stays as it was; or
-        Incomplete.
+        """Take over new settings; returns those that need a restart. Raises ClickException, and then everything stays as it was,
+        or Incomplete.
 
         Called in processes that do not serve, too, to which it may be news later: those that fork workers.
         """
@@ -90,10 +90,10 @@ class Work(Protocol):
         """
 
     def trouble(self) -> str | None:
-        """Why this process, which serves, takes no mail all the same, as far as it knows; or None."""
+        """Why this worker cannot serve, from memory and at once; or None."""
 
     def problem(self) -> str | None:
-        """Why nobody could, or None. May take its time: it is called in a thread, and in a process that does not serve."""
+        """Why none could, or None. It asks the next hop or the backends, which may take seconds, and is called in a thread."""
 
 
 def raise_descriptor_limit() -> None:
@@ -214,9 +214,9 @@ def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> En
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """What starts the coroutine in the running loop: one at a time, and when that has ended once more if it was called meanwhile.
+    """Return a function that runs ``act`` in the running loop, never twice at once.
 
-    However often: what reads everything anew has seen all that was there when it began.
+    Calls during a run cause exactly one further run, however many there were: it sees everything that changed before it began.
     """
     running: asyncio.Task[None] | None = None
     wanted = False

@@ -92,9 +92,9 @@ def configure(form: str, level: str) -> None:
 class Outlet(logging.Handler):
     """Writes lines to a descriptor, in their order, and never waits for room.
 
-    A line is written by whoever logs it, as far as there is room: to hand each to a thread costs more. The first for which there
-    is none, and all behind it, wait for a thread that waits for room. When too many wait, lines are lost until none waits any
-    more; then a line says how many.
+    A line is written by whoever logs it, as far as there is room: to hand each to a thread costs more. When the descriptor is
+    full, that line and all later ones are queued, and a background thread writes them as room appears. Once more than WAITING
+    octets are queued, new lines are dropped until the queue is empty; then one line reports the number.
     """
 
     def __init__(self, fd: int) -> None:

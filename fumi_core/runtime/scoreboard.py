@@ -18,7 +18,7 @@ from typing import TypeAlias
 REPORT = 4 << 20
 """Octets a report may have. The kernel gives memory only to those that are written."""
 LEAD = 2
-"""Connections that a worker may have more than another and be none the less ready for the next one."""
+"""How many connections a worker may be ahead of the least loaded one before it lets the others accept first."""
 _FIELDS = 8
 """Numbers a worker has."""
 
@@ -36,7 +36,7 @@ class State(IntEnum):
 class Crowd:
     """How many connections this worker has, how many the others, and how many clients there are in all of them.
 
-    A connection is a client from when it is let in; one that is still to say who it is, or that was turned away, is none.
+    A connection counts as a client once admitted. Before its PROXY header, or after a rejection, it is only a connection.
     """
 
     __slots__ = ("_clients", "_connections", "_number", "_states")

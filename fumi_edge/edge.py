@@ -200,17 +200,18 @@ class Edge:
             log.error("reload failed", exc_info=error)
 
     async def close(self) -> None:
-        """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest."""
-        await asyncio.gather(*(listener.close() for listener in self.listeners))
-        if self._connections:
-            event(log, logging.INFO, "draining", connections=len(self._connections))
+        """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest; if cancelled, at once."""
         try:
+            await asyncio.gather(*(listener.close() for listener in self.listeners))
             if self._connections:
+                event(log, logging.INFO, "draining", connections=len(self._connections))
                 await asyncio.wait(self._connections, timeout=self.drain_timeout)
         finally:
-            # If this is cancelled, too: nobody else would end them.
-            for task in list(self._connections):
-                task.cancel()
+            await self._break_off()
+
+    async def _break_off(self) -> None:
+        for task in list(self._connections):
+            task.cancel()
         if self._connections:
             await asyncio.wait(self._connections)
         if self._heartbeat is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import smtplib
 import socket
 import ssl
@@ -244,3 +246,23 @@ def test_what_cannot_work_is_said_at_once(pem, make_certificate):
         Fumi(cert=pem["cert"])
     with pytest.raises(TypeError, match="no certificate to update"):
         Fumi().update_secure_context(**pem)
+
+
+def test_a_close_that_is_cancelled_breaks_off_what_is_left(make):
+    async def main() -> None:
+        app = make(close_timeout=1000)
+        await app.listen(0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+        writer.write(b"EHLO x\r\nMAIL FROM:<>\r\n")
+        while b"250 2.1.0" not in await reader.readline():
+            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await app.close()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        while len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0)
+
+    asyncio.run(main())

@@ -178,7 +178,8 @@ class Certificates:
         """Read all files anew, and change nothing yet: this may be done in another thread.
 
         What is wrong keeps its predecessor: a certificate whose files cannot be used any more, a directory that is gone or empty,
-        a valid certificate whose new version is not. The first certificate of all stays even when a directory has lost its file.
+        a valid certificate whose new version is not. The first certificate of all stays even when a directory has lost its file,
+        unless another file there has one for its name.
         """
         sources, old, selection, *_ = self._current
         before = self.stamp()
@@ -186,7 +187,8 @@ class Certificates:
         skipped: list[str] = []
         groups = [self._renew(source, group, complaints, skipped) for source, group in zip(sources, old, strict=True)]
         default = old[0][0]
-        if default.pair not in [each.pair for each in groups[0]]:
+        is_replaced = any(set(default.names[:1]) & set(each.names) for each in groups[0])
+        if default.pair not in [each.pair for each in groups[0]] and not is_replaced:
             complaints.append(f"{default.pair}: is gone; as the default certificate it stays in service until the next start")
             groups[0].insert(0, default)
         client_ca = selection.client_ca

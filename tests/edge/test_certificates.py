@@ -486,6 +486,22 @@ def test_a_certificate_that_is_bad_is_an_error_in_a_directory_too(authority, tmp
         Certificates([(tmp_path, None)])
 
 
+def test_a_renewal_may_come_in_a_file_of_another_name(authority, served, tmp_path):
+    old, new, other = authority.issue("one.test"), authority.issue("one.test", days=9), authority.issue("two.test")
+    for name, pair in (("1.pem", old), ("2.pem", other)):
+        (tmp_path / name).write_text("".join(path.read_text() for path in pair))
+    certificates = Certificates([(tmp_path, None)])
+    (tmp_path / "3.pem").write_text("".join(path.read_text() for path in new))
+    certificates.install(certificates.read())
+    assert served(certificates, "one.test") == serial(new[0])
+    (tmp_path / "1.pem").unlink()
+    reading = certificates.read()
+    assert reading.complaints == []
+    certificates.install(reading)
+    assert served(certificates, "one.test") == serial(new[0])
+    assert len(certificates.entries) == 2
+
+
 def test_a_file_that_loses_its_certificate_keeps_it_in_service(authority, tmp_path):
     for name in ("a", "b"):
         cert, key = authority.issue(f"{name}.test")

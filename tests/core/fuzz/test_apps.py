@@ -23,7 +23,7 @@ from fumi_core.server import LINGER
 
 from . import campaign
 from .model import replies_in
-from .wild import AT_THE_END, FAULTS, READINGS, SLOW, SLOWLY, Wild
+from .wild import AT_THE_END, FAULTS, READINGS, RETURNS, SLOW, SLOWLY, Wild
 from .world import CLIENT, Client, Loop, World
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "proxied": {"proxy_protocol": "required", "trusted_proxies": (CLIENT[0],)},
 }
 HEADER = b"PROXY TCP4 203.0.113.9 198.51.100.2 5000 25\r\n"
-REFUSED = frozenset((*FAULTS, *(SLOWLY + fault for fault in FAULTS)))
+REFUSED = frozenset((*FAULTS, *(SLOWLY + fault for fault in FAULTS), *RETURNS))
 """Local parts that are never answered 250."""
 ENDINGS = ("goes", "falls silent", "half-closes", "half-closes and never reads", "drips", "drips and never reads", "never reads")
 DRIP = 60.0
@@ -212,11 +212,11 @@ def _fails(words: list[str], text: bytes) -> bool:
     """Whether the handlers raise something for these recipients."""
     for word in words:
         when, _, fault = word.partition("-")
-        if word == "unread":
+        if word in ("unread", "task"):
             return False
-        if (word == "tap" and text) or (when in AT_THE_END and fault in FAULTS):
+        if word == "two" or (word == "tap" and text) or (when in AT_THE_END and fault in FAULTS):
             return True
-    return False
+    return "twice" in words or "returned" in words
 
 
 def _whole(texts: list[bytes], script: bytes) -> bool:
@@ -273,7 +273,7 @@ def _word(chance: Random, good: float, usual: bytes) -> bytes:
 
 
 def _transaction(chance: Random) -> list[bytes]:
-    moves = [b"m " + (b"end" if chance.random() < 0.05 else _word(chance, 0.85, b"a"))]
+    moves = [b"m " + (chance.choice((*RETURNS, "end")).encode() if chance.random() < 0.1 else _word(chance, 0.85, b"a"))]
     for _ in range(chance.choice((1, 1, 2, 3))):
         roll = chance.random()
         if roll < 0.4:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -76,13 +77,15 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "error": _odd_error,
 }
 """Each of them ends in a refusal."""
+RETURNS = ("returns", "returns-later")
+"""Handlers that return a text, as if that were a refusal."""
 SLOWLY = "slowly-"
 """Before the name of a fault: it comes after some time."""
 AT_THE_END = ("before", "between", "after")
 """When the handler of a message does its fault: before it reads, after the first piece, or after the last."""
-READINGS = ("unread", "tap", "end", "accept")
-"""How a message is read: not at all; or well, though a tap or what is called at the end of the transaction fails, or the words of
-the 250 are odd."""
+READINGS = ("unread", "twice", "two", "task", "returned", "tap", "end", "accept")
+"""How a message is read: not at all, by two handlers, by two at once, by a task that outlives the handler; or well, though a
+text is returned, a tap or what is called at the end of the transaction fails, or the words of the 250 are odd."""
 
 
 class Wild:
@@ -96,6 +99,7 @@ class Wild:
         app.on_mail_from(self._address)
         app.on_rcpt_to(self._address)
         app.on_data(self._data)
+        app.on_data(self._later_data)
         app.on_close(self._close)
         if authenticates:
             app.on_auth(self._auth)
@@ -114,26 +118,40 @@ class Wild:
         if ctx.credentials.username == "joe":
             ctx.accept("joe")
 
-    async def _address(self, ctx: Any, next: Any) -> None:
+    async def _address(self, ctx: Any, next: Any) -> Any:
         word = ctx.address.address.partition("@")[0]
+        if word == "returns":
+            return "550 no"
         await _misbehave(word, ctx)
         if word == "end":
             ctx.session.envelope.at_end += (_throw(lambda: ValueError("at the end")),)
         await next()
+        return "550 no" if word == "returns-later" else None
 
-    async def _data(self, ctx: Any, next: Any) -> None:
-        """The first recipient says how it is read, the sender when a fault of its name comes, and which."""
+    async def _data(self, ctx: Any, next: Any) -> Any:
+        """The recipients say how it is read, and which fault comes when."""
         words = [each.address.partition("@")[0] for each in ctx.session.envelope.rcpt_to]
         for word in words:
             if word == "unread":
-                return
+                return None
             if word == "tap":
                 ctx.stream.tap(_throw(lambda: ValueError("in a tap")))
+            if word == "two":
+                await asyncio.gather(self._read(ctx), self._read(ctx))
+            if word == "task":
+                self.task = asyncio.ensure_future(self._read_if_it_can_be(ctx))
+                return None
             if word == "accept":
                 ctx.accept("\u0662\u0665\u0660 accepted\r\nin two \ud800 lines")
             when, _, fault = word.partition("-")
             if when in AT_THE_END and fault in FAULTS:
                 await self._fail(ctx, when, fault)
+        await self._read(ctx)
+        if "twice" in words:
+            await next()
+        return "550 no" if "returned" in words else None
+
+    async def _later_data(self, ctx: Any, next: Any) -> None:
         await self._read(ctx)
 
     async def _fail(self, ctx: Any, when: str, fault: str) -> None:
@@ -143,6 +161,10 @@ class Wild:
         if when == "after":
             await self._read(ctx)
         FAULTS[fault](ctx)
+
+    async def _read_if_it_can_be(self, ctx: Any) -> None:
+        with contextlib.suppress(Exception):
+            await self._read(ctx)
 
     async def _read(self, ctx: Any) -> None:
         pieces = [piece async for piece in ctx.stream]

@@ -102,7 +102,9 @@ class Programs:
     def close(self) -> None:
         for process in self._running:
             if process.poll() is None:
-                process.kill()
+                # With its children: each program has a session of its own.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

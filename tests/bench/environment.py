@@ -114,21 +114,61 @@ def install_smtp_server() -> None:
 
 
 def install_postfix() -> None:
-    """Unpack Debian's Postfix, and see that its programs start; as root, with the libraries they need from Debian."""
-    INSTALLED.mkdir(exist_ok=True)
-    home = INSTALLED / "postfix"
-    control = home / "DEBIAN/control"
-    if not control.exists():
-        with tempfile.TemporaryDirectory(dir=INSTALLED) as directory:
-            download("postfix", Path(directory))
-            (package,) = Path(directory).glob("postfix_*.deb")
-            run("dpkg-deb", "--raw-extract", str(package), str(home))
+    """Unpack Debian's Postfix, and check that its programs start; as root, with the libraries they need from Debian."""
+    home = unpack("postfix", "postfix")
     if "error while loading shared libraries" in (said := smtp_source_usage()) and os.geteuid() == 0:
-        (depends,) = (line for line in control.read_text().splitlines() if line.startswith("Depends:"))
-        run("apt-get", "install", "--yes", "--no-install-recommends", *re.findall(r"\blib[\w.+-]+", depends))
+        install_libraries(home)
         said = smtp_source_usage()
     if "usage" not in said:
         raise PeerMissing(f"Postfix's smtp-source does not start: {said}")
+
+
+def install_dovecot() -> None:
+    """Unpack Debian's Dovecot with its LMTP server; as root, with the libraries that it needs from Debian."""
+    home = unpack("dovecot", "dovecot-core", "dovecot-lmtpd")
+    if "not found" in (missing := missing_libraries(home)) and os.geteuid() == 0:
+        install_libraries(home)
+        missing = missing_libraries(home)
+    if "not found" in missing:
+        raise PeerMissing(f"libraries of Dovecot are missing: {missing}")
+
+
+def missing_libraries(home: Path) -> str:
+    """What the dynamic linker says of Dovecot's programs, where something is missing."""
+    library = home / "usr/lib/dovecot"
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{library}:{library}/old-stats"}
+    command = ["ldd", *(str(library / name) for name in ("lmtp", "anvil", "log", "config"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return "".join(line for line in done.stdout.splitlines(keepends=True) if "not found" in line)
+
+
+def unpack(name: str, *packages: str) -> Path:
+    """Where the files of these Debian packages are, without having been installed; they are fetched where they are not there."""
+    INSTALLED.mkdir(exist_ok=True)
+    home = INSTALLED / name
+    if not (home / "DEBIAN/control").exists():
+        with tempfile.TemporaryDirectory(dir=INSTALLED) as directory:
+            for package in packages:
+                download(package, Path(directory))
+            for each in Path(directory).glob("*.deb"):
+                run("dpkg-deb", "--extract", str(each), str(home))
+                with (Path(directory) / "control").open("a") as control:
+                    control.write(output(["dpkg-deb", "--field", str(each)]))
+            (home / "DEBIAN").mkdir(exist_ok=True)
+            shutil.move(Path(directory) / "control", home / "DEBIAN/control")
+    return home
+
+
+def output(argv: Sequence[str]) -> str:
+    """What a command prints; it must not fail."""
+    return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def install_libraries(home: Path) -> None:
+    """The libraries that unpacked packages depend on, from Debian."""
+    depends = [line for line in (home / "DEBIAN/control").read_text().splitlines() if line.startswith("Depends:")]
+    libraries = sorted({name for line in depends for name in re.findall(r"\blib[\w.+-]+", line)})
+    run("apt-get", "install", "--yes", "--no-install-recommends", *libraries)
 
 
 def smtp_source_usage() -> str:

@@ -134,7 +134,7 @@ class ScriptedHop:
     """An SMTP server of few words, one thread a connection: each command is answered as ``answers`` says, by its verb.
 
     ``BANNER`` and ``.`` (the end of a message; ``dot`` as an argument) are there too. An answer is bytes to send, b"" to say
-    nothing, None to close, a list of these one by one, or a function of the line that returns one of these.
+    nothing, None to close, an iterable of these one by one, or a function of the line that returns one of these.
     """
 
     def __init__(self, path: str | None = None, **answers: Any) -> None:
@@ -201,7 +201,7 @@ class ScriptedHop:
         answer = self.answers.get(verb, b"250 2.0.0 Ok\r\n")
         if callable(answer):
             answer = answer(line)
-        for part in answer if isinstance(answer, list) else [answer]:
+        for part in [answer] if answer is None or isinstance(answer, bytes) else answer:
             if part is None:
                 client.shutdown(socket.SHUT_RDWR)
                 return False

@@ -42,18 +42,17 @@ class Store:
         self._recipients.append(name)
         return b"250 2.1.5 Ok\r\n"
 
-    def _deliver(self, text: bytes) -> list[bytes | None]:
-        replies: list[bytes | None] = []
+    def _deliver(self, text: bytes) -> Iterator[bytes | None]:
         for name in self._recipients:
             answer = self.answers.get(name, "250 2.0.0 Saved")
             answer = answer() if callable(answer) else answer
             if answer is None:
-                return [*replies, None]
+                yield None
+                return
             if answer.startswith("250"):
                 self.copies[name, text.decode().partition("Subject")[2]] += 1
             code, status, words = answer.split(" ", 2)
-            replies.append(f"{code} {status} <{name}> {words}\r\n".encode())
-        return replies
+            yield f"{code} {status} <{name}> {words}\r\n".encode()
 
     def copies_of(self, text: str) -> dict[str, int]:
         return {name: count for (name, found), count in self.copies.items() if found == text.partition("Subject")[2]}
@@ -254,6 +253,34 @@ def programs(start: Any, free_port: Any, tmp_path: Path) -> Callable[..., list[i
         return ports
 
     return run
+
+
+def test_a_core_that_is_killed_between_answers_has_remembered_those_that_came(
+    store: Any, start: Any, free_port: Any, connect: Any, eventually: Any, tmp_path: Path
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def never() -> None:
+        entered.set()
+        go_on.wait(60)
+
+    hop, port = store(c=never), free_port()
+    flags = ["--proxy-protocol", "off", "--listen", f"127.0.0.1:{port}", "--deliver", f"lmtp:{hop.address}", "--workers", "2"]
+    program = start(*flags)
+    client = connect(port)
+    envelope(client, "a", "b", "c", "d")
+    client.say("DATA")
+    client.sock.sendall(f"{TEXT}.\r\n".encode())
+    assert entered.wait(60)
+    eventually(lambda: rows(tmp_path / "state") == 2)
+    program.close()
+    assert client.reply() == b""
+    go_on.set()
+    hop.answers.clear()
+    start(*flags)
+    assert send(connect(port), "a", "b", "c", "d").startswith(b"250 ")
+    assert hop.copies_of(TEXT) == dict.fromkeys("abcd", 1)
+    eventually(lambda: rows(tmp_path / "state") == 0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

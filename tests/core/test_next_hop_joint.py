@@ -305,9 +305,11 @@ def test_the_same_message_waits_while_it_is_being_delivered(
         assert entered.wait(60)
     go_on.set()
     assert first.reply().startswith(MIXED)
-    # Nothing was known of it at MAIL, so it was not kept: the client has to send it once more.
-    assert second.reply().startswith(b"451 4.2.0 ")
-    assert send(second, *again).startswith(b"250 ")
+    # If no answer was known at its MAIL, it was not kept, and the client has to send it once more.
+    reply = second.reply()
+    assert reply.startswith((b"250 ", b"451 4.2.0 "))
+    if reply.startswith(b"451"):
+        assert send(second, *again).startswith(b"250 ")
     assert hop.copies_of(TEXT) == dict.fromkeys(again, 1)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterable
+from email.message import EmailMessage
+from email.policy import SMTP, SMTPUTF8
 from typing import Any, ClassVar, NoReturn
 
 from fumi_core.errors import SMTPError
 from fumi_core.grammar import parse_path, paths
+from fumi_core.replacement import Replacement
 from fumi_core.sasl import Credentials
 from fumi_core.session import Address, Session
 from fumi_core.stream import MessageStream
@@ -131,6 +135,25 @@ class DataContext(Context):
     @property
     def size_exceeded(self) -> bool:
         return self.stream.size_exceeded
+
+    async def spool(self) -> None:
+        """Keep the whole message, so that this handler and those after it can read it any number of times.
+
+        Up to 256 KiB are kept in memory, more in an unlinked temporary file, until the handlers have ended. Raises RuntimeError
+        when the message was read already, SMTPError 452 when the disk is full, MessageAborted.
+        """
+        await self.stream.spool()
+
+    def replace(self, text: bytes | AsyncIterable[bytes]) -> None:
+        """Give the handlers after this one another message, as bytes or as what an async iterator of bytes yields.
+
+        The iterator may read ``ctx.stream``. Line ends become CRLF, unless the message has BODY=BINARYMIME (RFC 3030 §3).
+        """
+        self.stream = Replacement(self.stream, text, self.session.envelope.body == "BINARYMIME")
+
+    async def message(self) -> EmailMessage:
+        """The message, parsed (RFC 5322). It is kept, so it can still be read. Raises as ``spool()`` does."""
+        return await self.stream.message(SMTPUTF8 if self.session.envelope.smtputf8 else SMTP)
 
     def accept(self, text: str) -> None:
         """Answer 250 with these words, once the chain has ended without a refusal."""

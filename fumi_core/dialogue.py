@@ -360,7 +360,7 @@ class Dialogue:
         message = self._message
         assert message is not None
         message.stage = Stage.DONE
-        message.stream.discard()
+        message.context.stream.release()
         cut_off = isinstance(error, asyncio.CancelledError) and self.closed
         if cut_off or isinstance(error, MessageAborted):
             log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error) or "cut off")
@@ -395,7 +395,7 @@ class Dialogue:
         error = message.stream.refusal
         if error is not None and error is not message.error:
             message.error, message.refusal = error, self._refusal(message.context, error)
-        return replies.SIZE_EXCEEDED if message.stream.size_exceeded else message.refusal
+        return replies.SIZE_EXCEEDED if message.context.size_exceeded else message.refusal
 
     def _acceptance(self, context: DataContext) -> Reply:
         try:

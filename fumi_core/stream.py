@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
+from email.message import EmailMessage
+from email.policy import EmailPolicy
 from typing import Any
 
 from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.spool import Spool
 
 READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
@@ -34,6 +38,7 @@ class MessageStream:
         "_pieces",
         "_reader",
         "_resume",
+        "_spool",
         "_waiter",
         "refusal",
         "size",
@@ -52,6 +57,7 @@ class MessageStream:
         self._discarding = False
         self._lost = False  # some text was dropped that nobody had read
         self._reader: object | None = None  # who has read from it; nobody else may
+        self._spool: Spool | None = None  # the whole message, for any number of readers
         self._waiter: asyncio.Future[None] | None = None
         self._listeners: tuple[Callable[[bytes], object], ...] = ()
 
@@ -62,7 +68,9 @@ class MessageStream:
         return self._limit is not None and self.size > self._limit
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        """All pieces, from the first on. Raises RuntimeError when the stream was read already."""
+        """All pieces, from the first on. Raises RuntimeError when the stream was read already, and was not kept."""
+        if self._spool is not None:
+            return self._kept(self._spool)
         if self._reader is not None:
             raise RuntimeError(READ_ALREADY)
         return _Reading(self)
@@ -81,10 +89,7 @@ class MessageStream:
         Raises RuntimeError when ``reader`` would get less than the whole message: another one has read some of it, or it was
         dropped after ``skip()`` or after the handlers had ended.
         """
-        if self._reader is None:
-            self._reader = reader
-        elif self._reader is not reader:
-            raise RuntimeError(READ_ALREADY)
+        self._claim(reader)
         while not self._pieces:
             over = self._over
             if self._lost and not self.size_exceeded:
@@ -97,6 +102,52 @@ class MessageStream:
         if not self._pieces:
             self._resume()
         return piece
+
+    def _claim(self, reader: object) -> None:
+        if self._reader is None:
+            self._reader = reader
+        elif self._reader is not reader:
+            raise RuntimeError(READ_ALREADY)
+
+    async def _kept(self, spool: Spool) -> AsyncIterator[bytes]:
+        async for piece in spool.read():
+            if self.refusal is not None:
+                raise self.refusal
+            yield piece
+        await self._complete()
+
+    async def _complete(self) -> None:
+        """Return when the client has sent its whole message: it has, when that was kept."""
+
+    async def spool(self) -> None:
+        """Keep the whole message: from now on it can be read any number of times, until the handlers have ended.
+
+        Raises as reading does, and SMTPError 452 when the disk is full.
+        """
+        if self._spool is not None:
+            return
+        spool = Spool()
+        try:
+            async for piece in self:
+                await spool.write(piece)
+            if self._discarding:
+                raise RuntimeError(DROPPED)
+        except OSError as error:
+            spool.close()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise SMTPError("4.3.1 Insufficient system storage", 452) from error
+            raise
+        except BaseException:
+            spool.close()
+            raise
+        self._spool = spool
+
+    async def message(self, policy: EmailPolicy[EmailMessage]) -> EmailMessage:
+        """The parsed message. Raises as ``spool()`` does."""
+        await self.spool()
+        await self._complete()
+        assert self._spool is not None
+        return await self._spool.parse(policy)
 
     async def read(self) -> bytes:
         """The whole message. Raises MessageAborted, ``refusal`` when there is one, and RuntimeError when it was read already."""
@@ -114,7 +165,8 @@ class MessageStream:
 
     async def skip(self) -> None:
         """Drop what nobody has read, and return when the message has arrived. Raises MessageAborted and ``refusal``."""
-        self.discard()
+        if self._spool is None:
+            self.discard()
         while not self._over:
             await self._more()
 
@@ -133,7 +185,7 @@ class MessageStream:
         When it raises, the message is not accepted: an SMTPError is its reply, any other exception leads to 451. Raises
         RuntimeError when some of the message was read, or dropped, already.
         """
-        if self._reader is not None or self._lost:
+        if self._reader is not None or self._lost or self._spool is not None:
             raise RuntimeError("tap() comes before the message is read")
         for piece in self._pieces:
             listener(piece)
@@ -166,6 +218,16 @@ class MessageStream:
 
     def feed(self, piece: bytes) -> None:
         self.size += len(piece)
+        if self._listeners:
+            self._call_listeners(piece)
+        if self._discarding:
+            self._lost = True
+        elif not self.size_exceeded:
+            self._pieces.append(piece)
+            self._buffered += len(piece)
+        self._wake()
+
+    def _call_listeners(self, piece: bytes) -> None:
         for listener in self._listeners:
             try:
                 listener(piece)
@@ -174,12 +236,6 @@ class MessageStream:
             except BaseException as error:
                 self._listeners = ()  # no function gets a message with a hole in it
                 self._refuse(_exception(error))
-        if self._discarding:
-            self._lost = True
-        elif not self.size_exceeded:
-            self._pieces.append(piece)
-            self._buffered += len(piece)
-        self._wake()
 
     def exceed(self) -> None:
         """The client has declared more octets than are allowed: as if they had arrived."""
@@ -202,6 +258,12 @@ class MessageStream:
         self._discarding = True
         self._lost = self._lost or bool(self._pieces)
         self._drop()
+
+    def release(self) -> None:
+        """The handlers have ended: nothing is kept for them any longer."""
+        self.discard()
+        if self._spool is not None:
+            self._spool.close()
 
     def _drop(self) -> None:
         self._pieces.clear()

@@ -117,7 +117,7 @@ def test_over_a_unix_socket(core: Any, swaks: Swaks, programs: Any, protocol: st
     assert session.transmission_type == protocol
 
 
-@pytest.mark.parametrize("name", ["localhost", "[127.0.0.1]", "[IPv6:::1]", "under_score.example", "bücher.example", "x" * 255])
+@pytest.mark.parametrize("name", ["localhost", "[127.0.0.1]", "[IPv6:::1]", "under_score.example", "bücher.example", "two words", "x" * 255])
 @pytest.mark.parametrize("protocol", ["SMTP", "ESMTP"])
 def test_it_may_call_itself(core: Any, swaks: Swaks, protocol: str, name: str) -> None:
     server = core()
@@ -125,7 +125,7 @@ def test_it_may_call_itself(core: Any, swaks: Swaks, protocol: str, name: str) -
     assert server.messages[0].session.client_hostname == name
 
 
-@pytest.mark.parametrize("name", ["two words", "x" * 256, " "])
+@pytest.mark.parametrize("name", ["x" * 256, " "])
 def test_it_may_not_call_itself(core: Any, swaks: Swaks, name: str) -> None:
     # It tries HELO then.
     said = swaks(core().port, "--ehlo", name, status=22)

@@ -192,8 +192,8 @@ def test_the_table_of_hooks_is_theirs() -> None:
     assert _names(row[0] for row in rows) == [f"on_{phase}" for phase in PHASES]
     for row, context in zip(rows, CONTEXTS, strict=True):
         public = {name for name in dir(context) if not name.startswith(("_", "default_"))} - {"session", "reject"}
-        # What a handler's verdict is kept in is the server's.
-        assert set(_names([row[2]])) == public - {"accepted", "rejected", "user"}
+        # What a handler's verdict is kept in, and what its errors are logged by, is the server's.
+        assert set(_names([row[2]])) == public - {"accepted", "rejected", "user", "hook", "command"}
         if context is not contexts.CloseContext:
             assert row[3].startswith(str(context.default_code))
 
@@ -207,7 +207,7 @@ def test_the_tables_of_the_session_are_its_own() -> None:
 def test_the_table_of_the_stream_is_its_own() -> None:
     rows = _table("The message")
     said = {name for row in rows for name in re.findall(r"ctx\.stream\.(\w+)", row[0])}
-    servers = {"abort", "discard", "end", "exceed", "feed", "full", "has_text", "refusal"}
+    servers = {"abort", "discard", "end", "exceed", "feed", "full", "has_text", "refusal", "release", "spool", "message"}
     assert said == {name for name in dir(MessageStream) if not name.startswith("_")} - servers
 
 

@@ -117,7 +117,9 @@ def test_over_a_unix_socket(core: Any, swaks: Swaks, programs: Any, protocol: st
     assert session.transmission_type == protocol
 
 
-@pytest.mark.parametrize("name", ["localhost", "[127.0.0.1]", "[IPv6:::1]", "under_score.example", "bücher.example", "two words", "x" * 255])
+@pytest.mark.parametrize(
+    "name", ["localhost", "[127.0.0.1]", "[IPv6:::1]", "under_score.example", "bücher.example", "two words", "x" * 255]
+)
 @pytest.mark.parametrize("protocol", ["SMTP", "ESMTP"])
 def test_it_may_call_itself(core: Any, swaks: Swaks, protocol: str, name: str) -> None:
     server = core()

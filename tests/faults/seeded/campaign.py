@@ -230,7 +230,7 @@ class Bench:
             or (case.fault is not None and case.fault.action.startswith("kill"))
         )
         self._sessions_end(0 if killed else sum(attempts.sessions for attempts in tried))
-        self._nothing_left(killed)
+        self._nothing_left(killed or (case.fault is not None and case.fault.call == "unlink"))
         self.log += self.core.new_log()
         assert "Traceback" not in self.log, "a traceback"
         letters = {attempts.letter.mark: attempts for attempts in tried}
@@ -246,7 +246,7 @@ class Bench:
         if case.death == "hang up" and not any(way.stop for _, way in case.letters):
             self._check_failures(tried, 0)
         if case.fault is not None and case.fault.action in ("fail", "shorten"):
-            self._check_failures(tried, struck if case.fault.action == "fail" else 0)
+            self._check_failures(tried, struck if case.fault.action == "fail" and case.fault.call != "unlink" else 0)
 
     def _check_failures(self, tried: list[Attempts], errors: int) -> None:
         """An error is one message's alone, and that message is not answered 250."""
@@ -280,8 +280,8 @@ class Bench:
         if not count:
             time.sleep(0.01)  # who was killed logs nothing that could be waited for
 
-    def _nothing_left(self, killed: bool) -> None:
-        """No descriptor, no connection, no file on its way; what a kill left in tmp/ is taken away."""
+    def _nothing_left(self, excused: bool) -> None:
+        """No descriptor, no connection, no file on its way; who was killed, or could not unlink, is ``excused`` from that."""
         processes = self.setting.workers
 
         def complete() -> bool:
@@ -292,7 +292,7 @@ class Bench:
 
         def idle() -> bool:
             connections = self.hop.connections if self.hop is not None else 0
-            return sum(self.core.descriptors()) <= processes * self._idle + connections and not (self._temporary() and not killed)
+            return sum(self.core.descriptors()) <= processes * self._idle + connections and (excused or not self._temporary())
 
         _within(idle, lambda: f"left: descriptors {self.core.descriptors()}, {self._idle} when idle; {self._temporary()}")
         for path in self._temporary():

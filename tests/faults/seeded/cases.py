@@ -11,7 +11,9 @@ from .next_hop import CONNECTING, STATES
 from .plan import Fault
 
 ON_DISK = ("open", "write", "fsync", "link", "directory fsync")
-"""The calls that each message takes, at least once."""
+"""The calls that each message takes, at least once, and without which it is not safe."""
+CALLS = (*ON_DISK, "unlink")
+"""And the one with which its name in tmp/ goes."""
 ERRORS = (errno.EIO, errno.EIO, errno.ENOSPC, errno.ENOSPC, errno.EDQUOT)
 SMALL, LARGE = 1_500, 200_000
 """Octets of a letter. A large one is written in several pieces."""
@@ -94,7 +96,7 @@ def _letters(chance: Random, setting: Setting, mark: str, stops: float = 0.15) -
 
 def _error(chance: Random, setting: Setting, mark: str) -> Case:
     letters = _letters(chance, setting, mark, stops=0.05)
-    call = chance.choice(ON_DISK)
+    call = chance.choice(CALLS)
     if call == "write" and chance.random() < 0.3:
         return Case(letters, Fault(call, "shorten", chance.randrange(len(letters)), chance.randrange(1, 4)))
     times = chance.choice((1, 1, 1, 2, 5))
@@ -104,7 +106,7 @@ def _error(chance: Random, setting: Setting, mark: str) -> Case:
 def _kill_in_a_call(chance: Random, setting: Setting, mark: str) -> Case:
     letters = _letters(chance, setting, mark)
     return Case(
-        letters, Fault(chance.choice(ON_DISK), chance.choice(("kill before", "kill after")), chance.randrange(len(letters)))
+        letters, Fault(chance.choice(CALLS), chance.choice(("kill before", "kill after")), chance.randrange(len(letters)))
     )
 
 
@@ -129,7 +131,7 @@ def _held(chance: Random, setting: Setting, mark: str) -> Case:
     terminate = chance.random() < 0.1 and setting.workers == 1
     letter, way = _letters(chance, setting, mark, stops=0)[0]
     stop = "" if terminate else chance.choice(STOPS[2:])
-    return Case(((letter, replace(way, stop=stop)),), Fault(chance.choice(ON_DISK), "hold"), terminate=terminate)
+    return Case(((letter, replace(way, stop=stop)),), Fault(chance.choice(CALLS), "hold"), terminate=terminate)
 
 
 def _client(chance: Random, setting: Setting, mark: str) -> Case:

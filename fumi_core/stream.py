@@ -167,6 +167,7 @@ class MessageStream:
         """Drop what nobody has read, and return when the message has arrived. Raises MessageAborted and ``refusal``."""
         if self._spool is None:
             self.discard()
+            self._resume()  # the socket may rest because of what has just been dropped
         while not self._over:
             await self._more()
 

@@ -18,7 +18,7 @@ ENDINGS = [b"RSET", b"EHLO again", b"HELO again"]
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("chunk", [b"BDAT 0\r\n", b"BDAT 5\r\nhello"])
 def test_handlers_of_a_message_that_is_given_up_have_its_envelope(connect: Any, caplog: Any, ending: bytes, chunk: bytes) -> None:
-    app = Fumi(auth_optional=True)
+    app = Fumi(auth_optional=True, close_timeout=0.2)
     seen: list[Any] = []
 
     @app.on_mail_from
@@ -45,7 +45,7 @@ def test_handlers_of_a_message_that_is_given_up_have_its_envelope(connect: Any, 
 
 
 def test_a_rejected_chunk_leaves_the_envelope_to_the_handlers(connect: Any) -> None:
-    app = Fumi(auth_optional=True, size=10)
+    app = Fumi(auth_optional=True, size=10, close_timeout=0.2)
     seen: list[Any] = []
 
     @app.on_data

@@ -82,7 +82,7 @@ def test_whatever_a_hook_raises_is_451_and_the_server_goes_on(
 
 @pytest.mark.parametrize("hook", ["on_auth", "on_mail_from", "on_rcpt_to", "on_data"])
 def test_the_log_names_the_hook_and_the_command(connect: Any, caplog: Any, hook: str) -> None:
-    app = Fumi(auth_optional=True, allow_insecure_auth=True)
+    app = Fumi(auth_optional=True, allow_insecure_auth=True, close_timeout=0.2)
     getattr(app, hook)(raises(ERRORS["exit"]))
     with running(app, record=False) as server, caplog.at_level(logging.ERROR):
         client = connect(server.port)
@@ -210,7 +210,7 @@ def test_an_at_end_function_that_raises_is_451_and_the_others_are_called(
 
 
 def test_lmtp_answers_each_recipient_when_an_at_end_function_raises(connect: Any) -> None:
-    app = Fumi(auth_optional=True, lmtp=True)
+    app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
 
     @app.on_data
     async def data(ctx: Any, next: Any) -> None:
@@ -277,7 +277,7 @@ def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 def test_a_client_that_is_silent_after_an_error_is_timed_out(connect: Any, error: Any) -> None:
-    app = Fumi(auth_optional=True, socket_timeout=0.3)
+    app = Fumi(auth_optional=True, socket_timeout=0.3, close_timeout=0.2)
     app.on_mail_from(raises(error, late=True))
     with running(app) as server:
         client = connect(server.port)

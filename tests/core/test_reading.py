@@ -291,7 +291,7 @@ def test_the_state_of_a_session_is_the_apps(app: Fumi, connect: Any) -> None:
 
 
 def test_only_accepted_messages_are_recorded(connect: Any) -> None:
-    app = Fumi(auth_optional=True, lmtp=True)
+    app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
 
     @app.on_data
     async def data(ctx: Any, next: Any) -> None:

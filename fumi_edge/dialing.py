@@ -111,7 +111,7 @@ class Remote:
         except OSError as error:
             if self._targets and not self._unresolved:
                 self._unresolved = True
-                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, detail=error)
+                event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, error=error)
             return error
         finally:
             self._asked_at = loop.time()

@@ -13,6 +13,8 @@ from fumi_core.errors import SMTPError
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.session import Address, Session
 
+RELIED_ON = 300.0
+"""Seconds for which a client may go by an EHLO reply that offered more than the server offers now."""
 ASK = 5.0
 """Seconds that the server has, at the start, to say what extensions it offers."""
 
@@ -25,6 +27,7 @@ class Hop:
         self._protocol = protocol
         self._address = address
         self._pool = Pool()
+        self._reduced: float | None = None  # when the server was found to offer less than before
 
     async def ask(self, name: str) -> None:
         """Open a first connection, to learn what the server offers. Until one succeeds, it is taken to offer nothing."""
@@ -55,14 +58,19 @@ class Hop:
     async def _say_mail(self, connection: Connection, session: Session, sender: Address) -> Answer:
         try:
             line = mail_command(sender, session.envelope, connection, self._protocol)
-        except SMTPError:
+        except SMTPError as error:
             self._pool.put(connection)
+            if self._reduced is not None and asyncio.get_running_loop().time() - self._reduced < RELIED_ON:
+                # The client would get another EHLO reply now, and perhaps convert the message.
+                raise SMTPError(f"4{error.message[1:]}", 451) from None
             raise
         return await connection.say(line, MAIL)
 
     async def _connect(self, name: str) -> Connection:
         connection = await connect(self._address, self._protocol, name)
-        self.not_offered = not_carried(connection)
+        before, self.not_offered = self.not_offered, not_carried(connection)
+        if self.not_offered - before:
+            self._reduced = asyncio.get_running_loop().time()
         return connection
 
     def give_back(self, connection: Connection, clean: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, builtin
+from fumi_core.client import hop as client_hop
 from fumi_core.testing import RunningServer, running
 
 
@@ -338,6 +339,18 @@ def test_what_is_offered_changes_with_each_new_connection_to_the_next_hop(
         assert client.say("hi\r\n.").startswith(b"250")
         eventually(lambda: hop.open == 0)
         assert offered(client) == expected
+
+
+def test_what_was_offered_a_moment_ago_is_deferred_and_not_rejected(
+    scripted_hop: Any, serve: Any, connect: Any, eventually: Any, monkeypatch: Any
+) -> None:
+    hop = scripted_hop(EHLO=greeting("SMTPUTF8"), MAIL=None)
+    client = connect(serve(front(f"smtp:{hop.address}")).port)
+    assert offered(client) == {"SMTPUTF8"}
+    hop.answers["EHLO"] = greeting()
+    assert client.say("MAIL FROM:<> SMTPUTF8") == b"451 4.6.7 The next hop does not take internationalized mail\r\n"
+    monkeypatch.setattr(client_hop, "RELIED_ON", 0.0)
+    assert client.say("MAIL FROM:<> SMTPUTF8").startswith(b"550 5.6.7 ")
 
 
 def test_before_the_next_hop_has_answered_nothing_is_offered_that_it_may_lack(

@@ -28,15 +28,17 @@ class Store:
     def __init__(self, scripted_hop: Any, **answers: Any) -> None:
         self.answers: dict[str, Any] = answers
         self.copies: Counter[tuple[str, str]] = Counter()
-        self.hop = scripted_hop(dot=self._deliver, RCPT=self._recipient)
+        self.hop = scripted_hop(dot=self._deliver, MAIL=self._sender, RCPT=self._recipient)
         self.address = self.hop.address
         self.unknown: set[str] = set()
         self._recipients: list[str] = []
 
+    def _sender(self, line: bytes) -> bytes:
+        self._recipients = []
+        return b"250 2.1.0 Ok\r\n"
+
     def _recipient(self, line: bytes) -> bytes:
         (name,) = re.findall(r"<(\w+)@", line.decode())
-        if self.hop.lines[-2].startswith(b"MAIL"):
-            self._recipients = []
         if name in self.unknown:
             return b"550 5.1.1 <%b> User unknown\r\n" % name.encode()
         self._recipients.append(name)

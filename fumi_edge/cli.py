@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -38,7 +38,7 @@ from fumi_edge.check import Place, clash, look, unreadable
 from fumi_edge.dialing import Remote, is_destination
 from fumi_edge.edge import Edge
 from fumi_edge.emit import PROGRAMS, configuration
-from fumi_edge.health import Manner, probe
+from fumi_edge.health import Manner, offering_starttls, probe
 from fumi_edge.inbound import LOOPBACK
 from fumi_edge.limits import Rate, parse_rate
 from fumi_edge.pem import CertificateError
@@ -217,6 +217,18 @@ def _places(flags: dict[str, Any]) -> list[Place]:
     return places + ([Place("--metrics", flags["metrics"])] if flags["metrics"] else [])
 
 
+def _warnings(backends: Sequence[Backend], flags: dict[str, Any], manner: Manner) -> Iterator[str]:
+    """What works, and may surprise all the same."""
+    if manner.proxy_protocol != "off":
+        for place in _places(flags):
+            if place.address.kind == "unix" and place.flag != "--metrics":
+                yield f"{place}: Postfix, Exim and Dovecot reject the PROXY headers of its clients, which have no IP address"
+        return
+    offers = offering_starttls([backend.destination for backend in backends], manner)
+    for backend in (backend for backend, offer in zip(backends, offers, strict=True) if offer):
+        yield f"backend {backend.name} offers STARTTLS, inside TLS too, where RFC 3207 forbids it: turn it off there"
+
+
 def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user: str | None) -> None:
     """Exit with status 2 and what is wrong, in one line."""
     now = time.time()
@@ -230,6 +242,8 @@ def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user:
     manner = Manner(flags["proxy_protocol"], flags["connect_timeout"], flags["health_timeout"])
     troubles = probe([backend.destination for backend in backends], manner)
     problems += [f"backend {each.name}: {trouble}" for each, trouble in zip(backends, troubles, strict=True) if trouble]
+    for warning in _warnings(backends, flags, manner):
+        click.echo(f"warning: {warning}")
     for address in looked.taken:
         click.echo(f"{address} is already in use (by a running fumi-edge or another program)")
     if problems:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends import Backend, Backends, own_opening
 from fumi_edge.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of, words_of
-from fumi_edge.readiness import receive
-from fumi_edge.starttls import Replies
+from fumi_edge.readiness import receive, send_all
+from fumi_edge.starttls import STARTTLS_OFFER, Replies
 
 log = logging.getLogger("fumi.edge.backends")
 
@@ -100,6 +100,33 @@ def probe(destinations: Iterable[Destination], manner: Manner, one: bool = False
         return await asyncio.gather(*tasks)
 
     return asyncio.run(check_all())
+
+
+def offering_starttls(destinations: Iterable[Destination], manner: Manner) -> list[bool]:
+    """Whether each of them offers STARTTLS to the edge itself, from outside the loop; False where that cannot be found out."""
+
+    async def ask_all() -> list[bool]:
+        return await asyncio.gather(*(_offers_starttls(each.afresh(), manner) for each in destinations))
+
+    return asyncio.run(ask_all())
+
+
+async def _offers_starttls(destination: Destination, manner: Manner) -> bool:
+    loop = asyncio.get_running_loop()
+    try:
+        sock = await destination.connect(loop, manner.connect_timeout, own_opening(manner.proxy_protocol))
+        try:
+            async with asyncio.timeout(manner.timeout):
+                await _banner(loop, sock)
+                await send_all(loop, sock, b"EHLO localhost\r\n")
+                reply, _ = await _banner(loop, sock)
+        except BaseException:
+            sock.close()
+            raise
+        await quit_and_close(sock, min(manner.timeout, FAREWELL))
+    except (OSError, BadBanner):
+        return False
+    return STARTTLS_OFFER.search(reply) is not None
 
 
 async def _problem(destination: Destination, manner: Manner) -> str | None:

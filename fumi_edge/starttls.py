@@ -46,6 +46,8 @@ _REJECTED = frozenset((b"AUTH", b"CHUNKING", b"BINARYMIME", b"ETRN", b"ATRN", b"
 """Keywords of commands that get a 530 before TLS. A client that reads AUTH in the list sends its password at once."""
 _LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
 _LINE = re.compile(rb"[^\n]*\n")
+STARTTLS_OFFER = re.compile(rb"\n250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE)
+"""In a reply to EHLO, whose first line is a name."""
 _KEYWORD = re.compile(rb"[^ \t\r\n=]*")
 _VERB = re.compile(rb"[^ \t\r\n]*")
 _BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")

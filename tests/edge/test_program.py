@@ -126,6 +126,39 @@ def test_check_says_what_is_wrong_or_that_nothing_is(flags, backend):
     ]
 
 
+def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tls(flags, backend, kit):
+    """The edge only carries bytes there, and cannot take it out of the list."""
+
+    def offering(peer):
+        peer.say(b"220 hi\r\n")
+        while line := peer.line():
+            peer.say(b"250-hi\r\n250-StartTLS\r\n250 SIZE\r\n" if line[:4] == b"EHLO" else b"221 bye\r\n")
+            if line[:4] == b"QUIT":
+                return
+
+    warned, well = backend(offering, proxy=False), backend(kit.smtp, proxy=False)
+    both = (*flags[:4], "--backend", warned.address, "--backend", well.address)
+    done = finished("fumi-edge", *both, "--proxy-protocol", "off", "--check")
+    assert done.returncode == 0, done.stderr
+    warning = f"warning: backend {warned.address} offers STARTTLS, inside TLS too, where RFC 3207 forbids it: turn it off there"
+    assert [line for line in done.stdout.splitlines() if "warning" in line] == [warning]
+
+
+@pytest.mark.parametrize(("version", "warned"), [("v2", True), ("v1", True), ("off", False)])
+def test_check_warns_of_clients_whose_header_other_servers_reject(flags, backend, tmp_path, kit, version, warned):
+    def handler(peer):
+        if version == "v1":
+            peer.line()
+        kit.smtp(peer)
+
+    server = backend(handler, proxy=version == "v2")
+    listen = ("--listen", f"unix:{tmp_path}/sock", "--listen", "127.0.0.1:0", "--proxy-protocol", version)
+    done = finished("fumi-edge", *flags[:4], "--backend", server.address, *listen, "--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"warning: --listen unix:{tmp_path}/sock: Postfix, Exim and Dovecot reject") == warned
+    assert done.stdout.count("warning") == warned
+
+
 def test_check_looks_at_the_listeners(flags, backend, tmp_path):
     flags = [*flags[:4], "--backend", backend().address]
     (tmp_path / "file").write_text("")
@@ -387,7 +420,7 @@ def test_unix_sockets_get_the_mode_that_was_asked_for(backend, edge, tmp_path, w
 
 
 def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend, edge, clients, kit):
-    program = edge(backend=backend())
+    program = edge("--log-level", "debug", backend=backend())
 
     def vanish(step):
         client = clients.plain(program.starttls_port)

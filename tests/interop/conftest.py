@@ -180,7 +180,9 @@ def fumi_core(programs: Any) -> Callable[..., Any]:
     def start(*flags: str, name: str = "core", port: int | None = None) -> Any:
         port = port or programs.free_port()
         deliver = [] if "--deliver" in flags else ["--deliver", f"maildir:{name}"]
-        command = ["--listen", f"127.0.0.1:{port}", *deliver, *flags]
+        # Of its own, since a machine may have none, which is worth a warning.
+        named = [] if "--name" in flags else ["--name", "core.example"]
+        command = ["--listen", f"127.0.0.1:{port}", *named, *deliver, *flags]
         return port, programs.start(programs.bin / "fumi-core", *command, port=port, log=f"{name}.log")
 
     return start

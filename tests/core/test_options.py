@@ -287,7 +287,7 @@ def test_logger_tells_of_sessions(connect: Any, caplog: Any) -> None:
     own = logging.getLogger("own")
     for setting, name in ((False, None), (True, "fumi.core"), (own, "own")):
         caplog.clear()
-        with caplog.at_level(logging.INFO), running(Fumi(logger=setting, close_timeout=0.2)) as server:
+        with caplog.at_level(logging.INFO), running(Fumi(auth_optional=True, logger=setting, close_timeout=0.2)) as server:
             connect(server.port).say("QUIT")
         assert [record.name for record in caplog.records] == ([name] if name else [])
 

@@ -19,7 +19,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ NAMES = 10
 """Names that are tried for a message when each is taken already."""
 STALE = 36 * 3600.0
 """Seconds after which a file in tmp/ is the remains of a delivery that was killed, as the specification says."""
+WITHDRAWING = 4.0
+"""Seconds that a stop waits for deliveries that are being taken back; a master kills its workers after five."""
 CLEANING = 3600.0
 """Seconds between two looks for such files, while mail is delivered."""
 
@@ -64,6 +66,8 @@ class Maildir:
         self._host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
         self._clean_at = 0.0
         self._warned = False
+        self.withdrawals: set[Future[None]] = set()
+        """Deliveries whose client was not sent 250, and which a thread has yet to take back."""
 
     def __call__(self, app: Fumi) -> None:
         """Raises OSError when the directories cannot be made."""
@@ -86,6 +90,7 @@ class Maildir:
         app.on_data(deliver)
         app.withhold(lambda: _NOT_KEPT)
         app.at_start(self._clean)
+        app.at_close(self._wait_for_withdrawals)
 
     def create(self) -> None:
         # A directory that the power took takes with it what is in it, however safe that was.
@@ -157,6 +162,10 @@ class Maildir:
             event(_log, logging.ERROR, "cannot deliver", id=file.id, path=self.path, error=problem)
             full = isinstance(error, OSError) and error.errno in _FULL
             raise SMTPError(*(("4.3.1 Insufficient system storage", 452) if full else ("4.3.0 Mail store error", 451))) from None
+
+    def _wait_for_withdrawals(self) -> None:
+        # A message that stayed in new/ would be there twice, since its client sends it again.
+        wait(self.withdrawals, WITHDRAWING)
 
     def _unique_name(self) -> str:
         now = time.time_ns()
@@ -279,8 +288,18 @@ class _File:
     def withdraw(self) -> None:
         """Discard the message as soon as no thread is at work on it. Returns at once."""
         self.withdrawn = True
-        if self.job is not None:
-            self.job.add_done_callback(lambda job: self.discard())
+        if self.job is None:
+            return
+        withdrawal: Future[None] = Future()
+        withdrawals = self._maildir.withdrawals
+        withdrawals.add(withdrawal)
+
+        def take_back(job: Future[None]) -> None:
+            self.discard()
+            withdrawal.set_result(None)
+            withdrawals.discard(withdrawal)
+
+        self.job.add_done_callback(take_back)
 
     def discard(self) -> None:
         """Leave nothing of the message; what cannot be removed is logged."""

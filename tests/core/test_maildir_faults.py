@@ -74,6 +74,7 @@ class Held:
 @pytest.fixture
 def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
     held: list[Held] = []
+    monkeypatch.setattr(maildir, "WITHDRAWING", 0.0)
 
     def make(call: str, *, before: bool, turn: int = 1) -> Held:
         held.append(Held(getattr(os, call), before=before, turn=turn))
@@ -105,6 +106,25 @@ def test_a_delivery_that_is_cancelled_in_a_slow_call_is_taken_back(
         slow.release.set()
         eventually(lambda: files(box) == [])
         assert observer.results == ["deferred"]
+
+
+def test_a_stop_waits_until_a_delivery_is_taken_back(box: Path, connect: Any, hold: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(build(box)) as server:
+        client = connect(server.port)
+        slow = hold("link", before=False)
+        monkeypatch.setattr(maildir, "WITHDRAWING", 60.0)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall(b"Subject: hi\r\n.\r\n")
+        assert slow.reached.wait(60)
+        closing = threading.Thread(target=server.run, args=(server.app.close,))
+        closing.start()
+        assert client.reply().startswith(b"421 ")
+        assert client.reply() == b""
+        assert len(files(box)) == 2
+        slow.release.set()
+        closing.join()
+        assert files(box) == []
 
 
 def test_a_delivery_that_waits_for_a_thread_when_it_is_cancelled_never_starts(

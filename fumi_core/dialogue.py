@@ -100,9 +100,11 @@ class _Message:
 class Dialogue:
     """One connection's conversation. ``messages`` counts the accepted ones."""
 
-    def __init__(self, session: Session, service: Service, changed: Callable[[], None]) -> None:
+    def __init__(self, session: Session, service: Service, changed: Callable[[], None], anonymous: bool = False) -> None:
+        """``anonymous`` tells that the session's address is the proxy's own, though the client is another."""
         self.session = session
         options = service.options
+        speaks_for_others = (options.use_xclient or options.use_xforward) and not anonymous
         logged = dialogue_log.log.isEnabledFor(logging.DEBUG)
         self.protocol = (dialogue_log.LoggedProtocol if logged else Protocol)(
             session,
@@ -110,7 +112,7 @@ class Dialogue:
             service.greetings,
             service.tally,
             authenticates=service.chains["auth"] is not None,
-            trusted=(options.use_xclient or options.use_xforward) and session.remote_address in service.trusted,
+            trusted=speaks_for_others and session.remote_address in service.trusted,
             at_end_failed=self._at_end_failed,
         )
         self.messages = 0

@@ -130,6 +130,7 @@ class Connection:
     """
 
     __slots__ = (
+        "_anonymous",
         "_deadline",
         "_dialogue",
         "_ended",
@@ -152,6 +153,8 @@ class Connection:
         self._dialogue: Dialogue | None = None
         self._ended = False
         self._probe = False
+        self._anonymous = False
+        """The proxy did not say who its client is, which may be anybody."""
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
@@ -244,6 +247,7 @@ class Connection:
         if header.command == "LOCAL":
             self._probe = True
             return
+        self._anonymous = header.source is None
         session.remote_address, session.remote_port = _endpoint(header.source, session.remote_address, session.remote_port)
         session.local_address, session.local_port = _endpoint(header.destination, session.local_address, session.local_port)
         session.tls = header.tls
@@ -274,7 +278,7 @@ class Connection:
             return
         server.crowd.entered()
         self._phase = Phase.OPEN
-        self._dialogue = Dialogue(self._session, server.service, self._regulate)
+        self._dialogue = Dialogue(self._session, server.service, self._regulate, anonymous=self._anonymous)
         self._watch(server.options.socket_timeout)
         self._dialogue.start()
         if server.draining:

@@ -110,6 +110,13 @@ def test_a_client_behind_a_terminator_forges_nothing() -> None:
     assert (seen[0]["remote_address"], seen[0]["user"], seen[0]["xforward"]) == ("203.0.113.9", None, {})
 
 
+def test_a_client_whom_the_proxy_does_not_name_is_not_the_proxy() -> None:
+    with recorded(proxy_protocol="required") as (_, port):
+        replies = talk(port, b"PROXY UNKNOWN\r\n", HELLO, b"XCLIENT ADDR=192.0.2.9\r\n", b"XFORWARD NAME=x\r\n")
+    assert b"XCLIENT" not in replies
+    assert replies.count(b"\r\n550 5.7.0 Error: insufficient authorization") == 2
+
+
 def test_trust_stays_with_the_connection_whomever_it_speaks_for() -> None:
     with recorded("data") as (seen, port):
         talk(port, b"XCLIENT ADDR=203.0.113.9\r\n", HELLO, b"XCLIENT ADDR=203.0.113.10\r\n", HELLO, MESSAGE)

@@ -185,8 +185,9 @@ local_transport = error:no local mail
 alias_maps =
 relayhost = [127.0.0.1]:{next_hop}
 smtp_host_lookup = native
-minimal_backoff_time = 1s
-maximal_backoff_time = 2s
+# With one second qmgr tries again while the delivery agent still holds the file, and then never more.
+minimal_backoff_time = 3s
+maximal_backoff_time = 4s
 queue_run_delay = 1s
 transport_retry_time = 1s
 """

@@ -9,17 +9,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 
-from fumi_core import options as _options
-from fumi_core.dialogue import Chains, Service
-from fumi_core.greetings import Greetings
-from fumi_core.middleware import Handler, check, compose, name_of
-from fumi_core.observer import Observer, guarded
-from fumi_core.options import Options
+from fumi_core.handlers.middleware import Handler, check, compose, name_of
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.scoreboard import crowd_of_one
-from fumi_core.server import Server
-from fumi_core.tally import Tally
+from fumi_core.server.connection import Server
+from fumi_core.server.dialogue import Chains, Service
+from fumi_core.server.observer import Observer, guarded
+from fumi_core.smtp import options as _options
+from fumi_core.smtp.greetings import Greetings
+from fumi_core.smtp.options import Options
+from fumi_core.smtp.tally import Tally
 
 H = TypeVar("H", bound=Callable[..., Any])
 PHASES = ("connect", "auth", "mail_from", "rcpt_to", "data", "close")

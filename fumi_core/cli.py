@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from fumi_core.grammar import DOMAIN, MAX_DOMAIN
-from fumi_core.program import CoreWork
+from fumi_core.program.users import hash_password
+from fumi_core.program.work import CoreWork
 from fumi_core.runtime.lifecycle import hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.settings import (
@@ -25,7 +25,7 @@ from fumi_core.runtime.settings import (
     config_option,
 )
 from fumi_core.runtime.workers import run
-from fumi_core.users import hash_password
+from fumi_core.smtp.grammar import DOMAIN, MAX_DOMAIN
 from fumi_core.version import VERSION
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import DataContext
-from fumi_core.middleware import Next
-from fumi_core.session import Envelope, Session
+from fumi_core.handlers.contexts import DataContext
+from fumi_core.handlers.middleware import Next
+from fumi_core.smtp.session import Envelope, Session
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ import socket
 from typing import Any
 
 from fumi_core import app as core
-from fumi_core.dialogue import Service
-from fumi_core.options import override
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.scoreboard import crowd_of_one
-from fumi_core.server import Server
+from fumi_core.server.connection import Server
+from fumi_core.server.dialogue import Service
+from fumi_core.smtp.options import override
 from fumi_edge.certificates import Certificates
 from fumi_edge.dialing import Opening
 from fumi_edge.edge import Edge

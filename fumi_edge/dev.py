@@ -69,7 +69,7 @@ class Bench:
         self._core: Any = None
 
     async def start(self) -> None:
-        from fumi_core.builtin import build
+        from fumi_core.program.builtin import build
 
         self._core = build(DELIVER, proxy_protocol="required", trusted_proxies=("unix",))
         await self._core.listen(path=f"{self._path}/core.sock")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from fumi_core.runtime.addresses import SocketAddress
-from fumi_core.runtime.aside import aside
+from fumi_core.runtime.daemon_thread import aside
 from fumi_core.runtime.logs import event
 from fumi_edge.ending import reset_on_close
 from fumi_edge.readiness import receive, send_all, writable

@@ -14,9 +14,9 @@ import click
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.addresses import explain
-from fumi_core.runtime.endpoint import Page, Problem
 from fumi_core.runtime.lifecycle import Incomplete
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.metrics_server import Page, Problem
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError

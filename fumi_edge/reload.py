@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from fumi_core.runtime.aside import aside
+from fumi_core.runtime.daemon_thread import aside
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.certificates import Certificates
 from fumi_edge.metrics import EdgeMetrics

@@ -21,7 +21,7 @@ import enum
 import re
 from typing import NamedTuple
 
-from fumi_core.grammar import HTTP_REQUEST
+from fumi_core.smtp.grammar import HTTP_REQUEST
 
 LINE_LIMIT = 4096
 REPLY_LIMIT = 64 * 1024

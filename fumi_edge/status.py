@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.endpoint import Answer, Problem
+from fumi_core.runtime.metrics_server import Answer, Problem
 from fumi_edge import wording
 from fumi_edge.history import INTERVAL, SPAN, Figures, History, Point, Series, series
 from fumi_edge.markup import Content, document, element, policy

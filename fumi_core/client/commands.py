@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from fumi_core.client.connection import Connection, Protocol
 from fumi_core.errors import SMTPError
-from fumi_core.session import Address, Envelope
+from fumi_core.smtp.session import Address, Envelope
 
 CONVERSION = ("5.6.3 Conversion required but not supported by the next hop", 554)
 

@@ -11,7 +11,7 @@ from fumi_core.client.connection import MAIL, RSET, Connection, Failure, Protoco
 from fumi_core.client.pool import Pool
 from fumi_core.errors import SMTPError
 from fumi_core.runtime.addresses import SocketAddress
-from fumi_core.session import Address, Session
+from fumi_core.smtp.session import Address, Session
 
 RELIED_ON = 300.0
 """Seconds for which a client may go by an EHLO reply that offered more than the server offers now."""

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, cast
 from fumi_core.app import Fumi
 from fumi_core.delivery.discard import Discard
 from fumi_core.delivery.maildir import Maildir
-from fumi_core.delivery.next_hop import NextHop
+from fumi_core.delivery.next_hop.target import NextHop
 from fumi_core.runtime.addresses import parse_address
 
 TARGETS = ("maildir", "lmtp", "smtp", "discard")

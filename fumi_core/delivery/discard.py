@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import DataContext
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import DataContext
+from fumi_core.handlers.middleware import Next
 
 
 class Discard:

@@ -6,9 +6,9 @@ Counted are the Received fields of the header section, as it arrives.
 from __future__ import annotations
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import DataContext
 from fumi_core.errors import SMTPError
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import DataContext
+from fumi_core.handlers.middleware import Next
 
 MAX_HOPS = 50
 """Received fields a message may have; Postfix's hopcount_limit is the same."""

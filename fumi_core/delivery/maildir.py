@@ -23,10 +23,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fumi_core.contexts import DataContext
 from fumi_core.delivery.trace import Traced, trace_headers
 from fumi_core.errors import MessageAborted, SMTPError
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import DataContext
+from fumi_core.handlers.middleware import Next
 from fumi_core.runtime.logs import event
 
 if TYPE_CHECKING:

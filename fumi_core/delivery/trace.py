@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fumi_core.session import Session
+from fumi_core.smtp.session import Session
 
 MAX_LINE = 998
 """Octets of a line, without CRLF (RFC 5322 §2.1.1). What has no colon by then is not taken for a header field."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fumi_core.domains import canonical
 from fumi_core.runtime.addresses import Networks
+from fumi_core.smtp.domains import canonical
 
 
 def networks(plugin: str, given: Iterable[str]) -> Networks:

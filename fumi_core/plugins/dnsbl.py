@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import ConnectContext
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import ConnectContext
+from fumi_core.handlers.middleware import Next
 from fumi_core.plugins import arguments
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.resolver import Resolve, Resolver, ipv4_addresses

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import RcptContext
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import RcptContext
+from fumi_core.handlers.middleware import Next
 from fumi_core.plugins import arguments
 from fumi_core.runtime.addresses import block_of
-from fumi_core.session import address_key
+from fumi_core.smtp.session import address_key
 
 RETRY_WINDOW = 2 * 86400.0
 """Seconds in which a sender that was told to wait is to come again."""

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
 from fumi_core.errors import MessageAborted, SMTPError
-from fumi_core.middleware import Next
-from fumi_core.replies import verdict
+from fumi_core.handlers.contexts import AuthContext, CloseContext, ConnectContext, Context, DataContext, MailContext, RcptContext
+from fumi_core.handlers.middleware import Next
 from fumi_core.runtime.logs import event
-from fumi_core.session import Session
+from fumi_core.smtp.replies import verdict
+from fumi_core.smtp.session import Session
 
 _log = logging.getLogger("fumi.core.events")
 

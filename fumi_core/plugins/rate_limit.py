@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import MailContext
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import MailContext
+from fumi_core.handlers.middleware import Next
 from fumi_core.plugins import arguments
 from fumi_core.runtime.addresses import block_of
 

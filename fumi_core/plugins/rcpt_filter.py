@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import RcptContext
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import RcptContext
+from fumi_core.handlers.middleware import Next
 from fumi_core.plugins import arguments
-from fumi_core.session import domain_of
+from fumi_core.smtp.session import domain_of
 
 
 def rcpt_filter(domains: Iterable[str]) -> Callable[[Fumi], None]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import MailContext
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import MailContext
+from fumi_core.handlers.middleware import Next
 
 
 def require_tls() -> Callable[[Fumi], None]:

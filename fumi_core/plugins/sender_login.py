@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fumi_core.app import Fumi
-from fumi_core.contexts import MailContext
-from fumi_core.domains import canonical
-from fumi_core.middleware import Next
+from fumi_core.handlers.contexts import MailContext
+from fumi_core.handlers.middleware import Next
 from fumi_core.plugins import arguments
+from fumi_core.smtp.domains import canonical
 
 
 def name_of(user: Any) -> str:

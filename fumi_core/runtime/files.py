@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from fumi_core.runtime.aside import start_thread
+from fumi_core.runtime.daemon_thread import start_thread
 
 T = TypeVar("T")
 

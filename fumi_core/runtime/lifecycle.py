@@ -21,9 +21,9 @@ from typing import Any, NoReturn, Protocol
 import click
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.aside import start_thread
-from fumi_core.runtime.endpoint import Endpoint, Page, Problem
+from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.metrics_server import Endpoint, Page, Problem
 from fumi_core.runtime.scoreboard import Crowd, Scoreboard, State
 from fumi_core.runtime.systemd import Notifier
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-from fumi_core.runtime.aside import start_thread
+from fumi_core.runtime.daemon_thread import start_thread
 
 STDERR = 2
 WAITING = 1 << 20

@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from fumi_core.runtime.aside import start_thread
+from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.lifecycle import HELD, Outcome, Work, reload
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, State

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, plugins
-from fumi_core.observer import Observer
 from fumi_core.proxy_protocol import ProxyHeader
+from fumi_core.server.observer import Observer
 from fumi_core.testing import running
 
 
@@ -84,7 +84,7 @@ def test_a_client_that_never_reads_is_timed_out(connect: Any, eventually: Any) -
 
 
 def test_lingering_ends_though_reading_had_rested(connect: Any, eventually: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fumi_core.server.LINGER", 0.1)
+    monkeypatch.setattr("fumi_core.server.connection.LINGER", 0.1)
     app = Fumi(auth_optional=True, close_timeout=0.2)
     refuses_slowly(app)
     with running(app) as server:

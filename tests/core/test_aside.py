@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.runtime.aside import aside
+from fumi_core.runtime.daemon_thread import aside
 
 
 def test_it_gives_what_the_function_gives_or_raises() -> None:
@@ -37,7 +37,7 @@ def test_without_a_thread_it_is_an_oserror(monkeypatch: Any) -> None:
 def test_a_program_ends_although_one_hangs() -> None:
     program = """
 import asyncio, threading
-from fumi_core.runtime.aside import aside
+from fumi_core.runtime.daemon_thread import aside
 
 async def main():
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, MessageAborted
-from fumi_core.builtin import build
+from fumi_core.program.builtin import build
 from fumi_core.testing import running
 
 ENDINGS = [b"RSET", b"EHLO again", b"HELO again"]

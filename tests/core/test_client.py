@@ -9,9 +9,9 @@ import pytest
 
 from fumi_core.client.answers import MAX_ANSWER, MAX_LINE, Answer, AnswerReader, Malformed
 from fumi_core.client.commands import mail_command
-from fumi_core.data import DotReader, DotWriter
 from fumi_core.errors import SMTPError
-from fumi_core.session import Address, Envelope
+from fumi_core.smtp.data import DotReader, DotWriter
+from fumi_core.smtp.session import Address, Envelope
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 100])

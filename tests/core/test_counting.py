@@ -6,12 +6,12 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition
 
-import fumi_core.runtime.endpoint  # for what it asks of prometheus_client
+import fumi_core.runtime.metrics_server  # for what it asks of prometheus_client
 from fumi_core.runtime import counting
 
 BOUNDS = (0.001, 0.25, 1, 2.5, 1048576)
 OBSERVED = (0, 0.001, 0.0011, 0.25, 1, 1.5, 2.5, 3, 1e6, 1e9)
-assert fumi_core.runtime.endpoint
+assert fumi_core.runtime.metrics_server
 
 
 def test_both_formats_are_what_prometheus_client_writes() -> None:

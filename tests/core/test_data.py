@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fumi_core.data import BareNewline, DotReader
+from fumi_core.smtp.data import BareNewline, DotReader
 
 END = b"\r\n.\r\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.dialogue_log import shown
+from fumi_core.server.dialogue_log import shown
 from fumi_core.testing import running
 
 

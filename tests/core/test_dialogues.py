@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, replies
-from fumi_core.replies import Reply
+from fumi_core import Fumi
+from fumi_core.smtp import replies
+from fumi_core.smtp.replies import Reply
 from fumi_core.testing import RunningServer, running
 from tests.dialogue import Other, talk, unescaped
 

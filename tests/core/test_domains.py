@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, plugins
-from fumi_core.domains import canonical
+from fumi_core.smtp.domains import canonical
 from fumi_core.testing import running
 
 U_LABEL, A_LABEL = "münchen.example", "xn--mnchen-3ya.example"

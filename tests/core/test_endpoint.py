@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-import fumi_core.runtime.endpoint
+import fumi_core.runtime.metrics_server
 from fumi_core.runtime.addresses import bind, parse_address
 from fumi_core.runtime.counting import Counter, Histogram, Tallied
-from fumi_core.runtime.endpoint import CLIENTS, Answer, Endpoint
+from fumi_core.runtime.metrics_server import CLIENTS, Answer, Endpoint
 
 ASKED: queue.Queue[None] = queue.Queue()
 HELD: queue.Queue[Answer] = queue.Queue()
@@ -51,8 +51,8 @@ def endpoint() -> Iterator[int]:
 
 @pytest.mark.parametrize("drip", [b"", b"GET /healthz HTTP/1.0\r\nX: y", b"GET /metrics HTTP/1.0\r\n\r\n"])
 def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatch: Any, eventually: Any, drip: bytes) -> None:
-    monkeypatch.setattr(fumi_core.runtime.endpoint, "HEAD", 0.5)
-    monkeypatch.setattr(fumi_core.runtime.endpoint, "REQUEST", 0.5)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD", 0.5)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "REQUEST", 0.5)
     over = threading.Event()
     slow = [socket.create_connection(("127.0.0.1", endpoint), 30) for _ in range(CLIENTS)]
     for sock in slow:
@@ -82,7 +82,7 @@ def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatc
 def test_silent_clients_make_room_for_one_that_comes_and_for_no_other_reason(
     endpoint: int, monkeypatch: Any, eventually: Any, said: bytes
 ) -> None:
-    monkeypatch.setattr(fumi_core.runtime.endpoint, "HEAD", 1000)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD", 1000)
     with contextlib.ExitStack() as stack:
         # Older than the silent ones, and not silent.
         asking = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30))
@@ -103,7 +103,7 @@ def test_silent_clients_make_room_for_one_that_comes_and_for_no_other_reason(
 
 
 def test_a_request_without_an_end_has_its_time(endpoint: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fumi_core.runtime.endpoint, "HEAD", 0.1)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD", 0.1)
     with socket.create_connection(("127.0.0.1", endpoint), 30) as sock:
         sock.sendall(b"GET /healthz HTTP/1.0\r\n")
         assert ended(sock)
@@ -154,7 +154,7 @@ def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_t
         over = threading.Event()
         # Of this module alone: others sleep meanwhile.
         sleep = lambda seconds: paused.append(seconds) or over.wait(seconds)  # noqa: E731
-        patch.setattr(fumi_core.runtime.endpoint, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+        patch.setattr(fumi_core.runtime.metrics_server, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
         with socket.create_connection(("127.0.0.1", endpoint), 30):
             eventually(lambda: len(tried) > 2)
         over.set()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, SMTPError
-from fumi_core.observer import Observer
+from fumi_core.server.observer import Observer
 from fumi_core.testing import running
 
 LOCAL_ERROR = b"451 4.3.0 Local error in processing\r\n"

@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Coroutine
 from typing import Any
 
-from fumi_core.fiber import Fiber
+from fumi_core.handlers.runner import Fiber
 
 
 def run(*makers: Any) -> list[Any]:

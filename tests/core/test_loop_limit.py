@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fumi_core import builtin
 from fumi_core.delivery.loop_limit import HopCounter
+from fumi_core.program import builtin
 from fumi_core.testing import running
 
 FIELD = b"Received: from a.example\r\n\tby b.example; now\r\n"

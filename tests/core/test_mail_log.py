@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, mail_log, plugins
+from fumi_core import Fumi, plugins
+from fumi_core.program import mail_log
 from fumi_core.testing import running
 
 PROGRAM = Path(sys.executable).with_name("fumi-core")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fumi_core import builtin
 from fumi_core.delivery import maildir
+from fumi_core.program import builtin
 from fumi_core.testing import running
 
 

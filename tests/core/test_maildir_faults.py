@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fumi_core import builtin
 from fumi_core.delivery import maildir
-from fumi_core.observer import Observer
+from fumi_core.program import builtin
+from fumi_core.server.observer import Observer
 from fumi_core.testing import running
 
 LONG_AGO = time.time() - maildir.STALE - 60

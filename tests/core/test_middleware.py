@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.middleware import Next, compose
+from fumi_core.handlers.middleware import Next, compose
 
 
 def run(*handlers: Any) -> list[str]:

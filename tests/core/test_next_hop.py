@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, builtin
+from fumi_core import Fumi
 from fumi_core.client import hop as client_hop
+from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, builtin
+from fumi_core import Fumi
 from fumi_core.client import connection, pool
 from fumi_core.client import hop as client_hop
-from fumi_core.delivery import next_hop
+from fumi_core.delivery.next_hop import target as next_hop
+from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
 
 DOWN = b"451 4.4.1 Next hop is not available, try again later\r\n"
@@ -115,7 +116,7 @@ def test_silence_is_451_and_the_connection_is_cut(
     for limit in ("ASK", "MAIL", "RCPT", "DATA", "END"):
         for module in (connection, client_hop, next_hop):
             monkeypatch.setattr(module, limit, 0.3, raising=False)
-    monkeypatch.setattr("fumi_core.delivery.transfer.DATA", 0.3)
+    monkeypatch.setattr("fumi_core.delivery.next_hop.relay.DATA", 0.3)
     hop = scripted_hop(**{silent: b""})
     assert talk(connect(front(hop.address).port)) == LATE
     eventually(lambda: hop.open == 0)

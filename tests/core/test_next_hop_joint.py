@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from fumi_core import builtin, spool
-from fumi_core.delivery import answer_memory, answer_store
+from fumi_core.delivery.next_hop import answer_memory, answer_store
+from fumi_core.handlers import spool
+from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
 
 MIXED = b"451-4.2.0 Delivered to "

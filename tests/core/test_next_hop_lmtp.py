@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, builtin
+from fumi_core import Fumi
+from fumi_core.program import builtin
 from fumi_core.testing import running
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.events import MessageEnd, MessageExcess
-from fumi_core.grammar import VERBS
-from fumi_core.greetings import Greetings
-from fumi_core.options import Options
-from fumi_core.protocol import Protocol, Tally
-from fumi_core.replies import OK, SIZE_EXCEEDED
-from fumi_core.session import Session
+from fumi_core.smtp.events import MessageEnd, MessageExcess
+from fumi_core.smtp.grammar import VERBS
+from fumi_core.smtp.greetings import Greetings
+from fumi_core.smtp.options import Options
+from fumi_core.smtp.protocol import Protocol, Tally
+from fumi_core.smtp.replies import OK, SIZE_EXCEEDED
+from fumi_core.smtp.session import Session
 from fumi_core.testing import running
 
 OPTIONS = [field.name for field in dataclasses.fields(Options) if field.init]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, plugins
+from fumi_core.program.users import hash_password
 from fumi_core.testing import running
-from fumi_core.users import hash_password
 from tests.starter import finished
 
 NOT_YOURS = b"553 5.7.1 Sender address rejected: not owned by your login\r\n"

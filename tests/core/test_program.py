@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import fumi_core
-from fumi_core.users import hash_password
+from fumi_core.program.users import hash_password
 from tests.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))

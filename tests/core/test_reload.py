@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
+from fumi_core.program.users import hash_password
 from fumi_core.runtime.lifecycle import in_turn
-from fumi_core.users import hash_password
 
 # An app whose settings are read as long as there is a file "hold"; "reading" is there when it has begun.
 SLOW = """
 import time
 from pathlib import Path
-import fumi_core.program
+import fumi_core.program.work
 from fumi_core import Fumi
 
 app = Fumi(auth_optional=True)
-read_again = fumi_core.program.read_again
+read_again = fumi_core.program.work.read_again
 
 def slowly(ctx):
     Path("reading").touch()
@@ -31,7 +31,7 @@ def slowly(ctx):
         time.sleep(0.01)
     return read_again(ctx)
 
-fumi_core.program.read_again = slowly
+fumi_core.program.work.read_again = slowly
 """
 HASHES = {name: hash_password(f"{name}'s") for name in ("ann", "bob")}
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, plugins
-from fumi_core.observer import Observer
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
+from fumi_core.server.observer import Observer
 from fumi_core.testing import running
 
 TLS = TLSInfo(version="TLSv1.3", cipher="TLS_AES_256_GCM_SHA384", sni="mx.example")

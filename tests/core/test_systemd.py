@@ -160,11 +160,11 @@ async def hang(ctx, next):
 SLOW = """
 import time
 from pathlib import Path
-import fumi_core.program, fumi_core.runtime.master
+import fumi_core.program.work, fumi_core.runtime.master
 from fumi_core import Fumi
 
 app = Fumi(auth_optional=True, close_timeout=0.1)
-read_again = fumi_core.program.read_again
+read_again = fumi_core.program.work.read_again
 
 def slowly(ctx):
     Path("reading").touch()
@@ -172,7 +172,7 @@ def slowly(ctx):
         time.sleep(0.01)
     return read_again(ctx)
 
-fumi_core.program.read_again = slowly
+fumi_core.program.work.read_again = slowly
 """
 
 

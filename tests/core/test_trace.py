@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fumi_core import builtin
 from fumi_core.delivery.trace import MAX_LINE, Traced
+from fumi_core.program import builtin
 from fumi_core.testing import running
 
 FIELDS = b"Received: from a\r\n\tby b\r\n"

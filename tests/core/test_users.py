@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, users
-from fumi_core.sasl import Credentials
+from fumi_core import Fumi
+from fumi_core.program import users
+from fumi_core.smtp.sasl import Credentials
 from fumi_core.testing import running
 from tests.starter import finished
 

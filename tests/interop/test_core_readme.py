@@ -26,16 +26,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import fumi_edge
-from fumi_core import Fumi, SMTPError, contexts, plugins
+from fumi_core import Fumi, SMTPError, plugins
 from fumi_core.app import PHASES
 from fumi_core.delivery import TARGETS
-from fumi_core.metrics import CoreMetrics
-from fumi_core.options import Options
+from fumi_core.handlers import contexts
+from fumi_core.handlers.stream import MessageStream
 from fumi_core.proxy_protocol import TLSInfo
-from fumi_core.sasl import Credentials
-from fumi_core.session import Address, Envelope, Session
-from fumi_core.stream import MessageStream
-from fumi_core.tally import Tally
+from fumi_core.server.metrics import CoreMetrics
+from fumi_core.smtp.options import Options
+from fumi_core.smtp.sasl import Credentials
+from fumi_core.smtp.session import Address, Envelope, Session
+from fumi_core.smtp.tally import Tally
 from fumi_core.testing import running
 from tests.dialogue import talk
 from tests.readme import PATH, ROOT, Section, blocks, other_ports, sections, sh, table

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core import builtin
+from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
 from tests.bench import environment
 

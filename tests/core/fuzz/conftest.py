@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fumi_core import sasl
+from fumi_core.smtp import sasl
 
 from .world import loop as loop
 

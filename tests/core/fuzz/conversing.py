@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fumi_core import options as _options
-from fumi_core import replies
-from fumi_core.events import (
+from fumi_core.smtp import options as _options
+from fumi_core.smtp import replies
+from fumi_core.smtp.events import (
     Auth,
     ChunkEnd,
     Connect,
@@ -20,12 +20,12 @@ from fumi_core.events import (
     MessageStart,
     Rcpt,
 )
-from fumi_core.greetings import Greetings
-from fumi_core.lines import MAX_AUTH_LINE
-from fumi_core.options import Options
-from fumi_core.protocol import Protocol, State, Tally
-from fumi_core.replies import Reply
-from fumi_core.session import Session
+from fumi_core.smtp.greetings import Greetings
+from fumi_core.smtp.lines import MAX_AUTH_LINE
+from fumi_core.smtp.options import Options
+from fumi_core.smtp.protocol import Protocol, State, Tally
+from fumi_core.smtp.replies import Reply
+from fumi_core.smtp.session import Session
 
 HANDLER = b"handler:"
 NO, LATER, BYE = Reply(550, "handler: no", "5.7.1"), Reply(450, "handler: later", "4.7.1"), Reply(421, "handler: bye", "4.7.0")

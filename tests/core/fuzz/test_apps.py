@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.server import LINGER
+from fumi_core.server.connection import LINGER
 
 from . import campaign
 from .model import replies_in

@@ -33,9 +33,9 @@ class Place(campaign.Case):
         loop = PassingLoop()
         try:
             with (
-                mock.patch("fumi_core.server.monotonic", loop.time),
-                mock.patch("fumi_core.server.LINGER", LINGER),
-                mock.patch("fumi_core.dialogue.time.monotonic", loop.time),
+                mock.patch("fumi_core.server.connection.monotonic", loop.time),
+                mock.patch("fumi_core.server.connection.LINGER", LINGER),
+                mock.patch("fumi_core.server.dialogue.time.monotonic", loop.time),
             ):
                 loop.run_until_complete(self._live(loop))
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from fumi_core.data import BareNewline, ChunkReader, DotReader
+from fumi_core.smtp.data import BareNewline, ChunkReader, DotReader
 
 from . import campaign, speech
 from .model import BARE, END, normalized, unstuffed

@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, dialogue, server
+from fumi_core import Fumi
 from fumi_core.runtime.scoreboard import crowd_of_one
-from fumi_core.server import Server
+from fumi_core.server import connection as server
+from fumi_core.server import dialogue
+from fumi_core.server.connection import Server
 
 CLIENT, OWN = ("192.0.2.1", 1), ("198.51.100.2", 25)
 LITTLE = 2304

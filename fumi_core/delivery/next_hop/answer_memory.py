@@ -1,0 +1,258 @@
+"""Remembers what an LMTP next hop answered for each recipient, where the client speaks SMTP and gets one reply for them all.
+
+When the answers differ, the client gets a 451 and sends the whole message again. Then
+
+- a recipient that has the message is answered 250 and gets no second copy: decided at the end of the message, by a hash of its
+  text, so another message is never taken for it;
+- a recipient that was rejected is rejected at RCPT, in the next hop's words, so that the client bounces this recipient alone. The
+  text is not known at RCPT, so this is decided by what clients repeat when they try again: reverse-path, recipient, SIZE,
+  ENVID, login, and the client's network where there is no SIZE. Another message that has all of these in common is rejected by
+  mistake; but only once, since an answer used at RCPT is forgotten, and only if the first message did not come again before.
+
+Two deliveries of one message never overlap, in all workers: see ``message_locks``. Without the database (see ``answer_store``) or
+when it fails nothing is remembered: one warning is logged, and recipients that have the message may get it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeVar
+
+from fumi_core.client.answers import Answer
+from fumi_core.delivery.next_hop.answer_store import AnswerStore, Remembered
+from fumi_core.delivery.next_hop.message_locks import MessageLocks
+from fumi_core.runtime.addresses import block_of
+from fumi_core.runtime.logs import event
+from fumi_core.smtp.session import Address, Session
+
+T = TypeVar("T")
+_log = logging.getLogger("fumi.core")
+
+DISK = 10.0
+"""Seconds to wait for the database."""
+OTHER_DELIVERY = 30.0
+"""Seconds to wait for another delivery of the same message, whose client has probably given it up."""
+POLL = 0.02
+"""Seconds after which to look again whether it has ended."""
+LONGEST = 2000
+"""Characters of an answer that are kept."""
+
+
+class AnswerMemory:
+    """The answers remembered in ``directory``. No method raises OSError but ``prepare()``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._store = AnswerStore(directory)
+        self._locks = MessageLocks(directory / "locks")
+        self._empty_at: bytes | None = None
+        self._failing = False
+
+    def prepare(self) -> None:
+        """Make what is not there. Raises OSError when the directory or the database cannot be used."""
+        self._store.prepare()
+        try:
+            self._locks.stamp()
+        finally:
+            self._locks.close()  # it would be shared with the workers
+
+    def problem(self) -> str | None:
+        """Why ``prepare()`` would fail; None if it would not. Makes nothing."""
+        there = next(each for each in (self.directory.absolute(), *self.directory.absolute().parents) if each.exists())
+        if not there.is_dir():
+            return f"{there} is not a directory"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"cannot write to {there}"
+        return self._store.problem()
+
+    def close(self) -> None:
+        self._store.close()
+
+    async def answers(self, session: Session, sender: Address) -> MessageAnswers:
+        """Those to the message that begins with this MAIL, as far as they can be known."""
+        found: list[Remembered] = []
+        if not self._is_empty():
+            found = await self._look_up(sender.address)
+        return MessageAnswers(self, sender.address, attempt_of(session, sender), found)
+
+    def _is_empty(self) -> bool:
+        """Whether it is known, without a look into the database, that nothing is remembered."""
+        try:
+            return self._empty_at is not None and self._locks.stamp() == self._empty_at
+        except OSError:
+            return False
+
+    async def _look_up(self, sender: str) -> list[Remembered]:
+        try:
+            stamp = self._locks.stamp()
+        except OSError as error:
+            self._failed(error)
+            return []
+        found, empty = self._store.of_sender(sender), self._store.is_empty()
+        rows = await self.result(found, [])
+        if await self.result(empty, False):
+            self._empty_at = stamp
+        return rows
+
+    async def of_message(self, sender: str, digest: bytes) -> list[Remembered]:
+        return [] if self._is_empty() else await self.result(self._store.of_message(sender, digest), [])
+
+    def record(self, sender: str, answers: Iterable[Remembered]) -> asyncio.Future[None]:
+        future = self._store.record(sender, answers)
+        future.add_done_callback(self._recorded)
+        return future
+
+    def forget(self, sender: str, digest: bytes, recipients: Iterable[str]) -> asyncio.Future[None]:
+        future = self._store.forget(sender, digest, recipients)
+        future.add_done_callback(self._done)
+        return future
+
+    async def claim(self, digest: bytes, alone: bool) -> bool:
+        """Wait until no other delivery of this message is under way; False when that takes too long.
+
+        ``alone`` keeps others from beginning, until ``release()``.
+        """
+        try:
+            async with asyncio.timeout(OTHER_DELIVERY):
+                while not (self._locks.acquire(digest) if alone else self._locks.is_free(digest)):
+                    await asyncio.sleep(POLL)
+        except TimeoutError:
+            return False
+        except OSError as error:
+            self._failed(error)
+        return True
+
+    def release(self, digest: bytes) -> None:
+        self._locks.release(digest)
+
+    async def result(self, future: asyncio.Future[T], otherwise: T) -> T:
+        """What the database says; ``otherwise`` when it fails or takes too long."""
+        try:
+            async with asyncio.timeout(DISK):
+                result = await future
+        except (OSError, TimeoutError) as error:
+            self._failed(error)
+            return otherwise
+        self._failing = False
+        return result
+
+    def _recorded(self, future: asyncio.Future[None]) -> None:
+        try:
+            self._locks.change_stamp()
+        except OSError as error:
+            self._failed(error)
+        self._done(future)
+
+    def _done(self, future: asyncio.Future[None]) -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        if not self._failing:
+            self._failing = True
+            words = "cannot remember answers to recipients: some may get a message twice"
+            reason = getattr(error, "strerror", None) or str(error) or "the disk does not answer"
+            event(_log, logging.WARNING, words, state=self.directory, error=reason)
+
+
+class MessageAnswers:
+    """The answers to the recipients of one message. ``hash`` is to be fed its text."""
+
+    def __init__(self, memory: AnswerMemory, sender: str, attempt: bytes, found: Iterable[Remembered]) -> None:
+        self.hash = blake2b(digest_size=32)
+        self._memory = memory
+        self._sender = sender
+        self._attempt = attempt
+        self._found: dict[str, list[Remembered]] = {}
+        for each in found:
+            self._found.setdefault(each.recipient, []).append(each)
+        self._digest = b""
+        self._locked = False
+        self._recorded: set[str] = set()
+        self._delivered: dict[str, Answer] = {}
+        self._agreed = False
+
+    # Before the text is known
+
+    def may_know(self, recipients: Iterable[str]) -> bool:
+        """Whether the message may have an answer already for one of these."""
+        return any(each in self._found for each in recipients)
+
+    def recall(self, recipient: str) -> Answer | None:
+        """The answer that the message probably has for this recipient. A rejection is forgotten by that."""
+        likely = [each for each in self._found.get(recipient, ()) if each.attempt == self._attempt]
+        if len(likely) != 1:
+            return None  # of several nobody could say which
+        (answer,) = likely
+        if answer.code >= 400:
+            self._memory.forget(self._sender, answer.digest, [recipient])
+        return _answer(answer)
+
+    # When it is
+
+    async def begin(self, recipients: Iterable[str], *, alone: bool) -> dict[str, Answer] | None:
+        """Begin to deliver the message. Returns the answers that these recipients have; None if it is being delivered already.
+
+        ``alone`` keeps a second delivery from beginning until ``end()``; without it there must be just one answer to come.
+        """
+        self._digest = self.hash.digest()
+        if not await self._memory.claim(self._digest, alone):
+            return None
+        self._locked = alone
+        rows = {each.recipient: each for each in await self._memory.of_message(self._sender, self._digest)}
+        self._recorded = {each for each in recipients if each in rows}
+        return {each: _answer(rows[each]) for each in self._recorded}
+
+    def record(self, answers: Mapping[str, Answer]) -> None:
+        """Keep these that have come while others are still to come."""
+        if new := {each: answer for each, answer in answers.items() if each not in self._recorded}:
+            self._write(new)
+
+    async def keep(self, answers: Mapping[str, Answer]) -> None:
+        """Keep all of these, for when the client comes again; returns when they are safe."""
+        if answers:
+            await self._memory.result(self._write(answers), None)
+
+    def agree(self, delivered: Mapping[str, Answer]) -> None:
+        """All answers are alike, so the client is about to get one reply for all; ``delivered`` are the positive ones."""
+        self._agreed = True
+        self._delivered = dict(delivered)
+
+    def end(self, answered: bool) -> None:
+        """The client got its reply, and nothing need be remembered; or it has gone, and will send the message again."""
+        future: asyncio.Future[None] | None = None
+        if answered and self._agreed and self._recorded:
+            future = self._memory.forget(self._sender, self._digest, self._recorded)
+        elif self._delivered and not answered:
+            future = self._write(self._delivered)
+        if future is None:
+            self._release()
+        else:
+            future.add_done_callback(lambda future: self._release())
+
+    def _write(self, answers: Mapping[str, Answer]) -> asyncio.Future[None]:
+        self._recorded |= answers.keys()
+        rows = [Remembered(each, self._digest, self._attempt, a.code, a.text[:LONGEST]) for each, a in answers.items()]
+        return self._memory.record(self._sender, rows)
+
+    def _release(self) -> None:
+        if self._locked:
+            self._locked = False
+            self._memory.release(self._digest)
+
+
+def attempt_of(session: Session, sender: Address) -> bytes:
+    """What is the same when a client sends a message again, apart from addresses and text."""
+    size, envid = sender.args.get("SIZE"), sender.args.get("ENVID")
+    network = block_of(session.remote_address, ipv4=24, ipv6=64) if size is None else ""
+    login = "" if session.user is None else str(session.user)
+    return blake2b(repr((size, envid, login, network)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _answer(remembered: Remembered) -> Answer:
+    return Answer(remembered.code, tuple(remembered.text.split("\n")))

@@ -1,0 +1,92 @@
+"""Sends a message to the next hop piece by piece: by DATA (RFC 5321 §4.1.1.4) or by BDAT (RFC 3030 §2).
+
+An error before the last piece is raised, and the caller then cuts the connection: without the terminating dot, or LAST, the next
+hop has no message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from fumi_core.client.answers import Answer
+from fumi_core.client.commands import CONVERSION
+from fumi_core.client.connection import DATA, Connection, Failure
+from fumi_core.delivery.trace import Traced
+from fumi_core.handlers.contexts import DataContext
+from fumi_core.smtp.data import DotWriter
+
+CHUNK = 64 * 1024
+"""Octets, at least, of each chunk but the last."""
+
+Verdict = Answer | Failure
+"""What became of the message, for a recipient or for all: the next hop's reply, or why there is none."""
+
+
+class Transfer:
+    """One message for the next hop, whose ``count`` verdicts are wanted.
+
+    Each piece is sent when it comes. ``before_end`` is awaited when all but the end was sent: what it raises keeps the message
+    from being delivered. ``waiting`` is called with the verdicts so far, whenever the next has to be waited for.
+    """
+
+    __slots__ = ("_ctx", "_pieces", "before_end", "count", "waiting")
+
+    def __init__(self, ctx: DataContext, pieces: AsyncIterator[bytes], count: int) -> None:
+        self.count = count
+        self.before_end: Callable[[], Awaitable[None]] | None = None
+        self.waiting: Callable[[Sequence[Verdict]], None] | None = None
+        self._ctx = ctx
+        self._pieces = pieces
+
+    async def run(self, connection: Connection) -> list[Verdict]:
+        """Send our Received field, then the message, and return the verdicts.
+
+        Raises Failure, SMTPError if the message must not be passed on, MessageAborted if it is not whole.
+        """
+        if self._ctx.session.envelope.body == "BINARYMIME":
+            return await self._by_bdat(connection)
+        return await self._by_data(connection)
+
+    async def _by_data(self, connection: Connection) -> list[Verdict]:
+        answer = await connection.say(b"DATA", DATA, good=3)
+        if not answer.positive:
+            return [answer] * self.count
+        seven_bit = "8BITMIME" not in connection.extensions
+        dots = DotWriter()
+        message = self._traced()
+        async for piece in self._pieces:
+            if seven_bit and not piece.isascii():
+                self._ctx.reject(*CONVERSION)
+            await connection.send(dots.feed(message.feed(piece)))
+        await self._end()
+        return await connection.finish(dots.feed(message.end()) + dots.end(), self.count, self.waiting)
+
+    async def _by_bdat(self, connection: Connection) -> list[Verdict]:
+        message = self._traced()
+        batch: list[bytes] = []
+        size = 0
+        async for piece in self._pieces:
+            batch.append(message.feed(piece))
+            size += len(batch[-1])
+            if size >= CHUNK:
+                answer = await connection.chunk(b"".join(batch))
+                if not answer.positive:
+                    return [answer] * self.count
+                batch, size = [], 0
+        await self._end()
+        batch.append(message.end())
+        size += len(batch[-1])
+        return await connection.finish(b"BDAT %d LAST\r\n%b" % (size, b"".join(batch)), self.count, self.waiting)
+
+    def _traced(self) -> Traced:
+        return Traced(self._ctx.session.received_header().encode())
+
+    async def _end(self) -> None:
+        reject_oversize(self._ctx)
+        if self.before_end is not None:
+            await self.before_end()
+
+
+def reject_oversize(ctx: DataContext) -> None:
+    if ctx.size_exceeded:
+        ctx.reject("5.3.4 Message too large", 552)

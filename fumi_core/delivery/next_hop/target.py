@@ -1,0 +1,423 @@
+"""``smtp:ADDR`` and ``lmtp:ADDR``: passes each transaction through to another server, and its replies back.
+
+MAIL and RCPT are sent to the next hop when the client sends them, so that each rejection is given where it belongs, in the next
+hop's words; the message is passed on as it arrives and kept nowhere, so the client's 250 is the next hop's own. A next hop that
+fails is 451: the client keeps the mail. Nothing is sent again once the message is under way: nobody could tell whether that would
+be twice.
+
+LMTP answers for each recipient. A client that speaks LMTP too gets these answers one by one. One that speaks SMTP gets a single
+reply: the answers' own when they agree (``one_reply``), else a 451, and then it sends everything again. So the answers are
+remembered (``answer_memory``), and a message that may have some already is kept (``spool``) until its text is known. Then it is
+passed on to the recipients that still need it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fumi_core.client.answers import Answer
+from fumi_core.client.commands import rcpt_command
+from fumi_core.client.connection import RCPT, Connection, Failure, Protocol
+from fumi_core.client.hop import Hop
+from fumi_core.client.probe import probe
+from fumi_core.delivery.next_hop.answer_memory import AnswerMemory, MessageAnswers
+from fumi_core.delivery.next_hop.one_reply import agree, joint_error, mixed_error
+from fumi_core.delivery.next_hop.relay import Transfer, Verdict, reject_oversize
+from fumi_core.errors import SMTPError
+from fumi_core.handlers.contexts import CloseContext, DataContext, MailContext, RcptContext
+from fumi_core.handlers.middleware import Next
+from fumi_core.handlers.spool import Spool
+from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.logs import event
+from fumi_core.server.observer import Observer
+from fumi_core.smtp.session import Address, Session
+
+if TYPE_CHECKING:
+    from fumi_core.app import Fumi
+
+_log = logging.getLogger("fumi.core")
+
+_MISCONFIGURED = (530, 534, 535, 538)
+"""Replies of a server that wants STARTTLS or AUTH (RFC 3207 §4, RFC 4954 §6): nothing that the client could change."""
+
+
+class _Transaction:
+    """The next hop's side of a transaction: its connection, the recipients it accepted, in that order, and what ended it early.
+
+    ``answers`` is there if they have to be remembered; ``rejected`` are recipients whose rejection was.
+    """
+
+    __slots__ = ("answers", "connection", "ended", "recipients", "rejected", "sender")
+
+    def __init__(self, connection: Connection, sender: Address, answers: MessageAnswers | None) -> None:
+        self.connection: Connection | None = connection
+        self.sender = sender
+        self.answers = answers
+        self.recipients: dict[str, Address] = {}
+        self.rejected: dict[str, SMTPError] = {}
+        self.ended: SMTPError | None = None
+
+
+class NextHop:
+    """The server at ``address``, spoken to by ``protocol``."""
+
+    def __init__(self, protocol: Protocol, address: SocketAddress, state: Path | None = None) -> None:
+        """``state`` is where answers that differ are remembered; None is nowhere.
+
+        Raises ValueError for an address that nobody can connect to.
+        """
+        if address.kind == "fd" or (address.kind == "tcp" and not (address.host and address.port)):
+            raise ValueError(f"{address} is no next hop: write HOST:PORT, [V6]:PORT or unix:/path")
+        self.name: str = protocol
+        self.protocol = protocol
+        self.address = address
+        self.state = state
+        self._hop = Hop(protocol, address)
+        self._transactions: dict[Session, _Transaction] = {}
+        self._observer = Observer()
+        self._memory: AnswerMemory | None = None
+
+    def __call__(self, app: Fumi) -> None:
+        """The handlers behind are asked first: of what they refuse, the next hop never hears."""
+        self._observer = app.observer
+        joint = self.protocol == "lmtp" and not app.options.lmtp
+        memory = self._make_memory() if joint else None
+
+        async def mail(ctx: MailContext, next: Next) -> None:
+            await next()
+            self._transactions[ctx.session] = await self._begin(ctx.session, ctx.address, memory)
+            ctx.session.envelope.at_end += (lambda: self._end(ctx.session, answered=True),)
+
+        async def rcpt(ctx: RcptContext, next: Next) -> None:
+            await next()
+            await self._recipient(ctx.session, ctx.address)
+
+        def hash_text(ctx: DataContext, next: Next) -> Next:
+            """The client's own text: what other handlers make of it may differ each time."""
+            transaction = self._transactions.get(ctx.session)
+            if transaction is not None and transaction.answers is not None:
+                ctx.stream.tap(transaction.answers.hash.update)
+            return next()
+
+        async def data(ctx: DataContext, next: Next) -> None:
+            try:
+                verdicts = await self._pass_on(ctx)
+            except SMTPError as error:
+                self._count(error)
+                raise
+            await self._answer(ctx, verdicts, joint)
+
+        def close(ctx: CloseContext, next: Next) -> Next:
+            self._end(ctx.session, answered=False)
+            return next()
+
+        app.on_mail_from(mail)
+        app.on_rcpt_to(rcpt)
+        app.on_data(data)
+        app.on_close(close)
+        if memory is not None:
+            app.on_data(hash_text, first=True)
+            app.at_close(memory.close)
+        app.at_close(self._hop.close)
+        app.at_listen(lambda: self._hop.ask(app.options.name))
+        app.withhold(lambda: self._hop.not_offered, take=True)
+
+    def problem(self) -> str | None:
+        trouble = probe(self.address)
+        return trouble and f"{self.name}:{self.address}: {trouble}"
+
+    def check(self) -> str | None:
+        """Raises OSError when the next hop does not greet; that answers cannot be remembered is a remark."""
+        trouble = probe(self.address)
+        if trouble is not None:
+            raise OSError(trouble)
+        problem = AnswerMemory(self.state).problem() if self.protocol == "lmtp" and self.state is not None else None
+        return problem and f"--state {self.state}: {problem}: answers that differ will not be remembered"
+
+    def _make_memory(self) -> AnswerMemory | None:
+        if self.state is None:
+            return None
+        self._memory = self._memory or AnswerMemory(self.state)
+        try:
+            self._memory.prepare()
+        except OSError as error:
+            words = "cannot remember answers that differ: every recipient gets 451 then, and some may get a message twice"
+            event(_log, logging.WARNING, words, state=self.state, error=error.strerror or error)
+            return None
+        return self._memory
+
+    # MAIL
+
+    async def _begin(self, session: Session, sender: Address, memory: AnswerMemory | None) -> _Transaction:
+        answers = await memory.answers(session, sender) if memory is not None else None
+        try:
+            connection, answer = await self._hop.mail(session, sender)
+        except Failure as failure:
+            raise self._failed(session, failure) from None
+        error = self._judge(session, answer)
+        if error is None:
+            return _Transaction(connection, sender, answers)
+        self._hop.give_back(connection, clean=True)
+        raise error
+
+    # RCPT
+
+    async def _recipient(self, session: Session, recipient: Address) -> None:
+        transaction = self._transactions.get(session)
+        if transaction is None or transaction.connection is None:
+            raise self._bypassed(session)
+        if transaction.ended is not None:
+            raise transaction.ended
+        if recipient.address in transaction.recipients:
+            return  # a client that says it twice wants it once, and LMTP would answer twice
+        if not self._recall(session, transaction, recipient.address):
+            await self._say_recipient(session, transaction, transaction.connection, recipient)
+        transaction.recipients[recipient.address] = recipient
+
+    def _recall(self, session: Session, transaction: _Transaction, recipient: str) -> bool:
+        """Whether the recipient probably has the message. Raises SMTPError when it probably was rejected."""
+        if recipient in transaction.rejected:
+            raise transaction.rejected[recipient]
+        answer = transaction.answers.recall(recipient) if transaction.answers is not None else None
+        error = None if answer is None else self._judge(session, answer)
+        if error is not None:
+            transaction.rejected[recipient] = error
+            raise error
+        return answer is not None
+
+    async def _say_recipient(self, session: Session, transaction: _Transaction, to: Connection, recipient: Address) -> None:
+        """Raises SMTPError for a rejection; the next hop's 421, and its failure, end the transaction."""
+        try:
+            answer = await to.say(rcpt_command(recipient, to), RCPT)
+        except Failure as failure:
+            transaction.ended = self._failed(session, failure)
+            raise transaction.ended from None
+        error = self._judge(session, answer)
+        if error is not None and answer.code == 421:
+            transaction.ended = error
+        if error is not None:
+            raise error
+
+    # The message
+
+    async def _pass_on(self, ctx: DataContext) -> dict[str, Verdict]:
+        """The next hop's verdict for each recipient: in SMTP the same for all."""
+        transaction = self._transactions.get(ctx.session)
+        if transaction is None or transaction.connection is None:
+            raise self._bypassed(ctx.session)
+        connection, transaction.connection = transaction.connection, None
+        answers, recipients = transaction.answers, transaction.recipients
+        try:
+            self._check(ctx.session, transaction)
+        except SMTPError:
+            connection.cut()
+            raise
+        if answers is not None and answers.may_know(recipients):
+            self._hop.give_back(connection, clean=False)
+            return await self._pass_on_kept(ctx, transaction, answers)
+        transfer = Transfer(ctx, ctx.stream, len(recipients) if self.protocol == "lmtp" else 1)
+        if answers is not None:
+            transfer.before_end = lambda: _begin_new(answers, recipients)
+            transfer.waiting = _recorder(answers, recipients)
+        verdicts = await self._send(transfer, connection)
+        if self.protocol == "smtp":
+            return dict.fromkeys(recipients, verdicts[0])
+        return dict(zip(recipients, verdicts, strict=True))
+
+    def _check(self, session: Session, transaction: _Transaction) -> None:
+        if transaction.ended is not None:
+            raise transaction.ended
+        if {each.address for each in session.envelope.rcpt_to} != transaction.recipients.keys():
+            raise self._bypassed(session)
+
+    async def _send(self, transfer: Transfer, connection: Connection) -> list[Verdict]:
+        try:
+            verdicts = await transfer.run(connection)
+        except Failure as failure:
+            verdicts = [failure.answer or failure] * transfer.count
+        except BaseException:
+            connection.cut()
+            raise
+        self._hop.give_back(connection, clean=all(isinstance(each, Answer) and each.positive for each in verdicts))
+        return verdicts
+
+    # A message that may have been here before
+
+    async def _pass_on_kept(self, ctx: DataContext, transaction: _Transaction, answers: MessageAnswers) -> dict[str, Verdict]:
+        spool = Spool(self.state)
+        try:
+            await self._keep(ctx, spool)
+            known = await answers.begin(transaction.recipients, alone=True)
+            if known is None:
+                raise SMTPError("4.2.0 This message is being delivered, try again later", 451)
+            left = {name: address for name, address in transaction.recipients.items() if name not in known}
+            sent = await self._send_kept(ctx, spool, transaction.sender, left, answers) if left else {}
+            return {name: known.get(name) or sent[name] for name in transaction.recipients}
+        finally:
+            spool.close()
+
+    async def _keep(self, ctx: DataContext, spool: Spool) -> None:
+        try:
+            async for piece in ctx.stream:
+                await spool.write(piece)
+        except OSError as error:
+            event(_log, logging.ERROR, "cannot keep a message", id=ctx.session.id, error=error.strerror or error)
+            raise SMTPError("4.3.1 Insufficient system storage", 452) from None
+        reject_oversize(ctx)
+
+    async def _send_kept(
+        self, ctx: DataContext, spool: Spool, sender: Address, recipients: Mapping[str, Address], answers: MessageAnswers
+    ) -> dict[str, Verdict]:
+        """A whole transaction for these recipients. What would have been answered at MAIL or RCPT is a verdict like any other."""
+        verdicts: dict[str, Verdict] = {}
+        try:
+            connection, answer = await self._hop.mail(ctx.session, sender)
+            if not answer.positive:
+                self._hop.give_back(connection, clean=True)
+                return dict.fromkeys(recipients, answer)
+            for name, address in recipients.items():
+                answer = await connection.say(rcpt_command(address, connection), RCPT)
+                if not answer.positive:
+                    verdicts[name] = answer
+            accepted = [name for name in recipients if name not in verdicts]
+            if not accepted:
+                self._hop.give_back(connection, clean=False)
+                return verdicts
+            transfer = Transfer(ctx, spool.read(), len(accepted))
+            transfer.waiting = _recorder(answers, accepted)
+            verdicts.update(zip(accepted, await self._send(transfer, connection), strict=True))
+        except Failure as failure:
+            return {**dict.fromkeys(recipients, failure), **verdicts}
+        except SMTPError as error:
+            return {**dict.fromkeys(recipients, Answer(error.code, tuple(error.message.split("\n")))), **verdicts}
+        return verdicts
+
+    # The reply
+
+    async def _answer(self, ctx: DataContext, verdicts: Mapping[str, Verdict], joint: bool) -> None:
+        """``joint`` tells that the client gets one reply for answers that may differ."""
+        self._log_verdicts(ctx.session, verdicts.values())
+        errors = {name: _error(verdict) for name, verdict in verdicts.items()}
+        first = next(iter(errors.values()))
+        for error in errors.values() if self.protocol == "lmtp" else [first]:
+            self._count(error)
+        if joint:
+            await self._answer_jointly(ctx, verdicts, errors)
+        elif self.protocol == "smtp" and first is not None:
+            raise first
+        for name, error in errors.items():
+            if error is not None:
+                ctx.reject_recipient(name, error.message, error.code)
+        # All recipients hear the same 250, so words that the next hop had for one of them are not for the others.
+        words = {each.text for each in verdicts.values() if isinstance(each, Answer) and each.positive}
+        if len(words) == 1:
+            ctx.accept(words.pop())
+
+    async def _answer_jointly(
+        self, ctx: DataContext, verdicts: Mapping[str, Verdict], errors: Mapping[str, SMTPError | None]
+    ) -> None:
+        """Raises the SMTPError to answer with, unless the message was accepted for all."""
+        transaction = self._transactions.get(ctx.session)
+        answers = transaction.answers if transaction is not None else None
+        failed = {name: error for name, error in errors.items() if error is not None}
+        final = _final(verdicts)
+        if agree(errors.values()):
+            if answers is not None:
+                answers.agree({name: answer for name, answer in final.items() if name not in failed})
+            if failed:
+                raise joint_error(failed)
+            return
+        if answers is not None:
+            await answers.keep(final)
+        rejected = sum(error.code >= 500 for error in failed.values())
+        counts = {"delivered": len(errors) - len(failed), "rejected": rejected, "deferred": len(failed) - rejected}
+        event(_log, logging.INFO, "answers differ", id=ctx.session.id, **counts)
+        raise mixed_error(errors)
+
+    # What goes wrong
+
+    def _judge(self, session: Session, answer: Answer) -> SMTPError | None:
+        """What the client is to be answered; None for a positive answer."""
+        self._log_verdicts(session, [answer])
+        return _error(answer)
+
+    def _failed(self, session: Session, failure: Failure) -> SMTPError:
+        """A delivery ends by it, though no message has begun."""
+        self._log_verdicts(session, [failure])
+        error = SMTPError(failure.text, 451)
+        self._count(error)
+        return error
+
+    def _log_verdicts(self, session: Session, verdicts: Iterable[Verdict]) -> None:
+        next_hop = f"{self.name}:{self.address}"
+        for verdict in dict.fromkeys(verdicts):
+            if isinstance(verdict, Failure):
+                event(_log, logging.WARNING, "next hop failed", id=session.id, next_hop=next_hop, error=verdict)
+                return
+            if verdict.code in _MISCONFIGURED:
+                words = "next hop requires STARTTLS or AUTH: mail is deferred until it accepts this server without them"
+                event(_log, logging.ERROR, words, id=session.id, next_hop=next_hop, reply=verdict)
+                return
+
+    def _bypassed(self, session: Session) -> SMTPError:
+        """Some handler accepted, or refused, what the next hop was not asked about, or has accepted."""
+        event(_log, logging.ERROR, "the next hop was left out: handlers must call next(), and refuse before it", id=session.id)
+        return SMTPError("4.3.5 Error: recipients and next hop do not agree", 451)
+
+    def _count(self, error: SMTPError | None) -> None:
+        self._observer.delivery(self.name, "ok" if error is None else "failed" if error.code >= 500 else "deferred")
+
+    # The end of a transaction
+
+    def _end(self, session: Session, answered: bool) -> None:
+        """The client gets its reply, or gives the transaction up; or it has gone (``answered`` is False)."""
+        transaction = self._transactions.pop(session, None)
+        if transaction is None:
+            return
+        if transaction.connection is not None:
+            self._hop.give_back(transaction.connection, clean=False)
+        if transaction.answers is not None and answered:
+            # The reply is sent before anything is forgotten.
+            asyncio.get_running_loop().call_soon(transaction.answers.end, True)
+        elif transaction.answers is not None:
+            transaction.answers.end(False)
+
+
+def _error(verdict: Verdict) -> SMTPError | None:
+    """What the client is to be answered: the next hop's own code and words. Its 421 ends its connection, not the client's."""
+    if isinstance(verdict, Failure):
+        return SMTPError(verdict.text, 451)
+    if verdict.positive:
+        return None
+    if verdict.code in _MISCONFIGURED:
+        return SMTPError("4.3.5 Next hop does not accept mail from this server, try again later", 451)
+    return SMTPError(verdict.text, 451 if verdict.code == 421 else verdict.code)
+
+
+def _final(verdicts: Mapping[str, Verdict]) -> dict[str, Answer]:
+    """Those that will not change: accepted, or rejected for good."""
+    final = {}
+    for name, verdict in verdicts.items():
+        error = _error(verdict)
+        if isinstance(verdict, Answer) and (error is None or error.code >= 500):
+            final[name] = verdict
+    return final
+
+
+def _recorder(answers: MessageAnswers, recipients: Iterable[str]) -> Callable[[Sequence[Verdict]], None]:
+    """Records the verdicts that have come, for these recipients in this order."""
+    names = list(recipients)
+    return lambda verdicts: answers.record(_final(dict(zip(names, verdicts, strict=False))))
+
+
+async def _begin_new(answers: MessageAnswers, recipients: Collection[str]) -> None:
+    """Raises SMTPError if the message is no new one, contrary to what was known before its text: nothing was delivered yet."""
+    known = await answers.begin(recipients, alone=len(recipients) > 1)
+    if known is None:
+        raise SMTPError("4.2.0 This message is being delivered, try again later", 451)
+    if known:
+        raise SMTPError("4.2.0 This message was delivered to some recipients meanwhile, try again later", 451)

@@ -1,0 +1,1 @@
+"""What a handler gets, and how a chain of handlers runs."""

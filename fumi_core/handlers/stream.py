@@ -1,0 +1,299 @@
+"""A message's text on its way from the socket to the handler: the socket is read no faster than the handler reads."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from email.message import EmailMessage
+from email.policy import EmailPolicy
+from typing import Any
+
+from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.handlers.spool import Spool
+
+READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
+DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
+HIGH_WATER = 64 * 1024
+"""Octets waiting for the handler beyond which the socket is not read; one read more may already be on its way."""
+
+
+class MessageStream:
+    """An async iterator of ``bytes``: dot-unstuffed, CRLF kept, the terminating dot left out.
+
+    ``size`` counts the octets received so far; ``size_exceeded`` tells that they are more than the ``size`` option allows:
+    the text then ends early, and the server answers 552 whatever the handler says. ``refusal`` is what the message is answered
+    with, whatever the handlers say: what ``refuse()`` was given, or what a function of ``tap()`` raised.
+    """
+
+    __slots__ = (
+        "_aborted",
+        "_buffered",
+        "_discarding",
+        "_ended",
+        "_limit",
+        "_listeners",
+        "_lost",
+        "_pieces",
+        "_reader",
+        "_resume",
+        "_spool",
+        "_waiter",
+        "refusal",
+        "size",
+    )
+
+    def __init__(self, limit: int | None, resume: Callable[[], None]) -> None:
+        """``resume`` is called when the handler has taken all there was."""
+        self.size = 0
+        self.refusal: Exception | None = None
+        self._limit = limit
+        self._resume = resume
+        self._pieces: deque[bytes] = deque()
+        self._buffered = 0
+        self._ended = False
+        self._aborted: str | None = None
+        self._discarding = False
+        self._lost = False  # some text was dropped that nobody had read
+        self._reader: object | None = None  # who has read from it; nobody else may
+        self._spool: Spool | None = None  # the whole message, for any number of readers
+        self._waiter: asyncio.Future[None] | None = None
+        self._listeners: tuple[Callable[[bytes], object], ...] = ()
+
+    # The handler's side
+
+    @property
+    def size_exceeded(self) -> bool:
+        return self._limit is not None and self.size > self._limit
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """All pieces, from the first on. Raises RuntimeError when the stream was read already, and was not kept."""
+        if self._spool is not None:
+            return self._kept(self._spool)
+        if self._reader is not None:
+            raise RuntimeError(READ_ALREADY)
+        return _Reading(self)
+
+    async def __anext__(self) -> bytes:
+        """The next piece, for one who takes them one by one. Raises as reading all of them does."""
+        try:
+            return await self._next(self)
+        except StopAsyncIteration:
+            self._reader = READ_ALREADY
+            raise
+
+    async def _next(self, reader: object) -> bytes:
+        """Raises MessageAborted when the rest will never come, and ``refusal`` when there is one.
+
+        Raises RuntimeError when ``reader`` would get less than the whole message: another one has read some of it, or it was
+        dropped after ``skip()`` or after the handlers had ended.
+        """
+        self._claim(reader)
+        while not self._pieces:
+            over = self._over
+            if self._lost and not self.size_exceeded:
+                raise RuntimeError(DROPPED)
+            if over:
+                raise StopAsyncIteration
+            await self._more()
+        piece = self._pieces.popleft()
+        self._buffered -= len(piece)
+        if not self._pieces:
+            self._resume()
+        return piece
+
+    def _claim(self, reader: object) -> None:
+        if self._reader is None:
+            self._reader = reader
+        elif self._reader is not reader:
+            raise RuntimeError(READ_ALREADY)
+
+    async def _kept(self, spool: Spool) -> AsyncIterator[bytes]:
+        async for piece in spool.read():
+            if self.refusal is not None:
+                raise self.refusal
+            yield piece
+        await self._complete()
+
+    async def _complete(self) -> None:
+        """Return when the client has sent its whole message: it has, when that was kept."""
+
+    async def spool(self) -> None:
+        """Keep the whole message: from now on it can be read any number of times, until the handlers have ended.
+
+        Raises as reading does, and SMTPError 452 when the disk is full.
+        """
+        if self._spool is not None:
+            return
+        spool = Spool()
+        try:
+            async for piece in self:
+                await spool.write(piece)
+            if self._discarding:
+                raise RuntimeError(DROPPED)
+        except OSError as error:
+            spool.close()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise SMTPError("4.3.1 Insufficient system storage", 452) from error
+            raise
+        except BaseException:
+            spool.close()
+            raise
+        self._spool = spool
+
+    async def message(self, policy: EmailPolicy[EmailMessage]) -> EmailMessage:
+        """The parsed message. Raises as ``spool()`` does."""
+        await self.spool()
+        await self._complete()
+        assert self._spool is not None
+        return await self._spool.parse(policy)
+
+    async def read(self) -> bytes:
+        """The whole message. Raises MessageAborted, ``refusal`` when there is one, and RuntimeError when it was read already."""
+        return b"".join([piece async for piece in self])
+
+    @property
+    def _over(self) -> bool:
+        if self.refusal is not None:
+            raise self.refusal
+        if self.size_exceeded:
+            return True
+        if self._aborted is not None:
+            raise MessageAborted(self._aborted)
+        return self._ended
+
+    async def skip(self) -> None:
+        """Drop what nobody has read, and return when the message has arrived. Raises MessageAborted and ``refusal``."""
+        if self._spool is None:
+            self.discard()
+            self._resume()  # the socket may rest because of what has just been dropped
+        while not self._over:
+            await self._more()
+
+    async def _more(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("another task is reading this message")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def tap(self, listener: Callable[[bytes], object]) -> None:
+        """Call ``listener`` with each piece as it arrives, those that wait here first, whoever reads the stream.
+
+        When it raises, the message is not accepted: an SMTPError is its reply, any other exception leads to 451. Raises
+        RuntimeError when some of the message was read, or dropped, already.
+        """
+        if self._reader is not None or self._lost or self._spool is not None:
+            raise RuntimeError("tap() comes before the message is read")
+        for piece in self._pieces:
+            listener(piece)
+        self._listeners += (listener,)
+
+    def restrict(self, limit: int) -> None:
+        """Allow at most ``limit`` octets from here on, if that is less than is allowed already."""
+        self._limit = limit if self._limit is None else min(limit, self._limit)
+
+    def refuse(self, error: SMTPError) -> None:
+        """Answer the message with this, whatever else the handlers say; who reads it gets it raised, and the text is dropped."""
+        self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        if self.refusal is None:
+            self.refusal = error
+        self.discard()
+        self._wake()
+
+    # The server's side
+
+    @property
+    def full(self) -> bool:
+        """Whether the socket should rest."""
+        return self._buffered > HIGH_WATER
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self._pieces)
+
+    def feed(self, piece: bytes) -> None:
+        self.size += len(piece)
+        if self._listeners:
+            self._call_listeners(piece)
+        if self._discarding:
+            self._lost = True
+        elif not self.size_exceeded:
+            self._pieces.append(piece)
+            self._buffered += len(piece)
+        self._wake()
+
+    def _call_listeners(self, piece: bytes) -> None:
+        for listener in self._listeners:
+            try:
+                listener(piece)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self._listeners = ()  # no function gets a message with a hole in it
+                self._refuse(_exception(error))
+
+    def exceed(self) -> None:
+        """The client has declared more octets than are allowed: as if they had arrived."""
+        self._limit = -1
+        self._wake()
+
+    def end(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def abort(self, reason: str) -> None:
+        """The text will never be whole. What arrived so far is dropped too."""
+        if not self._ended:
+            self._aborted = reason
+            self._drop()
+            self._wake()
+
+    def discard(self) -> None:
+        """The handler is done with it: drop what there is and what comes."""
+        self._discarding = True
+        self._lost = self._lost or bool(self._pieces)
+        self._drop()
+
+    def release(self) -> None:
+        """The handlers have ended: nothing is kept for them any longer."""
+        self.discard()
+        if self._spool is not None:
+            self._spool.close()
+
+    def _drop(self) -> None:
+        self._pieces.clear()
+        self._buffered = 0
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Reading:
+    """One reader's way through a stream, so that nobody else goes on where it stopped."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: MessageStream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> _Reading:
+        return self
+
+    def __anext__(self) -> Coroutine[Any, Any, bytes]:
+        return self._stream._next(self)
+
+
+def _exception(error: BaseException) -> Exception:
+    """The error as one that may be raised in any task: SystemExit would end the event loop there."""
+    if isinstance(error, Exception):
+        return error
+    failed = RuntimeError(f"a function of tap() raised {type(error).__name__}")
+    failed.__cause__ = error
+    return failed

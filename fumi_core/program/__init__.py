@@ -1,0 +1,1 @@
+"""``fumi-core`` without its flags: from settings to an app, its users and its mail log."""

@@ -1,0 +1,109 @@
+"""The built-in app's log of mail: a line for each message, each rejected or deferred sender or recipient, and each failed login.
+
+An app of one's own logs what it likes, for example with ``plugins.logger()``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from fumi_core.app import Fumi
+from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.handlers.contexts import AuthContext, Context, DataContext, MailContext, RcptContext
+from fumi_core.handlers.middleware import Next
+from fumi_core.runtime.logs import event
+from fumi_core.smtp.replies import verdict
+from fumi_core.smtp.session import Address
+
+_log = logging.getLogger("fumi.core.mail")
+
+NAMED = 10
+"""Recipients of a message that its line names; of the others it says how many there are."""
+
+
+def authentications(app: Fumi) -> None:
+    """Log each, however it ends; to be used before the handler that accepts users.
+
+    A name that was not accepted is left out: people type passwords there. One that ends before there are credentials has its
+    line from the dialogue.
+    """
+
+    async def auth(ctx: AuthContext, next: Next) -> None:
+        method = ctx.credentials.method
+        try:
+            await next()
+        except asyncio.CancelledError:
+            _tell(ctx, "authentication failed", method=method, error="the connection ended before the reply")
+            raise
+        except BaseException:
+            _tell(ctx, "authentication failed", method=method)
+            raise
+        if ctx.accepted:
+            _tell(ctx, "authentication accepted", method=method, user=ctx.user)
+        else:
+            _tell(ctx, "authentication failed", method=method)
+
+    app.on_auth(auth)
+
+
+def transactions(app: Fumi) -> None:
+    """Log messages, rejections (5xx) and deferrals (4xx); to be used before all other handlers that may reject."""
+
+    async def mail_from(ctx: MailContext, next: Next) -> None:
+        try:
+            await next()
+        except SMTPError as error:
+            _tell(ctx, f"sender {verdict(error.code)}", error, **{"from": _path(ctx.address)})
+            raise
+
+    async def rcpt_to(ctx: RcptContext, next: Next) -> None:
+        try:
+            await next()
+        except SMTPError as error:
+            sender = {"from": _path(ctx.session.envelope.mail_from)}
+            _tell(ctx, f"recipient {verdict(error.code)}", error, **sender, to=ctx.address.address)
+            raise
+
+    async def data(ctx: DataContext, next: Next) -> None:
+        envelope = ctx.session.envelope
+        fields = {"from": _path(envelope.mail_from), "to": _names(envelope.rcpt_to), "user": ctx.session.user}
+        try:
+            await next()
+        except MessageAborted:
+            # The client has gone; the line of its session says so.
+            raise
+        except SMTPError as error:
+            _tell(ctx, f"message {verdict(error.code)}", error, **fields, size=ctx.stream.size)
+            raise
+        if ctx.size_exceeded:
+            _tell(ctx, "message rejected", **fields, size=ctx.stream.size, code=552)
+        elif ctx.rejected and all(each.address in ctx.rejected for each in envelope.rcpt_to):
+            # One that may come again is not rejected for good.
+            best = min(ctx.rejected.values(), key=lambda error: error.code)
+            _tell(ctx, f"message {verdict(best.code)}", best, **fields, size=ctx.stream.size)
+        else:
+            rejected = _names([Address(each, {}) for each in ctx.rejected]) or None
+            _tell(ctx, "message accepted", **fields, size=ctx.stream.size, reply=ctx.accepted, rejected=rejected)
+
+    app.on_mail_from(mail_from)
+    app.on_rcpt_to(rcpt_to)
+    app.on_data(data)
+
+
+def _tell(ctx: Context, words: str, error: SMTPError | None = None, /, **fields: object) -> None:
+    session = ctx.session
+    if error is not None:
+        fields |= {"code": error.code, "reply": error.message}
+    client = {"client_ip": session.remote_address, "client_port": session.remote_port or None}
+    event(_log, logging.INFO, words, id=session.id, **client, **fields)
+
+
+def _path(address: Address | None) -> str:
+    return (address.address if address else "") or "<>"
+
+
+def _names(addresses: Sequence[Address]) -> str:
+    named = ",".join(each.address for each in addresses[:NAMED])
+    return named if len(addresses) <= NAMED else f"{named},and {len(addresses) - NAMED} more"

@@ -1,0 +1,323 @@
+"""What ``fumi-core`` does: an app, out of the settings, between sockets and a delivery target; and again, out of new settings."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from prometheus_client import CollectorRegistry
+
+from fumi_core.app import Fumi
+from fumi_core.delivery import TARGETS, Target, parse_target
+from fumi_core.program import builtin, mail_log
+from fumi_core.program.users import Users
+from fumi_core.runtime.addresses import (
+    Networks,
+    SocketAddress,
+    bind,
+    check_inherited,
+    explain,
+    is_taken,
+    name_of,
+    passed,
+    peer_of,
+)
+from fumi_core.runtime.logs import configure, event
+from fumi_core.runtime.metrics_server import Page, Problem
+from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.settings import SettingError, check_mode, given, read_again
+from fumi_core.server.metrics import CoreMetrics
+
+T = TypeVar("T")
+# Which option of Fumi each flag sets; the defaults are the built-in app's, and a MODULE:APP keeps its own.
+_OPTIONS = {
+    "proxy_protocol": "proxy_protocol",
+    "trusted_proxy": "trusted_proxies",
+    "assume_tls": "assume_tls",
+    "require_tls": "require_tls",
+    "allow_insecure_auth": "allow_insecure_auth",
+    "lmtp": "lmtp",
+    "size": "size",
+    "bare_newlines": "bare_newlines",
+    "lenient_addresses": "lenient_addresses",
+    "max_clients": "max_clients",
+    "name": "name",
+    "banner": "banner",
+    "drain_timeout": "close_timeout",
+}
+DELIVER = "maildir:./maildir"
+_THIS_HOST = Networks(("127.0.0.0/8", "::1", "unix"))
+_NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
+# Settings of sockets and processes, which are made once.
+_ONCE = ("listen", "metrics", "socket_mode", "workers")
+
+
+class CoreWork:
+    """The program's work; see ``fumi_core.runtime.lifecycle.Work``."""
+
+    log = logging.getLogger("fumi.core")
+
+    def __init__(self, ctx: click.Context, *, dry: bool = False) -> None:
+        """``dry`` is for ``check()`` alone: nothing is made that would stay. Raises SettingError."""
+        self._ctx = ctx
+        self._dry = dry
+        self._settings = ctx.params
+        addresses = [*self._settings["listen"], self._settings["metrics"]]
+        check_mode(self._settings["socket_mode"], [each for each in addresses if each is not None])
+        self._target: Target | None = None
+        self._sockets: list[socket.socket] = []
+        self.metrics_sockets: list[socket.socket] = []
+        self.registry = CollectorRegistry()
+        reference = self._settings["app"]
+        self.app = _load(reference) if reference else Fumi()
+        # A module is imported once; what it made of its app is where each reading of the settings starts.
+        self._own = Fumi().adopt(self.app)
+        self._metrics: CoreMetrics | None = None
+        if self._settings["metrics"]:
+            self.app.observer = self._metrics = CoreMetrics(self.registry, self.app.tally, () if reference else TARGETS)
+        self._take_over(ctx)
+
+    def check(self) -> list[str]:
+        """See that the addresses are this host's, that mail can be taken, and that the target delivers.
+
+        Returns remarks: addresses in use, most often by the server that is to be restarted, and what the target says. Raises
+        SettingError.
+        """
+        if self._settings["app"] and (problem := self.app.never_takes_mail()):
+            raise SettingError(f"{self._settings['app']}: {problem}")
+        remarks: list[str] = []
+        addresses = [("listen", each) for each in self._settings["listen"]]
+        if self._settings["metrics"]:
+            addresses.append(("metrics", self._settings["metrics"]))
+        for flag, address in addresses:
+            if address.kind == "tcp":
+                for sock in _bind(flag, replace(address, port=0)):
+                    sock.close()
+            elif address.kind == "unix" and not os.access(os.path.dirname(address.path) or ".", os.W_OK | os.X_OK):
+                raise SettingError(f"--{flag} {address}: cannot write to its directory")
+            if is_taken(address):
+                remarks.append(f"{address} is already in use (by a running fumi-core or another program)")
+        try:
+            remark = self._target.check() if self._target is not None else None
+        except OSError as error:
+            raise SettingError(f"--deliver {self._settings['deliver'] or DELIVER}: {error.strerror or error}") from None
+        return remarks if remark is None else [*remarks, remark]
+
+    @property
+    def drain_timeout(self) -> float:
+        return self.app.options.close_timeout
+
+    def bind(self) -> None:
+        addresses, inherited = self._settings["listen"], passed()
+        if inherited and "listen" not in given(self._ctx):
+            addresses = inherited
+        metrics = self._settings["metrics"]
+        for flag, each in [("listen", each) for each in addresses] + ([("metrics", metrics)] if metrics else []):
+            _at(flag, each, check_inherited)
+        for address in addresses:
+            bound = _bind("listen", address, self._settings["socket_mode"])
+            self._sockets += bound
+            for name in dict.fromkeys(name_of(address, sock) for sock in bound):
+                event(self.log, logging.INFO, "listening", address=name, proxy_protocol=self.app.options.proxy_protocol)
+        if metrics:
+            self.metrics_sockets = _bind("metrics", metrics, self._settings["socket_mode"])
+            event(self.log, logging.INFO, "metrics", address=name_of(metrics, self.metrics_sockets[0]))
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say what works and is hardly meant."""
+        name = self.app.options.name
+        if name.lower().rstrip(".") in _NO_NAMES:
+            event(self.log, logging.WARNING, "the banner says 220 localhost: set --name", name=name)
+        if self._settings["assume_tls"]:
+            for name in [sock.getsockname() for sock in self._sockets]:
+                if peer_of(name)[0] not in _THIS_HOST:
+                    address = SocketAddress("tcp", host=name[0], port=name[1])
+                    words = "plaintext from other hosts counts as TLS here: listen on loopback or a Unix socket with --assume-tls"
+                    event(self.log, logging.WARNING, words, address=address)
+        passes_on = self._target is not None and self._target.name == "smtp"
+        if passes_on and not self._settings["domain"] and not self._settings["auth_required"]:
+            words = "an open relay: passes on mail from anyone to anyone; add --domain, or --users with --auth-required"
+            event(self.log, logging.WARNING, words, deliver=self._settings["deliver"])
+
+    def unbind(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+    async def start(self, crowd: Crowd) -> None:
+        self.app.crowd = crowd
+        for sock in self._sockets:
+            await self.app.listen(sock=sock)
+
+    async def close(self) -> None:
+        await self.app.close()
+
+    async def reload(self) -> Iterable[str]:
+        ctx = read_again(self._ctx)
+        self._take_over(ctx)
+        await self.app.prepare()
+        old, self._settings = self._settings, {**ctx.params, **{name: self._settings[name] for name in _ONCE}}
+        configure(ctx.params["log_format"], ctx.params["log_level"])
+        return [name for name in _ONCE if ctx.params[name] != old[name]]
+
+    def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
+        return {}
+
+    def trouble(self) -> str | None:
+        return None
+
+    def problem(self) -> str | None:
+        return self._target.problem() if self._target else None
+
+    def _take_over(self, ctx: click.Context) -> None:
+        """Make an app out of the settings, and have the one that runs adopt it: all of it, or nothing."""
+        settings = ctx.params
+        app, target = Fumi().adopt(self._own), None
+        app.observer = self.app.observer
+        if settings["app"]:
+            _refuse_builtin_flags(settings, given(ctx))
+            wanted = {flag for flag in _OPTIONS if flag in given(ctx)}
+        else:
+            app.configure(auth_optional=True, logger=True)
+            target = self._target_for(settings["deliver"] or DELIVER, _state(settings))
+            wanted = {flag for flag in _OPTIONS if settings[flag] not in (None, ())}
+        if settings["users"]:
+            if not settings["app"]:
+                app.use(mail_log.authentications)
+            app.use(users := _users(settings["users"]))
+            if settings["sender_login"]:
+                _refuse_senders_of_nobody(settings, users)
+        elif settings["auth_required"] and not settings["app"]:
+            raise SettingError("--auth-required needs --users FILE: nobody could send mail")
+        elif settings["sender_login"]:
+            raise SettingError("--sender-login needs --users FILE: without logins it has no effect")
+        if settings["proxy_protocol"] == "off" and not settings["app"]:
+            _refuse_proxy_flags(settings)
+        if settings["auth_required"]:
+            app.configure(auth_optional=False)
+        try:
+            app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+        if target is not None and not self._dry:
+            _equip(app, target, settings)
+        self.app.adopt(app)
+        self._target = target
+
+    def _target_for(self, deliver: str, state: Path | None) -> Target:
+        """The target that there is, if it is the same: it may have threads and connections that are worth keeping."""
+        same = deliver == (self._settings["deliver"] or DELIVER) and state == _state(self._settings)
+        if self._target is not None and same:
+            return self._target
+        try:
+            return parse_target(deliver, state)
+        except ValueError as error:
+            raise SettingError(f"--deliver: {error}") from None
+
+
+def _load(reference: str) -> Fumi:
+    module, colon, name = reference.partition(":")
+    if not (module and colon and name):
+        raise SettingError(f"{reference!r} is not MODULE:APP, as in myapp:app")
+    if module.endswith(".py"):
+        written = ".".join(part for part in module.removesuffix(".py").split("/") if part not in ("", "."))
+        raise SettingError(f"{reference!r} names a file and not a module: write {written}:{name}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        loaded = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        raise SettingError(f"{reference}: {type(error).__name__}: {error} ({_place_of(error)})") from None
+    if not hasattr(loaded, name):
+        raise SettingError(f"{reference}: {module} has no {name}")
+    app = getattr(loaded, name)
+    if not isinstance(app, Fumi):
+        raise SettingError(f"{reference} is a {type(app).__name__}, not a Fumi")
+    return app
+
+
+def _place_of(error: BaseException) -> str:
+    """File and line of the app's own code that raised it, whatever it called there."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    above = Path(__file__).parents[2]
+    ours = tuple(os.path.join(above, package, "") for package in ("fumi_core", "fumi_edge"))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [each for each in frames if not each.filename.startswith(("<frozen ", importlib.__file__, *ours))]
+    at = (theirs or frames)[-1]
+    return f"{at.filename}:{at.lineno}"
+
+
+def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
+    for flag in ("deliver", "domain", "state"):
+        if flag in wanted:
+            raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
+    if settings["sender_login"]:
+        raise SettingError(f"--sender-login belongs to the built-in app; {settings['app']} can use plugins.sender_login()")
+
+
+def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
+    """Refuse flags that have no effect without PROXY headers, or that would keep every client from sending mail."""
+    if settings["trusted_proxy"]:
+        raise SettingError("--trusted-proxy says who may send a PROXY header: leave it out, or --proxy-protocol off")
+    if settings["require_tls"] and not settings["assume_tls"]:
+        raise SettingError("--require-tls without PROXY headers needs --assume-tls: nobody could send mail")
+
+
+def _users(path: str) -> Users:
+    try:
+        users = Users(path)
+        if not len(users):
+            event(CoreWork.log, logging.WARNING, "no users in the file: nobody can log in", path=path)
+        return users
+    except OSError as error:
+        raise SettingError(f"--users {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingError(f"--users {path}: is not UTF-8 text") from None
+    except ValueError as error:
+        raise SettingError(f"--users: {error}") from None
+
+
+def _refuse_senders_of_nobody(settings: dict[str, Any], users: Users) -> None:
+    if len(users) and not settings["domain"] and not any("@" in name for name in users.names):
+        words = "nobody could send mail: name the users by their addresses (joe@example.org), or add --domain"
+        raise SettingError(f"--sender-login: {words}")
+
+
+def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
+    try:
+        builtin.equip(app, target, settings["domain"], own_senders=settings["sender_login"])
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--deliver {settings['deliver']}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _state(settings: dict[str, Any]) -> Path | None:
+    """--state, else the first of systemd's directories (systemd.exec(5), StateDirectory=), else ./state.
+
+    None for LMTP clients: they get an answer for each recipient, so nothing has to be remembered for them.
+    """
+    if settings["lmtp"]:
+        return None
+    return Path(settings["state"] or os.environ.get("STATE_DIRECTORY", "").split(":")[0] or "state")
+
+
+def _bind(flag: str, address: SocketAddress, mode: int | None = None) -> list[socket.socket]:
+    return _at(flag, address, lambda address: bind(address, mode))
+
+
+def _at(flag: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:
+    """Do it, and have the flag blamed for what goes wrong."""
+    try:
+        return act(address)
+    except OSError as error:
+        # What there is to do about ports is no help with a path.
+        problem = explain(error) if address.kind == "tcp" else error.strerror or error
+        raise SettingError(f"--{flag} {address}: {problem}") from None

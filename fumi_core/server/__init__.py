@@ -1,0 +1,1 @@
+"""Sockets, timeouts and flow control around one dialogue for each client."""

@@ -1,0 +1,485 @@
+"""Between the protocol and the handlers: takes the protocol's events, runs the handlers of that phase, gives their answer back.
+
+Knows no sockets: bytes come in by ``receive()``, and ``changed`` is called when there may be output or the end to see to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from fumi_core.errors import MessageAborted, SMTPError
+from fumi_core.handlers.contexts import (
+    AddressContext,
+    AuthContext,
+    CloseContext,
+    ConnectContext,
+    Context,
+    DataContext,
+    MailContext,
+    RcptContext,
+)
+from fumi_core.handlers.middleware import Chain
+from fumi_core.handlers.runner import Fiber
+from fumi_core.handlers.stream import HIGH_WATER, MessageStream
+from fumi_core.runtime.addresses import Networks
+from fumi_core.runtime.logs import event as log_event
+from fumi_core.runtime.logs import failure
+from fumi_core.server import dialogue_log
+from fumi_core.server.observer import Observer
+from fumi_core.smtp import replies
+from fumi_core.smtp.events import (
+    Auth,
+    AuthEnded,
+    ChunkDropped,
+    ChunkEnd,
+    Connect,
+    Mail,
+    MessageBroken,
+    MessageData,
+    MessageEnd,
+    MessageExcess,
+    MessageStart,
+    Rcpt,
+)
+from fumi_core.smtp.greetings import Greetings
+from fumi_core.smtp.options import Options
+from fumi_core.smtp.protocol import Protocol
+from fumi_core.smtp.replies import Reply, from_text, verdict
+from fumi_core.smtp.session import Address, Session
+from fumi_core.smtp.states import State
+from fumi_core.smtp.tally import Tally
+
+errors = logging.getLogger("fumi.core")
+
+Chains = dict[str, Chain | None]
+"""The composed handlers of each phase: connect auth mail_from rcpt_to data close; None where there is none."""
+
+
+@dataclass(slots=True)
+class Service:
+    """What all dialogues of a server share."""
+
+    options: Options
+    chains: Chains
+    greetings: Greetings
+    tally: Tally
+    observer: Observer
+    trusted: Networks
+    """Whose PROXY header, and XCLIENT, is believed."""
+
+
+class Stage(Enum):
+    """How far a message's handlers are."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class _Message:
+    """The message that is arriving, and what its handlers made of it."""
+
+    __slots__ = ("aborted", "context", "ended", "error", "refusal", "stage", "started", "stream")
+
+    def __init__(self, session: Session, stream: MessageStream, command: str) -> None:
+        self.stream = stream
+        self.context = DataContext(session, stream, command)
+        self.started = time.monotonic()
+        self.stage = Stage.WAITING
+        self.error: BaseException | None = None  # what the handlers raised; ``refusal`` is the reply it leads to
+        self.refusal: Reply | None = None
+        self.ended = False
+        self.aborted = False
+
+
+class Dialogue:
+    """One connection's conversation. ``messages`` counts the accepted ones."""
+
+    def __init__(self, session: Session, service: Service, changed: Callable[[], None], anonymous: bool = False) -> None:
+        """``anonymous`` tells that the session's address is the proxy's own, though the client is another."""
+        self.session = session
+        options = service.options
+        speaks_for_others = (options.use_xclient or options.use_xforward) and not anonymous
+        logged = dialogue_log.log.isEnabledFor(logging.DEBUG)
+        self.protocol = (dialogue_log.LoggedProtocol if logged else Protocol)(
+            session,
+            options,
+            service.greetings,
+            service.tally,
+            authenticates=service.chains["auth"] is not None,
+            trusted=speaks_for_others and session.remote_address in service.trusted,
+            at_end_failed=self._at_end_failed,
+        )
+        self.messages = 0
+        self._service = service
+        self._observer = service.observer
+        self._changed = changed
+        self._fiber = Fiber(asyncio.get_running_loop())
+        self._running: Context | None = None
+        self._pumping = False
+        self._message: _Message | None = None
+        self._dropping_since = 0.0
+        self._draining = False
+        self._reported = False
+        self._gone: Callable[[], None] | None = None
+
+    # What the connection asks and tells
+
+    def start(self) -> None:
+        """The client's identity is known: ask the handlers, and greet it."""
+        self._observer.session_started(self.session)
+        self._pumping = True
+        self._connect()
+        self._pump()
+
+    def receive(self, data: bytes) -> None:
+        self.protocol.receive(data)
+        self._pump()
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more will be said, apart from the output that is waiting."""
+        return self.protocol.state is State.CLOSED
+
+    @property
+    def busy(self) -> bool:
+        """The client waits for us, not we for it."""
+        return self.protocol.pending is not None
+
+    @property
+    def full(self) -> bool:
+        """Enough bytes wait here for now."""
+        if self._message is not None and self._message.stream.full:
+            return True
+        # Read on while a handler is at work: that is how a client that said more, and has gone, is noticed.
+        return (self.protocol.pending is not None and self.protocol.buffered > HIGH_WATER) or self.protocol.throttled
+
+    @property
+    def message_started(self) -> float | None:
+        """When the message, or a chunk without a transaction, that is arriving began to, by the monotonic clock."""
+        if self._message is not None and not self._message.ended:
+            return self._message.started
+        return self._dropping_since if self.protocol.dropping else None
+
+    def proceed(self) -> None:
+        """Go on after the replies that throttled it were sent."""
+        self._pump()
+
+    def time_out(self) -> None:
+        self._end(replies.TIMED_OUT, "timed out")
+
+    def drain(self) -> None:
+        """Say 421 as soon as no transaction is under way."""
+        self._draining = True
+        self._pump()
+
+    def gone(self, closed: Callable[[], None]) -> None:
+        """The client has gone: stop the handlers, run those of the close phase, then call ``closed``."""
+        self.protocol.abandon()
+        self._auth_ended(self.protocol.break_off_exchange())
+        self._abort_message("client went away")
+        self._gone = closed  # from here on the end of a running handler leads to the close phase
+        if self._running is None:
+            self._after_gone()
+        elif not isinstance(self._running, DataContext):
+            self._fiber.cancel()
+
+    # Events
+
+    def _pump(self) -> None:
+        self._pumping = True
+        try:
+            while (event := self.protocol.next_event()) is not None:
+                _HANDLERS[type(event)](self, event)
+            if self._message is not None and self._message.stream.has_text:
+                self._run_message(self._message)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._pumping = False
+        if self._draining and not self.protocol.in_transaction and not self.closed:
+            self.protocol.close(replies.SHUTTING_DOWN)
+        if self.protocol.last is not None:
+            self._report_end()
+        self._changed()
+
+    def _report_end(self) -> None:
+        """Count, once, a dialogue that was ended because of something."""
+        reason = _REASONS.get(self.protocol.last)
+        if reason is not None and not self._reported:
+            self._reported = True
+            self._observer.rejected(reason)
+
+    def _connect(self, event: Connect | None = None) -> None:
+        self._run("connect", ConnectContext(self.session), self._connect_done)
+
+    def _auth(self, event: Auth) -> None:
+        self._run("auth", AuthContext(self.session, event.credentials), self._auth_done)
+
+    def _auth_ended(self, event: AuthEnded | None) -> None:
+        if event is not None:
+            client = {"client_ip": self.session.remote_address, "client_port": self.session.remote_port or None}
+            log_event(errors, logging.INFO, f"authentication {event.result}", id=self.session.id, **client, method=event.method)
+
+    def _mail(self, event: Mail) -> None:
+        self._ask("mail_from", MailContext, event.address)
+
+    def _rcpt(self, event: Rcpt) -> None:
+        self._ask("rcpt_to", RcptContext, event.address)
+
+    def _ask(self, phase: str, context: type[MailContext | RcptContext], address: Address) -> None:
+        if self._service.chains[phase] is None:
+            self.protocol.accept()
+        else:
+            self._run(phase, context(self.session, address), self._answer)
+
+    def _message_start(self, event: MessageStart) -> None:
+        self._message = _Message(self.session, MessageStream(self._service.options.size, self._changed), event.command)
+
+    def _message_data(self, event: MessageData) -> None:
+        assert self._message is not None
+        self._message.stream.feed(event.text)
+
+    def _message_excess(self, event: MessageExcess) -> None:
+        assert self._message is not None
+        self._message.stream.exceed()
+
+    def _chunk_end(self, event: ChunkEnd) -> None:
+        """A refusal that is known already is not kept back until the last chunk."""
+        message = self._message
+        assert message is not None
+        if message.stream.has_text or message.stream.size_exceeded:
+            self._run_message(message)  # while its envelope is there
+        refusal = self._refusal_so_far(message)
+        if refusal is None:
+            self.protocol.accept()
+        else:
+            self.protocol.refuse(refusal)
+
+    def _chunk_dropped(self, event: ChunkDropped) -> None:
+        self._dropping_since = time.monotonic()
+
+    def _message_end(self, event: MessageEnd) -> None:
+        message = self._message
+        assert message is not None
+        message.ended = True
+        message.stream.end()
+        self._run_message(message)
+        if message.stage is Stage.DONE and self._message is message:
+            self._answer_message(message)
+
+    def _message_broken(self, event: MessageBroken) -> None:
+        self._abort_message(event.reason, event.result)
+
+    # Handlers
+
+    def _run(self, phase: str, context: Context, done: Callable[[Context, BaseException | None], None]) -> None:
+        chain = self._service.chains[phase]
+        if chain is None:
+            done(context, None)
+            return
+        self._running = context
+
+        def ended(error: BaseException | None) -> None:
+            self._running = None
+            try:
+                done(context, error)
+            except Exception as failed:
+                self._fail(failed)
+            if self._gone is not None:
+                if not isinstance(context, CloseContext):
+                    self._after_gone()
+            elif not self._pumping:
+                self._pump()
+
+        self._fiber.run(chain(context), ended)
+
+    def _connect_done(self, context: Context, error: BaseException | None) -> None:
+        if self.protocol.pending is None or error is None or isinstance(error, SMTPError):
+            self._answer(context, error)
+        else:
+            self._log_failure(context, error)
+            self.protocol.refuse(replies.CONNECT_FAILED)
+
+    def _auth_done(self, context: Context, error: BaseException | None) -> None:
+        assert isinstance(context, AuthContext)
+        if error is not None or context.accepted:
+            self.session.user = context.user if error is None else None
+            self._answer(context, error)
+        elif self.protocol.pending is not None:
+            self.protocol.refuse(replies.AUTH_FAILED)
+
+    def _answer(self, context: Context, error: BaseException | None) -> None:
+        if self.protocol.pending is None:
+            # Abandoned: there is nobody to answer. Cancelled it was by us, then.
+            if error is not None and not isinstance(error, SMTPError | asyncio.CancelledError):
+                self._log_failure(context, error)
+        elif error is None:
+            if isinstance(context, AddressContext):
+                self.protocol.pending.address = context.address  # type: ignore[union-attr]
+            self.protocol.accept()
+        else:
+            self.protocol.refuse(self._refusal(context, error))
+
+    def _refusal(self, context: Context, error: BaseException) -> Reply:
+        """The reply that an error leads to. What is not an SMTPError, or cannot be made a reply, is logged."""
+        if isinstance(error, SMTPError):
+            try:
+                return _reply_to(error, context)
+            except Exception as unusable:
+                error = unusable
+        self._log_failure(context, error)
+        return replies.LOCAL_ERROR
+
+    def _log_failure(self, context: Context, error: BaseException) -> None:
+        self._log("handler failed", error, context.hook, context.command)
+
+    def _at_end_failed(self, command: str, error: BaseException) -> None:
+        self._log("handler failed", error, "at_end", command)
+
+    def _log(self, message: str, error: BaseException, hook: str | None = None, command: str | None = None) -> None:
+        session = self.session
+        failure(errors, message, error, id=session.id, client_ip=session.remote_address, hook=hook, command=command)
+
+    def _fail(self, error: Exception) -> None:
+        """The last resort, when this code is at fault or an app has changed what it must not: no client waits for ever."""
+        self._log("dialogue failed", error)
+        self._end(replies.CONNECT_FAILED, "local error")
+
+    # The message
+
+    def _run_message(self, message: _Message) -> None:
+        if message.stage is Stage.WAITING:
+            message.stage = Stage.RUNNING
+            self._run("data", message.context, self._message_done)
+
+    def _message_done(self, context: Context, error: BaseException | None) -> None:
+        message = self._message
+        assert message is not None
+        message.stage = Stage.DONE
+        message.context.stream.release()
+        cut_off = isinstance(error, asyncio.CancelledError) and self.closed
+        if cut_off or isinstance(error, MessageAborted):
+            log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error) or "cut off")
+            message.refusal = replies.LOCAL_ERROR
+        elif error is not None and error is not message.error:
+            message.error, message.refusal = error, self._refusal(context, error)
+        if message.aborted:
+            self._forget_broken_message()
+        elif message.ended and not self._pumping:
+            self._answer_message(message)
+
+    def _answer_message(self, message: _Message) -> None:
+        self._message = None
+        answers = self.protocol.settle(self._verdicts(message))
+        best = min([reply.code for reply in answers])
+        result = verdict(best)
+        self._observer.message(result, message.stream.size, time.monotonic() - message.started)
+        self.messages += best == 250
+
+    def _verdicts(self, message: _Message) -> list[Reply]:
+        """What to say of a whole message: one reply or, in LMTP, one for each recipient."""
+        context = message.context
+        verdict = self._refusal_so_far(message)
+        if verdict is None:
+            verdict = replies.OK if context.accepted is None else self._acceptance(context)
+        if not self._service.options.lmtp:
+            return [verdict]
+        return [self._verdict(context, each, verdict) for each in self.session.envelope.rcpt_to]
+
+    def _refusal_so_far(self, message: _Message) -> Reply | None:
+        """The reply to a message that is refused to all its recipients, whether it is whole or not; else None."""
+        error = message.stream.refusal
+        if error is not None and error is not message.error:
+            message.error, message.refusal = error, self._refusal(message.context, error)
+        return replies.SIZE_EXCEEDED if message.context.size_exceeded else message.refusal
+
+    def _acceptance(self, context: DataContext) -> Reply:
+        try:
+            return from_text(250, str(context.accepted))
+        except Exception as unusable:
+            self._log_failure(context, unusable)
+            return replies.LOCAL_ERROR
+
+    def _verdict(self, context: DataContext, recipient: Address, verdict: Reply) -> Reply:
+        error = context.rejected.get(recipient.address) if verdict.code == 250 else None
+        return verdict if error is None else self._refusal(context, error)
+
+    def _abort_message(self, reason: str, result: str = "aborted") -> None:
+        message = self._message
+        if message is None or message.ended or message.aborted:
+            return  # a whole message is the handler's: it may be safe already, whoever still listens
+        message.aborted = True
+        self._observer.message(result, message.stream.size, time.monotonic() - message.started)
+        message.stream.abort(reason)
+        if message.stage is Stage.DONE:
+            self._forget_broken_message()
+        else:
+            self._run_message(message)
+
+    def _forget_broken_message(self) -> None:
+        self._message = None
+        if type(self.protocol.pending) is MessageBroken:
+            self.protocol.accept()
+
+    # The end
+
+    def kill(self) -> None:
+        """The server is closing, and the client has had its time: stop the handlers, whatever they do."""
+        self._end(replies.SHUTTING_DOWN, "the server is closing")
+        self._fiber.cancel()
+
+    def _end(self, reply: Reply, reason: str) -> None:
+        self.protocol.close(reply)
+        self._report_end()
+        self._abort_message(reason)
+        if self._running is not None and not isinstance(self._running, DataContext):
+            self._fiber.cancel()
+        self._changed()
+
+    def _after_gone(self) -> None:
+        closed = self._gone
+        assert closed is not None
+
+        def done(context: Context, error: BaseException | None) -> None:
+            if error is not None:
+                self._log_failure(context, error)
+            self._fiber.close()
+            closed()
+
+        self._run("close", CloseContext(self.session), done)
+
+
+def _reply_to(error: SMTPError, context: Context) -> Reply:
+    """Raises what is wrong with an SMTPError that an app has changed, or subclassed without calling its constructor."""
+    sound = SMTPError(error.message, error.code)
+    status = context.default_status if sound.code == context.default_code else None
+    return from_text(sound.code, sound.message, status)
+
+
+_REASONS: dict[Reply | None, str] = {
+    replies.NOT_SMTP: "not_smtp",
+    replies.TOO_MANY_ERRORS: "errors",
+    replies.TIMED_OUT: "timeout",
+    replies.SHUTTING_DOWN: "draining",
+}
+_HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
+    Connect: Dialogue._connect,
+    Auth: Dialogue._auth,
+    AuthEnded: Dialogue._auth_ended,
+    Mail: Dialogue._mail,
+    Rcpt: Dialogue._rcpt,
+    MessageStart: Dialogue._message_start,
+    MessageData: Dialogue._message_data,
+    MessageExcess: Dialogue._message_excess,
+    ChunkEnd: Dialogue._chunk_end,
+    ChunkDropped: Dialogue._chunk_dropped,
+    MessageEnd: Dialogue._message_end,
+    MessageBroken: Dialogue._message_broken,
+}

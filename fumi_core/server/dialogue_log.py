@@ -1,0 +1,62 @@
+"""The SMTP dialogue in the log, for those who debug: each command and each reply, without credentials and message content.
+
+What a client sends in the place of a command may be either: a password sent after an AUTH that was rejected, or the text of a
+message after a DATA that was. So only what has the form of a command is logged, and of its argument only what SMTP defines.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from fumi_core.runtime.logs import event
+from fumi_core.smtp import sasl
+from fumi_core.smtp.events import Event
+from fumi_core.smtp.grammar import VERBS
+from fumi_core.smtp.protocol import Protocol
+from fumi_core.smtp.replies import Reply
+
+log = logging.getLogger("fumi.core.dialogue")
+
+_VERBS = "|".join(verb for verb in VERBS if verb != "AUTH")
+# The arguments that are shown: a path, a name, an octet count, attributes. Those of other verbs are free text, or none.
+_SHOWN = re.compile(
+    rb"(?i:(?:HELO|EHLO|LHLO) \S+"
+    rb"|(?:MAIL FROM|RCPT TO): *(?:<[^>]*>|\S+)(?: +(?:[A-Z0-9-]+=\S*|SMTPUTF8|REQUIRETLS))*"
+    rb"|BDAT \d+(?: LAST)?|(?:XCLIENT|XFORWARD)(?: [A-Z]+=\S*)+)\s*"
+)
+_VERB = re.compile(rf"(?i:({_VERBS}))(?: (.*))?\s*".encode(), re.DOTALL)
+_AUTH = re.compile(rf"(?i:(AUTH(?: (?:{'|'.join(sasl.MECHANISMS)}))?))(?: .*)?\s*".encode(), re.DOTALL)
+
+
+def shown(line: bytes) -> str:
+    """A line that a client sent in the place of a command, fit for the log."""
+    if _SHOWN.fullmatch(line):
+        return line.decode("utf-8", "replace").rstrip()
+    found = _VERB.fullmatch(line)
+    if found is not None:
+        return found[1].decode() + (" …" if (found[2] or b"").strip() else "")
+    found = _AUTH.fullmatch(line)
+    if found is not None:
+        return found[1].decode() + (" …" if len(line.rstrip()) > len(found[1]) else "")
+    return f"({len(line)} octets that are no command)"
+
+
+class LoggedProtocol(Protocol):
+    """A protocol whose commands and replies are logged. One that is not logged pays nothing for it."""
+
+    def _command(self, line: bytes) -> Event | Reply | None:
+        self._log(received=shown(line))
+        return super()._command(line)
+
+    def _respond(self, line: bytes) -> Event | Reply:
+        self._log(received=f"({len(line)} octets in response to the challenge)")
+        return super()._respond(line)
+
+    def _reply(self, reply: Reply) -> None:
+        self._log(sent=(reply.data if self._enhanced else reply.plain).decode().rstrip())
+        super()._reply(reply)
+
+    def _log(self, **fields: Any) -> None:
+        event(log, logging.DEBUG, "dialogue", id=self.session.id, **fields)

@@ -1,0 +1,86 @@
+"""What follows DATA and BDAT (RFC 5321 §4.1.1.4, RFC 3030 §2): a message in one piece or in chunks, sans-IO.
+
+Where a message ends is data.py's to say; here is which of its readers is at work, and what becomes of what it leaves.
+"""
+
+from __future__ import annotations
+
+from fumi_core.smtp.data import ChunkReader, DotReader, SkippedChunk
+from fumi_core.smtp.lines import Input
+from fumi_core.smtp.options import Options
+from fumi_core.smtp.replies import Reply
+
+
+class Transfer:
+    """The message that is arriving from ``input``; used again for the next one after ``reset()``."""
+
+    __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "active", "excess", "refusals")
+
+    def __init__(self, input: Input, options: Options) -> None:
+        self.active = False
+        """Whether what arrives now belongs to a message, or to a chunk, and not to a command."""
+        self.refusals: tuple[Reply, ...] = ()
+        """What to reply after a chunk without a transaction."""
+        self.excess = False
+        """Whether a chunk that makes the message too large has yet to be reported."""
+        self._input = input
+        self._options = options
+        self._reader: DotReader | ChunkReader | SkippedChunk
+        self._chunks: ChunkReader | None = None
+        self._size = 0
+
+    def begin(self) -> None:
+        """A whole message follows."""
+        self._reader = DotReader(self._options.bare_newlines)
+        self.active = True
+
+    def begin_chunk(self, size: int, last: bool, binary: bool) -> bool:
+        """A chunk of ``size`` octets follows, which is dropped if the message is too large with it.
+
+        Returns whether it is the message's first.
+        """
+        first = self._chunks is None
+        if self._chunks is None:
+            self._chunks = ChunkReader("keep" if binary else self._options.bare_newlines)
+        self._size += size
+        self.active = True
+        if self._options.size is not None and self._size > self._options.size:
+            self._reader = SkippedChunk(size)
+            self.excess = True
+        else:
+            self._chunks.begin(size, last)
+            self._reader = self._chunks
+        return first
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the message arrives by BDAT."""
+        return self._chunks is not None
+
+    def drop_chunk(self, size: int, refusals: tuple[Reply, ...]) -> None:
+        """A chunk follows without a transaction: a client may send it before it reads the reply (RFC 3030 §2)."""
+        self._reader = SkippedChunk(size)
+        self.refusals = refusals
+        self.active = True
+
+    def read(self) -> bytes:
+        """The text that has arrived. The end is told apart from the text: by nothing, and ``active`` False.
+
+        Raises BareNewline where such are refused.
+        """
+        reader = self._reader
+        if reader.rest is None:
+            # A chunk may be empty, and ends then without a byte more.
+            if not len(self._input) and isinstance(reader, DotReader):
+                return b""
+            text = reader.feed(self._input.take())
+            if text or reader.rest is None:
+                return text
+        self._input.receive(reader.rest)
+        self.active = False
+        return b""
+
+    def reset(self) -> None:
+        """The message has ended, or is given up. A chunk that is being skipped still is."""
+        self._chunks = None
+        self._size = 0

@@ -1,0 +1,648 @@
+"""The SMTP state machine (RFC 5321 §3 and §4; RFC 2033 for LMTP), sans-IO: bytes in, events and replies out.
+
+Theory of operation. ``receive()`` takes bytes; ``next_event()`` works through them, one command after the other, appends
+replies to the output and stops at what the application has to decide: the events that ask (events.py), ``Connect`` being
+pending from the start. Each is pending until it is answered; nothing behind it is looked at before, so replies are in order
+however the client pipelines. Everything else is answered here. Which command may come when is data (states.py).
+
+What follows a command need not be one: a message behind DATA, a chunk behind BDAT, a response to AUTH's challenge. There is at
+most one of them at a time, and ``next_event`` begins with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fumi_core.smtp import authentication, grammar, parameters, replies, sasl, xclient
+from fumi_core.smtp.authentication import AuthExchange
+from fumi_core.smtp.data import BareNewline
+from fumi_core.smtp.events import (
+    Auth,
+    AuthEnded,
+    ChunkDropped,
+    ChunkEnd,
+    Connect,
+    Event,
+    Mail,
+    MessageBroken,
+    MessageData,
+    MessageEnd,
+    MessageExcess,
+    MessageStart,
+    Rcpt,
+)
+from fumi_core.smtp.greetings import Greetings
+from fumi_core.smtp.lines import Input, LineTooLong
+from fumi_core.smtp.message_reader import Transfer
+from fumi_core.smtp.options import Options
+from fumi_core.smtp.replies import Reply
+from fumi_core.smtp.sasl import Credentials
+from fumi_core.smtp.session import Envelope, Session
+from fumi_core.smtp.states import ALWAYS, BEFORE_MAIL, ORDER, State
+from fumi_core.smtp.tally import Tally
+
+MAX_REPLIES = 32
+"""Replies that may wait to be sent before the next command is read: a client that pipelines thousands waits its turn.
+
+The longest, EHLO's, has under 1 KiB.
+"""
+
+_DATA_START, _BDAT_START, _MESSAGE_END = MessageStart("DATA"), MessageStart("BDAT"), MessageEnd()
+_MESSAGE_EXCESS, _CHUNK_END, _CHUNK_DROPPED = MessageExcess(), ChunkEnd(), ChunkDropped()
+
+AtEndFailed = Callable[[str, BaseException], None]
+"""Called with the command and the error when a function of ``envelope.at_end`` raises."""
+
+
+class Protocol:
+    """One connection's dialogue. ``session`` is kept up to date with what the client says."""
+
+    def __init__(
+        self,
+        session: Session,
+        options: Options,
+        greetings: Greetings,
+        tally: Tally,
+        *,
+        authenticates: bool = False,
+        trusted: bool = False,
+        at_end_failed: AtEndFailed | None = None,
+    ) -> None:
+        """``authenticates``: there is somebody to decide about AUTH. ``trusted``: the client may speak for others, by XCLIENT."""
+        self.session = session
+        self.state = State.START
+        self.pending: Event | None = Connect()
+        """The event that waits for an answer."""
+        self.throttled = False
+        """So many replies wait to be sent that nothing is looked at before they are."""
+        self.line_begun = False
+        """Whether the last octets that came were the beginning of a command, whose end has yet to come."""
+        self.last: Reply | None = None
+        """The reply that closed the dialogue."""
+        self._options = options
+        self._greetings = greetings
+        self._tally = tally
+        self._authenticates = authenticates
+        self._trusted = trusted
+        self._at_end_failed = at_end_failed
+        self._enhanced = not options.hide_enhancedstatuscodes
+        self._input = Input()
+        self._output: list[bytes] = []
+        self._transfer = Transfer(self._input, options)
+        self._exchange: AuthExchange | None = None
+        self._broken: MessageBroken | None = None
+        self._failed: tuple[Reply, ...] = ()
+        """The refusals, one for each recipient, of a message in LMTP of which a chunk was refused: due at its last chunk."""
+        self._excused = 0
+        """How many commands that need the sender, the recipient or the chunk which was refused are no mistakes of the client."""
+        self._recognized = False
+        self._errors = 0
+        self._unauthenticated = 0
+
+    # What comes in and goes out
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the client; ``next_event()`` looks at them."""
+        if self.state is not State.CLOSED:
+            self._input.receive(data)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes received and not yet looked at."""
+        return len(self._input)
+
+    def take_output(self) -> bytes:
+        """The replies since the last call, to be sent in this order."""
+        output, self._output = self._output, []
+        return output[0] if len(output) == 1 else b"".join(output)
+
+    def next_event(self) -> Event | None:
+        """Go on until the application is concerned; None when more bytes, or an answer, are needed first."""
+        self.throttled = self.line_begun = False
+        while self.pending is None and self.state is not State.CLOSED:
+            if len(self._output) > MAX_REPLIES:
+                self.throttled = True
+                return None
+            if self._broken is not None:
+                self.pending, self._broken = self._broken, None
+                return self.pending
+            if self._transfer.active:
+                event = self._read_message()
+                if event is not None or self._transfer.active:
+                    return event
+                continue
+            try:
+                line = self._input.line()
+            except LineTooLong as error:
+                ended = self.break_off_exchange()
+                self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
+                if ended is not None:
+                    return ended
+                continue
+            if line is None:
+                if self._input.begun:
+                    self.line_begun = True
+                    if self._exchange is None and self._is_foreign(self._input.beginning()):
+                        # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
+                        self.close(replies.NOT_SMTP)
+                return None
+            event = self._answer(self._command(line) if self._exchange is None else self._respond(line))
+            if event is not None:
+                return event
+        return None
+
+    # The application's answers
+
+    def accept(self) -> None:
+        """Say yes to the pending event, other than the end of a message."""
+        event, self.pending = self.pending, None
+        envelope = self.session.envelope
+        if type(event) is Rcpt:
+            if not self._options.lmtp:
+                # Said twice is wanted once. LMTP owes a reply for each RCPT it took, the same one or not (RFC 2033 §4.2).
+                envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != event.address.address]
+            envelope.rcpt_to.append(event.address)
+            self.state = State.RCPT
+            self._reply(replies.RECIPIENT_OK)
+        elif type(event) is Mail:
+            envelope.mail_from = event.address
+            self._excused = 0
+            self.state = State.MAIL
+            self._reply(replies.SENDER_OK)
+        elif type(event) is Auth:
+            self._tally.authentications[event.credentials.method, "ok"] += 1
+            self._reply(replies.AUTHENTICATED)
+        elif type(event) is ChunkEnd:
+            self._reply(replies.CHUNK_OK)
+        elif type(event) is Connect:
+            self._reply(self._greetings.banner)
+        elif type(event) is MessageBroken:
+            self._end_broken(event)
+
+    def refuse(self, reply: Reply) -> None:
+        """Say no to it. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
+        event, self.pending = self.pending, None
+        if type(event) is Auth:
+            self._refuse_authentication(event, reply)
+            return
+        if type(event) is Mail:
+            self._reset("MAIL")
+        elif type(event) is ChunkEnd:
+            result = "deferred" if reply.code < 500 else "rejected"
+            self._broken = MessageBroken("a chunk was rejected", result, "BDAT", reply)
+        self._reply(self._excuse(reply))
+        if reply.code == 421 or type(event) is Connect:
+            self.state = State.CLOSED
+
+    def settle(self, answers: Sequence[Reply]) -> Sequence[Reply]:
+        """Answer the end of a message: with one reply or, in LMTP, one for each recipient in order (RFC 2033 §4.2).
+
+        Returns the replies that were sent; when the client has gone, those that it would have got. No message is accepted
+        whose transaction could not be ended (``envelope.at_end``).
+        """
+        if self.pending is None:
+            return answers
+        self.pending = None
+        error = self._reset("BDAT" if self._transfer.chunked else "DATA")
+        if error is not None:
+            answers = [error if reply.code < 400 else reply for reply in answers]
+        for reply in answers:
+            self._reply(reply)
+            if reply.code == 421:
+                self.state = State.CLOSED
+        return answers
+
+    def close(self, reply: Reply) -> None:
+        """End the dialogue with this reply; what the client still sends is not looked at."""
+        if self.state is not State.CLOSED:
+            self.last = reply
+            self._reply(reply)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End the dialogue without a word: there is nobody to hear it."""
+        self.pending = None
+        self.state = State.CLOSED
+
+    @property
+    def unused(self) -> bool:
+        """Whether the client has sent nothing, and was refused nothing."""
+        return self.state is State.START and not (self._recognized or self._errors or self._input.begun)
+
+    @property
+    def dropping(self) -> bool:
+        """Whether a chunk without a transaction is arriving."""
+        return self._transfer.active and bool(self._transfer.refusals)
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.pending is not None or self.state not in (State.START, State.READY, State.CLOSED)
+
+    # Commands
+
+    def _answer(self, answer: Event | Reply | None) -> Event | None:
+        """Send what a command was answered with; an event is for the application."""
+        if answer is None or not isinstance(answer, Reply):
+            return answer
+        if answer in _FINAL:
+            self.close(answer)
+        elif answer.code < 500:
+            self._reply(answer)
+        elif answer in _CONSEQUENCES:
+            self._answer_consequence(answer)
+        else:
+            self._mistake(answer)
+        return None
+
+    def _command(self, line: bytes) -> Event | Reply | None:
+        if line[-2:] != b"\r\n":
+            return replies.NOT_SMTP if self._is_foreign(line) else replies.BARE_NEWLINE_IN_COMMAND
+        # Spaces at the end are tolerated, as §4.1.1 wants.
+        word, _, argument = line[:-2].rstrip(b" ").partition(b" ")
+        verb = word.upper()
+        handler = _COMMANDS.get(verb)
+        if handler is None:
+            self._tally.commands[b"OTHER"] += 1
+            return replies.NOT_SMTP if self._is_foreign(line) else replies.NOT_RECOGNIZED
+        self._tally.commands[verb] += 1
+        self._recognized = True
+        options = self._options
+        if verb in options.disabled_verbs:
+            return replies.NOT_IMPLEMENTED
+        if options.auth_required and self._authentication_overdue(verb):
+            return replies.TOO_MANY_ERRORS
+        return ORDER.get(verb, ALWAYS).get(self.state) or handler(self, argument)
+
+    def _is_foreign(self, line: bytes) -> bool:
+        """Whether this is another protocol altogether. It ends the dialogue, so that nobody can be made to speak SMTP by it."""
+        if grammar.HTTP_REQUEST.match(line) is not None:
+            return True
+        if self._recognized or line.partition(b" ")[0].upper() in _COMMANDS:
+            return False
+        return grammar.NOT_TEXT.search(line.rstrip(b"\r\n")) is not None
+
+    def _excuse(self, refusal: Reply) -> Reply:
+        """A refusal of what comes first in a pipeline: what was sent after it, before the client could know, is no mistake."""
+        self._excused = self._options.max_recipients + 1
+        return refusal
+
+    def _answer_consequence(self, reply: Reply) -> None:
+        if self._excused:
+            self._excused -= 1
+            self._reply(reply)
+        else:
+            self._mistake(reply)
+
+    def _mistake(self, reply: Reply) -> None:
+        """Answer a client's mistake, or close at one too many."""
+        self._errors += 1
+        if self._errors > self._options.max_errors:
+            self.close(replies.TOO_MANY_ERRORS)
+        else:
+            self._reply(reply)
+
+    def _authentication_overdue(self, verb: bytes) -> bool:
+        if self.session.user is not None or verb in (b"AUTH", b"QUIT"):
+            return False
+        self._unauthenticated += 1
+        return self._unauthenticated > self._options.max_unauthenticated_commands
+
+    def _helo(self, argument: bytes) -> Event | Reply:
+        if self._options.lmtp:
+            return replies.USE_LHLO
+        if not self._introduce("HELO", argument):
+            return replies.SYNTAX_HELO
+        return self._end_transaction("HELO", self._greetings.helo)
+
+    def _ehlo(self, argument: bytes) -> Event | Reply:
+        if self._options.lmtp:
+            return replies.USE_LHLO
+        if not self._introduce("EHLO", argument):
+            return replies.SYNTAX_EHLO
+        return self._end_transaction("EHLO", self._extensions())
+
+    def _lhlo(self, argument: bytes) -> Event | Reply:
+        if not self._options.lmtp:
+            return replies.NOT_RECOGNIZED
+        if not self._introduce("LHLO", argument):
+            return replies.SYNTAX_LHLO
+        return self._end_transaction("LHLO", self._extensions())
+
+    def _extensions(self) -> Reply:
+        options, secure = self._options, self.session.secure
+        # Never offered where the answer would be 530: clients send the password with the command.
+        auth = self._authenticates and (secure or (options.allow_insecure_auth and not options.require_tls))
+        return self._greetings.ehlo(secure, auth, self._trusted)
+
+    def _introduce(self, verb: str, argument: bytes) -> bool:
+        hostname = grammar.read_text(argument)
+        if hostname is None or not grammar.is_client_hostname(hostname := hostname.strip()):
+            return False
+        self.session.client_hostname = hostname
+        self.session.opening_command = verb
+        return True
+
+    def _mail(self, argument: bytes) -> Event | Reply:
+        if self._options.require_tls and not self.session.secure:
+            return self._excuse(replies.MUST_STARTTLS)
+        if self._options.auth_required and self.session.user is None:
+            return self._excuse(replies.AUTHENTICATION_REQUIRED)
+        sender = grammar.read_path(self._options.paths.mail, argument)
+        if sender is None:
+            return self._excuse(replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL)
+        envelope = self.session.envelope
+        refusal = None
+        if sender.args:
+            refusal = parameters.read_mail(envelope, sender.args, self.session, self._options, self._greetings.withheld())
+        if refusal is None and not envelope.smtputf8 and not sender.address.isascii():
+            refusal = replies.NEED_SMTPUTF8
+        if refusal is not None:
+            self._reset("MAIL")
+            return self._excuse(refusal)
+        self.session.transaction += 1
+        self.pending = event = Mail(sender)
+        return event
+
+    def _rcpt(self, argument: bytes) -> Event | Reply:
+        recipient = grammar.read_path(self._options.paths.rcpt, argument)
+        if recipient is None:
+            return self._excuse(replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT)
+        if recipient.args:
+            refusal = parameters.read_rcpt(recipient.args, self._options, self._greetings.withheld())
+            if refusal is not None:
+                return self._excuse(refusal)
+        envelope = self.session.envelope
+        if not envelope.smtputf8 and not recipient.address.isascii():
+            return self._excuse(replies.NEED_SMTPUTF8)
+        if len(envelope.rcpt_to) >= self._options.max_recipients and recipient.address not in (
+            each.address for each in envelope.rcpt_to
+        ):
+            return replies.TOO_MANY_RECIPIENTS
+        self.pending = event = Rcpt(recipient)
+        return event
+
+    def _rset(self, argument: bytes) -> Event | Reply:
+        if argument:
+            return replies.SYNTAX_NO_ARGUMENT
+        return self._end_transaction("RSET", replies.OK) if self.state is not State.START else replies.OK
+
+    def _noop(self, argument: bytes) -> Reply:
+        return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.OK
+
+    def _vrfy(self, argument: bytes) -> Reply:
+        return replies.CANNOT_VERIFY if grammar.is_words(argument) else replies.SYNTAX_VRFY
+
+    def _expn(self, argument: bytes) -> Reply:
+        return replies.CANNOT_EXPAND if grammar.is_words(argument) else replies.SYNTAX_EXPN
+
+    def _help(self, argument: bytes) -> Reply:
+        return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else self._greetings.help
+
+    def _starttls(self, argument: bytes) -> Reply:
+        if self.session.secure:
+            return replies.ALREADY_TLS
+        return replies.NOT_RECOGNIZED if self._options.hide_starttls else replies.NOT_IMPLEMENTED
+
+    def _quit(self, argument: bytes) -> Reply:
+        if argument:
+            return replies.SYNTAX_NO_ARGUMENT
+        return replies.BYE
+
+    # AUTH (RFC 4954)
+
+    def _auth(self, argument: bytes) -> Event | Reply | None:
+        refusal = authentication.refusal(self.session, self._options, self._authenticates)
+        if refusal is not None:
+            return refusal
+        word, space, initial = argument.partition(b" ")
+        method = word.decode("latin-1").upper()
+        if not method:
+            return replies.SYNTAX_AUTH
+        if method not in self._options.auth_methods or method not in sasl.MECHANISMS:
+            return replies.UNKNOWN_MECHANISM
+        self._begin_exchange(exchange := AuthExchange(method, self.session.name))
+        return self._proceed(exchange.begin(initial if space else None))
+
+    def _respond(self, line: bytes) -> Event | Reply:
+        """Take the response to a challenge."""
+        assert self._exchange is not None
+        whole = line[-2:] == b"\r\n"
+        return self._proceed(self._exchange.respond(line[:-2]) if whole else replies.AUTH_MALFORMED)
+
+    def _proceed(self, outcome: Reply | Credentials) -> Event | Reply:
+        if isinstance(outcome, Credentials):
+            self._end_exchange()
+            self.pending = event = Auth(outcome)
+            return event
+        if outcome.code == 334:
+            return outcome
+        ended = self.break_off_exchange("failed" if outcome is replies.AUTH_FAILED else "aborted")
+        if ended is None:
+            return outcome
+        self._answer(outcome)
+        return ended
+
+    def _begin_exchange(self, exchange: AuthExchange) -> None:
+        self._exchange = exchange
+        self._input.responses = True
+
+    def break_off_exchange(self, result: str = "aborted") -> AuthEnded | None:
+        """End AUTH. Returns what is to be logged, unless a verdict was logged already."""
+        exchange = self._exchange
+        self._end_exchange()
+        if exchange is None or exchange.verdict is not None:
+            return None
+        self._tally.authentications[exchange.method, result] += 1
+        return AuthEnded(exchange.method, result)
+
+    def _end_exchange(self) -> None:
+        self._exchange = None
+        self._input.responses = False
+
+    def _refuse_authentication(self, event: Auth, reply: Reply) -> None:
+        self._tally.authentications[event.credentials.method, "failed"] += 1
+        exchange = AuthExchange(event.credentials.method, self.session.name)
+        challenge = exchange.explain(reply)
+        if challenge is not None:
+            self._begin_exchange(exchange)
+            self._reply(challenge)
+        elif reply.code == 421:
+            self.close(reply)
+        else:
+            self._mistake(reply)
+
+    # XCLIENT and XFORWARD
+
+    def _xclient(self, argument: bytes) -> Event | Reply:
+        if not self._options.use_xclient:
+            return replies.NOT_IMPLEMENTED
+        if not self._trusted:
+            return replies.NOT_AUTHORIZED
+        attributes = xclient.read("XCLIENT", xclient.XCLIENT, argument)
+        if isinstance(attributes, Reply):
+            return attributes
+        introduced = xclient.impersonate(self.session, attributes)
+        self._reset("XCLIENT")
+        self.state = State.READY if introduced else State.START
+        # As though that client had connected: the application is asked, and the answer is a banner.
+        self.pending = event = Connect()
+        return event
+
+    def _xforward(self, argument: bytes) -> Reply:
+        if not self._options.use_xforward:
+            return replies.NOT_IMPLEMENTED
+        if not self._trusted:
+            return replies.NOT_AUTHORIZED
+        attributes = xclient.read("XFORWARD", xclient.XFORWARD, argument)
+        if isinstance(attributes, Reply):
+            return attributes
+        self.session.xforward = {**self.session.xforward, **attributes}
+        return replies.OK
+
+    # The message: behind DATA, or in the chunks of BDAT (RFC 3030)
+
+    def _data(self, argument: bytes) -> Event | Reply:
+        if argument:
+            return replies.SYNTAX_NO_ARGUMENT
+        if self.session.envelope.body == "BINARYMIME":
+            return replies.NEED_BDAT
+        self.state = State.DATA
+        self._transfer.begin()
+        self._reply(replies.START_DATA)
+        return _DATA_START
+
+    def _bdat(self, argument: bytes) -> Event | Reply | None:
+        if self._options.hide_chunking:
+            return replies.NOT_IMPLEMENTED
+        words = argument.split()
+        last = len(words) == 2 and words[1].upper() == b"LAST"
+        if not words or len(words) > 1 + last or not words[0].isdigit() or len(words[0]) > 20:
+            return replies.SYNTAX_BDAT
+        size = int(words[0])
+        refusal = BEFORE_MAIL.get(self.state)
+        if refusal is not None:
+            self._transfer.drop_chunk(size, self._refusals_of_chunk(refusal, last))
+            return _CHUNK_DROPPED
+        first = self._transfer.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
+        self.state = State.DATA if last else State.CHUNKS
+        return _BDAT_START if first else None
+
+    def _refusals_of_chunk(self, refusal: Reply, last: bool) -> tuple[Reply, ...]:
+        """The replies to a chunk without a transaction: one or, when a message failed that this chunk ends, its recipients'."""
+        if not self._failed or self.state is not State.READY:
+            return (refusal,)
+        failed = self._failed
+        if last:
+            self._failed = ()
+        return failed if last else failed[:1]
+
+    def _end_transaction(self, command: str, reply: Reply) -> Event | Reply:
+        """Reset, then reply. A message that is arriving in chunks is broken off first, and its handlers end."""
+        if self.state is State.CHUNKS:
+            self.pending = event = MessageBroken("the client gave it up", "aborted", command, reply)
+            return event
+        return self._reset(command) or reply
+
+    def _end_broken(self, event: MessageBroken) -> None:
+        """The handlers of a message that was broken off have ended."""
+        if event.command is None or event.reply is None:
+            return
+        recipients = len(self.session.envelope.rcpt_to)
+        error = self._reset(event.command)
+        if event.command != "BDAT":
+            self._answer(error or event.reply)
+            return
+        # A chunk was refused, and has its reply. What follows of the message in the pipeline gets its replies all the same.
+        self._excuse(event.reply)
+        if self._options.lmtp:
+            self._failed = (event.reply,) * recipients
+
+    def _read_message(self) -> Event | None:
+        transfer = self._transfer
+        if transfer.excess:
+            transfer.excess = False
+            return _MESSAGE_EXCESS
+        try:
+            text = transfer.read()
+        except BareNewline:
+            if self._options.lmtp:
+                for _ in self.session.envelope.rcpt_to[1:]:
+                    self._reply(replies.BARE_NEWLINE)
+            self.close(replies.BARE_NEWLINE)
+            return MessageBroken("bare newline in the message", "rejected")
+        if text:
+            return MessageData(text)
+        if transfer.active:
+            return None
+        if transfer.refusals:
+            refusals, transfer.refusals = transfer.refusals, ()
+            for each in refusals[1:]:
+                self._reply(each)
+            self._answer_consequence(refusals[0])
+        elif self.state is State.CHUNKS:
+            self.pending = _CHUNK_END
+        else:
+            self.pending = _MESSAGE_END
+        return self.pending
+
+    # State
+
+    def _reset(self, command: str) -> Reply | None:
+        """No transaction: RSET, EHLO, the end of a message, a refused MAIL (RFC 5321 §4.1.1.5).
+
+        Returns the reply to send in place of a success when a function of ``envelope.at_end`` raises; the others are called.
+        """
+        self._transfer.reset()
+        self._failed = ()
+        self._excused = 0
+        ended, self.session.envelope = self.session.envelope, Envelope()
+        if self.session.xforward:
+            self.session.xforward = {}
+        self.state = State.READY
+        return self._call_at_end(ended, command) if ended.at_end else None
+
+    def _call_at_end(self, ended: Envelope, command: str) -> Reply | None:
+        outcome = None
+        for end in ended.at_end:
+            try:
+                end()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                outcome = replies.LOCAL_ERROR
+                if self._at_end_failed is not None:
+                    self._at_end_failed(command, error)
+        return outcome
+
+    def _reply(self, reply: Reply) -> None:
+        self._output.append(reply.data if self._enhanced else reply.plain)
+        counts = self._tally.replies
+        counts[reply.code] = counts.get(reply.code, 0) + 1
+
+
+# What a command is answered whose sender or recipient was refused.
+_CONSEQUENCES = frozenset({replies.NEED_MAIL, replies.NEED_RCPT})
+# The answers that end the dialogue.
+_FINAL = frozenset({replies.BYE, replies.NOT_SMTP, replies.TOO_MANY_ERRORS})
+
+
+_Handler = Callable[[Protocol, bytes], Event | Reply | None]
+_COMMANDS: dict[bytes, _Handler] = {
+    b"HELO": Protocol._helo,
+    b"LHLO": Protocol._lhlo,
+    b"AUTH": Protocol._auth,
+    b"BDAT": Protocol._bdat,
+    b"EXPN": Protocol._expn,
+    b"EHLO": Protocol._ehlo,
+    b"MAIL": Protocol._mail,
+    b"RCPT": Protocol._rcpt,
+    b"DATA": Protocol._data,
+    b"RSET": Protocol._rset,
+    b"NOOP": Protocol._noop,
+    b"VRFY": Protocol._vrfy,
+    b"HELP": Protocol._help,
+    b"QUIT": Protocol._quit,
+    b"STARTTLS": Protocol._starttls,
+    b"XCLIENT": Protocol._xclient,
+    b"XFORWARD": Protocol._xforward,
+}

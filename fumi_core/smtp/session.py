@@ -1,0 +1,143 @@
+"""What is known of a connection and of the message it is sending: plain data that handlers read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import Any, NamedTuple
+
+from fumi_core.proxy_protocol import TLSInfo
+from fumi_core.smtp.domains import canonical
+from fumi_core.smtp.grammar import Address as Address
+
+_UNSAFE_IN_TRACE = re.compile(r"[^A-Za-z0-9.:_\-\[\]]")
+
+
+def domain_of(address: str) -> str:
+    """What is after the last @, in the form in which domains are compared (``domains.canonical``); "" where there is none."""
+    return canonical(address.rpartition("@")[2]) if "@" in address else ""
+
+
+def address_key(address: str) -> str:
+    """An address in the form in which two are compared: in lower case, its domain as ``domain_of()`` gives it."""
+    local, at, _ = address.rpartition("@")
+    return f"{local.lower()}@{domain_of(address)}" if at else address.lower()
+
+
+class DSN(NamedTuple):
+    """What MAIL asked of delivery status notifications (RFC 3461 §4.3, §4.4); None where it did not say."""
+
+    ret: str | None = None
+    envid: str | None = None
+
+
+_NOTHING_ASKED = DSN()
+
+
+@dataclass(slots=True)
+class Envelope:
+    """The transaction so far: from MAIL to the end of the message."""
+
+    mail_from: Address | None = None
+    rcpt_to: list[Address] = field(default_factory=list)
+    body: str = "7BIT"
+    smtputf8: bool = False
+    require_tls: bool = False
+    dsn: DSN = _NOTHING_ASKED
+    at_end: tuple[Callable[[], None], ...] = field(default=(), repr=False, compare=False)
+    """Called when the transaction ends while the connection lives: by a reply to the message, RSET, EHLO or a refused MAIL."""
+
+
+class Session:
+    """One client connection, as the PROXY header and the client describe it.
+
+    ``remote_address`` and ``remote_port`` are the client's, ``proxy_address`` is the terminator's where there is one (else
+    None). ``secure`` says whether the client came over TLS, ``tls`` how, where that is known. ``transaction`` counts the
+    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set. ``xclient`` and ``xforward`` are what a trusted proxy
+    said by those commands, by attribute in capitals, None for what it did not know; ``xforward`` is for one transaction.
+    """
+
+    __slots__ = (
+        "_state",
+        "client_hostname",
+        "envelope",
+        "id",
+        "local_address",
+        "local_port",
+        "name",
+        "opening_command",
+        "proxy_address",
+        "remote_address",
+        "remote_port",
+        "secure",
+        "tls",
+        "transaction",
+        "user",
+        "xclient",
+        "xforward",
+    )
+
+    def __init__(self, id: str, name: str) -> None:
+        """``name`` is the server's own host name, for the trace line."""
+        self.id = id
+        self.name = name
+        self.secure = False
+        self.tls: TLSInfo | None = None
+        self.remote_address = ""
+        self.remote_port = 0
+        self.local_address = ""
+        self.local_port = 0
+        self.proxy_address: str | None = None
+        self.client_hostname: str | None = None
+        self.opening_command: str | None = None
+        self.user: Any = None
+        self.envelope = Envelope()
+        self.transaction = 0
+        self.xclient: dict[str, str | None] = {}
+        self.xforward: dict[str, str | None] = {}
+        self._state: dict[Any, Any] | None = None
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """The app's own notes on this connection."""
+        if self._state is None:
+            self._state = {}
+        return self._state
+
+    @property
+    def transmission_type(self) -> str:
+        """The "with" keyword: RFC 3848, and RFC 6531 §4.3 for internationalized mail."""
+        if self.opening_command == "HELO":
+            return "SMTP"
+        base = "LMTP" if self.opening_command == "LHLO" else "ESMTP"
+        if self.envelope.smtputf8:
+            base = "UTF8LMTP" if base == "LMTP" else "UTF8SMTP"
+        return base + "S" * self.secure + "A" * (self.user is not None)
+
+    def received_header(self) -> str:
+        """The trace line of RFC 5321 §4.4, folded and ended with CRLF: who, how (TLS version and cipher), when.
+
+        ``for`` is there only with a single recipient, so that nobody learns of the others.
+        """
+        lines = [f"from {_safe(self.client_hostname or 'unknown')} ([{_tagged(self.remote_address)}])"]
+        if self.tls is not None and self.tls.version:
+            cipher = f" with cipher {_safe(self.tls.cipher)}" if self.tls.cipher else ""
+            lines.append(f"(using {_safe(self.tls.version)}{cipher})")
+        lines.append(f"by {self.name} with {self.transmission_type} id {self.id}")
+        if len(self.envelope.rcpt_to) == 1 and self.envelope.rcpt_to[0].address.isascii():
+            lines.append(f"for <{self.envelope.rcpt_to[0].address}>")
+        return "Received: " + "\r\n\t".join(lines) + f";\r\n\t{formatdate(localtime=True)}\r\n"
+
+
+def _safe(word: str) -> str:
+    """What a client or a header said, fit for a trace line."""
+    return _UNSAFE_IN_TRACE.sub("?", word)
+
+
+def _tagged(address: str) -> str:
+    """An address as it stands in an address-literal (RFC 5321 §4.1.3)."""
+    if address.startswith("unix"):
+        return _safe(address)
+    return f"IPv6:{address}" if ":" in address else address

@@ -1,0 +1,36 @@
+"""The states of a dialogue, and which command may come in which (RFC 5321 §4.1.4): data, for the protocol to look up."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from fumi_core.smtp import replies
+from fumi_core.smtp.replies import Reply
+
+
+class State(Enum):
+    START = "start"  # greeted, not introduced
+    READY = "ready"  # introduced, no transaction
+    MAIL = "mail"  # a reverse-path
+    RCPT = "rcpt"  # and a forward-path
+    DATA = "data"  # the message is arriving, behind DATA or the last BDAT
+    CHUNKS = "chunks"  # the message is arriving; more BDAT will come
+    CLOSED = "closed"
+
+    __hash__ = object.__hash__  # they are looked up for every command, and Enum's own is Python
+
+
+# The reply to a verb that comes in the wrong state; in every other state it is allowed.
+_CHUNKED = {State.CHUNKS: replies.IN_CHUNKS}
+BEFORE_MAIL = {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, State.MAIL: replies.NEED_RCPT}
+_IN_TRANSACTION = {State.MAIL: replies.IN_TRANSACTION, State.RCPT: replies.IN_TRANSACTION, **_CHUNKED}
+ORDER: dict[bytes, dict[State, Reply]] = {
+    b"AUTH": {State.START: replies.HELO_FIRST, **_IN_TRANSACTION},
+    b"MAIL": {State.START: replies.HELO_FIRST, State.MAIL: replies.NESTED_MAIL, State.RCPT: replies.NESTED_MAIL, **_CHUNKED},
+    b"RCPT": {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, **_CHUNKED},
+    b"DATA": {**BEFORE_MAIL, **_CHUNKED},
+    b"XCLIENT": _IN_TRANSACTION,
+    b"XFORWARD": _IN_TRANSACTION,
+}
+ALWAYS: dict[State, Reply] = {}
+"""For the verbs that are not in it."""

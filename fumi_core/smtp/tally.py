@@ -1,0 +1,18 @@
+"""Counting what is too frequent to tell an observer of each time."""
+
+from __future__ import annotations
+
+from fumi_core.smtp import sasl
+from fumi_core.smtp.grammar import VERBS
+
+
+class Tally:
+    """What happened how often, in all connections of a server. Keys are closed sets."""
+
+    __slots__ = ("authentications", "commands", "replies")
+
+    def __init__(self) -> None:
+        self.commands: dict[bytes, int] = dict.fromkeys([*(verb.encode() for verb in VERBS), b"OTHER"], 0)
+        self.replies: dict[int, int] = {}
+        results = ("ok", "failed", "aborted")
+        self.authentications = dict.fromkeys(((method, result) for method in sasl.MECHANISMS for result in results), 0)

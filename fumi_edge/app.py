@@ -16,11 +16,11 @@ from fumi_core.runtime.scoreboard import crowd_of_one
 from fumi_core.server.connection import Server
 from fumi_core.server.dialogue import Service
 from fumi_core.smtp.options import override
-from fumi_edge.certificates import Certificates
-from fumi_edge.dialing import Opening
+from fumi_edge.backends.dialing import Opening
 from fumi_edge.edge import Edge
-from fumi_edge.pem import Source
-from fumi_edge.policy import Policy
+from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.pem import Source
+from fumi_edge.tls.policy import Policy
 
 PATIENCE = 30.0
 """Seconds beyond ``socket_timeout`` for which a tunnel may be silent: the core says 421 before."""

@@ -31,20 +31,20 @@ from fumi_core.runtime.settings import (
 )
 from fumi_core.runtime.workers import run
 from fumi_core.version import VERSION
-from fumi_edge import dev
-from fumi_edge.backends import BALANCES, Backend
-from fumi_edge.certificates import Certificates
-from fumi_edge.check import Place, clash, look, unreadable
-from fumi_edge.dialing import Remote, is_destination
+from fumi_edge.backends.choice import BALANCES, Backend
+from fumi_edge.backends.dialing import Remote, is_destination
+from fumi_edge.backends.health import Manner, offering_starttls, probe
+from fumi_edge.connection.inbound import LOOPBACK
+from fumi_edge.connection.limits import Rate, parse_rate
 from fumi_edge.edge import Edge
-from fumi_edge.emit import PROGRAMS, configuration
-from fumi_edge.health import Manner, offering_starttls, probe
-from fumi_edge.inbound import LOOPBACK
-from fumi_edge.limits import Rate, parse_rate
-from fumi_edge.pem import CertificateError
-from fumi_edge.policy import CIPHERS, Policy
-from fumi_edge.program import EdgeWork
-from fumi_edge.sources import give_keys
+from fumi_edge.emit.writers import PROGRAMS, configuration
+from fumi_edge.program import dev
+from fumi_edge.program.check import Place, clash, look, unreadable
+from fumi_edge.program.work import EdgeWork
+from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.pem import CertificateError
+from fumi_edge.tls.policy import CIPHERS, Policy
+from fumi_edge.tls.sources import give_keys
 
 
 class RateType(click.ParamType):  # type: ignore[type-arg]

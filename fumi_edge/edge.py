@@ -16,18 +16,18 @@ from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inh
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
 from fumi_core.version import VERSION
-from fumi_edge.backends import Backend, Backends
-from fumi_edge.certificates import Certificates
-from fumi_edge.close_notify import CloseNotify
-from fumi_edge.connection import Connection, Service
-from fumi_edge.dialing import Destination, Name
-from fumi_edge.health import Checks, Manner, probe
-from fumi_edge.limits import Limits, Rate, Rejections
-from fumi_edge.listener import Listener
+from fumi_edge.backends.choice import Backend, Backends
+from fumi_edge.backends.dialing import Destination, Name
+from fumi_edge.backends.health import Checks, Manner, probe
+from fumi_edge.certificate_reload import Reloader
+from fumi_edge.connection.limits import Limits, Rate, Rejections
+from fumi_edge.connection.listener import Listener
+from fumi_edge.connection.tunnel import BUFFER
+from fumi_edge.connection.walk import Connection, Service
 from fumi_edge.metrics import EdgeMetrics
-from fumi_edge.readiness import Lookout
-from fumi_edge.reload import Reloader
-from fumi_edge.tunnel import BUFFER
+from fumi_edge.sockets.readiness import Lookout
+from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.close_notify import CloseNotify
 
 T = TypeVar("T")
 log = logging.getLogger("fumi.edge")

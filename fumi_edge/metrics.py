@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.proxy_protocol import TLSInfo
 from fumi_core.runtime.counting import Counter, Gauge, Histogram
-from fumi_edge.handshake import RESULTS
+from fumi_edge.tls.handshake import RESULTS
 
 STARTTLS_RESULTS = ("upgraded", "plaintext", "refused", "injection")
 BACKEND_ERRORS = ("refused", "timeout", "unreachable", "resolve", "banner", "other")

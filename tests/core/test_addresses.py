@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fumi_core.runtime.addresses import bind, parse_address
-from fumi_edge.check import Place, look
+from fumi_edge.program.check import Place, look
 
 LOOPBACK = [
     (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),

@@ -20,8 +20,8 @@ import time
 
 import pytest
 
-import fumi_edge.tunnel
-from fumi_edge.close_notify import CloseNotify
+import fumi_edge.connection.tunnel
+from fumi_edge.tls.close_notify import CloseNotify
 from tests.starter import finished
 
 READY = [b"220 2.0.0 Ready to start TLS\r\n"]
@@ -203,8 +203,8 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
     async def trickle(ends):
         loop = asyncio.get_running_loop()
         client, ours, theirs, backend = ends
-        buffer = memoryview(bytearray(fumi_edge.tunnel.BUFFER))
-        tunnel = fumi_edge.tunnel.Tunnel(loop, buffer, CloseNotify(), ours, theirs, 900.0)
+        buffer = memoryview(bytearray(fumi_edge.connection.tunnel.BUFFER))
+        tunnel = fumi_edge.connection.tunnel.Tunnel(loop, buffer, CloseNotify(), ours, theirs, 900.0)
         running = loop.create_task(tunnel.run())
         backend.shutdown(socket.SHUT_WR)
         assert await loop.sock_recv(client, 10) == b""
@@ -212,11 +212,11 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
         for _ in range(10):
             await loop.sock_sendall(client, b"more")
             assert await loop.sock_recv(backend, 10) == b"more"
-            now += fumi_edge.tunnel.LINGER * 0.7
+            now += fumi_edge.connection.tunnel.LINGER * 0.7
             tunnel.tick(now)
             await asyncio.sleep(0.01)
             assert not running.done()
-        tunnel.tick(now + fumi_edge.tunnel.LINGER * 1.1)
+        tunnel.tick(now + fumi_edge.connection.tunnel.LINGER * 1.1)
         await running
 
     with contextlib.ExitStack() as stack:

@@ -16,7 +16,7 @@ from fumi_core import plugins
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.testing import running
 from fumi_edge import Fumi
-from fumi_edge.pem import CertificateError
+from fumi_edge.tls.pem import CertificateError
 
 TEXT = "Subject: hello\r\n\r\nhello\r\n"
 

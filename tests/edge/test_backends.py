@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-import fumi_edge.backends
-import fumi_edge.dialing
-import fumi_edge.health
+import fumi_edge.backends.choice
+import fumi_edge.backends.dialing
+import fumi_edge.backends.health
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.runtime.addresses import parse_address
-from fumi_edge.backends import AVOID, Backends
-from fumi_edge.dialing import Remote
+from fumi_edge.backends.choice import AVOID, Backends
+from fumi_edge.backends.dialing import Remote
 from fumi_edge.metrics import EdgeMetrics
 from tests.ports import kept_port
 
@@ -576,7 +576,7 @@ class Resolver:
         self._monkeypatch = monkeypatch
 
     def install(self):
-        self._monkeypatch.setattr(fumi_edge.dialing.socket, "getaddrinfo", self._resolve)
+        self._monkeypatch.setattr(fumi_edge.backends.dialing.socket, "getaddrinfo", self._resolve)
 
     def _resolve(self, host, port, *, type):
         self.asked += 1
@@ -598,7 +598,7 @@ def test_addresses_are_kept_when_the_resolver_fails_later(pool, monkeypatch, lis
         resolver = Resolver(monkeypatch, "127.0.0.1")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
-        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE", 0.0)
         for number in range(1, 4):
             while resolver.asked < number:  # a connection does not ask while the one before is still asking
                 sock, backend = await backends.connect(b"")
@@ -618,7 +618,7 @@ def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool, monke
         resolver.install()
         backends = pool("mail.test:25", timeout=0.1)
         results = await asyncio.gather(*(backends.connect(b"") for _ in range(20)), return_exceptions=True)
-        assert {type(each) for each in results} == {fumi_edge.backends.NoBackend}
+        assert {type(each) for each in results} == {fumi_edge.backends.choice.NoBackend}
         assert resolver.asked == 1  # each question takes a thread
         assert not backends.all[0].up
 
@@ -633,9 +633,9 @@ def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
             if (outcome := outcomes.pop(0) if outcomes else None) is not None:
                 raise outcome
 
-        monkeypatch.setattr(fumi_edge.health, "check", check)
+        monkeypatch.setattr(fumi_edge.backends.health, "check", check)
         backends = pool("127.0.0.1:1")
-        checks = fumi_edge.health.Checks(backends, 0.01, fumi_edge.health.Manner("off", 1.0, 1.0))
+        checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
         while backends.problem() is not None:
             await asyncio.sleep(0.01)
         await checks.close()
@@ -663,14 +663,14 @@ def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_a
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
         resolver.install()
         connected = []
-        connect = fumi_edge.dialing._connect
+        connect = fumi_edge.backends.dialing._connect
 
         def told(loop, target, *rest):
             connected.append(target[1][0])
             return connect(loop, target, *rest)
 
-        monkeypatch.setattr(fumi_edge.dialing, "_connect", told)
-        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE", 0.0)
         backends = pool(f"mail.test:{listening}")
         while resolver.asked < 5:
             (await backends.connect(b""))[0].close()
@@ -679,7 +679,7 @@ def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_a
         # When there is nothing else, it gets its chance.
         resolver.answer = ["127.0.0.3"]
         while connected[-1] != "127.0.0.3":
-            with contextlib.suppress(fumi_edge.backends.NoBackend):
+            with contextlib.suppress(fumi_edge.backends.choice.NoBackend):
                 (await backends.connect(b""))[0].close()
             await asyncio.sleep(0.01)
 
@@ -713,12 +713,12 @@ def test_the_addresses_of_a_name_take_turns(pool, monkeypatch, listening_everywh
 
 def test_an_address_that_failed_is_used_again_after_a_while(pool, monkeypatch, listening_everywhere):
     port, connected = listening_everywhere
-    monkeypatch.setattr(fumi_edge.dialing, "AVOID_ADDRESS", 0.05)
+    monkeypatch.setattr(fumi_edge.backends.dialing, "AVOID_ADDRESS", 0.05)
 
     async def scenario():
         Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
         backends = pool(f"mail.test:{port}")
-        dial = fumi_edge.dialing._connect
+        dial = fumi_edge.backends.dialing._connect
 
         async def broken(loop, target, *rest):
             if target[1][0] == "127.0.0.2":
@@ -726,7 +726,7 @@ def test_an_address_that_failed_is_used_again_after_a_while(pool, monkeypatch, l
             return await dial(loop, target, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fumi_edge.dialing, "_connect", broken)
+            patch.setattr(fumi_edge.backends.dialing, "_connect", broken)
             for _ in range(4):
                 (await backends.connect(b""))[0].close()
                 assert connected() == "127.0.0.1"
@@ -746,13 +746,13 @@ def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(po
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
-        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE_AGAIN", 3600.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 3600.0)
         for _ in range(5):
-            with pytest.raises(fumi_edge.backends.NoBackend):
+            with pytest.raises(fumi_edge.backends.choice.NoBackend):
                 await backends.connect(b"")
         assert resolver.asked == 1  # so long ago is a second
         resolver.answer = ["127.0.0.1"]
-        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE_AGAIN", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 0.0)
         results = await asyncio.gather(*(backends.connect(b"") for _ in range(10)))
         assert resolver.asked == 2
         assert backends.all[0].up
@@ -766,10 +766,10 @@ def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(pool, mo
     async def scenario():
         resolver = Resolver(monkeypatch, "127.0.0.3")
         resolver.install()
-        monkeypatch.setattr(fumi_edge.dialing, "RESOLVE_AGAIN", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 0.0)
         backends = pool("mail.test:9")
         for _ in range(5):
-            with pytest.raises(fumi_edge.backends.NoBackend):
+            with pytest.raises(fumi_edge.backends.choice.NoBackend):
                 await backends.connect(b"")
             resolver.answer = [socket.gaierror("no more")]
         assert resolver.asked >= 5
@@ -785,9 +785,9 @@ def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(pool
         raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
 
     async def scenario():
-        monkeypatch.setattr(fumi_edge.dialing, "_connect", nowhere)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", nowhere)
         backends = pool("[::1]:2525", "[::1]:2526")
-        with pytest.raises(fumi_edge.backends.NoBackend, match="Cannot assign requested address"):
+        with pytest.raises(fumi_edge.backends.choice.NoBackend, match="Cannot assign requested address"):
             await backends.connect(b"")
         assert [backend.up for backend in backends.all] == [False, False]
 
@@ -800,8 +800,8 @@ def test_a_backend_that_cannot_be_connected_to_in_time_is_said_to_be(pool, monke
         raise TimeoutError
 
     async def scenario():
-        monkeypatch.setattr(fumi_edge.dialing, "_connect", nowhere)
-        with pytest.raises(fumi_edge.backends.NoBackend, match="timed out"):
+        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", nowhere)
+        with pytest.raises(fumi_edge.backends.choice.NoBackend, match="timed out"):
             await pool("127.0.0.1:2525").connect(b"")
 
     asyncio.run(scenario())
@@ -813,9 +813,9 @@ def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     async def scenario():
-        monkeypatch.setattr(fumi_edge.health, "check", exhausted)
+        monkeypatch.setattr(fumi_edge.backends.health, "check", exhausted)
         backends = pool("127.0.0.1:2525")
-        checks = fumi_edge.health.Checks(backends, 0.01, fumi_edge.health.Manner("off", 1.0, 1.0))
+        checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
         while backends.problem() != "backend 127.0.0.1:2525: Too many open files":
             await asyncio.sleep(0.01)
         await checks.close()
@@ -826,7 +826,7 @@ def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
 
 
 def test_farewells_to_backends_that_do_not_answer_are_bounded(pool, monkeypatch, listening):
-    monkeypatch.setattr(fumi_edge.backends, "RETIRING", 5)
+    monkeypatch.setattr(fumi_edge.backends.choice, "RETIRING", 5)
 
     async def scenario():
         backends = pool(f"127.0.0.1:{listening}")
@@ -903,8 +903,8 @@ def test_a_backend_that_goes_on_sending_after_quit_is_broken_off_and_holds_up_no
 
         async def scenario():
             sock, _ = await pool(f"127.0.0.1:{port}").connect(b"")
-            await fumi_edge.dialing.receive(asyncio.get_running_loop(), sock, 1)
-            return await fumi_edge.dialing.quit_and_close(sock, 3600.0)
+            await fumi_edge.backends.dialing.receive(asyncio.get_running_loop(), sock, 1)
+            return await fumi_edge.backends.dialing.quit_and_close(sock, 3600.0)
 
         sender = threading.Thread(target=flood)
         sender.start()
@@ -924,7 +924,7 @@ def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool, monkeypatch):
 
         async def scenario():
             sock, _ = await pool(f"127.0.0.1:{port}").connect(b"")
-            assert await fumi_edge.dialing.quit_and_close(sock, 0.01) == b""
+            assert await fumi_edge.backends.dialing.quit_and_close(sock, 0.01) == b""
 
         asyncio.run(scenario())
         with server.accept()[0] as peer:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fumi_edge.certificates import Certificates
-from fumi_edge.pem import CertificateError, Pair, authorities, load
-from fumi_edge.policy import Policy
+from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.pem import CertificateError, Pair, authorities, load
+from fumi_edge.tls.policy import Policy
 
 
 def shake_hands(certificates, name, client_context, session=None):
@@ -331,7 +331,7 @@ def test_a_certificate_of_several_that_cannot_be_read_is_told_by_its_number(auth
 
 STRANGE = """
 import itertools
-from fumi_edge.pem import CertificateError, Pair, authorities, is_authority, load
+from fumi_edge.tls.pem import CertificateError, Pair, authorities, is_authority, load
 
 begin, end, room = b"-----BEGIN CERTIFICATE-----\\n", b"-----END CERTIFICATE-----\\n", 4 << 20
 many = begin * (room // len(begin) - 9)

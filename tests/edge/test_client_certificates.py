@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fumi_edge.handshake import CN_LIMIT, HandshakeError, _check_session, _client_certificate
+from fumi_edge.tls.handshake import CN_LIMIT, HandshakeError, _check_session, _client_certificate
 from tests.starter import finished
 
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)

@@ -7,7 +7,7 @@ import ssl
 
 import pytest
 
-from fumi_edge.handshake import server_name
+from fumi_edge.tls.handshake import server_name
 
 
 def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend, edge, clients):

@@ -9,9 +9,9 @@ import ssl
 
 import pytest
 
-import fumi_edge.inbound
+import fumi_edge.connection.inbound
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
-from fumi_edge.inbound import HeaderError, receive_client
+from fumi_edge.connection.inbound import HeaderError, receive_client
 
 READY = [b"220 2.0.0 Ready to start TLS\r\n"]
 SOURCE, DESTINATION = ("192.0.2.7", 40000), ("198.51.100.1", 25)
@@ -239,7 +239,7 @@ def test_without_accept_proxy_a_header_is_nonsense(edge, backend, clients):
 
 def test_a_header_that_never_ends_is_given_up(monkeypatch):
     """In one process, because the limit is five seconds."""
-    monkeypatch.setattr(fumi_edge.inbound, "TIMEOUT", 0.2)
+    monkeypatch.setattr(fumi_edge.connection.inbound, "TIMEOUT", 0.2)
 
     async def scenario():
         near, far = socket.socketpair()

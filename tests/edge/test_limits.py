@@ -7,9 +7,9 @@ import ssl
 
 import pytest
 
-import fumi_edge.limits
+import fumi_edge.connection.limits
 from fumi_core.proxy_protocol import ProxyHeader
-from fumi_edge.limits import Limits, Rate, parse_rate
+from fumi_edge.connection.limits import Limits, Rate, parse_rate
 
 TOO_MANY = b"421 4.7.0 Too many connections, try again later\r\n"
 
@@ -206,7 +206,7 @@ def test_those_who_are_refused_do_not_wait_longer_for_it():
 
 
 def test_memory_is_bounded_and_the_busy_are_remembered(monkeypatch):
-    monkeypatch.setattr(fumi_edge.limits, "ADDRESSES", 100)
+    monkeypatch.setattr(fumi_edge.connection.limits, "ADDRESSES", 100)
     clock = Clock()
     limits = Limits(None, None, Rate(2, 3600), clock)
     assert limits.admit("192.0.2.1") is None

@@ -18,7 +18,7 @@ import pytest
 
 import fumi_edge
 from fumi_core.proxy_protocol import ProxyHeader
-from fumi_edge.tunnel import LINGER
+from fumi_edge.connection.tunnel import LINGER
 
 ALWAYS = {
     "time",

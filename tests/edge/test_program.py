@@ -504,7 +504,7 @@ def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients,
     port = server.address.rpartition(":")[2]
     program = edge("--user", "nobody", "--cert-reload-interval", "0", backend=f"localhost:{port}")
     assert "concurrent.futures.thread" in subprocess.check_output(
-        [sys.executable, "-c", "import fumi_edge.program, sys; print(*sys.modules)"], text=True
+        [sys.executable, "-c", "import fumi_edge.program.work, sys; print(*sys.modules)"], text=True
     )
     assert clients.tls(program.tls_port).line().startswith(b"220")
     program.process.send_signal(signal.SIGHUP)

@@ -18,11 +18,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import fumi_core.runtime.files as files_module
-import fumi_edge.certificates as certificates_module
+import fumi_edge.tls.certificates as certificates_module
 from fumi_core.version import VERSION
-from fumi_edge.certificates import Certificates
+from fumi_edge.certificate_reload import Reloader
 from fumi_edge.metrics import EdgeMetrics
-from fumi_edge.reload import Reloader
+from fumi_edge.tls.certificates import Certificates
 from tests.starter import finished
 
 

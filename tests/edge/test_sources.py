@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from fumi_edge.pem import CertificateError, Pair
-from fumi_edge.sources import find, give_keys, stamp
+from fumi_edge.tls.pem import CertificateError, Pair
+from fumi_edge.tls.sources import find, give_keys, stamp
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from fumi_edge import wording
-from fumi_edge.history import INTERVAL, SPAN, Figures, History, Point, series
-from fumi_edge.markup import document, element
-from fumi_edge.plot import HEIGHT, WIDTH, ceiling, plot
+from fumi_edge.status import wording
+from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, series
+from fumi_edge.status.markup import document, element
+from fumi_edge.status.plot import HEIGHT, WIDTH, ceiling, plot
 
 VOID = {"meta"}
 

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-import fumi_edge.ticket_keys
-from fumi_edge.ticket_keys import LIFETIME, TicketKeys
+import fumi_edge.tls.ticket_keys
+from fumi_edge.tls.ticket_keys import LIFETIME, TicketKeys
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_a_worker_that_comes_later_with_an_old_client_ca_does_not_part_the_other
 
 def test_when_the_prepared_keys_are_used_up_each_worker_has_its_own(workers, monkeypatch):
     workers, now = workers
-    after = now + LIFETIME * (fumi_edge.ticket_keys.LIFETIMES + 1)
-    for day in range(fumi_edge.ticket_keys.LIFETIMES + 1):
+    after = now + LIFETIME * (fumi_edge.tls.ticket_keys.LIFETIMES + 1)
+    for day in range(fumi_edge.tls.ticket_keys.LIFETIMES + 1):
         contexts = {keys.context("CA", now + day * LIFETIME) for keys in workers}
         assert len(contexts) == 1
     assert len({keys.context("CA", after) for keys in workers}) == 3

@@ -14,8 +14,8 @@ import threading
 
 import pytest
 
-from fumi_edge.close_notify import CloseNotify
-from fumi_edge.tunnel import BUFFER, Tunnel
+from fumi_edge.connection.tunnel import BUFFER, Tunnel
+from fumi_edge.tls.close_notify import CloseNotify
 
 SIZE = 50 * 1024 * 1024
 

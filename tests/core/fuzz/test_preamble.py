@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from fumi_edge import starttls
-from fumi_edge.starttls import LINE_LIMIT, Preamble, Step, Verdict
+from fumi_edge.connection import starttls
+from fumi_edge.connection.starttls import LINE_LIMIT, Preamble, Step, Verdict
 
 from . import campaign, speech
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.daemon_thread import aside
 from fumi_core.runtime.logs import event
-from fumi_edge.ending import reset_on_close
-from fumi_edge.readiness import receive, send_all, writable
+from fumi_edge.sockets.ending import reset_on_close
+from fumi_edge.sockets.readiness import receive, send_all, writable
 
 log = logging.getLogger("fumi.edge.backends")
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 from fumi_core.runtime.files import in_time
-from fumi_edge.pem import CertificateError, Pair, Source, holds_key, is_path, label
+from fumi_edge.tls.pem import CertificateError, Pair, Source, holds_key, is_path, label
 
 _LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
 """The certificate's and the key's name: certbot's, and those of a Kubernetes Secret of type kubernetes.io/tls."""

@@ -23,11 +23,11 @@ from click.core import ParameterSource
 
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.dialing import is_destination
-from fumi_edge.inbound import LOOPBACK
-from fumi_edge.pem import CertificateError, Pair, label
-from fumi_edge.policy import CIPHERS, Policy
-from fumi_edge.sources import find, give_keys
+from fumi_edge.backends.dialing import is_destination
+from fumi_edge.connection.inbound import LOOPBACK
+from fumi_edge.tls.pem import CertificateError, Pair, label
+from fumi_edge.tls.policy import CIPHERS, Policy
+from fumi_edge.tls.sources import find, give_keys
 
 _NAMES = {"haproxy": "HAProxy", "stunnel": "stunnel"}
 PROGRAMS = tuple(_NAMES)

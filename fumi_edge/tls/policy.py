@@ -11,7 +11,7 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 
-from fumi_edge.pem import CertificateError, Source, authorities, label
+from fumi_edge.tls.pem import CertificateError, Source, authorities, label
 
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """For TLS 1.2; TLS 1.3 has only such ciphers."""

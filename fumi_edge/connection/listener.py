@@ -12,10 +12,10 @@ from typing import Any
 from fumi_core.runtime.acceptor import Acceptor, Ceiling
 from fumi_core.runtime.addresses import Networks, peer_of
 from fumi_core.runtime.scoreboard import Crowd
-from fumi_edge.dialing import Name
-from fumi_edge.ending import TOO_MANY_CLIENTS
-from fumi_edge.limits import Limits, Rejections
+from fumi_edge.backends.dialing import Name
+from fumi_edge.connection.limits import Limits, Rejections
 from fumi_edge.metrics import LIMITS, EdgeMetrics
+from fumi_edge.sockets.ending import TOO_MANY_CLIENTS
 
 Serve = Callable[["Listener", socket.socket, Name, Name], None]
 """Takes an accepted connection with the client's name and our own."""

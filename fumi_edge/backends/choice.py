@@ -15,9 +15,9 @@ from functools import lru_cache
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
-from fumi_edge.dialing import OURS, Destination, Name, Opening, quit_and_close, reason_of, words_of
-from fumi_edge.ending import reset_on_close
+from fumi_edge.backends.dialing import OURS, Destination, Name, Opening, quit_and_close, reason_of, words_of
 from fumi_edge.metrics import BackendMetrics, EdgeMetrics
+from fumi_edge.sockets.ending import reset_on_close
 
 log = logging.getLogger("fumi.edge.backends")
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from fumi_core.proxy_protocol import V2_MAX_LENGTH, ProxyHeader, ProxyProtocolError, parse
 from fumi_core.runtime.addresses import peer_of
-from fumi_edge.dialing import Name
-from fumi_edge.readiness import readable
+from fumi_edge.backends.dialing import Name
+from fumi_edge.sockets.readiness import readable
 
 TIMEOUT = 5.0
 """Seconds a balancer has for its header."""

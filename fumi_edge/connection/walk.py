@@ -20,21 +20,21 @@ from typing import TypeVar
 
 from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
-from fumi_edge.backends import Backend, Backends, NoBackend, header, own_opening
-from fumi_edge.certificates import Certificates
-from fumi_edge.close_notify import CloseNotify
-from fumi_edge.dialing import Name, Opening
-from fumi_edge.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
-from fumi_edge.handshake import HandshakeError, handshake
-from fumi_edge.inbound import HeaderError, receive_client
-from fumi_edge.limits import Limits, Rejections
-from fumi_edge.listener import Listener
+from fumi_edge.backends.choice import Backend, Backends, NoBackend, header, own_opening
+from fumi_edge.backends.dialing import Name, Opening
+from fumi_edge.connection.inbound import HeaderError, receive_client
+from fumi_edge.connection.limits import Limits, Rejections
+from fumi_edge.connection.listener import Listener
+from fumi_edge.connection.negotiation import Negotiation
+from fumi_edge.connection.starttls import Preamble, Replies, Step, Verdict
+from fumi_edge.connection.tunnel import Tunnel
 from fumi_edge.metrics import LIMITS, EdgeMetrics
-from fumi_edge.policy import TLSSocket
-from fumi_edge.preamble import Negotiation
-from fumi_edge.readiness import Lookout, received_since
-from fumi_edge.starttls import Preamble, Replies, Step, Verdict
-from fumi_edge.tunnel import Tunnel
+from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
+from fumi_edge.sockets.readiness import Lookout, received_since
+from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.close_notify import CloseNotify
+from fumi_edge.tls.handshake import HandshakeError, handshake
+from fumi_edge.tls.policy import TLSSocket
 
 log = logging.getLogger("fumi.edge")
 

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import socket
 
-from fumi_edge.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
-from fumi_edge.readiness import Lookout, readable, send_all
-from fumi_edge.starttls import INJECTED, READY, REPLY_LIMIT, Preamble, Step, Verdict
+from fumi_edge.connection.starttls import INJECTED, READY, REPLY_LIMIT, Preamble, Step, Verdict
+from fumi_edge.sockets.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
+from fumi_edge.sockets.readiness import Lookout, readable, send_all
 
 CHUNK = 4096
 CONTENT = 64 * 1024

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from fumi_core.runtime.daemon_thread import aside
 from fumi_core.runtime.logs import event, failure
-from fumi_edge.certificates import Certificates
 from fumi_edge.metrics import EdgeMetrics
-from fumi_edge.pem import Certificate, date
-from fumi_edge.sources import Stamp
+from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.pem import Certificate, date
+from fumi_edge.tls.sources import Stamp
 
 log = logging.getLogger("fumi.edge.certificates")
 

@@ -15,13 +15,13 @@ from xml.etree.ElementTree import Element
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.metrics_server import Answer, Problem
-from fumi_edge import wording
-from fumi_edge.history import INTERVAL, SPAN, Figures, History, Point, Series, series
-from fumi_edge.markup import Content, document, element, policy
-from fumi_edge.plot import ceiling, plot
+from fumi_edge.status import wording
+from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, Series, series
+from fumi_edge.status.markup import Content, document, element, policy
+from fumi_edge.status.plot import ceiling, plot
 
 # Read at once: later the process may be somebody else's, who cannot.
-_STYLE = (files("fumi_edge") / "templates" / "status.css").read_text("utf-8")
+_STYLE = (files("fumi_edge.status") / "status.css").read_text("utf-8")
 _HEADERS = (("Content-Security-Policy", policy(_STYLE)), ("Referrer-Policy", "no-referrer"))
 
 SOON, URGENT = 14, 3

@@ -8,7 +8,7 @@ import socket
 import ssl
 import struct
 
-from fumi_edge.readiness import readable, receive, send_all
+from fumi_edge.sockets.readiness import readable, receive, send_all
 
 LAST_WORDS = 5.0
 """Seconds a client has to take the last reply and to close its side."""

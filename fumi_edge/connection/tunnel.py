@@ -24,7 +24,7 @@ import enum
 import socket
 import ssl
 
-from fumi_edge.close_notify import CloseNotify
+from fumi_edge.tls.close_notify import CloseNotify
 
 BUFFER = 128 * 1024
 RECORD = 16 * 1024

@@ -20,11 +20,11 @@ from fumi_core.runtime.metrics_server import Page, Problem
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import Crowd
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.dev import Bench
+from fumi_edge.certificate_reload import SETTLE
 from fumi_edge.edge import Edge
-from fumi_edge.pem import date
-from fumi_edge.reload import SETTLE
-from fumi_edge.status import Facts, Status
+from fumi_edge.program.dev import Bench
+from fumi_edge.status.page import Facts, Status
+from fumi_edge.tls.pem import date
 
 NAMED = 50
 """Certificates with a line of their own in the log at the start."""

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fumi_core.runtime.logs import event
-from fumi_edge.pem import (
+from fumi_edge.tls.pem import (
     Certificate,
     CertificateError,
     NoServer,
@@ -36,9 +36,9 @@ from fumi_edge.pem import (
     label,
     load,
 )
-from fumi_edge.policy import IGNORE_UNEXPECTED_EOF, Policy, TLSSocket
-from fumi_edge.sources import Stamp, find, stamp
-from fumi_edge.ticket_keys import TicketKeys
+from fumi_edge.tls.policy import IGNORE_UNEXPECTED_EOF, Policy, TLSSocket
+from fumi_edge.tls.sources import Stamp, find, stamp
+from fumi_edge.tls.ticket_keys import TicketKeys
 
 log = logging.getLogger("fumi.edge")
 

@@ -13,8 +13,8 @@ import ssl
 import time
 
 from fumi_core.proxy_protocol import TLSInfo
-from fumi_edge.pem import common_names
-from fumi_edge.policy import TLSSocket
+from fumi_edge.tls.pem import common_names
+from fumi_edge.tls.policy import TLSSocket
 
 RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
 HELLO = 4096

@@ -1,0 +1,1 @@
+"""Where clients are taken: which backend, how it is reached, and whether it is up."""

@@ -1,0 +1,1 @@
+"""The same settings as another program's configuration."""

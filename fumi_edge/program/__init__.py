@@ -1,0 +1,1 @@
+"""``fumi-edge`` without its flags: the work of a process, its checks, and --dev."""

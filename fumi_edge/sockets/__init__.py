@@ -1,0 +1,1 @@
+"""Waiting on raw non-blocking sockets, and ending them."""

@@ -1,0 +1,1 @@
+"""Certificates, and what is negotiated with them."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends.choice import Backend, Backends, own_opening
 from fumi_edge.backends.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of, words_of
-from fumi_edge.connection.starttls import STARTTLS_OFFER, Replies
+from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
 from fumi_edge.sockets.readiness import receive, send_all
 
 log = logging.getLogger("fumi.edge.backends")

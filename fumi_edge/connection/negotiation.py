@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import socket
 
-from fumi_edge.connection.starttls import INJECTED, READY, REPLY_LIMIT, Preamble, Step, Verdict
+from fumi_edge.backends.replies import REPLY_LIMIT
+from fumi_edge.connection.starttls import INJECTED, READY, Preamble, Step, Verdict
 from fumi_edge.sockets.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
 from fumi_edge.sockets.readiness import Lookout, readable, send_all
 

@@ -22,9 +22,9 @@ import re
 from typing import NamedTuple
 
 from fumi_core.smtp.grammar import HTTP_REQUEST
+from fumi_edge.backends.replies import Replies
 
 LINE_LIMIT = 4096
-REPLY_LIMIT = 64 * 1024
 
 READY = b"220 2.0.0 Ready to start TLS\r\n"
 NO_ARGUMENT = b"501 5.5.4 Syntax: STARTTLS takes no argument\r\n"
@@ -44,10 +44,7 @@ _LONG = frozenset((b"AUTH", b"BDAT"))
 _BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
 _REJECTED = frozenset((b"AUTH", b"CHUNKING", b"BINARYMIME", b"ETRN", b"ATRN", b"BURL", b"VRFY", b"EXPN", b"XCLIENT", b"XFORWARD"))
 """Keywords of commands that get a 530 before TLS. A client that reads AUTH in the list sends its password at once."""
-_LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
 _LINE = re.compile(rb"[^\n]*\n")
-STARTTLS_OFFER = re.compile(rb"\n250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE)
-"""In a reply to EHLO, whose first line is a name."""
 _KEYWORD = re.compile(rb"[^ \t\r\n=]*")
 _VERB = re.compile(rb"[^ \t\r\n]*")
 _BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]")
@@ -69,25 +66,6 @@ class Step(NamedTuple):
     client: bytes = b""
     backend: bytes = b""
     verdict: Verdict | None = None
-
-
-class Replies:
-    """Collects whole replies (RFC 5321 §4.2.1) of a backend."""
-
-    def __init__(self) -> None:
-        self.rest = b""
-
-    def feed(self, data: bytes) -> bytes | None:
-        """The next whole reply, or None while more of it is to come; what is behind it stays in ``rest``."""
-        self.rest += data
-        end = _LAST_LINE.search(self.rest)
-        if end is None:
-            if len(self.rest) <= REPLY_LIMIT:
-                return None
-            reply, self.rest = self.rest, b""
-            return reply
-        reply, self.rest = self.rest[: end.end()], self.rest[end.end() :]
-        return reply
 
 
 class _Await(enum.Enum):

@@ -22,11 +22,12 @@ from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends.choice import Backend, Backends, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Name, Opening
+from fumi_edge.backends.replies import Replies
 from fumi_edge.connection.inbound import HeaderError, receive_client
 from fumi_edge.connection.limits import Limits, Rejections
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.negotiation import Negotiation
-from fumi_edge.connection.starttls import Preamble, Replies, Step, Verdict
+from fumi_edge.connection.starttls import Preamble, Step, Verdict
 from fumi_edge.connection.tunnel import Tunnel
 from fumi_edge.metrics import LIMITS, EdgeMetrics
 from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fumi_edge.connection.starttls import LINE_LIMIT, MUST_STARTTLS, Preamble, Replies, Step, Verdict
+from fumi_edge.backends.replies import Replies
+from fumi_edge.connection.starttls import LINE_LIMIT, MUST_STARTTLS, Preamble, Step, Verdict
 
 BANNER = b"220 hi\r\n"
 

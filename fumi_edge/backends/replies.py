@@ -1,0 +1,31 @@
+"""A backend's replies (RFC 5321 §4.2.1), taken out of the bytes that it sends; sans-IO."""
+
+from __future__ import annotations
+
+import re
+
+REPLY_LIMIT = 64 * 1024
+"""Bytes of the longest reply that is collected; what is longer is passed on as it is."""
+STARTTLS_OFFER = re.compile(rb"\n250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE)
+"""In a reply to EHLO, whose first line is a name."""
+
+_LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
+
+
+class Replies:
+    """Collects whole replies. ``rest`` is what follows the last one."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes | None:
+        """Return the next whole reply, or None until all of it has been received."""
+        self.rest += data
+        end = _LAST_LINE.search(self.rest)
+        if end is None:
+            if len(self.rest) <= REPLY_LIMIT:
+                return None
+            reply, self.rest = self.rest, b""
+            return reply
+        reply, self.rest = self.rest[: end.end()], self.rest[end.end() :]
+        return reply

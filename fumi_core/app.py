@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fumi_core.handlers.middleware import Handler, check, compose, name_of
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.runtime.logs import event, failure
-from fumi_core.runtime.scoreboard import crowd_of_one
+from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server.connection import Server
 from fumi_core.server.dialogue import Chains, Service
 from fumi_core.server.observer import Observer, guarded
@@ -36,7 +36,7 @@ class Fumi:
         self.options: Options = _options.read(options)
         self._observer = Observer()
         self.tally = Tally()
-        self.crowd = crowd_of_one()
+        self.connection_count = count_of_one_process()
         self._handlers: dict[str, list[Handler]] = {phase: [] for phase in PHASES}
         self._chains: Chains = dict.fromkeys(PHASES)
         self._server: Server | None = None
@@ -170,7 +170,7 @@ class Fumi:
         else:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
-            self._server = Server(self._service(), self._logger(), self.crowd)
+            self._server = Server(self._service(), self._logger(), self.connection_count)
             problem = self.mail_problem()
             if problem is not None:
                 event(logging.getLogger("fumi.core"), logging.WARNING, "no client can send mail", error=problem)

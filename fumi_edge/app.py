@@ -12,7 +12,7 @@ from typing import Any
 
 from fumi_core import app as core
 from fumi_core.runtime.addresses import Networks
-from fumi_core.runtime.scoreboard import crowd_of_one
+from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server.connection import Server
 from fumi_core.server.dialogue import Service
 from fumi_core.smtp.options import override
@@ -22,7 +22,7 @@ from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Source
 from fumi_edge.tls.policy import Policy
 
-PATIENCE = 30.0
+SILENCE_BEYOND_CORE = 30.0
 """Seconds beyond ``socket_timeout`` for which a tunnel may be silent: the core says 421 before."""
 
 
@@ -82,18 +82,18 @@ class Fumi(core.Fumi):
         options = self.options
         edge = Edge(
             certificates=certificates,
-            backends=[Within(server)],
+            backends=[LocalCore(server)],
             health_interval=0,
             balancers=Networks(options.trusted_proxies) if options.proxy_protocol == "required" else None,
             hide_starttls=options.hide_starttls,
-            idle_timeout=options.socket_timeout + PATIENCE,
+            idle_timeout=options.socket_timeout + SILENCE_BEYOND_CORE,
             cert_reload_interval=0,
             max_clients=options.max_clients,
             drain_timeout=options.close_timeout,
         )
         # The clients are counted where they come in, and once.
-        edge.begin(self.crowd)
-        server.crowd = crowd_of_one()
+        edge.begin(self.connection_count)
+        server.connection_count = count_of_one_process()
         return edge
 
     def _sockets(self, server: Server) -> list[socket.socket]:
@@ -108,7 +108,7 @@ class Fumi(core.Fumi):
             await asyncio.gather(edge.close(), super()._close(server))
 
 
-class Within:
+class LocalCore:
     """The core in this process, as a backend."""
 
     name = "core"
@@ -126,5 +126,5 @@ class Within:
         self._server.admit(theirs, "", "")
         return ours
 
-    def afresh(self) -> Within:
+    def copy_for_other_loop(self) -> LocalCore:
         return self

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from fumi_core.runtime.daemon_thread import aside
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.tls.certificates import Certificates
@@ -96,7 +96,7 @@ class Reloader:
         """In a thread: a thousand contexts may have to be made."""
         before = self._certificates.selection
         try:
-            self._certificates.install(await aside(lambda: self._certificates.choose(now)))
+            self._certificates.install(await run_in_daemon_thread(lambda: self._certificates.choose(now)))
         except Exception as error:
             failure(log, "choosing certificates failed", error)
             await asyncio.sleep(CLOCK)
@@ -122,7 +122,7 @@ class Reloader:
 
     async def _stamp(self) -> Stamp:
         # In a thread, as the reading: a file system may hang, and mail is not to wait for it.
-        return await aside(self._certificates.stamp)
+        return await run_in_daemon_thread(self._certificates.stamp)
 
     async def _read(self, stamp: Stamp) -> list[str]:
         """Put into service what can be; report the rest when its files have settled."""
@@ -151,7 +151,7 @@ class Reloader:
 
     async def _install(self) -> list[str]:
         before, skipped = self._certificates.entries, self._certificates.skipped
-        reading = await aside(self._certificates.read)
+        reading = await run_in_daemon_thread(self._certificates.read)
         self._certificates.install(reading)
         self._publish()
         now = self._certificates.entries

@@ -39,7 +39,7 @@ from fumi_edge.connection.limits import Rate, parse_rate
 from fumi_edge.edge import Edge
 from fumi_edge.emit.writers import PROGRAMS, configuration
 from fumi_edge.program import dev
-from fumi_edge.program.check import Place, clash, look, unreadable
+from fumi_edge.program.check import ListenAddress, clash, look, unreadable
 from fumi_edge.program.work import EdgeWork
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import CertificateError
@@ -153,7 +153,7 @@ def main(
             return
         if dev_mode:
             # In a terminal, to close it is to stop.
-            run(EdgeWork(edge, dev.Bench(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
+            run(EdgeWork(edge, dev.DevCore(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
         else:
             if workers > 1:
                 edge.certificates.share_ticket_keys()
@@ -210,11 +210,11 @@ def _policy(flags: dict[str, Any]) -> Policy:
         raise SettingError(f"--ciphers: {error}") from None
 
 
-def _places(flags: dict[str, Any]) -> list[Place]:
+def _places(flags: dict[str, Any]) -> list[ListenAddress]:
     """Everything that is to be listened on."""
-    places = [Place("--listen", address) for address in flags["listen"]]
-    places += [Place("--starttls-listen", address) for address in flags["starttls_listen"]]
-    return places + ([Place("--metrics", flags["metrics"])] if flags["metrics"] else [])
+    places = [ListenAddress("--listen", address) for address in flags["listen"]]
+    places += [ListenAddress("--starttls-listen", address) for address in flags["starttls_listen"]]
+    return places + ([ListenAddress("--metrics", flags["metrics"])] if flags["metrics"] else [])
 
 
 def _warnings(backends: Sequence[Backend], flags: dict[str, Any], manner: Manner) -> Iterator[str]:

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.acceptor import Ceiling
+from fumi_core.runtime.acceptor import DescriptorLimit
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, name_of
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.scoreboard import Crowd, crowd_of_one
+from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
 from fumi_core.version import VERSION
 from fumi_edge.backends.choice import Backend, Backends
 from fumi_edge.backends.dialing import Destination, Name
@@ -25,7 +25,7 @@ from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.tunnel import BUFFER
 from fumi_edge.connection.walk import Connection, Service
 from fumi_edge.metrics import EdgeMetrics
-from fumi_edge.sockets.readiness import Lookout
+from fumi_edge.sockets.readiness import HangupWatch
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.close_notify import CloseNotify
 
@@ -89,7 +89,7 @@ class Edge:
             limits=Limits(max_clients, max_clients_per_ip, rate_per_ip, time.monotonic),
             rejections=Rejections(self.metrics.rejected),
             metrics=self.metrics,
-            lookout=Lookout(),
+            hangup_watch=HangupWatch(),
             close_notify=CloseNotify(),
             buffer=memoryview(bytearray(BUFFER)),
             proxy_protocol=proxy_protocol,
@@ -107,8 +107,8 @@ class Edge:
         self._metrics_address = metrics
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._bound: list[tuple[socket.socket, str, bool]] | None = None
-        self._crowd = crowd_of_one()
-        self._ceiling = Ceiling(2)
+        self._connection_count = count_of_one_process()
+        self._descriptor_limit = DescriptorLimit(2)
         self._heartbeat: asyncio.TimerHandle | None = None
 
     def bind(self) -> None:
@@ -138,29 +138,29 @@ class Edge:
         for sock, _, _ in self._bound or ():
             sock.close()
 
-    async def start(self, crowd: Crowd | None = None) -> None:
-        """Begin to serve; ``crowd`` counts the connections, over several workers where there are any.
+    async def start(self, connection_count: ConnectionCount | None = None) -> None:
+        """Begin to serve; ``connection_count`` counts the connections, over several workers where there are any.
 
         Binds, if nobody has done so. Raises OSError as ``bind()``.
         """
         if self._bound is None:
             self.bind()
-        self.begin(crowd)
+        self.begin(connection_count)
         await self._reloader.first_look()
         for bound in self._bound or ():
             self._serve_at(*bound)
 
-    def begin(self, crowd: Crowd | None = None) -> None:
+    def begin(self, connection_count: ConnectionCount | None = None) -> None:
         """Start what goes on beside the connections; for whoever gives the listeners one by one."""
         service = self._service
-        self._crowd = service.limits.crowd = crowd or self._crowd
-        service.lookout.open(asyncio.get_running_loop())
+        self._connection_count = service.limits.connection_count = connection_count or self._connection_count
+        service.hangup_watch.open(asyncio.get_running_loop())
         service.close_notify.open()
         backends = service.backends
         each = 1 + max(backend.destination.descriptors for backend in backends.all)
         # An upgrade by STARTTLS takes a second connection to a backend while the first one closes.
-        self._ceiling = Ceiling(each, lambda: backends.retiring)
-        backends.full = lambda: self._ceiling.reached(self._crowd.connections)
+        self._descriptor_limit = DescriptorLimit(each, lambda: backends.retiring)
+        backends.full = lambda: self._descriptor_limit.reached(self._connection_count.connections)
         if self._health_interval:
             self._checks = Checks(service.backends, self._health_interval, self._manner)
         self._reloader.start()
@@ -172,9 +172,18 @@ class Edge:
         _announce(name, starttls)
 
     def _serve_at(self, sock: socket.socket, name: str, starttls: bool) -> None:
-        service, crowd, ceiling = self._service, self._crowd, self._ceiling
+        service, connection_count, descriptor_limit = self._service, self._connection_count, self._descriptor_limit
         listener = Listener(
-            sock, name, starttls, self._balancers, service.limits, service.rejections, self.metrics, crowd, ceiling, self._serve
+            sock,
+            name,
+            starttls,
+            self._balancers,
+            service.limits,
+            service.rejections,
+            self.metrics,
+            connection_count,
+            descriptor_limit,
+            self._serve,
         )
         self.listeners.append(listener)
 
@@ -221,7 +230,7 @@ class Edge:
         self._service.rejections.close()
         await self._reloader.close()
         await self._service.backends.close()
-        self._service.lookout.close()
+        self._service.hangup_watch.close()
         self._service.close_notify.close()
 
     def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
@@ -230,13 +239,13 @@ class Edge:
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         listener.metrics.active.inc()
-        self._crowd.came()
+        self._connection_count.opened()
         task.add_done_callback(self._served)
 
     def _served(self, task: asyncio.Task[None]) -> None:
         connection = self._connections.pop(task)
         connection.listener.metrics.active.dec()
-        self._crowd.went()
+        self._connection_count.closed()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connection failed", exc_info=error)
 

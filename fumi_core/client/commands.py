@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fumi_core.client.connection import Connection, Protocol
+from fumi_core.client.connection import Dialect, NextHopConnection
 from fumi_core.errors import SMTPError
 from fumi_core.smtp.session import Address, Envelope
 
@@ -28,7 +28,7 @@ CARRIED = frozenset({"8BITMIME", "BINARYMIME", "DSN", "REQUIRETLS", "SMTPUTF8"})
 """The extensions that a message needs all the way: whoever offers them must have a next hop that does."""
 
 
-def not_carried(connection: Connection) -> frozenset[str]:
+def not_carried(connection: NextHopConnection) -> frozenset[str]:
     """Those of ``CARRIED`` that this server does not offer, or that this client cannot use with it."""
     offered = CARRIED & connection.extensions.keys()
     if "CHUNKING" not in connection.extensions:
@@ -38,7 +38,7 @@ def not_carried(connection: Connection) -> frozenset[str]:
     return CARRIED - offered
 
 
-def mail_command(sender: Address, envelope: Envelope, connection: Connection, protocol: Protocol) -> bytes:
+def mail_command(sender: Address, envelope: Envelope, connection: NextHopConnection, protocol: Dialect) -> bytes:
     """MAIL without its CRLF. Raises SMTPError for what the server cannot carry."""
     offered = connection.extensions
     words = [f"MAIL FROM:<{sender.address}>"]
@@ -63,7 +63,7 @@ def mail_command(sender: Address, envelope: Envelope, connection: Connection, pr
     return " ".join(words).encode()
 
 
-def rcpt_command(recipient: Address, connection: Connection) -> bytes:
+def rcpt_command(recipient: Address, connection: NextHopConnection) -> bytes:
     """RCPT without its CRLF."""
     words = [f"RCPT TO:<{recipient.address}>"]
     if "DSN" in connection.extensions:

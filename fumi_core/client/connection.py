@@ -28,7 +28,7 @@ END = 600.0
 """For the reply to the whole message (§4.5.3.2.6)."""
 ATTEMPT = 0.25  # until the next address of a host name is tried beside the last (RFC 8305 §5)
 
-Protocol = Literal["smtp", "lmtp"]
+Dialect = Literal["smtp", "lmtp"]
 _THIS_HOST = Networks(("127.0.0.0/8", "::1/128", "unix"))
 
 
@@ -60,15 +60,17 @@ def nonsense(detail: str) -> Failure:
     return Failure("4.5.0 Next hop broke the protocol", detail)
 
 
-async def connect(address: SocketAddress, protocol: Protocol, name: str) -> Connection:
+async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextHopConnection:
     """Connect, and greet as ``name``. Raises Failure."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT):
             if address.kind == "unix":
-                _, connection = await loop.create_unix_connection(Connection, address.path)
+                _, connection = await loop.create_unix_connection(NextHopConnection, address.path)
             else:
-                _, connection = await loop.create_connection(Connection, address.host, address.port, happy_eyeballs_delay=ATTEMPT)
+                _, connection = await loop.create_connection(
+                    NextHopConnection, address.host, address.port, happy_eyeballs_delay=ATTEMPT
+                )
     except TimeoutError:
         raise unreachable("no connection in time") from None
     except OSError as error:
@@ -81,7 +83,7 @@ async def connect(address: SocketAddress, protocol: Protocol, name: str) -> Conn
     return connection
 
 
-class Connection(asyncio.Protocol):
+class NextHopConnection(asyncio.Protocol):
     """``extensions`` are what EHLO offered; ``local`` tells that no network is between."""
 
     def __init__(self) -> None:
@@ -128,7 +130,7 @@ class Connection(asyncio.Protocol):
 
     # The conversation
 
-    async def greet(self, protocol: Protocol, name: str) -> None:
+    async def greet(self, protocol: Dialect, name: str) -> None:
         """Hear the banner and say LHLO, or EHLO and, where that is unknown, HELO. Raises Failure."""
         banner = await self.hear(MAIL)
         if banner.code != 220:

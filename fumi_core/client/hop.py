@@ -7,7 +7,7 @@ import contextlib
 
 from fumi_core.client.answers import Answer
 from fumi_core.client.commands import CARRIED, mail_command, not_carried
-from fumi_core.client.connection import MAIL, RSET, Connection, Failure, Protocol, connect, late
+from fumi_core.client.connection import MAIL, RSET, Dialect, Failure, NextHopConnection, connect, late
 from fumi_core.client.pool import Pool
 from fumi_core.errors import SMTPError
 from fumi_core.runtime.addresses import SocketAddress
@@ -22,7 +22,7 @@ ASK = 5.0
 class Hop:
     """The server at ``address``. ``not_offered`` are the extensions of ``CARRIED`` that the newest connection lacked."""
 
-    def __init__(self, protocol: Protocol, address: SocketAddress) -> None:
+    def __init__(self, protocol: Dialect, address: SocketAddress) -> None:
         self.not_offered = CARRIED
         self._protocol = protocol
         self._address = address
@@ -35,7 +35,7 @@ class Hop:
             async with asyncio.timeout(ASK):
                 self._pool.put(await self._connect(name))
 
-    async def mail(self, session: Session, sender: Address) -> tuple[Connection, Answer]:
+    async def mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, Answer]:
         """Send MAIL. Raises Failure, and SMTPError for what the server cannot carry."""
         try:
             async with asyncio.timeout(MAIL):
@@ -43,7 +43,7 @@ class Hop:
         except TimeoutError:
             raise late("no answer to MAIL in time") from None
 
-    async def _mail(self, session: Session, sender: Address) -> tuple[Connection, Answer]:
+    async def _mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, Answer]:
         """Use an idle connection, as long as there is one and it is still good for it, else a new one."""
         while (connection := self._pool.take()) is not None:
             with contextlib.suppress(Failure):
@@ -55,7 +55,7 @@ class Hop:
         connection = await self._connect(session.name)
         return connection, await self._say_mail(connection, session, sender)
 
-    async def _say_mail(self, connection: Connection, session: Session, sender: Address) -> Answer:
+    async def _say_mail(self, connection: NextHopConnection, session: Session, sender: Address) -> Answer:
         try:
             line = mail_command(sender, session.envelope, connection, self._protocol)
         except SMTPError as error:
@@ -66,14 +66,14 @@ class Hop:
             raise
         return await connection.say(line, MAIL)
 
-    async def _connect(self, name: str) -> Connection:
+    async def _connect(self, name: str) -> NextHopConnection:
         connection = await connect(self._address, self._protocol, name)
         before, self.not_offered = self.not_offered, not_carried(connection)
         if self.not_offered - before:
             self._reduced = asyncio.get_running_loop().time()
         return connection
 
-    def give_back(self, connection: Connection, clean: bool) -> None:
+    def give_back(self, connection: NextHopConnection, clean: bool) -> None:
         """Keep the connection for the next transaction; ``clean`` tells that the last one is over there, too."""
         if not clean:
             connection.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fumi_core.client.connection import Connection
+from fumi_core.client.connection import NextHopConnection
 
 LIMIT = 16
 """Connections kept at most."""
@@ -16,9 +16,9 @@ class Pool:
     """The idle connections to one server; the one used last is taken first, so that those that are too many go idle."""
 
     def __init__(self) -> None:
-        self._idle: dict[Connection, asyncio.TimerHandle] = {}
+        self._idle: dict[NextHopConnection, asyncio.TimerHandle] = {}
 
-    def take(self) -> Connection | None:
+    def take(self) -> NextHopConnection | None:
         """One that is open, as far as is known; None when there is none."""
         while self._idle:
             connection, timer = self._idle.popitem()
@@ -27,7 +27,7 @@ class Pool:
                 return connection
         return None
 
-    def put(self, connection: Connection) -> None:
+    def put(self, connection: NextHopConnection) -> None:
         """Keep it, unless it is closed or there are enough."""
         if connection.usable and len(self._idle) < LIMIT:
             timer = asyncio.get_running_loop().call_later(IDLE, self._expire, connection)
@@ -39,6 +39,6 @@ class Pool:
         while (connection := self.take()) is not None:
             connection.leave()
 
-    def _expire(self, connection: Connection) -> None:
+    def _expire(self, connection: NextHopConnection) -> None:
         del self._idle[connection]
         connection.leave()

@@ -18,7 +18,7 @@ Done = Callable[[BaseException | None], None]
 _Pending = tuple[Coroutine[Any, Any, None], Any, Done]
 
 
-class Fiber:
+class HandlerRunner:
     """One at a time: ``run()`` may be called again only when the former coroutine has ended."""
 
     __slots__ = ("_cancelled", "_context", "_loop", "_pending", "_task", "_wakeup")

@@ -15,7 +15,7 @@ from email.policy import EmailPolicy
 from pathlib import Path
 from typing import IO, TypeVar, cast
 
-from fumi_core.runtime.daemon_thread import aside
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 
 T = TypeVar("T")
 MEMORY = 256 * 1024
@@ -49,7 +49,7 @@ class Spool:
         self.size += len(piece)
         if self._waiting > MEMORY:
             pieces, self._pieces, self._waiting = self._pieces, [], 0
-            await self._aside(lambda: self._append(b"".join(pieces)))
+            await self._in_thread(lambda: self._append(b"".join(pieces)))
 
     def _append(self, data: bytes) -> None:
         if self._file is None:
@@ -64,7 +64,7 @@ class Spool:
         pieces, end, at = self._pieces, self.size - self._waiting, 0
         while at < end:
             self._check_open()
-            piece = await self._aside(lambda at=at: self._block(at, end))  # type: ignore[misc]
+            piece = await self._in_thread(lambda at=at: self._block(at, end))  # type: ignore[misc]
             at += len(piece)
             yield piece
         for piece in pieces:
@@ -80,7 +80,7 @@ class Spool:
         """The message (RFC 5322), parsed in a thread. Raises as ``read()`` does."""
         self._check_open()
         pieces = self._pieces
-        return await self._aside(lambda: self._parse(policy, pieces))
+        return await self._in_thread(lambda: self._parse(policy, pieces))
 
     def _parse(self, policy: EmailPolicy[EmailMessage], pieces: list[bytes]) -> EmailMessage:
         parser = BytesFeedParser(policy=policy)
@@ -104,7 +104,7 @@ class Spool:
         if self._closed:
             raise RuntimeError("the message is kept no longer: its handlers have ended")
 
-    async def _aside(self, job: Callable[[], T]) -> T:
+    async def _in_thread(self, job: Callable[[], T]) -> T:
         """Run it in a thread that has the file for as long as it runs, whatever becomes of who waits for it."""
         loop = asyncio.get_running_loop()
 
@@ -115,7 +115,7 @@ class Spool:
                 loop.call_soon_threadsafe(self._job_done)
 
         self._jobs += 1
-        return await aside(run)
+        return await run_in_daemon_thread(run)
 
     def _job_done(self) -> None:
         self._jobs -= 1

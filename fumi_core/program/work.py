@@ -33,7 +33,7 @@ from fumi_core.runtime.addresses import (
 )
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.metrics_server import Page, Problem
-from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError, check_mode, given, read_again
 from fumi_core.server.metrics import CoreMetrics
 
@@ -153,8 +153,8 @@ class CoreWork:
         for sock in self._sockets:
             sock.close()
 
-    async def start(self, crowd: Crowd) -> None:
-        self.app.crowd = crowd
+    async def start(self, connection_count: ConnectionCount) -> None:
+        self.app.connection_count = connection_count
         for sock in self._sockets:
             await self.app.listen(sock=sock)
 

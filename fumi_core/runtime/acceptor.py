@@ -20,18 +20,18 @@ from typing import Any
 
 from fumi_core.runtime.addresses import BACKLOG
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.scoreboard import ConnectionCount
 
 Admit = Callable[[socket.socket, Any, Any], None]
 """Takes a connected, non-blocking socket, the peer's name and our own, as getpeername() and getsockname() give them."""
 
 BURST = 32
 """Connections accepted before the others get a turn."""
-COURTESY = 0.001
+YIELD_SECONDS = 0.001
 """Seconds for which the other workers go first."""
-PAUSE = 0.5
+PAUSE_SECONDS = 0.5
 """Seconds without accepting when descriptors or the kernel's memory have run out."""
-QUIET = 60.0
+QUIET_SECONDS = 60.0
 """Seconds without a pause after which the next one is worth a line again."""
 QUEUE_TIMEOUT = 1.0
 """Seconds that accepting the kernel's queue may take at a stop."""
@@ -42,7 +42,7 @@ _TCPI_UNACKED = struct.Struct("24xI")
 _WILDCARDS = ("0.0.0.0", "::")
 
 
-class Ceiling:
+class DescriptorLimit:
     """How many connections this process has descriptors for, when each takes more than the one that accept() finds.
 
     Without it the last ones would be accepted and then find none for their other half.
@@ -68,15 +68,21 @@ class Acceptor:
     """Accepts from ``sock``, which must be listening and non-blocking, until ``close()``."""
 
     def __init__(
-        self, sock: socket.socket, name: str, log: logging.Logger, admit: Admit, crowd: Crowd, ceiling: Ceiling | None = None
+        self,
+        sock: socket.socket,
+        name: str,
+        log: logging.Logger,
+        admit: Admit,
+        connection_count: ConnectionCount,
+        descriptor_limit: DescriptorLimit | None = None,
     ) -> None:
-        """``name`` is for the log; ``crowd`` counts what is admitted, which at the ``ceiling`` has to wait."""
+        """``name`` is for the log; at the ``descriptor_limit`` connections wait in the kernel's queue."""
         self.sock = sock
         self._name = name
         self._log = log
         self._admit = admit
-        self._crowd = crowd
-        self._ceiling = ceiling
+        self._connection_count = connection_count
+        self._descriptor_limit = descriptor_limit
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
         self._paused_at = float("-inf")
@@ -117,15 +123,15 @@ class Acceptor:
 
     def _accept(self) -> None:
         for _ in range(BURST):
-            if self._crowd.ahead:
-                self._rest(COURTESY)
+            if self._connection_count.ahead:
+                self._rest(YIELD_SECONDS)
                 return
             if not self._take():
                 return
 
     def _take(self) -> bool:
         """Accept one; False when there is none to be had now."""
-        if self._ceiling is not None and self._ceiling.reached(self._crowd.connections):
+        if self._descriptor_limit is not None and self._descriptor_limit.reached(self._connection_count.connections):
             self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
             return False
         try:
@@ -146,11 +152,11 @@ class Acceptor:
 
     def _pause(self, error: OSError) -> None:
         now = self._loop.time()
-        if now - self._paused_at > QUIET:
+        if now - self._paused_at > QUIET_SECONDS:
             # Once: this can last, with one connection accepted now and then.
             event(self._log, logging.ERROR, "cannot accept, pausing", listener=self._name, error=error.strerror)
         self._paused_at = now
-        self._rest(PAUSE)
+        self._rest(PAUSE_SECONDS)
 
     def _rest(self, seconds: float) -> None:
         self._stop_watching()

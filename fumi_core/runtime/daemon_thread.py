@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def aside(function: Callable[[], T]) -> T:
+async def run_in_daemon_thread(function: Callable[[], T]) -> T:
     """What the function gives, or raises. Each call has a thread, so callers bound their number. Raises OSError without one."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
@@ -30,7 +30,7 @@ async def aside(function: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(_settle, answer, outcome, failure)
 
-    start_thread(work, "aside")
+    start_thread(work, "background")
     return await answer
 
 

@@ -73,7 +73,7 @@ def _timeout() -> TimeoutError:
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
-    # Looked at before it is opened: to open a FIFO or a device may have an effect of its own.
+    # ListenCheck at before it is opened: to open a FIFO or a device may have an effect of its own.
     _check_regular(os.stat(path))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     with open(fd, "rb") as file:

@@ -23,8 +23,8 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.metrics_server import Endpoint, Page, Problem
-from fumi_core.runtime.scoreboard import Crowd, Scoreboard, State
+from fumi_core.runtime.metrics_server import MetricsServer, Page, Problem
+from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -70,8 +70,8 @@ class Work(Protocol):
     def unbind(self) -> None:
         """Close the listening sockets, in a process that does not serve them."""
 
-    async def start(self, crowd: Crowd) -> None:
-        """Serve them in the running event loop; ``crowd`` counts the connections."""
+    async def start(self, connection_count: ConnectionCount) -> None:
+        """Serve them in the running event loop; ``connection_count`` counts the connections."""
 
     async def close(self) -> None:
         """Stop accepting and drain."""
@@ -188,8 +188,8 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
     def problem() -> str | None:
         return board.problem() or work.trouble() or work.problem()
 
-    await work.start(slot.crowd)
-    slot.state = State.SERVING
+    await work.start(slot.connection_count)
+    slot.state = WorkerState.SERVING
     endpoint = serve_metrics(work, work.registry, problem)
     notifier.ready()
     for each in stops:
@@ -198,7 +198,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
     with every(notifier.interval, notifier.alive):
         number = await stopped
         event(work.log, logging.INFO, "stopping", signal=number.name)
-        slot.state = State.DRAINING
+        slot.state = WorkerState.DRAINING
         notifier.stopping()
         await work.close()
     end_within(TIDY_TIMEOUT, 0)
@@ -206,11 +206,11 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         await asyncio.to_thread(endpoint.close)
 
 
-def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> Endpoint | None:
+def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> MetricsServer | None:
     """Serve what is in the registry, where the program is to do so at all."""
     if not work.metrics_sockets:
         return None
-    return Endpoint(work.metrics_sockets, registry, ready=ready, pages=work.pages(registry, ready))
+    return MetricsServer(work.metrics_sockets, registry, ready=ready, pages=work.pages(registry, ready))
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -33,7 +33,7 @@ _PLAIN = re.compile(r"[!#-~]+")
 _PLAIN_LINES = re.compile(r"[!#-~]+(?:\n[!#-~]+)*")
 
 
-class Event:
+class LogMessage:
     """A record's message: words, and named fields. As text it is both, so that formatters which know no fields show them too."""
 
     __slots__ = ("fields", "words")
@@ -55,7 +55,7 @@ def event(logger: logging.Logger, level: int, message: str, /, **fields: object)
     try:
         if logger.isEnabledFor(level):
             # What log() does, but for looking for its caller.
-            logger.handle(logger.makeRecord(logger.name, level, "", 0, Event(message, fields), (), None))
+            logger.handle(logger.makeRecord(logger.name, level, "", 0, LogMessage(message, fields), (), None))
     except Exception as unusable:
         _cannot_log(message, unusable)
 
@@ -63,23 +63,27 @@ def event(logger: logging.Logger, level: int, message: str, /, **fields: object)
 def failure(logger: logging.Logger, message: str, error: BaseException, /, **fields: object) -> None:
     """Log an error with its traceback and its fields. Raises nothing."""
     try:
-        logger.error(Event(message, fields), exc_info=error)
+        logger.error(LogMessage(message, fields), exc_info=error)
     except Exception as unusable:
         _cannot_log(message, unusable)
 
 
 def _cannot_log(message: str, error: Exception) -> None:
     """A filter or handler that an app has added to a logger failed: report that where no such filter or handler is asked."""
-    outlet = next((each for each in logging.getLogger().handlers if isinstance(each, Outlet)), logging.lastResort)
+    outlet = next(
+        (each for each in logging.getLogger().handlers if isinstance(each, NonBlockingStreamHandler)), logging.lastResort
+    )
     if outlet is not None:
-        outlet.handle(_record(logging.ERROR, Event("cannot log", {"message": message}), error))
+        outlet.handle(_record(logging.ERROR, LogMessage("cannot log", {"message": message}), error))
 
 
 def configure(form: str, level: str) -> None:
     """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up."""
     root = logging.getLogger()
     # Lines may be waiting in the one that there is.
-    handler = next((each for each in root.handlers if isinstance(each, Outlet)), None) or Outlet(STDERR)
+    handler = next(
+        (each for each in root.handlers if isinstance(each, NonBlockingStreamHandler)), None
+    ) or NonBlockingStreamHandler(STDERR)
     handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter())
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -89,7 +93,7 @@ def configure(form: str, level: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-class Outlet(logging.Handler):
+class NonBlockingStreamHandler(logging.Handler):
     """Writes lines to a descriptor, in their order, and never waits for room.
 
     A line is written by whoever logs it, as far as there is room: to hand each to a thread costs more. When the descriptor is
@@ -128,7 +132,9 @@ class Outlet(logging.Handler):
             text = self.format(record)
         except Exception as error:
             # What logging does of itself is to print it to stderr, and to wait until it can.
-            fault = Event("cannot format a log line", {"logger": record.name, "file": record.pathname, "line": record.lineno})
+            fault = LogMessage(
+                "cannot format a log line", {"logger": record.name, "file": record.pathname, "line": record.lineno}
+            )
             text = self.format(_record(logging.ERROR, fault, error))
         return text.encode("utf-8", "backslashreplace") + b"\n"
 
@@ -176,7 +182,7 @@ class Outlet(logging.Handler):
                 self._changed.notify_all()
 
     def _loss(self) -> bytes:
-        return self._line(_record(logging.WARNING, Event("log lines lost", {"count": self._lost})))
+        return self._line(_record(logging.WARNING, LogMessage("log lines lost", {"count": self._lost})))
 
     def _forked(self) -> None:
         """What waits is the parent's to write, and so is the thread."""
@@ -186,7 +192,7 @@ class Outlet(logging.Handler):
         self._changed = threading.Condition(self.lock)
 
 
-def _record(level: int, event: Event, error: BaseException | None = None) -> logging.LogRecord:
+def _record(level: int, event: LogMessage, error: BaseException | None = None) -> logging.LogRecord:
     info = (type(error), error, error.__traceback__) if error else None
     return logging.LogRecord("fumi.logs", level, "", 0, event, (), info)
 
@@ -248,7 +254,7 @@ class JSONFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {"time": _stamp(record), "level": record.levelname.lower(), "logger": record.name}
-        if isinstance(record.msg, Event):
+        if isinstance(record.msg, LogMessage):
             line |= {"event": record.msg.words, **record.msg.fields}
         else:
             line["event"] = record.getMessage()

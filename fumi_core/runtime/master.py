@@ -25,7 +25,7 @@ from functools import partial
 from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.lifecycle import HELD, Outcome, Work, reload
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.scoreboard import Scoreboard, State
+from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 
 METRICS = -1
@@ -35,17 +35,17 @@ LOOK = 1.0
 """Seconds between two looks at the workers when nothing happens."""
 SHORT_LOOK = 0.02
 """The same while the master waits for all of them to have done something."""
-YOUNG = 10.0
+EARLY_DEATH_SECONDS = 10.0
 """Seconds of life below which a worker that died is taken for one that cannot start."""
 LONGEST_PAUSE = 30.0
 """Seconds until such a one is started again, at most."""
-GRACE = 5.0
+DRAIN_GRACE = 5.0
 """Seconds that draining may take beyond the drain timeout."""
-HASTE = 2.0
+KILL_AFTER = 2.0
 """Seconds that ending at once may take."""
 READING = 60.0
 """Seconds that new settings may take to be read; after that a file system is taken to hang."""
-SILENCE = 3.0
+HANG_SECONDS = 3.0
 """Seconds beyond the watchdog's own that a worker may give no sign of life."""
 
 
@@ -66,13 +66,13 @@ class _Child:
 
 
 class Master:
-    """``leash`` is a descriptor whose closing tells all children to end."""
+    """``master_alive_w`` is a descriptor whose closing tells all children to end."""
 
-    def __init__(self, work: Work, board: Scoreboard, notifier: Notifier, leash: int) -> None:
+    def __init__(self, work: Work, board: Scoreboard, notifier: Notifier, master_alive_w: int) -> None:
         self._work = work
         self._board = board
         self._notifier = notifier
-        self._leash = leash
+        self._master_alive_w = master_alive_w
         self._workers = [_Child(number) for number in range(len(board.slots))]
         self._children = [*self._workers, *([_Child(METRICS)] if work.metrics_sockets else [])]
         self._settled = False
@@ -172,7 +172,7 @@ class Master:
         if self._stopping and (code == 0 or self._status):
             return
         now = time.monotonic()
-        child.failures = child.failures + 1 if now - child.started < YOUNG else 1
+        child.failures = child.failures + 1 if now - child.started < EARLY_DEATH_SECONDS else 1
         child.due = now + child.pause
         event(
             self._work.log,
@@ -186,12 +186,12 @@ class Master:
         )
 
     def _end_metrics(self) -> None:
-        os.close(self._leash)
-        deadline = time.monotonic() + HASTE
+        os.close(self._master_alive_w)
+        deadline = time.monotonic() + KILL_AFTER
         while any(child.pid for child in self._children):
             if signal.sigtimedwait([signal.SIGCHLD], max(0.0, deadline - time.monotonic())) is None:
                 self._tell(signal.SIGKILL)
-                deadline += HASTE
+                deadline += KILL_AFTER
             self._reap()
 
     # Signals
@@ -221,13 +221,13 @@ class Master:
         self._notifier.stopping()
         self._work.unbind()
         self._tell(signal.SIGTERM)
-        self._deadline = time.monotonic() + self._work.drain_timeout + GRACE
+        self._deadline = time.monotonic() + self._work.drain_timeout + DRAIN_GRACE
 
     def _hurry(self, number: signal.Signals) -> None:
         self._stopping = True
         self._status = 128 + number
         self._tell(signal.SIGQUIT)
-        self._deadline = time.monotonic() + HASTE
+        self._deadline = time.monotonic() + KILL_AFTER
 
     def _reload(self) -> None:
         self._notifier.reloading()
@@ -289,18 +289,18 @@ class Master:
             self._deadline = float("inf")
         if self._notifier.interval is not None and now >= self._next_sign:
             self._next_sign = now + self._notifier.interval
-            if self._is_healthy(2 * self._notifier.interval + SILENCE):
+            if self._is_healthy(2 * self._notifier.interval + HANG_SECONDS):
                 self._notifier.alive()
 
     def _is_healthy(self, silence: float) -> bool:
         """No worker has been silent for longer, and some worker serves; before the first one has, or at a stop, none need."""
-        living = [slot for slot in self._board.slots if slot.state is not State.ABSENT]
-        some = self._stopping or not self._has_served or any(slot.state is State.SERVING for slot in living)
+        living = [slot for slot in self._board.slots if slot.state is not WorkerState.ABSENT]
+        some = self._stopping or not self._has_served or any(slot.state is WorkerState.SERVING for slot in living)
         return some and all(slot.silence < silence for slot in living)
 
     def _settle(self) -> None:
         newest = self._board.reloads
-        if all(slot.state is State.SERVING and slot.reloads == newest for slot in self._board.slots):
+        if all(slot.state is WorkerState.SERVING and slot.reloads == newest for slot in self._board.slots):
             self._settled = self._has_served = True
             if newest != self._announced:
                 if not self._partly:

@@ -42,7 +42,7 @@ Problem = Callable[[], str | None]
 
 CLIENTS = 16
 """Requests served at once."""
-PAUSE = 0.5
+PAUSE_SECONDS = 0.5
 """Seconds without accepting when descriptors have run out."""
 ROOM = 2.0
 """Seconds for one of those who are served to make room; a client that comes and finds none is closed."""
@@ -52,7 +52,7 @@ REQUEST = 10.0
 """Seconds for one request from connection to answer, however much its client dawdles."""
 
 
-class Endpoint:
+class MetricsServer:
     """Serves until ``close()``."""
 
     def __init__(
@@ -165,7 +165,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             raise
         except OSError:
             # No descriptor is left. The scraper stays in the queue, and to ask again at once would only burn the processor.
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import MutableSequence
 from enum import IntEnum
 from typing import TypeAlias
 
-REPORT = 4 << 20
+REPORT_BYTES = 4 << 20
 """Octets a report may have. The kernel gives memory only to those that are written."""
 LEAD = 2
 """How many connections a worker may be ahead of the least loaded one before it lets the others accept first."""
@@ -25,7 +25,7 @@ _FIELDS = 8
 Numbers: TypeAlias = "MutableSequence[int] | memoryview[int]"
 
 
-class State(IntEnum):
+class WorkerState(IntEnum):
     """How a worker is."""
 
     ABSENT = 0
@@ -33,7 +33,7 @@ class State(IntEnum):
     DRAINING = 2
 
 
-class Crowd:
+class ConnectionCount:
     """How many connections this worker has, how many the others, and how many clients there are in all of them.
 
     A connection counts as a client once admitted. Before its PROXY header, or after a rejection, it is only a connection.
@@ -47,16 +47,16 @@ class Crowd:
         self._connections = connections
         self._clients = clients
 
-    def came(self) -> None:
+    def opened(self) -> None:
         self._connections[self._number] += 1
 
-    def went(self) -> None:
+    def closed(self) -> None:
         self._connections[self._number] -= 1
 
-    def entered(self) -> None:
+    def client_admitted(self) -> None:
         self._clients[self._number] += 1
 
-    def left(self) -> None:
+    def client_left(self) -> None:
         self._clients[self._number] -= 1
 
     @property
@@ -76,12 +76,12 @@ class Crowd:
         if enough <= 0:
             return False
         workers = zip(self._states, self._connections, strict=True)
-        return any(count < enough and state == State.SERVING for state, count in workers)
+        return any(count < enough and state == WorkerState.SERVING for state, count in workers)
 
 
-def crowd_of_one() -> Crowd:
+def count_of_one_process() -> ConnectionCount:
     """That of a server without other workers."""
-    return Crowd(0, [State.SERVING], [0], [0])
+    return ConnectionCount(0, [WorkerState.SERVING], [0], [0])
 
 
 class Slot:
@@ -90,14 +90,14 @@ class Slot:
     def __init__(self, board: Scoreboard, number: int) -> None:
         self._board = board
         self._number = number
-        self.crowd = Crowd(number, board.states, board.connections, board.clients)
+        self.connection_count = ConnectionCount(number, board.states, board.connections, board.clients)
 
     @property
-    def state(self) -> State:
-        return State(self._board.states[self._number])
+    def state(self) -> WorkerState:
+        return WorkerState(self._board.states[self._number])
 
     @state.setter
-    def state(self, state: State) -> None:
+    def state(self, state: WorkerState) -> None:
         self._board.states[self._number] = state
 
     @property
@@ -120,16 +120,16 @@ class Slot:
 
     def clear(self) -> None:
         """The worker has ended: its connections are gone; what it counted stays."""
-        self.state = State.ABSENT
+        self.state = WorkerState.ABSENT
         self._board.connections[self._number] = self._board.clients[self._number] = 0
 
     def write(self, report: bytes) -> None:
-        """Raises ValueError for a report of more than REPORT octets."""
-        if len(report) > REPORT:
+        """Raises ValueError for a report of more than REPORT_BYTES octets."""
+        if len(report) > REPORT_BYTES:
             raise ValueError(f"a report of {len(report)} octets")
         number = self._board.reports[self._number] + 1
         place = self._place(number)
-        self._board.memory[place * REPORT : place * REPORT + len(report)] = report
+        self._board.memory[place * REPORT_BYTES : place * REPORT_BYTES + len(report)] = report
         self._board.lengths[place] = len(report)
         self._board.reports[self._number] = number
 
@@ -138,7 +138,7 @@ class Slot:
         while True:
             number = self._board.reports[self._number]
             place = self._place(number)
-            report = bytes(self._board.memory[place * REPORT : place * REPORT + self._board.lengths[place]])
+            report = bytes(self._board.memory[place * REPORT_BYTES : place * REPORT_BYTES + self._board.lengths[place]])
             if self._board.reports[self._number] == number:
                 return report
 
@@ -151,7 +151,7 @@ class Scoreboard:
 
     def __init__(self, workers: int) -> None:
         size = 8 * (_FIELDS * workers + 2)
-        memory = memoryview(mmap.mmap(-1, size + workers * 2 * REPORT))
+        memory = memoryview(mmap.mmap(-1, size + workers * 2 * REPORT_BYTES))
         numbers, self.memory = memory[:size].cast("q"), memory[size:]
         fields = [numbers[at * workers : (at + 1) * workers] for at in range(_FIELDS)]
         self.states, self.signs, self.reloads_seen, self.connections, self.clients, self.reports = fields[:6]
@@ -179,6 +179,6 @@ class Scoreboard:
 
     def problem(self) -> str | None:
         """Why nobody takes connections, or None."""
-        if State.SERVING in self.states:
+        if WorkerState.SERVING in self.states:
             return None
-        return "draining" if State.DRAINING in self.states else "not accepting"
+        return "draining" if WorkerState.DRAINING in self.states else "not accepting"

@@ -18,7 +18,7 @@ log = logging.getLogger("fumi.systemd")
 
 FIRST = 3
 """The first descriptor that is passed, SD_LISTEN_FDS_START."""
-PATIENCE = 1.0
+NOTIFY_TIMEOUT = 1.0
 """Seconds to wait while systemd hears others. A handful of datagrams fills its queue when it is busy with many services."""
 
 
@@ -47,14 +47,14 @@ class Notifier:
 
     def ready(self) -> None:
         """It serves, or it has reloaded."""
-        self._send("READY=1", PATIENCE)
+        self._send("READY=1", NOTIFY_TIMEOUT)
 
     def reloading(self) -> None:
         """It reads its settings anew; ``ready()`` is to follow."""
-        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", PATIENCE)
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", NOTIFY_TIMEOUT)
 
     def stopping(self) -> None:
-        self._send("STOPPING=1", PATIENCE)
+        self._send("STOPPING=1", NOTIFY_TIMEOUT)
 
     def alive(self) -> None:
         # Soon there is another.

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.scoreboard import Scoreboard, Slot, State
+from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState
 
 log = logging.getLogger("fumi.workers")
 
@@ -64,7 +64,7 @@ class Totals(Collector):
 
     def trouble(self) -> str | None:
         """Why no worker takes mail, or None when one does."""
-        troubles = [_read(slot).trouble for slot in self._board.slots if slot.state is State.SERVING]
+        troubles = [_read(slot).trouble for slot in self._board.slots if slot.state is WorkerState.SERVING]
         return troubles[0] if troubles and None not in troubles else None
 
     def describe(self) -> Iterable[Metric]:
@@ -75,7 +75,7 @@ class Totals(Collector):
         for slot in self._board.slots:
             families = _read(slot).families
             counts.append(families)
-            if families and slot.state is not State.ABSENT:
+            if families and slot.state is not WorkerState.ABSENT:
                 states.append(families)
         for family in self._registry.collect():
             if family.type == "gauge":

@@ -35,12 +35,12 @@ from fumi_core.runtime.lifecycle import (
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.loop import Loop
 from fumi_core.runtime.master import METRICS, Master
-from fumi_core.runtime.scoreboard import Scoreboard, State
+from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 from fumi_core.runtime.totals import Reporter, Totals
 from fumi_core.version import VERSION
 
-REPORT = 1.0
+REPORT_SECONDS = 1.0
 """Seconds between two reports of a worker: so old are the metrics of a set at most."""
 
 
@@ -57,15 +57,15 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> No
         _run(alone(work, notifier, stops))
         return
     board = Scoreboard(workers)
-    lifeline, leash = os.pipe()
-    role = Master(work, board, notifier, leash).run()
+    master_alive_r, master_alive_w = os.pipe()
+    role = Master(work, board, notifier, master_alive_w).run()
     if role is None:
         return
-    os.close(leash)  # the master's alone, so that reading the lifeline ends when the master does, whichever way
+    os.close(master_alive_w)  # the master's alone, so that reading the master_alive_r ends when the master does, whichever way
     if role == METRICS:
-        _serve_metrics(work, board, lifeline)
+        _serve_metrics(work, board, master_alive_r)
     else:
-        _run(_serve(work, board, role, lifeline))
+        _run(_serve(work, board, role, master_alive_r))
 
 
 def _run(program: Coroutine[Any, Any, None]) -> None:
@@ -76,14 +76,14 @@ def _run(program: Coroutine[Any, Any, None]) -> None:
         raise SystemExit(left.args[0]) from None
 
 
-async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> None:
+async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int) -> None:
     """A worker: like a program that is alone, but heeding its master, and reporting to the scoreboard."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     slot = board.slots[number]
 
     def orphaned() -> None:
-        loop.remove_reader(lifeline)
+        loop.remove_reader(master_alive_r)
         event(work.log, logging.ERROR, "the master is gone, stopping", worker=number, pid=os.getpid())
         stopped.set()
 
@@ -98,23 +98,23 @@ async def _serve(work: Work, board: Scoreboard, number: int, lifeline: int) -> N
 
     for sock in work.metrics_sockets:
         sock.close()
-    await work.start(slot.crowd)
+    await work.start(slot.connection_count)
     reporter = Reporter(work.registry, slot)
     report()
-    slot.state = State.SERVING
+    slot.state = WorkerState.SERVING
     # A stop may be heard several times: from the terminal or systemd, which tell all processes, and from the master.
     signal.signal(signal.SIGQUIT, leave)
     heed({signal.SIGTERM: stopped.set, signal.SIGINT: stopped.set, signal.SIGHUP: in_turn(take_over)})
-    loop.add_reader(lifeline, orphaned)
-    with every(REPORT, report):
+    loop.add_reader(master_alive_r, orphaned)
+    with every(REPORT_SECONDS, report):
         await stopped.wait()
-        slot.state = State.DRAINING
+        slot.state = WorkerState.DRAINING
         await work.close()
     end_within(TIDY_TIMEOUT, 0)
     report()
 
 
-def _serve_metrics(work: Work, board: Scoreboard, lifeline: int) -> None:
+def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
     """The process that adds up what the workers report. It ends with the master, whose fork() its threads would endanger."""
     work.unbind()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
@@ -127,7 +127,7 @@ def _serve_metrics(work: Work, board: Scoreboard, lifeline: int) -> None:
         return board.problem() or totals.trouble() or work.problem()
 
     serve_metrics(work, registry, problem)
-    os.read(lifeline, 1)
+    os.read(master_alive_r, 1)
 
 
 def _reload_when_told(work: Work) -> None:

@@ -19,7 +19,7 @@ from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse, uni
 from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.server.dialogue import Dialogue, Service
 from fumi_core.server.transport import Transport
 from fumi_core.smtp import replies
@@ -30,7 +30,7 @@ _DIRECT = "clients that connect without a proxy need --proxy-protocol off"
 _HEADER_HINTS = {"timeout": _DIRECT, "malformed": _DIRECT, "untrusted": f"name a proxy with --trusted-proxy; {_DIRECT}"}
 READ_SIZE = 128 * 1024
 """Octets taken from a socket at once, into one buffer that all connections share."""
-LINGER = 5.0
+LINGER_SECONDS = 5.0
 """Seconds a client has, after it has taken the last reply, to close its side."""
 
 
@@ -44,9 +44,9 @@ class Phase(Enum):
 class Server:
     """Listeners and connections of one ``Fumi``; made anew by each ``listen()`` after a ``close()``."""
 
-    def __init__(self, service: Service, logger: logging.Logger | None, crowd: Crowd) -> None:
+    def __init__(self, service: Service, logger: logging.Logger | None, connection_count: ConnectionCount) -> None:
         self.configure(service, logger)
-        self.crowd = crowd
+        self.connection_count = connection_count
         self.loop = asyncio.get_running_loop()
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.connections: set[Connection] = set()
@@ -65,7 +65,7 @@ class Server:
         """Accept connections from a listening socket, which is the server's from here on."""
         sock.setblocking(False)
         name = str(sock.getsockname())
-        self._acceptors.append(Acceptor(sock, name, _log, self.admit, self.crowd))
+        self._acceptors.append(Acceptor(sock, name, _log, self.admit, self.connection_count))
 
     def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
         """Serve a connected, non-blocking socket, whose ends have these names."""
@@ -122,7 +122,7 @@ class Connection:
     replies wait for the client   socket_timeout                  all of them taken by the      closed without a word
     to read, handler or not                                       kernel
     lingering, replies waiting    socket_timeout                  nothing; then as below        closed
-    lingering                     LINGER                          nothing                       closed
+    lingering                     LINGER_SECONDS                          nothing                       closed
     closing                       the one there was               nothing                       closed
     ============================  ==============================  ============================  =====================
 
@@ -167,7 +167,7 @@ class Connection:
     def start(self) -> None:
         server, session = self._server, self._session
         server.connections.add(self)
-        server.crowd.came()
+        server.connection_count.opened()
         server.observer.connection_opened()
         if server.options.proxy_protocol == "off":
             session.secure = server.options.assume_tls
@@ -205,18 +205,18 @@ class Connection:
             self._deadline = monotonic() + self._server.options.socket_timeout
             self._proceed()
         elif self._phase is Phase.LINGERING:
-            self._watch(LINGER)
+            self._watch(LINGER_SECONDS)
 
     def lost(self) -> None:
         self._phase = Phase.CLOSED
         if self._timer is not None:
             self._timer.cancel()
-        self._server.crowd.went()
+        self._server.connection_count.closed()
         self._server.observer.connection_closed()
         if self._dialogue is None:
             self._server.forget(self)
         else:
-            self._server.crowd.left()
+            self._server.connection_count.client_left()
             self._probe = self._probe or self._dialogue.protocol.unused
             self._dialogue.gone(self._closed)
 
@@ -268,7 +268,7 @@ class Connection:
 
     def _open(self) -> None:
         server = self._server
-        if server.options.max_clients is not None and server.crowd.clients >= server.options.max_clients:
+        if server.options.max_clients is not None and server.connection_count.clients >= server.options.max_clients:
             server.observer.rejected("max_clients")
             counts = server.service.tally.replies
             counts[421] = counts.get(421, 0) + 1
@@ -276,7 +276,7 @@ class Connection:
             self._transport.write(refusal.plain if server.options.hide_enhancedstatuscodes else refusal.data)
             self._linger()
             return
-        server.crowd.entered()
+        server.connection_count.client_admitted()
         self._phase = Phase.OPEN
         self._dialogue = Dialogue(self._session, server.service, self._regulate, anonymous=self._anonymous)
         self._watch(server.options.socket_timeout)
@@ -329,7 +329,7 @@ class Connection:
     def _linger(self) -> None:
         self._phase = Phase.LINGERING
         # The client has to take what waits first; drained() then gives it the rest of its time.
-        self._watch(self._server.options.socket_timeout if self._transport.blocked else LINGER)
+        self._watch(self._server.options.socket_timeout if self._transport.blocked else LINGER_SECONDS)
         if self._paused:
             self._paused = False
             self._transport.resume_reading()

@@ -25,7 +25,7 @@ from fumi_core.handlers.contexts import (
     RcptContext,
 )
 from fumi_core.handlers.middleware import Chain
-from fumi_core.handlers.runner import Fiber
+from fumi_core.handlers.runner import HandlerRunner
 from fumi_core.handlers.stream import HIGH_WATER, MessageStream
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.logs import event as log_event
@@ -120,7 +120,7 @@ class Dialogue:
         self._service = service
         self._observer = service.observer
         self._changed = changed
-        self._fiber = Fiber(asyncio.get_running_loop())
+        self._runner = HandlerRunner(asyncio.get_running_loop())
         self._running: Context | None = None
         self._pumping = False
         self._message: _Message | None = None
@@ -188,7 +188,7 @@ class Dialogue:
         if self._running is None:
             self._after_gone()
         elif not isinstance(self._running, DataContext):
-            self._fiber.cancel()
+            self._runner.cancel()
 
     # Events
 
@@ -298,7 +298,7 @@ class Dialogue:
             elif not self._pumping:
                 self._pump()
 
-        self._fiber.run(chain(context), ended)
+        self._runner.run(chain(context), ended)
 
     def _connect_done(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None or error is None or isinstance(error, SMTPError):
@@ -433,14 +433,14 @@ class Dialogue:
     def kill(self) -> None:
         """The server is closing, and the client has had its time: stop the handlers, whatever they do."""
         self._end(replies.SHUTTING_DOWN, "the server is closing")
-        self._fiber.cancel()
+        self._runner.cancel()
 
     def _end(self, reply: Reply, reason: str) -> None:
         self.protocol.close(reply)
         self._report_end()
         self._abort_message(reason)
         if self._running is not None and not isinstance(self._running, DataContext):
-            self._fiber.cancel()
+            self._runner.cancel()
         self._changed()
 
     def _after_gone(self) -> None:
@@ -450,7 +450,7 @@ class Dialogue:
         def done(context: Context, error: BaseException | None) -> None:
             if error is not None:
                 self._log_failure(context, error)
-            self._fiber.close()
+            self._runner.close()
             closed()
 
         self._run("close", CloseContext(self.session), done)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from fumi_core.smtp import saslprep
 from fumi_core.smtp.grammar import CONTROL_CHARACTER
 
-Exchange = Generator[bytes, bytes, "Credentials"]
-Mechanism = Callable[[str], Exchange]
+Challenges = Generator[bytes, bytes, "Credentials"]
+Mechanism = Callable[[str], Challenges]
 """Called with the server's name."""
 
 
@@ -62,7 +62,7 @@ class Credentials:
         return hmac.compare_digest(saslprep.prepare(password).encode(), saslprep.prepare(self.password).encode())
 
 
-def _plain(name: str) -> Exchange:
+def _plain(name: str) -> Challenges:
     parts = (yield b"").split(b"\x00")
     if len(parts) != 3 or not parts[1]:
         raise Malformed
@@ -71,7 +71,7 @@ def _plain(name: str) -> Exchange:
     return Credentials("PLAIN", _name(parts[1]), password=_text(parts[2]))
 
 
-def _login(name: str) -> Exchange:
+def _login(name: str) -> Challenges:
     # The first challenge is not b"", yet the user's name may come as an initial response.
     username = yield b"Username:"
     password = yield b"Password:"
@@ -80,7 +80,7 @@ def _login(name: str) -> Exchange:
     return Credentials("LOGIN", _name(username), password=_text(password))
 
 
-def _cram_md5(name: str) -> Exchange:
+def _cram_md5(name: str) -> Challenges:
     challenge = f"<{secrets.randbits(64)}.{time.time_ns()}@{name}>"
     username, _, digest = (yield challenge.encode()).rpartition(b" ")
     if not username:
@@ -88,7 +88,7 @@ def _cram_md5(name: str) -> Exchange:
     return Credentials("CRAM-MD5", _name(username), challenge=challenge, challenge_response=_text(digest).lower())
 
 
-def _xoauth2(name: str) -> Exchange:
+def _xoauth2(name: str) -> Challenges:
     fields = dict(part.partition("=")[::2] for part in _text((yield b"")).split("\x01") if part)
     scheme, _, token = fields.get("auth", "").partition(" ")
     if scheme.lower() != "bearer" or not token or not fields.get("user"):

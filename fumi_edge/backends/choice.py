@@ -25,7 +25,7 @@ BALANCES = ("leastconn", "roundrobin", "first")
 """How one is chosen of those that are up: the fewest connections, each in turn, or the first as they were given."""
 AVOID = 5.0
 """Seconds for which a backend that could not be connected to is only asked after the others."""
-PARTING = 1.0
+QUIT_SECONDS = 1.0
 """Seconds that backends which were told QUIT have to close when the edge stops."""
 RETIRING = 1024
 """Connections to backends that may be waiting for the backend to close; one more is broken off."""
@@ -246,6 +246,6 @@ class Backends:
     async def close(self) -> None:
         """Let those that are taking leave end, for a moment."""
         if self._retiring:
-            _, pending = await asyncio.wait(self._retiring, timeout=PARTING)
+            _, pending = await asyncio.wait(self._retiring, timeout=QUIT_SECONDS)
             for task in pending:
                 task.cancel()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from fumi_core.runtime.addresses import SocketAddress
-from fumi_core.runtime.daemon_thread import aside
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.logs import event
 from fumi_edge.sockets.ending import reset_on_close
 from fumi_edge.sockets.readiness import receive, send_all, writable
@@ -25,7 +25,7 @@ RESOLVE_AGAIN = 1.0
 """Seconds between two questions to the resolver when none of them can."""
 AVOID_ADDRESS = 30.0
 """Seconds for which an address that could not be connected to is tried after the others of the same name."""
-FAREWELL = 5.0
+CLOSE_SECONDS = 5.0
 """Seconds a backend has to close its side after QUIT."""
 LAST_ANSWER = 64 * 1024
 """Octets a backend may still send after QUIT."""
@@ -51,7 +51,7 @@ class Destination(Protocol):
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """A connection on which ``opening`` has been sent, after ``timeout`` seconds at most a step. Raises OSError."""
 
-    def afresh(self) -> Destination:
+    def copy_for_other_loop(self) -> Destination:
         """The same place, to be connected to from another event loop."""
 
 
@@ -104,7 +104,9 @@ class Remote:
 
     async def _resolve(self, loop: asyncio.AbstractEventLoop) -> OSError | None:
         try:
-            found = await aside(lambda: socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM))
+            found = await run_in_daemon_thread(
+                lambda: socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+            )
             self._targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
             self._failed = {target: at for target, at in self._failed.items() if target in self._targets}
             self._unresolved = False
@@ -150,7 +152,7 @@ class Remote:
             await self._answer(timeout)
         return [target for target in self._targets if target not in tried]
 
-    def afresh(self) -> Remote:
+    def copy_for_other_loop(self) -> Remote:
         return Remote(self.address)
 
 
@@ -226,7 +228,7 @@ async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: 
     await send_all(loop, sock, opening)
 
 
-async def quit_and_close(sock: socket.socket, timeout: float = FAREWELL) -> bytes:
+async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) -> bytes:
     """Say QUIT and wait for the other side to close first, so that it keeps the TIME_WAIT (RFC 9293 §3.6) and we the port.
 
     If it does not in ``timeout`` seconds, or sends more than an answer, it is broken off, for the same end: whoever goes on

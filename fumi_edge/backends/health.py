@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends.choice import Backend, Backends, own_opening
-from fumi_edge.backends.dialing import FAREWELL, OURS, Destination, quit_and_close, reason_of, words_of
+from fumi_edge.backends.dialing import CLOSE_SECONDS, OURS, Destination, quit_and_close, reason_of, words_of
 from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
 from fumi_edge.sockets.readiness import receive, send_all
 
@@ -25,7 +25,7 @@ log = logging.getLogger("fumi.edge.backends")
 
 FALL = 2
 """Checks in a row that have to fail before a backend that worked is called down: one alone may be our own delay."""
-SOON = 1.0
+RETRY_SECONDS = 1.0
 """Seconds until a check that failed is repeated."""
 RECOVERY = 5.0
 """Seconds between checks of a backend that is down, unless the interval is shorter."""
@@ -66,7 +66,7 @@ async def check(destination: Destination, manner: Manner) -> None:
     except BaseException:
         sock.close()
         raise
-    answer = behind + await quit_and_close(sock, min(manner.timeout, FAREWELL))
+    answer = behind + await quit_and_close(sock, min(manner.timeout, CLOSE_SECONDS))
     if answer.startswith((b"4", b"5")):
         raise BadBanner(f"answered {_quoted(answer)} to {_IGNORANT if opening else 'QUIT'}")
 
@@ -92,7 +92,7 @@ def probe(destinations: Iterable[Destination], manner: Manner, one: bool = False
     """
 
     async def check_all() -> list[str | None]:
-        tasks = [asyncio.ensure_future(_problem(each.afresh(), manner)) for each in destinations]
+        tasks = [asyncio.ensure_future(_problem(each.copy_for_other_loop(), manner)) for each in destinations]
         if one:
             for earliest in asyncio.as_completed(tasks):
                 if await earliest is None:
@@ -106,7 +106,7 @@ def offering_starttls(destinations: Iterable[Destination], manner: Manner) -> li
     """Whether each of them offers STARTTLS to the edge itself, from outside the loop; False where that cannot be found out."""
 
     async def ask_all() -> list[bool]:
-        return await asyncio.gather(*(_offers_starttls(each.afresh(), manner) for each in destinations))
+        return await asyncio.gather(*(_offers_starttls(each.copy_for_other_loop(), manner) for each in destinations))
 
     return asyncio.run(ask_all())
 
@@ -123,7 +123,7 @@ async def _offers_starttls(destination: Destination, manner: Manner) -> bool:
         except BaseException:
             sock.close()
             raise
-        await quit_and_close(sock, min(manner.timeout, FAREWELL))
+        await quit_and_close(sock, min(manner.timeout, CLOSE_SECONDS))
     except (OSError, BadBanner):
         return False
     return STARTTLS_OFFER.search(reply) is not None
@@ -185,4 +185,4 @@ class Checks:
     def _pause(self, failures: int) -> float:
         if not failures:
             return self._interval
-        return min(self._interval, SOON if failures < FALL else RECOVERY)
+        return min(self._interval, RETRY_SECONDS if failures < FALL else RECOVERY)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fumi_core.runtime.addresses import unmapped
 from fumi_core.runtime.counting import Count
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.scoreboard import crowd_of_one
+from fumi_core.runtime.scoreboard import count_of_one_process
 
 log = logging.getLogger("fumi.edge.listener")
 
@@ -55,18 +55,18 @@ class Limits:
         self._max_clients_per_ip = max_clients_per_ip
         self._rate = rate_per_ip
         self._clock = clock
-        self.crowd = crowd_of_one()
+        self.connection_count = count_of_one_process()
         """Where clients are counted, for the limit on all of them; the limits for each address are this process's own."""
         self._clients_of: Counter[bytes] = Counter()
         self._due: OrderedDict[bytes, float] = OrderedDict()
 
     def enter(self, host: str | None) -> str | None:
         """Count a client in: the limit in its way, or None when it may come. Without ``host`` its address is not known yet."""
-        if self._max_clients is not None and self.crowd.clients >= self._max_clients:
+        if self._max_clients is not None and self.connection_count.clients >= self._max_clients:
             return "max_clients"
         reason = None if host is None else self.admit(host)
         if reason is None:
-            self.crowd.entered()
+            self.connection_count.client_admitted()
         return reason
 
     def admit(self, host: str) -> str | None:
@@ -86,7 +86,7 @@ class Limits:
 
     def leave(self, host: str | None) -> None:
         """Count a client out that came in; ``host`` is what it was admitted as, None if it never was."""
-        self.crowd.left()
+        self.connection_count.client_left()
         if host is None or self._max_clients_per_ip is None or (key := _key(host)) is None:
             return
         self._clients_of[key] -= 1

@@ -9,9 +9,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from fumi_core.runtime.acceptor import Acceptor, Ceiling
+from fumi_core.runtime.acceptor import Acceptor, DescriptorLimit
 from fumi_core.runtime.addresses import Networks, peer_of
-from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_edge.backends.dialing import Name
 from fumi_edge.connection.limits import Limits, Rejections
 from fumi_edge.metrics import LIMITS, EdgeMetrics
@@ -38,8 +38,8 @@ class Listener:
         limits: Limits,
         rejections: Rejections,
         metrics: EdgeMetrics,
-        crowd: Crowd,
-        ceiling: Ceiling,
+        connection_count: ConnectionCount,
+        descriptor_limit: DescriptorLimit,
         serve: Serve,
     ) -> None:
         self._serve = serve
@@ -53,7 +53,7 @@ class Listener:
         # An abstract name comes as bytes.
         self.address: Name = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
         self.sock = sock
-        self._acceptor = Acceptor(sock, name, log, self._admit, crowd, ceiling)
+        self._acceptor = Acceptor(sock, name, log, self._admit, connection_count, descriptor_limit)
 
     async def close(self) -> None:
         """Accept what has already connected, then stop listening."""

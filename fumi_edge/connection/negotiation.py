@@ -9,7 +9,7 @@ import socket
 from fumi_edge.backends.replies import REPLY_LIMIT
 from fumi_edge.connection.starttls import INJECTED, READY, Preamble, Step, Verdict
 from fumi_edge.sockets.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
-from fumi_edge.sockets.readiness import Lookout, readable, send_all
+from fumi_edge.sockets.readiness import HangupWatch, readable, send_all
 
 CHUNK = 4096
 CONTENT = 64 * 1024
@@ -21,14 +21,14 @@ class Negotiation:
     """One connection's preamble on the wire. ``received`` and ``sent`` count the client's bytes."""
 
     def __init__(
-        self, client: socket.socket, backend: socket.socket, preamble: Preamble, lookout: Lookout, idle_timeout: float
+        self, client: socket.socket, backend: socket.socket, preamble: Preamble, hangup_watch: HangupWatch, idle_timeout: float
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._client = client
         self._backend = backend
         self._preamble = preamble
         self._idle_timeout = idle_timeout
-        self._lookout = lookout
+        self._hangup_watch = hangup_watch
         self.received = self.sent = 0
 
     async def run(self) -> Step:
@@ -65,7 +65,7 @@ class Negotiation:
             if preamble.held and (step := preamble.backend_said(b"")) != _NOTHING:
                 return step
             try:
-                await self._lookout.readable(self._client, self._backend)
+                await self._hangup_watch.readable(self._client, self._backend)
             except ConnectionResetError:
                 raise Ended("client_reset") from None
             return self._from_backend()

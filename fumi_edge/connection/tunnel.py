@@ -31,18 +31,18 @@ RECORD = 16 * 1024
 """The most that one TLS record carries (RFC 8446 §5.1)."""
 COMMAND = 1024
 """A first read shorter than this is a command or a reply: trying at once for more would only find nothing."""
-LINGER = 30.0
+LINGER_SECONDS = 30.0
 """Seconds of silence after which a client that does not end its side, though the backend has, is cut off."""
 
 
-class State(enum.IntEnum):
+class FlowState(enum.IntEnum):
     OPEN = 0
     DISCARDING = 1
     CLOSING = 2
     CLOSED = 3
 
 
-_OPEN, _DISCARDING, _CLOSING, _CLOSED = State.OPEN, State.DISCARDING, State.CLOSING, State.CLOSED
+_OPEN, _DISCARDING, _CLOSING, _CLOSED = FlowState.OPEN, FlowState.DISCARDING, FlowState.CLOSING, FlowState.CLOSED
 
 
 class _End:
@@ -172,7 +172,7 @@ class Tunnel:
         if moved != self._moved:
             self._moved, self._moved_at = moved, now
             if self._deadline is not None:
-                self._deadline = now + LINGER
+                self._deadline = now + LINGER_SECONDS
         if self._deadline is not None:
             if now >= self._deadline:
                 self._reason = "linger"
@@ -397,4 +397,4 @@ class Tunnel:
         if self._up.state is _CLOSED and self._down.state is _CLOSED:
             self._finish("closed")
         elif flow is self._down:
-            self._deadline = self._loop.time() + LINGER
+            self._deadline = self._loop.time() + LINGER_SECONDS

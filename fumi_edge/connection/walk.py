@@ -31,7 +31,7 @@ from fumi_edge.connection.starttls import Preamble, Step, Verdict
 from fumi_edge.connection.tunnel import Tunnel
 from fumi_edge.metrics import LIMITS, EdgeMetrics
 from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
-from fumi_edge.sockets.readiness import Lookout, received_since
+from fumi_edge.sockets.readiness import HangupWatch, received_since
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.handshake import HandshakeError, handshake
@@ -76,7 +76,7 @@ class Service:
     limits: Limits
     rejections: Rejections
     metrics: EdgeMetrics
-    lookout: Lookout
+    hangup_watch: HangupWatch
     close_notify: CloseNotify
     buffer: memoryview
     proxy_protocol: str
@@ -271,8 +271,8 @@ class Connection:
     async def _negotiate(self) -> Step:
         preamble = Preamble(self._service.require_tls, self._service.hide_starttls)
         assert self._backend is not None
-        lookout, idle_timeout = self._service.lookout, self._service.idle_timeout
-        negotiation = self._negotiation = Negotiation(self._client, self._backend, preamble, lookout, idle_timeout)
+        hangup_watch, idle_timeout = self._service.hangup_watch, self._service.idle_timeout
+        negotiation = self._negotiation = Negotiation(self._client, self._backend, preamble, hangup_watch, idle_timeout)
         try:
             return await negotiation.run()
         except Ended as ended:
@@ -346,7 +346,7 @@ class Connection:
         assert self._backend is not None
         while True:
             try:
-                await self._service.lookout.readable(self._client, self._backend)
+                await self._service.hangup_watch.readable(self._client, self._backend)
             except ConnectionResetError:
                 raise Ended("client_reset") from None
             try:

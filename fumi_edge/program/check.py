@@ -20,7 +20,7 @@ from fumi_core.runtime.privileges import find
 _ACL = "system.posix_acl_access"
 
 
-class Place(NamedTuple):
+class ListenAddress(NamedTuple):
     """An address to listen on, and the flag that says so."""
 
     flag: str
@@ -30,7 +30,7 @@ class Place(NamedTuple):
         return f"{self.flag} {self.address}"
 
 
-def clash(places: Iterable[Place]) -> str | None:
+def clash(places: Iterable[ListenAddress]) -> str | None:
     """Which two of them cannot both be listened on, or None."""
     for one, other in itertools.combinations(places, 2):
         if one.address == other.address and not _any_port(one.address):
@@ -52,16 +52,16 @@ def _is_part(part: SocketAddress, whole: SocketAddress) -> bool:
     return both_tcp and part.port == whole.port != 0 and bool(part.host) and not whole.host
 
 
-class Looked(NamedTuple):
+class ListenCheck(NamedTuple):
     """A line for each address that could not be listened on, and those that somebody has at the moment."""
 
     problems: list[str]
     taken: list[SocketAddress]
 
 
-def look(places: Iterable[Place]) -> Looked:
+def look(places: Iterable[ListenAddress]) -> ListenCheck:
     """Try all of them, without ever listening: a client would be accepted and reset."""
-    looked = Looked([], [])
+    looked = ListenCheck([], [])
     for flag, address in places:
         try:
             _try(address)

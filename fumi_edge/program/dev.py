@@ -60,7 +60,7 @@ def _take(path: str) -> bytes:
     return data
 
 
-class Bench:
+class DevCore:
     """The core in the edge's own event loop, delivering to ./maildir."""
 
     def __init__(self, edge: Edge, path: str) -> None:

@@ -18,11 +18,11 @@ from fumi_core.runtime.lifecycle import Incomplete
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.metrics_server import Page, Problem
 from fumi_core.runtime.privileges import PrivilegeError, become
-from fumi_core.runtime.scoreboard import Crowd
+from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.certificate_reload import SETTLE
 from fumi_edge.edge import Edge
-from fumi_edge.program.dev import Bench
+from fumi_edge.program.dev import DevCore
 from fumi_edge.status.page import Facts, Status
 from fumi_edge.tls.pem import date
 
@@ -35,10 +35,10 @@ class EdgeWork:
 
     log = logging.getLogger("fumi.edge")
 
-    def __init__(self, edge: Edge, bench: Bench | None = None, user: str | None = None) -> None:
+    def __init__(self, edge: Edge, dev_core: DevCore | None = None, user: str | None = None) -> None:
         """``user`` is who the program is to be once the sockets are open."""
         self._edge = edge
-        self._bench = bench
+        self._dev_core = dev_core
         self._user = user
         self._serving = False
         self._begun = time.time()
@@ -80,19 +80,19 @@ class EdgeWork:
     def unbind(self) -> None:
         self._edge.unbind()
 
-    async def start(self, crowd: Crowd) -> None:
-        if self._bench is not None:
-            await self._bench.start()
-        await self._edge.start(crowd)
+    async def start(self, connection_count: ConnectionCount) -> None:
+        if self._dev_core is not None:
+            await self._dev_core.start()
+        await self._edge.start(connection_count)
         self._serving = True
         _tune_collector()
-        if self._bench is not None:
-            click.echo(self._bench.instructions())
+        if self._dev_core is not None:
+            click.echo(self._dev_core.instructions())
 
     async def close(self) -> None:
         await self._edge.close()
-        if self._bench is not None:
-            await self._bench.close()
+        if self._dev_core is not None:
+            await self._dev_core.close()
 
     async def reload(self) -> Iterable[str]:
         """The certificates are what is read again."""

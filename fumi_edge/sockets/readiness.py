@@ -39,7 +39,7 @@ async def writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
         loop.remove_writer(fd)
 
 
-class Lookout:
+class HangupWatch:
     """Notices clients that break off while a backend is waited for, whatever they may have sent ahead.
 
     Watched for nothing, a socket still reports that it is broken, and only that: neither unread bytes nor a FIN count. The event

@@ -18,7 +18,7 @@ from fumi_core.runtime.metrics_server import Answer, Problem
 from fumi_edge.status import wording
 from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, Series, series
 from fumi_edge.status.markup import Content, document, element, policy
-from fumi_edge.status.plot import ceiling, plot
+from fumi_edge.status.plot import descriptor_limit, plot
 
 # Read at once: later the process may be somebody else's, who cannot.
 _STYLE = (files("fumi_edge.status") / "status.css").read_text("utf-8")
@@ -190,7 +190,7 @@ class Status:
                     element("span", "up" if up else "down", class_="good" if up else "bad"),
                     wording.rate(self._history.rate(Series(CONNECTING.name + "_count", own))),
                     wording.seconds(latency[-1].value) if latency else wording.NOTHING,
-                    plot([latency], SPAN, ceiling([latency], 0.001), f"time to connect to {name}"),
+                    plot([latency], SPAN, descriptor_limit([latency], 0.001), f"time to connect to {name}"),
                     ", ".join(f"{wording.count(count)} {reason}" for reason, count in errors.items()) or "none",
                 ]
             )
@@ -209,7 +209,7 @@ def _less(all_of_it: Sequence[Point], part: Sequence[Point]) -> list[Point]:
 def _tile(title: str, now: str, unit: Callable[[float], str], *lines: tuple[str, Sequence[Point]]) -> Element:
     """A plot with its name, the present value, and what its height stands for."""
     values = [line for _, line in lines]
-    top = ceiling(values, 1.0)
+    top = descriptor_limit(values, 1.0)
     most = max((point.value for line in values for point in line), default=0.0)
     keys = [element("span", name, class_=f"key n{number}") for number, (name, _) in enumerate(lines)] if len(lines) > 1 else []
     return element(

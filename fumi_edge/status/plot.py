@@ -14,7 +14,7 @@ GAP = 2.5 * INTERVAL
 """Seconds without a point at which a line breaks."""
 
 
-def ceiling(lines: Sequence[Sequence[Point]], least: float) -> float:
+def descriptor_limit(lines: Sequence[Sequence[Point]], least: float) -> float:
     """The round number that a plot of these lines goes up to: 1, 2 or 5 times a power of ten, and not below ``least``."""
     most = max((point.value for line in lines for point in line), default=0.0)
     if most <= least:

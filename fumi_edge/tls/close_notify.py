@@ -18,20 +18,20 @@ class CloseNotify:
 
     def __init__(self) -> None:
         self._pair: tuple[socket.socket, socket.socket] | None = None
-        self._aside = -1
+        self._spare = -1
 
     def open(self) -> None:
         """Takes three descriptors, so that none is needed when a connection ends. Raises OSError."""
         self._pair = inner, outer = socket.socketpair()
         inner.setblocking(False)
         outer.setblocking(False)
-        self._aside = os.dup(inner.fileno())
+        self._spare = os.dup(inner.fileno())
 
     def close(self) -> None:
         if self._pair is not None:
             for sock in self._pair:
                 sock.close()
-            os.close(self._aside)
+            os.close(self._spare)
             self._pair = None
 
     def record(self, sock: ssl.SSLSocket) -> bytes:
@@ -40,15 +40,15 @@ class CloseNotify:
         inner, outer = self._pair
         fd = sock.fileno()
         # The event loop notices nothing: the connection is still open, and this descriptor is its own again in a moment.
-        os.dup2(fd, self._aside, inheritable=False)
+        os.dup2(fd, self._spare, inheritable=False)
         try:
             os.dup2(inner.fileno(), fd, inheritable=False)
             sock.unwrap()
         except (OSError, ValueError):
             pass  # SSLWantReadError, as a rule: the record is written, and the client's is not there
         finally:
-            os.dup2(self._aside, fd, inheritable=False)
-            os.dup2(inner.fileno(), self._aside, inheritable=False)
+            os.dup2(self._spare, fd, inheritable=False)
+            os.dup2(inner.fileno(), self._spare, inheritable=False)
         try:
             return outer.recv(65536)
         except BlockingIOError:

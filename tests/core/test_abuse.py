@@ -84,7 +84,7 @@ def test_a_client_that_never_reads_is_timed_out(connect: Any, eventually: Any) -
 
 
 def test_lingering_ends_though_reading_had_rested(connect: Any, eventually: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fumi_core.server.connection.LINGER", 0.1)
+    monkeypatch.setattr("fumi_core.server.connection.LINGER_SECONDS", 0.1)
     app = Fumi(auth_optional=True, close_timeout=0.2)
     refuses_slowly(app)
     with running(app) as server:
@@ -319,7 +319,7 @@ def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Any, eventual
             sock.close()
         # Until then the last of them may not have been accepted yet.
         eventually(lambda: len(closed) == 300 and connections(app) == 0)
-        assert app.crowd.clients == 0
+        assert app.connection_count.clients == 0
     assert len(opened) == 300
     assert "Traceback" not in caplog.text
 

@@ -155,7 +155,7 @@ def test_a_command_that_came_whole_gives_the_next_one_its_whole_time(connect: An
 
 
 def test_lingering_is_short_for_a_client_that_had_replies_to_read(eventually: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fumi_core.server.connection.LINGER", 0.1)
+    monkeypatch.setattr("fumi_core.server.connection.LINGER_SECONDS", 0.1)
     app = Fumi(auth_optional=True, max_errors=0, close_timeout=0.2)
     with little_room(app) as (_, client):
         sock = client()

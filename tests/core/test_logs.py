@@ -17,7 +17,7 @@ from typing import IO
 import pytest
 
 from fumi_core.runtime import logs
-from fumi_core.runtime.logs import JSONFormatter, Outlet, TextFormatter, event, failure
+from fumi_core.runtime.logs import JSONFormatter, NonBlockingStreamHandler, TextFormatter, event, failure
 
 Lines = Callable[[], list[str]]
 Written = Callable[..., tuple[logging.Logger, Lines]]
@@ -79,7 +79,7 @@ def test_what_is_below_the_level_is_not_logged(written: Written) -> None:
 # Whoever reads them may stop
 
 
-Outlets = tuple[logging.Logger, IO[bytes], Outlet]
+Outlets = tuple[logging.Logger, IO[bytes], NonBlockingStreamHandler]
 
 
 @pytest.fixture(params=["pipe", "pipe of another user", "socket"])
@@ -88,7 +88,7 @@ def outlet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     with monkeypatch.context() as patch:
         if request.param == "pipe of another user":
             patch.setattr("os.open", refuse)
-        handler = Outlet(ends[1])
+        handler = NonBlockingStreamHandler(ends[1])
     handler.setFormatter(TextFormatter())
     logger = logging.Logger("fumi.test", logging.INFO)
     logger.addHandler(handler)

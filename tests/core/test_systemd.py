@@ -252,7 +252,7 @@ def test_a_watchdog_meant_for_another_process_is_none(start: Any, free_port: Any
 
 
 def test_what_is_said_once_waits_until_systemd_has_heard_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fumi_core.runtime.systemd, "PATIENCE", 60)
+    monkeypatch.setattr(fumi_core.runtime.systemd, "NOTIFY_TIMEOUT", 60)
     with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
         others = systemd.busy()
         monkeypatch.setenv("NOTIFY_SOCKET", systemd.environment["NOTIFY_SOCKET"])
@@ -268,7 +268,7 @@ def test_what_is_said_once_waits_until_systemd_has_heard_the_others(monkeypatch:
 def test_a_systemd_that_hears_nothing_is_not_waited_for_for_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fumi_core.runtime.systemd, "PATIENCE", 0.01)
+    monkeypatch.setattr(fumi_core.runtime.systemd, "NOTIFY_TIMEOUT", 0.01)
     with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
         systemd.busy()
         monkeypatch.setenv("NOTIFY_SOCKET", systemd.environment["NOTIFY_SOCKET"])

@@ -20,7 +20,7 @@ import pytest
 
 import fumi_core
 from fumi_core.runtime.acceptor import Acceptor
-from fumi_core.runtime.scoreboard import Scoreboard, Slot, State, crowd_of_one
+from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState, count_of_one_process
 from tests.conftest import listening
 from tests.starter import BIN
 
@@ -101,11 +101,11 @@ def test_connections_that_stay_are_shared_out() -> None:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
             for slot in board.slots:
-                slot.state = State.SERVING
+                slot.state = WorkerState.SERVING
             for slot in board.slots:
                 sock = listener.dup()
                 sock.setblocking(False)
-                acceptor = Acceptor(sock, "", logging.getLogger(), partial(admit, slot, stack), slot.crowd)
+                acceptor = Acceptor(sock, "", logging.getLogger(), partial(admit, slot, stack), slot.connection_count)
                 stack.callback(acceptor.close)
             for _ in range(40):
                 stack.enter_context(socket.create_connection(listener.getsockname()))
@@ -115,7 +115,7 @@ def test_connections_that_stay_are_shared_out() -> None:
 
     def admit(slot: Slot, stack: contextlib.ExitStack, sock: socket.socket, peer: Any, own: Any) -> None:
         stack.enter_context(sock)
-        slot.crowd.came()
+        slot.connection_count.opened()
 
     counts = asyncio.run(shared())
     assert max(counts) < 20
@@ -145,7 +145,7 @@ def test_a_stop_in_a_flood_accepts_what_has_come_and_serves_meanwhile() -> None:
                 turns += 1
                 loop.call_soon(turn)
 
-            acceptor = Acceptor(listener, "", logging.getLogger(), admit, crowd_of_one())
+            acceptor = Acceptor(listener, "", logging.getLogger(), admit, count_of_one_process())
             for _ in range(queued):
                 stack.enter_context(socket.create_connection(address))
             loop.call_soon(turn)

@@ -212,11 +212,11 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
         for _ in range(10):
             await loop.sock_sendall(client, b"more")
             assert await loop.sock_recv(backend, 10) == b"more"
-            now += fumi_edge.connection.tunnel.LINGER * 0.7
+            now += fumi_edge.connection.tunnel.LINGER_SECONDS * 0.7
             tunnel.tick(now)
             await asyncio.sleep(0.01)
             assert not running.done()
-        tunnel.tick(now + fumi_edge.connection.tunnel.LINGER * 1.1)
+        tunnel.tick(now + fumi_edge.connection.tunnel.LINGER_SECONDS * 1.1)
         await running
 
     with contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ import pytest
 
 import fumi_edge
 from fumi_core.proxy_protocol import ProxyHeader
-from fumi_edge.connection.tunnel import LINGER
+from fumi_edge.connection.tunnel import LINGER_SECONDS
 
 ALWAYS = {
     "time",
@@ -161,7 +161,7 @@ def nobody_says_anything(scene):
 def a_client_does_not_end_what_the_backend_has_ended(scene):
     scene.start(handler=lambda peer: peer.say(b"220 hello\r\n"))
     client = scene.over_tls()
-    deadline = time.monotonic() + 4 * LINGER
+    deadline = time.monotonic() + 4 * LINGER_SECONDS
     while not scene.program.events("connection ended"):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from fumi_edge.status import wording
 from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, series
 from fumi_edge.status.markup import document, element
-from fumi_edge.status.plot import HEIGHT, WIDTH, ceiling, plot
+from fumi_edge.status.plot import HEIGHT, WIDTH, descriptor_limit, plot
 
 VOID = {"meta"}
 
@@ -264,7 +264,7 @@ def test_a_quantile_is_estimated_as_prometheus_does():
     ("most", "top"), [(0, 1), (0.3, 1), (1, 1), (1.2, 2), (2, 2), (3, 5), (6, 10), (10, 10), (99, 100), (101, 200), (4e9, 5e9)]
 )
 def test_a_plot_goes_up_to_a_round_number(most, top):
-    assert ceiling([[Point(0, most)], []], 1) == top
+    assert descriptor_limit([[Point(0, most)], []], 1) == top
 
 
 def test_a_plot_has_a_line_for_each_run_of_points_and_stays_inside():

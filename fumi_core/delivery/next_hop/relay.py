@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from fumi_core.client.answers import Answer
 from fumi_core.client.commands import CONVERSION
-from fumi_core.client.connection import DATA, Connection, Failure
+from fumi_core.client.connection import DATA, Failure, NextHopConnection
 from fumi_core.delivery.trace import Traced
 from fumi_core.handlers.contexts import DataContext
 from fumi_core.smtp.data import DotWriter
@@ -38,7 +38,7 @@ class Transfer:
         self._ctx = ctx
         self._pieces = pieces
 
-    async def run(self, connection: Connection) -> list[Verdict]:
+    async def run(self, connection: NextHopConnection) -> list[Verdict]:
         """Send our Received field, then the message, and return the verdicts.
 
         Raises Failure, SMTPError if the message must not be passed on, MessageAborted if it is not whole.
@@ -47,7 +47,7 @@ class Transfer:
             return await self._by_bdat(connection)
         return await self._by_data(connection)
 
-    async def _by_data(self, connection: Connection) -> list[Verdict]:
+    async def _by_data(self, connection: NextHopConnection) -> list[Verdict]:
         answer = await connection.say(b"DATA", DATA, good=3)
         if not answer.positive:
             return [answer] * self.count
@@ -61,7 +61,7 @@ class Transfer:
         await self._end()
         return await connection.finish(dots.feed(message.end()) + dots.end(), self.count, self.waiting)
 
-    async def _by_bdat(self, connection: Connection) -> list[Verdict]:
+    async def _by_bdat(self, connection: NextHopConnection) -> list[Verdict]:
         message = self._traced()
         batch: list[bytes] = []
         size = 0

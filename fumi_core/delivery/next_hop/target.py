@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from fumi_core.client.answers import Answer
 from fumi_core.client.commands import rcpt_command
-from fumi_core.client.connection import RCPT, Connection, Failure, Protocol
+from fumi_core.client.connection import RCPT, Dialect, Failure, NextHopConnection
 from fumi_core.client.hop import Hop
 from fumi_core.client.probe import probe
 from fumi_core.delivery.next_hop.answer_memory import AnswerMemory, MessageAnswers
@@ -53,8 +53,8 @@ class _Transaction:
 
     __slots__ = ("answers", "connection", "ended", "recipients", "rejected", "sender")
 
-    def __init__(self, connection: Connection, sender: Address, answers: MessageAnswers | None) -> None:
-        self.connection: Connection | None = connection
+    def __init__(self, connection: NextHopConnection, sender: Address, answers: MessageAnswers | None) -> None:
+        self.connection: NextHopConnection | None = connection
         self.sender = sender
         self.answers = answers
         self.recipients: dict[str, Address] = {}
@@ -65,7 +65,7 @@ class _Transaction:
 class NextHop:
     """The server at ``address``, spoken to by ``protocol``."""
 
-    def __init__(self, protocol: Protocol, address: SocketAddress, state: Path | None = None) -> None:
+    def __init__(self, protocol: Dialect, address: SocketAddress, state: Path | None = None) -> None:
         """``state`` is where answers that differ are remembered; None is nowhere.
 
         Raises ValueError for an address that nobody can connect to.
@@ -189,7 +189,9 @@ class NextHop:
             raise error
         return answer is not None
 
-    async def _say_recipient(self, session: Session, transaction: _Transaction, to: Connection, recipient: Address) -> None:
+    async def _say_recipient(
+        self, session: Session, transaction: _Transaction, to: NextHopConnection, recipient: Address
+    ) -> None:
         """Raises SMTPError for a rejection; the next hop's 421, and its failure, end the transaction."""
         try:
             answer = await to.say(rcpt_command(recipient, to), RCPT)
@@ -234,7 +236,7 @@ class NextHop:
         if {each.address for each in session.envelope.rcpt_to} != transaction.recipients.keys():
             raise self._bypassed(session)
 
-    async def _send(self, transfer: Transfer, connection: Connection) -> list[Verdict]:
+    async def _send(self, transfer: Transfer, connection: NextHopConnection) -> list[Verdict]:
         try:
             verdicts = await transfer.run(connection)
         except Failure as failure:

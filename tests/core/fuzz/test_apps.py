@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.server.connection import LINGER
+from fumi_core.server.connection import LINGER_SECONDS
 
 from . import campaign
 from .model import replies_in
@@ -77,7 +77,7 @@ class Script(campaign.Case):
         self._end(world)
         assert _whole(wild.read, self.data), f"part of a message was read as {wild.read}"
         assert world.connections == 0, "connections that nobody ends"
-        assert world.server.crowd.clients == 0, "clients are counted that are gone"
+        assert world.server.connection_count.clients == 0, "clients are counted that are gone"
         assert wild.opened == wild.ended, f"on_connect was called {wild.opened} times, on_close {wild.ended}"
         assert not world.loop.problems, f"nobody caught {world.loop.problems}"
 
@@ -106,7 +106,7 @@ class Script(campaign.Case):
             world.loop.run(BOUND)
             return
         client.send(sent[: self.cut % (len(sent) + 1)])
-        patience = options.socket_timeout + LINGER + BOUND
+        patience = options.socket_timeout + LINGER_SECONDS + BOUND
         if self.ending.startswith("half"):
             client.half_close()
         if self.ending.startswith("drips"):

@@ -34,7 +34,7 @@ class Place(campaign.Case):
         try:
             with (
                 mock.patch("fumi_core.server.connection.monotonic", loop.time),
-                mock.patch("fumi_core.server.connection.LINGER", LINGER),
+                mock.patch("fumi_core.server.connection.LINGER_SECONDS", LINGER),
                 mock.patch("fumi_core.server.dialogue.time.monotonic", loop.time),
             ):
                 loop.run_until_complete(self._live(loop))
@@ -73,7 +73,7 @@ class Place(campaign.Case):
                 if reads:
                     with contextlib.suppress(OSError):
                         client.recv(1)
-            assert app.crowd.clients == app.crowd.connections == 0
+            assert app.connection_count.clients == app.connection_count.connections == 0
         await app.close()
         await asyncio.sleep(0.1)  # for the tasks of handlers to end
 

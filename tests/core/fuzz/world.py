@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.runtime.scoreboard import crowd_of_one
+from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server import connection as server
 from fumi_core.server import dialogue
 from fumi_core.server.connection import Server
@@ -74,7 +74,7 @@ class World:
         self.server = loop.run_until_complete(self._make())
 
     async def _make(self) -> Server:
-        return Server(self.app._service(), None, crowd_of_one())
+        return Server(self.app._service(), None, count_of_one_process())
 
     def connect(self, little_room: bool = False) -> Client:
         """A client whose connection was accepted; where there is little room, replies soon wait for it to read."""

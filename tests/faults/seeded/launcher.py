@@ -28,7 +28,7 @@ def main(prog_name: str) -> None:
     from fumi_core.runtime import master
 
     # Workers are killed by the hundred here, and not because they cannot start.
-    master.YOUNG = 0.0
+    master.EARLY_DEATH_SECONDS = 0.0
     # A next hop that dies just when it is connected to may never be heard of again; see clients.BANNER.
     connection.MAIL = 4.0
     plan = Plan(Path("plan"))

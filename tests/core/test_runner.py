@@ -7,14 +7,14 @@ import contextvars
 from collections.abc import Coroutine
 from typing import Any
 
-from fumi_core.handlers.runner import Fiber
+from fumi_core.handlers.runner import HandlerRunner
 
 
 def run(*makers: Any) -> list[Any]:
     """Run coroutine functions one after another in one fiber; their outcomes."""
 
     async def main() -> list[Any]:
-        fiber, outcomes = Fiber(asyncio.get_running_loop()), []
+        fiber, outcomes = HandlerRunner(asyncio.get_running_loop()), []
         for maker in makers:
             done = asyncio.get_running_loop().create_future()
             coroutine: Coroutine[Any, Any, None] = maker(fiber) if maker.__code__.co_argcount else maker()
@@ -33,7 +33,7 @@ def test_a_coroutine_that_does_not_suspend_is_done_at_once() -> None:
         async def quick() -> None:
             return
 
-        fiber = Fiber(asyncio.get_running_loop())
+        fiber = HandlerRunner(asyncio.get_running_loop())
         fiber.run(quick(), ended.append)
         fiber.close()
         return ended == [None]
@@ -117,7 +117,7 @@ def test_context_variables_survive_suspending() -> None:
 
 
 def test_a_cancelled_coroutine_ends_and_the_fiber_goes_on() -> None:
-    async def sleeps(fiber: Fiber) -> None:
+    async def sleeps(fiber: HandlerRunner) -> None:
         asyncio.get_running_loop().call_soon(fiber.cancel)
         await asyncio.sleep(60)
 

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 import fumi_core.runtime.metrics_server
 from fumi_core.runtime.addresses import bind, parse_address
 from fumi_core.runtime.counting import Counter, Histogram, Tallied
-from fumi_core.runtime.metrics_server import CLIENTS, Answer, Endpoint
+from fumi_core.runtime.metrics_server import CLIENTS, Answer, MetricsServer
 
 ASKED: queue.Queue[None] = queue.Queue()
 HELD: queue.Queue[Answer] = queue.Queue()
@@ -44,7 +44,7 @@ def endpoint() -> Iterator[int]:
     Counter("things", "Things.", ("kind",), registry).labels("one").inc()
     Tallied("others", "Others.", ("kind",), registry, lambda: [(("one",), 1)])
     Histogram("times", "Times.", ("kind",), registry, (1, 2)).labels("one").observe(1)
-    endpoint = Endpoint([sock], registry, ready=lambda: None, pages={"/held": held, "/big": lambda: BIG})
+    endpoint = MetricsServer([sock], registry, ready=lambda: None, pages={"/held": held, "/big": lambda: BIG})
     yield sock.getsockname()[1]
     endpoint.close()
 

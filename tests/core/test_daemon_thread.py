@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.runtime.daemon_thread import aside
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 
 
 def test_it_gives_what_the_function_gives_or_raises() -> None:
@@ -18,9 +18,9 @@ def test_it_gives_what_the_function_gives_or_raises() -> None:
         raise ValueError("on purpose")
 
     async def both() -> None:
-        assert await aside(threading.current_thread) is not threading.main_thread()
+        assert await run_in_daemon_thread(threading.current_thread) is not threading.main_thread()
         with pytest.raises(ValueError, match="on purpose"):
-            await aside(fail)
+            await run_in_daemon_thread(fail)
 
     asyncio.run(both())
 
@@ -31,18 +31,18 @@ def test_without_a_thread_it_is_an_oserror(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(OSError, match="can't start new thread"):
-        asyncio.run(aside(lambda: 1))
+        asyncio.run(run_in_daemon_thread(lambda: 1))
 
 
 def test_a_program_ends_although_one_hangs() -> None:
     program = """
 import asyncio, threading
-from fumi_core.runtime.daemon_thread import aside
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 
 async def main():
     try:
         async with asyncio.timeout(0.1):
-            await aside(threading.Event().wait)
+            await run_in_daemon_thread(threading.Event().wait)
     except TimeoutError:
         print("given up")
 

@@ -13,8 +13,8 @@ from fumi_core.handlers.middleware import Handler, check, compose, name_of
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.scoreboard import count_of_one_process
-from fumi_core.server.connection import Server
 from fumi_core.server.dialogue import Chains, Service
+from fumi_core.server.listeners import Server
 from fumi_core.server.observer import Observer, guarded
 from fumi_core.smtp import options as _options
 from fumi_core.smtp.greetings import Greetings

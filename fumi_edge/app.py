@@ -13,8 +13,8 @@ from typing import Any
 from fumi_core import app as core
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.scoreboard import count_of_one_process
-from fumi_core.server.connection import Server
 from fumi_core.server.dialogue import Service
+from fumi_core.server.listeners import Server
 from fumi_core.smtp.options import override
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.edge import Edge

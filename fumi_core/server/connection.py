@@ -1,4 +1,4 @@
-"""Listeners and connections: a dialogue for each client, with its timeouts, its flow control and its end.
+"""One client's connection: its deadlines, its flow control and its end, around a dialogue.
 
 A connection is, in this order: expecting a PROXY header (where one is required), open, and, when the dialogue has ended with
 the client perhaps still sending, lingering: half-closed and read to its end, so that no reset destroys the last reply.
@@ -7,29 +7,27 @@ the client perhaps still sending, lingering: half-closed and read to its end, so
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import socket
 from enum import Enum
 from time import monotonic
-from typing import Any
+from typing import Protocol
 
 from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse, unique_id_text
-from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.server.dialogue import Dialogue, Service
+from fumi_core.server.observer import Observer
 from fumi_core.server.transport import Transport
 from fumi_core.smtp import replies
+from fumi_core.smtp.options import Options
 from fumi_core.smtp.session import Session
 
 _log = logging.getLogger("fumi.core")
 _DIRECT = "clients that connect without a proxy need --proxy-protocol off"
 _HEADER_HINTS = {"timeout": _DIRECT, "malformed": _DIRECT, "untrusted": f"name a proxy with --trusted-proxy; {_DIRECT}"}
-READ_SIZE = 128 * 1024
-"""Octets taken from a socket at once, into one buffer that all connections share."""
 LINGER_SECONDS = 5.0
 """Seconds a client has, after it has taken the last reply, to close its side."""
 
@@ -41,66 +39,21 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
-class Server:
-    """Listeners and connections of one ``Fumi``; made anew by each ``listen()`` after a ``close()``."""
+class Owner(Protocol):
+    """What a connection needs of its server."""
 
-    def __init__(self, service: Service, logger: logging.Logger | None, connection_count: ConnectionCount) -> None:
-        self.configure(service, logger)
-        self.connection_count = connection_count
-        self.loop = asyncio.get_running_loop()
-        self.buffer = memoryview(bytearray(READ_SIZE))
-        self.connections: set[Connection] = set()
-        self.draining = False
-        self._acceptors: list[Acceptor] = []
-        self._empty = asyncio.Event()
-
-    def configure(self, service: Service, logger: logging.Logger | None) -> None:
-        """What connections get that come from now on."""
-        self.service = service
-        self.options = service.options
-        self.observer = service.observer
-        self.logger = logger
-
-    def listen(self, sock: socket.socket) -> None:
-        """Accept connections from a listening socket, which is the server's from here on."""
-        sock.setblocking(False)
-        name = str(sock.getsockname())
-        self._acceptors.append(Acceptor(sock, name, _log, self.admit, self.connection_count))
-
-    def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
-        """Serve a connected, non-blocking socket, whose ends have these names."""
-        Connection(self, sock, peer_of(peer), peer_of(own)).start()
-
-    @property
-    def sockets(self) -> list[socket.socket]:
-        return [acceptor.sock for acceptor in self._acceptors]
-
-    async def close(self, timeout: float) -> None:
-        """Stop accepting, let transactions end for ``timeout`` seconds, then cut what is left; if cancelled, cut it at once."""
-        self.draining = True
-        for acceptor in self._acceptors:
-            acceptor.close()
-        for connection in list(self.connections):
-            connection.drain()
-        try:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wait_empty(), timeout)
-        finally:
-            for connection in list(self.connections):
-                connection.kill()
-        # Their handlers are cancelled, and on_close follows; one that does not end is not waited for.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wait_empty(), 1)
+    options: Options
+    service: Service
+    observer: Observer
+    logger: logging.Logger | None
+    loop: asyncio.AbstractEventLoop
+    buffer: memoryview
+    connection_count: ConnectionCount
+    connections: set[Connection]
+    draining: bool
 
     def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        if not self.connections:
-            self._empty.set()
-
-    async def _wait_empty(self) -> None:
-        while self.connections:
-            self._empty.clear()
-            await self._empty.wait()
+        """Called once, when the connection and its handlers have ended."""
 
 
 class Connection:
@@ -145,7 +98,7 @@ class Connection:
         "_transport",
     )
 
-    def __init__(self, server: Server, sock: socket.socket, peer: tuple[str, int], own: tuple[str, int]) -> None:
+    def __init__(self, server: Owner, sock: socket.socket, peer: tuple[str, int], own: tuple[str, int]) -> None:
         """``peer`` and ``own`` are the names of the socket's two ends."""
         self._server = server
         self._phase = Phase.HEADER

@@ -21,7 +21,7 @@ from fumi_core import Fumi
 from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server import connection as server
 from fumi_core.server import dialogue
-from fumi_core.server.connection import Server
+from fumi_core.server.listeners import Server
 
 CLIENT, OWN = ("192.0.2.1", 1), ("198.51.100.2", 25)
 LITTLE = 2304

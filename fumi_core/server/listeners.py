@@ -1,0 +1,82 @@
+"""The server of one ``Fumi``: its listening sockets, its connections, and how both end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from typing import Any
+
+from fumi_core.runtime.acceptor import Acceptor
+from fumi_core.runtime.addresses import peer_of
+from fumi_core.runtime.scoreboard import ConnectionCount
+from fumi_core.server.connection import Connection
+from fumi_core.server.dialogue import Service
+
+_log = logging.getLogger("fumi.core")
+
+READ_SIZE = 128 * 1024
+"""Bytes taken from a socket at once, into one buffer that all connections share."""
+
+
+class Server:
+    """Listeners and connections of one ``Fumi``; made anew by each ``listen()`` after a ``close()``."""
+
+    def __init__(self, service: Service, logger: logging.Logger | None, connection_count: ConnectionCount) -> None:
+        self.configure(service, logger)
+        self.connection_count = connection_count
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self._acceptors: list[Acceptor] = []
+        self._empty = asyncio.Event()
+
+    def configure(self, service: Service, logger: logging.Logger | None) -> None:
+        """What connections get that come from now on."""
+        self.service = service
+        self.options = service.options
+        self.observer = service.observer
+        self.logger = logger
+
+    def listen(self, sock: socket.socket) -> None:
+        """Accept connections from a listening socket, which is the server's from here on."""
+        sock.setblocking(False)
+        name = str(sock.getsockname())
+        self._acceptors.append(Acceptor(sock, name, _log, self.admit, self.connection_count))
+
+    def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
+        """Serve a connected, non-blocking socket, whose ends have these names."""
+        Connection(self, sock, peer_of(peer), peer_of(own)).start()
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return [acceptor.sock for acceptor in self._acceptors]
+
+    async def close(self, timeout: float) -> None:
+        """Stop accepting, let transactions end for ``timeout`` seconds, then cut what is left; if cancelled, cut it at once."""
+        self.draining = True
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for connection in list(self.connections):
+            connection.drain()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wait_empty(), timeout)
+        finally:
+            for connection in list(self.connections):
+                connection.kill()
+        # Their handlers are cancelled, and on_close follows; one that does not end is not waited for.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_empty(), 1)
+
+    def forget(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+
+    async def _wait_empty(self) -> None:
+        while self.connections:
+            self._empty.clear()
+            await self._empty.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +61,11 @@ def test_the_core_does_not_know_the_edge_and_the_edge_little_of_the_core() -> No
             used = name.removeprefix("fumi_core.")
             if used != name and room not in ("app", "program"):
                 assert any(used.startswith(each) for each in OF_THE_CORE), f"{path}: imports {name}"
+
+
+def test_the_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = {name for name in re.findall(r"`([\w/.]+\.py)`", text) if "NAME" not in name}
+    assert len(names) > 30
+    everything = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("[ft][ue]*/**/*.py")]
+    assert not [name for name in names if not any(f"/{each}".endswith(f"/{name}") for each in everything)]

@@ -1,4 +1,4 @@
-"""Every example of fumi_core's README does what stands there, and its tables are those of the code.
+"""Every example of fumi_core's pages does what stands there, and their tables are those of the code.
 
 A Python block is run, and written to a file if its first line names one; a dialogue is held with the ``app`` of the last one; a
 shell block is run, servers in the background; text is what came of the blocks before it. Examples for the servers of others are
@@ -41,7 +41,8 @@ from fumi_core.testing import running
 from tests.dialogue import talk
 from tests.readme import PATH, ROOT, Section, blocks, other_ports, sections, sh, table
 
-SECTIONS = sections((ROOT / "fumi_core" / "README.md").read_text())
+PAGES = ("README.md", "PROGRAM.md", "MIGRATING.md")
+SECTIONS = [section for page in PAGES for section in sections((ROOT / "fumi_core" / page).read_text())]
 CONTEXTS: tuple[type[contexts.Context], ...] = (
     contexts.ConnectContext,
     contexts.AuthContext,

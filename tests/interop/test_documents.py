@@ -1,0 +1,43 @@
+"""The documents lead where they say: each link to a file and heading that are there, each list of contents to all of its page."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.readme import ROOT, sections
+
+LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+WITH_CONTENTS = ("CONTRIBUTING.md", "fumi_core/README.md", "fumi_core/PROGRAM.md", "fumi_core/MIGRATING.md")
+
+
+def _prose(path: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@cache
+def _anchors(path: Path) -> list[str]:
+    """The page's headings as GitHub links to them."""
+    return [re.sub(r"[^\w -]", "", section.title.lower()).replace(" ", "-") for section in sections(path.read_text())]
+
+
+@pytest.mark.parametrize("page", LISTED)
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)]+)\)", _prose(path)):
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), target
+        assert not anchor or anchor in _anchors(linked), target
+
+
+@pytest.mark.parametrize("page", WITH_CONTENTS)
+def test_the_contents_at_the_top_are_all_headings_of_the_page(page: str) -> None:
+    path = ROOT / page
+    listed = re.findall(r"^ *- \[.*\]\(#(.*)\)$", sections(path.read_text())[0].text, re.MULTILINE)
+    headings = [anchor for anchor, section in zip(_anchors(path), sections(path.read_text()), strict=True) if section.level == 2]
+    assert [anchor for anchor in listed if anchor in headings] == headings

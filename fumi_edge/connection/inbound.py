@@ -1,6 +1,6 @@
-"""The PROXY header that a layer-4 balancer in front of the edge sends before anything else (fumi_core.proxy_protocol).
+"""Reads the PROXY header that a layer-4 load balancer in front of the edge sends first (fumi_core.proxy_protocol).
 
-It is read from the kernel to its last byte and not one further: what follows is the client's, and TLS reads it from there.
+Exactly the header is taken from the kernel: the bytes after it are the client's, and TLS reads them from the socket.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fumi_edge.backends.dialing import Name
 from fumi_edge.sockets.readiness import readable
 
 TIMEOUT = 5.0
-"""Seconds a balancer has for its header."""
+"""Seconds in which a load balancer must send its header."""
 LOOPBACK = ("127.0.0.0/8", "::1/128", "unix")
-"""Who may send one when nobody is named."""
+"""The default networks of load balancers: those whose headers are trusted when no network is configured."""
 
 
 class HeaderError(Exception):
-    """No header came, or none that can be believed; the text says why. ``silent``: the balancer sent nothing at all."""
+    """There is no valid header; the message says why. ``silent``: the load balancer sent no bytes at all."""
 
     def __init__(self, problem: str, silent: bool = False) -> None:
         super().__init__(problem)
@@ -29,9 +29,9 @@ class HeaderError(Exception):
 
 
 class Client(NamedTuple):
-    """What a header says of the client. Names are None for the balancer itself, and where it could not say.
+    """The client's data in a header. The addresses are None in a LOCAL header, and when the load balancer did not know them.
 
-    ``length`` is the header's, in octets.
+    ``length`` is the length of the header in bytes.
     """
 
     source: Name | None
@@ -56,7 +56,7 @@ async def receive_client(loop: asyncio.AbstractEventLoop, sock: socket.socket) -
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, received: bytearray) -> tuple[ProxyHeader, int]:
-    """The header and its length; ``received`` is for what came of it so far."""
+    """Return the header and its length in bytes. Received parts of an incomplete header are added to ``received``."""
     while True:
         try:
             ahead = sock.recv(V2_MAX_LENGTH, socket.MSG_PEEK)
@@ -70,12 +70,12 @@ async def _receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, receive
             header, length = found
             sock.recv(length - len(received))
             return header, length
-        # All of it is the header's. Taken out, it does not wake us again.
+        # The header is incomplete, so all these bytes belong to it. Left in the kernel, they would wake the loop again.
         received += sock.recv(len(ahead))
 
 
 def _client(header: ProxyHeader, length: int) -> Client:
-    """The balancer is layer 4: what it says of TLS is not ours, and not passed on."""
+    """Return the client. The header's TLS data is dropped: it cannot be about TLS that ends in the edge."""
     if header.command == "LOCAL":
         return Client(None, None, b"", True, length)
     source, destination = header.source, header.destination

@@ -1,7 +1,7 @@
-"""Limits: how many clients at once, in all and from one address, how many a second, and what is said of those turned away.
+"""Limits on concurrent clients, in total and per address, and on the rate per address; and the log of rejected clients.
 
-An address is an IPv4 address or an IPv6 /64, which is what one customer has (RFC 6177). What is remembered is bounded: open
-connections by the descriptors there are, rates by ADDRESSES, the longest unseen being forgotten first.
+An address is an IPv4 address or an IPv6 /64, the prefix of one customer (RFC 6177). Memory is bounded: open connections by
+the number of descriptors, rates by ADDRESSES; the address that was seen least recently is forgotten first.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from fumi_core.runtime.scoreboard import count_of_one_process
 log = logging.getLogger("fumi.edge.listener")
 
 ADDRESSES = 65536
-"""Addresses whose rate is remembered at once."""
+"""The maximum number of addresses whose rates are remembered."""
 SUMMARY = 1.0
-"""Seconds of which the rejections after the first are one line in the log."""
+"""Seconds between log lines that sum up the rejections after the first one."""
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _RATE = re.compile(r"([1-9][0-9]{0,6})/([smh])")
 
 
 class Rate(NamedTuple):
-    """``clients`` in ``seconds``; so many may also come at once, when none came before."""
+    """At most ``clients`` in ``seconds``. ``clients`` is also the size of a burst after a time without clients."""
 
     clients: int
     seconds: float
 
 
 def parse_rate(text: str) -> Rate:
-    """Read ``10/s``, ``600/m`` or ``1000/h``; a ValueError says what is wrong with it."""
+    """Parse ``10/s``, ``600/m`` or ``1000/h``. Raises ValueError, with a message for the user."""
     found = _RATE.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r} is not a rate: write a number and /s, /m or /h, as in 10/s or 600/m")
@@ -56,12 +56,12 @@ class Limits:
         self._rate = rate_per_ip
         self._clock = clock
         self.connection_count = count_of_one_process()
-        """Where clients are counted, for the limit on all of them; the limits for each address are this process's own."""
+        """Counts clients for the limit on all of them, over all workers. The limits per address are for this process alone."""
         self._clients_of: Counter[bytes] = Counter()
         self._due: OrderedDict[bytes, float] = OrderedDict()
 
     def enter(self, host: str | None) -> str | None:
-        """Count a client in: the limit in its way, or None when it may come. Without ``host`` its address is not known yet."""
+        """Count a new client. Returns None, or the limit that rejects it. ``host`` is None while its address is not known."""
         if self._max_clients is not None and self.connection_count.clients >= self._max_clients:
             return "max_clients"
         reason = None if host is None else self.admit(host)
@@ -70,7 +70,7 @@ class Limits:
         return reason
 
     def admit(self, host: str) -> str | None:
-        """Count a client in for its address: the limit in its way, or None."""
+        """Count a new client for its address. Returns None, or the limit that rejects it."""
         if self._max_clients_per_ip is None and self._rate is None:
             return None
         key = _key(host)
@@ -85,7 +85,7 @@ class Limits:
         return None
 
     def leave(self, host: str | None) -> None:
-        """Count a client out that came in; ``host`` is what it was admitted as, None if it never was."""
+        """Count the end of a client. ``host`` is the address that was admitted, or None if none was."""
         self.connection_count.client_left()
         if host is None or self._max_clients_per_ip is None or (key := _key(host)) is None:
             return
@@ -94,10 +94,10 @@ class Limits:
             del self._clients_of[key]
 
     def _pour(self, key: bytes, rate: Rate) -> bool:
-        """A token bucket, kept as the one number that says when it will be full again (GCRA): False when it is empty."""
+        """Take a token; False when the bucket is empty. A bucket is stored as the time at which it will be full (GCRA)."""
         now = self._clock()
         due = max(now, self._due.get(key, now)) + rate.seconds / rate.clients
-        if due - now > rate.seconds * 1.000001:  # the sum of so many steps is not exact
+        if due - now > rate.seconds * 1.000001:  # tolerates rounding errors
             return False
         self._due[key] = due
         self._due.move_to_end(key)
@@ -107,7 +107,7 @@ class Limits:
 
 
 def _key(host: str) -> bytes | None:
-    """What stands for a host; None for a client on a Unix socket, which no such limit fits."""
+    """The bytes by which a host is counted; None for a client on a Unix socket, which has no address to limit."""
     host = unmapped(host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -117,7 +117,10 @@ def _key(host: str) -> bytes | None:
 
 
 class Rejections:
-    """Counts those who are turned away, and logs them: one at once, and then each second's in a line, or a flood would be two."""
+    """Counts and logs rejected clients. The first is logged at once; later ones are summed up every SUMMARY seconds.
+
+    A line for each client would make a flood of connections a flood of log lines too.
+    """
 
     def __init__(self, counters: Mapping[str, Count]) -> None:
         self._counters = counters
@@ -143,7 +146,7 @@ class Rejections:
             self._timer = asyncio.get_running_loop().call_later(SUMMARY, self._sum_up)
 
     def close(self) -> None:
-        """Say what is still unsaid."""
+        """Log the rejections that are not logged yet."""
         if self._timer is not None:
             self._timer.cancel()
             self._sum_up()

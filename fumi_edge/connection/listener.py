@@ -18,15 +18,16 @@ from fumi_edge.metrics import LIMITS, EdgeMetrics
 from fumi_edge.sockets.ending import TOO_MANY_CLIENTS
 
 Serve = Callable[["Listener", socket.socket, Name, Name], None]
-"""Takes an accepted connection with the client's name and our own."""
+"""Serves an accepted connection; the arguments after the socket are the client's address and the local one."""
 
 log = logging.getLogger("fumi.edge.listener")
 
 
 class Listener:
-    """A listening socket of an edge; ``starttls`` says whether its clients begin in plaintext.
+    """A listening socket of an edge. ``starttls``: clients begin in plaintext.
 
-    ``balancers`` are those that may connect, and send a PROXY header; None when clients come themselves.
+    ``balancers`` are the networks of the load balancers, which must send a PROXY header; nobody else may connect. None: clients
+    connect directly.
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class Listener:
         self.starttls = starttls
         self.metrics = metrics.listener(name)
         own = sock.getsockname()
-        # An abstract name comes as bytes.
+        # The path of an abstract Unix socket is bytes.
         self.address: Name = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
         self.sock = sock
         self._acceptor = Acceptor(sock, name, log, self._admit, connection_count, descriptor_limit)
 
     async def close(self) -> None:
-        """Accept what has already connected, then stop listening."""
+        """Accept the connections in the kernel's queue, then stop listening."""
         await self._acceptor.close_after_queue()
 
     def _admit(self, client: socket.socket, name: Any, own: Any) -> None:
@@ -73,13 +74,13 @@ class Listener:
     def _refusal(self, host: str) -> str | None:
         if self.balancers is None:
             return self._limits.enter(host)
-        # Whom it is for is known only when the header has come.
+        # The client's address is not known before the header.
         return self._limits.enter(None) if host in self.balancers else "untrusted"
 
     def _turn_away(self, client: socket.socket, reason: str) -> None:
         if self.starttls and reason in LIMITS:
             with contextlib.suppress(OSError):
                 client.send(TOO_MANY_CLIENTS)
-                # Unread, it would make the close a reset, which destroys the 421 on its way.
+                # Closing a socket with unread bytes sends RST, which would destroy the 421 on its way.
                 client.recv(4096)
         client.close()

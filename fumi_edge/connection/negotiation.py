@@ -13,7 +13,7 @@ from fumi_edge.sockets.readiness import HangupWatch, readable, send_all
 
 CHUNK = 4096
 CONTENT = 64 * 1024
-"""Octets read at once of what is only passed on."""
+"""The most bytes that are read at once while the client sends content."""
 _NOTHING = Step()
 
 
@@ -32,9 +32,10 @@ class Negotiation:
         self.received = self.sent = 0
 
     async def run(self) -> Step:
-        """Relay until the client has decided: UPGRADE, the 220 being sent, or PLAINTEXT with what the tunnel starts with.
+        """Relay until the client upgrades (UPGRADE, after the 220 was sent) or PLAINTEXT is decided.
 
-        Raises Ended when there is nothing more to relay, NoBanner when there was nothing at all.
+        With PLAINTEXT the step holds the bytes that the tunnel sends first. Raises Ended when the connection ends, and NoBanner
+        when the backend closed it before its banner.
         """
         step = _NOTHING
         while True:
@@ -51,7 +52,7 @@ class Negotiation:
             except TimeoutError:
                 raise Ended("idle_timeout", TIMED_OUT) from None
             except asyncio.CancelledError:
-                # The edge stops, which may be the answer to any command; but nothing goes between a 220 to STARTTLS and TLS.
+                # The edge stops. A 421 may answer any command, but must not follow the 220 to STARTTLS.
                 if step.verdict is None:
                     with contextlib.suppress(OSError):
                         self.sent += self._client.send(SHUTTING_DOWN)
@@ -73,7 +74,7 @@ class Negotiation:
             await readable(self._loop, self._client.fileno())
             return self._from_client()
         await readable(self._loop, self._client.fileno(), self._backend.fileno())
-        # The backend first: when it has closed, the client's command would get no answer.
+        # The backend is read first: a backend that has closed would not answer the client's command.
         step = self._from_backend()
         return self._from_client() if step is _NOTHING else step
 
@@ -90,7 +91,7 @@ class Negotiation:
 
     def _backend_ended(self, reason: str) -> Exception:
         last = self._preamble.backend_ended()
-        # The client is not read before it has the banner.
+        # The client is not read before it has got the banner, so another backend can still serve it.
         return Ended(reason, last) if last or self.sent else NoBanner()
 
     def _from_client(self) -> Step:
@@ -120,11 +121,11 @@ class Negotiation:
         except TimeoutError:
             raise
         except OSError:
-            # The backend has closed; what it said before is still to be read, and then its end.
+            # The backend has closed. Its last reply and its end will be read next.
             pass
 
     async def _go_ahead(self) -> None:
-        """Send the 220, unless the client did not wait for it: what came by now came in plaintext, whoever sent it."""
+        """Send the 220, or the 554 if bytes followed STARTTLS: they came in plaintext, and may have been injected."""
         try:
             early = self._client.recv(1, socket.MSG_PEEK)
         except BlockingIOError:

@@ -1,9 +1,9 @@
-"""The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: bytes of both sides in, bytes for both sides and a verdict out.
+"""The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: takes bytes of both sides, returns bytes for both and a verdict.
 
-Until the client upgrades the dialogue is held in lock-step: one command of the client, one whole reply of the backend. Only so
-can the edge say which bytes came in plaintext, offer STARTTLS in the one reply where it belongs, and let nothing said before the
-handshake survive it (RFC 3207 §4.2, CVE-2011-0411). A client whose MAIL was answered 530 can upgrade yet, and so can one that has
-sent messages in plaintext: what belongs to DATA, BDAT and AUTH is forwarded unread, up to where a command comes again.
+Until the client upgrades, the dialogue is in lock-step: one command from the client, one whole reply from the backend. The edge
+therefore knows which bytes came in plaintext, offers STARTTLS only in the reply to EHLO, and discards all that was sent before
+the handshake (RFC 3207 §4.2, CVE-2011-0411). A client can still upgrade after a 530 to MAIL, or after it has sent messages in
+plaintext: the content of DATA, BDAT and AUTH is forwarded unread, up to the next command.
 
     BANNER ──reply──▶ COMMAND ──forwarded──▶ REPLY ──reply──▶ COMMAND …
                          │                     └ 3yz to DATA or AUTH → TEXT, RESPONSE ──end──▶ REPLY
@@ -11,8 +11,8 @@ sent messages in plaintext: what belongs to DATA, BDAT and AUTH is forwarded unr
                          │ STARTTLS → UPGRADE, with bytes after it → INJECTION
                          └ not SMTP at all → NOT_SMTP
 
-Where STARTTLS was not offered, or nobody can say where the next command begins (a BDAT that is not RFC 3030's, a 3yz reply to
-another command), the verdict is PLAINTEXT: from there on the tunnel carries all.
+The verdict is PLAINTEXT, and the tunnel carries all that follows, when the beginning of the next command cannot be known (a
+BDAT that does not follow RFC 3030, a 3yz reply to another command) or content begins and STARTTLS was not offered.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ TOO_MANY_ERRORS = b"421 4.7.0 Error: too many errors\r\n"
 MAX_ERRORS = 20
 
 _CHUNK = re.compile(rb"BDAT (\d{1,18})( LAST)?\r\n", re.IGNORECASE)
-"""RFC 3030 §2 to the letter: a backend that understands such a line otherwise would have to be wrong."""
+"""Exactly RFC 3030 §2, so that every correct backend reads the same chunk size."""
 _END_OF_TEXT = b"\r\n.\r\n"
 _LONG = frozenset((b"AUTH", b"BDAT"))
-"""Commands whose line may be longer (RFC 4954 §4), which is the backend's to judge."""
+"""Commands whose line may be longer (RFC 4954 §4); the backend enforces its own limit."""
 _BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
 _REJECTED = frozenset((b"AUTH", b"CHUNKING", b"BINARYMIME", b"ETRN", b"ATRN", b"BURL", b"VRFY", b"EXPN", b"XCLIENT", b"XFORWARD"))
-"""Keywords of commands that get a 530 before TLS. A client that reads AUTH in the list sends its password at once."""
+"""EHLO keywords of commands that are answered 530 before TLS. A client that sees AUTH may send its password at once."""
 _LINE = re.compile(rb"[^\n]*\n")
 _KEYWORD = re.compile(rb"[^ \t\r\n=]*")
 _VERB = re.compile(rb"[^ \t\r\n]*")
@@ -61,7 +61,7 @@ class Verdict(enum.Enum):
 
 
 class Step(NamedTuple):
-    """What to send to whom and, at the end, the verdict. With PLAINTEXT both are what the tunnel starts with."""
+    """Bytes for the client and the backend and, at the end, the verdict. With PLAINTEXT the tunnel sends these bytes first."""
 
     client: bytes = b""
     backend: bytes = b""
@@ -89,7 +89,7 @@ _REPLY_TO = {
 
 
 class Preamble:
-    """The dialogue of one connection. After a verdict it must not be used any more."""
+    """The preamble of one connection. It must not be used after a verdict."""
 
     def __init__(self, require_tls: bool = False, hide_starttls: bool = False) -> None:
         self._require_tls = require_tls
@@ -103,30 +103,30 @@ class Preamble:
         self._text_before = b""
         self._chunk_left = 0
         self.refused = False
-        """Whether a command got a 530."""
+        """Whether a command was answered 530."""
 
     @property
     def wants_client(self) -> bool:
-        """Whether it is the client's turn; while it is not, nothing is to be read from the client."""
+        """Whether it is the client's turn. Otherwise the client must not be read."""
         return self._await is _Await.COMMAND or self._await in _CONTENT
 
     @property
     def in_content(self) -> bool:
-        """Whether the backend takes what comes next for a part of a message or of a password, and for no command."""
+        """Whether the client's next bytes belong to a message or to an AUTH response, and are not a command."""
         return self._await in _CONTENT
 
     @property
     def held(self) -> int:
-        """Octets of the backend's that wait for the rest of a reply, or for the end of what the client is sending."""
+        """Number of backend bytes that are held until the reply is complete or the client's content has ended."""
         return len(self._replies.rest)
 
     def backend_said(self, data: bytes) -> Step:
-        """Take bytes from the backend. A whole reply goes to the client, and the next command that is waiting to the backend."""
+        """Take bytes from the backend. A whole reply goes to the client; then the client's next waiting command is acted on."""
         if self._await is _Await.COMMAND:
-            # Unasked for, such as a 421 when the backend shuts down.
+            # A reply without a command, such as a 421 when the backend shuts down.
             return Step(client=data)
         if self._await in _CONTENT:
-            # The reply to it, before its end.
+            # A reply before the content has ended.
             self._replies.rest += data
             return Step()
         reply = self._replies.feed(data)
@@ -144,7 +144,7 @@ class Preamble:
         return step._replace(client=reply + rest + step.client)
 
     def _expect_content(self) -> bool:
-        """After a 3yz reply. False when nobody here knows what comes, or nobody needs to know when a command comes again."""
+        """Expect the content that follows a 3yz reply. False when its end cannot be known, or STARTTLS was not offered."""
         if self._offered and self._await is _Await.DATA_REPLY:
             self._await, self._text_before = _Await.TEXT, b"\r\n"
         elif self._offered and self._await is _Await.AUTH_REPLY:
@@ -154,7 +154,7 @@ class Preamble:
         return True
 
     def _content(self) -> bytes:
-        """What of the client's bytes belongs to the content that is expected."""
+        """Take from the client's bytes those that belong to the expected content."""
         data, end = self._commands, 0
         if self._await is _Await.TEXT:
             found = (self._text_before + data).find(_END_OF_TEXT)
@@ -177,12 +177,12 @@ class Preamble:
         return data[:end]
 
     def backend_ended(self) -> bytes:
-        """What the backend said last, be it half a reply: for the client."""
+        """Return the backend's last bytes, even of an incomplete reply, for the client."""
         rest, self._replies.rest = self._replies.rest, b""
         return rest
 
     def client_said(self, data: bytes) -> Step:
-        """Take bytes from the client, act on the commands that are whole, and stop at the first one that the backend answers."""
+        """Take bytes from the client and act on its complete commands, up to the first one that the backend has to answer."""
         self._commands += data
         if self._await in _CONTENT:
             return Step(backend=self._content())
@@ -201,7 +201,7 @@ class Preamble:
         return Step(client=answers)
 
     def _next_line(self) -> bytes | None:
-        """The next line with its end, empty for one that was too long, None while there is none."""
+        """The next line with its line break; empty if it was too long, None while it is incomplete."""
         end = self._commands.find(b"\n") + 1
         if self._overlong:
             line, self._commands = (b"" if end else None), self._commands[end:] if end else b""
@@ -214,7 +214,7 @@ class Preamble:
         return line if whole else b""
 
     def _unfinished(self) -> Step:
-        """Judge the beginning of a line that is not whole yet."""
+        """Act on the beginning of an incomplete line: reject binary data, and limit the length."""
         if _BINARY.match(self._commands):
             return Step(NOT_SMTP, verdict=Verdict.NOT_SMTP)
         if len(self._commands) > LINE_LIMIT:
@@ -227,7 +227,7 @@ class Preamble:
         return not self._require_tls and _verb(line) in _LONG
 
     def _mistake(self, reply: bytes) -> Step:
-        """Answer what the backend never hears of; one too many ends it."""
+        """Answer an error without the backend; after MAX_ERRORS of them the connection ends."""
         self._errors += 1
         return Step(reply) if self._errors <= MAX_ERRORS else Step(TOO_MANY_ERRORS, verdict=Verdict.ERRORS)
 
@@ -246,7 +246,7 @@ class Preamble:
         return Step(backend=line)
 
     def _bdat(self, line: bytes) -> Step:
-        """The chunk follows unasked, and the reply after it."""
+        """Expect the chunk, which the client sends without waiting for a reply; the reply follows the chunk."""
         found = _CHUNK.fullmatch(line)
         if found is None or not self._offered:
             return Step(backend=line + self._commands, verdict=Verdict.PLAINTEXT)
@@ -261,9 +261,9 @@ class Preamble:
         return Step(verdict=Verdict.UPGRADE)
 
     def _offer(self, reply: bytes) -> bytes:
-        """EHLO's list (RFC 5321 §4.1.1.1) as it is true here: with STARTTLS once, or without it where that is hidden.
+        """The reply to EHLO (RFC 5321 §4.1.1.1) as the edge's: with STARTTLS once, or without it when it is hidden.
 
-        The first line is the server's name, whatever it looks like.
+        The first line holds the server's name and is never a keyword.
         """
         withheld = (_REJECTED if self._require_tls else frozenset()) | ({b"STARTTLS"} if self._hide else frozenset())
         name, *lines = [_text(line) for line in _LINE.findall(reply)]
@@ -280,13 +280,13 @@ def _text(line: bytes) -> bytes:
 
 
 def _keyword(line: bytes) -> bytes:
-    """The keyword of a line of EHLO's list, in upper case; of ``AUTH=LOGIN``, an old form, it is AUTH."""
+    """The keyword of a line of the EHLO reply, in upper case; that of the old form ``AUTH=LOGIN`` is AUTH."""
     found = _KEYWORD.match(line)
     return found[0].upper() if found else b""
 
 
 def _list(*texts: bytes) -> bytes:
-    """A 250 reply of these lines: a hyphen after every code but the last."""
+    """A 250 reply of these lines, with a hyphen after every code except the last."""
     *before, last = texts
     return b"".join(b"250-" + text for text in before) + b"250 " + last
 

@@ -1,20 +1,20 @@
 """Two sockets, one buffer: the hot loop.
 
 Theory of operation. A tunnel is two flows, client to backend and backend to client. A flow reads from its source into a buffer
-that all tunnels of a loop share, and at once writes what it read to its sink. What the sink does not take becomes the flow's
-leftover, and a flow with a leftover does not read: that is the back-pressure, and the bound on memory. Two rules keep the bytes
-whole, both learned by losing some:
+that all tunnels of a loop share, and at once writes these bytes to its sink. Bytes that the sink does not take become the flow's
+leftover, and a flow with a leftover does not read: this is the back-pressure and the bound on memory. Two rules keep bytes from
+being lost; each was broken once:
 
-- A flow reads only in ``_pump``, and ``_pump`` is never entered while there is a leftover. Callbacks may have been scheduled
-  before that came about, so they ask the flow and not the event.
-- What the shared buffer holds is sent or copied before the callback returns.
+- A flow reads only in ``_pump``, and ``_pump`` is never entered while there is a leftover. A callback may have been scheduled
+  before the leftover existed, so it checks the state of the flow and does not trust the event.
+- The contents of the shared buffer are sent or copied before the callback returns.
 
-A flow whose source has ended is CLOSING until its leftover is out and its sink knows of the end (close_notify and FIN), then
-CLOSED. The other flow goes on: half-close works both ways. A flow whose sink is gone is DISCARDING: it reads on, because
-closing a socket with unread bytes sends RST, and RST destroys a reply that is still on its way.
+A flow whose source has ended is CLOSING until its leftover is sent and its sink has got the end (close_notify and FIN), then
+CLOSED. The other flow goes on: half-close works both ways. A flow whose sink has failed is DISCARDING: it goes on reading,
+because closing a socket with unread bytes sends RST, and RST destroys a reply that is still on its way.
 
-TLS knows two oddities. Reading may have to write and writing to read; then the flow waits for the other kind of readiness
-on that socket. And OpenSSL may hold decrypted bytes that no event announces; ``_resume`` schedules the read itself.
+TLS has two peculiarities. A read may need to write first and a write may need to read; the flow then waits for the other kind
+of readiness on that socket. And OpenSSL may hold decrypted bytes that no event reports; ``_resume`` schedules their read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fumi_edge.tls.close_notify import CloseNotify
 
 BUFFER = 128 * 1024
 RECORD = 16 * 1024
-"""The most that one TLS record carries (RFC 8446 §5.1)."""
+"""The maximum number of bytes in one TLS record (RFC 8446 §5.1)."""
 COMMAND = 1024
-"""A first read shorter than this is a command or a reply: trying at once for more would only find nothing."""
+"""Bytes. A shorter first read is taken for a command or a reply: a second read at once would find nothing."""
 LINGER_SECONDS = 30.0
-"""Seconds of silence after which a client that does not end its side, though the backend has, is cut off."""
+"""Idle seconds after which a client that does not close, although the backend has closed, is disconnected."""
 
 
 class FlowState(enum.IntEnum):
@@ -46,7 +46,7 @@ _OPEN, _DISCARDING, _CLOSING, _CLOSED = FlowState.OPEN, FlowState.DISCARDING, Fl
 
 
 class _End:
-    """One of the two sockets, and what the loop watches it for."""
+    """One of the two sockets, and whether the loop watches it for reading and for writing."""
 
     __slots__ = ("fd", "inward", "outward", "reading", "sock", "tls", "writing")
 
@@ -77,11 +77,11 @@ class _Flow:
 
 
 class Tunnel:
-    """Carries bytes until both sides have ended; ``await tunnel.run()`` says how it ended.
+    """Carries bytes until both sides have ended; ``await tunnel.run()`` returns how it ended.
 
-    The sockets are non-blocking and stay the caller's to close. ``upstream`` and ``downstream`` are bytes already received
-    for the backend and for the client. With ``expectant`` nothing has been said yet, and a backend that hangs up without a word
-    ends the tunnel without the client's noticing.
+    The sockets are non-blocking, and the caller closes them. ``upstream`` and ``downstream`` are bytes already received for the
+    backend and for the client. ``expectant``: no bytes have been received yet; if the backend closes without sending any, the
+    tunnel ends and the client notices nothing.
     """
 
     __slots__ = (
@@ -117,7 +117,7 @@ class Tunnel:
         self._buffer = buffer
         self._close_notify = close_notify
         self._farewell: bytes | None = None
-        """What is left to send of the client's close_notify, once it is made."""
+        """The unsent rest of the client's close_notify; None until the record is made."""
         self._client = _End(client)
         server = _End(backend)
         self._up = _Flow(self._client, server, upstream)
@@ -136,17 +136,17 @@ class Tunnel:
 
     @property
     def sent(self) -> int:
-        """Bytes for the client so far."""
+        """Bytes from the backend for the client so far."""
         return self._down.total
 
     async def run(self) -> str:
-        """Why it ended: client_closed backend_closed client_reset backend_reset idle_timeout linger.
+        """Return why it ended: client_closed backend_closed client_reset backend_reset idle_timeout linger.
 
-        When expectant, also no_banner or, where the client had spoken, no_answer.
+        When expectant, also no_banner or, if the client had sent bytes, no_answer.
         """
         ends = (self._client, self._up.sink)
         for end in ends:
-            # Replaces the handshake's reader where that is still there, without a system call.
+            # Replaces the handshake's reader, if it is still registered, without a system call.
             self._loop.add_reader(end.fd, self._readable, end)
             end.reading = True
         try:
@@ -163,11 +163,11 @@ class Tunnel:
                     self._loop.remove_reader(end.fd)
                 if end.writing:
                     self._loop.remove_writer(end.fd)
-                # The flows and the ends know each other; without this only the garbage collector would free them.
+                # The flows and the ends refer to each other; without this only the garbage collector would free them.
                 del end.inward, end.outward
 
     def tick(self, now: float) -> None:
-        """To be called now and then, ``now`` being the loop's time: ends a tunnel that is idle or lingers."""
+        """End a tunnel that is idle or lingers. The edge calls it every few seconds; ``now`` is the loop's time."""
         moved = self._up.total + self._down.total
         if moved != self._moved:
             self._moved, self._moved_at = moved, now
@@ -208,13 +208,13 @@ class Tunnel:
                 self._pump(end.inward)
         flow = end.outward
         if (flow.leftover or flow.state is _CLOSING) and self._flush(flow) and flow.state is _OPEN:
-            # More is likely to be waiting: while the sink stays the slower side, neither socket's registration has to change.
+            # The source probably has more bytes: while the sink is the slower side, neither registration has to change.
             self._pump(flow)
         self._watch(end)
         self._watch(flow.source)
 
     def _watch(self, end: _End) -> None:
-        """Make the loop watch a socket for exactly what its two flows wait for."""
+        """Make the loop watch a socket for exactly the events that its two flows wait for."""
         inward, outward = end.inward, end.outward
         read = outward.wants_read or (inward.state <= _DISCARDING and not inward.leftover and not inward.wants_write)
         if read is not end.reading:
@@ -240,7 +240,7 @@ class Tunnel:
     # Moving bytes
 
     def _pump(self, flow: _Flow) -> None:
-        """Read once, at most a buffer full, and pass it on. Only for a flow without a leftover."""
+        """Read at most one buffer and pass it on. Only for a flow without a leftover."""
         assert not flow.leftover
         source = flow.source
         try:
@@ -269,7 +269,7 @@ class Tunnel:
         return count, not count
 
     def _fill(self, flow: _Flow, sock: socket.socket) -> tuple[int, bool]:
-        """Decrypt records until there are no more, the buffer is full, or it was only a command."""
+        """Decrypt records until there are no more, the buffer is full, or the first read is short. Returns (bytes, ended)."""
         assert isinstance(sock, ssl.SSLSocket)
         buffer = self._buffer
         read = sock.read
@@ -294,7 +294,7 @@ class Tunnel:
         return count, False
 
     def _put(self, flow: _Flow, data: memoryview | bytes) -> int:
-        """Write to the sink; the number of bytes that it took. One that fails is said to have taken all."""
+        """Write to the sink. Returns the number of bytes that it took; all of them if the sink has failed."""
         sink = flow.sink
         try:
             if not sink.tls:
@@ -304,7 +304,7 @@ class Tunnel:
             return 0
         except OSError as error:
             if flow is self._up and isinstance(error, ConnectionResetError):
-                # Told here, it is not told again to who reads.
+                # The kernel reports a reset once: a later read of this socket would see only the end.
                 self._reason = self._reason or "backend_reset"
             self._sink_failed(flow)
             return len(data)
@@ -325,7 +325,7 @@ class Tunnel:
         return taken
 
     def _flush(self, flow: _Flow) -> bool:
-        """Write the leftover and, when the source has ended, the end. True when nothing is left to do."""
+        """Write the leftover and, if the source has ended, the end. True when nothing is left to write."""
         if flow.leftover:
             flow.leftover = flow.leftover[self._put(flow, flow.leftover) :]
         if not flow.leftover and flow.state is _CLOSING and self._end_sink(flow):
@@ -338,7 +338,7 @@ class Tunnel:
     def _source_ended(self, flow: _Flow) -> None:
         up, down = self._up, self._down
         if self._expectant and flow is down and up.state is _OPEN and not down.total:
-            # Who has spoken cannot be taken to another backend, but can be told.
+            # A client that has sent bytes cannot be moved to another backend, but can get a 421.
             self._reason = "no_answer" if up.total else "no_banner"
             self._finish(self._reason)
             return
@@ -353,7 +353,7 @@ class Tunnel:
         self._watch(flow.sink)
 
     def _source_failed(self, flow: _Flow) -> None:
-        """A client that broke off gets no more; a backend that did has sent all it will, and the client is still to have that."""
+        """End the tunnel when the client was reset. After a reset of the backend the client still gets the bytes read so far."""
         if flow is self._up:
             self._finish("client_reset")
             return
@@ -361,7 +361,7 @@ class Tunnel:
         self._source_ended(flow)
 
     def _sink_failed(self, flow: _Flow) -> None:
-        """A backend that takes no more may have said why: that still goes to the client, while what comes from it is dropped."""
+        """When the backend takes no more bytes, discard the client's, but go on sending it the backend's: they may say why."""
         if flow is self._down:
             self._finish("client_reset")
         elif flow.state is _CLOSING:
@@ -371,19 +371,19 @@ class Tunnel:
             flow.state = _DISCARDING
 
     def _end_sink(self, flow: _Flow) -> bool:
-        """Tell the sink that nothing more will come. False when that has to wait."""
+        """Send the sink the end of the stream. False when that has to wait."""
         sock = flow.sink.sock
         try:
             if flow.sink.tls and not self._say_goodbye(sock):
                 return False
-            # Not sock.shutdown(), which would end a TLS socket's reading too.
+            # Not sock.shutdown(), after which a TLS socket could not be read either.
             socket.socket.shutdown(sock, socket.SHUT_WR)
         except OSError:
             self._sink_failed(flow)
         return True
 
     def _say_goodbye(self, sock: socket.socket) -> bool:
-        """Send the client TLS's own end, in one packet with the FIN. False when not all of it did fit."""
+        """Send the client close_notify, in one packet with the FIN. False when a part of it is still unsent."""
         assert isinstance(sock, ssl.SSLSocket)
         if self._farewell is None:
             self._farewell = self._close_notify.record(sock)

@@ -1,6 +1,6 @@
-"""The walk of one client connection: handshake or STARTTLS, backend, tunnel, and at the end its line in the log.
+"""The walk of one client connection: handshake or STARTTLS, backend, tunnel, and finally its line in the log.
 
-It goes top to bottom once, in ``Connection._walk``; whatever ends it early raises Ended.
+``Connection._walk`` goes through these steps once, in this order. A step that ends the connection early raises Ended.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ log = logging.getLogger("fumi.edge")
 BANNER = 300.0
 """Seconds a backend may take for its banner (RFC 5321 §4.5.3.2.1)."""
 _GONE = ("client_closed", "client_reset", "handshake_timeout", "handshake_reset", "proxy_header", *LIMITS)
-"""Ends at which nobody is left to hear last words, or nobody who deserves to be waited for."""
+"""Ends without a reply after which the connection is closed at once: the client is gone, or must not cost any more time."""
 _SILENCES = ("client_closed", "client_reset", "idle_timeout", "handshake_timeout", "handshake_reset")
-"""Ends of a client that, when it has sent nothing, only looked whether the port is open."""
+"""Ends that, if the client has sent no bytes, mean a check of the port."""
 _BROKEN_OFF = ("client_reset", "idle_timeout", "linger", "shutdown")
 
 T = TypeVar("T")
@@ -63,13 +63,13 @@ os.register_at_fork(after_in_child=_new_prefix)
 
 
 def unique_id() -> str:
-    """An id for a connection, short and printable, that no other process gives: UNIQUE_ID, and the id in the logs."""
+    """A short, printable id for a connection, unique over all processes: the UNIQUE_ID TLV, and the id in the logs."""
     return f"{_process}-{next(_numbers):x}"
 
 
 @dataclass(slots=True)
 class Service:
-    """What all connections of an edge share. Times are in seconds; ``buffer`` is the tunnels' one."""
+    """What all connections of an edge share. Times are in seconds; ``buffer`` is shared by all tunnels."""
 
     certificates: Certificates
     backends: Backends
@@ -135,7 +135,7 @@ class Connection:
         self.id = unique_id()
         self._unique_id = self.id.encode("ascii")
         self.admitted = self._host() if listener.balancers is None else None
-        """The address that the limits know the client by; None while that is not known."""
+        """The address for which the limits count the client; None while it is not known."""
         self.started = time.monotonic()
         self.backend: Backend | None = None
         self.tls: TLSInfo | None = None
@@ -143,7 +143,7 @@ class Connection:
         self.detail: str | None = None
 
     async def run(self) -> None:
-        """From accept to the log. Raises nothing but CancelledError, when the edge shuts down."""
+        """Serve the client, from accept to the line in the log. Raises only CancelledError, when the edge shuts down."""
         reason = "error"
         try:
             reason = await self._walk()
@@ -156,14 +156,14 @@ class Connection:
             reason = "shutdown"
             raise
         except Exception as error:
-            # A fault of ours costs this connection and no other.
+            # A programming error ends this connection and no other.
             failure(log, "connection failed", error, id=self.id, client_ip=self._host())
         finally:
             self._close(reason)
             self._report(reason)
 
     async def _walk(self) -> str:
-        """The whole way down; returns why the connection ended."""
+        """Go through all steps. Returns why the connection ended."""
         if self.listener.balancers is not None:
             await self._identify()
         if not self.listener.starttls:
@@ -179,13 +179,13 @@ class Connection:
         return await self._carry(step.backend, step.client)
 
     async def _identify(self) -> None:
-        """Learn from the balancer's header who the client is, and whether there are too many of that kind."""
+        """Read the client's address from the load balancer's header, and apply the limits for that address."""
         try:
             client = await receive_client(asyncio.get_running_loop(), self._client)
         except HeaderError as error:
             self.detail = str(error)
             if error.silent:
-                # A balancer that only checks the port.
+                # The load balancer only checks the port.
                 self._level = logging.DEBUG
                 self._unnamed = True
                 raise Ended("client_closed") from None
@@ -202,7 +202,7 @@ class Connection:
             self._local = True
             self._level = logging.DEBUG
         if its_own:
-            # The balancer's own, and in version 1 it has no other way to say so: there is no client to limit.
+            # The load balancer's own connection, which version 1 cannot mark as such: there is no client to limit.
             self._unnamed = True
             return
         reason = self._service.limits.admit(self._host())
@@ -218,7 +218,7 @@ class Connection:
         try:
             client = self._client = self._service.certificates.wrap(self._client)
         except OSError as error:
-            # With bytes of the client's unread it is an SSLError.
+            # An SSLError means that the client has sent bytes, which are unread.
             if isinstance(error, ssl.SSLError) or self.listener.starttls:
                 metrics.handshakes["reset"].inc()
             else:
@@ -242,7 +242,7 @@ class Connection:
         self._service.metrics.tls_session(self.tls, self._resumed)
 
     async def _with_backend(self, talk: Callable[[], Awaitable[T]]) -> T:
-        """Connect and ``talk()``; with the next backend when one hangs up before a word was said. The client never knows."""
+        """Connect and ``talk()``. If the backend closes before its banner, try the next one; the client notices nothing."""
         silent: list[Backend] = []
         while True:
             backend = await self._connect(silent)
@@ -254,11 +254,11 @@ class Connection:
                 self._leave_backend()
 
     async def _connect(self, silent: list[Backend]) -> Backend:
-        """Connect to a backend, telling it what is known of the client by now: to the one it had before, if that can be."""
+        """Connect to a backend, if possible to the same as before, with a header that holds all that is known of the client."""
         version = self._service.proxy_protocol
         opening: Opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
         if self._local:
-            # A balancer's check is nobody's client for the backend either.
+            # A load balancer's own check is passed on to the backend as such.
             opening = own_opening(version)
         try:
             self._backend, self.backend = await self._service.backends.connect(opening, self.backend, silent)
@@ -285,7 +285,7 @@ class Connection:
             elif ended.reason != "not_smtp" and not preamble.refused:
                 self._decide("plaintext")
             if preamble.in_content:
-                # A QUIT would be taken for a part of the message, and might make it whole.
+                # The backend would read a QUIT as a part of the message, and it might complete the message.
                 self._leave_backend()
             else:
                 self._retire()
@@ -295,9 +295,9 @@ class Connection:
             self._negotiation = None
 
     def _decide(self, result: str) -> None:
-        """Count, once, what has become of a STARTTLS port's client; whoever gets nowhere was refused.
+        """Count the result of a STARTTLS port's client, once. The result of a client that gets nowhere is "refused".
 
-        A balancer's check, which never upgrades, is no client that was content with plaintext.
+        A load balancer's check, which never upgrades, is not counted as plaintext or refused.
         """
         if self._undecided:
             self._undecided = False
@@ -306,12 +306,12 @@ class Connection:
             self._service.metrics.starttls[result].inc()
 
     def _probed(self) -> None:
-        """The client has sent nothing: a check of the port, which is neither worth a line nor a client that was refused."""
+        """Treat a connection without a byte from the client as a check of the port: logged at level debug, not as refused."""
         self._level = logging.DEBUG
         self._undecided = False
 
     def _retire(self) -> None:
-        """Leave the backend that heard plaintext: it gets QUIT, and nothing of what was said lives on."""
+        """End the backend connection that carried plaintext: the backend gets QUIT, and no SMTP state survives."""
         if self._backend is not None:
             self._service.backends.retire(self._backend)
             self._leave_backend(close=False)
@@ -324,11 +324,11 @@ class Connection:
             self._service.backends.release(self.backend)
 
     async def _swallow_banner(self) -> bytes:
-        """Read the second banner, which the client is not to see; returns what came behind it. Raises NoBanner."""
+        """Read the second banner, which the client must not get. Returns the bytes after it. Raises NoBanner or Ended."""
         assert self.backend is not None
         replies = Replies()
         banner: bytes | None = None
-        # A silence that is too long is a refusal as well.
+        # A backend that sends no banner in time counts as a refusal too.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(BANNER, self._service.idle_timeout)):
                 while banner is None and (data := await self._backend_said()):
@@ -381,7 +381,7 @@ class Connection:
             self._tunnel = None
 
     def tick(self, now: float) -> None:
-        """Called now and then while the connection lasts: idleness, and the bytes so far for the metrics."""
+        """Check for idleness and add the bytes so far to the metrics. The edge calls it every few seconds; ``now`` in seconds."""
         if self._negotiation is not None:
             self._count(self._negotiation.received, self._negotiation.sent)
         if self._tunnel is not None:
@@ -394,7 +394,7 @@ class Connection:
         self._service.metrics.moved(received - counted[0], sent - counted[1])
 
     def _close(self, reason: str) -> None:
-        # First, so that a client that has seen the end finds its place free.
+        # First, so that a client that sees the close can connect again at once.
         self._service.limits.leave(self.admitted)
         if self._backend is not None:
             if reason in _BROKEN_OFF:
@@ -404,7 +404,8 @@ class Connection:
             with contextlib.suppress(OSError, ValueError):
                 self._client.unwrap()
         if (fd := self._client.fileno()) >= 0:
-            # The handshake leaves its reader for the tunnel to replace; left behind, it would deafen the descriptor's next owner.
+            # The handshake leaves its reader registered for the tunnel to replace. If it stayed registered after the close, the
+            # next connection with this descriptor would not be watched.
             asyncio.get_running_loop().remove_reader(fd)
         self._client.close()
 
@@ -415,10 +416,10 @@ class Connection:
         metrics.session_seconds.observe(seconds)
         self._decide("refused")
         if self._unnamed and self.tls is None and not self.received:
-            self._level = logging.DEBUG  # a balancer's check
+            self._level = logging.DEBUG  # a load balancer's check
         if log.isEnabledFor(self._level):
             tls = self.tls
-            # Which name a client asked for is worth most when the handshake failed.
+            # The requested name is logged even if the handshake failed: that is when it is needed most.
             sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
             event(
                 log, self._level, "connection ended",

@@ -37,7 +37,7 @@ from fumi_edge.backends.health import Manner, offering_starttls, probe
 from fumi_edge.connection.inbound import LOOPBACK
 from fumi_edge.connection.limits import Rate, parse_rate
 from fumi_edge.edge import Edge
-from fumi_edge.emit.writers import PROGRAMS, configuration
+from fumi_edge.emit.configuration import PROGRAMS, configuration
 from fumi_edge.program import dev
 from fumi_edge.program.check import ListenAddress, clash, look, unreadable
 from fumi_edge.program.work import EdgeWork

@@ -1,0 +1,82 @@
+"""The same settings as HAProxy's or stunnel's configuration: a file of haproxy/ or stunnel/ with the flags of fumi-edge in it.
+
+What the other program cannot do is said in comments at the top; what no flag says stays as it is in the file. Nothing but
+certificate paths is looked at, so the configuration may be for another machine.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.settings import SettingError
+from fumi_edge.backends.dialing import is_destination
+from fumi_edge.emit import haproxy, stunnel
+from fumi_edge.emit.notes import Flags, missing, shortened
+from fumi_edge.tls.pem import CertificateError, Pair
+from fumi_edge.tls.policy import CIPHERS, Policy
+from fumi_edge.tls.sources import find, give_keys
+
+_PROGRAMS = {"haproxy": ("HAProxy", "#", haproxy.write), "stunnel": ("stunnel", ";", stunnel.write)}
+PROGRAMS = tuple(_PROGRAMS)
+
+
+def configuration(program: str, context: click.Context) -> str:
+    """The text of a configuration for fumi-edge's flags. Raises SettingError where nothing is left that the program could do."""
+    flags = context.params
+    # A switch may be given to be off, over a file that has it on.
+    given = {
+        name
+        for name, value in flags.items()
+        if value is not False and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    if "dev_mode" in given:
+        raise SettingError("--emit: name a certificate and a backend; those of --dev end with it")
+    if named := [flag for flag, value in flags.items() if any("\n" in str(each) for each in _each(value))]:
+        raise SettingError(f"--emit: --{named[0].replace('_', '-')} has a line end in it, which no configuration file can hold")
+    listeners = tuple(flags.get("listen") or ()) or (() if flags.get("starttls_listen") else (parse_address(":465"),))
+    name, sign, write = _PROGRAMS[program]
+    if not listeners:
+        raise SettingError(
+            f"--emit {program}: STARTTLS is for fumi-edge alone; name a --listen for implicit TLS, or see haproxy/layer4.cfg"
+        )
+    _refuse_what_no_edge_would_take(flags)
+    notes, body = write(flags, given, listeners, _pairs(flags))
+    notes = [*missing(flags), *notes]
+    notes += shortened(flags, given, name)
+    lines = [f"Equivalent {name} configuration.{' Differences:' if notes else ''}", "", *notes]
+    wrapped = (part for line in lines for part in (_wrap(line) if line else [""]))
+    return "".join(f"{sign} {line}".rstrip() + "\n" for line in wrapped) + "\n" + body
+
+
+def _refuse_what_no_edge_would_take(flags: Flags) -> None:
+    try:
+        Policy(ciphers=flags.get("ciphers") or CIPHERS)
+    except ValueError as error:
+        raise SettingError(f"--ciphers: {error}") from None
+    for address in flags.get("backend") or ():
+        if not is_destination(address):
+            raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
+
+
+def _pairs(flags: Flags) -> list[Pair]:
+    """The certificates with their keys; of a directory, those that are in it now."""
+    try:
+        given = give_keys(flags.get("cert") or (), flags.get("key") or ())
+        return [pair for each in given for pair in find(each)]
+    except CertificateError as error:
+        raise SettingError(str(error)) from None
+
+
+def _each(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _wrap(note: str) -> list[str]:
+    # A command is to be copied whole.
+    return [note] if note.startswith("    ") else textwrap.wrap(note, 118, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,194 @@
+"""fumi-edge's flags as HAProxy's configuration: haproxy/two-nodes.cfg with their values in it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import string
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.settings import SettingError
+from fumi_edge.connection.inbound import LOOPBACK
+from fumi_edge.emit.notes import (
+    LONGEST,
+    TIMES,
+    Emitted,
+    Flags,
+    group_of,
+    header_notes,
+    lost,
+    of_kind,
+    starttls,
+    template,
+    without,
+)
+from fumi_edge.tls.pem import Pair, label
+
+_CARRIES = {
+    *("listen", "starttls_listen", "cert", "key", "backend", "balance", "health_interval", "proxy_protocol", "accept_proxy"),
+    *("trusted_proxy", "client_ca", "client_cert", "min_tls", "ciphers", "alpn", "metrics", "connect_timeout", "idle_timeout"),
+    *(
+        "handshake_timeout",
+        "health_timeout",
+        "max_clients",
+        "max_clients_per_ip",
+        "rate_per_ip",
+        "drain_timeout",
+        "socket_mode",
+        "log_level",
+        "user",
+    ),
+}
+_REASONS = {
+    "require_tls": "is for STARTTLS listeners.",
+    "hide_starttls": "is for STARTTLS listeners.",
+    "cert_reload_interval": "a reload (SIGUSR2 with -W) reads certificates again, and nothing else does.",
+    "log_format": "write a log-format of your own.",
+}
+
+
+def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
+    text = template("haproxy.cfg")
+    if "drain_timeout" not in given:
+        # fumi-edge's default is for a stop; in HAProxy the same limit would cut sessions off at every reload.
+        flags = {**flags, "drain_timeout": None}
+    unfit = of_kind(listeners, "fd")
+    listeners = [each for each in listeners if each not in unfit]
+    if not listeners:
+        raise SettingError(f"--emit haproxy: nobody hands {unfit[0]} to HAProxy; name HOST:PORT or unix:/path")
+    if flags.get("metrics") and of_kind([flags["metrics"]], "fd"):
+        unfit.append(flags["metrics"])
+        flags = {**flags, "metrics": None}
+    if not flags.get("metrics") and "metrics" in flags:
+        text = text.partition("\n.if feature(PROMEX)")[0]
+    if flags.get("user"):
+        group = _quoted(group_of(flags["user"]))[1:-1]
+        text = re.sub(r"\{FUMI_GROUP-[^}]*\}", lambda _: f"{{FUMI_GROUP-{group}}}", text)
+    lines = without(text.splitlines(), _unset(flags))
+    lines = [new for line in lines for new in _rewritten(line, flags, pairs)]
+    body = _Variables("\n".join(lines) + "\n").safe_substitute(_values(flags, listeners, pairs))
+    notes = starttls(flags, "HAProxy has none. haproxy/layer4.cfg puts it in front of fumi-edge --accept-proxy.")
+    notes += [f"{address}: left out; nobody hands it to HAProxy." for address in unfit]
+    notes += header_notes(flags)
+    notes += _key_notes(pairs)
+    notes += [
+        f"{address}: a client on a Unix socket has no address in HAProxy's header." for address in of_kind(listeners, "unix")
+    ]
+    notes.append("A client is disconnected without 421 when no core is available, and when its address has reached a limit.")
+    if flags.get("max_clients"):
+        notes.append("--max-clients: one client more waits to be accepted.")
+    if flags.get("drain_timeout") is not None:
+        notes.append("--drain-timeout: sessions that a reload finds may go on no longer either.")
+    notes.append("--handshake-timeout: before version 3.0, --idle-timeout is for handshakes too.")
+    notes += lost(flags, given, _CARRIES, _REASONS)
+    return notes, re.sub(r"\n{3,}", "\n\n", body)
+
+
+def _key_notes(pairs: Iterable[Pair]) -> list[str]:
+    """HAProxy reads a key from the certificate's file, or from one of that name with .key behind."""
+    apart = [(label(cert), label(key)) for cert, key in pairs if key is not None]
+    missing = [(cert, key) for cert, key in apart if key not in (cert, cert + ".key")]
+    if not missing:
+        return []
+    links = [f"    ln -s {shlex.quote(os.path.abspath(key))} {shlex.quote(cert + '.key')}" for cert, key in missing]
+    return ["HAProxy reads the key of a certificate from a file beside it. Once:", *links]
+
+
+def _unset(flags: Flags) -> Callable[[str], bool]:
+    """Which lines of an HAProxy file are for what the flags leave out."""
+    out = [flag for flag in ("max_clients", "max_clients_per_ip", "rate_per_ip") if flag in flags and flags[flag] is None]
+    words = ["core2", *(f"{{FUMI_{flag.upper()}-" for flag in out)]
+    if {"max_clients_per_ip", "rate_per_ip"} <= set(out):
+        words += ["backend clients", "stick-table", "track-sc0"]
+    if flags.get("health_interval") == 0:
+        words.append("smtpchk")
+    return lambda line: any(word in line for word in words)
+
+
+def _rewritten(line: str, flags: Flags, pairs: Sequence[Pair]) -> list[str]:
+    """What becomes of one line, its variables apart."""
+    word = line.split(maxsplit=1)[0] if line.strip() else ""
+    if word == "bind" and " ssl " in line:
+        return [line + _bind_options(flags, pairs), *_trust(flags)]
+    if word == "server":
+        count = len(flags.get("backend") or ()) or 1
+        return [line.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}") for n in range(1, count + 1)]
+    if word == "default-server":
+        sends = {"v1": "send-proxy", "off": ""}.get(flags.get("proxy_protocol", "v2"))
+        if sends is not None:
+            line = re.sub(r"send-proxy-v2-ssl-cn proxy-v2-options \S+", sends, line)
+        return [line if flags.get("health_interval") != 0 else line.partition(" check ")[0]]
+    if word == "tcp-request" and flags.get("accept_proxy"):
+        # The first address there is is the balancer's.
+        line = line.replace("tcp-request connection", "tcp-request session")
+    rate = flags.get("rate_per_ip")
+    return [line.replace("conn_rate(1m)", f"conn_rate({rate.seconds}s)") if rate else line]
+
+
+def _bind_options(flags: Flags, pairs: Sequence[Pair]) -> str:
+    options = [f"crt {_quoted(label(cert))}" for cert, _ in pairs[1:]]
+    if flags.get("client_ca"):
+        options.append(f"ca-file {_quoted(flags['client_ca'])} verify {flags.get('client_cert') or 'optional'}")
+    if flags.get("alpn"):
+        options.append(f"alpn {_quoted(','.join(name.strip() for name in flags['alpn'].split(',')))}")
+    if flags.get("accept_proxy"):
+        options.append("accept-proxy")
+    if flags.get("socket_mode") is not None:
+        options.append(f"mode {flags['socket_mode']:03o}")
+    return "".join(f" {option}" for option in options)
+
+
+def _trust(flags: Flags) -> list[str]:
+    """Who may send the header of --accept-proxy; a Unix socket's peer has no source that could be found."""
+    if not flags.get("accept_proxy"):
+        return []
+    trusted = flags.get("trusted_proxy") or LOOPBACK
+    networks = " ".join(each for each in trusted if each != "unix")
+    strangers = ["{ src -m found }"] * ("unix" in trusted) + [f"!{{ src {networks} }}"] * bool(networks)
+    return [f"    tcp-request connection reject if {' '.join(strangers)}"]
+
+
+def _values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> dict[str, str]:
+    """The values of the variables, as they stand between double quotes."""
+    values: dict[str, Any] = {"LISTEN": ",".join(map(_listener, listeners))}
+    if pairs:
+        values["CERT"] = label(pairs[0].cert)
+    for number, address in enumerate(flags.get("backend") or (), 1):
+        values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address, "127.0.0.1")
+    for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
+        values[flag.upper()] = flags.get(flag)
+    for flag in TIMES:
+        seconds = flags.get(flag)
+        values[flag.upper()] = None if seconds is None else f"{max(1, math.ceil(min(seconds, LONGEST) * 1000))}ms"
+    if flags.get("rate_per_ip"):
+        values["RATE_PER_IP"] = flags["rate_per_ip"].clients
+    if flags.get("metrics"):
+        values["METRICS"] = _listener(flags["metrics"])
+    if flags.get("log_level"):
+        values["LOG_LEVEL"] = {"error": "err"}.get(flags["log_level"], flags["log_level"])
+    return {name: _quoted(str(value))[1:-1] for name, value in values.items() if value is not None}
+
+
+def _listener(address: SocketAddress) -> str:
+    if address.kind == "tcp" and not address.host:
+        return f":{address.port},[::]:{address.port}"
+    return f"unix@{address.path}" if address.kind == "unix" else str(address)
+
+
+def _host(address: SocketAddress, default: str) -> str:
+    return str(address) if address.host else f"{default}:{address.port}"
+
+
+def _quoted(text: str) -> str:
+    """Between double quotes, in which HAProxy knows these three characters."""
+    return '"' + re.sub(r'([\\"$])', r"\\\1", text) + '"'
+
+
+class _Variables(string.Template):
+    """The environment variables of an HAProxy file; those without a value stay."""
+
+    pattern = r"\$(?:(?P<escaped>(?!))|(?P<named>(?!))|\{FUMI_(?P<braced>[A-Z0-9_]+)-[^}]*\}|(?P<invalid>(?!)))"  # type: ignore[assignment]

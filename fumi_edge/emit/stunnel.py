@@ -1,0 +1,117 @@
+"""fumi-edge's flags as stunnel's configuration: stunnel/implicit-tls.conf with their values in it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.settings import SettingError
+from fumi_edge.emit.notes import LONGEST, Emitted, Flags, group_of, header_notes, lost, of_kind, starttls, template, without
+from fumi_edge.tls.pem import Pair, label
+
+_CARRIES = {
+    *("listen", "starttls_listen", "cert", "key", "backend", "balance", "proxy_protocol", "client_ca", "client_cert"),
+    *("min_tls", "ciphers", "connect_timeout", "idle_timeout", "handshake_timeout", "log_level", "user"),
+}
+_REASONS = {
+    "accept_proxy": "stunnel reads no PROXY header: it cannot stand behind such a balancer.",
+    "trusted_proxy": "see --accept-proxy.",
+    "alpn": "stunnel negotiates none.",
+    "max_clients": "half of what ulimit -n allows.",
+    "max_clients_per_ip": "stunnel does not count by address; a packet filter can.",
+    "rate_per_ip": "stunnel does not count by address; a packet filter can.",
+    "health_timeout": "see --health-interval.",
+    "health_interval": "a core is found gone by the client that would have had it.",
+    "metrics": "stunnel has none.",
+    "socket_mode": "the umask decides.",
+    "drain_timeout": "SIGTERM ends every session.",
+    "require_tls": "is for STARTTLS listeners.",
+    "hide_starttls": "is for STARTTLS listeners.",
+    "cert_reload_interval": "a reload (SIGHUP) reads certificates again, and nothing else does.",
+    "log_format": "stunnel has its own.",
+}
+
+
+def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
+    proxying = flags.get("proxy_protocol", "v2") != "off"
+    unfit = of_kind(listeners, "fd", *(["unix"] if proxying else []))
+    if len(unfit) == len(listeners):
+        raise SettingError(f"--emit stunnel: {unfit[0]} is no listener for stunnel with a PROXY header; name HOST:PORT")
+    general, _, service = template("stunnel.conf").partition("[smtps]\n")
+    body = _set(general.splitlines(), _general_settings(flags))
+    for number, address in enumerate((each for each in listeners if each not in unfit), 1):
+        own = {"accept": [f"accept = {_bare(address, '::')}"], **_service_settings(flags, pairs)}
+        name = f"[smtps-{number}]" if number > 1 else "[smtps]"
+        body += [name, *_set(service.splitlines(), own), *_client_certificates(flags), ""]
+    notes = starttls(flags, "stunnel has one (protocol = smtp), but not together with a PROXY header: that is for fumi-edge.")
+    notes += [f"--listen {address}: left out." for address in unfit]
+    notes += header_notes(flags)
+    if proxying:
+        notes.append(
+            "The header is version 1, which tells the client's address and nothing of TLS: neither version, cipher, server name,"
+            " nor certificate, and no id. Start the core with --assume-tls, and let nobody past stunnel to its port."
+        )
+    if len(flags.get("backend") or ()) > 1 and flags.get("balance", "leastconn") == "leastconn":
+        notes.append("--balance leastconn: each in turn.")
+    notes += [
+        f"--cert {label(cert)}: in a service of its own for each name, with sni = smtps:NAME and cert = {label(cert)}."
+        for cert, _ in pairs[1:]
+    ]
+    notes += lost(flags, given, _CARRIES, _REASONS)
+    return notes, "\n".join(body).rstrip() + "\n"
+
+
+def _set(lines: Iterable[str], settings: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines of ``option = value``, those of some options replaced by others; the comment above goes with an option that does."""
+    kept = without(lines, lambda line: settings.get(_option(line)) == [])
+    return [new for line in kept for new in settings.get(_option(line), [line])]
+
+
+def _option(line: str) -> str:
+    return line.partition(" = ")[0]
+
+
+def _general_settings(flags: Flags) -> dict[str, list[str]]:
+    """What is said once, for all services."""
+    values = {
+        "debug": {"error": "err"}.get(flags.get("log_level", ""), flags.get("log_level")),
+        "sslVersionMin": f"TLSv{flags['min_tls']}" if flags.get("min_tls") else None,
+        "ciphers": flags.get("ciphers"),
+        "setuid": flags.get("user"),
+        "setgid": group_of(flags["user"]) if flags.get("user") else None,
+    }
+    for option, flag in (("busy", "handshake"), ("connect", "connect"), ("idle", "idle")):
+        seconds = flags.get(f"{flag}_timeout")
+        values[f"TIMEOUT{option}"] = None if seconds is None else str(math.ceil(min(seconds, LONGEST)))
+    return {option: [f"{option} = {value}"] for option, value in values.items() if value}
+
+
+def _service_settings(flags: Flags, pairs: Sequence[Pair]) -> dict[str, list[str]]:
+    settings: dict[str, list[str]] = {}
+    if backends := flags.get("backend"):
+        targets = [_bare(address, "127.0.0.1") for address in backends]
+        settings["connect"] = [f"connect = {target}" for target in targets]
+        if len(targets) > 1:
+            settings["connect"].append("failover = " + ("prio" if flags.get("balance") == "first" else "rr"))
+    if pairs:
+        cert, key = pairs[0]
+        settings["cert"] = [f"cert = {label(cert)}", *([f"key = {label(key)}"] if key is not None else [])]
+    if flags.get("proxy_protocol") == "off":
+        settings["protocol"] = []
+    return settings
+
+
+def _client_certificates(flags: Flags) -> list[str]:
+    if not flags.get("client_ca"):
+        return []
+    required = "yes" if flags.get("client_cert") == "required" else "no"
+    return [f"CAfile = {flags['client_ca']}", "verifyChain = yes", f"requireCert = {required}"]
+
+
+def _bare(address: SocketAddress, default: str) -> str:
+    """stunnel has no brackets, what is behind the last colon is the port; and it knows a path by its first character."""
+    if address.kind == "unix":
+        return os.path.abspath(address.path)
+    return f"{address.host or default}:{address.port}"

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import string
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from fumi_core.runtime.addresses import SocketAddress
@@ -23,9 +23,8 @@ from fumi_edge.emit.notes import (
     lost,
     of_kind,
     starttls,
-    template,
-    without,
 )
+from fumi_edge.emit.template import Line, haproxy_template, without
 from fumi_edge.tls.pem import Pair, label
 
 _CARRIES = {
@@ -52,7 +51,7 @@ _REASONS = {
 
 
 def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
-    text = template("haproxy.cfg")
+    """The notes and the configuration. Raises SettingError when HAProxy can have none of the listeners."""
     if "drain_timeout" not in given:
         # fumi-edge's default is for a stop; in HAProxy the same limit would cut sessions off at every reload.
         flags = {**flags, "drain_timeout": None}
@@ -63,29 +62,25 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
     if flags.get("metrics") and of_kind([flags["metrics"]], "fd"):
         unfit.append(flags["metrics"])
         flags = {**flags, "metrics": None}
-    if not flags.get("metrics") and "metrics" in flags:
-        text = text.partition("\n.if feature(PROMEX)")[0]
-    if flags.get("user"):
-        group = _quoted(group_of(flags["user"]))[1:-1]
-        text = re.sub(r"\{FUMI_GROUP-[^}]*\}", lambda _: f"{{FUMI_GROUP-{group}}}", text)
-    lines = without(text.splitlines(), _unset(flags))
-    lines = [new for line in lines for new in _rewritten(line, flags, pairs)]
-    body = _Variables("\n".join(lines) + "\n").safe_substitute(_values(flags, listeners, pairs))
+    return _notes(flags, given, listeners, unfit, pairs), _filled_in(flags, listeners, pairs)
+
+
+def _notes(
+    flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], unfit: Sequence[SocketAddress], pairs: list[Pair]
+) -> list[str]:
     notes = starttls(flags, "HAProxy has none. haproxy/layer4.cfg puts it in front of fumi-edge --accept-proxy.")
     notes += [f"{address}: left out; nobody hands it to HAProxy." for address in unfit]
     notes += header_notes(flags)
     notes += _key_notes(pairs)
-    notes += [
-        f"{address}: a client on a Unix socket has no address in HAProxy's header." for address in of_kind(listeners, "unix")
-    ]
+    local = of_kind(listeners, "unix")
+    notes += [f"{address}: a client on a Unix socket has no address in HAProxy's header." for address in local]
     notes.append("A client is disconnected without 421 when no core is available, and when its address has reached a limit.")
     if flags.get("max_clients"):
         notes.append("--max-clients: one client more waits to be accepted.")
     if flags.get("drain_timeout") is not None:
         notes.append("--drain-timeout: sessions that a reload finds may go on no longer either.")
     notes.append("--handshake-timeout: before version 3.0, --idle-timeout is for handshakes too.")
-    notes += lost(flags, given, _CARRIES, _REASONS)
-    return notes, re.sub(r"\n{3,}", "\n\n", body)
+    return notes + lost(flags, given, _CARRIES, _REASONS)
 
 
 def _key_notes(pairs: Iterable[Pair]) -> list[str]:
@@ -98,35 +93,58 @@ def _key_notes(pairs: Iterable[Pair]) -> list[str]:
     return ["HAProxy reads the key of a certificate from a file beside it. Once:", *links]
 
 
-def _unset(flags: Flags) -> Callable[[str], bool]:
-    """Which lines of an HAProxy file are for what the flags leave out."""
-    out = [flag for flag in ("max_clients", "max_clients_per_ip", "rate_per_ip") if flag in flags and flags[flag] is None]
-    words = ["core2", *(f"{{FUMI_{flag.upper()}-" for flag in out)]
-    if {"max_clients_per_ip", "rate_per_ip"} <= set(out):
-        words += ["backend clients", "stick-table", "track-sc0"]
+def _filled_in(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> str:
+    """The template without the lines that the flags leave out, and with the flags' values."""
+    lines = without(haproxy_template(), _left_out(flags).__contains__)
+    text = "\n".join(new for line in lines for new in _rewritten(line, flags, pairs))
+    text = _Variables(text).safe_substitute(_values(flags, listeners, pairs))
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _left_out(flags: Flags) -> set[str]:
+    """The marks of the lines that these flags have no use for."""
+    names = {"other-backends"}
+    names |= {
+        flag.replace("_", "-")
+        for flag in ("max_clients", "max_clients_per_ip", "rate_per_ip", "metrics")
+        if flags.get(flag) is None
+    }
+    if {"max-clients-per-ip", "rate-per-ip"} <= names:
+        names.add("limits-per-ip")
     if flags.get("health_interval") == 0:
-        words.append("smtpchk")
-    return lambda line: any(word in line for word in words)
+        names.add("health-check")
+    return names
 
 
-def _rewritten(line: str, flags: Flags, pairs: Sequence[Pair]) -> list[str]:
-    """What becomes of one line, its variables apart."""
-    word = line.split(maxsplit=1)[0] if line.strip() else ""
-    if word == "bind" and " ssl " in line:
-        return [line + _bind_options(flags, pairs), *_trust(flags)]
-    if word == "server":
-        count = len(flags.get("backend") or ()) or 1
-        return [line.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}") for n in range(1, count + 1)]
-    if word == "default-server":
-        sends = {"v1": "send-proxy", "off": ""}.get(flags.get("proxy_protocol", "v2"))
-        if sends is not None:
-            line = re.sub(r"send-proxy-v2-ssl-cn proxy-v2-options \S+", sends, line)
-        return [line if flags.get("health_interval") != 0 else line.partition(" check ")[0]]
-    if word == "tcp-request" and flags.get("accept_proxy"):
-        # The first address there is is the balancer's.
-        line = line.replace("tcp-request connection", "tcp-request session")
+def _rewritten(line: Line, flags: Flags, pairs: Sequence[Pair]) -> list[str]:
+    """The lines that replace one line of the template; variables come later."""
+    text = line.text
+    match "" if line.comment else line.name:
+        case "tls-listener":
+            return [text + _bind_options(flags, pairs), *_trust(flags)]
+        case "backend":
+            count = len(flags.get("backend") or ()) or 1
+            return [text.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}") for n in range(1, count + 1)]
+        case "proxy-header":
+            return [_default_server(text, flags)]
+        case "limits-per-ip" | "max-clients-per-ip" | "rate-per-ip":
+            return [_limit(text, flags)]
+    return [text]
+
+
+def _default_server(text: str, flags: Flags) -> str:
+    sends = {"v1": "send-proxy", "off": ""}.get(flags.get("proxy_protocol", "v2"))
+    if sends is not None:
+        text = re.sub(r"send-proxy-v2-ssl-cn proxy-v2-options \S+", sends, text)
+    return text if flags.get("health_interval") != 0 else text.partition(" check ")[0]
+
+
+def _limit(text: str, flags: Flags) -> str:
+    if flags.get("accept_proxy"):
+        # With the connection alone, the address is the load balancer's.
+        text = text.replace("tcp-request connection", "tcp-request session")
     rate = flags.get("rate_per_ip")
-    return [line.replace("conn_rate(1m)", f"conn_rate({rate.seconds}s)") if rate else line]
+    return text.replace("conn_rate(1m)", f"conn_rate({rate.seconds}s)") if rate else text
 
 
 def _bind_options(flags: Flags, pairs: Sequence[Pair]) -> str:
@@ -170,7 +188,11 @@ def _values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pa
         values["METRICS"] = _listener(flags["metrics"])
     if flags.get("log_level"):
         values["LOG_LEVEL"] = {"error": "err"}.get(flags["log_level"], flags["log_level"])
-    return {name: _quoted(str(value))[1:-1] for name, value in values.items() if value is not None}
+    quoted = {name: _quoted(str(value))[1:-1] for name, value in values.items() if value is not None}
+    if flags.get("user"):
+        # It stays a variable: on another machine the user may have another group.
+        quoted["GROUP"] = f"${{FUMI_GROUP-{_quoted(group_of(flags['user']))[1:-1]}}}"
+    return quoted
 
 
 def _listener(address: SocketAddress) -> str:

@@ -1,11 +1,10 @@
-"""What both writers need: the notes on what the other program cannot do, and the template that is filled in."""
+"""What both writers need: the notes on what the other program does differently, and what its settings can hold."""
 
 from __future__ import annotations
 
 import grp
 import pwd
-from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib.resources import files
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fumi_core.runtime.addresses import SocketAddress
@@ -61,20 +60,3 @@ def group_of(user: str) -> str:
 
 def of_kind(addresses: Iterable[SocketAddress], *kinds: str) -> list[SocketAddress]:
     return [address for address in addresses if address.kind in kinds]
-
-
-def template(name: str) -> str:
-    """A file without the comment at its top, which speaks of the file."""
-    return (files("fumi_edge") / "templates" / name).read_text("utf-8").partition("\n\n")[2]
-
-
-def without(lines: Iterable[str], unwanted: Callable[[str], bool]) -> list[str]:
-    """Without these lines, and without the comments above them."""
-    kept: list[str] = []
-    for line in lines:
-        if not unwanted(line):
-            kept.append(line)
-            continue
-        while kept and kept[-1].lstrip().startswith("#"):
-            kept.pop()
-    return kept

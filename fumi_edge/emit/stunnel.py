@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.emit.notes import LONGEST, Emitted, Flags, group_of, header_notes, lost, of_kind, starttls, template, without
+from fumi_edge.emit.notes import LONGEST, Emitted, Flags, group_of, header_notes, lost, of_kind, starttls
+from fumi_edge.emit.template import Line, stunnel_template, without
 from fumi_edge.tls.pem import Pair, label
 
 _CARRIES = {
@@ -39,12 +40,12 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
     unfit = of_kind(listeners, "fd", *(["unix"] if proxying else []))
     if len(unfit) == len(listeners):
         raise SettingError(f"--emit stunnel: {unfit[0]} is no listener for stunnel with a PROXY header; name HOST:PORT")
-    general, _, service = template("stunnel.conf").partition("[smtps]\n")
-    body = _set(general.splitlines(), _general_settings(flags))
+    general, service = stunnel_template()
+    body = _set(general, _general_settings(flags))
     for number, address in enumerate((each for each in listeners if each not in unfit), 1):
         own = {"accept": [f"accept = {_bare(address, '::')}"], **_service_settings(flags, pairs)}
         name = f"[smtps-{number}]" if number > 1 else "[smtps]"
-        body += [name, *_set(service.splitlines(), own), *_client_certificates(flags), ""]
+        body += [name, *_set(service, own), *_client_certificates(flags), ""]
     notes = starttls(flags, "stunnel has one (protocol = smtp), but not together with a PROXY header: that is for fumi-edge.")
     notes += [f"--listen {address}: left out." for address in unfit]
     notes += header_notes(flags)
@@ -63,14 +64,10 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
     return notes, "\n".join(body).rstrip() + "\n"
 
 
-def _set(lines: Iterable[str], settings: Mapping[str, Sequence[str]]) -> list[str]:
-    """Lines of ``option = value``, those of some options replaced by others; the comment above goes with an option that does."""
-    kept = without(lines, lambda line: settings.get(_option(line)) == [])
-    return [new for line in kept for new in settings.get(_option(line), [line])]
-
-
-def _option(line: str) -> str:
-    return line.partition(" = ")[0]
+def _set(lines: Iterable[Line], settings: Mapping[str, Sequence[str]]) -> list[str]:
+    """The lines, with those of some options replaced; an option that is replaced by nothing takes its comment along."""
+    kept = without(lines, lambda option: settings.get(option) == [])
+    return [new for line in kept for new in settings.get(line.name, [line.text])]
 
 
 def _general_settings(flags: Flags) -> dict[str, list[str]]:

@@ -10,10 +10,15 @@ import smtplib
 import ssl
 import subprocess
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+
+from fumi_edge.cli import main
+from fumi_edge.emit import template
 
 Emit = Callable[..., str]
 
@@ -199,6 +204,36 @@ def test_what_no_flag_says_stays_as_it_is_in_the_file(program: str, emit: Emit) 
     assert "127.0.0.1:2525" in text
     for missing in ("--cert: no certificate was named", "--backend: no backend was named"):
         assert missing in notes(text, "#" if program == "haproxy" else ";")
+
+
+REWORDED = "core2 backend clients stick-table track-sc0 smtpchk ssl {FUMI_MAX_CLIENTS-1} setuid = nobody [smtps]"
+WITH_REWORDED_COMMENTS: list[list[str]] = [
+    [],
+    ["--max-clients", "9", "--metrics", ":9465", "--backend", ":2526"],
+    ["--proxy-protocol", "off", "--health-interval", "0", "--user", "nobody"],
+]
+
+
+@pytest.mark.parametrize("flags", WITH_REWORDED_COMMENTS, ids=" ".join)
+@pytest.mark.parametrize(("program", "file"), [("haproxy", "haproxy.cfg"), ("stunnel", "stunnel.conf")])
+def test_a_reworded_comment_in_a_template_changes_no_setting(
+    program: str, file: str, flags: list[str], both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emitted() -> list[str]:
+        done = CliRunner().invoke(main, ["--emit", program, "--cert", str(both), "--backend", ":2525", *flags])
+        assert done.exit_code == 0, done.output
+        return settings(done.output)
+
+    before = emitted()
+    text = (files("fumi_edge") / "templates" / file).read_text()
+    text = re.sub(r"^( *)([#;])(?!:).*", rf"\1\2 {REWORDED}", text, flags=re.MULTILINE)
+    if program == "haproxy":
+        text = re.sub(r"^([^#\n]*[^#\s])$", rf"\1  # {REWORDED}", text, flags=re.MULTILINE)
+    assert text.count(REWORDED) > 5
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / file).write_text(text)
+    monkeypatch.setattr(template, "files", lambda package: tmp_path)
+    assert emitted() == before
 
 
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])

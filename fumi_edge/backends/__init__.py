@@ -1,1 +1,1 @@
-"""Where clients are taken: which backend, how it is reached, and whether it is up."""
+"""Backends: choosing one, connecting to it, and checking whether it is up."""

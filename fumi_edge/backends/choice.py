@@ -1,8 +1,7 @@
-"""Backends: which one, how it has been doing, and the PROXY header that opens every connection (fumi_core.proxy_protocol).
+"""Backends: which one a client gets, whether it is up, and the PROXY header that opens a connection (fumi_core.proxy_protocol).
 
-Two things are known of a backend, and it is up when neither speaks against it: whether the last attempt to connect failed, which
-every client finds out, and what the health checks (health.py) say. One that is not up is asked only after all the others,
-but it is asked: between a check and the next it may have come back.
+A backend is up unless the last attempt to connect for a client has failed or the health checks (health.py) have failed. A
+backend that is down is tried after all the others, but it is tried: it may have recovered since the last check.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from fumi_edge.sockets.ending import reset_on_close
 log = logging.getLogger("fumi.edge.backends")
 
 BALANCES = ("leastconn", "roundrobin", "first")
-"""How one is chosen of those that are up: the fewest connections, each in turn, or the first as they were given."""
+"""How a backend is chosen among those that are up: fewest connections, each in turn, or the first in the configured order."""
 AVOID = 5.0
-"""Seconds for which a backend that could not be connected to is only asked after the others."""
+"""Seconds for which a backend is tried only after the others when a connection to it has failed."""
 QUIT_SECONDS = 1.0
-"""Seconds that backends which were told QUIT have to close when the edge stops."""
+"""Seconds that backends get to close after QUIT when the edge stops."""
 RETIRING = 1024
-"""Connections to backends that may be waiting for the backend to close; one more is broken off."""
+"""The maximum number of connections that wait, after QUIT, for the backend to close; one more is reset."""
 
 _NEVER = float("-inf")
 
 
 class NoBackend(Exception):
-    """No backend could be reached; the message is what the last one tried came to."""
+    """No backend could be reached; the message is the error of the last attempt."""
 
 
 def header(version: str, source: Name, destination: Name, unique_id: bytes, tls: TLSInfo | None, resumed: bool = False) -> bytes:
     """The PROXY header for one client connection; ``version`` is v2, v1 or off. Without ``tls`` it has no SSL TLV.
 
-    ``resumed`` says that the TLS session is an earlier connection's, and the client's certificate with it.
+    ``resumed``: the TLS session, and with it the client certificate, is from an earlier connection.
     """
     if version == "off":
         return b""
@@ -51,15 +50,15 @@ def header(version: str, source: Name, destination: Name, unique_id: bytes, tls:
     return ProxyHeader(2, "PROXY", transport, source, destination, tlvs).to_bytes()
 
 
-# Most clients of a server have the same version and cipher, and ask for the same name.
+# Most clients of a server have the same TLS version and cipher, and request the same name.
 _of_tls = lru_cache(256)(tls_tlvs)
 
 
 def own_opening(version: str) -> Opening:
-    """The header of a connection of the edge's own, which stands for no client. ``version`` is v2, v1 or off.
+    """The header of the edge's own connections, such as health checks. ``version`` is v2, v1 or off.
 
-    Version 1 has no word for that but UNKNOWN, which Postfix, Haraka and chasquid reject. So the connection's own addresses are
-    sent, as HAProxy's checks do.
+    Version 2 has LOCAL for them. Version 1 has only UNKNOWN, which Postfix, Haraka and chasquid reject; therefore the addresses
+    of the connection itself are sent, as HAProxy's checks do.
     """
     if version == "v1":
         return lambda own, backend: header("v1", own, backend, b"", None)
@@ -67,7 +66,7 @@ def own_opening(version: str) -> Opening:
 
 
 class Backend:
-    """One backend: where it is, how it has been doing, and how many connections to it are open."""
+    """One backend: its destination, whether it is up, and the number of its open connections."""
 
     __slots__ = (
         "_checked",
@@ -96,16 +95,16 @@ class Backend:
         metrics.up.set(1)
 
     def usable(self, now: float) -> bool:
-        """Whether a client may be sent there: it is up, or might be again."""
+        """Whether to try it before doubtful ones: it is up, or failed to connect AVOID seconds before ``now`` (loop time)."""
         return self.up or (not self._unhealthy and now - self._failed_at >= AVOID)
 
     @property
     def problem(self) -> str | None:
-        """Why the checks do not call it up, or None when they do."""
+        """Why it is down or not checked yet, or None when it is up."""
         return None if self.up and self._checked else f"backend {self.name}: {self._trouble}"
 
     def trying(self, now: float) -> None:
-        """Somebody tries to connect. If it failed before, one attempt is enough: the others stay away until that has ended."""
+        """Note an attempt to connect. After a failure only one attempt is made at a time: other clients avoid the backend."""
         if self._failed_at != _NEVER:
             self._failed_at = now
 
@@ -116,23 +115,23 @@ class Backend:
             self._judge()
 
     def failed(self, now: float, reason: str, detail: object) -> None:
-        """No connection came about. ``reason`` is one of BACKEND_ERRORS."""
+        """Note a failed attempt to connect. ``reason`` is one of BACKEND_ERRORS."""
         self.metrics.errors[reason].inc()
         self._failed_at = now
         self._judge(reason, detail)
 
     def healthy(self) -> None:
-        """A check went well."""
+        """Note a successful check."""
         self._failed_at, self._checked, self._unhealthy = _NEVER, True, False
         self._judge()
 
     def unhealthy(self, reason: str, detail: object) -> None:
-        """The checks have found that it does not work."""
+        """Note that the checks have failed. ``reason`` is one of BACKEND_ERRORS."""
         self._checked = self._unhealthy = True
         self._judge(reason, detail)
 
     def undecided(self, detail: str) -> None:
-        """A check could not be made, for a reason of our own."""
+        """Note that a check could not be made because this process or this host lacks resources."""
         self.metrics.errors["other"].inc()
         self._trouble = detail
 
@@ -165,15 +164,15 @@ class Backends:
         self._turn = -1
         self._retiring: set[asyncio.Task[bytes]] = set()
         self.full: Callable[[], bool] = lambda: False
-        """Returns True when the descriptors that are left are needed for the clients that are here."""
+        """Returns True when all free descriptors are needed for the clients that are connected."""
 
     @property
     def retiring(self) -> int:
-        """Connections that wait for their backend to close."""
+        """The number of connections that wait for their backend to close."""
         return len(self._retiring)
 
     def problem(self) -> str | None:
-        """Why no backend is up, as far as the checks know, or None."""
+        """Why no backend is up according to the checks, or None when one is."""
         problems = [backend.problem for backend in self.all]
         return None if None in problems else problems[-1]
 
@@ -189,16 +188,16 @@ class Backends:
             turn = self._turn = (self._turn + 1) % len(usable)
             usable = usable[turn:] + usable[:turn]
             if self._balance == "leastconn":
-                # Sorting is stable: those that have the same take turns.
+                # Sorting is stable: backends with equally many connections take turns.
                 usable.sort(key=lambda backend: backend.connections)
         return usable + doubtful
 
     async def connect(
         self, opening: Opening, preferred: Backend | None = None, tried: Collection[Backend] = ()
     ) -> tuple[socket.socket, Backend]:
-        """A connection on which ``opening``, the PROXY header, has been sent; it counts until ``release()``.
+        """Return a connection on which ``opening``, the PROXY header, has been sent. It is counted until ``release()``.
 
-        Raises NoBackend when there is none to be had but those that were ``tried``.
+        Backends in ``tried`` are skipped. Raises NoBackend when no other can be connected to.
         """
         loop = asyncio.get_running_loop()
         failure = "no banner"
@@ -230,11 +229,11 @@ class Backends:
         return sock
 
     def release(self, backend: Backend) -> None:
-        """A connection to it has ended."""
+        """Count the end of a connection to this backend."""
         backend.connections -= 1
 
     def retire(self, sock: socket.socket) -> None:
-        """Take leave of a backend in the background, or without waiting for it where too many are waited for."""
+        """Send QUIT and wait for the close in the background, or reset the connection when too many are waiting."""
         if len(self._retiring) >= RETIRING or self.full():
             reset_on_close(sock)
             sock.close()
@@ -244,7 +243,7 @@ class Backends:
         task.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
-        """Let those that are taking leave end, for a moment."""
+        """Wait up to QUIT_SECONDS for the retired connections to close."""
         if self._retiring:
             _, pending = await asyncio.wait(self._retiring, timeout=QUIT_SECONDS)
             for task in pending:

@@ -1,4 +1,4 @@
-"""Connecting to an address, by name or not, without ever blocking the loop, and taking leave of it again."""
+"""Connecting to an IP address, a host name or a Unix socket without blocking the loop, and closing with QUIT."""
 
 from __future__ import annotations
 
@@ -20,44 +20,46 @@ from fumi_edge.sockets.readiness import receive, send_all, writable
 log = logging.getLogger("fumi.edge.backends")
 
 RESOLVE = 30.0
-"""Seconds for which the addresses of a host name are kept, while one of them can be connected to."""
+"""Seconds after which a host name is resolved again, while one of its addresses can be connected to."""
 RESOLVE_AGAIN = 1.0
-"""Seconds between two questions to the resolver when none of them can."""
+"""The minimum of seconds between two lookups when none of the addresses can be connected to."""
 AVOID_ADDRESS = 30.0
-"""Seconds for which an address that could not be connected to is tried after the others of the same name."""
+"""Seconds for which an address is tried after the others of the same name when a connection to it has failed."""
 CLOSE_SECONDS = 5.0
 """Seconds a backend has to close its side after QUIT."""
 LAST_ANSWER = 64 * 1024
-"""Octets a backend may still send after QUIT."""
-_BUSY = 0.02  # seconds until a Unix socket with a full queue is asked again
+"""The maximum number of bytes that a backend may still send after QUIT."""
+_BUSY = 0.02  # seconds until the next attempt to connect to a Unix socket with a full queue
 
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""Errors that say nothing of a backend: it is this process, or this machine, that has no more."""
+"""Errors that are not the backend's: this process or this host has no more resources."""
 
 Target = tuple[int, Any]
 """Address family, and the address as connect() takes it."""
 Name = tuple[str, int] | str
-"""An address and a port, or the path of a Unix socket, empty where it has none."""
+"""A host and a port, or the path of a Unix socket, which is empty for an unnamed socket."""
 Opening = bytes | Callable[[Name, Name], bytes]
-"""What is sent first on a connection, or what makes it of the connection's own address and the backend's."""
+"""The bytes that are sent first on a connection, or a function that makes them from its local address and the backend's."""
 
 
 class Destination(Protocol):
-    """Where a backend is; ``name`` is what logs and metrics call it, ``descriptors`` how many a connection takes here."""
+    """Where a backend is: ``name`` is its name in logs and metrics, ``descriptors`` the number that a connection needs here."""
 
     name: str
     descriptors: int
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
-        """A connection on which ``opening`` has been sent, after ``timeout`` seconds at most a step. Raises OSError."""
+        """Return a connection on which ``opening`` has been sent. Each step may take ``timeout`` seconds. Raises OSError."""
 
     def copy_for_other_loop(self) -> Destination:
-        """The same place, to be connected to from another event loop."""
+        """Return a destination with the same address, for another event loop."""
 
 
 class Remote:
-    """An address to connect to. The addresses of a host name take turns, and are resolved again every RESOLVE seconds, in the
-    background; when none of them can be connected to, at once.
+    """A TCP or Unix address. The addresses of a host name take turns.
+
+    A host name is resolved again every RESOLVE seconds in the background, and at once when none of its addresses can be
+    connected to.
     """
 
     descriptors = 1
@@ -69,15 +71,15 @@ class Remote:
         self.name = str(address)
         self._targets = _literal(address)
         self._failed: dict[Target, float] = {}
-        """When an address could not be connected to, whatever the resolver has said since."""
+        """When a connection to an address failed, in the loop's time; kept when the name is resolved again."""
         self._turn = -1
         self._unresolved = False
-        """Whether the log says that the name cannot be resolved any more."""
+        """Whether it has been logged that the name can no longer be resolved."""
         self._asked_at = float("-inf") if not self._targets else float("inf")
         self._asking: asyncio.Task[OSError | None] | None = None
 
     async def targets(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[Target]:
-        """Where to connect to, in this order. Only the first time somebody has to wait. Raises OSError, or TimeoutError."""
+        """The addresses in the order in which to try them. Waits only for the first lookup. Raises OSError, or TimeoutError."""
         if self._asking is None and (not self._targets or loop.time() - self._asked_at >= RESOLVE):
             self._ask(loop)
         if not self._targets and (failure := await self._answer(timeout)) is not None:
@@ -92,11 +94,11 @@ class Remote:
         return now - self._failed.get(target, float("-inf")) < AVOID_ADDRESS
 
     def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
-        # One question, however many wait for the answer: each occupies a thread.
+        # One lookup at a time, because each takes a thread; all that wait share its result.
         self._asking = self._asking or loop.create_task(self._resolve(loop))
 
     async def _answer(self, timeout: float) -> OSError | None:
-        """Wait for the resolver, and return its error. Raises TimeoutError."""
+        """Wait up to ``timeout`` seconds for a running lookup, and return its error or None. Raises TimeoutError."""
         if self._asking is None:
             return None
         async with asyncio.timeout(timeout):
@@ -121,14 +123,14 @@ class Remote:
         return None
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
-        """The resolver has ``timeout`` seconds, and then each address."""
+        """See Destination. The lookup may take ``timeout`` seconds, and then each address."""
         tried: set[Target] = set()
         failure: OSError = OSError("no address")
         targets = await self.targets(loop, timeout)
         while targets:
             for target in targets:
                 if target in self._failed:
-                    # It is tried again: one connection is enough to find out.
+                    # This attempt tests it again; until it ends, other connections avoid the address.
                     self._failed[target] = loop.time()
                 try:
                     sock = await _connect(loop, target, timeout, opening)
@@ -145,7 +147,7 @@ class Remote:
         raise failure
 
     async def _others(self, loop: asyncio.AbstractEventLoop, timeout: float, tried: Collection[Target]) -> Sequence[Target]:
-        """The addresses that the name has now besides those that were tried: it may have moved."""
+        """The addresses that the name has now, without those in ``tried``: the host may have moved."""
         if loop.time() - self._asked_at >= RESOLVE_AGAIN:
             self._ask(loop)
         with contextlib.suppress(TimeoutError):
@@ -157,12 +159,12 @@ class Remote:
 
 
 def is_destination(address: SocketAddress) -> bool:
-    """Whether it can be connected to: no descriptor, and no port that the kernel is to choose."""
+    """Whether it can be connected to: neither a descriptor nor port 0."""
     return address.kind == "unix" or (address.kind == "tcp" and bool(address.port))
 
 
 def _literal(address: SocketAddress) -> tuple[Target, ...]:
-    """What needs no resolver: a path, an IP address, or no host at all, which is this machine."""
+    """The target of an address that needs no lookup: a path, an IP address, or no host, which means this host; else ()."""
     if address.kind == "unix":
         return ((socket.AF_UNIX, address.path),)
     host = address.host or "127.0.0.1"
@@ -189,10 +191,10 @@ async def _connect(loop: asyncio.AbstractEventLoop, target: Target, timeout: flo
 
 
 def _begin(sock: socket.socket, family: int, name: Any, opening: Opening) -> bytes | None:
-    """Start to connect; what is left of the opening, or None when connection and opening are through already.
+    """Start to connect. Returns the unsent rest of the opening, or None when connected and all of it is sent.
 
-    On the same machine the TCP handshake is over when connect() returns, although it says EINPROGRESS: to try to send
-    costs less than to ask the loop.
+    On the same host the TCP handshake is complete when connect() returns, although it reports EINPROGRESS: trying to send
+    costs less than waiting for the loop.
     """
     if family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -217,7 +219,7 @@ def _name(address: Any) -> Name:
 
 async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any, opening: bytes) -> None:
     if isinstance(name, str):
-        # A Unix socket whose queue is full gives EAGAIN, and no event when there is room again.
+        # A Unix socket with a full queue returns EAGAIN, and no event reports free space.
         while (code := sock.connect_ex(name)) == errno.EAGAIN:
             await asyncio.sleep(_BUSY)
     else:
@@ -229,10 +231,10 @@ async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: 
 
 
 async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) -> bytes:
-    """Say QUIT and wait for the other side to close first, so that it keeps the TIME_WAIT (RFC 9293 §3.6) and we the port.
+    """Send QUIT and wait for the backend to close first, so that TIME_WAIT (RFC 9293 §3.6) uses none of our ports.
 
-    If it does not in ``timeout`` seconds, or sends more than an answer, it is broken off, for the same end: whoever goes on
-    sending would keep the event loop from everybody else. Returns the beginning of what it said.
+    If it has not closed after ``timeout`` seconds, or sends more than LAST_ANSWER bytes, the connection is reset, which leaves
+    no TIME_WAIT either; a backend that never stops sending would keep the event loop busy. Returns the bytes that it sent.
     """
     loop = asyncio.get_running_loop()
     said = b""
@@ -246,14 +248,14 @@ async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) ->
     except TimeoutError:
         reset_on_close(sock)
     except OSError:
-        pass  # it is gone
+        pass  # the backend has closed already
     finally:
         sock.close()
     return said
 
 
 def words_of(error: OSError) -> str:
-    """What went wrong with a connection, for people."""
+    """The text of a connection's error, for logs."""
     return error.strerror or str(error) or "timed out"
 
 

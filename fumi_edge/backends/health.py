@@ -1,9 +1,9 @@
-"""Health checks of backends: connect, send the header of a connection of our own, want a 220, say QUIT, want no error.
+"""Health checks of backends: connect, send the header of an own connection, expect a 220, send QUIT, expect no error.
 
-A server that knows no PROXY protocol greets like any other, and takes the header for commands: only what it answers behind its
-banner gives it away.
+A server without the PROXY protocol sends a banner as any other, and takes the header for a command: only its error reply after
+the banner shows this.
 
-They run in the edge's loop, one at a time for each backend, and a little out of step so that many edges do not come all at once.
+Checks run in the edge's loop, one at a time for each backend, with some jitter so that many edges do not check all at once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fumi_edge.sockets.readiness import receive, send_all
 log = logging.getLogger("fumi.edge.backends")
 
 FALL = 2
-"""Checks in a row that have to fail before a backend that worked is called down: one alone may be our own delay."""
+"""Consecutive failed checks after which a backend is marked down: a single failure may be a delay of this process."""
 RETRY_SECONDS = 1.0
-"""Seconds until a check that failed is repeated."""
+"""Seconds until a failed check is repeated."""
 RECOVERY = 5.0
 """Seconds between checks of a backend that is down, unless the interval is shorter."""
 JITTER = 0.1
@@ -36,7 +36,10 @@ _IGNORANT = "the PROXY header; does it know the PROXY protocol? else --proxy-pro
 
 
 class BadBanner(Exception):
-    """A backend that can be connected to, and does not greet with 220, or no client could use; the text says what it does."""
+    """The backend accepts connections but does not greet with 220, or greets and then rejects the PROXY header.
+
+    The message says what it did.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Manner:
 
 
 async def check(destination: Destination, manner: Manner) -> None:
-    """One check. Raises BadBanner, or OSError when no connection came about."""
+    """Make one check. Raises BadBanner, or OSError when the connection fails."""
     loop = asyncio.get_running_loop()
     opening = own_opening(manner.proxy_protocol)
     sock = await destination.connect(loop, manner.connect_timeout, opening)
@@ -72,7 +75,7 @@ async def check(destination: Destination, manner: Manner) -> None:
 
 
 async def _banner(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> tuple[bytes, bytes]:
-    """The banner, and what came behind it."""
+    """Read one reply. Returns it and the bytes after it."""
     replies = Replies()
     while data := await receive(loop, sock, 4096):
         if (banner := replies.feed(data)) is not None:
@@ -81,14 +84,14 @@ async def _banner(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> tuple
 
 
 def _quoted(reply: bytes) -> str:
-    """The first line of a reply, for people."""
+    """The first line of a reply, quoted for logs."""
     return repr(reply.partition(b"\n")[0][:80].decode("ascii", "replace").strip())
 
 
 def probe(destinations: Iterable[Destination], manner: Manner, one: bool = False) -> list[str | None]:
-    """Check all of them at once, from outside the loop: what is wrong with each, or None.
+    """Check all backends concurrently, from outside the loop. Returns for each its problem, or None.
 
-    With ``one``, a good one is all that is looked for: what is wrong with the others is not waited for, and left out.
+    With ``one``, return [None] as soon as one check succeeds.
     """
 
     async def check_all() -> list[str | None]:
@@ -103,7 +106,7 @@ def probe(destinations: Iterable[Destination], manner: Manner, one: bool = False
 
 
 def offering_starttls(destinations: Iterable[Destination], manner: Manner) -> list[bool]:
-    """Whether each of them offers STARTTLS to the edge itself, from outside the loop; False where that cannot be found out."""
+    """Whether each backend offers STARTTLS to the edge; False when that cannot be determined. To be called outside the loop."""
 
     async def ask_all() -> list[bool]:
         return await asyncio.gather(*(_offers_starttls(each.copy_for_other_loop(), manner) for each in destinations))
@@ -155,7 +158,7 @@ class Checks:
         await asyncio.wait(self._tasks)
 
     async def _watch(self, backend: Backend) -> None:
-        failures = FALL - 1  # the first check decides at once
+        failures = FALL - 1  # the first failed check counts at once
         while True:
             try:
                 await check(backend.destination, self._manner)
@@ -170,7 +173,7 @@ class Checks:
                     failures += 1
                     self._failed(backend, failures, reason_of(error), detail)
             except Exception as error:
-                # A fault of ours says nothing of the backend, and must not be the last check.
+                # A programming error is not the backend's failure, and must not end the checks.
                 failure(log, "check failed", error, backend=backend.name)
             else:
                 failures = 0

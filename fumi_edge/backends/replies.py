@@ -1,19 +1,19 @@
-"""A backend's replies (RFC 5321 §4.2.1), taken out of the bytes that it sends; sans-IO."""
+"""Splits the bytes of a backend into replies (RFC 5321 §4.2.1); sans-IO."""
 
 from __future__ import annotations
 
 import re
 
 REPLY_LIMIT = 64 * 1024
-"""Bytes of the longest reply that is collected; what is longer is passed on as it is."""
+"""The maximum size in bytes of a reply that is collected; a longer one is passed on in pieces."""
 STARTTLS_OFFER = re.compile(rb"\n250[ -]STARTTLS[ \t]*\r?\n", re.IGNORECASE)
-"""In a reply to EHLO, whose first line is a name."""
+"""The STARTTLS line of a reply to EHLO; never its first line, which holds the server's name."""
 
 _LAST_LINE = re.compile(rb"^(\d{3}(?!-)|(?!\d{3}-)).*\n", re.MULTILINE)
 
 
 class Replies:
-    """Collects whole replies. ``rest`` is what follows the last one."""
+    """Collects whole replies. ``rest`` holds the bytes after the last one."""
 
     def __init__(self) -> None:
         self.rest = b""

@@ -1,4 +1,4 @@
-"""How a connection ends other than through its tunnel: the reason, the last words, and a close that does not destroy them."""
+"""Ends of a connection outside its tunnel: the reason, the last reply, and a close that does not destroy the reply."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import struct
 from fumi_edge.sockets.readiness import readable, receive, send_all
 
 LAST_WORDS = 5.0
-"""Seconds a client has to take the last reply and to close its side."""
+"""Seconds that a client gets to receive the last reply and to close its side."""
 COMMAND_LIMIT = 4096
 
 NO_BACKEND = b"421 4.3.2 Service not available, closing connection\r\n"
@@ -23,9 +23,9 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Ended(Exception):
-    """The connection ends here. ``reason`` is for the log, ``reply`` the last words to the client.
+    """Ends the connection. ``reason`` is logged, ``reply`` is the last reply to the client.
 
-    With ``when_asked`` they are the answer to its first command, because the client does not expect any before.
+    With ``when_asked`` the reply is sent after the client's first command, because the client does not expect one before.
     """
 
     def __init__(self, reason: str, reply: bytes = b"", when_asked: bool = False) -> None:
@@ -36,19 +36,19 @@ class Ended(Exception):
 
 
 class NoBanner(Exception):
-    """The backend has hung up before it said anything; neither has the client been heard. Another backend may do better."""
+    """The backend closed before its banner, and the client has sent nothing yet: another backend can be tried."""
 
 
 def reset_on_close(sock: socket.socket) -> None:
-    """Make close() break the connection off (SO_LINGER 0): the peer must not take this for a regular end, nor TIME_WAIT stay."""
+    """Make close() reset the connection (SO_LINGER 0): the peer sees that it is incomplete, and no TIME_WAIT remains."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
 async def take_leave(sock: socket.socket, ended: Ended, idle_timeout: float) -> None:
-    """Say the last words, end our side, then read until the client has ended its own: RST would destroy what is on its way."""
+    """Send the last reply, end our side, then read until the client closes: a RST would destroy the reply on its way."""
     loop = asyncio.get_running_loop()
-    # The client may be gone, silent or talking nonsense; it has had its chance.
+    # The client may be gone, silent or sending invalid TLS: the connection ends anyway.
     with contextlib.suppress(OSError, ValueError):
         if ended.when_asked:
             async with asyncio.timeout(idle_timeout):
@@ -59,7 +59,7 @@ async def take_leave(sock: socket.socket, ended: Ended, idle_timeout: float) -> 
                 with contextlib.suppress(OSError):
                     sock.unwrap()
             socket.socket.shutdown(sock, socket.SHUT_WR)
-            # Without TLS from here: what comes is thrown away.
+            # Read without TLS from here: the bytes are discarded.
             while True:
                 await readable(loop, sock.fileno())
                 if not socket.socket.recv(sock, 4096):

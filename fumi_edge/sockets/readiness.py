@@ -1,6 +1,6 @@
 """Waiting for raw non-blocking sockets, plain or TLS, where speed does not matter: before the tunnel and after it.
 
-The handshake and the tunnel register their own callbacks; everything else is a coroutine on top of these.
+The handshake and the tunnel register their own callbacks; all other code awaits these coroutines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _wake(future: asyncio.Future[int], fd: int) -> None:
 
 
 async def readable(loop: asyncio.AbstractEventLoop, *descriptors: int) -> int:
-    """Return the first of the descriptors that has something to read, or has ended."""
+    """Return the first of the descriptors that is readable, which includes end and error."""
     woken: asyncio.Future[int] = loop.create_future()
     for fd in descriptors:
         loop.add_reader(fd, _wake, woken, fd)
@@ -30,7 +30,7 @@ async def readable(loop: asyncio.AbstractEventLoop, *descriptors: int) -> int:
 
 
 async def writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
-    """Return once the descriptor takes bytes, is connected, or has failed."""
+    """Return once the descriptor is writable: it takes bytes, is connected, or has failed."""
     woken: asyncio.Future[int] = loop.create_future()
     loop.add_writer(fd, _wake, woken, fd)
     try:
@@ -40,10 +40,10 @@ async def writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
 
 
 class HangupWatch:
-    """Notices clients that break off while a backend is waited for, whatever they may have sent ahead.
+    """Notices a client's reset while the edge waits for a backend, even if the client has sent bytes that are still unread.
 
-    Watched for nothing, a socket still reports that it is broken, and only that: neither unread bytes nor a FIN count. The event
-    loop may watch the same socket for something else, so this is done in an epoll beside it, one for all connections.
+    A socket that epoll watches for no event still reports an error, and nothing else: neither unread bytes nor a FIN. The event
+    loop may watch the same socket for other events, so all connections share a second epoll for this.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class HangupWatch:
         self._waiting: dict[int, asyncio.Future[int]] = {}
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In the process that serves: an epoll is not to be shared. Raises OSError."""
+        """Open the epoll. To be called after the fork, because processes must not share an epoll. Raises OSError."""
         self._loop = loop
         self._epoll = select.epoll()
         loop.add_reader(self._epoll.fileno(), self._look)
@@ -63,7 +63,7 @@ class HangupWatch:
             self._epoll = None
 
     async def readable(self, client: socket.socket, backend: socket.socket) -> None:
-        """Return once the backend has something to read. Raises ConnectionResetError when the client breaks off first."""
+        """Return once the backend is readable. Raises ConnectionResetError when the client resets the connection first."""
         assert self._epoll is not None
         watched, wanted = client.fileno(), backend.fileno()
         woken: asyncio.Future[int] = self._loop.create_future()
@@ -85,23 +85,23 @@ class HangupWatch:
 
 
 _TCP_INFO_BYTES_RECEIVED = 128
-"""Where ``tcpi_bytes_received`` is in Linux' ``struct tcp_info``."""
+"""The offset of ``tcpi_bytes_received`` in Linux' ``struct tcp_info``."""
 
 
 def received_since(sock: socket.socket, before: int) -> bool:
-    """Whether the peer of a TCP connection has sent more than ``before`` octets, read or not; True where that cannot be told."""
+    """Whether the peer of a TCP connection has sent more than ``before`` bytes, read or not; True when this is unknown."""
     try:
         info = socket.socket.getsockopt(sock, socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES_RECEIVED + 8)
     except OSError:
         return True
     if len(info) < _TCP_INFO_BYTES_RECEIVED + 8:
         return True
-    # Its FIN counts as one.
+    # The kernel counts the peer's FIN as one byte.
     return int.from_bytes(info[_TCP_INFO_BYTES_RECEIVED:], sys.byteorder) > before + 1
 
 
 async def receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: int) -> bytes:
-    """Up to ``size`` bytes, empty at the end. Reads before it waits: decrypted bytes that OpenSSL still holds wake nobody."""
+    """Receive up to ``size`` bytes; empty at the end. Reads before it waits: no event reports bytes that OpenSSL holds."""
     while True:
         try:
             return sock.recv(size)
@@ -114,7 +114,7 @@ async def receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, size: in
 
 
 async def send_all(loop: asyncio.AbstractEventLoop, sock: socket.socket, data: bytes) -> None:
-    """Send every byte. A TLS record that did not fit is offered again, as OpenSSL wants it."""
+    """Send all bytes. A TLS record that did not fit is sent again with the same bytes, as OpenSSL requires."""
     while data:
         try:
             data = data[sock.send(data) :]

@@ -1,9 +1,9 @@
-"""TLS's end of one direction (close_notify, RFC 8446 §6.1) as bytes, made without reading from the connection.
+"""Makes the bytes of close_notify, the end of one direction in TLS (RFC 8446 §6.1), without reading from the connection.
 
-Python sends close_notify only by ``unwrap()``, which then reads at once for the client's. OpenSSL takes application data that it
-finds there for a fatal error, and what the client was still sending is lost. No look beforehand helps: the data may arrive
-between the look and the read. So for that one call the socket's descriptor stands for one end of a socket pair, where there is
-nothing to read, and the record is taken from the other end.
+Python sends close_notify only in ``unwrap()``, which at once tries to read the client's. If OpenSSL reads application data
+there, that is a fatal error, and the rest of the client's data is lost. A check beforehand does not help: data may arrive
+between the check and the read. So for that one call the socket's descriptor is replaced by one end of a socket pair, where
+there is nothing to read, and the record is read from the other end.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import ssl
 
 
 class CloseNotify:
-    """Makes the records for all connections of one event loop; ``open()`` it in the process that serves."""
+    """Makes the records for all connections of one event loop. Call ``open()`` after the fork."""
 
     def __init__(self) -> None:
         self._pair: tuple[socket.socket, socket.socket] | None = None
         self._spare = -1
 
     def open(self) -> None:
-        """Takes three descriptors, so that none is needed when a connection ends. Raises OSError."""
+        """Open three descriptors, so that the end of a connection needs none. Raises OSError."""
         self._pair = inner, outer = socket.socketpair()
         inner.setblocking(False)
         outer.setblocking(False)
@@ -35,17 +35,17 @@ class CloseNotify:
             self._pair = None
 
     def record(self, sock: ssl.SSLSocket) -> bytes:
-        """The record that ends our side of ``sock``; empty when the TLS of it has failed. It can still be read from."""
+        """Return the record that ends our side of ``sock``; empty if its TLS has failed. ``sock`` can still be read."""
         assert self._pair is not None
         inner, outer = self._pair
         fd = sock.fileno()
-        # The event loop notices nothing: the connection is still open, and this descriptor is its own again in a moment.
+        # The event loop is not affected: the connection stays open, and gets this descriptor back before this call returns.
         os.dup2(fd, self._spare, inheritable=False)
         try:
             os.dup2(inner.fileno(), fd, inheritable=False)
             sock.unwrap()
         except (OSError, ValueError):
-            pass  # SSLWantReadError, as a rule: the record is written, and the client's is not there
+            pass  # normally SSLWantReadError: the record is written, and there is none from the client
         finally:
             os.dup2(self._spare, fd, inheritable=False)
             os.dup2(inner.fileno(), self._spare, inheritable=False)

@@ -1,7 +1,7 @@
 """The TLS handshake (RFC 8446 §4) on a raw non-blocking socket, driven by the loop's callbacks.
 
-No task wakes up between its steps; the walk awaits one future. The reader stays registered afterwards, because replacing it
-costs nothing where removing and adding it costs two system calls; it parks itself if bytes arrive before the tunnel takes over.
+No task wakes up between the steps; the walk awaits one future. The reader stays registered afterwards: replacing it costs no
+system call, removing and adding it costs two. It removes itself if bytes arrive before the tunnel replaces it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fumi_edge.tls.policy import TLSSocket
 
 RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
 HELLO = 4096
-"""Octets of a ClientHello that are looked at, at most."""
+"""The maximum number of bytes of a ClientHello that are examined."""
 CN_LIMIT = 1024
-"""The most octets of a common name that a PROXY header of ours carries; X.520 (annex C) allows it 64 characters."""
+"""The maximum number of bytes of a common name in the PROXY header; X.520 (annex C) allows 64 characters."""
 _CERTIFICATE_REASONS = ("CERTIFICATE", "UNKNOWN_CA")
 
 
 class HandshakeError(Exception):
-    """A handshake that failed: ``result`` is one of RESULTS, the message what OpenSSL or the kernel says."""
+    """A failed handshake: ``result`` is one of RESULTS, the message the error text of OpenSSL or the kernel."""
 
     def __init__(self, result: str, detail: str) -> None:
         super().__init__(detail)
@@ -33,7 +33,7 @@ class HandshakeError(Exception):
 
 
 def classify(error: OSError) -> HandshakeError:
-    """Name what went wrong: the client went away, one side refused a certificate, or what came was not TLS we speak."""
+    """Classify an error: the client disconnected, a certificate was rejected, or the TLS protocol failed."""
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError) or not isinstance(error, ssl.SSLError):
         return HandshakeError("reset", "the client went away")
     reason = error.reason or "unknown"
@@ -44,7 +44,7 @@ def classify(error: OSError) -> HandshakeError:
 
 
 def server_name(hello: bytes) -> str | None:
-    """The name in the server_name extension (RFC 6066 §3) of a record with a ClientHello; None without one, or when it is cut."""
+    """The name in the server_name extension (RFC 6066 §3) of a ClientHello record; None without one, or when it is cut off."""
     try:
         at = 5 + 4 + 2 + 32  # the headers of record and message, version, random
         for size in (1, 2, 1):  # session id, cipher suites, compression methods
@@ -53,7 +53,7 @@ def server_name(hello: bytes) -> str | None:
         while at + 4 <= len(hello):
             kind, length = int.from_bytes(hello[at : at + 2]), int.from_bytes(hello[at + 2 : at + 4])
             if kind == 0:
-                # A list of one: its length, the type, and the name with its length.
+                # A list with one entry: length of the list, type, length of the name, name.
                 return hello[at + 9 : at + 4 + length].decode("ascii") or None if at + 4 + length <= len(hello) else None
             at += 4 + length
     except UnicodeDecodeError:
@@ -71,19 +71,19 @@ class _Handshake:
         self._writing = False
         self.done: asyncio.Future[None] = loop.create_future()
         self.hello: bytes | None = None
-        """The ClientHello, or the beginning of it."""
+        """The first record, up to HELLO bytes."""
 
     def start(self) -> None:
         self._loop.add_reader(self._fd, self.step)
 
     def step(self) -> None:
         if self.done.done():
-            # These bytes are for whoever reads next.
+            # These bytes are for the next reader.
             self._loop.remove_reader(self._fd)
             return
         try:
             if self.hello is None:
-                # Python's recv() of a TLS socket knows no flags.
+                # SSLSocket.recv() does not allow flags.
                 self.hello = socket.socket.recv(self._sock, HELLO, socket.MSG_PEEK)
             self._sock.do_handshake()
         except BlockingIOError:
@@ -120,7 +120,7 @@ class _Handshake:
 
 
 async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: float) -> TLSInfo:
-    """Shake hands within ``timeout`` seconds. Raises HandshakeError; the socket's reader may stay registered when it succeeds."""
+    """Do the handshake within ``timeout`` seconds. Raises HandshakeError. On success the socket's reader may stay registered."""
     driver = _Handshake(loop, sock)
     driver.start()
     timer = loop.call_later(timeout, driver.expire)
@@ -128,14 +128,14 @@ async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: f
         await driver.done
     except BaseException:
         driver.abandon()
-        # The exception's traceback keeps this frame, which would keep the exception.
+        # The exception's traceback refers to this frame, which would refer to the exception: a reference cycle.
         del driver
         raise
     finally:
         timer.cancel()
     _check_session(sock)
     if sock.session_reused and sock.version() == "TLSv1.2":
-        # OpenSSL tells the name of the session, which need not be the one that was asked for now (RFC 6066 §3).
+        # OpenSSL reports the name of the session, which may differ from the one requested now (RFC 6066 §3).
         sock.server_name = server_name(driver.hello or b"")
     cipher = sock.cipher()
     presented, common_name = _client_certificate(sock)
@@ -145,17 +145,17 @@ async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: f
         sni=sock.server_name,
         alpn=sock.selected_alpn_protocol(),
         client_cert=presented,
-        # Had it not verified, there would have been no handshake.
+        # The handshake fails if the certificate does not verify.
         client_cert_verified=presented,
         client_cn=common_name,
     )
 
 
 def _check_session(sock: TLSSocket) -> None:
-    """Raise HandshakeError for a resumed session whose client certificate has expired: OpenSSL does not verify it again."""
+    """Raise HandshakeError if a resumed session's client certificate has expired: OpenSSL does not verify it again."""
     if not sock.session_reused or sock.context.verify_mode is ssl.CERT_NONE:
         return
-    # A certificate with a name that is not text cannot be read. Its sessions end, as all of TLS 1.2, after two hours.
+    # Python cannot read a certificate with a name that is not valid text. Such a session ends after two hours, as all in TLS 1.2.
     with contextlib.suppress(ValueError):
         facts = sock.getpeercert()
         if facts and ssl.cert_time_to_seconds(str(facts["notAfter"])) < time.time():
@@ -163,16 +163,16 @@ def _check_session(sock: TLSSocket) -> None:
 
 
 def _client_certificate(sock: TLSSocket) -> tuple[bool, str | None]:
-    """Whether there is a client certificate, of this connection or of the session it resumes, and its common name.
+    """Return whether there is a client certificate, of this connection or the session it resumes, and its common name.
 
-    A name over CN_LIMIT counts as none: cut short, it might be somebody else's.
+    The name is None if it is longer than CN_LIMIT: a shortened name might belong to another client.
     """
     if sock.context.verify_mode is ssl.CERT_NONE:
         return False, None
     try:
         facts = sock.getpeercert()
     except ValueError:
-        # Some authority signed names that are not text; the certificate is there, and who it is for is not known.
+        # A CA has signed a name that is not valid text: there is a certificate, but its name is unknown.
         return True, None
     name = next(iter(common_names(facts)), None) if facts else None
     return bool(facts), name if name is None or len(name.encode("utf-8", "replace")) <= CN_LIMIT else None

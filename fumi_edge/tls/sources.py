@@ -1,5 +1,5 @@
-"""What --cert and --key stand for: files, directories of them, Let's Encrypt's or Kubernetes'; which files are there, and whether
-they changed."""
+"""Finds the files that --cert and --key stand for (files, or directories such as Let's Encrypt's or Kubernetes') and notices
+when they change."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fumi_core.runtime.files import in_time
 from fumi_edge.tls.pem import CertificateError, Pair, Source, holds_key, is_path, label
 
 _LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
-"""The certificate's and the key's name: certbot's, and those of a Kubernetes Secret of type kubernetes.io/tls."""
+"""File names of certificate and key: certbot's, and those of a Kubernetes Secret of type kubernetes.io/tls."""
 Stamp = tuple[tuple[object, ...], ...]
-"""Equal for two looks at files between which nothing happened to them."""
+"""The state of files: two stamps are equal if the files have not changed between them."""
 
 
 def give_keys(certs: Sequence[Source], keys: Sequence[Source]) -> list[Pair]:
-    """Give out the keys in their order: one to each file, or one to each file that holds none; directories need none.
+    """Assign the keys in their order: one to each file, or one to each file without a key. Directories get none.
 
-    Raises CertificateError when they do not come out even.
+    Raises CertificateError when the numbers do not match.
     """
     wanting = [number for number, cert in enumerate(certs) if not _is_directory(cert)] if keys else []
     if len(wanting) != len(keys):
@@ -33,11 +33,11 @@ def give_keys(certs: Sequence[Source], keys: Sequence[Source]) -> list[Pair]:
 
 
 def find(pair: Pair) -> list[Pair]:
-    """The certificates that one --cert stands for: itself or, for a directory, what is there now, in the order of the names.
+    """The certificate files of one --cert: the file itself, or the files in a directory now, in the order of their names.
 
     A directory is Let's Encrypt's (/etc/letsencrypt, its live/, or one live/NAME), a Kubernetes Secret's (tls.crt and tls.key),
-    or holds directories like these, or *.pem, each with its key inside or beside it as NAME.key or NAME.pem.key; what is in the
-    files is not read. Raises CertificateError when there is none.
+    or holds such directories or *.pem files, each with its key inside or beside it as NAME.key or NAME.pem.key. The files are
+    not read. Raises CertificateError when a directory holds no certificate file.
     """
     if not is_path(pair.cert):
         return [pair]
@@ -79,7 +79,7 @@ def _entry(path: str) -> Pair | None:
 
 
 def _by_layout(directory: str) -> list[tuple[str, str]]:
-    """Where each known program would put the certificate with its chain, and the key."""
+    """The paths of certificate chain and key in each known layout."""
     return [(os.path.join(directory, cert), os.path.join(directory, key)) for cert, key in _LAYOUTS]
 
 
@@ -87,16 +87,16 @@ def _is_directory(source: Source) -> bool:
     try:
         return is_path(source) and in_time(label(source), lambda: os.path.isdir(source))
     except TimeoutError:
-        return False  # what reads it says so
+        return False  # reading it will report the error
 
 
 def stamp(pairs: Iterable[Pair], *others: Source | None) -> Stamp:
-    """How all files of these sources are now, by stat() through symbolic links: certbot renews by putting a new link in place."""
+    """The state of all files of these sources. stat() follows symbolic links, because certbot renews by replacing a link."""
     pairs = list(pairs)
     try:
         return in_time("", lambda: _stamp(pairs, others, _stat))
     except TimeoutError:
-        # Something hangs: each file by itself, so that those that do not are still looked at.
+        # A file system hangs: check each file separately, so that the others are still checked.
         return _stamp(pairs, others, _stat_in_time)
 
 
@@ -122,5 +122,5 @@ def _stat(path: Source) -> tuple[object, ...]:
         found = os.stat(path)
     except OSError as error:
         return path, error.errno
-    # The time of change too: a file that could not be read may have become readable.
+    # With st_ctime, because a change of permissions may have made the file readable.
     return path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,10 +1,10 @@
-"""When TLS session tickets (RFC 5077, RFC 8446 §4.6.1) get new keys, and how all workers get the same ones.
+"""Renews the keys of TLS session tickets (RFC 5077, RFC 8446 §4.6.1), with the same keys in all workers.
 
-OpenSSL makes the keys with an SSL context, and Python can neither read nor set them. So new keys are another context. The
-contexts for LIFETIMES lifetimes are made before the workers are forked, who thereby all have them; which one is in use is a
-number in memory that they share. Whoever first finds that keys have become too old, or that the client CA certificates are
-others than those the keys were for, takes the next number, and the others follow. A context that was given up is never used
-again. When all of them are used up, each worker makes its own, and resumes only the sessions that began with itself.
+OpenSSL makes the keys together with an SSL context, and Python can neither read nor set them. New keys therefore need a new
+context. The contexts for LIFETIMES lifetimes are made before the workers are forked, so that all workers have them; the number
+of the one in use is in shared memory. The first worker that finds the keys too old, or made for other client CA certificates,
+takes the next number, and the others follow. A context is never used again after its number has passed. When all contexts are
+used up, each worker makes its own, and resumes only its own sessions.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator
 LIFETIME = 86400.0
 """Seconds for which ticket keys are used."""
 LIFETIMES = 100
-"""Contexts made in advance for several workers: about 11 KiB each, and 0.25 ms."""
+"""Number of contexts made in advance for several workers; each takes about 11 KiB and 0.25 ms."""
 
 _NUMBER = 8
 _DIGEST = hashlib.sha256().digest_size
 
 
 class TicketKeys:
-    """The contexts in which connections begin, each with ticket keys of its own."""
+    """The contexts in which handshakes begin, each with its own ticket keys."""
 
     def __init__(self, make: Callable[[], ssl.SSLContext]) -> None:
         """``make`` returns a new context."""
@@ -38,33 +38,33 @@ class TicketKeys:
         self._number = 0
         self._purpose = b""
         self._shared = mmap.mmap(-1, _NUMBER + _DIGEST)
-        """The number in use, and what for."""
+        """The number of the context in use, and the digest of what its keys are for."""
         self._lock = -1
         self._context: ssl.SSLContext | None = None
 
     def share(self) -> None:
-        """Prepare for being forked, after the first context is made. Raises OSError."""
+        """Make the contexts that the workers share; to be called before the fork, after the first context. Raises OSError."""
         self._lock = os.memfd_create("fumi-ticket-keys")
         self._prepared = {number: self._make() for number in range(2, 2 + LIFETIMES)}
 
     def context(self, client_ca: str | None, now: float) -> ssl.SSLContext:
-        """The context for connections that begin ``now``, in seconds since 1970, where these authorities vouch for clients."""
+        """The context for handshakes that begin ``now`` (seconds since 1970), with these client CA certificates."""
         purpose = hashlib.sha256(f"{(now - self._began) // LIFETIME} {client_ca}".encode()).digest()
         number = self._agree(purpose)
         if number != self._number or self._context is None:
             self._number = number
             self._context = self._prepared.get(number) or self._make()
-            # What is over is not kept: who reads this process's memory later finds no keys of earlier sessions.
+            # Old contexts are dropped, so that this process's memory holds no keys of earlier sessions.
             self._prepared = {other: context for other, context in self._prepared.items() if other > number}
         return self._context
 
     def _agree(self, purpose: bytes) -> int:
-        """The number that the workers use for this purpose: theirs, or the next one when this worker is the first to need it."""
+        """The number that the workers use for this purpose; the next one when this worker is the first to need it."""
         with self._locked():
             number, current = int.from_bytes(self._shared[:_NUMBER]), self._shared[_NUMBER:]
             if current != purpose:
                 if purpose == self._purpose:
-                    # The others have gone on to something that this worker has yet to learn of.
+                    # The other workers have moved on to a purpose that this worker does not know yet.
                     return self._number
                 number += 1
                 self._shared[:] = number.to_bytes(_NUMBER) + purpose

@@ -1,4 +1,4 @@
-"""Certificates are read anew when asked (SIGHUP) and when their files change; what is bad leaves its predecessor in service."""
+"""Reloads certificates on request (SIGHUP) and when their files change. A bad certificate leaves its predecessor in service."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fumi_edge.tls.sources import Stamp
 log = logging.getLogger("fumi.edge.certificates")
 
 SETTLE = 1.0
-"""Seconds for which files that changed may be bad before anybody is told: a certificate and its key are two, written in turn."""
+"""Seconds in which errors of changed files are not reported: a certificate and its key are two files, written in turn."""
 CLOCK = 10.0
-"""Seconds after which the clock is asked whether a certificate has expired: it may have been set."""
+"""Maximum seconds between two checks for expired certificates: the system clock may be set."""
 FIRST_LOOK = 5.0
-"""Seconds that the first look may hold a start up; it goes on all the same."""
+"""Maximum seconds for which the start waits for the first check of the files; the check continues after that."""
 
 
 class Reloader:
-    """Looks at the files every ``interval`` seconds from ``start()`` to ``close()``; 0 is never. ``reload()`` works anyway."""
+    """Checks the files every ``interval`` seconds from ``start()`` to ``close()``; with 0 only ``reload()`` reads them."""
 
     def __init__(self, certificates: Certificates, metrics: EdgeMetrics, interval: float) -> None:
         self._certificates = certificates
@@ -36,7 +36,7 @@ class Reloader:
         self._seen = certificates.stamp_read
         self._reported: set[str] = set()
         self._told: list[str] = []
-        """What was last said of CA certificates."""
+        """The problems of CA certificates that were logged last."""
         self._lock = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
         self._choosing: asyncio.Task[None] | None = None
@@ -56,7 +56,7 @@ class Reloader:
         self._choosing = loop.create_task(self._choose())
 
     async def first_look(self) -> None:
-        """Until the files have been looked at once: a worker that takes another's place has what the master read long ago."""
+        """Wait for the first check of the files: a worker that replaces another has the certificates that the master read."""
         if self._watching is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_LOOK):
@@ -70,7 +70,7 @@ class Reloader:
                     await task
 
     async def reload(self) -> list[str]:
-        """Read everything, changed or not, and log again what is wrong. Returns a line for each thing that stays as it was."""
+        """Read all files, changed or not, and log all errors again. Returns a line for each error."""
         async with self._lock:
             self._reported = set()
             return await self._look(always=True)
@@ -83,7 +83,7 @@ class Reloader:
             await asyncio.sleep(self._interval)
 
     async def _choose(self) -> None:
-        """Change what is served when a certificate expires or becomes valid. The clock may be set, so ask it now and then."""
+        """Make a new selection when a certificate expires or becomes valid. The clock may be set, so check it every CLOCK s."""
         while True:
             until = self._certificates.selection.until
             if (now := time.time()) <= until:
@@ -93,7 +93,7 @@ class Reloader:
                 await self._choose_again(now)
 
     async def _choose_again(self, now: float) -> None:
-        """In a thread: a thousand contexts may have to be made."""
+        """Make a new selection, in a thread, because it may have to make a thousand contexts."""
         before = self._certificates.selection
         try:
             self._certificates.install(await run_in_daemon_thread(lambda: self._certificates.choose(now)))
@@ -112,7 +112,7 @@ class Reloader:
                 return await self._read(stamp)
             return []
         except Exception as error:
-            # Neither the system's trouble nor a fault of ours must be the last look that is taken.
+            # Neither a system error nor a programming error must end the checks.
             self._metrics.certificate_reloads["failed"].inc()
             if isinstance(error, OSError):
                 self._complain(logging.ERROR, "reload failed", [str(error)])
@@ -121,15 +121,15 @@ class Reloader:
             return [str(error)]
 
     async def _stamp(self) -> Stamp:
-        # In a thread, as the reading: a file system may hang, and mail is not to wait for it.
+        # In a thread, as the reading: a file system may hang, and mail must not wait for it.
         return await run_in_daemon_thread(self._certificates.stamp)
 
     async def _read(self, stamp: Stamp) -> list[str]:
-        """Put into service what can be; report the rest when its files have settled."""
+        """Install all good certificates; report errors once the files have stopped changing."""
         results = self._metrics.certificate_reloads
         while complaints := await self._install():
             if stamp == self._seen:
-                # Unless something has changed while it was being read, they have settled.
+                # The files have settled, unless one has changed while it was read.
                 stamp = await self._stamp()
                 if stamp == self._seen:
                     break
@@ -143,7 +143,7 @@ class Reloader:
         return complaints
 
     def _complain(self, level: int, words: str, complaints: Sequence[str]) -> None:
-        """Say what was not said last time."""
+        """Log the complaints that were not logged last time."""
         for complaint in complaints:
             if complaint not in self._reported:
                 event(log, level, words, error=complaint)

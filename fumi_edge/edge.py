@@ -33,18 +33,18 @@ T = TypeVar("T")
 log = logging.getLogger("fumi.edge")
 
 HEARTBEAT = 5.0
-"""Seconds between two looks at all connections, for idleness and for the metrics."""
+"""Seconds between two checks of all connections, for idleness and for the metrics."""
 SHORTEST_BEAT = 0.05
 
 
 class Edge:
-    """A TLS terminator in the running event loop: ``await start()``, ``await close()``.
+    """A TLS proxy in the running event loop: ``await start()``, ``await close()``.
 
-    Times are in seconds. ``proxy_protocol`` is what backends are sent: v2, v1 or off. ``max_clients``, ``max_clients_per_ip``
-    and ``rate_per_ip``: None means no limit. ``health_interval`` 0 means no checks, ``health_timeout`` is for the
-    banner of one. ``balancers``: who may connect, and sends a PROXY header; None when clients come themselves.
-    ``socket_mode`` are the permissions of Unix sockets that are listened on; None leaves them to the umask.
-    Certificates are looked at every ``cert_reload_interval``, with 0 only when ``reload()`` is called.
+    Times are in seconds. ``proxy_protocol`` is the version sent to backends: v2, v1 or off. ``max_clients``,
+    ``max_clients_per_ip`` and ``rate_per_ip``: None means no limit. ``health_interval`` 0 turns health checks off,
+    ``health_timeout`` is their time limit for the banner. ``balancers`` are the networks of load balancers, which must send a
+    PROXY header; None when clients connect directly. ``socket_mode`` holds the permissions of Unix listeners; None leaves them
+    to the umask. Certificate files are checked every ``cert_reload_interval``; with 0 they are read in ``reload()`` only.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Edge:
         self.certificates = certificates
         self.listeners: list[Listener] = []
         self.metrics_sockets: list[socket.socket] = []
-        """Where the metrics, which are in ``registry``, are to be served; made by ``bind()``."""
+        """The listening sockets for the metrics in ``registry``; opened by ``bind()``."""
         self.registry = registry or CollectorRegistry()
         self.drain_timeout = drain_timeout
         self.max_clients = max_clients
@@ -112,7 +112,7 @@ class Edge:
         self._heartbeat: asyncio.TimerHandle | None = None
 
     def bind(self) -> None:
-        """Open all listening sockets. Raises OSError, with the address in it, and then none is open."""
+        """Open all listening sockets. Raises OSError, with the address in its message, and then leaves none open."""
         bound: list[tuple[socket.socket, str, bool]] = []
         metrics = () if self._metrics_address is None else (("serve metrics", self._metrics_address),)
         for purpose, address in (*(("listen", address) for address, _ in self._listen), *metrics):
@@ -134,14 +134,14 @@ class Edge:
             event(log, logging.INFO, "metrics", port=_port(sock), address=name_of(self._metrics_address, sock))
 
     def unbind(self) -> None:
-        """Close the sockets of clients, in a process that does not serve them."""
+        """Close the listening sockets for clients, in a process that does not serve them."""
         for sock, _, _ in self._bound or ():
             sock.close()
 
     async def start(self, connection_count: ConnectionCount | None = None) -> None:
-        """Begin to serve; ``connection_count`` counts the connections, over several workers where there are any.
+        """Begin to serve; ``connection_count`` counts the connections, of all workers if there are several.
 
-        Binds, if nobody has done so. Raises OSError as ``bind()``.
+        Calls ``bind()`` if it was not called before. Raises OSError as ``bind()``.
         """
         if self._bound is None:
             self.bind()
@@ -151,14 +151,14 @@ class Edge:
             self._serve_at(*bound)
 
     def begin(self, connection_count: ConnectionCount | None = None) -> None:
-        """Start what goes on beside the connections; for whoever gives the listeners one by one."""
+        """Start health checks, certificate reloads and the heartbeat; for a caller that adds listeners by ``listen()``."""
         service = self._service
         self._connection_count = service.limits.connection_count = connection_count or self._connection_count
         service.hangup_watch.open(asyncio.get_running_loop())
         service.close_notify.open()
         backends = service.backends
         each = 1 + max(backend.destination.descriptors for backend in backends.all)
-        # An upgrade by STARTTLS takes a second connection to a backend while the first one closes.
+        # An upgrade by STARTTLS opens a second connection to a backend while the first one closes.
         self._descriptor_limit = DescriptorLimit(each, lambda: backends.retiring)
         backends.full = lambda: self._descriptor_limit.reached(self._connection_count.connections)
         if self._health_interval:
@@ -167,7 +167,7 @@ class Edge:
         self._beat()
 
     def listen(self, sock: socket.socket, name: str, starttls: bool) -> None:
-        """Serve the clients of one more listening, non-blocking socket, which is the edge's from here on."""
+        """Serve the clients of one more listening, non-blocking socket, which the edge takes over."""
         self._serve_at(sock, name, starttls)
         _announce(name, starttls)
 
@@ -189,7 +189,7 @@ class Edge:
 
     @property
     def modes(self) -> Mapping[str, bool]:
-        """The names of the listeners that were bound, and whether their clients begin in plaintext."""
+        """The names of the bound listeners, and whether their clients begin in plaintext."""
         return {name: starttls for _, name, starttls in self._bound or ()}
 
     @property
@@ -197,7 +197,7 @@ class Edge:
         return self._service.backends.all
 
     def reload(self) -> asyncio.Task[list[str]]:
-        """Begin to read the certificates; connections are unaffected. The task returns a line for each that stays as it was."""
+        """Reload the certificates; connections are unaffected. The task returns a line for each error."""
         task = asyncio.get_running_loop().create_task(self._reloader.reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloaded)
@@ -209,7 +209,7 @@ class Edge:
             log.error("reload failed", exc_info=error)
 
     async def close(self) -> None:
-        """Stop accepting, let the connections end for up to ``drain_timeout``, break off the rest; if cancelled, at once."""
+        """Stop accepting, wait up to ``drain_timeout`` for connections to end, then close the rest; if cancelled, at once."""
         try:
             await asyncio.gather(*(listener.close() for listener in self.listeners))
             if self._connections:
@@ -258,12 +258,12 @@ class Edge:
         self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self._service.idle_timeout / 4)), self._beat)
 
     def trouble(self) -> str | None:
-        """Why an edge that serves is none the less not ready, as far as it knows, or None; from any thread."""
+        """Why this edge cannot serve, from memory (certificates, health checks), or None. May be called in any thread."""
         problem = self.certificates.problem(time.time())
         return self._service.backends.problem() if problem is None and self._health_interval else problem
 
     def problem(self) -> str | None:
-        """The same for what only the health checks know: without them it asks the backends now, and that takes its time."""
+        """Why no backend works, or None. Without health checks it checks the backends now, which may take seconds."""
         if self._health_interval:
             return None
         backends = self._service.backends.all

@@ -1,7 +1,7 @@
-"""What the edge counts, under the prefix fumi_edge_.
+"""The edge's metrics, with the prefix fumi_edge_.
 
-Every label value is known before the first client comes, and is there at 0: nothing that a client sends becomes a label.
-Series are bound once; the tunnel adds up in plain integers, and ``EdgeMetrics.moved`` is told now and then.
+All label values are known, and their series exist at 0, before the first client connects: no client input becomes a label.
+Series are looked up once. The tunnel counts in plain integers, which ``EdgeMetrics.moved`` adds up every few seconds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class BackendMetrics:
 
 
 class EdgeMetrics:
-    """All of them, in ``registry``. ``ciphers`` are the (TLS version, cipher) pairs that can be negotiated."""
+    """All metrics, in ``registry``. ``ciphers`` are the (TLS version, cipher) pairs that can be negotiated."""
 
     def __init__(self, registry: CollectorRegistry, ciphers: Sequence[tuple[str, str]], version: str) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -97,7 +97,7 @@ class EdgeMetrics:
         return BackendMetrics(self._connect_seconds, self._backend_errors, self._backend_up, name)
 
     def certificates(self, expiries: Iterable[tuple[str, float]]) -> None:
-        """Publish (name, seconds since 1970), and these alone; of several with one name, the one that expires first."""
+        """Publish exactly these (name, seconds since 1970); of several with one name, the one that expires first."""
         earliest: dict[str, float] = {}
         for name, not_after in expiries:
             earliest[name] = min(not_after, earliest.get(name, not_after))

@@ -1,1 +1,1 @@
-"""Waiting on raw non-blocking sockets, and ending them."""
+"""Waiting for raw non-blocking sockets, and closing them."""

@@ -1,13 +1,13 @@
-"""All certificates of an edge: which one a client gets, chosen by the name it asks for (SNI, RFC 6066 §3), and their renewal.
+"""All certificates of an edge: which one a client gets for the name it requests (SNI, RFC 6066 §3), and their renewal.
 
-Every connection begins in one context, the front, which has no certificate and outlives them all: session ticket keys belong to
-the context that a handshake began in, so sessions survive a renewal, and workers that are forked from one process share them.
-When the name is known the handshake goes on in a context of the current Selection. A selection never changes: a renewal makes a
-new one whole, and puts it in the old one's place at once.
+Every handshake begins in one context, the front, which has no certificate and stays when certificates change. Session ticket
+keys belong to the context that a handshake began in, so sessions survive a renewal, and workers forked from one process share
+them. When the name is known the handshake goes on in a context of the current Selection. A selection never changes: a renewal
+makes a complete new one, which replaces the old one in one step.
 
-A name that has an RSA and an ECDSA certificate has both in one context, and OpenSSL picks what the client can verify. Of several
-certificates for one name and kind of key, the valid one that expires last is served. That changes with the time, so a selection
-is made for a moment, and says until when it holds.
+A name with an RSA and an ECDSA certificate has both in one context, and OpenSSL picks the one that the client can verify. Among
+several certificates for one name and kind of key, the valid one that expires last is served. This choice depends on the time,
+so a selection is made for one point in time and has an end.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ log = logging.getLogger("fumi.edge")
 class Selection:
     """The contexts by name, chosen at ``now`` (seconds since 1970) from the certificates in their order.
 
-    The first certificate's name answers clients that ask for another name or for none. ``served`` are the certificates in use.
-    The choice is good from ``chosen_at`` to ``until``, after which a certificate has expired or become valid.
+    Clients that request an unknown name or none get the context for the first certificate's name. ``served`` are the
+    certificates in use. The choice holds from ``chosen_at`` to ``until``: then a certificate expires or becomes valid.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Selection:
         now: float,
         before: Selection | None = None,
     ) -> None:
-        """``before`` is a selection of the same policy, whose contexts are taken over where nothing has changed."""
+        """``before`` is a selection of the same policy, whose contexts are reused for unchanged certificates."""
         self.certificates = tuple(certificates)
         self.client_ca = client_ca
         self.chosen_at = now
@@ -78,7 +78,7 @@ class Selection:
         self.served = frozenset(itertools.chain(*self._contexts))
 
     def _context(self, kinds: tuple[Certificate, ...]) -> ssl.SSLContext:
-        """The context with these certificates, made or taken over once."""
+        """The context with these certificates, made or reused once."""
         if kinds not in self._contexts:
             if (context := self._old.get(kinds)) is None:
                 context = self._policy.context(self.client_ca)
@@ -90,7 +90,7 @@ class Selection:
     def context_for(self, name: str | None) -> ssl.SSLContext:
         """The context for a server name: the exact one, then the wildcard for its first label, then the first certificate's.
 
-        A valid wildcard goes before an exact certificate that is not valid.
+        A valid wildcard certificate is preferred to an exact one that is not valid.
         """
         if not name:
             return self._default
@@ -104,9 +104,9 @@ def _parent(name: str) -> str:
 
 
 def _best(candidates: Iterable[Certificate], now: float) -> tuple[Certificate, ...]:
-    """Of the certificates for a name, for each kind of key the valid one that expires last; the earlier one of two alike.
+    """Choose for each kind of key the valid certificate that expires last; the earlier in order if two expire together.
 
-    A kind without a valid certificate is left out, unless no kind has one.
+    A kind without a valid certificate is left out, unless no kind has a valid one.
     """
     kinds: dict[str, Certificate] = {}
     for each in sorted(candidates, key=lambda each: (each.problem(now) is None, each.not_after), reverse=True):
@@ -118,17 +118,17 @@ def _best(candidates: Iterable[Certificate], now: float) -> tuple[Certificate, .
 def _wildcard(
     name: str, kinds: Sequence[Certificate], chosen: Mapping[str, tuple[Certificate, ...]], now: float
 ) -> tuple[Certificate, ...] | None:
-    """The valid wildcard certificates that replace those of an exact name, where none of these is valid; or None."""
+    """The wildcard certificates that replace those of an exact name because only the wildcard is valid; or None."""
     wildcard = chosen.get(_parent(name), ())
     is_valid = [each.problem(now) is None for each in wildcard]
     return tuple(wildcard) if any(is_valid) and all(each.problem(now) for each in kinds) else None
 
 
 class Reading(NamedTuple):
-    """What it came to when all sources were read: the certificates of each, and a line for each thing that was wrong.
+    """The result of reading all sources: the certificates of each (``groups``), and a line for each error (``complaints``).
 
-    ``stamp`` is how the files were before they were read; ``skipped`` are the files of directories that are left alone:
-    authorities, which serve nobody.
+    ``stamp`` is the state of the files before they were read. ``skipped`` has a line for each file of a directory that is not
+    a server certificate, such as a CA certificate.
     """
 
     sources: Sequence[Pair]
@@ -162,11 +162,11 @@ class Certificates:
 
     @property
     def stamp_read(self) -> Stamp:
-        """``stamp()`` as it was before the certificates in service were read: another one since means that a file has changed."""
+        """The ``stamp()`` from before the certificates in service were read: if it differs now, a file has changed."""
         return self._current.stamp
 
     def stamp(self) -> Stamp:
-        """Equal as long as nothing happens to any of the files."""
+        """The state of all files, equal as long as no file changes."""
         return stamp(self._current.sources, self._policy.client_ca)
 
     def files(self) -> list[str]:
@@ -175,11 +175,11 @@ class Certificates:
         return list(dict.fromkeys(label(each) for pair in pairs for each in pair if each is not None and is_path(each)))
 
     def read(self) -> Reading:
-        """Read all files anew, and change nothing yet: this may be done in another thread.
+        """Read all files again without changing anything yet; this may be called in another thread.
 
-        What is wrong keeps its predecessor: a certificate whose files cannot be used any more, a directory that is gone or empty,
-        a valid certificate whose new version is not. The first certificate of all stays even when a directory has lost its file,
-        unless another file there has one for its name.
+        A source with an error keeps its previous certificates: one whose files cannot be used any more, a directory that is
+        missing or empty, a valid certificate whose new version is not valid. The default certificate, which is the first, stays
+        even when its file is gone from a directory, unless another file there has a certificate for its name.
         """
         sources, old, selection, *_ = self._current
         before = self.stamp()
@@ -199,14 +199,14 @@ class Certificates:
         return Reading(sources, groups, self._select(groups, client_ca), before, complaints, skipped)
 
     def install(self, reading: Reading) -> None:
-        """Put what was read into service, for handshakes that begin from now on; unless ``update`` has come in between."""
+        """Use a reading for handshakes that begin from now on; ignored when ``update`` was called after it was read."""
         if reading.sources is self._current.sources:
             self._put(reading)
 
     def choose(self, now: float) -> Reading:
-        """The certificates in service, with a choice for ``now`` (seconds since 1970), to be installed after ``selection.until``.
+        """The certificates in service with a selection for ``now`` (seconds since 1970), to install after ``selection.until``.
 
-        It reads nothing and changes nothing, and may be called in another thread.
+        It reads no files and changes nothing, and may be called in another thread.
         """
         current = self._current
         return current._replace(
@@ -214,7 +214,7 @@ class Certificates:
         )
 
     def update(self, cert: Source, key: Source | None = None) -> None:
-        """Replace all certificates by this one. Raises CertificateError, and then nothing has changed."""
+        """Replace all certificates by this one. Raises CertificateError without changing anything."""
         self._put(self._read_strictly([Pair(cert, key)]))
 
     def _read_strictly(self, sources: Sequence[Pair]) -> Reading:
@@ -227,9 +227,9 @@ class Certificates:
         return Reading(sources, groups, self._select(groups, self._policy.read_client_ca()), before, [], skipped)
 
     def _renew(self, source: Pair, old: Sequence[Certificate], complaints: list[str], skipped: list[str]) -> list[Certificate]:
-        """What one source gives now, with what it gave before in place of what is wrong.
+        """Read one source, keeping the previous certificate for each one that has an error.
 
-        In a directory an authority may lie beside what it signed: it is no fault where something else can be used.
+        A directory may hold CA certificates beside server certificates: these are an error only if no other file can be used.
         """
         try:
             pairs = find(source)
@@ -265,11 +265,11 @@ class Certificates:
 
     def _put(self, reading: Reading) -> None:
         self._current = reading
-        # A session that an old authority vouched for is not to be resumed.
+        # A session whose client certificate was verified by an old CA must not be resumed.
         self.renew_ticket_keys(time.time())
 
     def share_ticket_keys(self) -> None:
-        """For processes that are forked from here on: they resume each other's sessions. Raises OSError."""
+        """Let the processes that are forked from now on resume each other's sessions. Raises OSError."""
         self._ticket_keys.share()
 
     def renew_ticket_keys(self, now: float) -> None:
@@ -277,7 +277,7 @@ class Certificates:
         self._front = self._ticket_keys.context(self.selection.client_ca, now)
 
     def _make_front(self) -> ssl.SSLContext:
-        # Without the client CA certificates: clients' are verified by the context that their server name leads to.
+        # Without client CA certificates: the context that is chosen by the server name verifies client certificates.
         context = self._policy.context()
         context.sni_callback = self._on_server_name
         _expect_any_server_name()
@@ -288,8 +288,8 @@ class Certificates:
         sock.context = self.selection.context_for(name)
 
     def wrap(self, sock: socket.socket) -> TLSSocket:
-        """The server's side of TLS on a connected non-blocking socket, which it takes over. Raises OSError when that is gone."""
-        # Where OpenSSL takes a missing close_notify for an end, what Python calls a ragged end can only be a reset.
+        """Wrap a connected non-blocking socket, and take it over. Raises OSError when the connection is gone."""
+        # When OpenSSL accepts a missing close_notify as an end, a ragged EOF in Python can only be a reset.
         wrapped = self._front.wrap_socket(
             sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=not IGNORE_UNEXPECTED_EOF
         )
@@ -297,17 +297,17 @@ class Certificates:
         return wrapped
 
     def ciphers(self) -> list[tuple[str, str]]:
-        """(TLS version, cipher) for all that can be negotiated."""
+        """(TLS version, cipher) for all ciphers that can be negotiated."""
         found = [(str(each["protocol"]), str(each["name"])) for each in self._front.get_ciphers()]
         return [(version, name) for version, name in found if version in ("TLSv1.2", "TLSv1.3")]
 
     @property
     def skipped(self) -> Sequence[str]:
-        """A line for each file of a directory that was left alone."""
+        """A line for each file of a directory that was skipped."""
         return self._current.skipped
 
     def mismatch(self) -> str | None:
-        """Why TLS 1.2, which the policy allows, fails with every certificate in service, or None."""
+        """Why TLS 1.2, although the policy allows it, fails with every certificate in service; or None."""
         kinds = sorted({entry.kind for entry in self.entries})
         auth = {str(each["auth"]) for each in self._front.get_ciphers() if each["protocol"] == "TLSv1.2"}
         if self._policy.min_tls != "1.2" or auth & {"auth-any", *(f"auth-{kind.lower()}" for kind in kinds)}:
@@ -318,7 +318,7 @@ class Certificates:
 
     @property
     def served(self) -> list[Certificate]:
-        """Those of the certificates that some client gets; the others are for names that have a better one."""
+        """The certificates that clients can get; the others are for names that have a better certificate."""
         return [entry for entry in self.entries if entry in self.selection.served]
 
     def problems(self, now: float) -> list[str]:
@@ -326,24 +326,24 @@ class Certificates:
         return [problem for entry in self.served if (problem := entry.problem(now))]
 
     def authority_problems(self, now: float) -> list[str]:
-        """A line for each CA certificate that is sent to clients or trusted from them, and is not valid at ``now``."""
+        """A line for each CA certificate, in a served chain or of clients, that is not valid at ``now`` (seconds since 1970)."""
         sent = [problem for entry in self.served for problem in entry.chain_problems(now)]
         place, trusted = label(self._policy.client_ca or b""), authorities_in(self.selection.client_ca or "")
         return sent + [f"{place}: {problem}" for each in trusted if (problem := each.problem(now))]
 
     def problem(self, now: float) -> str | None:
-        """Why no certificate that is served is valid at ``now``, or None when one is."""
+        """Why no served certificate is valid at ``now`` (seconds since 1970), or None when one is."""
         problems = self.problems(now)
         return f"no valid certificate: {problems[0]}" if len(problems) == len(self.served) else None
 
 
 @functools.cache
 def _expect_any_server_name() -> None:
-    """Python's ssl prints a traceback for a server name that is not ASCII; a client's nonsense is worth a line, not that."""
+    """Log one line for a server name that is not ASCII, for which Python's ssl prints a traceback."""
     others = sys.unraisablehook
 
     def hook(problem: sys.UnraisableHookArgs) -> None:
-        # Before Python 3.14 the name is the object, and since then in the message.
+        # Before Python 3.14 the object is the name; since then the message mentions it.
         named = isinstance(problem.object, bytes) or "servername" in (problem.err_msg or "")
         if named and isinstance(problem.exc_value, UnicodeDecodeError):
             event(log, logging.INFO, "server name is not ASCII")

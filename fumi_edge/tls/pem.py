@@ -1,7 +1,7 @@
-"""PEM text (RFC 7468) → a certificate that was tried out, with its facts; or one line that says why not.
+"""Reads PEM text (RFC 7468) into a certificate that was tested and decoded, or into an error of one line.
 
-What is read is read once, so that what was examined is what is served. OpenSSL takes certificates from files only: it gets
-anonymous ones in memory, and no key that came by other ways is ever on a disk.
+Each file is read once, so that the certificate that was tested is the one that is served. OpenSSL loads certificates from files
+only: it gets anonymous files in memory, so a key that was passed as text is never written to a disk.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Source = str | bytes | os.PathLike[str]
 """PEM text, or the path of a file that holds it."""
 
 _NO_CHECK_TIME = 0x200000
-"""X509_V_FLAG_NO_CHECK_TIME, which ssl.VerifyFlags leaves out: an expired certificate still has facts to be read."""
+"""X509_V_FLAG_NO_CHECK_TIME, which ssl.VerifyFlags lacks: an expired certificate must be decoded too."""
 _BEGIN = b"-----BEGIN CERTIFICATE-----"
 _END = b"-----END CERTIFICATE-----"
 _GLUED = b"----------BEGIN "
-"""The end of one block and the beginning of the next on one line, as when files without a final line break are joined."""
+"""The end of one block and the beginning of the next on one line, as in joined files without a final line break."""
 _BOM = b"\xef\xbb\xbf"
 _TRACE = re.compile(rb"-----BEGIN (?:[A-Z0-9]+ )?CERTIFICATE-----")
-"""Of a certificate, be it only half there, or under a label that is not read, such as TRUSTED CERTIFICATE."""
+"""The beginning of a certificate, even if it is incomplete or has an unsupported label such as TRUSTED CERTIFICATE."""
 _AUTHORITY = re.compile(rb"\x06\x03\x55\x1d\x13(?:\x01\x01\xff)?\x04.\x30.\x01\x01\xff", re.DOTALL)
-"""The extension basicConstraints (RFC 5280 §4.2.1.9) with cA TRUE, in DER: Python decodes it for nobody."""
+"""The extension basicConstraints (RFC 5280 §4.2.1.9) with cA TRUE, in DER: Python does not decode it."""
 _PKCS12 = re.compile(rb"\x30(?:[\x00-\x80]|\x81.|\x82..|\x83...)\x02\x01\x03", re.DOTALL)
 """The beginning of a PFX (RFC 7292 §4), version 3, in DER or BER."""
 _KEY = re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")
@@ -43,11 +43,11 @@ class CertificateError(Exception):
 
 
 class NoServer(CertificateError):
-    """A file that no server can use: without a certificate or its key, or with a certificate that is not for TLS servers."""
+    """The file lacks a certificate or its key, or its certificate is not for TLS servers."""
 
 
 class Pair(NamedTuple):
-    """Where a certificate comes from, and its key, if that is not in the same place."""
+    """The sources of a certificate and of its key; ``key`` is None when ``cert`` holds the key too."""
 
     cert: Source
     key: Source | None = None
@@ -74,10 +74,10 @@ class Authority(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Certificate:
-    """A certificate that works: where it came from, the names it is for, its validity in seconds since 1970.
+    """A tested certificate: its source, the names it is for, its validity in seconds since 1970.
 
-    ``kind`` is RSA or ECDSA (EdDSA too), the two that clients may be unable to verify. ``authorities`` are the CA certificates
-    that are sent with it.
+    ``kind`` is RSA or ECDSA (which includes EdDSA); a client may support only one of them. ``authorities`` are the CA
+    certificates that are sent with it.
     """
 
     pair: Pair
@@ -102,15 +102,15 @@ class Certificate:
         return None
 
     def chain_problems(self, now: float) -> list[str]:
-        """A line for each CA certificate in its file that is not valid at ``now`` (seconds since 1970)."""
+        """A line for each CA certificate in the file that is not valid at ``now`` (seconds since 1970)."""
         return [f"{self.pair}: {problem}" for each in self.authorities if (problem := each.problem(now))]
 
     def changes(self, now: float) -> list[float]:
-        """The moments from ``now`` on (seconds since 1970) at which it becomes valid, and after which it has expired."""
+        """The times from ``now`` on (seconds since 1970) at which it becomes valid and at which it expires."""
         return [self.not_before] * (self.not_before > now) + [self.not_after] * (self.not_after >= now)
 
     def give(self, context: ssl.SSLContext) -> None:
-        """Put it into a context. Raises CertificateError when the context's policy forbids it."""
+        """Load it into a context. Raises CertificateError when the context's policy forbids it."""
         try:
             _give(context, self.chain, self.key)
         except ssl.SSLError as error:
@@ -122,17 +122,20 @@ def is_path(source: Source) -> bool:
 
 
 def label(source: Source) -> str:
-    """How a source is called in messages."""
+    """The name of a source in messages."""
     return os.fspath(source) if not isinstance(source, bytes) and is_path(source) else "(PEM text)"
 
 
 def holds_key(source: Source) -> bool:
-    """Whether a private key is in there. Raises CertificateError."""
+    """Whether a source holds a private key. Raises CertificateError."""
     return bool(_KEY.search(_read(source, "certificate")))
 
 
 def is_authority(source: Source) -> bool:
-    """True when this is not a server certificate: its first one is a CA (as most self-signed ones are), or there is none."""
+    """True when this is not a server certificate.
+
+    The file's first certificate is a CA (as most self-signed ones are), or the file holds no certificate.
+    """
     try:
         first = next(_certificates(_read(source, "certificate")), None)
         return first is None or _may_sign(first)
@@ -141,7 +144,7 @@ def is_authority(source: Source) -> bool:
 
 
 def authorities(source: Source) -> str:
-    """The certificates in a CA file, without what else is in it. Raises CertificateError."""
+    """The certificates in a CA file, without any other text. Raises CertificateError."""
     found = list(_certificates(data := _read(source, "client CA")))
     if not found:
         raise _without(source, data)
@@ -150,7 +153,7 @@ def authorities(source: Source) -> str:
 
 
 def authorities_in(text: str | bytes) -> tuple[Authority, ...]:
-    """The CA certificates of a PEM text. Other certificates are left out, and so is everything where one cannot be read."""
+    """The CA certificates of a PEM text, without other certificates; () when OpenSSL cannot read the text."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cadata=text if isinstance(text, str) else text.decode("ascii"))
@@ -161,7 +164,7 @@ def authorities_in(text: str | bytes) -> tuple[Authority, ...]:
 
 
 def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
-    """Read a certificate chain and its key; ``previous`` itself where neither has changed. Raises CertificateError."""
+    """Read a certificate chain and its key. Returns ``previous`` if neither has changed. Raises CertificateError."""
     chain = _read(pair.cert, "certificate")
     key = chain if pair.key is None else _read(pair.key, "key")
     if previous is not None and (previous.chain, previous.key) == (chain, key):
@@ -205,7 +208,7 @@ def _read(source: Source, what: str) -> bytes:
 
 
 def _certificates(data: bytes) -> Iterator[bytes]:
-    """The certificates of a PEM text, without what is between them. Linear in the text's length, whatever is in it."""
+    """The certificates of a PEM text, without the text between them. The time is linear in the length of any text."""
     end = 0
     while (begin := data.find(_BEGIN, end)) >= 0 and (found := data.find(_END, begin)) >= 0:
         end = found + len(_END)
@@ -213,7 +216,7 @@ def _certificates(data: bytes) -> Iterator[bytes]:
 
 
 def _refuse_glued(source: Source, data: bytes) -> None:
-    """Raises CertificateError. OpenSSL would pass over the second block, and blame the key that was to be in it."""
+    """Raise CertificateError for joined lines: OpenSSL would skip the second block and report an error of the key in it."""
     if (at := data.find(_GLUED)) >= 0:
         line = data.count(b"\n", 0, at) + 1
         raise CertificateError(f"{label(source)}: line {line} has -----BEGIN after -----END; put a line break between them")
@@ -237,21 +240,21 @@ def _file(data: bytes) -> Iterator[str]:
 
 
 def _no_passphrase() -> str:
-    # OpenSSL would otherwise ask on the terminal, which a daemon has not.
+    # Without this, OpenSSL would prompt on the terminal, which a daemon does not have.
     raise ValueError("the private key is encrypted")
 
 
 def _without(source: Source, data: bytes) -> CertificateError:
-    """What there is to say of a source in which no certificate was found."""
+    """The error for a source without a certificate."""
     if conversion := _conversion(data, "x509"):
         return CertificateError(f"{label(source)}: {conversion}")
-    # Half of one is not none: it may be that it is just being written.
+    # An incomplete certificate may be one that is being written.
     kind = CertificateError if _TRACE.search(data) else NoServer
     return kind(f"{label(source)}: holds no PEM certificate")
 
 
 def _conversion(data: bytes, command: str) -> str | None:
-    """How PEM is made of what is in another form, by this command of openssl, or None. DER begins with a SEQUENCE."""
+    """How to convert data in another format to PEM with this openssl command, or None. DER begins with a SEQUENCE."""
     if _PKCS12.match(data):
         return "is PKCS#12 and not PEM; convert it with openssl pkcs12 -nodes -in OLD -out NEW"
     return f"is DER and not PEM; convert it with openssl {command} -inform DER -in OLD -out NEW" if data[:1] == b"\x30" else None
@@ -267,7 +270,7 @@ def _may_sign(certificate: bytes) -> bool:
 def _complaint(error: ssl.SSLError, pair: Pair, chain: bytes) -> CertificateError:
     key = label(pair.cert if pair.key is None else pair.key)
     reason = (error.reason or "").replace("_", " ").lower()
-    if "mismatch" in reason or reason == "no certificate assigned":  # the latter when it is of another kind
+    if "mismatch" in reason or reason == "no certificate assigned":  # the latter when the key is of another kind
         found = list(_certificates(chain))
         swapped = len(found) > 1 and _may_sign(found[0])
         hint = ", whose first certificate is an authority's: the server's own must come first" if swapped else ""
@@ -281,7 +284,7 @@ def _complaint(error: ssl.SSLError, pair: Pair, chain: bytes) -> CertificateErro
 
 
 def _broken(chain: bytes) -> str | None:
-    """Which certificate of a file cannot be read, or None."""
+    """The first certificate of a file that OpenSSL cannot read, or None."""
     pieces = [_BEGIN + rest for rest in chain.split(_BEGIN)[1:]]
     for number, piece in enumerate(pieces, 1):
         found = next(_certificates(piece), None)
@@ -290,16 +293,17 @@ def _broken(chain: bytes) -> str | None:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found.decode("ascii"))
                 continue
         except (ssl.SSLError, ValueError):
-            pass  # it is what is looked for
+            pass  # this is the certificate to report
         return "the certificate" if len(pieces) == 1 else f"certificate {number} of the {len(pieces)} in the file"
     return None
 
 
 def _try_out(chain: bytes, key: bytes, leaf: str) -> tuple[dict[str, Any], str]:
-    """What the certificate says, in getpeercert()'s form, and its kind.
+    """Decode a certificate, in getpeercert()'s form, and return it with its kind.
 
-    Only a verified peer's certificate is decoded for us, so a server with it shakes hands, in memory, with a client that trusts
-    exactly this certificate. That also proves that key and certificate work. TLS 1.2 names the kind in the cipher.
+    Python decodes only a verified peer's certificate. So a server with this certificate does a handshake, in memory, with a
+    client that trusts exactly this certificate, which also proves that key and certificate work. In TLS 1.2 the cipher names
+    the kind.
     """
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -320,7 +324,7 @@ def _try_out(chain: bytes, key: bytes, leaf: str) -> tuple[dict[str, Any], str]:
 
 
 def _names(facts: dict[str, Any]) -> tuple[str, ...]:
-    """The names a certificate is for: its subjectAltName entries or, in old ones, its common name (RFC 6125 §6.4.4)."""
+    """The names of a certificate: its subjectAltName entries or, in old certificates, its common name (RFC 6125 §6.4.4)."""
     alternatives: Sequence[tuple[str, str]] = facts.get("subjectAltName", ())
     names = [value for kind, value in alternatives if kind in ("DNS", "IP Address")]
     return tuple(dict.fromkeys(name.lower() for name in names or common_names(facts)))
@@ -333,7 +337,7 @@ def common_names(facts: dict[str, Any]) -> list[str]:
 
 
 def _subject(facts: dict[str, Any]) -> str:
-    """The last part of a subject in getpeercert()'s form: its common name or, in old authorities, an organization."""
+    """The last part of a subject in getpeercert()'s form: its common name or, in old CA certificates, an organization."""
     parts = [value for rdn in facts.get("subject", ()) for _, value in rdn]
     return str([*parts, *common_names(facts)][-1]) if parts else ""
 
@@ -343,5 +347,5 @@ def _seconds(asn1: object) -> float:
 
 
 def date(seconds: float) -> str:
-    """A point in time for people."""
+    """A time (seconds since 1970) as text."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

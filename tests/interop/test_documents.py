@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import ROOT, sections
+from tests.readme import ROOT, blocks, sections
 
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 WITH_CONTENTS = ("CONTRIBUTING.md", "fumi_core/README.md", "fumi_core/PROGRAM.md", "fumi_core/MIGRATING.md")
+STAYS = re.compile(r"^(\w+=\S+ )*(fumi-core|fumi-edge|haproxy -W|stunnel/run|python serve\.py|ops/run)\b")
+RETURNS = re.compile(r"--(check|hash-password|version|emit)\b|&$")
 
 
 def _prose(path: Path) -> str:
@@ -33,6 +35,14 @@ def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: str) -> N
         linked = (path.parent / file).resolve() if file else path
         assert linked.exists(), target
         assert not anchor or anchor in _anchors(linked), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "fumi_core/README.md", "fumi_core/PROGRAM.md", "fumi_core/MIGRATING.md"])
+def test_a_block_can_be_pasted_whole_since_only_its_last_command_may_stay_in_the_foreground(page: str) -> None:
+    for kind, source in blocks((ROOT / page).read_text()):
+        commands = source.replace("\\\n", " ").splitlines()
+        staying = [command for command in commands if STAYS.search(command) and not RETURNS.search(command)]
+        assert kind != "sh" or not staying or staying == commands[-1:], source
 
 
 @pytest.mark.parametrize("page", WITH_CONTENTS)

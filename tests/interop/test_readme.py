@@ -22,7 +22,7 @@ BLOCKS = blocks((ROOT / "README.md").read_text())
 SHELL = [text for kind, text in BLOCKS if kind == "sh"]
 DEV = (4650, 5870, 9465)
 """Where fumi-edge --dev listens."""
-RUN, SWAKS, INSTALL, SERVE, USERS, SUBMIT, CAT, HAPROXY, STUNNEL, MINE, TEST = SHELL
+RUN, SWAKS, INSTALL, CORE, EDGE, USERS, SUBMIT_CORE, SUBMIT_EDGE, CAT, HAPROXY, STUNNEL_CORE, STUNNEL, MINE, TEST = SHELL
 
 
 def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> None:
@@ -59,7 +59,7 @@ def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certific
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
     ports = {port: programs.free_port() for port in ("2525", "9525", "25", "9465", "587")}
-    core, edge = re.split(r"\n(?=fumi-edge)", other_ports(SERVE, ports))
+    core, edge = other_ports(CORE, ports), other_ports(EDGE, ports)
     programs.start("sh", "-c", f"PATH={PATH} exec {core.strip()}", port=ports["2525"])
     programs.start("sh", "-c", f"PATH={PATH} exec {edge.strip()}", port=ports["9465"])
     context = ssl.create_default_context(cafile=str(certificate[0]))
@@ -84,7 +84,7 @@ def test_users_hand_in_their_mail_and_nobody_else_does(programs: Any, certificat
     said = programs.run("sh", "-euc", USERS, given=b"secret\n", PATH=PATH)
     assert (said, stat.S_IMODE((programs.directory / "users").stat().st_mode)) == ("", 0o600)
     ports = {port: programs.free_port() for port in ("2587", "10025", "465", "587")}
-    core, edge = re.split(r"\n(?=fumi-edge)", other_ports(SUBMIT, ports))
+    core, edge = other_ports(SUBMIT_CORE, ports), other_ports(SUBMIT_EDGE, ports)
     queue = ["--proxy-protocol", "off", "--deliver", "maildir:./queue"]
     programs.start(
         programs.bin / "fumi-core", "--listen", f"127.0.0.1:{ports['10025']}", *queue, port=ports["10025"], log="queue.log"
@@ -131,13 +131,11 @@ def test_another_program_terminates_tls(programs: Any, certificate: tuple[Path, 
         (programs.directory / name).symlink_to(ROOT / name)
     sh(CAT, programs.directory)
     core, tls, metrics = (programs.free_port() for _ in range(3))
-    *_, start = other.strip().split("\n")
     given = f"FUMI_BACKEND=127.0.0.1:{core} FUMI_LISTEN=127.0.0.1:{tls} FUMI_METRICS=127.0.0.1:{metrics}"
     # With HAProxy the core is the one that stands further up.
-    serve = other.split("\n")[0] if other is STUNNEL else SERVE.split("\n")[0]
-    serve = other_ports(serve, {"2525": core, "9525": programs.free_port()})
-    programs.start("sh", "-c", f"PATH={PATH} exec {serve}", port=core)
-    assignment, _, command = start.partition(" ")
+    serve = other_ports(STUNNEL_CORE if other is STUNNEL else CORE, {"2525": core, "9525": programs.free_port()})
+    programs.start("sh", "-c", f"PATH={PATH} exec {serve.strip()}", port=core)
+    assignment, _, command = other.strip().partition(" ")
     programs.start("sh", "-c", f"PATH={PATH}; export {assignment} {given}; exec {command}", port=tls)
     with smtplib.SMTP_SSL("localhost", tls, context=ssl.create_default_context(cafile=str(certificate[0]))) as smtp:
         smtp.sendmail("a@example.com", ["b@example.org"], "Subject: hi\r\n\r\nhi\r\n")

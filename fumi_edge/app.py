@@ -1,7 +1,7 @@
 """``fumi_edge.Fumi``: the app of fumi_core with TLS, all in one process.
 
-It is the edge in front of the core, not a second TLS implementation: each client's tunnel leads into a socket pair, at whose
-other end the core reads the same PROXY header that it would get from the program fumi-edge.
+It runs the edge in front of the core and is not a second TLS implementation: each client's tunnel ends in a socket pair, and at
+its other end the core reads the same PROXY header as from the program fumi-edge.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from fumi_edge.tls.pem import Source
 from fumi_edge.tls.policy import Policy
 
 SILENCE_BEYOND_CORE = 30.0
-"""Seconds beyond ``socket_timeout`` for which a tunnel may be silent: the core says 421 before."""
+"""Seconds by which a tunnel's idle timeout exceeds ``socket_timeout``, so that the core sends its 421 first."""
 
 
 class Fumi(core.Fumi):
-    """An SMTP server with TLS: implicit with ``secure``, otherwise by STARTTLS; without ``cert`` it is fumi_core's.
+    """An SMTP server with TLS: implicit with ``secure``, otherwise by STARTTLS; without ``cert`` the same as fumi_core's.
 
-    ``key``, ``cert`` and ``ca`` are PEM, as text or bytes, or the path of such a file; ``cert`` may hold the key as well. With
-    ``ca``, clients are asked for a certificate of one of these authorities, and need not have one. All other options are those
-    of ``fumi_core.Fumi``; ``max_clients`` closes TLS ports without a word, and ``require_tls`` and ``hide_starttls`` mean here
-    what their names say.
+    ``key``, ``cert`` and ``ca`` are PEM, as text or bytes, or the path of a PEM file; ``cert`` may hold the key too. With
+    ``ca``, a client certificate of one of these CAs is requested, but not required. All other options are those of
+    ``fumi_core.Fumi``. A client over ``max_clients`` is closed without a reply on a TLS port, and ``require_tls`` and
+    ``hide_starttls`` apply to the STARTTLS of this server.
     """
 
     def __init__(
@@ -55,7 +55,10 @@ class Fumi(core.Fumi):
         self._edge: Edge | None = None
 
     def update_secure_context(self, *, cert: Source, key: Source | None = None) -> None:
-        """Use another certificate for handshakes from now on; connections stay. Raises CertificateError, and keeps the old."""
+        """Use another certificate for handshakes from now on; existing connections are unaffected.
+
+        Raises CertificateError, and then the old certificate stays in service.
+        """
         if self._certificates is None:
             raise TypeError("there is no certificate to update: the app was made without cert=")
         self._certificates.update(cert, key)
@@ -63,7 +66,7 @@ class Fumi(core.Fumi):
     def _service(self) -> Service:
         if self._certificates is None:
             return super()._service()
-        # The clients come with a header of ours; the limit and the balancer's header are seen to in front of that.
+        # Each client comes with the edge's header. The edge applies the limit and reads a load balancer's header.
         inner = override(self.options, {"proxy_protocol": "required", "max_clients": None})
         service = super()._service()
         service.options = inner
@@ -91,7 +94,7 @@ class Fumi(core.Fumi):
             max_clients=options.max_clients,
             drain_timeout=options.close_timeout,
         )
-        # The clients are counted where they come in, and once.
+        # Clients are counted once, by the edge.
         edge.begin(self.connection_count)
         server.connection_count = count_of_one_process()
         return edge
@@ -104,7 +107,7 @@ class Fumi(core.Fumi):
         if edge is None:
             await super()._close(server)
         else:
-            # The core ends the dialogues, and the edge, which takes no more clients, the tunnels that this leaves.
+            # The core ends the dialogues. The edge stops accepting, and ends the tunnels that are left.
             await asyncio.gather(edge.close(), super()._close(server))
 
 
@@ -118,7 +121,7 @@ class LocalCore:
         self._server = server
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
-        """A socket pair, one end of it the core's; it never has to wait. Raises OSError."""
+        """Return one end of a socket pair; the core serves the other. It never waits. Raises OSError."""
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
             sock.setblocking(False)

@@ -1,4 +1,4 @@
-"""fumi-edge, the program: flags to an Edge that runs until it is told to stop."""
+"""The program fumi-edge: makes an Edge from the flags, and runs it until a signal stops it."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def main(
             _check(edge, () if dev_mode else edge.backends, flags, user)
             return
         if dev_mode:
-            # In a terminal, to close it is to stop.
+            # Closing the terminal sends SIGHUP, which must stop the trial.
             run(EdgeWork(edge, dev.DevCore(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
         else:
             if workers > 1:
@@ -211,14 +211,14 @@ def _policy(flags: dict[str, Any]) -> Policy:
 
 
 def _places(flags: dict[str, Any]) -> list[ListenAddress]:
-    """Everything that is to be listened on."""
+    """All addresses to listen on."""
     places = [ListenAddress("--listen", address) for address in flags["listen"]]
     places += [ListenAddress("--starttls-listen", address) for address in flags["starttls_listen"]]
     return places + ([ListenAddress("--metrics", flags["metrics"])] if flags["metrics"] else [])
 
 
 def _warnings(backends: Sequence[Backend], flags: dict[str, Any], manner: Manner) -> Iterator[str]:
-    """What works, and may surprise all the same."""
+    """Yield warnings about settings that work but may have unexpected effects."""
     if manner.proxy_protocol != "off":
         for place in _places(flags):
             if place.address.kind == "unix" and place.flag != "--metrics":
@@ -230,7 +230,7 @@ def _warnings(backends: Sequence[Backend], flags: dict[str, Any], manner: Manner
 
 
 def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user: str | None) -> None:
-    """Exit with status 2 and what is wrong, in one line."""
+    """Print the result of ``--check``. Raises SettingError with all problems in one line."""
     now = time.time()
     problems = [*edge.certificates.problems(now), *edge.certificates.authority_problems(now)]
     if mismatch := edge.certificates.mismatch():

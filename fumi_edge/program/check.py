@@ -1,6 +1,6 @@
-"""What can be known before anything is served: listeners that conflict or cannot be bound, and files that --user cannot read.
+"""Checks before the start: listeners that conflict or cannot be bound, and files that --user cannot read.
 
-An address in use is not a problem: most often a running edge has it, and this is the check before its restart.
+An address in use is not a problem: usually a running edge uses it, and this is the check before its restart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ACL = "system.posix_acl_access"
 
 
 class ListenAddress(NamedTuple):
-    """An address to listen on, and the flag that says so."""
+    """An address to listen on, and its flag."""
 
     flag: str
     address: SocketAddress
@@ -31,7 +31,7 @@ class ListenAddress(NamedTuple):
 
 
 def clash(places: Iterable[ListenAddress]) -> str | None:
-    """Which two of them cannot both be listened on, or None."""
+    """A message about the first two addresses that cannot both be listened on, or None."""
     for one, other in itertools.combinations(places, 2):
         if one.address == other.address and not _any_port(one.address):
             if one.flag == other.flag:
@@ -53,14 +53,14 @@ def _is_part(part: SocketAddress, whole: SocketAddress) -> bool:
 
 
 class ListenCheck(NamedTuple):
-    """A line for each address that could not be listened on, and those that somebody has at the moment."""
+    """A line for each address that cannot be listened on, and the addresses that are in use now."""
 
     problems: list[str]
     taken: list[SocketAddress]
 
 
 def look(places: Iterable[ListenAddress]) -> ListenCheck:
-    """Try all of them, without ever listening: a client would be accepted and reset."""
+    """Try to bind all addresses, without listening: a client would be accepted and then reset."""
     looked = ListenCheck([], [])
     for flag, address in places:
         try:
@@ -89,7 +89,7 @@ def _try(address: SocketAddress) -> None:
 
 
 def _try_path(path: str) -> None:
-    """To bind would leave a file, or take the place of one."""
+    """Check the path of a Unix socket without binding it, which would leave a file or replace one. Raises OSError."""
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         raise FileNotFoundError(errno.ENOENT, f"there is no directory {directory}")
@@ -101,7 +101,7 @@ def _try_path(path: str) -> None:
 
 
 def unreadable(name: str, paths: Iterable[str]) -> list[str]:
-    """Which of these files and directories a user cannot read, as far as owners and modes tell. Raises PrivilegeError."""
+    """The files and directories that a user cannot read according to owners and modes. Raises PrivilegeError."""
     user = find(name)
     if user.pw_uid == 0:
         return []
@@ -114,7 +114,7 @@ def _readable(path: str, uid: int, groups: Sequence[int]) -> bool:
 
 
 def _way(path: str) -> set[str]:
-    """The directories that have to be gone through, those of a link and those of what it points to."""
+    """All parent directories of a path and, if it is a link, of its target."""
     way: set[str] = set()
     for each in (os.path.abspath(path), os.path.realpath(path)):
         while each != (each := os.path.dirname(each)):
@@ -123,7 +123,7 @@ def _way(path: str) -> set[str]:
 
 
 def _allowed(path: str, right: int, uid: int, groups: Sequence[int]) -> bool:
-    """Whether a right (4 to read, 1 to go through) is there. Where that cannot be told there is nothing to complain of."""
+    """Whether the mode grants a right (4 to read, 1 to enter a directory). True when this is unknown, as with an ACL."""
     try:
         found = os.stat(path)
         with contextlib.suppress(OSError):

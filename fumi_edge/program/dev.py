@@ -1,6 +1,7 @@
-"""--dev: everything needed to try it out, in one process, with nothing left behind but ./maildir.
+"""--dev: a trial in one process, which leaves nothing on the disk except ./maildir.
 
-A self-signed certificate by the openssl program, the core behind a Unix socket, and the commands that send a test message.
+It makes a self-signed certificate with the openssl program, runs the core on a Unix socket as the backend, and prints commands
+that send a test message.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _OPENSSL = (
 
 @contextlib.contextmanager
 def directory() -> Iterator[str]:
-    """A private directory with cert.pem and key.pem; it is gone at the end. Raises SettingError without openssl."""
+    """A private directory with cert.pem and key.pem, removed at the end. Raises SettingError when openssl is missing or fails."""
     with tempfile.TemporaryDirectory(prefix="fumi-dev-") as path:
         command = [*_OPENSSL, "-keyout", f"{path}/key.pem", "-out", f"{path}/cert.pem"]
         try:
@@ -40,7 +41,7 @@ def directory() -> Iterator[str]:
 
 
 def defaults(flags: dict[str, Any], path: str) -> dict[str, Any]:
-    """What --dev sets; addresses that were given stay."""
+    """The settings of --dev; addresses from flags are kept."""
     return {
         "cert": (_take(f"{path}/cert.pem"),),
         "key": (_take(f"{path}/key.pem"),),
@@ -53,7 +54,7 @@ def defaults(flags: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _take(path: str) -> bytes:
-    """Read a file and remove it: nobody else is to read the key."""
+    """Read a file and remove it, so that nobody else can read the key."""
     with open(path, "rb") as file:
         data = file.read()
     os.unlink(path)
@@ -61,7 +62,7 @@ def _take(path: str) -> bytes:
 
 
 class DevCore:
-    """The core in the edge's own event loop, delivering to ./maildir."""
+    """The core in the edge's event loop, delivering to ./maildir."""
 
     def __init__(self, edge: Edge, path: str) -> None:
         self._edge = edge

@@ -1,4 +1,4 @@
-"""What ``fumi-edge`` does: an edge, and with --dev the server behind it, as work for one process or for several."""
+"""The work of ``fumi-edge`` in one process or several: an edge and, with --dev, its backend."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fumi_edge.status.page import Facts, Status
 from fumi_edge.tls.pem import date
 
 NAMED = 50
-"""Certificates with a line of their own in the log at the start."""
+"""The maximum number of certificates that are logged at the start with a line each."""
 
 
 class EdgeWork:
@@ -36,7 +36,7 @@ class EdgeWork:
     log = logging.getLogger("fumi.edge")
 
     def __init__(self, edge: Edge, dev_core: DevCore | None = None, user: str | None = None) -> None:
-        """``user`` is who the program is to be once the sockets are open."""
+        """``user`` is the user to become once the sockets are open."""
         self._edge = edge
         self._dev_core = dev_core
         self._user = user
@@ -95,11 +95,11 @@ class EdgeWork:
             await self._dev_core.close()
 
     async def reload(self) -> Iterable[str]:
-        """The certificates are what is read again."""
+        """Reload the certificates. Raises Incomplete when some stay as they were."""
         if self._serving:
             complaints = await self._edge.reload()
         else:
-            # For the workers to come. Those that are there log each certificate.
+            # This is the master, which reads for new workers. The running workers log each certificate.
             complaints = await self._read_for_workers()
         if complaints:
             more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
@@ -107,7 +107,7 @@ class EdgeWork:
         return ()
 
     async def _read_for_workers(self) -> list[str]:
-        """As a worker does: a certificate and its key are two files, which may be in the middle of being replaced."""
+        """Read twice if there are errors, as a worker does: a certificate and its key are two files, replaced in turn."""
         certificates = self._edge.certificates
         certificates.install(reading := certificates.read())
         if reading.complaints:
@@ -130,7 +130,10 @@ class EdgeWork:
 
 
 def _tune_collector() -> None:
-    """What is here now stays, and a connection leaves no cycles behind: so look seldom, and only at what is new."""
+    """Let the garbage collector run rarely, and examine new objects only.
+
+    The objects of the start live as long as the process, and a connection leaves no reference cycles.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 50, 100)

@@ -1,4 +1,4 @@
-"""What the metrics say, and what they said in the last minutes: a fixed number of looks at some of them, kept in memory."""
+"""The metrics now and over the last minutes: a fixed number of samples of some series, kept in memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import NamedTuple
 from prometheus_client import Metric
 
 INTERVAL = 5.0
-"""Seconds between two looks."""
+"""Seconds between two samples."""
 SPAN = 900.0
-"""Seconds that are kept."""
+"""Seconds for which samples are kept."""
 MINUTE = 60.0
-"""Seconds over which a rate that is called the present one is taken."""
+"""Seconds over which the current rate is computed."""
 
 
 class Series(NamedTuple):
-    """The sum of a metric's samples that have these labels, whatever others they have."""
+    """The sum of all samples of a metric that have these labels, whatever other labels they have."""
 
     name: str
     labels: frozenset[tuple[str, str]] = frozenset()
@@ -32,7 +32,7 @@ def series(name: str, **labels: str) -> Series:
 
 
 class Point(NamedTuple):
-    """A value, and how many seconds ago it was."""
+    """A value, and its age in seconds."""
 
     ago: float
     value: float
@@ -51,7 +51,7 @@ class Figures:
         return sum(value for labels, value in self._samples.get(wanted.name, ()) if wanted.labels <= labels.items())
 
     def by(self, label: str, wanted: Series) -> dict[str, float]:
-        """The totals for each value of a label, in the order in which they stand there."""
+        """The totals for each value of a label, in the order of the samples."""
         found: dict[str, float] = {}
         for labels, value in self._samples.get(wanted.name, ()):
             if wanted.labels <= labels.items():
@@ -59,9 +59,9 @@ class Figures:
         return found
 
     def quantile(self, share: float, histogram: Series) -> float | None:
-        """What so great a share of the observations did not exceed, as far as the buckets tell; None when there are none.
+        """The quantile of a histogram, estimated from its buckets; ``share`` is 0 to 1. None without observations.
 
-        Within a bucket it is taken to rise evenly, as Prometheus' histogram_quantile() does.
+        Interpolates linearly within a bucket, as Prometheus' histogram_quantile() does.
         """
         buckets = self.by("le", Series(histogram.name + "_bucket", histogram.labels))
         wanted = share * buckets.get("+Inf", 0.0)
@@ -78,7 +78,7 @@ class Figures:
 
 
 class History:
-    """Looks at some series every INTERVAL seconds, from ``start()`` on, in a thread of its own; ``clock`` gives seconds."""
+    """Samples some series every INTERVAL seconds, from ``start()`` on, in its own thread. ``clock`` returns seconds."""
 
     def __init__(self, read: Callable[[], Figures], kept: Iterable[Series], clock: Callable[[], float] = time.monotonic) -> None:
         self._read = read
@@ -96,19 +96,19 @@ class History:
             time.sleep(INTERVAL)
 
     def look(self) -> None:
-        """Keep what there is now, and forget what is older than SPAN."""
+        """Add a sample of all series, and drop samples older than SPAN."""
         figures = self._read()
         row = array("d", (figures.total(each) for each in self._columns))
         with self._lock:
             self._rows.append((self._clock(), row))
 
     def levels(self, wanted: Series) -> list[Point]:
-        """What it was at each look, the oldest first."""
+        """The values at each sample, the oldest first."""
         column, now = self._columns[wanted], self._clock()
         return [Point(now - at, row[column]) for at, row in self._looks()]
 
     def rates(self, counter: Series) -> list[Point]:
-        """How fast it grew between each two looks, in units a second."""
+        """The rates per second between each two samples."""
         points = self.levels(counter)
         return [
             Point(late.ago, max(0.0, late.value - early.value) / (early.ago - late.ago))
@@ -117,12 +117,12 @@ class History:
         ]
 
     def means(self, histogram: Series) -> list[Point]:
-        """The mean of what was observed between each two looks; none where nothing was."""
+        """The means of the observations between each two samples; no point where nothing was observed."""
         sums, counts = (self.rates(Series(histogram.name + part, histogram.labels)) for part in ("_sum", "_count"))
         return [Point(count.ago, each.value / count.value) for each, count in zip(sums, counts, strict=True) if count.value]
 
     def rate(self, counter: Series) -> float:
-        """How fast it grew over the last MINUTE, or as long as there are looks."""
+        """The rate per second over the last MINUTE, or over all samples if they cover less."""
         points = self.levels(counter)
         recent = [point for point in points if point.ago <= MINUTE + INTERVAL]
         if len(recent) < 2 or recent[0].ago <= recent[-1].ago:

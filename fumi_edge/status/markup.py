@@ -1,4 +1,4 @@
-"""HTML and SVG as trees of xml.etree, which escapes whatever is put into them when they are written out."""
+"""HTML and SVG as trees of xml.etree, which escapes all text when they are serialized."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from xml.etree.ElementTree import Element, tostring
 
 Content = Element | str
-"""What an element may hold."""
+"""The content of an element."""
 
 
 def element(tag: str, *content: Content | Iterable[Content], **attributes: object) -> Element:
-    """An element. ``class_`` is class, an underscore within stands for a hyphen, and an attribute that is None is left out."""
+    """An element. ``class_`` sets class, an underscore inside a name becomes a hyphen, and attributes with None are left out."""
     made = Element(tag)
     for name, value in attributes.items():
         if value is not None:
@@ -37,6 +37,6 @@ def document(root: Element) -> str:
 
 
 def policy(style: str) -> str:
-    """A Content-Security-Policy for a document that has this one style sheet, in itself, and needs nothing else whatsoever."""
+    """A Content-Security-Policy that allows a document this one embedded style sheet and nothing else."""
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -1,6 +1,6 @@
-"""The status page of an edge: how it is, and how it has been in the last minutes, for people. All of it comes from the metrics.
+"""The status page of an edge: its current state, and plots of the last minutes. All figures come from the metrics.
 
-It works without JavaScript and loads nothing; the browser asks for it anew every few seconds.
+It works without JavaScript and loads no other files; the browser reloads it every few seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, Se
 from fumi_edge.status.markup import Content, document, element, policy
 from fumi_edge.status.plot import descriptor_limit, plot
 
-# Read at once: later the process may be somebody else's, who cannot.
+# Read now: after --user the process may have no permission to read the file.
 _STYLE = (files("fumi_edge.status") / "status.css").read_text("utf-8")
 _HEADERS = (("Content-Security-Policy", policy(_STYLE)), ("Referrer-Policy", "no-referrer"))
 
 SOON, URGENT = 14, 3
-"""Days that a certificate has left when it is worth a look, and when it is high time."""
+"""Days before a certificate's expiry from which it is shown as a warning and as an error."""
 
 OPEN = series("fumi_edge_connections_active")
 CAME = series("fumi_edge_connections_total")
@@ -42,10 +42,10 @@ ERRORS = series("fumi_edge_backend_errors_total")
 
 @dataclass(frozen=True)
 class Facts:
-    """What no metric says."""
+    """Data for the page that is not in the metrics."""
 
     listeners: Mapping[str, bool]
-    """Their names, and whether clients begin in plaintext."""
+    """The listeners' names, and whether their clients begin in plaintext."""
     backends: Sequence[str]
     max_clients: int | None
     started: float
@@ -53,7 +53,7 @@ class Facts:
 
 
 class Status:
-    """``page()`` answers a request for it; ``start()`` begins to look at the metrics in ``registry`` every few seconds."""
+    """``page()`` returns the page; ``start()`` begins to record the metrics in ``registry`` every few seconds."""
 
     def __init__(self, registry: CollectorRegistry, ready: Problem, facts: Facts) -> None:
         self._read: Callable[[], Figures] = lambda: Figures(registry.collect())
@@ -202,12 +202,12 @@ def _of(label: str, value: str) -> frozenset[tuple[str, str]]:
 
 
 def _less(all_of_it: Sequence[Point], part: Sequence[Point]) -> list[Point]:
-    """What remains of one line without the other. Two counters are not read at one instant, so nothing is below 0."""
+    """The difference of two lines, at least 0: the two counters are not read at the same instant."""
     return [Point(one.ago, max(0.0, one.value - other.value)) for one, other in zip(all_of_it, part, strict=False)]
 
 
 def _tile(title: str, now: str, unit: Callable[[float], str], *lines: tuple[str, Sequence[Point]]) -> Element:
-    """A plot with its name, the present value, and what its height stands for."""
+    """A plot with its title, the current value, and the scale of its height."""
     values = [line for _, line in lines]
     top = descriptor_limit(values, 1.0)
     most = max((point.value for line in values for point in line), default=0.0)
@@ -221,9 +221,9 @@ def _tile(title: str, now: str, unit: Callable[[float], str], *lines: tuple[str,
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Content]], words: int = 1, named: bool = False) -> Element:
-    """A table whose first ``words`` columns are words, and the others numbers.
+    """A table whose first ``words`` columns are text, and the others numbers.
 
-    One whose rows are ``named`` things takes each apart where there is little room, and says each head again.
+    With ``named``, a narrow screen shows each row as a block of its own, with the column's head before each value.
     """
     kinds = [None if at < words else "number" for at in range(len(heads))]
     head = element("tr", [element("th", each, scope="col", class_=kind) for each, kind in zip(heads, kinds, strict=True)])
@@ -287,7 +287,7 @@ def _ciphers(figures: Figures) -> Element:
 
 
 def _times(figures: Figures) -> Element:
-    """How long things take, since the start, as far as the histograms' buckets tell."""
+    """Quantiles of durations since the start, estimated from the histograms' buckets."""
     kinds = (
         ("Handshake", series("fumi_edge_handshake_seconds")),
         ("Connecting to a backend", CONNECTING),

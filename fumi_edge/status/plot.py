@@ -1,4 +1,4 @@
-"""Small plots: lines over the last minutes, as SVG that is as wide as its place."""
+"""Small plots: lines over the last minutes, as SVG that fills the width of its container."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fumi_edge.status.markup import element
 
 WIDTH, HEIGHT = 300, 60
 GAP = 2.5 * INTERVAL
-"""Seconds without a point at which a line breaks."""
+"""Seconds without a point after which a line is interrupted."""
 
 
 def descriptor_limit(lines: Sequence[Sequence[Point]], least: float) -> float:
-    """The round number that a plot of these lines goes up to: 1, 2 or 5 times a power of ten, and not below ``least``."""
+    """The maximum of a plot's scale: the next 1, 2 or 5 times a power of ten, and at least ``least``."""
     most = max((point.value for line in lines for point in line), default=0.0)
     if most <= least:
         return least
@@ -24,9 +24,9 @@ def descriptor_limit(lines: Sequence[Sequence[Point]], least: float) -> float:
 
 
 def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) -> Element:
-    """The lines of ``span`` seconds up to now, from 0 to ``top``; ``label`` is for those who cannot see them.
+    """The lines of the last ``span`` seconds, on a scale from 0 to ``top``; ``label`` is the text for screen readers.
 
-    A line breaks where there are no points for a while. Line N has the class ``line N``, and its area ``area N``.
+    A line is interrupted after GAP seconds without points. Line N has the classes ``line nN``, and its area ``area nN``.
     """
 
     def across(point: Point) -> float:
@@ -41,7 +41,7 @@ def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) 
             places = [f"{across(point)} {height(point)}" for point in run]
             ends = across(run[0]), across(run[-1])
             drawn.append(element("path", d=f"M{ends[0]} {HEIGHT}L{'L'.join(places)}V{HEIGHT}Z", class_=f"area n{number}"))
-            # A run of one point is a dot: a line without length, with round ends.
+            # A run of one point is drawn as a dot: a line of length 0 with round ends.
             drawn.append(element("path", d=f"M{places[0]}L{'L'.join(places)}", class_=f"line n{number}"))
     return element(
         "svg",
@@ -55,7 +55,7 @@ def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) 
 
 
 def _runs(points: Sequence[Point]) -> list[list[Point]]:
-    """Points that follow each other without a gap."""
+    """Split the points into runs without a gap."""
     runs: list[list[Point]] = []
     for point in points:
         if runs and runs[-1][-1].ago - point.ago <= GAP:

@@ -1,11 +1,11 @@
-"""Numbers for people: three digits are enough for those, and the unit says how large it is."""
+"""Formats numbers for people, with up to three digits and a unit that fits the size."""
 
 from __future__ import annotations
 
 import time
 
 NOTHING = "\N{EN DASH}"
-"""In the place of a number that there is not."""
+"""Shown in place of a missing number."""
 
 
 def count(value: float) -> str:
@@ -13,7 +13,7 @@ def count(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Of so many a second; a third digit would be more than was measured where they are few."""
+    """A rate per second; below 10 with two digits, because a third would be more precise than the measurement."""
     return f"{value:.2g}/s" if value < 10 else f"{_three(value)}/s"
 
 
@@ -26,7 +26,7 @@ def octets(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time that something takes."""
+    """A short time, such as a response time, in one unit."""
     if value < 0.0009995:
         return f"{value * 1e6:.0f} µs"
     if value < 0.9995:
@@ -35,7 +35,7 @@ def seconds(value: float) -> str:
 
 
 def duration(value: float) -> str:
-    """A time that something lasts, in its two largest units."""
+    """A long time, such as an uptime, in its two largest units."""
     left = int(value)
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):

@@ -1,1 +1,1 @@
-"""What both programs need and neither protocol knows: addresses, settings, logs, the metrics endpoint, starting and stopping."""
+"""What both programs share and neither protocol knows: addresses, settings, logs, the metrics server, starting and stopping."""

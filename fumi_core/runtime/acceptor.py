@@ -1,9 +1,10 @@
-"""Accepting connections from a listening socket in the event loop, and surviving when the system has no more to give.
+"""Accepts connections from a listening socket in the event loop, and keeps going when the system runs out of resources.
 
 asyncio's own way makes a task, a future and a transport for each connection, which costs more than a short session does.
 
-Workers accept from the same sockets, and a connection wakes all of them that sleep. One that is awake anyway would always be
-first, and end up with all the connections that stay; so one that is ahead in connections lets the others go first, for a moment.
+Workers accept from the same sockets, and a connection wakes all of them that sleep. A worker that is awake anyway would always be
+first, and end up with all long-lived connections. So a worker with more connections than the others lets them accept first, for a
+moment.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
 
 Admit = Callable[[socket.socket, Any, Any], None]
-"""Takes a connected, non-blocking socket, the peer's name and our own, as getpeername() and getsockname() give them."""
+"""Takes a connected, non-blocking socket, the peer's name and our own, as getpeername() and getsockname() return them."""
 
 BURST = 32
-"""Connections accepted before the others get a turn."""
+"""Connections accepted before other callbacks of the loop run."""
 YIELD_SECONDS = 0.001
-"""Seconds for which the other workers go first."""
+"""Seconds for which the other workers accept first."""
 PAUSE_SECONDS = 0.5
 """Seconds without accepting when descriptors or the kernel's memory have run out."""
 QUIET_SECONDS = 60.0
-"""Seconds without a pause after which the next one is worth a line again."""
+"""Seconds without a pause after which the next pause is logged again."""
 QUEUE_TIMEOUT = 1.0
-"""Seconds that accepting the kernel's queue may take at a stop."""
+"""Seconds that a stop may spend on accepting the connections in the kernel's queue."""
 SPARE = 64
-"""Descriptors that are left for what comes and goes beside the connections; an eighth of all where there are few."""
+"""Descriptors reserved for everything except connections; one eighth of the limit where that is less."""
 _TCPI_UNACKED = struct.Struct("24xI")
 """Of struct tcp_info (linux/tcp.h), up to this field."""
 _WILDCARDS = ("0.0.0.0", "::")
 
 
 class DescriptorLimit:
-    """How many connections this process has descriptors for, when each takes more than the one that accept() finds.
+    """How many connections this process has descriptors for, when each takes more descriptors than the one that accept() opens.
 
-    Without it the last ones would be accepted and then find none for their other half.
+    Without this limit, the last connections would be accepted although no descriptor is left for their second socket.
     """
 
     def __init__(self, each: int, closing: Callable[[], int] = lambda: 0) -> None:
-        """Each connection takes ``each`` descriptors. What is open now is not there for them, nor what ``closing()`` counts:
-        descriptors of connections that are over, but not closed yet.
+        """Each connection takes ``each`` descriptors. Descriptors that are open now are not available for connections, nor are
+        those that ``closing()`` counts: of connections that have ended but are not closed yet.
         """
         self._each = each
         self._closing = closing
@@ -76,7 +77,7 @@ class Acceptor:
         connection_count: ConnectionCount,
         descriptor_limit: DescriptorLimit | None = None,
     ) -> None:
-        """``name`` is for the log; at the ``descriptor_limit`` connections wait in the kernel's queue."""
+        """``name`` is for the log; at the ``descriptor_limit`` further connections stay in the kernel's queue."""
         self.sock = sock
         self._name = name
         self._log = log
@@ -87,18 +88,18 @@ class Acceptor:
         self._resume: asyncio.TimerHandle | None = None
         self._paused_at = float("-inf")
         own = sock.getsockname()
-        # Bound to one address, all its connections have that; else each has to be asked.
+        # All connections of a socket bound to one address have that address; otherwise each needs a getsockname().
         self._own = own if sock.family == socket.AF_UNIX or own[0] not in _WILDCARDS else None
         if sock.family != socket.AF_UNIX:
-            # Accepted sockets inherit these from the listening one.
+            # Accepted sockets inherit these options from the listening one.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._loop.add_reader(sock.fileno(), self._accept)
 
     async def close_after_queue(self) -> None:
-        """Accept the connections that wait in the kernel's queue now, for at most QUEUE_TIMEOUT, and stop listening.
+        """Accept the connections that are in the kernel's queue now, for at most QUEUE_TIMEOUT, and stop listening.
 
-        In turns with everything else, and not those that come meanwhile: in a flood there is always one more.
+        Other callbacks run in between. Connections that arrive later are not accepted: in a flood there is always one more.
         """
         if self.sock.fileno() < 0:
             return
@@ -115,7 +116,7 @@ class Acceptor:
         self.close()
 
     def close(self) -> None:
-        """Stop listening. Connections that were not accepted yet are reset, unless another process has the socket too."""
+        """Stop listening. Connections that were not accepted yet are reset, unless another process has the socket open too."""
         if self.sock.fileno() < 0:
             return
         self._stop_watching()
@@ -130,7 +131,7 @@ class Acceptor:
                 return
 
     def _take(self) -> bool:
-        """Accept one; False when there is none to be had now."""
+        """Accept one connection; False when there is none now."""
         if self._descriptor_limit is not None and self._descriptor_limit.reached(self._connection_count.connections):
             self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
             return False
@@ -145,7 +146,7 @@ class Acceptor:
             client.setblocking(False)
             own = self._own or client.getsockname()
         except OSError:
-            client.close()  # gone already
+            client.close()  # the client has gone already
         else:
             self._admit(client, name, own)
         return True
@@ -153,7 +154,7 @@ class Acceptor:
     def _pause(self, error: OSError) -> None:
         now = self._loop.time()
         if now - self._paused_at > QUIET_SECONDS:
-            # Once: this can last, with one connection accepted now and then.
+            # Logged once: this state can last, with one connection accepted now and then.
             event(self._log, logging.ERROR, "cannot accept, pausing", listener=self._name, error=error.strerror)
         self._paused_at = now
         self._rest(PAUSE_SECONDS)
@@ -168,14 +169,14 @@ class Acceptor:
         self._loop.remove_reader(self.sock.fileno())
 
     def _go_on(self) -> None:
-        """Take the one, if there is one, that nobody else has taken."""
+        """Accept the connection, unless another worker has accepted it."""
         self._resume = None
         self._loop.add_reader(self.sock.fileno(), self._accept)
         self._take()
 
 
 def _queued(sock: socket.socket) -> int:
-    """How many connections wait to be accepted: tcpi_unacked of a listening socket; of others the most that there can be."""
+    """How many connections wait to be accepted: tcpi_unacked of a listening TCP socket; the maximum for other sockets."""
     if sock.family == socket.AF_UNIX:
         return BACKLOG
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.size)

@@ -1,7 +1,7 @@
-"""Addresses as an operator writes them, and the sockets they stand for.
+"""Addresses as an operator writes them, and the sockets for them.
 
 ``HOST:PORT``, ``[V6]:PORT``, ``:PORT`` (every interface), ``unix:/path``, ``fd:N`` (a socket inherited from the parent),
-``fd:NAME`` (those that systemd passes under that name).
+``fd:NAME`` (the sockets that systemd passes under that name).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
-    """A place to listen on or to connect to. ``host`` is empty for every interface; ``name`` stands for a descriptor's number."""
+    """An address to listen on or connect to. ``host`` is empty for every interface; ``name`` is systemd's for ``fd``."""
 
     kind: Literal["tcp", "unix", "fd"]
     host: str = ""
@@ -52,7 +52,7 @@ class SocketAddress:
 
 
 def parse_address(text: str) -> SocketAddress:
-    """Read ADDR; a ValueError says what is wrong with it."""
+    """Parse ADDR. The message of the ValueError says what is wrong."""
     scheme, _, rest = text.partition(":")
     if scheme == "unix":
         if not rest or "\0" in rest:
@@ -83,10 +83,10 @@ def parse_address(text: str) -> SocketAddress:
 
 
 def bind(address: SocketAddress, mode: int | None = None) -> list[socket.socket]:
-    """Listening, non-blocking sockets for an address: one, or one for each address a host name has.
+    """Return listening, non-blocking sockets for an address: one, or one for each address of a host name.
 
-    ``mode`` are the permissions of a Unix socket, as of chmod(2); None leaves them to the umask. Others are not affected.
-    Raises OSError when the address is taken, unknown or not allowed.
+    ``mode`` is the permissions of a Unix socket, as in chmod(2); None leaves them to the umask. Other sockets are not affected.
+    Raises OSError when the address is in use, unknown or not allowed.
     """
     if address.kind == "fd":
         return [_inherited(fd) for fd in _descriptors(address)]
@@ -104,9 +104,10 @@ def bind(address: SocketAddress, mode: int | None = None) -> list[socket.socket]
 
 
 def resolve(host: str, port: int) -> list[tuple[int, Any]]:
-    """The family and name of each address to bind for a host. Raises OSError.
+    """Return the family and socket name of each address to bind for a host. Raises OSError.
 
-    Where the machine has no IPv6, IPv6 addresses of a name that has others are left out: /etc/hosts has ::1 for localhost anyway.
+    On a machine without IPv6, the IPv6 addresses of a name that also has others are left out: /etc/hosts has ::1 for localhost
+    anyway.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     names: list[tuple[int, Any]] = list(dict.fromkeys((family, name) for family, _, _, _, name in found))
@@ -115,7 +116,7 @@ def resolve(host: str, port: int) -> list[tuple[int, Any]]:
 
 
 def is_taken(address: SocketAddress) -> bool:
-    """Whether some process listens there now, as a running server does before its restart. Nothing is listened on meanwhile."""
+    """Whether some process listens there now, such as a server that is about to be restarted. Never listens itself."""
     if address.kind == "fd":
         return False
     if address.kind == "unix":
@@ -147,7 +148,7 @@ def _has_ipv6() -> bool:
 
 
 def check_inherited(address: SocketAddress) -> None:
-    """See that a descriptor was passed, where the address is one. Ask before opening a socket: it could get that number.
+    """Check that the descriptor was passed, if the address is one. Call it before opening a socket, which could get that number.
 
     Raises OSError.
     """
@@ -163,7 +164,7 @@ def explain(error: OSError) -> str:
 
 
 def name_of(address: SocketAddress, sock: socket.socket) -> str:
-    """How a listener is called in logs and metrics: as it was written, but for a port that the kernel chose."""
+    """The listener's name in logs and metrics: as it was written, except that a port chosen by the kernel replaces port 0."""
     if address.kind == "tcp" and address.port == 0:
         host, port = sock.getsockname()[:2]
         return str(SocketAddress("tcp", host=host, port=port))
@@ -171,7 +172,7 @@ def name_of(address: SocketAddress, sock: socket.socket) -> str:
 
 
 def passed() -> list[SocketAddress]:
-    """The sockets that systemd passes to this process, which are to be listened on when nothing else is said."""
+    """The sockets that systemd passes to this process: the listeners when no address is given."""
     return [SocketAddress("fd", fd=fd) for fd, _ in descriptors()]
 
 
@@ -202,7 +203,7 @@ def _listen_everywhere(port: int) -> socket.socket:
         try:
             return _listen(socket.AF_INET6, ("::", port), v6only=False)
         except OSError as error:
-            # A kernel booted without IPv6 still claims it; IPv4 alone is then all there is.
+            # A kernel booted without IPv6 still claims it; then only IPv4 is available.
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
     return _listen(socket.AF_INET, ("0.0.0.0", port))
@@ -229,7 +230,7 @@ def _listen(family: int, name: Any, v6only: bool = True, mode: int | None = None
 
 
 def _remove_stale(path: str) -> None:
-    """Unlink a socket that nobody listens on any more; leave everything else for bind() to refuse."""
+    """Unlink a socket on which nobody listens any more; leave everything else for bind() to refuse."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
@@ -243,14 +244,14 @@ def _remove_stale(path: str) -> None:
 
 
 def peer_of(name: Any) -> tuple[str, int]:
-    """(host, port) out of what getpeername() gives: ("unix", 0) for a Unix socket, IPv4 for an IPv4-mapped IPv6 address."""
+    """(host, port) from a getpeername() result: ("unix", 0) for a Unix socket, IPv4 for an IPv4-mapped IPv6 address."""
     if not isinstance(name, tuple):
         return "unix", 0
     return unmapped(name[0].partition("%")[0]), name[1]
 
 
 def unmapped(host: str) -> str:
-    """The IPv4 address that an IPv4-mapped IPv6 address (RFC 4291 §2.5.5.2) stands for, however it is written; else ``host``."""
+    """The IPv4 address of an IPv4-mapped IPv6 address (RFC 4291 §2.5.5.2), in any spelling; other hosts unchanged."""
     if ":" not in host:
         return host
     try:
@@ -261,7 +262,7 @@ def unmapped(host: str) -> str:
 
 
 def block_of(host: str, *, ipv4: int, ipv6: int) -> str:
-    """The CIDR block of this many bits that a host is in, for those who count by it; ``unix`` for every Unix socket."""
+    """The CIDR block of this many bits that contains a host, for counting clients by block; ``unix`` for every Unix socket."""
     host = unmapped(host)
     try:
         bits = ipv4 if ip_address(host).version == 4 else ipv6
@@ -273,13 +274,13 @@ def block_of(host: str, *, ipv4: int, ipv6: int) -> str:
 class Networks:
     """A set of CIDR blocks, and ``unix`` for every peer on a Unix socket; ``host in networks`` takes microseconds.
 
-    IPv4-mapped IPv6 addresses and blocks are the IPv4 addresses and blocks that they stand for.
+    IPv4-mapped IPv6 addresses and blocks are treated as the IPv4 addresses and blocks that they map.
     """
 
     __slots__ = ("_blocks", "_unix")
 
     def __init__(self, texts: Iterable[str]) -> None:
-        """Raises ValueError for what is neither a network, an address nor ``unix``."""
+        """Raises ValueError for a string that is not a network, an address or ``unix``."""
         self._unix = False
         self._blocks: list[tuple[int, int, int]] = []
         for text in texts:
@@ -302,5 +303,5 @@ class Networks:
         try:
             number = int.from_bytes(socket.inet_pton(family, host), "big")
         except (OSError, ValueError):
-            return False  # no address at all: a Unix socket's path
+            return False  # not an address: a Unix socket's path
         return any(kind == version and number & mask == network for kind, network, mask in self._blocks)

@@ -1,7 +1,8 @@
-"""Metrics that cost an addition each: counts of this process, which become prometheus_client's families when somebody asks.
+"""Metrics that cost one addition each: plain counts in this process, turned into prometheus_client's families at a scrape.
 
-Its own children take a lock and half a dozen calls each time, because any thread may use them. Here one thread counts, the event
-loop's, and any may read; a reader may see a connection counted at one place and not yet at another.
+prometheus_client's own series take a lock and half a dozen calls for each change, because any thread may change them. Here only
+the event loop's thread counts, and any thread may read. A reader may see a connection counted in one metric and not yet in
+another.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Series = TypeVar("Series", Count, Distribution)
 
 
 class _Family(Collector, Generic[Series]):
-    """A metric with its series by the values of its labels; each is there from when it is first asked for."""
+    """A metric and its series, by the values of its labels; each series exists from its first ``labels()`` call."""
 
     def __init__(self, name: str, text: str, labels: Labels, registry: CollectorRegistry) -> None:
         self._name, self._text, self._label_names = name, text, labels
@@ -61,13 +62,13 @@ class _Family(Collector, Generic[Series]):
         registry.register(self)
 
     def labels(self, *values: str) -> Series:
-        """The series with these values, one for each label, in their order."""
+        """The series with these label values, one for each label, in the labels' order."""
         if values not in self._series:
             self._series[values] = self._new()
         return self._series[values]
 
     def describe(self) -> Iterable[Metric]:
-        """The family, for its names: ``name[]=`` in a query finds those alone that a registry has been told of."""
+        """The family, for its names: ``name[]=`` in a query finds only names that the registry knows."""
         return self.collect()
 
     def _new(self) -> Series:
@@ -75,7 +76,7 @@ class _Family(Collector, Generic[Series]):
 
 
 class Counter(_Family[Count]):
-    """``name`` is without the _total that its samples have."""
+    """``name`` does not include the _total that its samples have."""
 
     _kind: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily
 
@@ -90,13 +91,13 @@ class Counter(_Family[Count]):
 
 
 class Gauge(Counter):
-    """A number of things that there are now."""
+    """A current number of things."""
 
     _kind = GaugeMetricFamily
 
 
 class Histogram(_Family[Distribution]):
-    """``bounds`` rise, and stop short of infinity."""
+    """``bounds`` are ascending and do not include infinity."""
 
     def __init__(self, name: str, text: str, labels: Labels, registry: CollectorRegistry, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -114,7 +115,7 @@ class Histogram(_Family[Distribution]):
 
 
 class Tallied(Collector):
-    """A counter whose series stand somewhere else: ``rows`` gives the values of its labels and the count of each."""
+    """A counter whose series are kept elsewhere: ``rows`` returns the label values and the count of each."""
 
     def __init__(
         self,

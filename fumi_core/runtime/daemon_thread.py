@@ -1,6 +1,6 @@
-"""A function that may take its time, in a thread that nobody waits for at the end of the program.
+"""Runs a slow function in a thread that the program does not wait for when it ends.
 
-asyncio's own threads are joined then, and a resolver or a file system that hangs would keep a program from stopping.
+asyncio joins its own threads at the end, so a resolver or a file system that hangs would keep a program from stopping.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 
 async def run_in_daemon_thread(function: Callable[[], T]) -> T:
-    """What the function gives, or raises. Each call has a thread, so callers bound their number. Raises OSError without one."""
+    """Return what the function returns, or raise what it raises. Each call starts a thread, so callers must limit their number.
+    Raises OSError if no thread can be started.
+    """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
 
@@ -27,7 +29,7 @@ async def run_in_daemon_thread(function: Callable[[], T]) -> T:
             outcome = function()
         except Exception as error:
             failure = error
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
             loop.call_soon_threadsafe(_settle, answer, outcome, failure)
 
     start_thread(work, "background")
@@ -35,13 +37,13 @@ async def run_in_daemon_thread(function: Callable[[], T]) -> T:
 
 
 def start_thread(act: Callable[[], object], name: str) -> threading.Thread:
-    """Start a daemon thread that receives no signals, which may be held for another thread. Raises OSError without one."""
+    """Start a daemon thread that receives no signals, even those blocked for another thread. Raises OSError if none can start."""
     thread = threading.Thread(target=act, name=name, daemon=True)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         thread.start()
     except RuntimeError as error:
-        # The system has no more threads to give.
+        # The system has no more threads.
         raise OSError(str(error)) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

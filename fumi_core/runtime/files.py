@@ -1,8 +1,8 @@
-"""Reading files that may be anything: regular files only, of a limited size, and within a time.
+"""Reads files that may be anything: regular files only, of a limited size, and within a time limit.
 
-A FIFO, or a network file system whose server is gone, would hold its reader for ever, and nothing interrupts a system call on
-such a file system. So the call is made in a thread, which is given up when it does not return in time. While one hangs, the next
-call for the same place fails at once, and the number of those that hang is limited.
+A FIFO, or a network file system whose server is gone, would block its reader for ever, and nothing interrupts a system call on
+such a file system. So the call is made in a thread, which is abandoned when it does not return in time. While one call hangs, the
+next call for the same place fails at once, and the number of hanging threads is limited.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 FILE_TIMEOUT = 5.0
 """Seconds that a file system has to answer."""
 LARGEST_FILE = 4 << 20
-"""Bytes of the largest file that is read: certificates of all authorities of the world take a quarter of a megabyte."""
+"""Size limit of a file, in bytes. The certificates of all public CAs together take a quarter of a megabyte."""
 MOST_HANGING = 16
 """Threads that may hang at once."""
 
@@ -30,14 +30,14 @@ _lock = threading.Lock()
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The content of a regular file. Raises OSError, with an ``strerror`` that fits after "cannot read the file: "."""
+    """Return the content of a regular file. Raises OSError, with an ``strerror`` that fits after "cannot read the file: "."""
     return in_time(os.path.dirname(os.path.abspath(path)), lambda: _read(path))
 
 
 def in_time(place: str, act: Callable[[], T]) -> T:
     """Return what ``act()`` returns. Raises what it raises; TimeoutError after FILE_TIMEOUT, or when another hangs in ``place``.
 
-    ``place`` is any name for what is waited for, such as the path of a directory.
+    ``place`` names what may hang, such as the path of a directory.
     """
     results: list[T] = []
     errors: list[Exception] = []

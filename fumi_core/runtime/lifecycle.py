@@ -1,6 +1,6 @@
-"""A program from its first socket to its last reply: alone in one process, or one of several workers.
+"""Runs a program from its first socket to its last reply: in one process, or as several workers.
 
-No signal is lost on the way: from before the first socket is bound they wait until somebody is there who heeds them.
+No signal is lost on the way: signals are blocked before the first socket is bound, and delivered once handlers are installed.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from fumi_core.runtime.systemd import Notifier
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 TIDY_TIMEOUT = 2.0
-"""Seconds that a process may take to end once it has drained, or was told to end at once."""
+"""Seconds that a process may take to end after it has drained, or after it was told to end at once."""
 _ending = threading.Event()
-"""Set when the process tidies up, and will end within TIDY_TIMEOUT."""
+"""Set when the process has begun to clean up; it then ends within TIDY_TIMEOUT."""
 HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
 
 class Incomplete(Exception):
-    """A reload that changed what it could: the message says what stays as it was."""
+    """A reload that changed only some settings; the message says which ones keep their old values."""
 
 
 class Outcome(IntEnum):
-    """What became of a reload. After FAILED everything is as it was."""
+    """The result of a reload. After FAILED all settings are unchanged."""
 
     FAILED = 0
     PARTLY = 1
@@ -48,17 +48,17 @@ class Outcome(IntEnum):
 
 
 class Work(Protocol):
-    """What a program does, alone or in each worker. It is made before there is a thread, an event loop or a second process."""
+    """What a program does, alone or in each worker. It is created before any thread, event loop or second process exists."""
 
     log: logging.Logger
 
     @property
     def registry(self) -> CollectorRegistry:
-        """All metrics, of this process alone."""
+        """All metrics, of this process only."""
 
     @property
     def metrics_sockets(self) -> Sequence[socket.socket]:
-        """Where the metrics are served; none for nowhere."""
+        """The listening sockets for the metrics; empty when metrics are not served."""
 
     @property
     def drain_timeout(self) -> float:
@@ -68,66 +68,66 @@ class Work(Protocol):
         """Open all listening sockets. Raises SettingError."""
 
     def unbind(self) -> None:
-        """Close the listening sockets, in a process that does not serve them."""
+        """Close the listening sockets, in a process that does not serve clients."""
 
     async def start(self, connection_count: ConnectionCount) -> None:
-        """Serve them in the running event loop; ``connection_count`` counts the connections."""
+        """Serve the listening sockets in the running event loop; ``connection_count`` counts the connections."""
 
     async def close(self) -> None:
         """Stop accepting and drain."""
 
     async def reload(self) -> Iterable[str]:
-        """Take over new settings; returns those that need a restart. Raises ClickException, and then everything stays as it was,
-        or Incomplete.
+        """Apply new settings. Returns the settings that need a restart. Raises ClickException when nothing was changed, or
+        Incomplete.
 
-        Called in processes that do not serve, too, to which it may be news later: those that fork workers.
+        Also called, possibly later, in processes that do not serve clients: those that fork workers.
         """
 
     def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
-        """What is served beside the metrics and by whom they are: ``registry`` holds those of all workers.
+        """The pages served beside the metrics; ``registry`` holds the metrics of all workers.
 
-        Called once, in the process that serves them, which may have threads.
+        Called once, in the process that serves the pages, which may have threads.
         """
 
     def trouble(self) -> str | None:
-        """Why this worker cannot serve, from memory and at once; or None."""
+        """Cheap, from memory: why this worker cannot serve; or None."""
 
     def problem(self) -> str | None:
-        """Why none could, or None. It asks the next hop or the backends, which may take seconds, and is called in a thread."""
+        """Why no worker could serve, or None. Asks the next hop or the backends, may take seconds, and is called in a thread."""
 
 
 def raise_descriptor_limit() -> None:
-    """Take all the descriptors the kernel will give: each connection is one, or two."""
+    """Raise the descriptor limit to the kernel's maximum: each connection takes one descriptor, or two."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Some kernels refuse an unlimited soft limit; the old one then stays.
+    # Some kernels refuse an unlimited soft limit; the old limit then stays.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def ignore_user_signals() -> None:
-    """Let SIGUSR1 and SIGUSR2 do nothing, where they would end the process: to others they are a soft stop, or a new log.
+    """Ignore SIGUSR1 and SIGUSR2, which would end the process: other programs use them for a soft stop or to reopen a log.
 
-    Called before an app is imported, which may have a use for them.
+    Called before an app is imported, since the app may handle these signals itself.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def hold_reloads() -> None:
-    """Let SIGHUP wait until ``heed()``: while an app is imported or certificates are loaded it would end the process.
+    """Block SIGHUP until ``heed()``: while an app is imported or certificates are loaded it would end the process.
 
-    A stop need not wait: nothing is served yet.
+    Stop signals are not blocked: nothing is served yet.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 def hold_signals() -> None:
-    """Let signals wait from here on until ``heed()``."""
+    """Block signals until ``heed()``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
 def heed(handlers: Mapping[signal.Signals, Callable[[], object]]) -> None:
-    """Have the running loop call these, and let the signals that waited come."""
+    """Have the running loop call these handlers, then unblock signals, so that blocked ones are delivered."""
     loop = asyncio.get_running_loop()
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
@@ -135,7 +135,7 @@ def heed(handlers: Mapping[signal.Signals, Callable[[], object]]) -> None:
 
 
 async def reload(work: Work, quiet: bool = False) -> Outcome:
-    """Reload, and log what went wrong; unless ``quiet``, also what could be reloaded in part only or needs a restart."""
+    """Reload, and log errors; unless ``quiet``, also log what was reloaded only in part or needs a restart."""
     try:
         skipped = sorted(await work.reload())
     except click.ClickException as error:
@@ -147,7 +147,7 @@ async def reload(work: Work, quiet: bool = False) -> Outcome:
             event(work.log, logging.ERROR, "reloaded in part", error=error)
         return Outcome.PARTLY
     except Exception:
-        # A fault of ours; the program it is in serves on, with what it had.
+        # A bug of ours; the program goes on with its old settings.
         work.log.exception("reload failed")
         return Outcome.FAILED
     if skipped and not quiet:
@@ -156,7 +156,7 @@ async def reload(work: Work, quiet: bool = False) -> Outcome:
 
 
 async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals]) -> None:
-    """Work until one of these signals, then drain. A second one ends the process at once, whatever it is doing."""
+    """Work until one of these signals, then drain. A second signal ends the process at once, whatever it is doing."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[signal.Signals] = loop.create_future()
     slot = (board := Scoreboard(1)).slots[0]
@@ -164,7 +164,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
     is_stopping = False
 
     def stop(number: int, frame: object) -> None:
-        # Not a handler of the loop: the second signal must not wait for a loop that a hook keeps busy.
+        # Not a handler of the loop: a hook that blocks the loop must not delay the second signal.
         nonlocal is_stopping
         if is_stopping:
             leave(number, frame)
@@ -172,7 +172,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         loop.call_soon_threadsafe(begin_to_stop, signal.Signals(number))
 
     def begin_to_stop(number: signal.Signals) -> None:
-        # A second signal may have cancelled it meanwhile.
+        # A second signal may have cancelled it in the meantime.
         if not stopped.done():
             stopped.set_result(number)
 
@@ -207,7 +207,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
 
 
 def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> MetricsServer | None:
-    """Serve what is in the registry, where the program is to do so at all."""
+    """Serve the registry's metrics, if the program has sockets for them."""
     if not work.metrics_sockets:
         return None
     return MetricsServer(work.metrics_sockets, registry, ready=ready, pages=work.pages(registry, ready))
@@ -238,7 +238,7 @@ def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def every(seconds: float | None, act: Callable[[], None]) -> Iterator[None]:
-    """Call it now and then, for the length of the block; not at all when there is no interval."""
+    """Call ``act`` every ``seconds`` within the block; never when ``seconds`` is None."""
     if seconds is None:
         yield
         return
@@ -258,7 +258,7 @@ def every(seconds: float | None, act: Callable[[], None]) -> Iterator[None]:
 
 
 def leave(number: int, frame: object) -> NoReturn:
-    """End at once: by way of an exception, so that what is to be tidied up is, within a time; without, where that has begun."""
+    """End at once: by an exception, so that cleanup runs, within a time limit; without one if cleanup has begun already."""
     if _ending.is_set():
         os._exit(128 + number)
     end_within(TIDY_TIMEOUT, 128 + number)
@@ -266,16 +266,16 @@ def leave(number: int, frame: object) -> NoReturn:
 
 
 class Left(KeyboardInterrupt):
-    """Raised by a signal, wherever the process is just then; the argument is the exit status.
+    """Raised by a signal, wherever the process is at that moment; the argument is the exit status.
 
-    No SystemExit, which a hook may raise, and which ends nothing there.
+    It is not a SystemExit, because a hook may raise that, which must not end the program.
     """
 
 
 def end_within(seconds: float, status: int) -> None:
-    """End the process with this exit status if it has not ended by itself in so many seconds.
+    """End the process with this exit status if it has not ended by itself within this many seconds.
 
-    Python waits at its end for every thread that is not a daemon: one that a hook has left in a system call may take for ever.
+    At exit Python waits for every thread that is not a daemon, and a hook's thread may be in a system call that never returns.
     """
 
     def end() -> None:
@@ -283,5 +283,5 @@ def end_within(seconds: float, status: int) -> None:
         os._exit(status)
 
     _ending.set()
-    with contextlib.suppress(OSError):  # no thread is left to be had, so there is none to wait for
+    with contextlib.suppress(OSError):  # no thread can be started, so there is no hook's thread to wait for
         start_thread(end, "end")

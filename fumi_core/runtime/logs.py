@@ -1,9 +1,9 @@
-"""Logs for people and for machines: one line an event on stderr, text or JSON, with named fields.
+"""Logs for people and for machines: one line per event on stderr, as text or JSON, with named fields.
 
-A field's value may come from a client, so text quotes whatever is not plain and JSON escapes it: nobody can forge a line.
+A field's value may come from a client, so text quotes unusual characters and JSON escapes them: clients cannot forge log lines.
 
-Whoever reads stderr may stop: a pipe that nobody empties, a journal on a disk that hangs. Mail goes on then, and lines that there
-is no room for are lost, and counted.
+The reader of stderr may stop reading: a pipe that nobody empties, a journal on a disk that hangs. Mail goes on then; lines for
+which there is no room are dropped and counted.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fumi_core.runtime.daemon_thread import start_thread
 
 STDERR = 2
 WAITING = 1 << 20
-"""Octets of lines that may wait for whoever reads stderr."""
+"""Bytes of lines that may be queued while stderr is full."""
 FLUSH = 1.0
-"""Seconds that they get at the end; less than a master gives its workers to end at once."""
+"""Seconds to write queued lines at exit; less than a master gives its workers to end at once."""
 _PLAIN = re.compile(r"[!#-~]+")
 _PLAIN_LINES = re.compile(r"[!#-~]+(?:\n[!#-~]+)*")
 
 
 class LogMessage:
-    """A record's message: words, and named fields. As text it is both, so that formatters which know no fields show them too."""
+    """A record's message: its text and its named fields. As a string it has both, for formatters that ignore fields."""
 
     __slots__ = ("fields", "words")
 
@@ -51,17 +51,17 @@ class LogMessage:
 
 
 def event(logger: logging.Logger, level: int, message: str, /, **fields: object) -> None:
-    """Log one event with its fields; a field that is None is left out. Raises nothing, whatever logger an app has given."""
+    """Log one event with its fields; a field that is None is left out. Never raises, whatever logger an app supplies."""
     try:
         if logger.isEnabledFor(level):
-            # What log() does, but for looking for its caller.
+            # The same as log(), without the search for its caller.
             logger.handle(logger.makeRecord(logger.name, level, "", 0, LogMessage(message, fields), (), None))
     except Exception as unusable:
         _cannot_log(message, unusable)
 
 
 def failure(logger: logging.Logger, message: str, error: BaseException, /, **fields: object) -> None:
-    """Log an error with its traceback and its fields. Raises nothing."""
+    """Log an error with its traceback and its fields. Never raises."""
     try:
         logger.error(LogMessage(message, fields), exc_info=error)
     except Exception as unusable:
@@ -69,7 +69,7 @@ def failure(logger: logging.Logger, message: str, error: BaseException, /, **fie
 
 
 def _cannot_log(message: str, error: Exception) -> None:
-    """A filter or handler that an app has added to a logger failed: report that where no such filter or handler is asked."""
+    """Report the failure of a filter or handler that an app has added to a logger, by the stderr handler alone."""
     outlet = next(
         (each for each in logging.getLogger().handlers if isinstance(each, NonBlockingStreamHandler)), logging.lastResort
     )
@@ -80,7 +80,7 @@ def _cannot_log(message: str, error: Exception) -> None:
 def configure(form: str, level: str) -> None:
     """Send every logger's records to stderr as ``text`` or ``json``, from ``level`` up."""
     root = logging.getLogger()
-    # Lines may be waiting in the one that there is.
+    # Lines may be queued in the present handler.
     handler = next(
         (each for each in root.handlers if isinstance(each, NonBlockingStreamHandler)), None
     ) or NonBlockingStreamHandler(STDERR)
@@ -89,23 +89,23 @@ def configure(form: str, level: str) -> None:
     root.setLevel(level.upper())
     # At debug asyncio reports which selector it uses, in every process.
     logging.getLogger("asyncio").setLevel(max(root.level, logging.WARNING))
-    # These are looked up for every record and shown in none.
+    # These are looked up for every record and never shown.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 class NonBlockingStreamHandler(logging.Handler):
-    """Writes lines to a descriptor, in their order, and never waits for room.
+    """Writes lines to a descriptor, in order, and never waits for room.
 
-    A line is written by whoever logs it, as far as there is room: to hand each to a thread costs more. When the descriptor is
-    full, that line and all later ones are queued, and a background thread writes them as room appears. Once more than WAITING
-    octets are queued, new lines are dropped until the queue is empty; then one line reports the number.
+    The thread that logs a line also writes it, if there is room: handing each line to another thread costs more. When the
+    descriptor is full, that line and all later ones are queued, and a background thread writes them as room appears. Once more
+    than WAITING bytes are queued, new lines are dropped until the queue is empty; then one line reports the number.
     """
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self.fd = fd
         self._try = _without_waiting(fd)
-        self._waiting: deque[bytes] = deque()  # what the thread is writing comes first
+        self._waiting: deque[bytes] = deque()  # the line that the thread is writing is first
         self._octets = 0
         self._lost = 0
         self._writer: threading.Thread | None = None
@@ -113,7 +113,7 @@ class NonBlockingStreamHandler(logging.Handler):
         os.register_at_fork(after_in_child=self._forked)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called with the lock."""
+        """Called with the lock held."""
         line = self._line(record)
         if not self._waiting:
             self._write(line)
@@ -123,7 +123,7 @@ class NonBlockingStreamHandler(logging.Handler):
             self._wait(line)
 
     def flush(self) -> None:
-        """Give what waits a moment; called at exit."""
+        """Wait a moment for queued lines to be written; called at exit."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, FLUSH)
 
@@ -131,7 +131,7 @@ class NonBlockingStreamHandler(logging.Handler):
         try:
             text = self.format(record)
         except Exception as error:
-            # What logging does of itself is to print it to stderr, and to wait until it can.
+            # logging's default would print the error to stderr, and wait until it can.
             fault = LogMessage(
                 "cannot format a log line", {"logger": record.name, "file": record.pathname, "line": record.lineno}
             )
@@ -146,7 +146,7 @@ class NonBlockingStreamHandler(logging.Handler):
         except BlockingIOError:
             written = 0
         except OSError:
-            # A full disk, or nobody there who could ever read it.
+            # A full disk, or a pipe without a reader.
             self._lost += 1
             return
         self._lost = 0
@@ -155,18 +155,18 @@ class NonBlockingStreamHandler(logging.Handler):
 
     def _wait(self, line: bytes) -> None:
         if self._writer is None:
-            # Now, and not before: a thread does not outlive a fork.
+            # Started only now: a thread does not survive a fork.
             try:
                 self._writer = start_thread(self._write_waiting, "log")
             except OSError:
-                self._lost += 1  # the system has no thread to give
+                self._lost += 1  # the system has no more threads
                 return
         self._waiting.append(line)
         self._octets += len(line)
         self._changed.notify_all()
 
     def _write_waiting(self) -> None:
-        """The thread."""
+        """The background thread: write queued lines until the queue is empty."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
@@ -185,7 +185,7 @@ class NonBlockingStreamHandler(logging.Handler):
         return self._line(_record(logging.WARNING, LogMessage("log lines lost", {"count": self._lost})))
 
     def _forked(self) -> None:
-        """What waits is the parent's to write, and so is the thread."""
+        """In a forked child: queued lines, and the thread that writes them, are the parent's."""
         self._waiting.clear()
         self._octets = self._lost = 0
         self._writer = None
@@ -198,9 +198,9 @@ def _record(level: int, event: LogMessage, error: BaseException | None = None) -
 
 
 def _without_waiting(fd: int) -> Callable[[bytes], int]:
-    """What writes as much as there is room for, and raises BlockingIOError where there is none.
+    """Return a function that writes as much as there is room for, and raises BlockingIOError when there is no room.
 
-    O_NONBLOCK on the descriptor itself would be there for all who share it: the shell, the other program in a pipeline.
+    O_NONBLOCK on the descriptor itself would affect every process that shares it: the shell, the other program in a pipeline.
     """
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
@@ -211,20 +211,20 @@ def _without_waiting(fd: int) -> Callable[[bytes], int]:
     try:
         own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        # Another user's pipe, or no /proc. Each line goes by the thread.
+        # Another user's pipe, or no /proc. The thread writes each line.
         return lambda line: 0
     return partial(os.write, own)
 
 
 def _write_all(fd: int, line: bytes) -> bool:
-    """Wait for room; whether it was written."""
+    """Wait for room and write; returns whether the line was written."""
     room = select.poll()
     room.register(fd, select.POLLOUT)
     while line:
         try:
             line = line[os.write(fd, line) :]
         except BlockingIOError:
-            room.poll()  # somebody who shares the descriptor has made it so
+            room.poll()  # another process that shares the descriptor made it non-blocking
         except OSError:
             return False
     return True

@@ -1,9 +1,9 @@
-"""asyncio's event loop, with readers and writers that are called by its selector, where the kernel's answer comes in.
+"""asyncio's event loop, with readers and writers that the selector calls itself, where the kernel's answer arrives.
 
-asyncio makes a handle of each event, queues it, and runs it in a context; and each ``add_reader`` asks a dozen functions whether
-it may. Both programs live on readers and writers, several for each connection, none of which needs that. The rest is asyncio's.
+asyncio creates a handle for each event, queues it, and runs it in a context; and each ``add_reader`` makes a dozen checks. Both
+programs live on readers and writers, several for each connection, and need none of that. Everything else is asyncio's.
 
-What differs from asyncio: a reader or writer runs before the callbacks that wait in the queue, and in no context of its own.
+Differences from asyncio: a reader or writer runs before queued callbacks, and in no context of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVarTuple, Unpack
 
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _EVENTS = 1024
-"""Events that are taken from the kernel at once."""
+"""Events taken from the kernel by one call."""
 
 _Arguments = TypeVarTuple("_Arguments")
 Call = tuple[Callable[..., object], tuple[Any, ...]]
@@ -31,39 +31,39 @@ class Loop(asyncio.SelectorEventLoop):
         super().__init__(self._poll)
 
     def add_reader(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
-        """Call this as long as there is something to read, or the end. It replaces the reader there was."""
+        """Call ``callback`` whenever there is data to read, or end of file. Replaces the descriptor's reader."""
         watch = self._poll.watch(fd)
         watch.reader = callback, args
         self._poll.update(watch)
 
     def remove_reader(self, fd: Any) -> bool:
-        """Whether there was one."""
+        """Returns whether there was a reader."""
         watch = self._poll.watch(fd)
         if watch.reader is None:
-            # asyncio's own, such as sock_connect's, which it removes by this name too.
+            # asyncio's own reader, such as sock_connect's, which it also removes by this method.
             return super().remove_reader(fd)
         watch.reader = None
         self._poll.update(watch)
         return True
 
     def add_writer(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
-        """Call this as long as there is room to write, or nobody left to read. It replaces the writer there was."""
+        """Call ``callback`` whenever there is room to write, or the peer is gone. Replaces the descriptor's writer."""
         watch = self._poll.watch(fd)
         watch.writer = callback, args
         self._poll.update(watch)
 
     def remove_writer(self, fd: Any) -> bool:
-        """Whether there was one."""
+        """Returns whether there was a writer."""
         watch = self._poll.watch(fd)
         if watch.writer is None:
-            # asyncio's own, such as sock_connect's, which it removes by this name too.
+            # asyncio's own writer, such as sock_connect's, which it also removes by this method.
             return super().remove_writer(fd)
         watch.writer = None
         self._poll.update(watch)
         return True
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Take no more work for asyncio's threads. It does not wait for them, as asyncio does: a hook may sit in one for ever."""
+        """Accept no more work for asyncio's threads. Unlike asyncio, do not wait for them: a hook may block one for ever."""
         executor = getattr(self, "_default_executor", None)
         self._executor_shutdown_called = True
         if executor is not None:
@@ -74,7 +74,7 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class _Watch:
-    """A descriptor, who reads and who writes, and what the kernel has been asked for."""
+    """A descriptor, its reader and its writer, and the events that the kernel was asked for."""
 
     __slots__ = ("asked", "fd", "reader", "writer")
 
@@ -86,7 +86,7 @@ class _Watch:
 
 
 class _Selector(selectors.BaseSelector):
-    """epoll, for descriptors that are watched, and for those few of asyncio's own that it registers."""
+    """epoll, for watched descriptors, and for the few that asyncio registers itself."""
 
     def __init__(self, failed: Callable[[Call | None, Exception], None]) -> None:
         self._epoll = select.epoll()
@@ -95,11 +95,11 @@ class _Selector(selectors.BaseSelector):
         self.watched: dict[int, _Watch] = {}
 
     def watch(self, fd: Any) -> _Watch:
-        """What is known of a descriptor, watched until now or not."""
+        """The watch of a descriptor, created on the first call."""
         return self.watched.get(fd) or self.watched.get(number := _number(fd)) or _Watch(number)
 
     def update(self, watch: _Watch) -> None:
-        """Ask the kernel for what is waited for now. Raises OSError for what cannot be waited for."""
+        """Ask the kernel for the events that are wanted now. Raises OSError for a descriptor that cannot be polled."""
         wanted = (_IN if watch.reader else 0) | (_OUT if watch.writer else 0)
         if wanted == watch.asked:
             return
@@ -114,7 +114,7 @@ class _Selector(selectors.BaseSelector):
         watch.asked = wanted
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait, and call who is watched; returns what asyncio is to see to."""
+        """Wait, and call readers and writers; returns the events of asyncio's own descriptors."""
         try:
             events = self._epoll.poll(-1 if timeout is None else max(timeout, 0), _EVENTS)
         except InterruptedError:
@@ -126,7 +126,7 @@ class _Selector(selectors.BaseSelector):
             elif (key := self._keys.get(fd)) is not None:
                 mask = (selectors.EVENT_READ if event & ~_OUT else 0) | (selectors.EVENT_WRITE if event & ~_IN else 0)
                 registered.append((key, mask & key.events))
-        # One that an earlier one has put an end to is not called: it may be gone, and its number another's.
+        # Skip a watch that an earlier callback has removed: its descriptor may be closed, and the number reused.
         for watch, event in watched:
             call = None
             try:
@@ -138,7 +138,7 @@ class _Selector(selectors.BaseSelector):
                 self._failed(call, error)
         return registered
 
-    # What asyncio needs of a selector
+    # The methods that asyncio calls on a selector
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         fd = _number(fileobj)
@@ -161,7 +161,7 @@ class _Selector(selectors.BaseSelector):
         return key
 
     def _forget(self, fd: int) -> None:
-        # When it is closed, the kernel has forgotten it already.
+        # The kernel has removed a closed descriptor already.
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 

@@ -1,12 +1,12 @@
-"""The master of a set of workers: forks them, keeps them there, and ends them.
+"""The master of a set of workers: forks them, replaces those that die, and ends them.
 
-It waits for signals, and does nothing else: SIGTERM and SIGINT drain all workers, a second one or SIGQUIT ends them at once,
-SIGHUP has them take over new settings, and SIGCHLD is one that has ended.
+It only waits for signals: SIGTERM and SIGINT drain all workers; a second one, or SIGQUIT, ends them at once; SIGHUP has them
+reload their settings; SIGCHLD reports a child that ended.
 
-New settings are tried here first, and kept, for those that are forked later. That may take half a minute, as with a thousand
-certificates, and is done in a thread, so that neither a stop nor the watchdog waits for it. Nothing is forked meanwhile; a thread
-that has not returned after READING seconds is given up. Otherwise there is no event loop and no thread, except that of the log,
-which exists once somebody has stopped reading, and only ever writes.
+New settings are tried here first, and kept for workers forked later. That may take half a minute, as with a thousand
+certificates, and is done in a thread, so that neither a stop nor the watchdog waits for it. No worker is forked in the meantime;
+a thread that has not returned after READING seconds is abandoned. Otherwise there is no event loop and no thread, except the
+log's, which starts once stderr is full, and only ever writes.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ METRICS = -1
 """The role of the process that serves the metrics; the workers' are the numbers of their slots."""
 
 LOOK = 1.0
-"""Seconds between two looks at the workers when nothing happens."""
+"""Seconds between two checks of the workers when no signal arrives."""
 SHORT_LOOK = 0.02
-"""The same while the master waits for all of them to have done something."""
+"""The same while the master waits for all workers to finish a step."""
 EARLY_DEATH_SECONDS = 10.0
-"""Seconds of life below which a worker that died is taken for one that cannot start."""
+"""A worker that dies within this many seconds of its start counts as unable to start."""
 LONGEST_PAUSE = 30.0
-"""Seconds until such a one is started again, at most."""
+"""The longest pause, in seconds, before such a worker is started again."""
 DRAIN_GRACE = 5.0
 """Seconds that draining may take beyond the drain timeout."""
 KILL_AFTER = 2.0
-"""Seconds that ending at once may take."""
+"""Seconds that a worker may take to end when told to end at once."""
 READING = 60.0
-"""Seconds that new settings may take to be read; after that a file system is taken to hang."""
+"""Seconds that reading new settings may take; after that the file system counts as hung."""
 HANG_SECONDS = 3.0
-"""Seconds beyond the watchdog's own that a worker may give no sign of life."""
+"""Seconds beyond the watchdog's own that a worker may go without a sign of life."""
 
 
 @dataclass(slots=True)
@@ -55,18 +55,18 @@ class _Child:
     pid: int = 0
     started: float = 0.0
     failures: int = 0
-    """Deaths in succession, each while young."""
+    """Early deaths in succession."""
     due: float = 0.0
-    """When it is to be started, by the monotonic clock."""
+    """When to start it, by the monotonic clock."""
 
     @property
     def pause(self) -> float:
-        """Seconds to wait before it is started again: none after the first failure."""
+        """Seconds to wait before it is started again: 0 after the first failure."""
         return min(LONGEST_PAUSE, 0.1 * 2 ** min(self.failures, 10)) if self.failures > 1 else 0.0
 
 
 class Master:
-    """``master_alive_w`` is a descriptor whose closing tells all children to end."""
+    """``master_alive_w`` is a descriptor; when it is closed, all children end."""
 
     def __init__(self, work: Work, board: Scoreboard, notifier: Notifier, master_alive_w: int) -> None:
         self._work = work
@@ -76,34 +76,34 @@ class Master:
         self._workers = [_Child(number) for number in range(len(board.slots))]
         self._children = [*self._workers, *([_Child(METRICS)] if work.metrics_sockets else [])]
         self._settled = False
-        """All workers serve, with the newest settings, and systemd knows."""
+        """All workers serve with the newest settings, and systemd has been notified."""
         self._has_served = False
-        """All workers have served, and systemd was told."""
+        """All workers have served at some time, and systemd was notified."""
         self._stopping = False
         self._good = threading.Event()
-        """Set when the settings that were read last are good."""
+        """Set when the settings read last are valid."""
         self._partly = False
-        """They were read in part only, and the log says so."""
+        """They were applied only in part, and the log says so."""
         self._reading: threading.Thread | None = None
-        """The thread that reads new settings. Meanwhile SIGHUP waits, and of those that wait the kernel keeps one."""
+        """The thread that reads new settings. Until it ends SIGHUP is blocked; of several the kernel keeps one."""
         self._reading_until = float("inf")
-        """The time, by the monotonic clock, at which that thread is given up."""
+        """The time, by the monotonic clock, at which that thread is abandoned."""
         self._hanging: threading.Thread | None = None
-        """A thread that was given up. It is in a system call that does not return, so to fork beside it is safe."""
+        """A thread that was abandoned. It is in a system call that does not return, so forking meanwhile is safe."""
         self._announced = 0
-        """The last reload that the log tells of."""
+        """The last reload that was logged."""
         self._deadline = float("inf")
         self._next_sign = 0.0
         self._status = 0
 
     def run(self) -> int | None:
-        """Returns in each child, as fork() does, and what it gives is the child's role; in the master None, when all is over.
+        """Return in each child, as fork() does, with the child's role; return None in the master when all children have ended.
 
         Raises SystemExit in the master when it was told to end at once.
         """
-        # Whoever started us may have had it ignored; then nobody would learn how a child ended.
+        # The parent may have SIGCHLD ignored; then the exit status of a child would be lost.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # Pages that the collector leaves alone stay shared.
+        # Memory pages that the garbage collector does not touch stay shared.
         gc.collect()
         gc.freeze()
         while not self._stopping or any(child.pid for child in self._workers):
@@ -121,24 +121,24 @@ class Master:
             raise SystemExit(self._status)
         return None
 
-    # Children come
+    # Starting children
 
     def _due(self) -> list[_Child]:
         now = time.monotonic()
         return [child for child in self._missing() if child.due <= now]
 
     def _missing(self) -> list[_Child]:
-        """Those that are to be started, now or later."""
+        """The children that are to be started, now or later."""
         if self._stopping or self._reading is not None:
             return []
         return [child for child in self._children if not child.pid]
 
     def _fork(self, child: _Child) -> bool:
-        """False in the child."""
+        """Returns False in the child."""
         now = time.monotonic()
         if child.role != METRICS:
             self._board.slots[child.role].reloads = self._board.reloads
-        # What is still in a buffer would be written by both.
+        # Both processes would write what is still buffered.
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -155,10 +155,10 @@ class Master:
         child.started = now
         return True
 
-    # and go
+    # Children that end
 
     def _reap(self) -> None:
-        # Only our own: an app may have children of its own making.
+        # Only our own children: an app may have started others.
         for child in self._children:
             if child.pid:
                 pid, status = os.waitpid(child.pid, os.WNOHANG)
@@ -255,7 +255,7 @@ class Master:
 
     def _give_up_reading(self) -> None:
         self._hanging, self._reading = self._reading, None
-        # What that thread finds out in the end is of no interest.
+        # The result of an abandoned thread does not matter.
         self._good = threading.Event()
         self._not_reloaded(f"the files were not read within {READING:g} seconds")
 
@@ -273,7 +273,7 @@ class Master:
             if child.pid:
                 os.kill(child.pid, number)
 
-    # Looking after them
+    # Watching the workers
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -293,7 +293,7 @@ class Master:
                 self._notifier.alive()
 
     def _is_healthy(self, silence: float) -> bool:
-        """No worker has been silent for longer, and some worker serves; before the first one has, or at a stop, none need."""
+        """No worker has been silent for longer, and at least one serves. None has to before the first has, or at a stop."""
         living = [slot for slot in self._board.slots if slot.state is not WorkerState.ABSENT]
         some = self._stopping or not self._has_served or any(slot.state is WorkerState.SERVING for slot in living)
         return some and all(slot.silence < silence for slot in living)

@@ -25,7 +25,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Answer(NamedTuple):
-    """What a page says: its text, the content type, the HTTP status, and headers beside those that every page has."""
+    """A page's content: its text, content type, HTTP status, and headers beside those that every page has."""
 
     text: str
     kind: str = "text/plain"
@@ -34,22 +34,22 @@ class Answer(NamedTuple):
 
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
-"""As WSGI has it, PEP 3333."""
+"""A WSGI application (PEP 3333)."""
 Page = Callable[[], Answer]
-"""Called in the endpoint's thread for each request."""
+"""Called in the server's thread for each request."""
 Problem = Callable[[], str | None]
-"""A readiness check: None when ready, else the reason in a few words. Called in the endpoint's thread."""
+"""A readiness check: None when ready, else the reason in a few words. Called in the server's thread."""
 
 CLIENTS = 16
 """Requests served at once."""
 PAUSE_SECONDS = 0.5
 """Seconds without accepting when descriptors have run out."""
 ROOM = 2.0
-"""Seconds for one of those who are served to make room; a client that comes and finds none is closed."""
+"""Seconds to wait for a place; a client that finds no place by then is closed."""
 HEAD = 2.0
-"""Seconds for the head of a request. It is one packet, and one that is lost comes again within a second."""
+"""Seconds for the head of a request. It fits one packet, and a lost packet is retransmitted within a second."""
 REQUEST = 10.0
-"""Seconds for one request from connection to answer, however much its client dawdles."""
+"""Seconds for one request from connection to response, however slow its client is."""
 
 
 class MetricsServer:
@@ -63,7 +63,7 @@ class MetricsServer:
         ready: Problem,
         pages: Mapping[str, Page] | None = None,
     ) -> None:
-        """Start serving on listening sockets, which are the endpoint's from here on."""
+        """Start serving on listening sockets, which this server then owns."""
         metrics = _of_metrics(registry)
         routes: dict[str, Page] = {"/healthz": lambda: Answer("ok\n"), "/readyz": _readiness(ready)}
         routes |= pages or {}
@@ -107,14 +107,14 @@ def _of_metrics(registry: CollectorRegistry) -> Application:
         try:
             return application(environ, start_response)  # type: ignore[no-any-return]
         except (TypeError, ValueError):
-            # It stumbles over a version in the Accept header that is none.
+            # wsgiref's Accept header parser fails on a malformed version.
             return application({**environ, "HTTP_ACCEPT": ""}, start_response)  # type: ignore[no-any-return]
 
     return metrics
 
 
 def _with_head(application: Application) -> Application:
-    """The same, and for HEAD what GET would be answered, but for the body."""
+    """The same application, which answers HEAD like GET but without the body."""
 
     def both(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] != "HEAD":
@@ -154,7 +154,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = (name[0], name[1]) if isinstance(name, tuple) else ("unix", 0)
         self.setup_environ()
         self._free = threading.BoundedSemaphore(CLIENTS)
-        # When each has to be over, the oldest first.
+        # When each request has to be finished, the oldest first.
         self._heads: dict[Any, float] = {}
         self._requests: dict[Any, float] = {}
 
@@ -164,14 +164,14 @@ class _Server(ThreadingMixIn, WSGIServer):
         except BlockingIOError:
             raise
         except OSError:
-            # No descriptor is left. The scraper stays in the queue, and to ask again at once would only burn the processor.
+            # No descriptor is left. The scraper stays in the queue; accepting again at once would only burn CPU time.
             time.sleep(PAUSE_SECONDS)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
             self._make_room()
-            # A thread that is not at its socket just now notices later.
+            # A thread that is not at its socket at this moment notices later.
             if not self._free.acquire(timeout=ROOM):
                 self.shutdown_request(request)
                 return
@@ -179,12 +179,12 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request(request, client_address or ("unix", 0))
         except RuntimeError:
-            # The system has no thread to give.
+            # The system has no more threads.
             self._leave(request)
             raise
 
     def heard(self, request: Any) -> None:
-        """The head of a request is there, whole or wrong."""
+        """The head of a request has been received, whether it is valid or not."""
         if (due := self._heads.pop(request, None)) is not None:
             self._requests[request] = due - HEAD + REQUEST
 
@@ -200,7 +200,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._free.release()
 
     def service_actions(self) -> None:
-        """Called every half second: ends the requests that are overdue."""
+        """Called every half second: closes overdue requests."""
         now = time.monotonic()
         for waiting in (self._heads, self._requests):
             for request, due in list(waiting.items()):
@@ -212,12 +212,12 @@ class _Server(ThreadingMixIn, WSGIServer):
             _end(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A scraper that hangs up in mid-answer is its own affair; anything else is worth a traceback.
+        # A scraper that disconnects during the response is not our error; anything else is logged with a traceback.
         logging.getLogger("fumi.endpoint").debug("request failed", exc_info=True)
 
 
 def _end(request: Any) -> None:
-    """Have the thread that serves it find the stream at its end."""
-    # It may have ended by itself just now.
+    """Make the thread that serves it read end of file."""
+    # It may have ended by itself in the meantime.
     with contextlib.suppress(OSError):
         request.shutdown(socket.SHUT_RDWR)

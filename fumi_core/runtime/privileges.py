@@ -1,4 +1,4 @@
-"""Giving up root for good, once the ports are bound and the keys are read."""
+"""Drops root privileges for good, once the ports are bound and the keys are read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pwd
 
 
 class PrivilegeError(Exception):
-    """A user that this process cannot become; the text is one line and says what to do."""
+    """A user that this process cannot switch to; the text is one line and says what to do."""
 
 
 def become(name: str) -> None:
-    """Become this user, with the user's groups and no others; whoever is that user stays. Raises PrivilegeError."""
+    """Switch to this user, with the user's groups and no others; no change if it is the current user. Raises PrivilegeError."""
     user = find(name)
     if user.pw_uid == os.getuid():
         return
@@ -25,7 +25,7 @@ def become(name: str) -> None:
 
 
 def find(name: str) -> pwd.struct_passwd:
-    """Raises PrivilegeError for a user that does not exist."""
+    """Return the user's entry. Raises PrivilegeError if there is no such user."""
     try:
         return pwd.getpwnam(name)
     except KeyError:

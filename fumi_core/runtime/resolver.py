@@ -1,7 +1,7 @@
-"""Names looked up off the loop, by a few threads of their own.
+"""Looks up names outside the loop, in a few threads of its own.
 
-The system's resolver may take half a minute over a name. In asyncio's threads it would keep deliveries waiting for it; and at
-the end of the program those are joined, which these, being daemons, are not.
+The system's resolver may take half a minute for a name. In asyncio's threads it would delay deliveries; and asyncio joins its
+threads at the end of the program, while these are daemons and are not joined.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 THREADS = 8
-"""Lookups at once."""
+"""Concurrent lookups."""
 MAX_WAITING = 1024
-"""Lookups that wait for a thread; beyond them the answer is an OSError at once."""
+"""Lookups that may wait for a thread; any more fail with OSError at once."""
 
 Resolve = Callable[[str], Sequence[str]]
-"""Addresses of a name, () where it has none; raises OSError where that cannot be known. Called in a thread."""
+"""Returns the addresses of a name, () if it has no address; raises OSError if the lookup fails. Called in a thread."""
 _Lookup = tuple[str, asyncio.AbstractEventLoop, "asyncio.Future[Sequence[str]]"]
 
 
 def ipv4_addresses(name: str) -> Sequence[str]:
-    """What the system's resolver says of a full name."""
+    """The IPv4 addresses that the system's resolver returns for a fully qualified name."""
     try:
-        # The final dot keeps the search domains of resolv.conf away from it.
+        # With the final dot the search domains of resolv.conf are not tried.
         found = socket.getaddrinfo(f"{name}.", None, socket.AF_INET, socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
@@ -36,7 +36,7 @@ def ipv4_addresses(name: str) -> Sequence[str]:
 
 
 class Resolver:
-    """Answers within a time, whatever becomes of the lookup. Its threads live while there is something to look up."""
+    """Answers within a time limit, even if the lookup hangs. Its threads end when there is nothing to look up."""
 
     def __init__(self, resolve: Resolve = ipv4_addresses, *, timeout: float, threads: int = THREADS) -> None:
         self._resolve = resolve
@@ -47,7 +47,7 @@ class Resolver:
         self._lock = threading.Lock()  # over the two above
 
     async def lookup(self, name: str) -> Sequence[str]:
-        """Raises OSError when the resolver fails or is overrun, TimeoutError when it takes too long."""
+        """Return the addresses. Raises OSError when the resolver fails or too many lookups wait, TimeoutError after the limit."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Sequence[str]] = loop.create_future()
         with self._lock:
@@ -67,9 +67,9 @@ class Resolver:
                 continue  # nobody waits for it any more
             try:
                 outcome: Sequence[str] | Exception = self._resolve(name)
-            except BaseException as error:  # SystemExit too: it would end the thread, and the answer would never come
+            except BaseException as error:  # SystemExit too: it would end the thread, and the caller would get no answer
                 outcome = error if isinstance(error, Exception) else RuntimeError(f"the lookup raised {type(error).__name__}")
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
                 loop.call_soon_threadsafe(_settle, answer, outcome)
 
     def _next(self) -> _Lookup | None:

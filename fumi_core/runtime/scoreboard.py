@@ -1,10 +1,11 @@
-"""What the processes of one program know of each other, in memory that all of them share. Apache's word for it, and its idea.
+"""What the processes of one program know of each other, in shared memory. The name and the idea are Apache's.
 
-Each worker has a slot: how it is, how many connections it has open, when it last gave a sign of life, and its last report. A slot
-outlives its worker: what one that was killed had reported is still there for the next one and for whoever adds up.
+Each worker has a slot: its state, its open connections, its last sign of life, and its last report. A slot outlives its worker:
+the last report of a killed worker is still there for its replacement and for the sums.
 
-Each field is eight aligned bytes that one process writes, so nobody reads a half of one. A report is written where nobody reads;
-then the count of reports says where it is. A worker that is killed while it writes loses that report and no other.
+Each field is eight aligned bytes that only one process writes, so no reader sees a half-written value. A report is written to the
+half of the buffer that nobody reads; then the count of reports is raised, which makes it current. A worker that is killed while
+it writes loses only that report.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from enum import IntEnum
 from typing import TypeAlias
 
 REPORT_BYTES = 4 << 20
-"""Octets a report may have. The kernel gives memory only to those that are written."""
+"""Largest report, in bytes. The kernel allocates only the memory that is written."""
 LEAD = 2
 """How many connections a worker may be ahead of the least loaded one before it lets the others accept first."""
 _FIELDS = 8
-"""Numbers a worker has."""
+"""Numbers in a worker's slot."""
 
 Numbers: TypeAlias = "MutableSequence[int] | memoryview[int]"
 
 
 class WorkerState(IntEnum):
-    """How a worker is."""
+    """A worker's state."""
 
     ABSENT = 0
     SERVING = 1
@@ -34,7 +35,7 @@ class WorkerState(IntEnum):
 
 
 class ConnectionCount:
-    """How many connections this worker has, how many the others, and how many clients there are in all of them.
+    """How many connections this worker has, how many the other workers have, and how many clients all of them have.
 
     A connection counts as a client once admitted. Before its PROXY header, or after a rejection, it is only a connection.
     """
@@ -61,17 +62,17 @@ class ConnectionCount:
 
     @property
     def clients(self) -> int:
-        """In all workers; exact but for those that are changing it just now."""
+        """Clients in all workers; exact except for changes that are being made at this moment."""
         return sum(self._clients)
 
     @property
     def connections(self) -> int:
-        """Of this worker."""
+        """Connections of this worker."""
         return self._connections[self._number]
 
     @property
     def ahead(self) -> bool:
-        """Some worker that serves has fewer connections by more than LEAD."""
+        """Whether this worker has over LEAD connections more than some other worker that serves."""
         enough = self._connections[self._number] - LEAD
         if enough <= 0:
             return False
@@ -80,7 +81,7 @@ class ConnectionCount:
 
 
 def count_of_one_process() -> ConnectionCount:
-    """That of a server without other workers."""
+    """The count of a server without other workers."""
     return ConnectionCount(0, [WorkerState.SERVING], [0], [0])
 
 
@@ -102,7 +103,7 @@ class Slot:
 
     @property
     def reloads(self) -> int:
-        """The last reload that this worker has been through."""
+        """The number of the last reload that this worker has completed."""
         return self._board.reloads_seen[self._number]
 
     @reloads.setter
@@ -119,12 +120,12 @@ class Slot:
         self._board.signs[self._number] = time.monotonic_ns()
 
     def clear(self) -> None:
-        """The worker has ended: its connections are gone; what it counted stays."""
+        """The worker has ended: remove its connections; keep its report."""
         self.state = WorkerState.ABSENT
         self._board.connections[self._number] = self._board.clients[self._number] = 0
 
     def write(self, report: bytes) -> None:
-        """Raises ValueError for a report of more than REPORT_BYTES octets."""
+        """Store a report. Raises ValueError for a report of more than REPORT_BYTES bytes."""
         if len(report) > REPORT_BYTES:
             raise ValueError(f"a report of {len(report)} octets")
         number = self._board.reports[self._number] + 1
@@ -147,7 +148,7 @@ class Slot:
 
 
 class Scoreboard:
-    """The slots of so many workers; made before any of them is forked."""
+    """The slots of all workers; created before any worker is forked."""
 
     def __init__(self, workers: int) -> None:
         size = 8 * (_FIELDS * workers + 2)
@@ -170,7 +171,7 @@ class Scoreboard:
 
     @property
     def reloads(self) -> int:
-        """How often new settings were found good."""
+        """How often new settings were found valid."""
         return self._own[1]
 
     @reloads.setter
@@ -178,7 +179,7 @@ class Scoreboard:
         self._own[1] = number
 
     def problem(self) -> str | None:
-        """Why nobody takes connections, or None."""
+        """Why no worker accepts connections, or None."""
         if WorkerState.SERVING in self.states:
             return None
         return "draining" if WorkerState.DRAINING in self.states else "not accepting"

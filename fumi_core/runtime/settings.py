@@ -1,9 +1,8 @@
 """How both programs read their settings: flags, then environment variables, then ``--config FILE.toml``, then defaults.
 
-They can be read again while the program runs, as if it were started now: the flags and the environment are what they were, the
-files are not.
+A reload reads them as if the program were started now: with the flags and environment of its start, and the files' new content.
 
-A wrong setting is one line on stderr and exit status 2, as click does it.
+A wrong setting is one line on stderr and exit status 2, as with click.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ _ARGUMENTS = "fumi.arguments"
 _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--version"))
 """Flags that choose an action for one run. They are not settings, so neither a variable nor a configuration key can give them."""
 _TAG = "VERSION"
-"""FUMI_EDGE_VERSION is what people call the tag of an image: a variable that is left alone."""
+"""FUMI_EDGE_VERSION commonly holds an image's tag, so it is ignored and not an unknown variable."""
 
 CONFIGURATION_OK = "configuration OK"
-"""What --check prints in the end when nothing is wrong."""
+"""Printed by --check when everything is valid."""
 _LINK = re.compile(
     r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
 )
-"""What Kubernetes puts into pods when a Service is called as the program is. FUMI_EDGE_PORT=465 is somebody's wish."""
+"""Variables that Kubernetes sets for a Service with the program's name. FUMI_EDGE_PORT=465 is not one of them."""
 _MODE = re.compile(r"0?[0-7]{3}")
 _TOO_LARGE = 1 << 63
-"""What TOML has no number for."""
+"""The first integer too large for TOML."""
 _LONG = 100
-"""Characters of a value that are shown of it."""
+"""Characters of a value that are shown in an error."""
 
 
 def _refuse_comma(param_type: click.ParamType, text: str, what: str, *where: Any) -> None:  # type: ignore[type-arg]
-    """Several values in one: what a list in a variable looks like elsewhere."""
+    """Refuse several values separated by commas, which other programs accept as a list."""
     if "," in text:
         param_type.fail(f"{text!r} has a comma in it: repeat the flag, or in a variable separate {what} by spaces", *where)
 
@@ -78,7 +77,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
 
 
 class NetworkType(click.ParamType):  # type: ignore[type-arg]
-    """A CIDR block, an address, or ``unix``; stays text, since a set of them is what is used."""
+    """A CIDR block, an address, or ``unix``. The value stays a string, because the strings are used as one set."""
 
     name = "cidr|unix"
 
@@ -125,7 +124,7 @@ class ModeType(click.ParamType):  # type: ignore[type-arg]
 
 
 class CountType(click.IntRange):
-    """A whole number of something, which is said in the message about anything else, with an example."""
+    """A whole number; errors name what it counts and show an example."""
 
     name = "n"
 
@@ -144,7 +143,7 @@ class CountType(click.IntRange):
 
 
 class WorkersType(CountType):
-    """A number of processes; ``auto`` is one for each processor that this one may use."""
+    """A number of processes; ``auto`` is the number of processors that this process may use."""
 
     name = "n|auto"
 
@@ -169,7 +168,7 @@ WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 
 
 class Program(click.Command):
-    """A command whose errors are one line on stderr, with exit status 2, and whose settings, but no actions, may be variables."""
+    """A command: errors are one line on stderr, exit status 2. Settings, but not actions, may be environment variables."""
 
     def __init__(self, *args: Any, **extra: Any) -> None:
         extra["context_settings"] = {"help_option_names": ["-h", "--help"], **(extra.get("context_settings") or {})}
@@ -178,13 +177,13 @@ class Program(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)
         for param in params:
-            # FUMI_EDGE_VERSION is what people call the tag of an image.
+            # FUMI_EDGE_VERSION commonly holds an image's tag.
             if isinstance(param, click.Option) and not _ACTIONS.isdisjoint(param.opts):
                 param.allow_from_autoenv = False
         return params
 
     def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> click.Context:
-        arguments = list(args)  # click takes them out one by one
+        arguments = list(args)  # click removes them one by one
         ctx = super().make_context(info_name, args, *others, **extra)
         ctx.meta[_ARGUMENTS] = arguments
         return ctx
@@ -193,7 +192,7 @@ class Program(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError:
-            # What is wrong with a variable may be why.
+            # An invalid variable may be the cause.
             self._check_variables(ctx)
             raise
 
@@ -202,7 +201,7 @@ class Program(click.Command):
         return super().invoke(ctx)
 
     def _check_variables(self, ctx: click.Context) -> None:
-        """Raises SettingError for an unknown one: misspelt, it would be a setting that is not made, such as --require-tls."""
+        """Raises SettingError for an unknown variable: a misspelt name, such as one for --require-tls, would have no effect."""
         prefix = f"{ctx.auto_envvar_prefix}_"
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         actions = {name: option for option in options for name in _names(option) if not _ACTIONS.isdisjoint(option.opts)}
@@ -233,7 +232,7 @@ class Program(click.Command):
 
 
 def _names(option: click.Option) -> set[str]:
-    """What a variable for this option is called, without the prefix, by the option's name and as it is written."""
+    """The variables for this option, without the prefix: by the option's name and by each of its spellings."""
     return {str(option.name).upper(), *(each.lstrip("-").replace("-", "_").upper() for each in option.opts)}
 
 
@@ -243,29 +242,29 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str | None:
 
 
 def read_again(ctx: click.Context) -> click.Context:
-    """The settings as they would be if the program were started now. Raises ClickException for a wrong one."""
+    """The settings as they would be if the program were started now. Raises ClickException for an invalid one."""
     return ctx.command.make_context(ctx.info_name, list(ctx.meta[_ARGUMENTS]))
 
 
 def given(ctx: click.Context) -> set[str]:
-    """The names of the settings that were set, wherever, and not left to their defaults."""
+    """The names of the settings that were set explicitly, by flag, variable or file."""
     return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
 
 
 class SettingError(click.ClickException):
-    """A setting that cannot work: one line on stderr, exit status 2."""
+    """An invalid setting: one line on stderr, exit status 2."""
 
     exit_code = 2
 
 
 def check_mode(mode: int | None, addresses: Iterable[SocketAddress]) -> None:
-    """Raises SettingError for a --socket-mode without a Unix socket that this program makes."""
+    """Raises SettingError for a --socket-mode if this program creates no Unix socket."""
     if mode is not None and all(each.kind != "unix" for each in addresses):
         raise SettingError("--socket-mode is for Unix listeners: listen on unix:/path, or leave it out")
 
 
 def config_option(section: str) -> Callable[[F], F]:
-    """``--config FILE.toml``: keys are the flags without the dashes in front, at top level or under ``[section]``."""
+    """``--config FILE.toml``: keys are the flags without their leading dashes, at top level or under ``[section]``."""
 
     def load(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
         if value:
@@ -287,7 +286,7 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
         document = tomllib.loads(read_file(path).decode())
     except OSError as error:
         raise click.BadParameter(f"{path}: cannot read it: {error.strerror}") from None
-    except ValueError as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
+    except ValueError as error:  # not TOML, not UTF-8, or a number with more digits than Python reads
         raise click.BadParameter(f"{path}: {error}") from None
     except RecursionError:
         raise click.BadParameter(f"{path}: nested too deeply") from None
@@ -313,7 +312,7 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
 
 
 def _flags(path: str, table: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """The flags that a table is of, each with its key as it is written there, and the value."""
+    """The flags that a table sets, each with its key as it is written there, and its value."""
     flags: dict[str, tuple[str, Any]] = {}
     for key, value in table.items():
         flag = key.replace("_", "-")
@@ -324,20 +323,20 @@ def _flags(path: str, table: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _value(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """What a key's value is to the flag; repeatable ones are lists, and may be written without one. Raises BadParameter."""
+    """Convert a key's value for its flag; a repeatable flag takes a list or a single value. Raises BadParameter."""
     many = getattr(param, "multiple", False)
     values = value if isinstance(value, list) and many else [value]
     for each in values:
         _check_type(param, each, many)
-        # The flag would be blamed for it later, and not the file.
+        # Otherwise the error would name the flag, and not the file.
         param.type.convert(each, None, ctx)
     return values if many else value
 
 
 def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
-    """A value has its TOML type, or is text that the flag would take; true and false are no numbers, though Python has it so."""
+    """A value must have its TOML type, or be a string that the flag accepts; true and false are not numbers, unlike in Python."""
     if isinstance(value, str) and "\0" in value:
-        # Neither a flag nor a variable can have one, and no system call takes it.
+        # Flags and variables cannot contain NUL, and no system call accepts it.
         raise click.BadParameter("must not contain NUL")
     if getattr(param, "is_flag", False):
         good, wanted = isinstance(value, bool), "true or false"
@@ -348,7 +347,7 @@ def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
         good = isinstance(value, int | float | str) and not isinstance(value, bool)
         wanted = getattr(param.type, "wanted", "a number")
     elif isinstance(param.type, click.Choice):
-        # min-tls = 1.3 is what one writes.
+        # For example min-tls = 1.3.
         good, wanted = isinstance(value, str) or str(value) in param.type.choices, "text, in quotes"
     else:
         good, wanted = isinstance(value, str), "text, in quotes, or a list of texts" if many else "text, in quotes"
@@ -357,9 +356,9 @@ def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value as it may stand in the file, or its beginning."""
+    """A value as it stands in the file, shortened."""
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except ValueError:
-        return "…"  # a number of thousands of digits, which was written as a hexadecimal one
+        return "…"  # a number with thousands of digits, written in hexadecimal
     return text if len(text) <= _LONG else f"{text[:_LONG]}…"

@@ -1,7 +1,7 @@
-"""What systemd and a service tell each other: the protocols of sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3).
+"""The protocols between systemd and a service: sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3).
 
-All of it comes by the environment, and what has been read is taken out of it: it was meant for this process, and not for its
-children. Without systemd none of it is there, and nothing happens.
+All of them use environment variables, which are removed once read: they are for this process, and not for its children. Without
+systemd they are not set, and nothing happens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger("fumi.systemd")
 FIRST = 3
 """The first descriptor that is passed, SD_LISTEN_FDS_START."""
 NOTIFY_TIMEOUT = 1.0
-"""Seconds to wait while systemd hears others. A handful of datagrams fills its queue when it is busy with many services."""
+"""Seconds to wait while systemd is busy with other services: a handful of datagrams fills its queue."""
 
 
 @functools.cache
@@ -34,10 +34,10 @@ def descriptors() -> tuple[tuple[int, str], ...]:
 
 
 class Notifier:
-    """Tells systemd how the service is. ``interval`` is the seconds between two calls of ``alive()``; None when nobody waits."""
+    """Notifies systemd of the service's state. ``interval`` is the seconds between ``alive()`` calls; None without a watchdog."""
 
     def __init__(self) -> None:
-        """Reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID, and takes them out of the environment."""
+        """Reads NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID, and removes them from the environment."""
         path = os.environ.pop("NOTIFY_SOCKET", "")
         limit, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", str(os.getpid()))
         # "@" stands for the NUL of the abstract namespace.
@@ -46,28 +46,28 @@ class Notifier:
         self.interval: float | None = int(limit) / 2_000_000 if watched else None
 
     def ready(self) -> None:
-        """It serves, or it has reloaded."""
+        """The service serves, or has reloaded."""
         self._send("READY=1", NOTIFY_TIMEOUT)
 
     def reloading(self) -> None:
-        """It reads its settings anew; ``ready()`` is to follow."""
+        """The service is reloading its settings; ``ready()`` must follow."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", NOTIFY_TIMEOUT)
 
     def stopping(self) -> None:
         self._send("STOPPING=1", NOTIFY_TIMEOUT)
 
     def alive(self) -> None:
-        # Soon there is another.
+        # The next one follows soon.
         self._send("WATCHDOG=1", 0.0)
 
     def _send(self, state: str, patience: float) -> None:
-        """What is said once is worth ``patience`` seconds: systemd never asks."""
+        """Wait up to ``patience`` seconds for room: systemd never asks again for a state that is sent once."""
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(patience)
             try:
-                # Only a socket that is connected learns of room at the other end.
+                # Only a connected socket is told when the other end has room.
                 sock.connect(self._address)
                 sock.send(state.encode())
             except OSError as error:

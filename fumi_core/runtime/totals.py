@@ -1,8 +1,8 @@
-"""Metrics over all workers: each reports its own now and then, and whoever is asked adds them up.
+"""Metrics over all workers: each worker reports its own every second, and a scrape adds them up.
 
-So a worker counts in plain memory, at no more cost than a program that is alone, and nothing is left on the disk. Counters and
-histograms are added up, and a worker goes on where one that died had left them, so that none ever falls. A gauge that ends in
-``_active`` is a number of things, added up over the living; any other gauge is a state, of which the largest is shown.
+So a worker counts in plain memory, at the same cost as a single process, and nothing is left on the disk. Counters and histograms
+are added up, and a new worker continues the counts of the one it replaces, so that none ever falls. A gauge whose name ends in
+``_active`` counts things and is added up over the live workers; any other gauge is a state, of which the largest is shown.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState
 log = logging.getLogger("fumi.workers")
 
 RESTARTS = "_worker_restarts_total"
-"""How the counter is called, behind the prefix, that the master keeps for all. The workers have it too, at 0."""
+"""The name, after the prefix, of the counter that the master keeps for all workers. The workers have it too, at 0."""
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
 Series = dict[Key, float]
-"""Values by the name of a sample and its labels."""
+"""Values by sample name and labels."""
 
 
 Families = dict[str, Series]
 
 
 class Reporter:
-    """Writes what a worker has to tell into its slot; with its counts, what those that had the slot before it had counted."""
+    """Writes a worker's report into its slot: its own counts plus those of the workers that had the slot before."""
 
     def __init__(self, registry: CollectorRegistry, slot: Slot) -> None:
         self._registry = registry
@@ -41,7 +41,7 @@ class Reporter:
         self._silent = False
 
     def write(self, trouble: str | None) -> None:
-        """``trouble``: why this worker, though it serves, takes no mail."""
+        """``trouble``: why this worker, though it serves, accepts no mail."""
         families = {}
         for family in self._registry.collect():
             series = families[family.name] = _series(family)
@@ -56,14 +56,14 @@ class Reporter:
 
 
 class Totals(Collector):
-    """The sums. ``registry`` is the master's own: all families, all series, and none ever touched."""
+    """The sums. ``registry`` is the master's own, with all families and series, and is never counted in."""
 
     def __init__(self, registry: CollectorRegistry, board: Scoreboard) -> None:
         self._registry = registry
         self._board = board
 
     def trouble(self) -> str | None:
-        """Why no worker takes mail, or None when one does."""
+        """Why no worker accepts mail, or None when one does."""
         troubles = [_read(slot).trouble for slot in self._board.slots if slot.state is WorkerState.SERVING]
         return troubles[0] if troubles and None not in troubles else None
 

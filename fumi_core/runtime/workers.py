@@ -1,8 +1,8 @@
-"""``--workers N``: one process that does all, or a master, its workers, and a process that serves their metrics.
+"""``--workers N``: a single process, or a master, its workers, and a process that serves their metrics.
 
-All workers accept from the same listening sockets, which the master opened: whoever is free takes the next connection, and one
-that is killed takes none with it but its own. (With SO_REUSEPORT each has a queue, and those that wait in the queue of one that
-dies are reset.)
+All workers accept from the same listening sockets, which the master opened: a free worker takes the next connection, and a killed
+worker loses only its own connections. (With SO_REUSEPORT each worker has a queue of its own, and connections in the queue of a
+worker that dies are reset.)
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from fumi_core.runtime.totals import Reporter, Totals
 from fumi_core.version import VERSION
 
 REPORT_SECONDS = 1.0
-"""Seconds between two reports of a worker: so old are the metrics of a set at most."""
+"""Seconds between two reports of a worker, and so the maximum age of the metrics."""
 
 
 def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> None:
-    """Bind, and work until told to stop; returns in each process when it is to end. Raises SettingError, and SystemExit.
+    """Bind, and work until told to stop; returns in each process when that process is to end. Raises SettingError, and
+    SystemExit.
 
-    ``stops`` are the signals that stop a program that is alone.
+    ``stops`` are the signals that stop a single process.
     """
     hold_signals()
     work.bind()
@@ -61,7 +62,7 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> No
     role = Master(work, board, notifier, master_alive_w).run()
     if role is None:
         return
-    os.close(master_alive_w)  # the master's alone, so that reading the master_alive_r ends when the master does, whichever way
+    os.close(master_alive_w)  # only the master keeps it, so reading master_alive_r returns when the master ends, however it ends
     if role == METRICS:
         _serve_metrics(work, board, master_alive_r)
     else:
@@ -77,7 +78,7 @@ def _run(program: Coroutine[Any, Any, None]) -> None:
 
 
 async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int) -> None:
-    """A worker: like a program that is alone, but heeding its master, and reporting to the scoreboard."""
+    """A worker: like a single process, but it obeys its master, and reports to the scoreboard."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     slot = board.slots[number]
@@ -102,7 +103,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
     reporter = Reporter(work.registry, slot)
     report()
     slot.state = WorkerState.SERVING
-    # A stop may be heard several times: from the terminal or systemd, which tell all processes, and from the master.
+    # A stop may arrive several times: from the terminal or systemd, which signal all processes, and from the master.
     signal.signal(signal.SIGQUIT, leave)
     heed({signal.SIGTERM: stopped.set, signal.SIGINT: stopped.set, signal.SIGHUP: in_turn(take_over)})
     loop.add_reader(master_alive_r, orphaned)
@@ -115,7 +116,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
 
 
 def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
-    """The process that adds up what the workers report. It ends with the master, whose fork() its threads would endanger."""
+    """The process that adds up the workers' reports. It ends with the master, in which its threads would make fork() unsafe."""
     work.unbind()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
@@ -131,7 +132,7 @@ def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
 
 
 def _reload_when_told(work: Work) -> None:
-    """In a thread, which takes one SIGHUP after the other, where a handler would be called in the middle of itself."""
+    """Reload in a thread, for one SIGHUP after the other; a signal handler could interrupt itself."""
     while True:
         signal.sigwait([signal.SIGHUP])
         asyncio.run(reload(work, quiet=True))

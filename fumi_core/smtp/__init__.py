@@ -1,1 +1,1 @@
-"""What is said and what it means: SMTP, LMTP and AUTH, sans-IO."""
+"""The SMTP, LMTP and AUTH protocols, sans-IO: their syntax and their meaning."""

@@ -1,4 +1,4 @@
-"""AUTH under way (RFC 4954 §4), sans-IO: base64 challenges out, base64 responses in, credentials at the end."""
+"""AUTH in progress (RFC 4954 §4), sans-IO: sends base64 challenges, receives base64 responses, returns credentials."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fumi_core.smtp.replies import Reply
 from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Session
 
-# XOAUTH2's clients want to be told why in a challenge, and answer that, before they hear the 535.
+# XOAUTH2's clients expect the reason for a failure in a challenge, and send a response to it before they get the 535.
 _XOAUTH2_ERROR = b'{"status":"401","schemes":"bearer","scope":"mail"}'
 
 
 def refusal(session: Session, options: Options, enabled: bool) -> Reply | None:
-    """Why this session may not authenticate now; ``enabled`` tells whether anybody may."""
+    """Why this session may not authenticate now; ``enabled`` tells whether AUTH is enabled at all."""
     if not enabled:
         return replies.AUTH_NOT_ENABLED
     if not session.secure and options.require_tls:
@@ -32,14 +32,14 @@ class AuthExchange:
     __slots__ = ("_steps", "method", "verdict")
 
     def __init__(self, method: str, name: str) -> None:
-        """``name`` is the server's, for challenges that carry it. Raises KeyError for an unknown mechanism."""
+        """``name`` is the server's, for challenges that contain it. Raises KeyError for an unknown mechanism."""
         self.method = method
         self._steps = sasl.MECHANISMS[method](name)
         self.verdict: Reply | None = None
-        """What the credentials led to, where the client has yet to respond to why."""
+        """The reply to the credentials, kept until the client has responded to the challenge that explains it."""
 
     def begin(self, initial: bytes | None) -> Reply | Credentials:
-        """The first challenge; or, where AUTH's line had an initial response (``=`` is an empty one), what that leads to."""
+        """Return the first challenge or, if AUTH had an initial response (``=`` is an empty one), the result of that."""
         challenge = next(self._steps)
         if initial is None:
             return _challenge(challenge)
@@ -48,7 +48,7 @@ class AuthExchange:
         return self.respond(b"" if initial == b"=" else initial)
 
     def respond(self, response: bytes) -> Reply | Credentials:
-        """The next challenge (334), the credentials, or why there will be none."""
+        """Return the next challenge (334), the credentials, or the rejection."""
         if self.verdict is not None:
             return self.verdict
         if response == b"*":
@@ -66,7 +66,7 @@ class AuthExchange:
             return replies.AUTH_FAILED
 
     def explain(self, verdict: Reply) -> Reply | None:
-        """The challenge to send before this refusal of the credentials, which the next response is then given; often none."""
+        """The challenge to send before this rejection, which is then the reply to the next response; None for most mechanisms."""
         if self.method != "XOAUTH2" or verdict.code != 535:
             return None
         self.verdict = verdict

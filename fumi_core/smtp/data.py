@@ -1,8 +1,8 @@
 """Where a message ends: the one place that decides it (RFC 5321 §4.1.1.4 and §4.5.2).
 
-Only <CRLF>.<CRLF> ends a message. A line feed without its carriage return, or the other way round, never does: what one
-server takes for the end and the next does not is how a second message is smuggled inside the first. Such a byte is either
-refused (``reject``) or made a line end of the message's text (``normalize``).
+Only <CRLF>.<CRLF> ends a message. A line feed without its carriage return, or the other way round, never does: if one server
+takes it for the end and the next does not, a second message can be smuggled inside the first. Such a byte is either rejected
+(``reject``) or made a line end of the message (``normalize``).
 
 The work is done by bytes.find, count and replace over whole reads, so that it costs about as much as copying them.
 """
@@ -16,11 +16,11 @@ _BARE = re.compile(rb"\r\n|\r|\n")
 
 
 class BareNewline(Exception):
-    """A CR or LF that is not part of a CRLF, where they are refused."""
+    """A CR or LF that is not part of a CRLF, where these are rejected."""
 
 
 class DotReader:
-    """Takes the bytes behind DATA as they arrive, gives the message's text: dot-unstuffed, CRLF kept, the end left out.
+    """Takes the bytes after DATA as they arrive, returns the message content: dot-unstuffed, with CRLF, without the final dot.
 
     A piece never ends between a CR and its LF, so each can be judged by itself.
     """
@@ -30,15 +30,15 @@ class DotReader:
     def __init__(self, bare_newlines: str) -> None:
         """``bare_newlines`` is ``reject`` or ``normalize``."""
         self._normalize = bare_newlines == "normalize"
-        # Bytes kept because the next ones decide what they are. A line begins before the first byte of a message, as if
-        # behind a CRLF: that one is virtual, and dropped from the first text.
+        # Bytes kept because the next ones decide what they are. The first line of a message begins as if after a CRLF: that CRLF
+        # is virtual, and dropped from the first piece.
         self._held = b"\r\n"
         self._virtual = 2
         self.rest: bytes | None = None
         """What followed the end of the message; None until the end was seen."""
 
     def feed(self, data: bytes) -> bytes:
-        """The text that ``data`` brings. Raises BareNewline where such are refused; nothing may be fed after the end."""
+        """Return the content in ``data``. Raises BareNewline where bare newlines are rejected. Do not call it after the end."""
         buffer = self._held + data
         dot = buffer.find(b"\r\n.")
         end = buffer.find(END, dot) if dot >= 0 else -1
@@ -66,7 +66,7 @@ class DotReader:
 
 
 class ChunkReader:
-    """Counts out the chunks of BDAT (RFC 3030 §2); what is in them is text all the same, unless it is declared binary.
+    """Counts out the chunks of BDAT (RFC 3030 §2); their content follows the same rules, unless it is declared binary.
 
     A chunk may end between a CR and its LF; the CR then waits for the next chunk.
     """
@@ -83,11 +83,11 @@ class ChunkReader:
         """What followed the end of the chunk; None until the end was seen."""
 
     def begin(self, size: int, last: bool) -> None:
-        """A chunk of ``size`` octets follows; with ``last`` the message ends with it."""
+        """A chunk of ``size`` octets follows; ``last`` tells that it is the message's last."""
         self._left, self._last, self.rest = size, last, None
 
     def feed(self, data: bytes) -> bytes:
-        """The text that ``data`` brings. Raises BareNewline where such are refused."""
+        """Return the content in ``data``. Raises BareNewline where bare newlines are rejected."""
         chunk = data[: self._left]
         self._left -= len(chunk)
         if self._left == 0:
@@ -105,7 +105,7 @@ class ChunkReader:
 
 
 class SkippedChunk:
-    """Counts out a chunk that nobody wants, and keeps nothing of it."""
+    """Counts out a chunk that is dropped, and keeps nothing of it."""
 
     __slots__ = ("_left", "rest")
 
@@ -115,7 +115,7 @@ class SkippedChunk:
         """What followed the end of the chunk; None until the end was seen."""
 
     def feed(self, data: bytes) -> bytes:
-        """No text, whatever ``data`` brings."""
+        """Return no content."""
         if len(data) >= self._left:
             self.rest = data[self._left :]
         self._left -= min(self._left, len(data))
@@ -123,32 +123,32 @@ class SkippedChunk:
 
 
 class DotWriter:
-    """The other way: text on its way to a server gets its dots stuffed, and its end (RFC 5321 §4.5.2)."""
+    """The reverse: stuffs the dots of content that is sent to a server, and adds the end (RFC 5321 §4.5.2)."""
 
     __slots__ = ("_last",)
 
     def __init__(self) -> None:
-        self._last = b"\r\n"  # the last two octets before what comes next
+        self._last = b"\r\n"  # the last two octets sent
 
     def feed(self, text: bytes) -> bytes:
-        """What to send for ``text``, however the whole is cut. Its line ends are CRLF."""
+        """Return what to send for ``text``, which may be any part of the content. Its line ends are CRLF."""
         known = self._last + text
         self._last = known[-2:]
         return known.replace(b"\r\n.", b"\r\n..")[2:]
 
     def end(self) -> bytes:
-        """The terminating dot, behind a line end if there is none."""
+        """Return the terminating dot, after a CRLF if the content does not end with one."""
         return END[2:] if self._last == b"\r\n" else END
 
 
 def _has_bare_newlines(text: bytes) -> bool:
-    # Taking the pairs away and looking for what is left costs half of counting the three: looking is memchr.
+    # Removing the pairs and searching for what is left costs half of counting all three: the search is memchr.
     unpaired = text.replace(b"\r\n", b"")
     return b"\n" in unpaired or b"\r" in unpaired
 
 
 def _undecided(buffer: bytes) -> int:
-    """How many last bytes may be the beginning of the end (or of a CRLF), and wait for what follows."""
+    """How many of the last bytes may begin the end (or a CRLF), and have to wait for the next bytes."""
     for length in (4, 3, 2, 1):
         if buffer.endswith(END[:length]):
             return length

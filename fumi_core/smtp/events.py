@@ -1,4 +1,4 @@
-"""What the protocol tells the application. Those that ask are pending until they are accepted or refused."""
+"""The events that the protocol reports. Those marked "Asks" are pending until the application accepts or refuses them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fumi_core.smtp.session import Address
 
 
 class Connect:
-    """Asks: a client wants to be greeted."""
+    """Asks: a client has connected and waits for the banner."""
 
     __slots__ = ()
 
 
 class Auth:
-    """Asks: a client wants to be somebody."""
+    """Asks: a client has sent credentials."""
 
     __slots__ = ("credentials",)
 
@@ -23,10 +23,10 @@ class Auth:
 
 
 class AuthEnded:
-    """Tells: AUTH ended before there were credentials to ask about.
+    """Tells: AUTH ended before there were credentials.
 
-    ``result`` is ``aborted`` when the client cancelled it, sent something malformed or is gone, and ``failed`` when it wanted to
-    act for another user.
+    ``result`` is ``aborted`` when the client cancelled it, sent a malformed response or disconnected, and ``failed`` when it
+    requested to act for another user.
     """
 
     __slots__ = ("method", "result")
@@ -37,7 +37,7 @@ class AuthEnded:
 
 
 class Mail:
-    """Asks: MAIL wants to begin a transaction."""
+    """Asks: MAIL, to begin a transaction."""
 
     __slots__ = ("address",)
 
@@ -46,7 +46,7 @@ class Mail:
 
 
 class Rcpt:
-    """Asks: RCPT wants to add a recipient."""
+    """Asks: RCPT, to add a recipient."""
 
     __slots__ = ("address",)
 
@@ -55,7 +55,7 @@ class Rcpt:
 
 
 class MessageStart:
-    """Tells: a message follows. ``command`` is what brings it: DATA or BDAT."""
+    """Tells: a message follows. ``command`` is DATA or BDAT."""
 
     __slots__ = ("command",)
 
@@ -64,7 +64,7 @@ class MessageStart:
 
 
 class MessageData:
-    """Tells: a piece of the message's text."""
+    """Tells: a piece of the message's content."""
 
     __slots__ = ("text",)
 
@@ -73,34 +73,34 @@ class MessageData:
 
 
 class MessageExcess:
-    """Tells: the chunk that arrives makes the message too large, and is dropped."""
+    """Tells: the arriving chunk makes the message too large, and is dropped."""
 
     __slots__ = ()
 
 
 class ChunkEnd:
-    """Asks: a chunk other than the last has arrived and wants its reply. A refusal ends the transaction."""
+    """Asks: a chunk other than the last has arrived and needs a reply. A rejection ends the transaction."""
 
     __slots__ = ()
 
 
 class ChunkDropped:
-    """Tells: a chunk without a transaction arrives, and is dropped."""
+    """Tells: a chunk without a transaction is arriving, and is dropped."""
 
     __slots__ = ()
 
 
 class MessageEnd:
-    """Asks: the message is whole and wants its reply."""
+    """Asks: the whole message has arrived and needs a reply."""
 
     __slots__ = ()
 
 
 class MessageBroken:
-    """Asks for patience: the message will never be whole, and its handlers are to end before anything else begins.
+    """Asks: the message will never be complete. Accept this when its handlers have ended; until then no command is processed.
 
-    ``reason`` is for the log, ``result`` for the metrics. ``command`` ended the transaction, and ``reply`` is its reply, which
-    is sent when the handlers have ended: until then they have their envelope. Both are None when nothing more is said.
+    ``reason`` is for the log, ``result`` for the metrics. ``command`` ended the transaction, and ``reply`` is its reply, which is
+    sent when the handlers have ended: until then they have their envelope. Both are None when no reply is sent.
     """
 
     __slots__ = ("command", "reason", "reply", "result")

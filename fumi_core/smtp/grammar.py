@@ -17,23 +17,23 @@ MAX_PATH = 256  # RFC 5321 §4.5.3.1.3, octets, angle brackets included
 MAX_LABEL = 63  # RFC 1035 §2.3.4, octets, of an internationalized label's A-label
 MAX_DOMAIN = 255  # §4.5.3.1.2
 
-# Classes that take UTF8-non-ascii (RFC 6531 §3.3) name the ASCII characters that are not in them: a class that reaches up to
-# U+10FFFF takes `re` ten milliseconds to compile, and there are twenty of them in these expressions.
+# Classes that take UTF8-non-ascii (RFC 6531 §3.3) list the ASCII characters that are not in them: `re` takes ten milliseconds to
+# compile a class that reaches up to U+10FFFF, and these expressions have twenty such classes.
 
 # atext (RFC 5322 §3.2.3): letters, digits and !#$%&'*+-/=?^_`{|}~
 _ATEXT = r'[^\x00- "(),.:-<>@\[-\]\x7f]'
 # Dot-string = Atom *("." Atom)
 _DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
-# Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE; qtextSMTP is what can be printed, but for DQUOTE and backslash.
+# Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE; qtextSMTP is printable except for DQUOTE and backslash.
 _QUOTED_STRING = r'"(?:[^\x00-\x1f"\\\x7f]|\\[ -~])*"'
-# sub-domain = Let-dig [Ldh-str]: letters, digits, and hyphens within; the underscore is not in the RFC but in use.
+# sub-domain = Let-dig [Ldh-str]: letters, digits, and hyphens within; underscores are not in the RFC but in use.
 _LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"
 _SUB_DOMAIN = rf"{_LET_DIG}(?:[^\x00-,./:-@\[-^`{{-\x7f]{{,{MAX_LABEL - 2}}}{_LET_DIG})?"
-# Domain = sub-domain *("." sub-domain); a final dot is not in the RFC, and taken by lenient servers alone.
+# Domain = sub-domain *("." sub-domain); a final dot is not in the RFC, and accepted only if lenient.
 _DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
-# address-literal = "[" ( IPv4 / "IPv6:" IPv6 / General ) "]"; what is inside is looked at below.
+# address-literal = "[" ( IPv4 / "IPv6:" IPv6 / General ) "]"; the inside is checked by is_address_literal().
 _ADDRESS_LITERAL = r"\[[!-Z^-~]+\]"
-# A-d-l = At-domain *( "," At-domain ) ":": a source route, taken and dropped (RFC 5321 appendix C).
+# A-d-l = At-domain *( "," At-domain ) ":": a source route, accepted and ignored (RFC 5321 appendix C).
 _SOURCE_ROUTE = rf"(?:@{_DOMAIN}(?:,@{_DOMAIN})*:)?"
 # Mailbox = Local-part "@" ( Domain / address-literal )
 _MAILBOX = rf"(?P<local>{_DOT_STRING}|{_QUOTED_STRING})@(?P<domain>{_DOMAIN}|{_ADDRESS_LITERAL})"
@@ -41,13 +41,13 @@ _MAILBOX = rf"(?P<local>{_DOT_STRING}|{_QUOTED_STRING})@(?P<domain>{_DOMAIN}|{_A
 _PARAMETERS = r"(?P<parameters>(?: +[A-Za-z0-9][A-Za-z0-9-]*(?:=[^\x00- =\x7f]+)?)*) *"
 
 DOMAIN = re.compile(rf"{_DOMAIN}|{_ADDRESS_LITERAL}")
-# The spaces after the colon are not in the RFC; half of all clients written by hand send one.
+# Spaces after the colon are not in the RFC; many hand-written clients send one.
 _FROM, _TO = r"[Ff][Rr][Oo][Mm]: *", r"[Tt][Oo]: *"
 _MAIL_ARGUMENT = re.compile(rf"{_FROM}<(?:{_SOURCE_ROUTE}{_MAILBOX})?>{_PARAMETERS}")
 _RCPT_ARGUMENT = re.compile(
     rf"{_TO}<(?:{_SOURCE_ROUTE}{_MAILBOX}|(?P<postmaster>[Pp][Oo][Ss][Tt][Mm][Aa][Ss][Tt][Ee][Rr]))>{_PARAMETERS}"
 )
-# What devices and carriers send: dots anywhere in a local part, no domain, a domain's final dot, no angle brackets.
+# What devices and carriers send: dots anywhere in a local part, no domain, a final dot, no angle brackets.
 _LENIENT_LOCAL_PART = rf"(?:\.|{_ATEXT})+|{_QUOTED_STRING}"
 _LENIENT_MAILBOX = rf"(?P<local>{_LENIENT_LOCAL_PART})(?:@(?P<domain>{_DOMAIN}|{_ADDRESS_LITERAL})\.?)?"
 _LENIENT_PATH = rf"(?![A-Za-z0-9-]+=[^@]*\Z)(?P<open><)?{_SOURCE_ROUTE}{_LENIENT_MAILBOX}(?(open)>)"
@@ -58,12 +58,12 @@ VERBS = (
     *("HELO", "EHLO", "LHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT"),
     *("RSET", "NOOP", "VRFY", "EXPN", "HELP", "QUIT", "XCLIENT", "XFORWARD"),
 )
-"""Every command there is: RFC 5321 §4.1.1, RFC 2033 §4.1, RFC 3207, RFC 4954, RFC 3030, and Postfix's two."""
+"""All commands: RFC 5321 §4.1.1, RFC 2033 §4.1, RFC 3207, RFC 4954, RFC 3030, and Postfix's two."""
 
-# The verbs of HTTP: a browser, or a proxy made to speak to us by one.
+# HTTP's methods: a browser, or a proxy that was made to connect here.
 HTTP_REQUEST = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ", re.IGNORECASE)
 CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-# What no line of SMTP contains: control characters other than TAB, and bytes beyond ASCII.
+# Bytes that no SMTP line contains: control characters other than TAB, and bytes beyond ASCII.
 NOT_TEXT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")
 
 
@@ -75,7 +75,7 @@ class Address(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """What MAIL and RCPT take after them, for ``read_path()``."""
+    """The arguments of MAIL and RCPT, for ``read_path()``."""
 
     mail: re.Pattern[str]
     rcpt: re.Pattern[str]
@@ -83,7 +83,7 @@ class Paths(NamedTuple):
 
 @cache
 def paths(lenient: bool) -> Paths:
-    """The RFC's paths or, if ``lenient``, also those of devices and carriers that do not know the RFC."""
+    """The RFC's paths or, if ``lenient``, also those that devices and carriers send."""
     if not lenient:
         return Paths(_MAIL_ARGUMENT, _RCPT_ARGUMENT)
     mail = re.compile(rf"{_FROM}(?:<>|{_LENIENT_PATH}){_PARAMETERS}")
@@ -91,7 +91,7 @@ def paths(lenient: bool) -> Paths:
 
 
 def read_text(argument: bytes) -> str | None:
-    """What stands behind a verb; None when it is not UTF-8 (RFC 6531 §3.3)."""
+    """The argument of a verb; None when it is not UTF-8 (RFC 6531 §3.3)."""
     try:
         return argument.decode()
     except UnicodeDecodeError:
@@ -99,24 +99,24 @@ def read_text(argument: bytes) -> str | None:
 
 
 def is_words(argument: bytes) -> bool:
-    """Whether there is something, and it is text: what VRFY and EXPN are asked about."""
+    """Whether the argument is non-empty text, as VRFY and EXPN require."""
     return bool(argument) and not CONTROL.search(argument) and read_text(argument) is not None
 
 
 def has_path(argument: bytes) -> bool:
-    """Whether there is something in angle brackets, so that it is the address that is wrong."""
+    """Whether there is something in angle brackets, so that the error is in the address."""
     text = read_text(argument)
     return text is not None and PATH_SHAPE.fullmatch(text) is not None
 
 
 def read_path(pattern: re.Pattern[str], argument: bytes) -> Address | None:
-    """As ``parse_path()``, from bytes."""
+    """The same as ``parse_path()``, for bytes."""
     text = read_text(argument)
     return None if text is None else parse_path(pattern, text)
 
 
 def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
-    """Read what follows MAIL or RCPT; None when it is not of that form, or longer than §4.5.3.1 allows."""
+    """Parse what follows MAIL or RCPT; None when it does not match, or is longer than §4.5.3.1 allows."""
     match = pattern.fullmatch(argument)
     if match is None:
         return None
@@ -124,7 +124,7 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
     if domain is not None:
         address = f"{local}@{domain}"
     else:
-        # Without a domain there is <>, <Postmaster> and, for lenient servers, a local part alone.
+        # Paths without a domain: <>, <Postmaster> and, if lenient, a local part alone.
         address, domain = local or match.groupdict().get("postmaster") or "", ""
         if "%" in address or "!" in address:
             return None  # user%domain and domain!user are routes to other domains: the next server may follow them
@@ -147,13 +147,13 @@ def _fits(local: str, domain: str) -> bool:
 
 
 def _fits_as_label(label: str) -> bool:
-    """Whether an internationalized label's A-label, with ``xn--`` before it, is short enough."""
+    """Whether the A-label of an internationalized label, ``xn--`` included, is short enough."""
     return label.isascii() or len(label.encode("punycode")) + 4 <= MAX_LABEL
 
 
-# Unassigned characters are not among them: which they are depends on the version of Unicode.
+# Unassigned characters are not in it: which they are depends on the version of Unicode.
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp", "Zs"})
-# Fillers, variation selectors and other letters and marks without a shape (Unicode's Default_Ignorable_Code_Point, and U+2800).
+# Fillers, variation selectors and other invisible letters and marks (Unicode's Default_Ignorable_Code_Point, and U+2800).
 _INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | frozenset(
     map(chr, (*range(0xFE00, 0xFE10), *range(0xE0000, 0xE1000)))
 )
@@ -161,9 +161,9 @@ _JOINERS = "\u200c\u200d"
 
 
 def is_visible(text: str) -> bool:
-    """Whether all characters beyond ASCII can be seen: two addresses that look the same, or a line that is none, fool people.
+    """Whether all characters beyond ASCII are visible: with invisible ones two different addresses look the same.
 
-    The joiners of Indic and Arabic scripts are fine between two of their letters (RFC 5892 appendix A.1, A.2).
+    The joiners of Indic and Arabic scripts are allowed between two of their letters (RFC 5892 appendix A.1, A.2).
     """
     for at, character in enumerate(text):
         if character.isascii():
@@ -182,11 +182,11 @@ def _is_foreign_letter(character: str) -> bool:
 
 
 def is_client_hostname(text: str) -> bool:
-    """What EHLO takes: ``Domain / address-literal`` in the RFC, any printable words of up to 255 octets in practice."""
+    """EHLO's argument: ``Domain / address-literal`` in the RFC, any printable words of up to 255 octets in practice."""
     return text.isprintable() and 1 <= len(text.encode()) <= 255
 
 
-# Controls of ASCII and of ISO 6429 (C1), and the two separators that some take for line ends.
+# Controls of ASCII and of ISO 6429 (C1), and the two separators that some programs treat as line ends.
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -201,9 +201,9 @@ def is_address_literal(text: str) -> bool:
 
 
 def _parameters(text: str) -> dict[str, str | bool] | None:
-    """By keyword, in capitals; None when one comes twice (RFC 5321 §4.1.1.11)."""
+    """The parameters by keyword, in capitals; None when a keyword is repeated (RFC 5321 §4.1.1.11)."""
     parameters: dict[str, str | bool] = {}
-    for word in filter(None, text.split(" ")):  # other spaces, those of Unicode, are part of a value
+    for word in filter(None, text.split(" ")):  # Unicode's other spaces are part of a value
         keyword, equals, value = word.partition("=")
         if keyword.upper() in parameters:
             return None

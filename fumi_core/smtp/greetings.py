@@ -12,7 +12,7 @@ from fumi_core.smtp.replies import Reply
 
 
 class Greetings:
-    """A server's greetings. They offer what its options allow, except what ``not_offered()`` returns at that time."""
+    """A server's greetings. They offer what its options allow, except what ``not_offered()`` returns at that moment."""
 
     def __init__(
         self,
@@ -20,7 +20,7 @@ class Greetings:
         withheld: Callable[[], frozenset[str]] = frozenset,
         not_offered: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
-        """Both functions return EHLO keywords; the parameters of ``withheld`` are not taken either. See ``Fumi.withhold``."""
+        """Both functions return EHLO keywords; parameters of ``withheld`` extensions are rejected too. See ``Fumi.withhold``."""
         self.withheld = withheld
         self._not_offered = not_offered
         self._options = options
@@ -37,7 +37,7 @@ class Greetings:
 
     @cached_property
     def help(self) -> Reply:
-        """The commands that it would know."""
+        """The reply to HELP: the supported commands."""
         options = self._options
         unknown = {"HELO", "EHLO"} if options.lmtp else {"LHLO"}
         unknown.update(options.disabled_commands, ["STARTTLS"] * options.hide_starttls, ["BDAT"] * (not options.chunking))
@@ -46,9 +46,9 @@ class Greetings:
         return Reply(214, f"See RFC 5321 for the commands: {verbs}", "2.0.0")
 
     def ehlo(self, secure: bool, auth: bool, trusted: bool) -> Reply:
-        """The name, and the extensions, a line each (RFC 5321 §4.1.1.1).
+        """The server's name, and its extensions, one per line (RFC 5321 §4.1.1.1).
 
-        ``auth`` tells whether AUTH would be heard, ``trusted`` whether XCLIENT and XFORWARD would.
+        ``auth`` tells whether AUTH is offered, ``trusted`` whether XCLIENT and XFORWARD are.
         """
         key = secure, auth, trusted, self._not_offered()
         if key not in self._ehlo:

@@ -1,19 +1,19 @@
-"""What a client has sent and nobody has looked at yet: command lines out of it, or all of it at once."""
+"""Received bytes that are not processed yet: read as command lines, or all at once."""
 
 from __future__ import annotations
 
 MAX_LINE = 4096
-"""Octets of a command line, CRLF included; RFC 5321 §4.5.3.1.4 wants 512, and more with extensions."""
+"""Octets of a command line, CRLF included; RFC 5321 §4.5.3.1.4 requires 512, and more with extensions."""
 MAX_AUTH_LINE = 12288
-"""Octets of AUTH's line and of its responses (RFC 4954 §4)."""
+"""Octets of an AUTH command and of its responses (RFC 4954 §4)."""
 
 
 BEGINNING = 16
-"""Octets of a line by which another protocol can be told."""
+"""Octets at the beginning of a line that are enough to recognize another protocol."""
 
 
 class LineTooLong(Exception):
-    """A line was longer than allowed; all of it has been dropped but its ``beginning``."""
+    """A line was longer than allowed; only its ``beginning`` was kept."""
 
     def __init__(self, beginning: bytes) -> None:
         super().__init__(beginning)
@@ -21,7 +21,7 @@ class LineTooLong(Exception):
 
 
 class Input:
-    """Bytes in order of arrival. A line that is too long is dropped as it arrives: it takes no memory."""
+    """Received bytes in order. A line that is too long is dropped as it arrives, so it takes no memory."""
 
     __slots__ = ("_at", "_data", "_dropped", "responses")
 
@@ -30,14 +30,14 @@ class Input:
         self._at = 0
         self._dropped: bytes | None = None  # the beginning of the line that is being dropped
         self.responses = False
-        """Whether the next line is a response to AUTH's challenge, and may be as long as those."""
+        """Whether the next line is a response to AUTH's challenge, and may be as long as one."""
 
     def __len__(self) -> int:
         return len(self._data) - self._at
 
     @property
     def begun(self) -> bool:
-        """Whether there is the beginning of a line, be it one that is dropped as it arrives."""
+        """Whether an incomplete line has arrived, including one that is being dropped."""
         return self._at < len(self._data) or self._dropped is not None
 
     def receive(self, data: bytes) -> None:
@@ -45,7 +45,7 @@ class Input:
         self._at = 0
 
     def line(self) -> bytes | None:
-        """The next line, up to and with its LF; None while it is not whole. Raises LineTooLong when a long one has ended."""
+        """The next line, with its LF; None while it is incomplete. Raises LineTooLong when a long line has ended."""
         data, at = self._data, self._at
         end = data.find(b"\n", at) + 1
         if end == 0:
@@ -71,11 +71,11 @@ class Input:
         return MAX_AUTH_LINE if self.responses or self.beginning()[:5].upper() == b"AUTH " else MAX_LINE
 
     def beginning(self) -> bytes:
-        """The first bytes of a line that is not whole."""
+        """The first bytes of the incomplete line."""
         return self._dropped or self._data[self._at : self._at + BEGINNING]
 
     def take(self) -> bytes:
-        """All there is."""
+        """Return and remove all bytes."""
         data = self._data[self._at :] if self._at else self._data
         self._data, self._at = b"", 0
         return data

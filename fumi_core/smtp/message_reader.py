@@ -1,6 +1,6 @@
 """What follows DATA and BDAT (RFC 5321 §4.1.1.4, RFC 3030 §2): a message in one piece or in chunks, sans-IO.
 
-Where a message ends is data.py's to say; here is which of its readers is at work, and what becomes of what it leaves.
+data.py decides where a message ends; this module chooses the reader, and returns the bytes after the end to the input.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from fumi_core.smtp.replies import Reply
 
 
 class Transfer:
-    """The message that is arriving from ``input``; used again for the next one after ``reset()``."""
+    """The message that is arriving from ``input``; reused for the next one after ``reset()``."""
 
     __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "active", "excess", "refusals")
 
     def __init__(self, input: Input, options: Options) -> None:
         self.active = False
-        """Whether what arrives now belongs to a message, or to a chunk, and not to a command."""
+        """Whether the next bytes belong to a message or a chunk, and not to a command."""
         self.refusals: tuple[Reply, ...] = ()
-        """What to reply after a chunk without a transaction."""
+        """The replies to a chunk without a transaction, sent after it."""
         self.excess = False
         """Whether a chunk that makes the message too large has yet to be reported."""
         self._input = input
@@ -35,7 +35,7 @@ class Transfer:
         self.active = True
 
     def begin_chunk(self, size: int, last: bool, binary: bool) -> bool:
-        """A chunk of ``size`` octets follows, which is dropped if the message is too large with it.
+        """A chunk of ``size`` octets follows; it is dropped if it makes the message too large.
 
         Returns whether it is the message's first.
         """
@@ -64,13 +64,13 @@ class Transfer:
         self.active = True
 
     def read(self) -> bytes:
-        """The text that has arrived. The end is told apart from the text: by nothing, and ``active`` False.
+        """Return the content that has arrived. At the end of the message or chunk ``active`` becomes False.
 
-        Raises BareNewline where such are refused.
+        Raises BareNewline where bare newlines are rejected.
         """
         reader = self._reader
         if reader.rest is None:
-            # A chunk may be empty, and ends then without a byte more.
+            # A chunk may be empty; then it ends without another byte.
             if not len(self._input) and isinstance(reader, DotReader):
                 return b""
             text = reader.feed(self._input.take())
@@ -81,6 +81,6 @@ class Transfer:
         return b""
 
     def reset(self) -> None:
-        """The message has ended, or is given up. A chunk that is being skipped still is."""
+        """The message has ended, or was given up. A chunk that is being dropped is still read to its end."""
         self._chunks = None
         self._size = 0

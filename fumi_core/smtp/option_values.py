@@ -1,4 +1,4 @@
-"""What the value of each option of ``Fumi(…)`` may be: TypeError for a wrong type, ValueError for what cannot be."""
+"""The valid values of each option of ``Fumi(…)``: TypeError for a wrong type, ValueError for a wrong value."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fumi_core.smtp.grammar import VERBS
 from fumi_core.smtp.sasl import MECHANISMS
 
 Check = Callable[[str, Any], Any]
-"""Takes an option's name and what was given for it; returns it as the server keeps it."""
+"""Takes an option's name and the given value; returns the value that the server keeps."""
 
 
 def check(option: str, given: object) -> Any:
-    """The value to keep. The error says what to write instead."""
+    """Return the value to keep. The error says what to write instead."""
     return _VALUES[option](option, given)
 
 
@@ -76,7 +76,7 @@ def _text(pattern: str, form: str) -> Check:
 
 def _texts(example: str) -> Check:
     def check(option: str, given: object) -> tuple[str, ...]:
-        # A text is an iterable of texts too, and its letters are never meant.
+        # A string is an iterable of strings too, but its letters are never meant.
         if isinstance(given, Iterable) and not isinstance(given, str | bytes):
             found = tuple(given)
             if all(isinstance(each, str) for each in found):
@@ -122,7 +122,7 @@ _VALUES: dict[str, Check] = {
     "allow_insecure_auth": _flag,
     "size": _or_none(_whole(1)),
     "max_clients": _or_none(_whole(1)),
-    # It stands in the banner, the trace lines and CRAM-MD5's challenge, as one word each.
+    # It is one word in the banner, the Received headers and CRAM-MD5's challenge.
     "name": _text(r"[!-~]{1,255}", "a host name in ASCII without spaces, as in 'mx.example.org'"),
     "banner": _text(r"[ -~]*", "printable ASCII in one line"),
     "disabled_commands": _names(VERBS, "VRFY"),

@@ -1,4 +1,4 @@
-"""The parameters of MAIL and RCPT, each by its extension's RFC: what they must look like, and what they mean for the envelope."""
+"""The parameters of MAIL and RCPT, each by its extension's RFC: their syntax, and their effect on the envelope."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fumi_core.smtp.replies import Reply
 from fumi_core.smtp.session import Envelope, Session
 
 Value = str | bool
-"""What stands behind the =; True where there is no =."""
+"""The string after the =; True without =."""
 
 # xtext = *( xchar / hexchar ) (RFC 3461 §4)
-# Lower-case digits are not in the RFC; some clients send them, and they can mean nothing else.
+# Lower-case digits are not in the RFC; some clients send them, and they are unambiguous.
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-Fa-f]{2})*")
 _XTEXT_HEX = re.compile(rb"\+([0-9A-Fa-f]{2})")
 _NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
@@ -25,14 +25,14 @@ _UTF8_HEX = re.compile(r"\\x\{([0-9A-Fa-f]{2,6})\}")
 
 
 def read_xtext(text: str) -> str | None:
-    """The text that xtext stands for (RFC 3461 §4); None when it is not xtext, or hides control characters or other bytes."""
+    """Decode xtext (RFC 3461 §4); None when it is not xtext, or encodes control characters or bytes beyond ASCII."""
     if not _XTEXT.fullmatch(text):
         return None
     return _decoded(text)
 
 
 def _decoded(text: str) -> str | None:
-    """The UTF-8 text with ``+XX`` replaced; None when that makes it something other than text."""
+    """The UTF-8 text with ``+XX`` replaced; None when the result is not valid text."""
     try:
         decoded = _XTEXT_HEX.sub(lambda found: bytes([int(found[1], 16)]), text.encode()).decode()
     except UnicodeDecodeError:
@@ -72,7 +72,7 @@ def read_rcpt(given: Mapping[str, Value], options: Options, withheld: frozenset[
 
 
 def _extension(keyword: str, value: Value) -> str:
-    """The EHLO keyword of the extension that a parameter of MAIL belongs to."""
+    """The EHLO keyword of a MAIL parameter's extension."""
     if keyword == "BODY":
         return "BINARYMIME" if str(value).upper() == "BINARYMIME" else "8BITMIME"
     return "DSN" if keyword in ("RET", "ENVID") else keyword
@@ -160,7 +160,7 @@ def _envid(envelope: Envelope, value: Value, session: Session, options: Options)
 
 
 def _auth(envelope: Envelope, value: Value, session: Session, options: Options) -> Reply | None:
-    """RFC 4954 §5: who submitted it first. It is with the address's parameters for whoever trusts the client that far."""
+    """RFC 4954 §5: the original submitter. It stays in the address's parameters, for apps that trust the client."""
     return replies.BAD_PARAMETER if value is True or read_xtext(str(value)) is None else None
 
 

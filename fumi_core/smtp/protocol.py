@@ -1,12 +1,12 @@
 """The SMTP state machine (RFC 5321 §3 and §4; RFC 2033 for LMTP), sans-IO: bytes in, events and replies out.
 
-Theory of operation. ``receive()`` takes bytes; ``next_event()`` works through them, one command after the other, appends
-replies to the output and stops at what the application has to decide: the events that ask (events.py), ``Connect`` being
-pending from the start. Each is pending until it is answered; nothing behind it is looked at before, so replies are in order
-however the client pipelines. Everything else is answered here. Which command may come when is data (states.py).
+Theory of operation. ``receive()`` takes bytes; ``next_event()`` processes them, one command after the other, appends replies to
+the output and stops at whatever the application has to decide: the events that ask (events.py), ``Connect`` being pending from
+the start. Each event is pending until it is answered, and no later byte is processed before, so replies are in order however the
+client pipelines. All other commands are answered here. The table in states.py says which command may come when.
 
-What follows a command need not be one: a message behind DATA, a chunk behind BDAT, a response to AUTH's challenge. There is at
-most one of them at a time, and ``next_event`` begins with it.
+The bytes after a command may be something else: a message after DATA, a chunk after BDAT, a response to AUTH's challenge. At most
+one of these is expected at a time, and ``next_event`` handles it first.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from fumi_core.smtp.states import ALWAYS, BEFORE_MAIL, ORDER, State
 from fumi_core.smtp.tally import Tally
 
 MAX_REPLIES = 32
-"""Replies that may wait to be sent before the next command is read: a client that pipelines thousands waits its turn.
+"""Replies that may wait to be sent before the next command is read, so that a client that pipelines thousands has to wait.
 
-The longest, EHLO's, has under 1 KiB.
+The longest reply, EHLO's, has under 1 KiB.
 """
 
 _DATA_START, _BDAT_START, _MESSAGE_END = MessageStart("DATA"), MessageStart("BDAT"), MessageEnd()
@@ -55,7 +55,7 @@ AtEndFailed = Callable[[str, BaseException], None]
 
 
 class Protocol:
-    """One connection's dialogue. ``session`` is kept up to date with what the client says."""
+    """One connection's dialogue. ``session`` is updated with what the client sends."""
 
     def __init__(
         self,
@@ -68,15 +68,15 @@ class Protocol:
         trusted: bool = False,
         at_end_failed: AtEndFailed | None = None,
     ) -> None:
-        """``authenticates``: there is somebody to decide about AUTH. ``trusted``: the client may speak for others, by XCLIENT."""
+        """``authenticates``: AUTH has a handler. ``trusted``: the client may use XCLIENT and XFORWARD."""
         self.session = session
         self.state = State.START
         self.pending: Event | None = Connect()
-        """The event that waits for an answer."""
+        """The event that waits for the application's answer."""
         self.throttled = False
-        """So many replies wait to be sent that nothing is looked at before they are."""
+        """Too many replies wait to be sent, so no command is processed until they are."""
         self.line_begun = False
-        """Whether the last octets that came were the beginning of a command, whose end has yet to come."""
+        """Whether the last octets received were an incomplete command."""
         self.last: Reply | None = None
         """The reply that closed the dialogue."""
         self._options = options
@@ -92,23 +92,23 @@ class Protocol:
         self._exchange: AuthExchange | None = None
         self._broken: MessageBroken | None = None
         self._failed: tuple[Reply, ...] = ()
-        """The refusals, one for each recipient, of a message in LMTP of which a chunk was refused: due at its last chunk."""
+        """In LMTP, the rejections, one for each recipient, of a message with a rejected chunk: sent after its last chunk."""
         self._excused = 0
-        """How many commands that need the sender, the recipient or the chunk which was refused are no mistakes of the client."""
+        """How many commands that depend on the rejected sender, recipient or chunk do not count as protocol errors."""
         self._recognized = False
         self._errors = 0
         self._unauthenticated = 0
 
-    # What comes in and goes out
+    # Bytes in, replies out
 
     def receive(self, data: bytes) -> None:
-        """Take bytes from the client; ``next_event()`` looks at them."""
+        """Take bytes from the client; ``next_event()`` processes them."""
         if self.state is not State.CLOSED:
             self._input.receive(data)
 
     @property
     def buffered(self) -> int:
-        """Bytes received and not yet looked at."""
+        """Number of bytes received and not yet processed."""
         return len(self._input)
 
     def take_output(self) -> bytes:
@@ -117,7 +117,7 @@ class Protocol:
         return output[0] if len(output) == 1 else b"".join(output)
 
     def next_event(self) -> Event | None:
-        """Go on until the application is concerned; None when more bytes, or an answer, are needed first."""
+        """Process input until the application has to act; None when more bytes, or an answer, are needed first."""
         self.throttled = self.line_begun = False
         while self.pending is None and self.state is not State.CLOSED:
             if len(self._output) > MAX_REPLIES:
@@ -143,7 +143,7 @@ class Protocol:
                 if self._input.begun:
                     self.line_begun = True
                     if self._exchange is None and self._is_foreign(self._input.beginning()):
-                        # A TLS ClientHello has no line end: waiting for one would be waiting for the timeout.
+                        # A TLS ClientHello has no line end: waiting for one would end in the timeout.
                         self.close(replies.NOT_SMTP)
                 return None
             event = self._answer(self._command(line) if self._exchange is None else self._respond(line))
@@ -151,15 +151,16 @@ class Protocol:
                 return event
         return None
 
-    # The application's answers
+    # Calls by the application
 
     def accept(self) -> None:
-        """Say yes to the pending event, other than the end of a message."""
+        """Accept the pending event; for the end of a message call ``settle()``."""
         event, self.pending = self.pending, None
         envelope = self.session.envelope
         if type(event) is Rcpt:
             if not self._options.lmtp:
-                # Said twice is wanted once. LMTP owes a reply for each RCPT it took, the same one or not (RFC 2033 §4.2).
+                # A repeated recipient is stored once. LMTP owes a reply for each RCPT it accepted, repeated or not (RFC 2033
+                # §4.2).
                 envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != event.address.address]
             envelope.rcpt_to.append(event.address)
             self.state = State.RCPT
@@ -180,7 +181,7 @@ class Protocol:
             self._end_broken(event)
 
     def refuse(self, reply: Reply) -> None:
-        """Say no to it. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
+        """Refuse the pending event. A 421 closes the connection (RFC 5321 §3.8), and so does a refused banner."""
         event, self.pending = self.pending, None
         if type(event) is Auth:
             self._refuse_authentication(event, reply)
@@ -197,8 +198,8 @@ class Protocol:
     def settle(self, answers: Sequence[Reply]) -> Sequence[Reply]:
         """Answer the end of a message: with one reply or, in LMTP, one for each recipient in order (RFC 2033 §4.2).
 
-        Returns the replies that were sent; when the client has gone, those that it would have got. No message is accepted
-        whose transaction could not be ended (``envelope.at_end``).
+        Returns the replies that were sent; when the client has disconnected, those that would have been. A message is not
+        accepted if ending its transaction failed (``envelope.at_end``).
         """
         if self.pending is None:
             return answers
@@ -213,14 +214,14 @@ class Protocol:
         return answers
 
     def close(self, reply: Reply) -> None:
-        """End the dialogue with this reply; what the client still sends is not looked at."""
+        """End the dialogue with this reply; anything that the client sends afterwards is ignored."""
         if self.state is not State.CLOSED:
             self.last = reply
             self._reply(reply)
             self.abandon()
 
     def abandon(self) -> None:
-        """End the dialogue without a word: there is nobody to hear it."""
+        """End the dialogue without a reply: the client has gone."""
         self.pending = None
         self.state = State.CLOSED
 
@@ -241,7 +242,7 @@ class Protocol:
     # Commands
 
     def _answer(self, answer: Event | Reply | None) -> Event | None:
-        """Send what a command was answered with; an event is for the application."""
+        """Send the reply to a command, or return the event for the application."""
         if answer is None or not isinstance(answer, Reply):
             return answer
         if answer in _FINAL:
@@ -257,7 +258,7 @@ class Protocol:
     def _command(self, line: bytes) -> Event | Reply | None:
         if line[-2:] != b"\r\n":
             return replies.NOT_SMTP if self._is_foreign(line) else replies.BARE_NEWLINE_IN_COMMAND
-        # Spaces at the end are tolerated, as §4.1.1 wants.
+        # Trailing spaces are tolerated, as §4.1.1 requires.
         word, _, argument = line[:-2].rstrip(b" ").partition(b" ")
         verb = word.upper()
         handler = _COMMANDS.get(verb)
@@ -274,7 +275,7 @@ class Protocol:
         return ORDER.get(verb, ALWAYS).get(self.state) or handler(self, argument)
 
     def _is_foreign(self, line: bytes) -> bool:
-        """Whether this is another protocol altogether. It ends the dialogue, so that nobody can be made to speak SMTP by it."""
+        """Whether this is another protocol. It ends the dialogue, so that nobody can be tricked into sending SMTP through it."""
         if grammar.HTTP_REQUEST.match(line) is not None:
             return True
         if self._recognized or line.partition(b" ")[0].upper() in _COMMANDS:
@@ -282,7 +283,7 @@ class Protocol:
         return grammar.NOT_TEXT.search(line.rstrip(b"\r\n")) is not None
 
     def _excuse(self, refusal: Reply) -> Reply:
-        """A refusal of what comes first in a pipeline: what was sent after it, before the client could know, is no mistake."""
+        """Commands that the client pipelined before it could know of this rejection do not count as protocol errors."""
         self._excused = self._options.max_recipients + 1
         return refusal
 
@@ -294,7 +295,7 @@ class Protocol:
             self._mistake(reply)
 
     def _mistake(self, reply: Reply) -> None:
-        """Answer a client's mistake, or close at one too many."""
+        """Answer a protocol error, or close the connection after too many."""
         self._errors += 1
         if self._errors > self._options.max_errors:
             self.close(replies.TOO_MANY_ERRORS)
@@ -330,7 +331,7 @@ class Protocol:
 
     def _extensions(self) -> Reply:
         options, secure = self._options, self.session.secure
-        # Never offered where the answer would be 530: clients send the password with the command.
+        # AUTH is never offered where the answer would be 530: clients send the password with the command.
         auth = self._authenticates and (secure or (options.allow_insecure_auth and not options.require_tls))
         return self._greetings.ehlo(secure, auth, self._trusted)
 
@@ -424,7 +425,7 @@ class Protocol:
         return self._proceed(exchange.begin(initial if space else None))
 
     def _respond(self, line: bytes) -> Event | Reply:
-        """Take the response to a challenge."""
+        """Process the response to a challenge."""
         assert self._exchange is not None
         whole = line[-2:] == b"\r\n"
         return self._proceed(self._exchange.respond(line[:-2]) if whole else replies.AUTH_MALFORMED)
@@ -447,7 +448,7 @@ class Protocol:
         self._input.responses = True
 
     def break_off_exchange(self, result: str = "aborted") -> AuthEnded | None:
-        """End AUTH. Returns what is to be logged, unless a verdict was logged already."""
+        """End AUTH. Returns the event to log, unless a result was logged already."""
         exchange = self._exchange
         self._end_exchange()
         if exchange is None or exchange.verdict is not None:
@@ -484,7 +485,7 @@ class Protocol:
         introduced = xclient.impersonate(self.session, attributes)
         self._reset("XCLIENT")
         self.state = State.READY if introduced else State.START
-        # As though that client had connected: the application is asked, and the answer is a banner.
+        # As if that client had connected: the application is asked, and the reply is a banner.
         self.pending = event = Connect()
         return event
 
@@ -499,7 +500,7 @@ class Protocol:
         self.session.xforward = {**self.session.xforward, **attributes}
         return replies.OK
 
-    # The message: behind DATA, or in the chunks of BDAT (RFC 3030)
+    # The message: after DATA, or in the chunks of BDAT (RFC 3030)
 
     def _data(self, argument: bytes) -> Event | Reply:
         if argument:
@@ -528,7 +529,7 @@ class Protocol:
         return _BDAT_START if first else None
 
     def _refusals_of_chunk(self, refusal: Reply, last: bool) -> tuple[Reply, ...]:
-        """The replies to a chunk without a transaction: one or, when a message failed that this chunk ends, its recipients'."""
+        """The replies to a chunk without a transaction: one or, for a failed LMTP message's last chunk, one per recipient."""
         if not self._failed or self.state is not State.READY:
             return (refusal,)
         failed = self._failed
@@ -537,14 +538,14 @@ class Protocol:
         return failed if last else failed[:1]
 
     def _end_transaction(self, command: str, reply: Reply) -> Event | Reply:
-        """Reset, then reply. A message that is arriving in chunks is broken off first, and its handlers end."""
+        """Reset, then reply. A message that is arriving in chunks is aborted first, and its handlers end."""
         if self.state is State.CHUNKS:
             self.pending = event = MessageBroken("the client gave it up", "aborted", command, reply)
             return event
         return self._reset(command) or reply
 
     def _end_broken(self, event: MessageBroken) -> None:
-        """The handlers of a message that was broken off have ended."""
+        """The handlers of an aborted message have ended."""
         if event.command is None or event.reply is None:
             return
         recipients = len(self.session.envelope.rcpt_to)
@@ -552,7 +553,7 @@ class Protocol:
         if event.command != "BDAT":
             self._answer(error or event.reply)
             return
-        # A chunk was refused, and has its reply. What follows of the message in the pipeline gets its replies all the same.
+        # A chunk was rejected and has its reply. The rest of the message in the pipeline gets replies all the same.
         self._excuse(event.reply)
         if self._options.lmtp:
             self._failed = (event.reply,) * recipients
@@ -588,9 +589,10 @@ class Protocol:
     # State
 
     def _reset(self, command: str) -> Reply | None:
-        """No transaction: RSET, EHLO, the end of a message, a refused MAIL (RFC 5321 §4.1.1.5).
+        """Clear the transaction: RSET, EHLO, the end of a message, a rejected MAIL (RFC 5321 §4.1.1.5).
 
-        Returns the reply to send in place of a success when a function of ``envelope.at_end`` raises; the others are called.
+        Returns the reply to send in place of a success when a function of ``envelope.at_end`` raises; the other functions are
+        called.
         """
         self._transfer.reset()
         self._failed = ()
@@ -620,9 +622,9 @@ class Protocol:
         counts[reply.code] = counts.get(reply.code, 0) + 1
 
 
-# What a command is answered whose sender or recipient was refused.
+# The reply to a command that depends on a rejected sender or recipient.
 _CONSEQUENCES = frozenset({replies.NEED_MAIL, replies.NEED_RCPT})
-# The answers that end the dialogue.
+# Replies that end the dialogue.
 _FINAL = frozenset({replies.BYE, replies.NOT_SMTP, replies.TOO_MANY_ERRORS})
 
 

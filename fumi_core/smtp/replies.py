@@ -1,6 +1,6 @@
 """Every reply the server can give, once, as bytes, with its enhanced status code (RFC 5321 §4.2, RFC 3463, RFC 5248).
 
-The words are Postfix's where Postfix has the same reply.
+The texts are Postfix's where Postfix has the same reply.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ MAX_TEXT = 496  # octets of text in a line, so that code, the longest enhanced c
 _ENHANCED = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: +|$)(.*)", re.DOTALL)
 _UNSENDABLE = re.compile(r"[^\x20-\x7e]")
 
-# The status to supply where a handler's message has none. RFC 5248's registry names these codes for them.
+# The default status when a handler's message has none. RFC 5248's registry names these codes for them.
 _DEFAULT_STATUS = {
     250: "2.0.0", 421: "4.3.2", 450: "4.2.0", 451: "4.3.0", 452: "4.3.1", 454: "4.7.0", 455: "4.5.4",
     500: "5.5.2", 501: "5.5.4", 502: "5.5.1", 503: "5.5.1", 504: "5.5.4", 521: "5.3.2", 523: "5.3.4", 524: "5.2.4", 525: "5.7.13",
@@ -22,7 +22,7 @@ _DEFAULT_STATUS = {
 
 
 def verdict(code: int) -> str:
-    """What a reply code means for mail, in the words of logs and metrics: accepted (2xx), deferred (4xx) or rejected (5xx)."""
+    """What a reply code means for the message, as logs and metrics name it: accepted (2xx), deferred (4xx) or rejected (5xx)."""
     return "accepted" if code < 400 else "deferred" if code < 500 else "rejected"
 
 
@@ -32,7 +32,7 @@ class Reply:
     __slots__ = ("code", "data", "plain")
 
     def __init__(self, code: int, text: str, status: str | None = None) -> None:
-        """``status`` is the enhanced status code, None for the replies that have none: 220, 334, 354 and EHLO's 250."""
+        """``status`` is the enhanced status code, None for replies without one: 220, 334, 354 and EHLO's 250."""
         self.code = code
         lines = [_UNSENDABLE.sub("?", line) for line in text.splitlines() or [""]]
         lines = [line[at : at + MAX_TEXT] for line in lines for at in range(0, len(line) or 1, MAX_TEXT)]
@@ -49,7 +49,7 @@ def _encode(code: int, lines: list[str]) -> bytes:
 
 
 def from_text(code: int, message: str, status: str | None = None) -> Reply:
-    """A reply in a handler's words: the enhanced code is the message's own, else ``status``, else the usual one for the code."""
+    """A reply with a handler's text: its enhanced code is the message's own, else ``status``, else the usual one for the code."""
     match = _ENHANCED.match(message)
     if match and match[1][0] == str(code)[0]:
         return Reply(code, match[2], match[1])

@@ -1,7 +1,7 @@
 """SASL mechanisms (RFC 4422), sans-IO: each is a generator that yields challenges, is sent responses, returns Credentials.
 
-PLAIN is RFC 4616, CRAM-MD5 RFC 2195; LOGIN (draft-murchison-sasl-login) and XOAUTH2 (Google's, a bearer token) were never
-standards and are everywhere. A challenge of b"" is one that a client may have answered already, with an initial response.
+PLAIN is RFC 4616, CRAM-MD5 RFC 2195; LOGIN (draft-murchison-sasl-login) and XOAUTH2 (Google's, a bearer token) never became
+standards and are widely used. A client may answer an empty challenge (b"") in advance, with an initial response.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Mechanism = Callable[[str], Challenges]
 
 
 class Malformed(Exception):
-    """A response that is not what the mechanism prescribes."""
+    """A response that does not have the mechanism's format."""
 
 
 class BadName(Exception):
-    """A user name with control characters, which could forge lines wherever it is written."""
+    """A user name with control characters, which could forge log lines."""
 
 
 class NotAuthorized(Exception):
-    """A user who wants to act for another one, which nobody may."""
+    """A request to act for another user, which is never allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client says it is. ``method`` is the mechanism; what that does not carry is empty.
+    """What a client authenticates with. ``method`` is the mechanism; fields that it does not use are empty.
 
-    Secrets are not in the representation, so that no log gets them.
+    Secrets are not in the representation, so that they are never logged.
     """
 
     method: str
@@ -47,7 +47,7 @@ class Credentials:
     challenge_response: str = field(default="", repr=False)
 
     def validate_password(self, password: str) -> bool:
-        """Whether the client knows this password, in a time that does not depend on where it differs.
+        """Whether the client knows this password; the time taken does not depend on the first difference.
 
         Other Unicode forms of a password are the same password (RFC 4013).
         """

@@ -1,4 +1,4 @@
-"""SASLprep (RFC 4013): the one form of a password or user name that can be typed, and sent, as different characters.
+"""SASLprep (RFC 4013): one form for a password or user name that can be typed, and sent, as different characters.
 
 An é may be one character or two, depending on the keyboard. Both are the same password.
 """
@@ -21,6 +21,6 @@ def prepare(text: str) -> str:
 
 
 def forms(text: str) -> tuple[str, ...]:
-    """The prepared form and, where it differs, the text as it is: what others have hashed is often unprepared."""
+    """The prepared form and, where it differs, the text as it is: other programs often hash the unprepared form."""
     prepared = prepare(text)
     return (prepared,) if prepared == text else (prepared, text)

@@ -1,4 +1,4 @@
-"""What is known of a connection and of the message it is sending: plain data that handlers read."""
+"""A connection and the message that it is sending: plain data that handlers read."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _UNSAFE_IN_TRACE = re.compile(r"[^A-Za-z0-9.:_\-\[\]]")
 
 
 def domain_of(address: str) -> str:
-    """What is after the last @, in the form in which domains are compared (``domains.canonical``); "" where there is none."""
+    """The domain after the last @, in the form for comparison (``domains.canonical``); "" without an @."""
     return canonical(address.rpartition("@")[2]) if "@" in address else ""
 
 
 def address_key(address: str) -> str:
-    """An address in the form in which two are compared: in lower case, its domain as ``domain_of()`` gives it."""
+    """An address in the form for comparison: in lower case, with its domain as ``domain_of()`` returns it."""
     local, at, _ = address.rpartition("@")
     return f"{local.lower()}@{domain_of(address)}" if at else address.lower()
 
 
 class DSN(NamedTuple):
-    """What MAIL asked of delivery status notifications (RFC 3461 §4.3, §4.4); None where it did not say."""
+    """MAIL's parameters for delivery status notifications (RFC 3461 §4.3, §4.4); None where one was not given."""
 
     ret: str | None = None
     envid: str | None = None
@@ -53,10 +53,10 @@ class Envelope:
 class Session:
     """One client connection, as the PROXY header and the client describe it.
 
-    ``remote_address`` and ``remote_port`` are the client's, ``proxy_address`` is the terminator's where there is one (else
-    None). ``secure`` says whether the client came over TLS, ``tls`` how, where that is known. ``transaction`` counts the
-    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set. ``xclient`` and ``xforward`` are what a trusted proxy
-    said by those commands, by attribute in capitals, None for what it did not know; ``xforward`` is for one transaction.
+    ``remote_address`` and ``remote_port`` are the client's, ``proxy_address`` is the TLS proxy's if there is one (else None).
+    ``secure`` says whether the client uses TLS, ``tls`` with which parameters, where known. ``transaction`` counts the
+    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set. ``xclient`` and ``xforward`` are the attributes that a
+    trusted proxy sent by those commands, by name in capitals, None for an unknown one; ``xforward`` lasts for one transaction.
     """
 
     __slots__ = (
@@ -80,7 +80,7 @@ class Session:
     )
 
     def __init__(self, id: str, name: str) -> None:
-        """``name`` is the server's own host name, for the trace line."""
+        """``name`` is the server's own host name, for the Received header."""
         self.id = id
         self.name = name
         self.secure = False
@@ -101,7 +101,7 @@ class Session:
 
     @property
     def state(self) -> dict[Any, Any]:
-        """The app's own notes on this connection."""
+        """For the app's own data about this connection."""
         if self._state is None:
             self._state = {}
         return self._state
@@ -117,9 +117,9 @@ class Session:
         return base + "S" * self.secure + "A" * (self.user is not None)
 
     def received_header(self) -> str:
-        """The trace line of RFC 5321 §4.4, folded and ended with CRLF: who, how (TLS version and cipher), when.
+        """The Received header (RFC 5321 §4.4), folded and ended with CRLF: client, protocol, TLS version and cipher, time.
 
-        ``for`` is there only with a single recipient, so that nobody learns of the others.
+        ``for`` is included only for a single recipient, so that recipients do not learn of each other.
         """
         lines = [f"from {_safe(self.client_hostname or 'unknown')} ([{_tagged(self.remote_address)}])"]
         if self.tls is not None and self.tls.version:
@@ -132,12 +132,12 @@ class Session:
 
 
 def _safe(word: str) -> str:
-    """What a client or a header said, fit for a trace line."""
+    """Text from a client or a PROXY header, made safe for a Received header."""
     return _UNSAFE_IN_TRACE.sub("?", word)
 
 
 def _tagged(address: str) -> str:
-    """An address as it stands in an address-literal (RFC 5321 §4.1.3)."""
+    """An address as it is written in an address-literal (RFC 5321 §4.1.3)."""
     if address.startswith("unix"):
         return _safe(address)
     return f"IPv6:{address}" if ":" in address else address

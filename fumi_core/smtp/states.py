@@ -9,15 +9,15 @@ from fumi_core.smtp.replies import Reply
 
 
 class State(Enum):
-    START = "start"  # greeted, not introduced
-    READY = "ready"  # introduced, no transaction
-    MAIL = "mail"  # a reverse-path
-    RCPT = "rcpt"  # and a forward-path
-    DATA = "data"  # the message is arriving, behind DATA or the last BDAT
+    START = "start"  # banner sent, no EHLO yet
+    READY = "ready"  # EHLO received, no transaction
+    MAIL = "mail"  # MAIL accepted
+    RCPT = "rcpt"  # and RCPT accepted
+    DATA = "data"  # the message is arriving, after DATA or the last BDAT
     CHUNKS = "chunks"  # the message is arriving; more BDAT will come
     CLOSED = "closed"
 
-    __hash__ = object.__hash__  # they are looked up for every command, and Enum's own is Python
+    __hash__ = object.__hash__  # they are looked up for every command, and Enum's own is written in Python
 
 
 # The reply to a verb that comes in the wrong state; in every other state it is allowed.
@@ -33,4 +33,4 @@ ORDER: dict[bytes, dict[State, Reply]] = {
     b"XFORWARD": _IN_TRANSACTION,
 }
 ALWAYS: dict[State, Reply] = {}
-"""For the verbs that are not in it."""
+"""For the verbs that are not in the table."""

@@ -1,4 +1,4 @@
-"""Counting what is too frequent to tell an observer of each time."""
+"""Counts events that are too frequent for one call of the observer each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fumi_core.smtp.grammar import VERBS
 
 
 class Tally:
-    """What happened how often, in all connections of a server. Keys are closed sets."""
+    """How often each event happened, in all connections of a server. The set of keys is bounded."""
 
     __slots__ = ("authentications", "commands", "replies")
 

@@ -1,4 +1,4 @@
-"""XCLIENT and XFORWARD, as Postfix documents them (XCLIENT_README, XFORWARD_README): whom a trusted proxy speaks for.
+"""XCLIENT and XFORWARD, as Postfix documents them (XCLIENT_README, XFORWARD_README): a trusted proxy names its client.
 
 XCLIENT replaces the session's client by the one it names and restarts the dialogue at the banner. XFORWARD only records a client
 for the logs.
@@ -19,7 +19,7 @@ Attributes = dict[str, str | None]
 """By name, in capitals; None for what the proxy does not know (``[UNAVAILABLE]``, ``[TEMPUNAVAIL]``)."""
 
 UNKNOWN = "unknown"
-"""The address of a client whose address is not known; Postfix's word."""
+"""The address of a client whose address is not known; Postfix uses the same word."""
 
 _UNAVAILABLE = ("[UNAVAILABLE]", "[TEMPUNAVAIL]")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -59,7 +59,7 @@ XFORWARD: dict[str, _Check] = {**_COMMON, "IDENT": _is_text, "SOURCE": _is_sourc
 
 
 def read(command: str, known: dict[str, _Check], argument: bytes) -> Attributes | Reply:
-    """What stands behind the command, or the refusal of it."""
+    """Parse the arguments of the command; returns the attributes or the rejection."""
     words = argument.split()
     if not words:
         return Reply(501, f"Syntax: {command} attribute=value...", "5.5.4")
@@ -86,9 +86,9 @@ def _without_tag(address: str) -> str:
 
 
 def impersonate(session: Session, attributes: Attributes) -> bool:
-    """Make the session that client's; whether it is introduced already, by HELO among the attributes.
+    """Make the session that client's. Returns whether HELO was among the attributes, so that no greeting is needed.
 
-    Whatever the connection had said of itself is forgotten. TLS stays what it was: that is the connection's.
+    Everything the connection had sent about itself is discarded, except TLS, which belongs to the connection.
     """
     session.xclient = {**session.xclient, **attributes}
     if "ADDR" in attributes:

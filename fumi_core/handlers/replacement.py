@@ -1,4 +1,4 @@
-"""The message that a handler puts in the place of the client's: bytes, or whatever an async iterator yields."""
+"""The message with which a handler replaces the client's: bytes, or the pieces that an async iterator yields."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fumi_core.smtp.data import ChunkReader
 class Replacement(MessageStream):
     """Read like the client's message. Its line ends become CRLF, unless it is ``binary``.
 
-    It ends only when the client has sent all of its own message, so that nobody delivers what the client breaks off. The ``size``
-    option is about what clients send; ``restrict()`` applies to this text, too.
+    It ends only when the client has sent all of its own message, so that nobody delivers a message that the client aborts. The
+    ``size`` option limits what clients send; ``restrict()`` also limits this content.
     """
 
     __slots__ = ("_finished", "_original", "_reader_of_lines", "_released", "_source")
 
     def __init__(self, original: MessageStream, text: bytes | AsyncIterable[bytes], binary: bool) -> None:
-        """Raises TypeError for what is neither bytes nor asynchronously iterable."""
+        """Raises TypeError if ``text`` is neither bytes nor asynchronously iterable."""
         super().__init__(None, _nothing)
         self._original = original
         self._finished = False
@@ -77,13 +77,13 @@ class Replacement(MessageStream):
         await self._original.skip()
 
     async def skip(self) -> None:
-        """As for the client's message, which has arrived then."""
+        """The same as for the client's message; returns when that has arrived."""
         if self._spool is None:
             self.discard()
         await self._original.skip()
 
     def tap(self, listener: Callable[[bytes], object]) -> None:
-        """Call ``listener`` with each piece that is read. Raises as for the client's message."""
+        """Call ``listener`` with each piece that is read. Raises the same exceptions as for the client's message."""
         if self._spool is not None and self._reader is None:
             listener(self._spool.in_memory)
         else:
@@ -100,4 +100,4 @@ class Replacement(MessageStream):
 
 
 def _nothing() -> None:
-    """No socket is read for a text that a handler supplies."""
+    """No socket is read for content that a handler supplies."""

@@ -1,9 +1,9 @@
-"""Runs a connection's handlers one after another: the first step where it stands, the rest, if any, in a task.
+"""Runs a connection's handlers one after another: the first step in the caller, the rest, if any, in a task.
 
-Most handlers never suspend, and a task for each of them would cost more than the handler. So a coroutine's first step is run
-by the caller, in the context and in the name of the connection's one task: ``asyncio.timeout()`` and ``current_task()`` work
-in it as anywhere. Only a coroutine that suspends is handed to that task. (What ``eager_start`` does from Python 3.12 on, for
-3.11 too, and without making a task for each call.)
+Most handlers never suspend, and a task for each of them would cost more than the handler. So the caller runs a coroutine's first
+step, in the context and as the current task of the connection's one task: ``asyncio.timeout()`` and ``current_task()`` work in it
+as usual. Only a coroutine that suspends is handed to that task. (This is what ``eager_start`` does from Python 3.12 on, but works
+on 3.11, and makes no task for each call.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Pending = tuple[Coroutine[Any, Any, None], Any, Done]
 
 
 class HandlerRunner:
-    """One at a time: ``run()`` may be called again only when the former coroutine has ended."""
+    """Runs one coroutine at a time: call ``run()`` again only when the previous coroutine has ended."""
 
     __slots__ = ("_cancelled", "_context", "_loop", "_pending", "_task", "_wakeup")
 
@@ -32,7 +32,7 @@ class HandlerRunner:
         self._wakeup: asyncio.Future[None] | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, None], done: Done) -> None:
-        """Run it; ``done`` is called with its exception or None, at once when it did not suspend."""
+        """Run it; ``done`` is called with its exception or None, at once if it did not suspend."""
         if self._task is None or self._task.done():
             self._task = self._loop.create_task(self._serve(), context=self._context)
         try:
@@ -42,7 +42,7 @@ class HandlerRunner:
             return
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # SystemExit too: a handler does not end the server
+        except BaseException as error:  # SystemExit too: a handler must not end the server
             done(error)
             return
         self._pending = (coroutine, yielded, done)
@@ -52,7 +52,7 @@ class HandlerRunner:
     def _first_step(self, coroutine: Coroutine[Any, Any, None], task: asyncio.Task[None]) -> Any:
         outer = asyncio.current_task(self._loop)
         if outer is task:
-            return coroutine.send(None)  # called from a former coroutine's done: all is in place
+            return coroutine.send(None)  # called from the ``done`` of a previous coroutine: the context is set already
         if outer is not None:
             _leave_task(self._loop, outer)
         _enter_task(self._loop, task)
@@ -64,16 +64,16 @@ class HandlerRunner:
                 _enter_task(self._loop, outer)
 
     def cancel(self) -> None:
-        """Cancel the coroutine that is running, if one is; its ``done`` gets the CancelledError."""
+        """Cancel the running coroutine, if there is one; its ``done`` gets the CancelledError."""
         if self._pending is not None and self._task is not None:
             self._cancelled = True
             self._task.cancel()
 
     def close(self) -> None:
-        """Nothing will be run any more."""
+        """No coroutine will be run any more."""
         if self._task is not None:
             self._task.cancel()
-            self._task = None  # its coroutine knows this fiber: a circle that only the garbage collector would open
+            self._task = None  # its coroutine refers to this runner: a cycle that only the garbage collector would break
 
     async def _serve(self) -> None:
         while True:
@@ -84,7 +84,7 @@ class HandlerRunner:
             try:
                 await _Rest(coroutine, yielded, error)
             except (KeyboardInterrupt, GeneratorExit):
-                raise  # GeneratorExit: the loop is closed while the coroutine waits
+                raise  # GeneratorExit: the loop was closed while the coroutine waited
             except BaseException as raised:
                 outcome = raised
             self._pending = None
@@ -98,7 +98,7 @@ class HandlerRunner:
                 self._loop.call_exception_handler({"message": "a dialogue failed", "exception": failure})
 
     async def _work_arrives(self) -> asyncio.CancelledError | None:
-        """A cancellation that comes between a first step and its continuation is the coroutine's, not the task's."""
+        """A cancellation between a first step and its continuation belongs to the coroutine, not to the task."""
         if self._pending is None:
             self._wakeup = self._loop.create_future()
             try:
@@ -112,7 +112,7 @@ class HandlerRunner:
         return None
 
     def _forget_cancellation(self) -> bool:
-        """Whether the task was cancelled; it is not any more."""
+        """Clear the task's cancellation; returns whether there was one."""
         cancelled = False
         while self._task is not None and self._task.cancelling():
             self._task.uncancel()
@@ -121,7 +121,7 @@ class HandlerRunner:
 
 
 class _Rest:
-    """A coroutine whose first step was run elsewhere, from what that step yielded on."""
+    """A coroutine whose first step ran elsewhere, continued from what that step yielded."""
 
     __slots__ = ("_coroutine", "_error", "_yielded")
 

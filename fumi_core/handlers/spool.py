@@ -19,31 +19,31 @@ from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 
 T = TypeVar("T")
 MEMORY = 256 * 1024
-"""Octets of a message that are kept in memory; also how many are read from the file at once."""
+"""Octets of a message that are kept in memory, and octets read from the file at once."""
 
 
 class Spool:
     """Written once, then read any number of times. ``size`` is in octets. ``close()`` frees memory and disk."""
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
-        """``directory`` is where the temporary file goes; None is the system's place for such files."""
+        """``directory`` is where the temporary file goes; None is the system's default."""
         self.size = 0
         self._directory = None if directory is None else Path(directory)
         self._pieces: list[bytes] = []  # not yet in the file
-        self._waiting = 0  # octets of these
+        self._waiting = 0  # octets in ``_pieces``
         self._file: IO[bytes] | None = None
-        self._jobs = 0  # threads that are at work on the file
+        self._jobs = 0  # threads that are using the file
         self._closed = False
 
     @classmethod
     def of(cls, text: bytes) -> Spool:
-        """A text that is in memory already, and stays there."""
+        """A spool of content that is in memory already, and stays there."""
         spool = cls()
         spool._pieces, spool._waiting, spool.size = [text], len(text), len(text)
         return spool
 
     async def write(self, piece: bytes) -> None:
-        """Append a piece. Raises OSError when there is no room."""
+        """Append a piece. Raises OSError when the disk is full."""
         self._pieces.append(piece)
         self._waiting += len(piece)
         self.size += len(piece)
@@ -59,7 +59,7 @@ class Spool:
             view = view[self._file.write(view) :]
 
     async def read(self) -> AsyncIterator[bytes]:
-        """The pieces, from the beginning. Raises OSError when they cannot be read, RuntimeError when they are kept no longer."""
+        """The pieces, from the beginning. Raises OSError when they cannot be read, RuntimeError after ``close()``."""
         self._check_open()
         pieces, end, at = self._pieces, self.size - self._waiting, 0
         while at < end:
@@ -73,7 +73,7 @@ class Spool:
 
     @property
     def in_memory(self) -> bytes:
-        """What is not in the file."""
+        """The part that is not in the file."""
         return b"".join(self._pieces)
 
     async def parse(self, policy: EmailPolicy[EmailMessage]) -> EmailMessage:
@@ -105,7 +105,7 @@ class Spool:
             raise RuntimeError("the message is kept no longer: its handlers have ended")
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
-        """Run it in a thread that has the file for as long as it runs, whatever becomes of who waits for it."""
+        """Run ``job`` in a thread, which uses the file until it returns, even if the caller is cancelled."""
         loop = asyncio.get_running_loop()
 
         def run() -> T:
@@ -123,7 +123,7 @@ class Spool:
             self.close()
 
     def close(self) -> None:
-        """A thread that is at work on the file ends first."""
+        """If a thread is using the file, the file is closed when it has finished."""
         self._closed = True
         self._pieces = []
         if self._file is not None and not self._jobs:

@@ -1,4 +1,4 @@
-"""A message's text on its way from the socket to the handler: the socket is read no faster than the handler reads."""
+"""A message's content on its way from the socket to the handler: the socket is read no faster than the handler reads."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fumi_core.handlers.spool import Spool
 READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
 HIGH_WATER = 64 * 1024
-"""Octets waiting for the handler beyond which the socket is not read; one read more may already be on its way."""
+"""When more octets than this wait for the handler, the socket is not read; one more read may already be on its way."""
 
 
 class MessageStream:
     """An async iterator of ``bytes``: dot-unstuffed, CRLF kept, the terminating dot left out.
 
-    ``size`` counts the octets received so far; ``size_exceeded`` tells that they are more than the ``size`` option allows:
-    the text then ends early, and the server answers 552 whatever the handler says. ``refusal`` is what the message is answered
-    with, whatever the handlers say: what ``refuse()`` was given, or what a function of ``tap()`` raised.
+    ``size`` counts the octets received so far; ``size_exceeded`` tells that they are more than the ``size`` option allows: the
+    content then ends early, and the server answers 552 whatever the handler decides. ``refusal`` is an error that becomes the
+    reply whatever the handlers decide: the argument of ``refuse()``, or an exception from a function given to ``tap()``.
     """
 
     __slots__ = (
@@ -45,7 +45,7 @@ class MessageStream:
     )
 
     def __init__(self, limit: int | None, resume: Callable[[], None]) -> None:
-        """``resume`` is called when the handler has taken all there was."""
+        """``resume`` is called when the handler has taken all waiting content."""
         self.size = 0
         self.refusal: Exception | None = None
         self._limit = limit
@@ -55,8 +55,8 @@ class MessageStream:
         self._ended = False
         self._aborted: str | None = None
         self._discarding = False
-        self._lost = False  # some text was dropped that nobody had read
-        self._reader: object | None = None  # who has read from it; nobody else may
+        self._lost = False  # content was dropped that nobody had read
+        self._reader: object | None = None  # the first reader; others must not read
         self._spool: Spool | None = None  # the whole message, for any number of readers
         self._waiter: asyncio.Future[None] | None = None
         self._listeners: tuple[Callable[[bytes], object], ...] = ()
@@ -68,7 +68,7 @@ class MessageStream:
         return self._limit is not None and self.size > self._limit
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        """All pieces, from the first on. Raises RuntimeError when the stream was read already, and was not kept."""
+        """All pieces, from the first on. Raises RuntimeError when the stream was read already, unless the message was kept."""
         if self._spool is not None:
             return self._kept(self._spool)
         if self._reader is not None:
@@ -76,7 +76,7 @@ class MessageStream:
         return _Reading(self)
 
     async def __anext__(self) -> bytes:
-        """The next piece, for one who takes them one by one. Raises as reading all of them does."""
+        """The next piece, for a handler that reads piece by piece. Raises the same exceptions as reading all pieces."""
         try:
             return await self._next(self)
         except StopAsyncIteration:
@@ -84,10 +84,10 @@ class MessageStream:
             raise
 
     async def _next(self, reader: object) -> bytes:
-        """Raises MessageAborted when the rest will never come, and ``refusal`` when there is one.
+        """Raises MessageAborted when the rest will never arrive, and ``refusal`` if it is set.
 
-        Raises RuntimeError when ``reader`` would get less than the whole message: another one has read some of it, or it was
-        dropped after ``skip()`` or after the handlers had ended.
+        Raises RuntimeError when ``reader`` would not get the whole message: another reader has read part of it, or it was dropped
+        after ``skip()`` or after the handlers had ended.
         """
         self._claim(reader)
         while not self._pieces:
@@ -117,12 +117,12 @@ class MessageStream:
         await self._complete()
 
     async def _complete(self) -> None:
-        """Return when the client has sent its whole message: it has, when that was kept."""
+        """Return when the client has sent its whole message; a message that was kept has arrived already."""
 
     async def spool(self) -> None:
         """Keep the whole message: from now on it can be read any number of times, until the handlers have ended.
 
-        Raises as reading does, and SMTPError 452 when the disk is full.
+        Raises the same exceptions as reading, and SMTPError 452 when the disk is full.
         """
         if self._spool is not None:
             return
@@ -143,14 +143,14 @@ class MessageStream:
         self._spool = spool
 
     async def message(self, policy: EmailPolicy[EmailMessage]) -> EmailMessage:
-        """The parsed message. Raises as ``spool()`` does."""
+        """The parsed message. Raises the same exceptions as ``spool()``."""
         await self.spool()
         await self._complete()
         assert self._spool is not None
         return await self._spool.parse(policy)
 
     async def read(self) -> bytes:
-        """The whole message. Raises MessageAborted, ``refusal`` when there is one, and RuntimeError when it was read already."""
+        """The whole message. Raises MessageAborted, ``refusal`` if it is set, and RuntimeError when it was read already."""
         return b"".join([piece async for piece in self])
 
     @property
@@ -164,10 +164,10 @@ class MessageStream:
         return self._ended
 
     async def skip(self) -> None:
-        """Drop what nobody has read, and return when the message has arrived. Raises MessageAborted and ``refusal``."""
+        """Drop unread content, and return when the message has arrived. Raises MessageAborted and ``refusal``."""
         if self._spool is None:
             self.discard()
-            self._resume()  # the socket may rest because of what has just been dropped
+            self._resume()  # the socket may be paused because of the content that was just dropped
         while not self._over:
             await self._more()
 
@@ -181,10 +181,10 @@ class MessageStream:
             self._waiter = None
 
     def tap(self, listener: Callable[[bytes], object]) -> None:
-        """Call ``listener`` with each piece as it arrives, those that wait here first, whoever reads the stream.
+        """Call ``listener`` with each piece as it arrives, waiting pieces first, whether or not the stream is read.
 
-        When it raises, the message is not accepted: an SMTPError is its reply, any other exception leads to 451. Raises
-        RuntimeError when some of the message was read, or dropped, already.
+        When it raises, the message is not accepted: an SMTPError becomes the reply, any other exception leads to 451. Raises
+        RuntimeError when part of the message was read, or dropped, already.
         """
         if self._reader is not None or self._lost or self._spool is not None:
             raise RuntimeError("tap() comes before the message is read")
@@ -193,11 +193,11 @@ class MessageStream:
         self._listeners += (listener,)
 
     def restrict(self, limit: int) -> None:
-        """Allow at most ``limit`` octets from here on, if that is less than is allowed already."""
+        """Lower the limit to ``limit`` octets, if it is higher."""
         self._limit = limit if self._limit is None else min(limit, self._limit)
 
     def refuse(self, error: SMTPError) -> None:
-        """Answer the message with this, whatever else the handlers say; who reads it gets it raised, and the text is dropped."""
+        """Answer the message with this error, whatever the handlers decide; readers get it raised, and the content is dropped."""
         self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
@@ -210,7 +210,7 @@ class MessageStream:
 
     @property
     def full(self) -> bool:
-        """Whether the socket should rest."""
+        """Whether reading the socket should pause."""
         return self._buffered > HIGH_WATER
 
     @property
@@ -235,11 +235,11 @@ class MessageStream:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                self._listeners = ()  # no function gets a message with a hole in it
+                self._listeners = ()  # no listener may miss a piece and get a later one
                 self._refuse(_exception(error))
 
     def exceed(self) -> None:
-        """The client has declared more octets than are allowed: as if they had arrived."""
+        """The client has declared more octets than are allowed: treat them as received."""
         self._limit = -1
         self._wake()
 
@@ -248,20 +248,20 @@ class MessageStream:
         self._wake()
 
     def abort(self, reason: str) -> None:
-        """The text will never be whole. What arrived so far is dropped too."""
+        """The content will never be complete. What has arrived so far is dropped too."""
         if not self._ended:
             self._aborted = reason
             self._drop()
             self._wake()
 
     def discard(self) -> None:
-        """The handler is done with it: drop what there is and what comes."""
+        """The handler needs no more: drop waiting and future content."""
         self._discarding = True
         self._lost = self._lost or bool(self._pieces)
         self._drop()
 
     def release(self) -> None:
-        """The handlers have ended: nothing is kept for them any longer."""
+        """The handlers have ended: keep nothing for them any longer."""
         self.discard()
         if self._spool is not None:
             self._spool.close()
@@ -276,7 +276,7 @@ class MessageStream:
 
 
 class _Reading:
-    """One reader's way through a stream, so that nobody else goes on where it stopped."""
+    """One reader's position in a stream, so that no other reader continues from there."""
 
     __slots__ = ("_stream",)
 
@@ -291,7 +291,7 @@ class _Reading:
 
 
 def _exception(error: BaseException) -> Exception:
-    """The error as one that may be raised in any task: SystemExit would end the event loop there."""
+    """The error as one that may be raised in any task: SystemExit would end the event loop."""
     if isinstance(error, Exception):
         return error
     failed = RuntimeError(f"a function of tap() raised {type(error).__name__}")

@@ -1,7 +1,7 @@
 """One client's connection: its deadlines, its flow control and its end, around a dialogue.
 
-A connection is, in this order: expecting a PROXY header (where one is required), open, and, when the dialogue has ended with
-the client perhaps still sending, lingering: half-closed and read to its end, so that no reset destroys the last reply.
+A connection first expects a PROXY header (where one is required), and is then open. When the dialogue has ended and the client
+may still be sending, it lingers: it is half-closed and read to its end, so that no reset destroys the last reply.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = logging.getLogger("fumi.core")
 _DIRECT = "clients that connect without a proxy need --proxy-protocol off"
 _HEADER_HINTS = {"timeout": _DIRECT, "malformed": _DIRECT, "untrusted": f"name a proxy with --trusted-proxy; {_DIRECT}"}
 LINGER_SECONDS = 5.0
-"""Seconds a client has, after it has taken the last reply, to close its side."""
+"""Seconds that a client has to close its side, after it has taken the last reply."""
 
 
 class Phase(Enum):
@@ -40,7 +40,7 @@ class Phase(Enum):
 
 
 class Owner(Protocol):
-    """What a connection needs of its server."""
+    """What a connection needs from its server."""
 
     options: Options
     service: Service
@@ -59,10 +59,11 @@ class Owner(Protocol):
 class Connection:
     """One client: bytes, timeouts and flow control around a Dialogue.
 
-    Every connection has a deadline in every state. What it is, and what puts it off:
+    Every connection has a deadline in every state. The table shows what the deadline is, what postpones it, and what happens
+    then:
 
     ============================  ==============================  ============================  =====================
-    state                         deadline                        put off by                    when it has passed
+    state                         deadline                        postponed by                  when it has passed
     ============================  ==============================  ============================  =====================
     a PROXY header is expected    proxy_timeout                   nothing                       closed
     a command is expected         socket_timeout                  octets received, replies      421, lingering
@@ -71,12 +72,12 @@ class Connection:
                                   from its first octets on
     a message or chunk arrives    socket_timeout, and             octets received;              421, lingering
                                   data_timeout in all             nothing
-    a handler is at work          none: the silence is ours       -                             -
-    replies wait for the client   socket_timeout                  all of them taken by the      closed without a word
+    a handler is running          none: the client waits for us   -                             -
+    replies wait for the client   socket_timeout                  all of them taken by the      closed without a reply
     to read, handler or not                                       kernel
     lingering, replies waiting    socket_timeout                  nothing; then as below        closed
-    lingering                     LINGER_SECONDS                          nothing                       closed
-    closing                       the one there was               nothing                       closed
+    lingering                     LINGER_SECONDS                  nothing                       closed
+    closing                       unchanged                       nothing                       closed
     ============================  ==============================  ============================  =====================
 
     A client that has closed its side (a half-close) is in the same states: it gets the replies to what it sent, then the end.
@@ -99,7 +100,7 @@ class Connection:
     )
 
     def __init__(self, server: Owner, sock: socket.socket, peer: tuple[str, int], own: tuple[str, int]) -> None:
-        """``peer`` and ``own`` are the names of the socket's two ends."""
+        """``peer`` and ``own`` are the addresses of the socket's two ends."""
         self._server = server
         self._phase = Phase.HEADER
         self._header = b""
@@ -107,7 +108,7 @@ class Connection:
         self._ended = False
         self._probe = False
         self._anonymous = False
-        """The proxy did not say who its client is, which may be anybody."""
+        """The PROXY header did not name the client, so its address is unknown."""
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
@@ -130,7 +131,7 @@ class Connection:
         else:
             self._watch(server.options.proxy_timeout)
 
-    # The transport's calls
+    # Calls by the transport
 
     def received(self, count: int) -> None:
         data = bytes(self._server.buffer[:count])
@@ -147,7 +148,7 @@ class Connection:
         if self._phase is Phase.HEADER:
             self._refuse_header("none", "closed", "closed before a PROXY header")
         elif self._phase is Phase.OPEN:
-            # The client sends no more and may still read: it gets its replies, and then the end.
+            # The client sends no more but may still read: it gets its replies, and then the connection is closed.
             self._ended = True
             self._regulate()
         else:
@@ -193,7 +194,7 @@ class Connection:
             self._dialogue.receive(rest)  # type: ignore[union-attr]
 
     def _identify(self, header: ProxyHeader) -> None:
-        """Who the client is, as the terminator says. LOCAL is the terminator itself, by the connection's own addresses."""
+        """Set the client from the PROXY header. For LOCAL it is the proxy itself, with the connection's own addresses."""
         session = self._session
         session.proxy_address = session.remote_address
         session.secure = self._server.options.assume_tls
@@ -210,7 +211,7 @@ class Connection:
 
     def _refuse_header(self, version: str, result: str, problem: str) -> None:
         self._server.observer.proxy_header(version, result)
-        # A health check that connects and hangs up is not worth a line above debug.
+        # A health check that connects and disconnects is logged at debug only.
         level = logging.DEBUG if result == "closed" else logging.WARNING
         hint = _HEADER_HINTS.get(result)
         event(_log, level, "no PROXY header", peer=self._session.remote_address, error=problem, hint=hint)
@@ -238,11 +239,11 @@ class Connection:
             self._dialogue.drain()
 
     def _regulate(self) -> None:
-        """After anything that may have changed it: send the output, rest or read on, end."""
+        """Called after every change: send output, pause or resume reading, or end."""
         dialogue = self._dialogue
         if self._phase is not Phase.OPEN or dialogue is None:
             return
-        # While replies wait for the client to read, further ones stay in the protocol, which stops when it has enough.
+        # While replies wait for the client to read, later replies stay in the protocol, which pauses when it has enough.
         if not self._transport.blocked or dialogue.closed:
             output = dialogue.protocol.take_output()
             if output:
@@ -260,7 +261,7 @@ class Connection:
             else:
                 self._transport.resume_reading()
         if dialogue.protocol.throttled and not self._transport.blocked:
-            # The others first.
+            # Let other connections run first.
             self._server.loop.call_soon(self._proceed)
 
     def _proceed(self) -> None:
@@ -281,7 +282,7 @@ class Connection:
 
     def _linger(self) -> None:
         self._phase = Phase.LINGERING
-        # The client has to take what waits first; drained() then gives it the rest of its time.
+        # The client must first take the replies that wait; drained() then gives it the linger time.
         self._watch(self._server.options.socket_timeout if self._transport.blocked else LINGER_SECONDS)
         if self._paused:
             self._paused = False
@@ -300,14 +301,14 @@ class Connection:
         self._transport.abort()
 
     def _closed(self) -> None:
-        """The handlers have ended too."""
+        """The connection has ended, and so have its handlers."""
         server, session, dialogue = self._server, self._session, self._dialogue
-        self._dialogue = None  # it knows this connection: a circle that only the garbage collector would open
+        self._dialogue = None  # it refers to this connection: a cycle that only the garbage collector would break
         server.forget(self)
         if server.logger is not None and dialogue is not None:
             event(
                 server.logger,
-                # Health checks come every few seconds: those of a proxy, and those that close without a command.
+                # Health checks come every few seconds: a proxy's own, and connections that close without a command.
                 logging.DEBUG if self._probe else logging.INFO,
                 "session ended",
                 id=session.id,
@@ -321,7 +322,7 @@ class Connection:
                 seconds=round(monotonic() - self._started, 3),
             )
 
-    # Timeouts: one timer a connection, set again only when it fires
+    # Timeouts: one timer for each connection, set again only when it fires
 
     def _watch(self, seconds: float) -> None:
         if self._timer is not None:
@@ -331,12 +332,12 @@ class Connection:
         self._look_again(now)
 
     def _look_again(self, now: float) -> None:
-        """Set the timer for the deadline; sooner where a message that begins in the meantime could be overdue by then."""
+        """Set the timer for the deadline, or sooner, since a message that begins in the meantime may have an earlier deadline."""
         due = min(self._due(), now + self._server.options.data_timeout)
         self._timer = self._server.loop.call_at(due, self._look)
 
     def _due(self) -> float:
-        """When the client's silence, or the message that is arriving, has lasted too long."""
+        """When the client, or the message that is arriving, exceeds its time limit."""
         started = self._dialogue.message_started if self._dialogue is not None else None
         return self._deadline if started is None else min(self._deadline, started + self._server.options.data_timeout)
 
@@ -344,7 +345,7 @@ class Connection:
         now = monotonic()
         dialogue = self._dialogue
         if self._phase is Phase.OPEN and dialogue and (dialogue.busy or dialogue.full) and not self._transport.blocked:
-            # The silence is ours.
+            # The client waits for us.
             self._deadline = max(self._deadline, now + self._server.options.socket_timeout)
         if now < self._due():
             self._look_again(now)
@@ -353,16 +354,16 @@ class Connection:
         elif self._phase is Phase.OPEN and dialogue is not None:
             dialogue.time_out()
             if self._transport.blocked:
-                self._transport.abort()  # there is no room for the 421, nor a client that reads
+                self._transport.abort()  # there is no room for the 421, and the client is not reading
         else:
             self._transport.abort()
 
 
 def _endpoint(place: tuple[str, int] | str | None, address: str, port: int) -> tuple[str, int]:
-    """What the header says of one side; what the connection itself says where the header says nothing."""
+    """One side's address from the header, or the connection's own address where the header has none."""
     if place is None:
         return address, port
     if isinstance(place, str):
-        # Whoever binds a socket chooses its path: it must not look like an address, nor break a line.
+        # The client may choose a Unix socket's path: it must not look like an address, nor break a log line.
         return "unix:" + "".join(each if each.isascii() and each.isprintable() else "?" for each in place), 0
     return peer_of(place)

@@ -1,6 +1,6 @@
-"""Between the protocol and the handlers: takes the protocol's events, runs the handlers of that phase, gives their answer back.
+"""Between the protocol and the handlers: takes the protocol's events, runs the handlers of that phase, returns their answer.
 
-Knows no sockets: bytes come in by ``receive()``, and ``changed`` is called when there may be output or the end to see to.
+It has no sockets: bytes arrive by ``receive()``, and ``changed`` is called when there may be output, or the dialogue has ended.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from fumi_core.smtp.tally import Tally
 errors = logging.getLogger("fumi.core")
 
 Chains = dict[str, Chain | None]
-"""The composed handlers of each phase: connect auth mail_from rcpt_to data close; None where there is none."""
+"""The composed handlers of each phase: connect auth mail_from rcpt_to data close; None for a phase without handlers."""
 
 
 @dataclass(slots=True)
@@ -71,11 +71,11 @@ class Service:
     tally: Tally
     observer: Observer
     trusted: Networks
-    """Whose PROXY header, and XCLIENT, is believed."""
+    """The peers whose PROXY header, and XCLIENT, are believed."""
 
 
 class Stage(Enum):
-    """How far a message's handlers are."""
+    """The progress of a message's handlers."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -83,7 +83,7 @@ class Stage(Enum):
 
 
 class _Message:
-    """The message that is arriving, and what its handlers made of it."""
+    """The message that is arriving, and its handlers' result."""
 
     __slots__ = ("aborted", "context", "ended", "error", "refusal", "stage", "started", "stream")
 
@@ -92,7 +92,7 @@ class _Message:
         self.context = DataContext(session, stream, command)
         self.started = time.monotonic()
         self.stage = Stage.WAITING
-        self.error: BaseException | None = None  # what the handlers raised; ``refusal`` is the reply it leads to
+        self.error: BaseException | None = None  # raised by the handlers; ``refusal`` is the reply that it leads to
         self.refusal: Reply | None = None
         self.ended = False
         self.aborted = False
@@ -102,7 +102,7 @@ class Dialogue:
     """One connection's conversation. ``messages`` counts the accepted ones."""
 
     def __init__(self, session: Session, service: Service, changed: Callable[[], None], anonymous: bool = False) -> None:
-        """``anonymous`` tells that the session's address is the proxy's own, though the client is another."""
+        """``anonymous`` tells that the session's address is the proxy's own, and the client's is unknown."""
         self.session = session
         options = service.options
         speaks_for_others = (options.use_xclient or options.use_xforward) and not anonymous
@@ -129,10 +129,10 @@ class Dialogue:
         self._reported = False
         self._gone: Callable[[], None] | None = None
 
-    # What the connection asks and tells
+    # Calls by the connection
 
     def start(self) -> None:
-        """The client's identity is known: ask the handlers, and greet it."""
+        """The client's identity is known: run the connect handlers, and send the banner."""
         self._observer.session_started(self.session)
         self._pumping = True
         self._connect()
@@ -144,47 +144,47 @@ class Dialogue:
 
     @property
     def closed(self) -> bool:
-        """Nothing more will be said, apart from the output that is waiting."""
+        """Whether the dialogue has ended; output may still wait to be sent."""
         return self.protocol.state is State.CLOSED
 
     @property
     def busy(self) -> bool:
-        """The client waits for us, not we for it."""
+        """Whether the client waits for us, not we for it."""
         return self.protocol.pending is not None
 
     @property
     def full(self) -> bool:
-        """Enough bytes wait here for now."""
+        """Whether enough bytes are buffered here for now."""
         if self._message is not None and self._message.stream.full:
             return True
-        # Read on while a handler is at work: that is how a client that said more, and has gone, is noticed.
+        # Go on reading while a handler runs, to notice that a client has sent more and disconnected.
         return (self.protocol.pending is not None and self.protocol.buffered > HIGH_WATER) or self.protocol.throttled
 
     @property
     def message_started(self) -> float | None:
-        """When the message, or a chunk without a transaction, that is arriving began to, by the monotonic clock."""
+        """When the arriving message, or chunk without a transaction, began, by the monotonic clock."""
         if self._message is not None and not self._message.ended:
             return self._message.started
         return self._dropping_since if self.protocol.dropping else None
 
     def proceed(self) -> None:
-        """Go on after the replies that throttled it were sent."""
+        """Continue after the replies that throttled it were sent."""
         self._pump()
 
     def time_out(self) -> None:
         self._end(replies.TIMED_OUT, "timed out")
 
     def drain(self) -> None:
-        """Say 421 as soon as no transaction is under way."""
+        """Send 421 as soon as no transaction is in progress."""
         self._draining = True
         self._pump()
 
     def gone(self, closed: Callable[[], None]) -> None:
-        """The client has gone: stop the handlers, run those of the close phase, then call ``closed``."""
+        """The client has disconnected: stop the handlers, run those of the close phase, then call ``closed``."""
         self.protocol.abandon()
         self._auth_ended(self.protocol.break_off_exchange())
         self._abort_message("client went away")
-        self._gone = closed  # from here on the end of a running handler leads to the close phase
+        self._gone = closed  # from now on, the end of a running handler leads to the close phase
         if self._running is None:
             self._after_gone()
         elif not isinstance(self._running, DataContext):
@@ -210,7 +210,7 @@ class Dialogue:
         self._changed()
 
     def _report_end(self) -> None:
-        """Count, once, a dialogue that was ended because of something."""
+        """Count, once, a dialogue that the server ended."""
         reason = _REASONS.get(self.protocol.last)
         if reason is not None and not self._reported:
             self._reported = True
@@ -251,11 +251,11 @@ class Dialogue:
         self._message.stream.exceed()
 
     def _chunk_end(self, event: ChunkEnd) -> None:
-        """A refusal that is known already is not kept back until the last chunk."""
+        """Send a known rejection at once, not after the last chunk."""
         message = self._message
         assert message is not None
         if message.stream.has_text or message.stream.size_exceeded:
-            self._run_message(message)  # while its envelope is there
+            self._run_message(message)  # while its envelope still exists
         refusal = self._refusal_so_far(message)
         if refusal is None:
             self.protocol.accept()
@@ -317,7 +317,7 @@ class Dialogue:
 
     def _answer(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None:
-            # Abandoned: there is nobody to answer. Cancelled it was by us, then.
+            # Abandoned: no reply can be sent. If it was cancelled, we cancelled it.
             if error is not None and not isinstance(error, SMTPError | asyncio.CancelledError):
                 self._log_failure(context, error)
         elif error is None:
@@ -328,7 +328,7 @@ class Dialogue:
             self.protocol.refuse(self._refusal(context, error))
 
     def _refusal(self, context: Context, error: BaseException) -> Reply:
-        """The reply that an error leads to. What is not an SMTPError, or cannot be made a reply, is logged."""
+        """The reply that an error leads to. Anything but an SMTPError with a valid reply is logged."""
         if isinstance(error, SMTPError):
             try:
                 return _reply_to(error, context)
@@ -348,7 +348,7 @@ class Dialogue:
         failure(errors, message, error, id=session.id, client_ip=session.remote_address, hook=hook, command=command)
 
     def _fail(self, error: Exception) -> None:
-        """The last resort, when this code is at fault or an app has changed what it must not: no client waits for ever."""
+        """The last resort, for a bug here or an app that changed our internals: no client may wait for ever."""
         self._log("dialogue failed", error)
         self._end(replies.CONNECT_FAILED, "local error")
 
@@ -384,7 +384,7 @@ class Dialogue:
         self.messages += best == 250
 
     def _verdicts(self, message: _Message) -> list[Reply]:
-        """What to say of a whole message: one reply or, in LMTP, one for each recipient."""
+        """The replies to a whole message: one or, in LMTP, one for each recipient."""
         context = message.context
         verdict = self._refusal_so_far(message)
         if verdict is None:
@@ -394,7 +394,7 @@ class Dialogue:
         return [self._verdict(context, each, verdict) for each in self.session.envelope.rcpt_to]
 
     def _refusal_so_far(self, message: _Message) -> Reply | None:
-        """The reply to a message that is refused to all its recipients, whether it is whole or not; else None."""
+        """The reply to a message that is rejected for all its recipients, whole or not; else None."""
         error = message.stream.refusal
         if error is not None and error is not message.error:
             message.error, message.refusal = error, self._refusal(message.context, error)
@@ -414,7 +414,7 @@ class Dialogue:
     def _abort_message(self, reason: str, result: str = "aborted") -> None:
         message = self._message
         if message is None or message.ended or message.aborted:
-            return  # a whole message is the handler's: it may be safe already, whoever still listens
+            return  # a whole message belongs to its handler, which may have stored it already
         message.aborted = True
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         message.stream.abort(reason)
@@ -431,7 +431,7 @@ class Dialogue:
     # The end
 
     def kill(self) -> None:
-        """The server is closing, and the client has had its time: stop the handlers, whatever they do."""
+        """The server is closing, and the drain timeout has passed: stop the handlers, whatever they are doing."""
         self._end(replies.SHUTTING_DOWN, "the server is closing")
         self._runner.cancel()
 
@@ -457,7 +457,7 @@ class Dialogue:
 
 
 def _reply_to(error: SMTPError, context: Context) -> Reply:
-    """Raises what is wrong with an SMTPError that an app has changed, or subclassed without calling its constructor."""
+    """Convert an SMTPError. Raises if an app has changed it, or subclassed it without calling its constructor."""
     sound = SMTPError(error.message, error.code)
     status = context.default_status if sound.code == context.default_code else None
     return from_text(sound.code, sound.message, status)

@@ -1,7 +1,7 @@
-"""The SMTP dialogue in the log, for those who debug: each command and each reply, without credentials and message content.
+"""The SMTP dialogue in the log, for debugging: each command and each reply, without credentials and message content.
 
-What a client sends in the place of a command may be either: a password sent after an AUTH that was rejected, or the text of a
-message after a DATA that was. So only what has the form of a command is logged, and of its argument only what SMTP defines.
+A client may send either in the place of a command: a password after a rejected AUTH, or message content after a rejected DATA. So
+only lines with the form of a command are logged, and of their arguments only what SMTP defines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fumi_core.smtp.replies import Reply
 log = logging.getLogger("fumi.core.dialogue")
 
 _VERBS = "|".join(verb for verb in VERBS if verb != "AUTH")
-# The arguments that are shown: a path, a name, an octet count, attributes. Those of other verbs are free text, or none.
+# The verbs whose arguments are shown: a path, a name, a size, attributes. Other verbs have free text, or no argument.
 _SHOWN = re.compile(
     rb"(?i:(?:HELO|EHLO|LHLO) \S+"
     rb"|(?:MAIL FROM|RCPT TO): *(?:<[^>]*>|\S+)(?: +(?:[A-Z0-9-]+=\S*|SMTPUTF8|REQUIRETLS))*"
@@ -31,7 +31,7 @@ _AUTH = re.compile(rf"(?i:(AUTH(?: (?:{'|'.join(sasl.MECHANISMS)}))?))(?: .*)?\s
 
 
 def shown(line: bytes) -> str:
-    """A line that a client sent in the place of a command, fit for the log."""
+    """Make a line that a client sent in the place of a command safe for the log."""
     if _SHOWN.fullmatch(line):
         return line.decode("utf-8", "replace").rstrip()
     found = _VERB.fullmatch(line)
@@ -44,7 +44,7 @@ def shown(line: bytes) -> str:
 
 
 class LoggedProtocol(Protocol):
-    """A protocol whose commands and replies are logged. One that is not logged pays nothing for it."""
+    """A protocol that logs its commands and replies. Used only for logged connections, so that others pay nothing."""
 
     def _command(self, line: bytes) -> Event | Reply | None:
         self._log(received=shown(line))

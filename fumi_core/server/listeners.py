@@ -21,7 +21,7 @@ READ_SIZE = 128 * 1024
 
 
 class Server:
-    """Listeners and connections of one ``Fumi``; made anew by each ``listen()`` after a ``close()``."""
+    """Listeners and connections of one ``Fumi``; created again by each ``listen()`` after a ``close()``."""
 
     def __init__(self, service: Service, logger: logging.Logger | None, connection_count: ConnectionCount) -> None:
         self.configure(service, logger)
@@ -34,20 +34,20 @@ class Server:
         self._empty = asyncio.Event()
 
     def configure(self, service: Service, logger: logging.Logger | None) -> None:
-        """What connections get that come from now on."""
+        """Set the service and logger of future connections."""
         self.service = service
         self.options = service.options
         self.observer = service.observer
         self.logger = logger
 
     def listen(self, sock: socket.socket) -> None:
-        """Accept connections from a listening socket, which is the server's from here on."""
+        """Accept connections from a listening socket, which this server then owns."""
         sock.setblocking(False)
         name = str(sock.getsockname())
         self._acceptors.append(Acceptor(sock, name, _log, self.admit, self.connection_count))
 
     def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
-        """Serve a connected, non-blocking socket, whose ends have these names."""
+        """Serve a connected, non-blocking socket whose two ends have these addresses."""
         Connection(self, sock, peer_of(peer), peer_of(own)).start()
 
     @property
@@ -55,7 +55,7 @@ class Server:
         return [acceptor.sock for acceptor in self._acceptors]
 
     async def close(self, timeout: float) -> None:
-        """Stop accepting, let transactions end for ``timeout`` seconds, then cut what is left; if cancelled, cut it at once."""
+        """Stop accepting, let transactions end for ``timeout`` seconds, then abort the rest; if cancelled, abort at once."""
         self.draining = True
         for acceptor in self._acceptors:
             acceptor.close()
@@ -67,7 +67,7 @@ class Server:
         finally:
             for connection in list(self.connections):
                 connection.kill()
-        # Their handlers are cancelled, and on_close follows; one that does not end is not waited for.
+        # Their handlers are cancelled, and on_close follows; a handler that does not end is not awaited.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wait_empty(), 1)
 

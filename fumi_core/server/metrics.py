@@ -1,4 +1,4 @@
-"""The core's Prometheus metrics. What is counted for every command is counted in a Tally, and read there."""
+"""The core's Prometheus metrics. Events that happen for every command are counted in a Tally, and read from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class CoreMetrics(Observer):
-    """Counts what a server tells, in ``registry``; all series are there from the start at 0."""
+    """Counts a server's events, in ``registry``; all series exist from the start at 0."""
 
     def __init__(self, registry: CollectorRegistry, tally: Tally, targets: tuple[str, ...] = ()) -> None:
         """``targets`` are the names of the delivery targets."""

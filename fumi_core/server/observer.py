@@ -1,4 +1,4 @@
-"""What a server reports of itself while it works. The default ignores it; ``fumi_core.server.metrics`` counts."""
+"""The events that a server reports. The default ignores them; ``fumi_core.server.metrics`` counts them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ _log = logging.getLogger("fumi.core")
 
 
 class Observer:
-    """Each method is called once per event it is named after. What one raises is logged and changes nothing."""
+    """Each method is called once for each event. An exception from it is logged and changes nothing."""
 
     def connection_opened(self) -> None:
         """A client connected."""
 
     def connection_closed(self) -> None:
-        """Its connection is gone."""
+        """A connection has ended."""
 
     def session_started(self, session: Session) -> None:
-        """It is known who the client is and how it came."""
+        """The client's address is known, and whether it uses TLS."""
 
     def proxy_header(self, version: str, result: str) -> None:
-        """A PROXY header came (version "1" or "2") or did not ("none"); result: ok malformed untrusted timeout closed."""
+        """A PROXY header (version "1" or "2") arrived, or did not ("none"); result: ok malformed untrusted timeout closed."""
 
     def rejected(self, reason: str) -> None:
         """A connection was rejected or closed by the server: max_clients, not_smtp, draining, errors, timeout."""
 
     def message(self, result: str, size: int, seconds: float) -> None:
-        """A message ended: accepted rejected deferred aborted, after so many octets and seconds."""
+        """A message ended: accepted rejected deferred aborted, with its octets and seconds."""
 
     def delivery(self, target: str, result: str) -> None:
         """A delivery ended: ok deferred failed."""
 
 
 class GuardedObserver(Observer):
-    """Calls an observer, and logs what it raises: metrics that fail neither lose a reply nor deliver a message twice."""
+    """Calls an observer, and logs exceptions: failing metrics neither lose a reply nor deliver a message twice."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -46,12 +46,12 @@ class GuardedObserver(Observer):
             setattr(self, name, _guarded(name, getattr(observer, name)))
 
     def __getattr__(self, name: str) -> Any:
-        """What else the observer has."""
+        """The observer's other attributes."""
         return getattr(self._observer, name)
 
 
 def guarded(observer: Observer) -> Observer:
-    """The observer as one whose methods do not raise."""
+    """Wrap the observer so that its methods do not raise."""
     return observer if type(observer) is Observer or isinstance(observer, GuardedObserver) else GuardedObserver(observer)
 
 

@@ -1,7 +1,7 @@
 """A connected socket in the event loop, with as little as possible between the kernel and the dialogue.
 
-Reads go into one buffer that all connections share; a write is tried at once, and only what the kernel does not take is kept.
-asyncio's own transports do the same with twice the calls for each command, and receive into a fresh buffer.
+Reads go into one buffer that all connections share; a write is tried at once, and only bytes that the kernel does not take are
+kept. asyncio's own transports make twice the calls for each command, and allocate a new buffer for each read.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Protocol
 
 
 class Owner(Protocol):
-    """Who hears of a socket. Calls never come from inside a call to the transport."""
+    """Receives a socket's events. Its methods are never called from inside a call to the transport."""
 
     def received(self, count: int) -> None:
-        """So many octets are at the beginning of the shared buffer."""
+        """``count`` bytes are at the beginning of the shared buffer."""
 
     def ended(self) -> None:
-        """The peer will send no more. Nothing is read from here on; writing goes on."""
+        """The peer will send no more. Nothing more is read; writing goes on."""
 
     def drained(self) -> None:
-        """The kernel has taken everything: ``blocked`` is False again."""
+        """The kernel has taken all output: ``blocked`` is False again."""
 
     def lost(self) -> None:
-        """The connection is gone; nothing more will be called."""
+        """The connection is gone; no method is called after this."""
 
 
 class Transport:
-    """A non-blocking stream socket, read from the beginning on. Errors end it: ``lost()`` tells, and no method raises."""
+    """A non-blocking stream socket, read from the beginning on. Errors end it with a call of ``lost()``; no method raises."""
 
     __slots__ = ("_backlog", "_buffer", "_closing", "_ended", "_fd", "_half_close", "_loop", "_owner", "_reading", "_sock")
 
@@ -51,7 +51,7 @@ class Transport:
         return bool(self._backlog)
 
     def write(self, data: bytes) -> None:
-        """Send, now or as soon as the peer reads."""
+        """Send now, or as soon as the peer reads."""
         if self._backlog:
             self._backlog += data
             return
@@ -69,7 +69,7 @@ class Transport:
             self._loop.add_writer(self._fd, self._writable)
 
     def write_eof(self) -> None:
-        """Say that nothing more will be sent, once everything is."""
+        """Half-close the connection after all output is sent."""
         self._half_close = True
         if not self._backlog and not self._closing:
             self._shut_down()
@@ -85,7 +85,7 @@ class Transport:
             self._loop.add_reader(self._fd, self._readable)
 
     def close(self) -> None:
-        """Read no more, send what waits, and end."""
+        """Read no more, send the waiting output, and close."""
         if not self._closing:
             self.pause_reading()
             self._closing = True
@@ -93,7 +93,7 @@ class Transport:
                 self._finish()
 
     def abort(self) -> None:
-        """End at once; what waits to be sent is lost."""
+        """Close at once; waiting output is lost."""
         if self._owner is not None:
             self.pause_reading()
             if self._backlog:
@@ -142,10 +142,10 @@ class Transport:
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
-            self.abort()  # the peer was quicker
+            self.abort()  # the peer has closed already
 
     def _finish(self) -> None:
-        # The owner hears of it later: it may be the one who has just called, and closes its own circle with this object.
+        # The owner is called later, since it may be the caller; in lost() it drops its reference to this object.
         owner, self._owner = self._owner, None
         self._sock.close()
         if owner is not None:

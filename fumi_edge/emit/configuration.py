@@ -1,7 +1,7 @@
-"""The same settings as HAProxy's or stunnel's configuration: a file of haproxy/ or stunnel/ with the flags of fumi-edge in it.
+"""fumi-edge's flags as a configuration of HAProxy or stunnel: a file of haproxy/ or stunnel/ with the values of the flags.
 
-What the other program cannot do is said in comments at the top; what no flag says stays as it is in the file. Nothing but
-certificate paths is looked at, so the configuration may be for another machine.
+Comments at the top name the differences. Settings that no flag gives stay as they are in the file. Only certificate paths are
+read on this machine, so the configuration may be for another one.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PROGRAMS = tuple(_PROGRAMS)
 
 
 def configuration(program: str, context: click.Context) -> str:
-    """The text of a configuration for fumi-edge's flags. Raises SettingError where nothing is left that the program could do."""
+    """The text of a configuration for fumi-edge's flags. Raises SettingError for bad flags, and when no listener is left."""
     flags = context.params
-    # A switch may be given to be off, over a file that has it on.
+    # A switch that is off may have been given, to override a file that turns it on.
     given = {
         name
         for name, value in flags.items()
@@ -65,7 +65,7 @@ def _refuse_what_no_edge_would_take(flags: Flags) -> None:
 
 
 def _pairs(flags: Flags) -> list[Pair]:
-    """The certificates with their keys; of a directory, those that are in it now."""
+    """The certificates with their keys. A directory stands for the certificates that are in it now."""
     try:
         given = give_keys(flags.get("cert") or (), flags.get("key") or ())
         return [pair for each in given for pair in find(each)]
@@ -78,5 +78,5 @@ def _each(value: Any) -> Iterable[Any]:
 
 
 def _wrap(note: str) -> list[str]:
-    # A command is to be copied whole.
+    # A command stays on one line, to be copied.
     return [note] if note.startswith("    ") else textwrap.wrap(note, 118, break_long_words=False, break_on_hyphens=False)

@@ -43,10 +43,10 @@ _CARRIES = {
     ),
 }
 _REASONS = {
-    "require_tls": "is for STARTTLS listeners.",
-    "hide_starttls": "is for STARTTLS listeners.",
-    "cert_reload_interval": "a reload (SIGUSR2 with -W) reads certificates again, and nothing else does.",
-    "log_format": "write a log-format of your own.",
+    "require_tls": "applies to STARTTLS listeners only.",
+    "hide_starttls": "applies to STARTTLS listeners only.",
+    "cert_reload_interval": "certificates are read again on a reload only (SIGUSR2 with -W).",
+    "log_format": "write your own log-format.",
 }
 
 
@@ -68,29 +68,31 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
 def _notes(
     flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], unfit: Sequence[SocketAddress], pairs: list[Pair]
 ) -> list[str]:
-    notes = starttls(flags, "HAProxy has none. haproxy/layer4.cfg puts it in front of fumi-edge --accept-proxy.")
-    notes += [f"{address}: left out; nobody hands it to HAProxy." for address in unfit]
+    notes = starttls(
+        flags, "HAProxy does not support STARTTLS for SMTP. haproxy/layer4.cfg puts HAProxy in front of fumi-edge --accept-proxy."
+    )
+    notes += [f"{address}: left out; HAProxy is started without this descriptor." for address in unfit]
     notes += header_notes(flags)
     notes += _key_notes(pairs)
     local = of_kind(listeners, "unix")
-    notes += [f"{address}: a client on a Unix socket has no address in HAProxy's header." for address in local]
+    notes += [f"{address}: HAProxy's PROXY header has no client address for a Unix socket." for address in local]
     notes.append("A client is disconnected without 421 when no core is available, and when its address has reached a limit.")
     if flags.get("max_clients"):
-        notes.append("--max-clients: one client more waits to be accepted.")
+        notes.append("--max-clients: clients above the limit wait to be accepted instead of being rejected.")
     if flags.get("drain_timeout") is not None:
-        notes.append("--drain-timeout: sessions that a reload finds may go on no longer either.")
-    notes.append("--handshake-timeout: before version 3.0, --idle-timeout is for handshakes too.")
+        notes.append("--drain-timeout: also limits the sessions that continue after a reload.")
+    notes.append("--handshake-timeout: HAProxy before 3.0 uses --idle-timeout for handshakes.")
     return notes + lost(flags, given, _CARRIES, _REASONS)
 
 
 def _key_notes(pairs: Iterable[Pair]) -> list[str]:
-    """HAProxy reads a key from the certificate's file, or from one of that name with .key behind."""
+    """The links to keys that HAProxy would not find: it looks in the certificate's file, and in that name with .key appended."""
     apart = [(label(cert), label(key)) for cert, key in pairs if key is not None]
     missing = [(cert, key) for cert, key in apart if key not in (cert, cert + ".key")]
     if not missing:
         return []
     links = [f"    ln -s {shlex.quote(os.path.abspath(key))} {shlex.quote(cert + '.key')}" for cert, key in missing]
-    return ["HAProxy reads the key of a certificate from a file beside it. Once:", *links]
+    return ["HAProxy reads a certificate's key from the same file, or from that name with .key appended. Run once:", *links]
 
 
 def _filled_in(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> str:
@@ -102,7 +104,7 @@ def _filled_in(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence
 
 
 def _left_out(flags: Flags) -> set[str]:
-    """The marks of the lines that these flags have no use for."""
+    """The marks of the lines that these flags do not need."""
     names = {"other-backends"}
     names |= {
         flag.replace("_", "-")
@@ -161,7 +163,7 @@ def _bind_options(flags: Flags, pairs: Sequence[Pair]) -> str:
 
 
 def _trust(flags: Flags) -> list[str]:
-    """Who may send the header of --accept-proxy; a Unix socket's peer has no source that could be found."""
+    """Rejects clients that --trusted-proxy does not list. On a Unix socket HAProxy finds no source address (``src -m found``)."""
     if not flags.get("accept_proxy"):
         return []
     trusted = flags.get("trusted_proxy") or LOOPBACK
@@ -171,7 +173,7 @@ def _trust(flags: Flags) -> list[str]:
 
 
 def _values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> dict[str, str]:
-    """The values of the variables, as they stand between double quotes."""
+    """The values of the variables, escaped for double quotes."""
     values: dict[str, Any] = {"LISTEN": ",".join(map(_listener, listeners))}
     if pairs:
         values["CERT"] = label(pairs[0].cert)
@@ -206,11 +208,11 @@ def _host(address: SocketAddress, default: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Between double quotes, in which HAProxy knows these three characters."""
+    """In double quotes, where HAProxy gives a meaning to these three characters."""
     return '"' + re.sub(r'([\\"$])', r"\\\1", text) + '"'
 
 
 class _Variables(string.Template):
-    """The environment variables of an HAProxy file; those without a value stay."""
+    """The environment variables of an HAProxy file. Those without a value stay."""
 
     pattern = r"\$(?:(?P<escaped>(?!))|(?P<named>(?!))|\{FUMI_(?P<braced>[A-Z0-9_]+)-[^}]*\}|(?P<invalid>(?!)))"  # type: ignore[assignment]

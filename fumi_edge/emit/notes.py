@@ -11,26 +11,26 @@ from fumi_core.runtime.addresses import SocketAddress
 
 TIMES = ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval", "health_timeout")
 LONGEST = (2**31 - 1) // 1000
-"""Seconds of the longest time, some 24.8 days: both programs have it as milliseconds in 31 bits."""
+"""Seconds, about 24.8 days: the longest time, which both programs store as milliseconds in 31 bits."""
 
 Flags = Mapping[str, Any]
 Emitted = tuple[list[str], str]
-"""What is to be said, a note each, and the configuration."""
+"""The notes on differences, and the configuration."""
 
-_NOT_ASKED = {"emit", "check", "dev_mode", "config", "version"}
-"""Flags that are no setting of a terminator."""
+_NOT_SETTINGS = {"emit", "check", "dev_mode", "config", "version"}
+"""Flags that are not settings of a TLS proxy."""
 
 
 def missing(flags: Flags) -> list[str]:
-    """What fumi-edge does not start without, and a file has of its own."""
+    """A note for each flag that fumi-edge needs and a template has a default for."""
     needed = ("cert", "certificate"), ("backend", "backend")
-    return [f"--{flag}: no {what} was named; below is the file's own." for flag, what in needed if not flags.get(flag)]
+    return [f"--{flag}: no {what} was named; the one below is an example." for flag, what in needed if not flags.get(flag)]
 
 
 def header_notes(flags: Flags) -> list[str]:
     if flags.get("proxy_protocol") != "off":
         return []
-    return ["--proxy-protocol off: fumi-core needs it too, and every client has this machine's address there."]
+    return ["--proxy-protocol off: fumi-core needs it too, and sees this machine's address for every client."]
 
 
 def starttls(flags: Flags, why: str) -> list[str]:
@@ -39,8 +39,8 @@ def starttls(flags: Flags, why: str) -> list[str]:
 
 
 def lost(flags: Flags, given: Collection[str], carried: Collection[str], reasons: Mapping[str, str]) -> list[str]:
-    """A note for each flag that was given and not carried over."""
-    names = [name for name in flags if name in given and name not in carried and name not in _NOT_ASKED]
+    """A note for each flag that was given and has no effect on the configuration."""
+    names = [name for name in flags if name in given and name not in carried and name not in _NOT_SETTINGS]
     return [f"--{name.replace('_', '-')}: {reasons.get(name, 'not carried over.')}" for name in names]
 
 
@@ -51,7 +51,7 @@ def shortened(flags: Flags, given: Collection[str], program: str) -> list[str]:
 
 
 def group_of(user: str) -> str:
-    """The group that fumi-edge would have; of a user of another machine, the one that is most often made with it."""
+    """The user's primary group. For a user who is not on this machine, the group of the same name, which most users have."""
     try:
         return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
     except KeyError:

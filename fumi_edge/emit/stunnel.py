@@ -17,25 +17,26 @@ _CARRIES = {
     *("min_tls", "ciphers", "connect_timeout", "idle_timeout", "handshake_timeout", "log_level", "user"),
 }
 _REASONS = {
-    "accept_proxy": "stunnel reads no PROXY header: it cannot stand behind such a balancer.",
+    "accept_proxy": "stunnel reads no PROXY headers, so it cannot run behind such a load balancer.",
     "trusted_proxy": "see --accept-proxy.",
-    "alpn": "stunnel negotiates none.",
-    "max_clients": "half of what ulimit -n allows.",
-    "max_clients_per_ip": "stunnel does not count by address; a packet filter can.",
-    "rate_per_ip": "stunnel does not count by address; a packet filter can.",
+    "alpn": "stunnel does not negotiate ALPN.",
+    "max_clients": "the limit is half of ulimit -n.",
+    "max_clients_per_ip": "stunnel has no limits by client address; a packet filter has.",
+    "rate_per_ip": "stunnel has no limits by client address; a packet filter has.",
     "health_timeout": "see --health-interval.",
-    "health_interval": "a core is found gone by the client that would have had it.",
-    "metrics": "stunnel has none.",
-    "socket_mode": "the umask decides.",
-    "drain_timeout": "SIGTERM ends every session.",
-    "require_tls": "is for STARTTLS listeners.",
-    "hide_starttls": "is for STARTTLS listeners.",
-    "cert_reload_interval": "a reload (SIGHUP) reads certificates again, and nothing else does.",
-    "log_format": "stunnel has its own.",
+    "health_interval": "stunnel has no health checks; it finds that a core is down when it connects a client.",
+    "metrics": "stunnel has no metrics.",
+    "socket_mode": "the umask applies.",
+    "drain_timeout": "SIGTERM ends all sessions at once.",
+    "require_tls": "applies to STARTTLS listeners only.",
+    "hide_starttls": "applies to STARTTLS listeners only.",
+    "cert_reload_interval": "certificates are read again on a reload only (SIGHUP).",
+    "log_format": "stunnel has its own format.",
 }
 
 
 def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
+    """The notes and the configuration. Raises SettingError when stunnel can have none of the listeners."""
     proxying = flags.get("proxy_protocol", "v2") != "off"
     unfit = of_kind(listeners, "fd", *(["unix"] if proxying else []))
     if len(unfit) == len(listeners):
@@ -46,18 +47,18 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
         own = {"accept": [f"accept = {_bare(address, '::')}"], **_service_settings(flags, pairs)}
         name = f"[smtps-{number}]" if number > 1 else "[smtps]"
         body += [name, *_set(service, own), *_client_certificates(flags), ""]
-    notes = starttls(flags, "stunnel has one (protocol = smtp), but not together with a PROXY header: that is for fumi-edge.")
+    notes = starttls(flags, "stunnel cannot combine STARTTLS (protocol = smtp) with a PROXY header; use fumi-edge.")
     notes += [f"--listen {address}: left out." for address in unfit]
     notes += header_notes(flags)
     if proxying:
         notes.append(
-            "The header is version 1, which tells the client's address and nothing of TLS: neither version, cipher, server name,"
-            " nor certificate, and no id. Start the core with --assume-tls, and let nobody past stunnel to its port."
+            "The PROXY header is version 1: it has the client's address, but no TLS version, cipher, server name or certificate,"
+            " and no id. Start the core with --assume-tls, and make sure that only stunnel can reach its port."
         )
     if len(flags.get("backend") or ()) > 1 and flags.get("balance", "leastconn") == "leastconn":
-        notes.append("--balance leastconn: each in turn.")
+        notes.append("--balance leastconn: stunnel uses the cores in turn.")
     notes += [
-        f"--cert {label(cert)}: in a service of its own for each name, with sni = smtps:NAME and cert = {label(cert)}."
+        f"--cert {label(cert)}: left out. Add a service for each name, with sni = smtps:NAME and cert = {label(cert)}."
         for cert, _ in pairs[1:]
     ]
     notes += lost(flags, given, _CARRIES, _REASONS)
@@ -71,7 +72,7 @@ def _set(lines: Iterable[Line], settings: Mapping[str, Sequence[str]]) -> list[s
 
 
 def _general_settings(flags: Flags) -> dict[str, list[str]]:
-    """What is said once, for all services."""
+    """The options above the services, which apply to all of them."""
     values = {
         "debug": {"error": "err"}.get(flags.get("log_level", ""), flags.get("log_level")),
         "sslVersionMin": f"TLSv{flags['min_tls']}" if flags.get("min_tls") else None,
@@ -108,7 +109,7 @@ def _client_certificates(flags: Flags) -> list[str]:
 
 
 def _bare(address: SocketAddress, default: str) -> str:
-    """stunnel has no brackets, what is behind the last colon is the port; and it knows a path by its first character."""
+    """stunnel uses no brackets: the port follows the last colon. A path is what begins with a slash."""
     if address.kind == "unix":
         return os.path.abspath(address.path)
     return f"{address.host or default}:{address.port}"

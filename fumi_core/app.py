@@ -7,8 +7,9 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from inspect import iscoroutinefunction
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
+from fumi_core.handlers import hooks
 from fumi_core.handlers.middleware import Handler, check, compose, name_of
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.runtime.logs import event, failure
@@ -18,10 +19,10 @@ from fumi_core.server.listeners import Server
 from fumi_core.server.observer import Observer, guarded
 from fumi_core.smtp import options as _options
 from fumi_core.smtp.greetings import Greetings
-from fumi_core.smtp.options import Options
+from fumi_core.smtp.options import OptionArguments, Options
 from fumi_core.smtp.tally import Tally
 
-H = TypeVar("H", bound=Callable[..., Any])
+H = TypeVar("H", bound=Handler)
 PHASES = ("connect", "auth", "mail_from", "rcpt_to", "data", "close")
 
 
@@ -31,7 +32,7 @@ class Fumi:
     Each ``on_…`` takes a function ``(ctx, next)``, as decorator or call; several per phase run in order of registration.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Unpack[OptionArguments]) -> None:
         """The options: see ``Options``. Raises TypeError for an unknown one or a wrong type, ValueError for what cannot be."""
         self.options: Options = _options.read(options)
         self._observer = Observer()
@@ -58,27 +59,27 @@ class Fumi:
 
     # Handlers
 
-    def on_connect(self, handler: H) -> H:
+    def on_connect(self, handler: hooks.Connect) -> hooks.Connect:
         """Before the banner; a refusal takes its place and closes the connection."""
         return self._on("connect", handler)
 
-    def on_auth(self, handler: H) -> H:
+    def on_auth(self, handler: hooks.Auth) -> hooks.Auth:
         """AUTH: ``ctx.accept(user)`` lets the client in; a chain that ends without it refuses."""
         return self._on("auth", handler)
 
-    def on_mail_from(self, handler: H) -> H:
+    def on_mail_from(self, handler: hooks.Mail) -> hooks.Mail:
         """MAIL: ``ctx.address`` is the reverse-path."""
         return self._on("mail_from", handler)
 
-    def on_rcpt_to(self, handler: H) -> H:
+    def on_rcpt_to(self, handler: hooks.Rcpt) -> hooks.Rcpt:
         """RCPT, once for each: ``ctx.address`` is the forward-path."""
         return self._on("rcpt_to", handler)
 
-    def on_data(self, handler: H, *, first: bool = False) -> H:
+    def on_data(self, handler: hooks.Data, *, first: bool = False) -> hooks.Data:
         """The message: ``ctx.stream`` is its text. 250 is sent when the chain has ended. ``first`` puts it before the others."""
         return self._on("data", handler, first)
 
-    def on_close(self, handler: H) -> H:
+    def on_close(self, handler: hooks.Close) -> hooks.Close:
         """Once for each connection that reached ``on_connect``, when it has ended."""
         return self._on("close", handler)
 
@@ -93,7 +94,7 @@ class Fumi:
         self._handlers[phase].remove(handler)
         self._chains[phase] = compose(self._handlers[phase]) if self._handlers[phase] else None
 
-    def use(self, plugin: Callable[[Fumi], Any]) -> Fumi:
+    def use(self, plugin: Callable[[Self], None]) -> Self:
         """Let a plugin, ``(app) -> None``, add its handlers. Returns the app. Raises TypeError for a coroutine function."""
         if iscoroutinefunction(plugin):
             raise TypeError(f"{name_of(plugin)} is a coroutine function: a plugin is a plain function, so that use() runs it")
@@ -123,7 +124,7 @@ class Fumi:
         if not take:
             self._withheld.append(extensions)
 
-    def configure(self, **options: Any) -> None:
+    def configure(self, **options: Unpack[OptionArguments]) -> None:
         """Override options, before ``listen()``. Raises as the constructor does."""
         self.options = _options.override(self.options, options)
 
@@ -135,7 +136,7 @@ class Fumi:
             "nobody could send mail: authentication is required, and there is no on_auth handler; add one or auth_optional=True"
         )
 
-    def adopt(self, other: Fumi) -> Fumi:
+    def adopt(self, other: Fumi) -> Self:
         """Forget one's own options and handlers, and take over those of another app. Returns this app.
 
         While it listens, too: connections that come from now on get the new ones, those that are open keep the old.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any
+from typing import Unpack
 
 from fumi_core import app as core
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server.dialogue import Service
 from fumi_core.server.listeners import Server
-from fumi_core.smtp.options import override
+from fumi_core.smtp.options import OptionArguments, override
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.edge import Edge
 from fumi_edge.tls.certificates import Certificates
@@ -42,7 +42,7 @@ class Fumi(core.Fumi):
         key: Source | None = None,
         cert: Source | None = None,
         ca: Source | None = None,
-        **options: Any,
+        **options: Unpack[OptionArguments],
     ) -> None:
         """Raises TypeError for an unknown option or a certificate that is missing, CertificateError for a bad one."""
         super().__init__(**options)

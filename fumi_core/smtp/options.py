@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import logging
 import socket
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from fumi_core.smtp.grammar import Paths, paths
 from fumi_core.smtp.option_values import check
@@ -73,22 +74,65 @@ class Options:
         return not self.hide_chunking and b"BDAT" not in self.disabled_verbs
 
 
+Texts = list[str] | tuple[str, ...] | Set[str]
+"""Several texts. One text is not meant, so this is no ``Iterable[str]``."""
+
+
+class OptionArguments(TypedDict, total=False):
+    """The options as a program gives them, for type checkers: the names and order of ``Options``, and the types it reads."""
+
+    require_tls: bool
+    auth_methods: Texts
+    auth_optional: bool
+    allow_insecure_auth: bool
+    size: int | None
+    max_clients: int | None
+    name: str
+    banner: str
+    disabled_commands: Texts
+    hide_starttls: bool
+    hide_size: bool
+    hide_pipelining: bool
+    hide_enhancedstatuscodes: bool
+    hide_dsn: bool
+    hide_requiretls: bool
+    hide_8bitmime: bool
+    hide_smtputf8: bool
+    hide_chunking: bool
+    lmtp: bool
+    use_xclient: bool
+    use_xforward: bool
+    proxy_protocol: Literal["off", "required"]
+    trusted_proxies: Texts
+    assume_tls: bool
+    bare_newlines: Literal["reject", "normalize"]
+    max_recipients: int
+    max_errors: int
+    max_unauthenticated_commands: int
+    socket_timeout: float
+    data_timeout: float
+    proxy_timeout: float
+    close_timeout: float
+    lenient_addresses: bool
+    logger: bool | logging.Logger
+
+
 NAMES = tuple(each.name for each in fields(Options) if each.init)
 
 
-def read(given: dict[str, Any]) -> Options:
+def read(given: Mapping[str, Any]) -> Options:
     """Raises TypeError for an unknown option, naming the nearest, or a wrong type; ValueError for a value that cannot be."""
     _refuse_unknown(given)
     return Options(**given)
 
 
-def override(options: Options, given: dict[str, Any]) -> Options:
+def override(options: Options, given: Mapping[str, Any]) -> Options:
     """The options with these changed. Raises as ``read`` does."""
     _refuse_unknown(given)
     return replace(options, **given)
 
 
-def _refuse_unknown(given: dict[str, Any]) -> None:
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
     for option in given:
         if option in _TLS_OPTIONS:
             raise TypeError(f"fumi_core.Fumi speaks no TLS: {option!r} is an option of fumi_edge.Fumi")

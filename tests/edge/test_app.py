@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import runpy
 import smtplib
 import socket
 import ssl
@@ -62,6 +63,14 @@ def test_a_server_name_that_is_not_ascii_is_one_log_line(make, context, caplog, 
             pass
     assert [record.getMessage() for record in caplog.records].count("server name is not ASCII") == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_app_that_a_type_checker_accepts_takes_mail_over_tls(certificate, context):
+    app_file = Path(__file__).parents[1] / "typing" / "edge_app.py"
+    app = runpy.run_path(str(app_file))["make"](certificate[0], certificate[1].read_bytes())
+    with running(app) as server, smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
+        smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
+        assert len(server.messages) == 1
 
 
 def test_implicit_tls_tells_handlers_all_that_the_program_tells_them(make, context):

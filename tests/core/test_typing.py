@@ -1,0 +1,68 @@
+"""The names and types that apps are written with. What mypy must accept and what it must find is in ``tests/typing``."""
+
+from __future__ import annotations
+
+import runpy
+import tomllib
+from pathlib import Path
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+import fumi_core
+import fumi_edge
+from fumi_core import Fumi
+from fumi_core.smtp.options import NAMES, OptionArguments, Options, Texts
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = get_type_hints(Options)
+ARGUMENTS = get_type_hints(OptionArguments)
+
+
+def test_the_option_arguments_are_the_options_in_the_same_order() -> None:
+    assert tuple(ARGUMENTS) == NAMES
+    assert not OptionArguments.__required_keys__
+
+
+@pytest.mark.parametrize("option", NAMES)
+def test_an_option_argument_has_the_type_of_its_option(option: str) -> None:
+    kind: type | UnionType = ARGUMENTS[option]
+    if kind == Texts:
+        kind = tuple[str, ...]
+    elif get_origin(kind) is Literal:
+        kind = str
+    assert kind == OPTIONS[option]
+
+
+def test_an_option_argument_with_a_choice_may_have_each_of_its_values() -> None:
+    choices = {option: get_args(kind) for option, kind in ARGUMENTS.items() if get_origin(kind) is Literal}
+    assert set(choices) == {"proxy_protocol", "bare_newlines"}
+    for option, values in choices.items():
+        assert [getattr(Fumi(**{option: value}).options, option) for value in values] == list(values)
+        assert getattr(Options(), option) in values
+
+
+def test_several_texts_may_be_a_list_a_tuple_or_a_set() -> None:
+    for option in (option for option, kind in ARGUMENTS.items() if kind == Texts):
+        default = getattr(Options(), option)
+        for texts in (list(default), tuple(default), set(default), frozenset(default)):
+            assert set(getattr(Fumi(**{option: texts}).options, option)) == set(default)
+
+
+def test_the_edge_exports_the_names_that_the_core_exports() -> None:
+    assert set(fumi_core.__all__) - set(fumi_edge.__all__) == {"__version__"}
+    for name in fumi_edge.__all__:
+        assert name == "Fumi" or getattr(fumi_edge, name) is getattr(fumi_core, name)
+
+
+def test_an_app_that_a_type_checker_accepts_can_be_made() -> None:
+    app = runpy.run_path(str(ROOT / "tests" / "typing" / "core_app.py"))["app"]
+    assert type(app) is Fumi
+    assert app.options.auth_optional
+
+
+def test_the_type_checker_reads_the_apps_and_reports_a_mistake_that_it_no_longer_finds() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert "tests/typing" in settings["files"]
+    assert settings["strict"]

@@ -20,11 +20,12 @@ import sys
 import unittest.mock
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+import fumi_core
 import fumi_edge
 from fumi_core import Fumi, SMTPError, plugins
 from fumi_core.app import PHASES
@@ -198,6 +199,14 @@ def test_the_table_of_hooks_is_theirs() -> None:
         assert set(_names([row[2]])) == public - {"accepted", "rejected", "user", "hook", "command"}
         if context is not contexts.CloseContext:
             assert row[3].startswith(str(context.default_code))
+
+
+def test_the_table_of_types_is_theirs() -> None:
+    rows = [[cell.strip("`") for cell in row] for row in _table("Types")]
+    assert [row[:2] for row in rows] == [[kind.hook, kind.__name__] for kind in CONTEXTS]
+    for hook, context, handler in rows:
+        assert get_type_hints(getattr(Fumi, hook))["return"].__bound__ == getattr(fumi_core, handler)
+        assert get_type_hints(getattr(fumi_core, handler).__call__)["ctx"] is getattr(fumi_core, context)
 
 
 def test_the_tables_of_the_session_are_its_own() -> None:

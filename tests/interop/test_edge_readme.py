@@ -28,8 +28,8 @@ from tests.readme import PATH, ROOT, blocks, other_ports, sections, sh, table
 README = re.sub(r"<!--.*?-->", "", (ROOT / "fumi_edge" / "README.md").read_text(), flags=re.DOTALL)
 SECTIONS = {section.title: section.text for section in sections(README)}
 RECIPES = ("Port 25: mail from other servers", "Port 587: submission with STARTTLS", "Port 465: submission with implicit TLS",
-           "Let's Encrypt", "Clients with certificates", "Behind a balancer", "Postfix", "Any SMTP server", "Several backends",
-           "All of it in a file")  # fmt: skip
+           "Let's Encrypt", "Clients with certificates", "Behind a load balancer", "Postfix", "Any SMTP server",
+           "Several backends", "All of it in a file")  # fmt: skip
 CLIENT = ("127.0.0.9", 0)
 """The address that clients come from, which is not this host's usual one."""
 TEXT = "Subject: hi\r\n\r\nhi\r\n"
@@ -185,9 +185,9 @@ def test_clients_with_certificates(kitchen: Kitchen, core: Any, certificate: tup
 
 def test_behind_a_balancer(kitchen: Kitchen, core: Any) -> None:
     core()
-    kitchen.cook(block("Behind a balancer"), ("192.0.2.10", "127.0.0.1"))
+    kitchen.cook(block("Behind a load balancer"), ("192.0.2.10", "127.0.0.1"))
     front = kitchen.programs.free_port()
-    text = block("Behind a balancer", "haproxy").replace("192.0.2.20:25", f"127.0.0.1:{kitchen.ports['25']}")
+    text = block("Behind a load balancer", "haproxy").replace("192.0.2.20:25", f"127.0.0.1:{kitchen.ports['25']}")
     text = text.replace("bind :25", f"bind 127.0.0.1:{front}")
     times = "defaults\n    timeout connect 60s\n    timeout client 60s\n    timeout server 60s\n"
     (kitchen.directory / "haproxy.cfg").write_text(times + text)

@@ -1,7 +1,7 @@
-"""Where accepted mail goes. A target is a plugin: it adds the handlers that make 250 true.
+"""Where accepted mail goes. A target is a plugin: its handlers deliver the message before the client gets 250.
 
-It has ``name``, the label of its metrics; ``problem()``: why it cannot deliver now, or None; and ``check()``, which looks whether
-it could if it were used, makes nothing for that, and raises OSError if not; what it gives is a remark for people, or None.
+It has ``name``, the label of its metrics; ``problem()``, which returns why it cannot deliver now, or None; and ``check()``, which
+creates nothing, raises OSError if the target could not deliver, and returns a remark for the operator, or None.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Target(Protocol):
 def parse_target(text: str, state: Path | None = None) -> Target:
     """``maildir:PATH``, ``lmtp:ADDR``, ``smtp:ADDR`` or ``discard:``. Raises ValueError for anything else.
 
-    ``state`` is a directory where a target may remember things, None is nowhere. It is made when it is needed.
+    ``state`` is a directory where a target may store answers; None disables that. It is created when it is needed.
     """
     kind, colon, rest = text.partition(":")
     if kind == "maildir" and rest:

@@ -1,4 +1,4 @@
-"""``discard:``: takes every message and keeps none. For measuring, and for trying a setup out."""
+"""``discard:``: accepts every message and stores none. For measuring, and for trying a setup out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A message that has been through too many servers goes round in a circle (RFC 5321 §6.3): 554 5.4.6, whatever the target.
+"""Rejects a message that has passed too many servers, and so is in a loop (RFC 5321 §6.3): 554 5.4.6, for every target.
 
-Counted are the Received fields of the header section, as it arrives.
+It counts the Received fields of the header section, as they arrive.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class HopCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        self._tail = b"\n"  # too short for a field of its own: none is counted twice
+        self._tail = b"\n"  # shorter than a field, so no field is counted twice
         self._ended = False
 
     def feed(self, text: bytes) -> None:

@@ -1,8 +1,8 @@
 """``maildir:PATH``: one file a message (https://cr.yp.to/proto/maildir.html), safe before the client gets 250.
 
-Safe means: written into tmp/, fsynced, linked into new/ under a name that nothing had, and new/ fsynced. Before the link nobody
-sees the file; after the last fsync no power loss takes it. All of it happens in threads, in one job for a message that fits into
-a batch. A delivery that fails or is cancelled leaves nothing in new/, however late that is.
+Safe means: written into tmp/, fsynced, linked into new/ under an unused name, and new/ fsynced. Before the link no reader sees
+the file; after the last fsync it survives a power loss. All of this happens in threads, in one job for a message that fits into a
+batch. A delivery that fails or is cancelled leaves nothing in new/, however late it fails.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     from fumi_core.app import Fumi
 
 BATCH = 64 * 1024
-"""Octets gathered before a thread is asked to write them."""
+"""Octets gathered before a thread writes them."""
 THREADS = 16
 """Messages written at once; each thread mostly waits for fsync."""
 NAMES = 10
-"""Names that are tried for a message when each is taken already."""
+"""Names that are tried for a message when they are taken already."""
 STALE = 36 * 3600.0
 """Seconds after which a file in tmp/ is the remains of a delivery that was killed, as the specification says."""
 WITHDRAWING = 4.0
-"""Seconds that a stop waits for deliveries that are being taken back; a master kills its workers after five."""
+"""Seconds that a stop waits for deliveries that are being withdrawn; a master kills its workers after five."""
 CLEANING = 3600.0
-"""Seconds between two looks for such files, while mail is delivered."""
+"""Seconds between two searches for such files, while mail is delivered."""
 
 _log = logging.getLogger("fumi.core")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What CIFS, FUSE and the like answer; a failing disk is EIO.
+# Errors that CIFS, FUSE and the like return for calls they do not support; a failing disk gives EIO.
 _CANNOT_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
 _NOT_KEPT = frozenset({"BINARYMIME", "DSN"})
-"""Extensions that a file with LF line ends cannot keep: binary content would change, and nobody would send the notifications."""
+"""Extensions that a file with LF line ends cannot keep: binary content would change, and no notifications would be sent."""
 
 
 class Maildir:
-    """A Maildir at ``path``, made with its tmp, new and cur when it is first used."""
+    """A Maildir at ``path``, created with its tmp, new and cur when it is first used."""
 
     name = "maildir"
 
@@ -67,10 +67,10 @@ class Maildir:
         self._clean_at = 0.0
         self._warned = False
         self.withdrawals: set[Future[None]] = set()
-        """Deliveries whose client was not sent 250, and which a thread has yet to take back."""
+        """Deliveries whose client was not sent 250, and which a thread still has to withdraw."""
 
     def __call__(self, app: Fumi) -> None:
-        """Raises OSError when the directories cannot be made."""
+        """Raises OSError when the directories cannot be created."""
         self.create()
         observer = app.observer
 
@@ -93,12 +93,12 @@ class Maildir:
         app.at_close(self._wait_for_withdrawals)
 
     def create(self) -> None:
-        # A directory that the power took takes with it what is in it, however safe that was.
+        # If a power loss removes a directory, it also removes the safely stored messages in it.
         made_in = {each.parent for each in (self.path, *self.path.parents) if not each.exists()}
         for name in ("tmp", "new", "cur"):
             (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in {self.path, self.path.parent} | made_in:
-            if os.access(directory, os.W_OK):  # else nothing of ours was made in it
+            if os.access(directory, os.W_OK):  # otherwise we created nothing in it
                 self._sync(directory)
 
     def problem(self) -> str | None:
@@ -108,7 +108,7 @@ class Maildir:
         return None
 
     def check(self) -> str | None:
-        """Raises OSError when this user cannot write to it, or make it where it is not there."""
+        """Raises OSError when this user cannot write to the directory, or cannot create it if it does not exist."""
         user = f"user {_user()}"
         missing = [each for name in ("tmp", "new", "cur") if not (each := self.path / name).exists()]
         if missing:
@@ -130,7 +130,7 @@ class Maildir:
         except BaseException:
             file.withdrawn = True
             if file.begun:
-                with contextlib.suppress(RuntimeError):  # no thread starts for it: it is queued for one that there is
+                with contextlib.suppress(RuntimeError):  # no new thread could be started: the job waits for an existing one
                     await asyncio.wrap_future(self._threads.submit(file.discard))
             raise
         ctx.accept(f"Ok: queued as {file.name}")
@@ -151,20 +151,20 @@ class Maildir:
         await self._in_thread(file, file.commit, batch)
 
     async def _in_thread(self, file: _File, work: Callable[..., None], *arguments: Any) -> None:
-        """Raises SMTPError, after a line in the log, when the disk or the system refuses."""
+        """Raises SMTPError, after a line in the log, when the disk or the system fails."""
         file.begun = True
         try:
             file.job = self._threads.submit(work, *arguments)
             await asyncio.wrap_future(file.job)
         except (OSError, RuntimeError) as error:
-            # RuntimeError: the system has no more threads to give.
+            # RuntimeError: the system has no more threads.
             problem = getattr(error, "strerror", None) or error
             event(_log, logging.ERROR, "cannot deliver", id=file.id, path=self.path, error=problem)
             full = isinstance(error, OSError) and error.errno in _FULL
             raise SMTPError(*(("4.3.1 Insufficient system storage", 452) if full else ("4.3.0 Mail store error", 451))) from None
 
     def _wait_for_withdrawals(self) -> None:
-        # A message that stayed in new/ would be there twice, since its client sends it again.
+        # If the message stayed in new/ it would be there twice, since its client sends it again.
         wait(self.withdrawals, WITHDRAWING)
 
     def _unique_name(self) -> str:
@@ -172,7 +172,7 @@ class Maildir:
         return f"{now // 10**9}.M{now // 1000 % 10**6}P{os.getpid()}Q{next(self._count)}.{self._host}"
 
     def sync_new(self) -> None:
-        """Make the names in new/ safe. Raises OSError when the disk fails."""
+        """fsync new/, so that its names survive a power loss. Raises OSError when the disk fails."""
         self._sync(self.path / "new")
 
     def _sync(self, directory: Path) -> None:
@@ -189,12 +189,12 @@ class Maildir:
     def _clean(self) -> None:
         """Remove the remains of deliveries that were killed, in a thread."""
         self._clean_at = time.monotonic() + CLEANING
-        with contextlib.suppress(RuntimeError):  # no thread to be had: the next time then
+        with contextlib.suppress(RuntimeError):  # no thread is available: try again next time
             self._threads.submit(_remove_stale, self.path / "tmp")
 
 
 def _user() -> str:
-    """The name of who the program runs as; the number of one who has none, as in a container."""
+    """The name of the user that runs the program, or its number where it has no name, as in a container."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -209,17 +209,17 @@ class _File:
         self.id = id
         self.name = maildir._unique_name()
         self.job: Future[None] | None = None
-        """The last job that a thread was given."""
+        """The last job that was given to a thread."""
         self.begun = False
         """Whether there may be something to discard."""
         self.withdrawn = False
-        """The client was not sent 250, and sends the message again: nothing is written any more, and nothing linked."""
+        """The client was not sent 250, and will send the message again: nothing more is written or linked."""
         self._maildir = maildir
         self._temporary: Path | None = None
         self._final: Path | None = None
         self._fd = -1
         self._carriage_return = b""
-        # A job that was queued although no thread started for it runs later, when another thread is free.
+        # If no thread could be started for a job, it stays queued and runs when another thread is free.
         self._lock = threading.Lock()
 
     def write(self, pieces: list[bytes]) -> None:
@@ -243,7 +243,7 @@ class _File:
         self._with_new_name(create)
 
     def _with_new_name(self, make: Callable[[str], None]) -> None:
-        """Make something under the message's name, which becomes another one while that is taken. Raises OSError."""
+        """Create a file under the message's name, or under another name if that is taken. Raises OSError."""
         for left in range(NAMES - 1, -1, -1):
             try:
                 make(self.name)
@@ -271,7 +271,7 @@ class _File:
             if not self.withdrawn:
                 self._with_new_name(self._publish)
                 self._maildir.sync_new()
-            with contextlib.suppress(OSError):  # the message is safe, and tmp/ is cleaned one day
+            with contextlib.suppress(OSError):  # the message is safe, and tmp/ is cleaned later
                 self._remove_temporary()
 
     def _publish(self, name: str) -> None:
@@ -280,13 +280,13 @@ class _File:
         try:
             _link(self._temporary, final)
         except FileExistsError:
-            # NFS says so, too, of a link that it has just made and whose confirmation was lost.
+            # NFS also returns this for a link that it has just made if the confirmation was lost.
             if not os.path.samefile(self._temporary, final):
                 raise
         self._final = final
 
     def withdraw(self) -> None:
-        """Discard the message as soon as no thread is at work on it. Returns at once."""
+        """Discard the message as soon as no thread is working on it. Returns at once."""
         self.withdrawn = True
         if self.job is None:
             return
@@ -302,7 +302,7 @@ class _File:
         self.job.add_done_callback(take_back)
 
     def discard(self) -> None:
-        """Leave nothing of the message; what cannot be removed is logged."""
+        """Remove every file of the message; a file that cannot be removed is logged."""
         with self._lock:
             for remove in (self._close, self._remove_final, self._remove_temporary):
                 try:
@@ -333,7 +333,7 @@ class _File:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file another name, or a new one where the file system has no hard links. Raises FileExistsError, OSError."""
+    """Link a file under another name, or rename it on a file system without hard links. Raises FileExistsError, OSError."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -345,7 +345,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _remove_stale(tmp: Path) -> None:
-    """Remove files of which the last octet was written longer than STALE ago."""
+    """Remove files that were written last more than STALE seconds ago."""
     oldest, removed = time.time() - STALE, 0
     try:
         with os.scandir(tmp) as entries:
@@ -360,7 +360,7 @@ def _remove_stale(tmp: Path) -> None:
 
 def _remove_if_older(entry: os.DirEntry[str], oldest: float) -> bool:
     if entry.name.startswith("."):
-        return False  # the file system's own, such as .nfs0001
+        return False  # a file of the file system itself, such as .nfs0001
     found = entry.stat(follow_symlinks=False)
     if not stat.S_ISREG(found.st_mode) or found.st_mtime >= oldest:
         return False

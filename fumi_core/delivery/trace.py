@@ -7,7 +7,7 @@ import re
 from fumi_core.smtp.session import Session
 
 MAX_LINE = 998
-"""Octets of a line, without CRLF (RFC 5322 §2.1.1). What has no colon by then is not taken for a header field."""
+"""Octets of a line, without CRLF (RFC 5322 §2.1.1). A line without a colon by then does not count as a header field."""
 
 # field-name, and the space that RFC 5322 §4.5 (obs-optional) still allows before the colon
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
@@ -15,7 +15,7 @@ _PERHAPS_FIELD = re.compile(rb"(?:[!-9;-~]+[ \t]*|\r?)\Z")
 
 
 def trace_headers(session: Session) -> bytes:
-    """What final delivery puts in front: Return-Path, a Delivered-To for each recipient, Received."""
+    """The fields that final delivery adds at the top: Return-Path, a Delivered-To for each recipient, Received."""
     envelope = session.envelope
     sender = envelope.mail_from.address if envelope.mail_from else ""
     recipients = dict.fromkeys(each.address for each in envelope.rcpt_to)
@@ -39,7 +39,7 @@ class Traced:
         self._begun = False
 
     def feed(self, piece: bytes) -> bytes:
-        """Take the next piece of the message and return what can be passed on: nothing while the first line is undecided."""
+        """Take the next piece of the message; return what can be passed on, which is nothing until the first line is complete."""
         if self._begun:
             return piece
         self._text += piece
@@ -48,7 +48,7 @@ class Traced:
         return self.end()
 
     def end(self) -> bytes:
-        """Return what is left when the message has ended."""
+        """Return the rest when the message has ended."""
         if self._begun:
             return b""
         self._begun = True

@@ -1,1 +1,1 @@
-"""Delivery to another server by SMTP or LMTP, and the memory of its answers."""
+"""Delivery to another server by SMTP or LMTP, and the store of its replies."""

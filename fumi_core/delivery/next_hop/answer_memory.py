@@ -1,16 +1,16 @@
-"""Remembers what an LMTP next hop answered for each recipient, where the client speaks SMTP and gets one reply for them all.
+"""Remembers an LMTP next hop's reply for each recipient, where the client speaks SMTP and gets one reply for all of them.
 
-When the answers differ, the client gets a 451 and sends the whole message again. Then
+When the replies differ, the client gets a 451 and sends the whole message again. Then
 
 - a recipient that has the message is answered 250 and gets no second copy: decided at the end of the message, by a hash of its
-  text, so another message is never taken for it;
-- a recipient that was rejected is rejected at RCPT, in the next hop's words, so that the client bounces this recipient alone. The
-  text is not known at RCPT, so this is decided by what clients repeat when they try again: reverse-path, recipient, SIZE,
-  ENVID, login, and the client's network where there is no SIZE. Another message that has all of these in common is rejected by
-  mistake; but only once, since an answer used at RCPT is forgotten, and only if the first message did not come again before.
+  content, so another message is never mistaken for it;
+- a recipient that was rejected is rejected at RCPT, with the next hop's reply, so that the client bounces only this recipient.
+  The content is not known at RCPT, so this is decided by what clients repeat when they retry: reverse-path, recipient, SIZE,
+  ENVID, login, and the client's network where there is no SIZE. Another message with all of these in common is rejected by
+  mistake; but only once, since a reply used at RCPT is deleted, and only if the first message was not sent again before.
 
-Two deliveries of one message never overlap, in all workers: see ``message_locks``. Without the database (see ``answer_store``) or
-when it fails nothing is remembered: one warning is logged, and recipients that have the message may get it again.
+Two deliveries of one message never overlap, in all workers: see ``message_locks``. If the database (see ``answer_store``) is
+missing or fails, nothing is remembered: one warning is logged, and recipients that have the message may get it again.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _log = logging.getLogger("fumi.core")
 DISK = 10.0
 """Seconds to wait for the database."""
 OTHER_DELIVERY = 30.0
-"""Seconds to wait for another delivery of the same message, whose client has probably given it up."""
+"""Seconds to wait for another delivery of the same message, whose client has probably disconnected."""
 POLL = 0.02
-"""Seconds after which to look again whether it has ended."""
+"""Seconds between two checks whether it has ended."""
 LONGEST = 2000
-"""Characters of an answer that are kept."""
+"""Characters of a reply that are kept."""
 
 
 class AnswerMemory:
-    """The answers remembered in ``directory``. No method raises OSError but ``prepare()``."""
+    """The replies remembered in ``directory``. No method except ``prepare()`` raises OSError."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -54,15 +54,15 @@ class AnswerMemory:
         self._failing = False
 
     def prepare(self) -> None:
-        """Make what is not there. Raises OSError when the directory or the database cannot be used."""
+        """Create the directory and the database if they do not exist. Raises OSError when they cannot be used."""
         self._store.prepare()
         try:
             self._locks.stamp()
         finally:
-            self._locks.close()  # it would be shared with the workers
+            self._locks.close()  # otherwise the workers would share it
 
     def problem(self) -> str | None:
-        """Why ``prepare()`` would fail; None if it would not. Makes nothing."""
+        """Why ``prepare()`` would fail; None if it would not. Creates nothing."""
         there = next(each for each in (self.directory.absolute(), *self.directory.absolute().parents) if each.exists())
         if not there.is_dir():
             return f"{there} is not a directory"
@@ -74,14 +74,14 @@ class AnswerMemory:
         self._store.close()
 
     async def answers(self, session: Session, sender: Address) -> MessageAnswers:
-        """Those to the message that begins with this MAIL, as far as they can be known."""
+        """The known replies to the message that begins with this MAIL."""
         found: list[Remembered] = []
         if not self._is_empty():
             found = await self._look_up(sender.address)
         return MessageAnswers(self, sender.address, attempt_of(session, sender), found)
 
     def _is_empty(self) -> bool:
-        """Whether it is known, without a look into the database, that nothing is remembered."""
+        """True if certainly nothing is remembered; makes no query of the database."""
         try:
             return self._empty_at is not None and self._locks.stamp() == self._empty_at
         except OSError:
@@ -113,9 +113,9 @@ class AnswerMemory:
         return future
 
     async def claim(self, digest: bytes, alone: bool) -> bool:
-        """Wait until no other delivery of this message is under way; False when that takes too long.
+        """Wait until no other delivery of this message is in progress; False when that takes too long.
 
-        ``alone`` keeps others from beginning, until ``release()``.
+        ``alone`` keeps other deliveries from beginning, until ``release()``.
         """
         try:
             async with asyncio.timeout(OTHER_DELIVERY):
@@ -131,7 +131,7 @@ class AnswerMemory:
         self._locks.release(digest)
 
     async def result(self, future: asyncio.Future[T], otherwise: T) -> T:
-        """What the database says; ``otherwise`` when it fails or takes too long."""
+        """The database's result; ``otherwise`` when it fails or takes too long."""
         try:
             async with asyncio.timeout(DISK):
                 result = await future
@@ -161,7 +161,7 @@ class AnswerMemory:
 
 
 class MessageAnswers:
-    """The answers to the recipients of one message. ``hash`` is to be fed its text."""
+    """The replies to the recipients of one message. Feed ``hash`` the message's content."""
 
     def __init__(self, memory: AnswerMemory, sender: str, attempt: bytes, found: Iterable[Remembered]) -> None:
         self.hash = blake2b(digest_size=32)
@@ -177,28 +177,29 @@ class MessageAnswers:
         self._delivered: dict[str, Answer] = {}
         self._agreed = False
 
-    # Before the text is known
+    # Before the content is known
 
     def may_know(self, recipients: Iterable[str]) -> bool:
-        """Whether the message may have an answer already for one of these."""
+        """Whether the message may already have a reply for one of these recipients."""
         return any(each in self._found for each in recipients)
 
     def recall(self, recipient: str) -> Answer | None:
-        """The answer that the message probably has for this recipient. A rejection is forgotten by that."""
+        """The reply that the message probably has for this recipient. A rejection is deleted by this call."""
         likely = [each for each in self._found.get(recipient, ()) if each.attempt == self._attempt]
         if len(likely) != 1:
-            return None  # of several nobody could say which
+            return None  # several messages match, so the reply is ambiguous
         (answer,) = likely
         if answer.code >= 400:
             self._memory.forget(self._sender, answer.digest, [recipient])
         return _answer(answer)
 
-    # When it is
+    # When the content is known
 
     async def begin(self, recipients: Iterable[str], *, alone: bool) -> dict[str, Answer] | None:
-        """Begin to deliver the message. Returns the answers that these recipients have; None if it is being delivered already.
+        """Begin to deliver the message. Returns the replies that these recipients have; None if a delivery is in progress
+        already.
 
-        ``alone`` keeps a second delivery from beginning until ``end()``; without it there must be just one answer to come.
+        ``alone`` keeps a second delivery from beginning until ``end()``; without it exactly one reply must be outstanding.
         """
         self._digest = self.hash.digest()
         if not await self._memory.claim(self._digest, alone):
@@ -209,22 +210,22 @@ class MessageAnswers:
         return {each: _answer(rows[each]) for each in self._recorded}
 
     def record(self, answers: Mapping[str, Answer]) -> None:
-        """Keep these that have come while others are still to come."""
+        """Store the replies received so far, while others are outstanding."""
         if new := {each: answer for each, answer in answers.items() if each not in self._recorded}:
             self._write(new)
 
     async def keep(self, answers: Mapping[str, Answer]) -> None:
-        """Keep all of these, for when the client comes again; returns when they are safe."""
+        """Store all of these for the client's next attempt; returns when they are on disk."""
         if answers:
             await self._memory.result(self._write(answers), None)
 
     def agree(self, delivered: Mapping[str, Answer]) -> None:
-        """All answers are alike, so the client is about to get one reply for all; ``delivered`` are the positive ones."""
+        """All replies are alike, so the client is about to get one reply for all; ``delivered`` are the positive ones."""
         self._agreed = True
         self._delivered = dict(delivered)
 
     def end(self, answered: bool) -> None:
-        """The client got its reply, and nothing need be remembered; or it has gone, and will send the message again."""
+        """The client got its reply, so nothing has to be remembered; or it has disconnected, and will send the message again."""
         future: asyncio.Future[None] | None = None
         if answered and self._agreed and self._recorded:
             future = self._memory.forget(self._sender, self._digest, self._recorded)
@@ -247,7 +248,7 @@ class MessageAnswers:
 
 
 def attempt_of(session: Session, sender: Address) -> bytes:
-    """What is the same when a client sends a message again, apart from addresses and text."""
+    """A hash of what stays the same when a client sends a message again, apart from addresses and content."""
     size, envid = sender.args.get("SIZE"), sender.args.get("ENVID")
     network = block_of(session.remote_address, ipv4=24, ipv6=64) if size is None else ""
     login = "" if session.user is None else str(session.user)

@@ -1,8 +1,8 @@
-"""The next hop's answers to recipients whose message is not settled yet, in a database that all workers share.
+"""The next hop's replies to recipients of messages that are not settled yet, in a database that all workers share.
 
-One thread does the work of each process: it takes the jobs that wait, runs them in one transaction, and tells their results after
-the commit. What was told is on the disk (``synchronous=FULL``). A database that is broken, full or another program's is an
-``OSError`` for whoever asked; the next job tries again.
+In each process one thread does the work: it takes the waiting jobs, runs them in one transaction, and reports their results after
+the commit. A reported result is on disk (``synchronous=FULL``). A database that is broken, full or another program's leads to an
+``OSError`` for the caller; the next job tries again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 KEPT = 5 * 86400
-"""Seconds for which an answer is kept: as long as clients try again (RFC 5321 §4.5.4.1)."""
+"""Seconds for which a reply is kept: as long as clients retry (RFC 5321 §4.5.4.1)."""
 MOST = 100_000
-"""Answers kept at most; beyond that the oldest are forgotten."""
+"""Replies kept at most; beyond that the oldest are deleted."""
 BUSY = 5.0
 """Seconds to wait for another worker's transaction."""
 LEAVE = 2.0
@@ -44,9 +44,9 @@ PRAGMA user_version = {_VERSION};
 
 
 class Remembered(NamedTuple):
-    """One answer: ``code`` and ``text`` that the next hop gave ``recipient`` for the message with this ``digest``.
+    """One reply: ``code`` and ``text`` that the next hop sent for ``recipient`` of the message with this ``digest``.
 
-    ``attempt`` is what is known of a message before its text, and is the same when the client sends it again.
+    ``attempt`` identifies a message before its content is known, and is the same when the client sends it again.
     """
 
     recipient: str
@@ -73,13 +73,13 @@ class AnswerStore:
         self._until_count = 0
 
     def prepare(self) -> None:
-        """Make the directory and the database if they are not there. Raises OSError when they cannot be used."""
+        """Create the directory and the database if they do not exist. Raises OSError when they cannot be used."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _as_os_error(), contextlib.closing(self._open()) as connection:
             connection.execute("DELETE FROM answers WHERE time < ?", [time.time() - KEPT])
 
     def problem(self) -> str | None:
-        """Why a database that is there cannot be used; None if it can, or is not there."""
+        """Why an existing database cannot be used; None if it can, or does not exist."""
         try:
             if self.path.exists():
                 with _as_os_error():
@@ -89,7 +89,7 @@ class AnswerStore:
         return None
 
     def close(self) -> None:
-        """Wait, for a short time, until the thread has done what it was given."""
+        """Wait, for at most LEAVE seconds, until the thread has finished its jobs."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._tasks.put(None)
@@ -104,21 +104,21 @@ class AnswerStore:
         self._tasks.put(_Task(job, writes, loop, future))
         return future
 
-    # What is asked of it; each future has the result after the commit, or an OSError
+    # Jobs; each future gets the result after the commit, or an OSError
 
     def is_empty(self) -> asyncio.Future[bool]:
         return self._submit(lambda connection: connection.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None, False)
 
     def of_sender(self, sender: str) -> asyncio.Future[list[Remembered]]:
-        """All answers to recipients of mail from ``sender``."""
+        """All replies to recipients of mail from ``sender``."""
         return self._submit(_selection("sender = ?", sender), False)
 
     def of_message(self, sender: str, digest: bytes) -> asyncio.Future[list[Remembered]]:
-        """The answers to recipients of this message."""
+        """The replies to recipients of this message."""
         return self._submit(_selection("sender = ? AND digest = ?", sender, digest), False)
 
     def record(self, sender: str, answers: Iterable[Remembered]) -> asyncio.Future[None]:
-        """Keep these answers, in place of earlier ones to the same recipients of the same message."""
+        """Store these replies, in place of earlier ones to the same recipients of the same message."""
         rows = list(answers)
 
         def job(connection: sqlite3.Connection) -> None:
@@ -141,7 +141,7 @@ class AnswerStore:
         return self._submit(job, True)
 
     def _bound(self, connection: sqlite3.Connection, added: int) -> None:
-        """Forget the oldest answers if there are too many. They are counted, which takes a while, only when there may be."""
+        """Delete the oldest replies if there are too many. They are counted, which is slow, only when that is possible."""
         self._until_count -= added
         if self._until_count > 0:
             return
@@ -166,7 +166,7 @@ class AnswerStore:
         _close(connection)
 
     def _run(self, tasks: list[_Task], connection: sqlite3.Connection | None) -> sqlite3.Connection | None:
-        """Returns the connection for the next time: None after a failure."""
+        """Returns the connection for the next run; None after a failure."""
         failure: OSError | None = None
         results: list[Any] = [None] * len(tasks)
         try:
@@ -180,7 +180,7 @@ class AnswerStore:
             _close(connection)
             connection = None
         for task, result in zip(tasks, results, strict=True):
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
                 task.loop.call_soon_threadsafe(_settle, task.future, result, failure)
         return connection
 
@@ -219,7 +219,7 @@ def _as_os_error() -> Iterator[None]:
 
 def _close(connection: sqlite3.Connection | None) -> None:
     if connection is not None:
-        with contextlib.suppress(sqlite3.Error):  # it is of no use any more, whatever the error is
+        with contextlib.suppress(sqlite3.Error):  # the connection is useless now, whatever the error is
             connection.close()
 
 

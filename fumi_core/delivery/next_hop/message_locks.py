@@ -1,7 +1,7 @@
 """Which messages are being delivered at this moment, by all workers: a byte of a file is locked for each (fcntl(2), F_SETLK).
 
-The kernel frees the locks of a process that dies. The beginning of the file has another use: 8 octets that change with every
-answer that is remembered, so that a worker can tell without asking the database that there is still none.
+The kernel frees the locks of a process that dies. The first 8 octets of the file change with every reply that is remembered, so
+that a worker can tell without a query of the database that nothing was added.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class MessageLocks:
         self._held: set[bytes] = set()
 
     def acquire(self, digest: bytes) -> bool:
-        """Lock the message with this digest; False if somebody else has it. Raises OSError."""
+        """Lock the message with this digest; False if it is locked already. Raises OSError."""
         if digest in self._held or not self._lock(digest):
             return False
         self._held.add(digest)
         return True
 
     def is_free(self, digest: bytes) -> bool:
-        """Whether nobody has locked this message. Raises OSError."""
+        """Whether this message is not locked. Raises OSError."""
         if digest in self._held or not self._lock(digest):
             return False
         self._unlock(digest)
@@ -38,7 +38,7 @@ class MessageLocks:
 
     def release(self, digest: bytes) -> None:
         self._held.discard(digest)
-        with contextlib.suppress(OSError):  # it ends with the process
+        with contextlib.suppress(OSError):  # the lock ends with the process
             self._unlock(digest)
 
     def stamp(self) -> bytes:
@@ -57,7 +57,7 @@ class MessageLocks:
     def _lock(self, digest: bytes) -> bool:
         try:
             fcntl.lockf(self._file(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _offset(digest))
-        except (BlockingIOError, PermissionError):  # either, says POSIX
+        except (BlockingIOError, PermissionError):  # POSIX allows either
             return False
         return True
 
@@ -71,5 +71,5 @@ class MessageLocks:
 
 
 def _offset(digest: bytes) -> int:
-    """Where the message's byte is; it need not exist in the file."""
+    """The position of the message's byte; it need not exist in the file."""
     return _STAMP + (int.from_bytes(digest[:8], "big") >> 2)

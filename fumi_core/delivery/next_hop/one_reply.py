@@ -1,4 +1,4 @@
-"""One reply made of several answers: the client speaks SMTP, and the next hop answers for each recipient (RFC 2033 §4.2)."""
+"""One reply made of several: the client speaks SMTP, and the next hop replies for each recipient (RFC 2033 §4.2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from fumi_core.errors import SMTPError
 
 QUOTED = 10
-"""Answers that a reply quotes at most."""
+"""Replies that the joint reply quotes at most."""
 
 _STATUS = re.compile(r"([245]\.\d{1,3}\.\d{1,3}) ")
 
@@ -21,7 +21,7 @@ def agree(errors: Iterable[SMTPError | None]) -> bool:
 def joint_error(errors: Mapping[str, SMTPError]) -> SMTPError:
     """The reply when the message was deferred for all recipients, or rejected for all.
 
-    Answers with the same code and enhanced status code become the lines of one reply; any others are quoted.
+    Replies with the same code and enhanced status code become the lines of one reply; others are quoted.
     """
     distinct = list({(error.code, error.message): error for error in errors.values()}.values())
     if len(distinct) == 1:
@@ -35,13 +35,13 @@ def joint_error(errors: Mapping[str, SMTPError]) -> SMTPError:
 
 
 def mixed_error(errors: Mapping[str, SMTPError | None]) -> SMTPError:
-    """The reply when answers differ: the client keeps the message, and sends it again."""
+    """The reply when the next hop's replies differ: the client keeps the message, and sends it again."""
     failed = {recipient: error for recipient, error in errors.items() if error is not None}
     delivered = f"Delivered to {len(errors) - len(failed)} of {len(errors)} recipients, try again later for the others"
     return SMTPError(f"4.2.0 {delivered}{_quotes(failed)}", 451)
 
 
 def _quotes(errors: Mapping[str, SMTPError]) -> str:
-    """A line for each of the first recipients."""
+    """One line for each of the first recipients."""
     first = list(errors.items())[:QUOTED]
     return "".join(f"\n<{recipient}>: {error.code} {error.message.partition(chr(10))[0]}" for recipient, error in first)

@@ -1,7 +1,7 @@
 """Sends a message to the next hop piece by piece: by DATA (RFC 5321 §4.1.1.4) or by BDAT (RFC 3030 §2).
 
-An error before the last piece is raised, and the caller then cuts the connection: without the terminating dot, or LAST, the next
-hop has no message.
+An error before the last piece is raised, and the caller then aborts the connection: without the terminating dot, or LAST, the
+next hop does not accept the message.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ CHUNK = 64 * 1024
 """Octets, at least, of each chunk but the last."""
 
 Verdict = Answer | Failure
-"""What became of the message, for a recipient or for all: the next hop's reply, or why there is none."""
+"""The result for a recipient or for all: the next hop's reply, or why there is no reply."""
 
 
 class Transfer:
-    """One message for the next hop, whose ``count`` verdicts are wanted.
+    """One message for the next hop, which sends ``count`` replies to it.
 
-    Each piece is sent when it comes. ``before_end`` is awaited when all but the end was sent: what it raises keeps the message
-    from being delivered. ``waiting`` is called with the verdicts so far, whenever the next has to be waited for.
+    Each piece is sent when it arrives. ``before_end`` is awaited when all but the end was sent: if it raises, the message is not
+    delivered. ``waiting`` is called with the verdicts so far, whenever the next reply is awaited.
     """
 
     __slots__ = ("_ctx", "_pieces", "before_end", "count", "waiting")
@@ -41,7 +41,7 @@ class Transfer:
     async def run(self, connection: NextHopConnection) -> list[Verdict]:
         """Send our Received field, then the message, and return the verdicts.
 
-        Raises Failure, SMTPError if the message must not be passed on, MessageAborted if it is not whole.
+        Raises Failure, SMTPError if the message must not be passed on, MessageAborted if it is incomplete.
         """
         if self._ctx.session.envelope.body == "BINARYMIME":
             return await self._by_bdat(connection)

@@ -1,14 +1,14 @@
 """``smtp:ADDR`` and ``lmtp:ADDR``: passes each transaction through to another server, and its replies back.
 
-MAIL and RCPT are sent to the next hop when the client sends them, so that each rejection is given where it belongs, in the next
-hop's words; the message is passed on as it arrives and kept nowhere, so the client's 250 is the next hop's own. A next hop that
-fails is 451: the client keeps the mail. Nothing is sent again once the message is under way: nobody could tell whether that would
-be twice.
+MAIL and RCPT are sent to the next hop when the client sends them, so that each rejection is the reply to the command that caused
+it, with the next hop's text; the message is passed on as it arrives and is not stored, so the client's 250 is the next hop's own.
+When the next hop fails, the reply is 451: the client keeps the mail. After the message is under way nothing is sent again, since
+that could deliver it twice.
 
-LMTP answers for each recipient. A client that speaks LMTP too gets these answers one by one. One that speaks SMTP gets a single
-reply: the answers' own when they agree (``one_reply``), else a 451, and then it sends everything again. So the answers are
-remembered (``answer_memory``), and a message that may have some already is kept (``spool``) until its text is known. Then it is
-passed on to the recipients that still need it.
+In LMTP the next hop replies for each recipient. A client that also speaks LMTP gets these replies one by one. A client that
+speaks SMTP gets a single reply: the common one when they agree (``one_reply``), else a 451, after which it sends everything
+again. So the replies are remembered (``answer_memory``), and a message that may have some already is kept (``spool``) until its
+content is known. Then it is passed on to the recipients that still need it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger("fumi.core")
 
 _MISCONFIGURED = (530, 534, 535, 538)
-"""Replies of a server that wants STARTTLS or AUTH (RFC 3207 §4, RFC 4954 §6): nothing that the client could change."""
+"""Replies of a server that requires STARTTLS or AUTH (RFC 3207 §4, RFC 4954 §6): the client cannot correct that."""
 
 
 class _Transaction:
-    """The next hop's side of a transaction: its connection, the recipients it accepted, in that order, and what ended it early.
+    """The next hop's side of a transaction: its connection, the recipients it accepted, in order, and what ended it early.
 
-    ``answers`` is there if they have to be remembered; ``rejected`` are recipients whose rejection was.
+    ``answers`` is set if the replies have to be remembered; ``rejected`` are recipients with a remembered rejection.
     """
 
     __slots__ = ("answers", "connection", "ended", "recipients", "rejected", "sender")
@@ -63,12 +63,12 @@ class _Transaction:
 
 
 class NextHop:
-    """The server at ``address``, spoken to by ``protocol``."""
+    """The server at ``address``, which speaks ``protocol``."""
 
     def __init__(self, protocol: Dialect, address: SocketAddress, state: Path | None = None) -> None:
-        """``state`` is where answers that differ are remembered; None is nowhere.
+        """``state`` is the directory where differing replies are remembered; None disables that.
 
-        Raises ValueError for an address that nobody can connect to.
+        Raises ValueError for an address that cannot be connected to.
         """
         if address.kind == "fd" or (address.kind == "tcp" and not (address.host and address.port)):
             raise ValueError(f"{address} is no next hop: write HOST:PORT, [V6]:PORT or unix:/path")
@@ -82,7 +82,7 @@ class NextHop:
         self._memory: AnswerMemory | None = None
 
     def __call__(self, app: Fumi) -> None:
-        """The handlers behind are asked first: of what they refuse, the next hop never hears."""
+        """Handlers added later run first: commands that they reject are never sent to the next hop."""
         self._observer = app.observer
         joint = self.protocol == "lmtp" and not app.options.lmtp
         memory = self._make_memory() if joint else None
@@ -97,7 +97,7 @@ class NextHop:
             await self._recipient(ctx.session, ctx.address)
 
         def hash_text(ctx: DataContext, next: Next) -> Next:
-            """The client's own text: what other handlers make of it may differ each time."""
+            """Hash the client's own content: the output of other handlers may differ each time."""
             transaction = self._transactions.get(ctx.session)
             if transaction is not None and transaction.answers is not None:
                 ctx.stream.tap(transaction.answers.hash.update)
@@ -131,7 +131,7 @@ class NextHop:
         return trouble and f"{self.name}:{self.address}: {trouble}"
 
     def check(self) -> str | None:
-        """Raises OSError when the next hop does not greet; that answers cannot be remembered is a remark."""
+        """Raises OSError when the next hop does not greet. Returns a remark when replies cannot be remembered."""
         trouble = probe(self.address)
         if trouble is not None:
             raise OSError(trouble)
@@ -173,13 +173,13 @@ class NextHop:
         if transaction.ended is not None:
             raise transaction.ended
         if recipient.address in transaction.recipients:
-            return  # a client that says it twice wants it once, and LMTP would answer twice
+            return  # a repeated recipient is sent once: in LMTP the next hop would reply twice
         if not self._recall(session, transaction, recipient.address):
             await self._say_recipient(session, transaction, transaction.connection, recipient)
         transaction.recipients[recipient.address] = recipient
 
     def _recall(self, session: Session, transaction: _Transaction, recipient: str) -> bool:
-        """Whether the recipient probably has the message. Raises SMTPError when it probably was rejected."""
+        """Whether the recipient probably has the message. Raises SMTPError when it was probably rejected."""
         if recipient in transaction.rejected:
             raise transaction.rejected[recipient]
         answer = transaction.answers.recall(recipient) if transaction.answers is not None else None
@@ -192,7 +192,7 @@ class NextHop:
     async def _say_recipient(
         self, session: Session, transaction: _Transaction, to: NextHopConnection, recipient: Address
     ) -> None:
-        """Raises SMTPError for a rejection; the next hop's 421, and its failure, end the transaction."""
+        """Raises SMTPError for a rejection. A 421 from the next hop, or its failure, ends the transaction."""
         try:
             answer = await to.say(rcpt_command(recipient, to), RCPT)
         except Failure as failure:
@@ -207,7 +207,7 @@ class NextHop:
     # The message
 
     async def _pass_on(self, ctx: DataContext) -> dict[str, Verdict]:
-        """The next hop's verdict for each recipient: in SMTP the same for all."""
+        """The next hop's verdict for each recipient; in SMTP the same for all."""
         transaction = self._transactions.get(ctx.session)
         if transaction is None or transaction.connection is None:
             raise self._bypassed(ctx.session)
@@ -247,7 +247,7 @@ class NextHop:
         self._hop.give_back(connection, clean=all(isinstance(each, Answer) and each.positive for each in verdicts))
         return verdicts
 
-    # A message that may have been here before
+    # A message that may have been received before
 
     async def _pass_on_kept(self, ctx: DataContext, transaction: _Transaction, answers: MessageAnswers) -> dict[str, Verdict]:
         spool = Spool(self.state)
@@ -274,7 +274,7 @@ class NextHop:
     async def _send_kept(
         self, ctx: DataContext, spool: Spool, sender: Address, recipients: Mapping[str, Address], answers: MessageAnswers
     ) -> dict[str, Verdict]:
-        """A whole transaction for these recipients. What would have been answered at MAIL or RCPT is a verdict like any other."""
+        """Send a whole transaction for these recipients. A rejection of MAIL or RCPT is a verdict like any other."""
         verdicts: dict[str, Verdict] = {}
         try:
             connection, answer = await self._hop.mail(ctx.session, sender)
@@ -301,7 +301,7 @@ class NextHop:
     # The reply
 
     async def _answer(self, ctx: DataContext, verdicts: Mapping[str, Verdict], joint: bool) -> None:
-        """``joint`` tells that the client gets one reply for answers that may differ."""
+        """``joint`` tells that the client gets one reply for verdicts that may differ."""
         self._log_verdicts(ctx.session, verdicts.values())
         errors = {name: _error(verdict) for name, verdict in verdicts.items()}
         first = next(iter(errors.values()))
@@ -314,7 +314,7 @@ class NextHop:
         for name, error in errors.items():
             if error is not None:
                 ctx.reject_recipient(name, error.message, error.code)
-        # All recipients hear the same 250, so words that the next hop had for one of them are not for the others.
+        # All recipients get the same 250, so the next hop's text for one of them is left out.
         words = {each.text for each in verdicts.values() if isinstance(each, Answer) and each.positive}
         if len(words) == 1:
             ctx.accept(words.pop())
@@ -322,7 +322,7 @@ class NextHop:
     async def _answer_jointly(
         self, ctx: DataContext, verdicts: Mapping[str, Verdict], errors: Mapping[str, SMTPError | None]
     ) -> None:
-        """Raises the SMTPError to answer with, unless the message was accepted for all."""
+        """Raises the SMTPError to reply with, unless the message was accepted for all."""
         transaction = self._transactions.get(ctx.session)
         answers = transaction.answers if transaction is not None else None
         failed = {name: error for name, error in errors.items() if error is not None}
@@ -340,15 +340,15 @@ class NextHop:
         event(_log, logging.INFO, "answers differ", id=ctx.session.id, **counts)
         raise mixed_error(errors)
 
-    # What goes wrong
+    # Errors
 
     def _judge(self, session: Session, answer: Answer) -> SMTPError | None:
-        """What the client is to be answered; None for a positive answer."""
+        """The error to reply with; None for a positive reply."""
         self._log_verdicts(session, [answer])
         return _error(answer)
 
     def _failed(self, session: Session, failure: Failure) -> SMTPError:
-        """A delivery ends by it, though no message has begun."""
+        """Count and log a failed delivery, even if no message has begun."""
         self._log_verdicts(session, [failure])
         error = SMTPError(failure.text, 451)
         self._count(error)
@@ -366,7 +366,7 @@ class NextHop:
                 return
 
     def _bypassed(self, session: Session) -> SMTPError:
-        """Some handler accepted, or refused, what the next hop was not asked about, or has accepted."""
+        """A handler accepted, or rejected, something that the next hop was not asked about, or has accepted."""
         event(_log, logging.ERROR, "the next hop was left out: handlers must call next(), and refuse before it", id=session.id)
         return SMTPError("4.3.5 Error: recipients and next hop do not agree", 451)
 
@@ -376,21 +376,21 @@ class NextHop:
     # The end of a transaction
 
     def _end(self, session: Session, answered: bool) -> None:
-        """The client gets its reply, or gives the transaction up; or it has gone (``answered`` is False)."""
+        """The client gets its reply, or ends the transaction; or it has disconnected (``answered`` is False)."""
         transaction = self._transactions.pop(session, None)
         if transaction is None:
             return
         if transaction.connection is not None:
             self._hop.give_back(transaction.connection, clean=False)
         if transaction.answers is not None and answered:
-            # The reply is sent before anything is forgotten.
+            # Send the reply before anything is deleted.
             asyncio.get_running_loop().call_soon(transaction.answers.end, True)
         elif transaction.answers is not None:
             transaction.answers.end(False)
 
 
 def _error(verdict: Verdict) -> SMTPError | None:
-    """What the client is to be answered: the next hop's own code and words. Its 421 ends its connection, not the client's."""
+    """The error to reply with: the next hop's own code and text. A 421 ends the next hop's connection, not the client's."""
     if isinstance(verdict, Failure):
         return SMTPError(verdict.text, 451)
     if verdict.positive:
@@ -401,7 +401,7 @@ def _error(verdict: Verdict) -> SMTPError | None:
 
 
 def _final(verdicts: Mapping[str, Verdict]) -> dict[str, Answer]:
-    """Those that will not change: accepted, or rejected for good."""
+    """The final verdicts: accepted, or rejected permanently."""
     final = {}
     for name, verdict in verdicts.items():
         error = _error(verdict)
@@ -411,13 +411,13 @@ def _final(verdicts: Mapping[str, Verdict]) -> dict[str, Answer]:
 
 
 def _recorder(answers: MessageAnswers, recipients: Iterable[str]) -> Callable[[Sequence[Verdict]], None]:
-    """Records the verdicts that have come, for these recipients in this order."""
+    """Return a function that records the verdicts received so far, for these recipients in this order."""
     names = list(recipients)
     return lambda verdicts: answers.record(_final(dict(zip(names, verdicts, strict=False))))
 
 
 async def _begin_new(answers: MessageAnswers, recipients: Collection[str]) -> None:
-    """Raises SMTPError if the message is no new one, contrary to what was known before its text: nothing was delivered yet."""
+    """Raises SMTPError if the message turns out to be a repeated one: nothing was delivered yet."""
     known = await answers.begin(recipients, alone=len(recipients) > 1)
     if known is None:
         raise SMTPError("4.2.0 This message is being delivered, try again later", 451)

@@ -30,7 +30,7 @@ from fumi_core.version import VERSION
 
 
 class DomainType(click.ParamType):  # type: ignore[type-arg]
-    """What is behind the @ of a recipient; stays text, as it is written in addresses."""
+    """A recipient's domain, after the @; stays a string, in the form used in addresses."""
 
     name = "domain"
 

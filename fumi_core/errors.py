@@ -1,4 +1,4 @@
-"""What can go wrong in a handler's hands, as types with the reply each leads to."""
+"""The errors that a handler may raise or get, as types with the reply that each leads to."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ class SMTPError(Exception):
 
 
 class MessageAborted(Exception):
-    """The message being read will never be complete: the client disconnected, broke the framing, or took too long."""
+    """The message being read will never be complete: the client disconnected, sent invalid framing, or took too long."""

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class RecordedMessage:
-    """A message that was answered 250: its session, its envelope, and its text with CRLF line ends."""
+    """A message that was answered 250: its session, its envelope, and its content with CRLF line ends."""
 
     session: Session
     envelope: Envelope
@@ -32,7 +32,7 @@ class RecordedMessage:
 
 
 class RunningServer:
-    """A serving app: ``host``, ``port``, and the ``messages`` accepted so far."""
+    """A running server: its ``host`` and ``port``, and the ``messages`` accepted so far."""
 
     def __init__(self, app: Fumi, loop: asyncio.AbstractEventLoop, messages: list[RecordedMessage]) -> None:
         self.app = app
@@ -50,8 +50,8 @@ class RunningServer:
 def running(app: Fumi, *, record: bool = True) -> Iterator[RunningServer]:
     """Serve ``app`` on a free port of 127.0.0.1 until the block ends.
 
-    To record messages, a handler before the app's own keeps their text; without ``record`` there is none. Raises OSError when
-    it cannot listen.
+    To record messages, a handler before the app's own keeps their content; without ``record`` there is no such handler. Raises
+    OSError when it cannot listen.
     """
     messages: list[RecordedMessage] = []
     recorder = _record(app, messages) if record else None
@@ -81,7 +81,7 @@ def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def _record(app: Fumi, messages: list[RecordedMessage]) -> Callable[..., Any]:
-    """Ahead of the app's own handlers, so that it sees the text whatever they do with it."""
+    """Record messages in a handler before the app's own, so that it sees the content whatever they do with it."""
 
     async def recorder(ctx: DataContext, next: Next) -> None:
         envelope, pieces = ctx.session.envelope, list[bytes]()

@@ -1,6 +1,6 @@
-"""What an SMTP server answers: lines into replies (RFC 5321 §4.2), sans-IO, and the extensions in EHLO's (§4.1.1.1).
+"""An SMTP server's replies: parses lines into replies (RFC 5321 §4.2), sans-IO, and the extensions in EHLO's (§4.1.1.1).
 
-A server is no more to be trusted than a client: lines and replies have a greatest length, and what is not a reply is an error at
+A server is trusted no more than a client: lines and replies have a maximum length, and input that is not a reply is an error at
 once, whether or not its line ever ends.
 """
 
@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 MAX_LINE = 2048
-"""Octets of a line, its end included. RFC 5321 §4.5.3.1.5 wants 512 to be taken; some servers put a whole policy into one."""
+"""Octets of a line, its end included. RFC 5321 §4.5.3.1.5 requires 512; some servers put a whole policy into one line."""
 MAX_ANSWER = 16 * 1024
 """Octets of all the lines of one reply."""
 
@@ -20,30 +20,30 @@ _STATUS = re.compile(r"([245]\.\d{1,3}\.\d{1,3}) ")
 
 
 class Malformed(Exception):
-    """This is no reply, or one that is too long."""
+    """The input is not a reply, or is too long."""
 
 
 class Answer(NamedTuple):
-    """One reply: its code, and the text of its lines without code and line end. What is not ASCII in it became U+FFFD."""
+    """One reply: its code, and the text of its lines without code and line end. Bytes beyond ASCII became U+FFFD."""
 
     code: int
     lines: tuple[str, ...]
 
     @property
     def positive(self) -> bool:
-        """2yz or 3yz: no refusal."""
+        """Whether the code is 2yz or 3yz."""
         return self.code < 400
 
     @property
     def text(self) -> str:
-        """The lines, an enhanced status code that is repeated in each (RFC 2034 §4) once in front."""
+        """The lines; an enhanced status code that is repeated in each (RFC 2034 §4) appears once, at the beginning."""
         status = _STATUS.match(self.lines[0])
         rest = [line.removeprefix(status[0]) for line in self.lines[1:]] if status else self.lines[1:]
         return "\n".join([self.lines[0], *rest])
 
     @property
     def extensions(self) -> dict[str, str]:
-        """What this answer to EHLO offers: keywords, in capitals, and what stands behind them."""
+        """The extensions in this reply to EHLO: keywords, in capitals, and their parameters."""
         words = [line.partition(" ") for line in self.lines[1:]]
         return {keyword.upper(): parameters for keyword, _, parameters in words}
 
@@ -52,16 +52,16 @@ class Answer(NamedTuple):
 
 
 class AnswerReader:
-    """Bytes in, replies out, however the bytes are cut."""
+    """Parses replies from bytes, in pieces of any length."""
 
     def __init__(self) -> None:
         self._rest = b""
-        self._code: bytes | None = None  # of the reply whose last line has not come
+        self._code: bytes | None = None  # of the reply whose last line has not arrived
         self._lines: list[str] = []
         self._size = 0
 
     def feed(self, data: bytes) -> list[Answer]:
-        """The replies that ``data`` completes. Raises Malformed; nothing may be fed after that."""
+        """Return the replies that ``data`` completes. Raises Malformed; do not call it after that."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE:
             raise Malformed("a line without end")

@@ -1,16 +1,16 @@
-"""MAIL and RCPT as a server understands them: with the parameters of the extensions that it offers, and no others.
+"""MAIL and RCPT for a server: with the parameters of the extensions that it offers, and no others.
 
-What it cannot carry is refused here: a message that must not be changed on the way cannot go where it would have to be.
+A message that the server cannot carry unchanged is rejected here:
 
-- BINARYMIME needs BINARYMIME and CHUNKING there (RFC 3030 §3): 554 5.6.3.
-- 8BITMIME is declared by many clients for text that is plain ASCII, so a server without it still gets the message, as long as no
-  octet of it has the eighth bit; the first that does ends the transfer with 554 5.6.3 (RFC 6152 §3: convert, or refuse).
-- SMTPUTF8 is refused with 550 5.6.7 (RFC 6531 §3.5).
-- REQUIRETLS (RFC 8689 §4.2.1) is refused with 550 5.7.30: this client speaks no TLS. A Unix socket and the loopback interface
-  are no network that TLS could protect, so what is on this host may have the message if it promises to require TLS in turn, by
-  offering REQUIRETLS, or if it is where the way of the message ends, which is what LMTP is for.
-- DSN's parameters (RFC 3461) are left out where they are not understood: to say that a message was relayed is not ours.
-- AUTH (RFC 4954 §5) is never passed on: it would be our word for the client's.
+- BINARYMIME needs the server's BINARYMIME and CHUNKING (RFC 3030 §3): else 554 5.6.3.
+- 8BITMIME is declared by many clients for plain ASCII, so a server without it still gets the message, as long as no octet has the
+  eighth bit set; the first one that has ends the transfer with 554 5.6.3 (RFC 6152 §3: convert, or reject).
+- SMTPUTF8 is rejected with 550 5.6.7 (RFC 6531 §3.5).
+- REQUIRETLS (RFC 8689 §4.2.1) is rejected with 550 5.7.30: this client has no TLS. A Unix socket and the loopback interface need
+  no TLS, so a server on this host gets the message if it will itself require TLS, which it shows by offering REQUIRETLS, or if it
+  is the final destination, which LMTP is for.
+- DSN's parameters (RFC 3461) are left out for a server without DSN: the report that a message was relayed is not ours to send.
+- AUTH (RFC 4954 §5) is never passed on: we would vouch for the client.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CONVERSION = ("5.6.3 Conversion required but not supported by the next hop", 554
 
 
 CARRIED = frozenset({"8BITMIME", "BINARYMIME", "DSN", "REQUIRETLS", "SMTPUTF8"})
-"""The extensions that a message needs all the way: whoever offers them must have a next hop that does."""
+"""Extensions that a message needs on every hop: a server may offer them only if its next hop does."""
 
 
 def not_carried(connection: NextHopConnection) -> frozenset[str]:
-    """Those of ``CARRIED`` that this server does not offer, or that this client cannot use with it."""
+    """The extensions of ``CARRIED`` that this server does not offer, or that this client cannot use with it."""
     offered = CARRIED & connection.extensions.keys()
     if "CHUNKING" not in connection.extensions:
         offered -= {"BINARYMIME"}
@@ -39,7 +39,7 @@ def not_carried(connection: NextHopConnection) -> frozenset[str]:
 
 
 def mail_command(sender: Address, envelope: Envelope, connection: NextHopConnection, protocol: Dialect) -> bytes:
-    """MAIL without its CRLF. Raises SMTPError for what the server cannot carry."""
+    """MAIL without its CRLF. Raises SMTPError if the server cannot carry the message."""
     offered = connection.extensions
     words = [f"MAIL FROM:<{sender.address}>"]
     if "SIZE" in offered:

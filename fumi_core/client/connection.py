@@ -1,8 +1,8 @@
-"""One connection to an SMTP or LMTP server: commands out, replies in, with the timeouts of RFC 5321 §4.5.3.2.
+"""One connection to an SMTP or LMTP server: sends commands, receives replies, with the timeouts of RFC 5321 §4.5.3.2.
 
-One who uses it at a time, and a reply for each thing said: a reply that nobody asked for, one that does not come in time, or a
-wait that is cancelled leaves the two out of step, and that ends the connection. What ended it is a ``Failure``, raised to whoever
-uses it from then on.
+One transaction uses a connection at a time, and each command is owed one reply. An unsolicited reply, a timeout or a cancelled
+wait leaves client and server out of step and therefore closes the connection. The cause is a ``Failure``, which every later call
+raises.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from fumi_core.client.answers import Answer, AnswerReader, Malformed
 from fumi_core.runtime.addresses import Networks, SocketAddress, peer_of
 
 CONNECT = 30.0
-"""Seconds to connect. The other limits, too, are seconds."""
+"""Seconds to connect. The other limits are seconds, too."""
 MAIL = 300.0
-"""For MAIL's reply (§4.5.3.2.2). Whoever waits for it waits for the banner and for EHLO's reply first: for all three."""
+"""For MAIL's reply (§4.5.3.2.2). On a new connection the banner and EHLO's reply count too."""
 RCPT = 300.0
 DATA = 120.0
 BLOCK = 180.0
-"""For a part of the message to be taken (§4.5.3.2.5)."""
-RSET = 30.0  # a new connection is there sooner
+"""For the server to take a part of the message (§4.5.3.2.5)."""
+RSET = 30.0  # a new connection is faster
 END = 600.0
 """For the reply to the whole message (§4.5.3.2.6)."""
-ATTEMPT = 0.25  # until the next address of a host name is tried beside the last (RFC 8305 §5)
+ATTEMPT = 0.25  # until the next address of a host name is also tried (RFC 8305 §5)
 
 Dialect = Literal["smtp", "lmtp"]
 _THIS_HOST = Networks(("127.0.0.0/8", "::1/128", "unix"))
 
 
 class Failure(Exception):
-    """The server is of no use: ``text``, with its enhanced status code, is for the client, the message for the log.
+    """The server cannot be used: ``text``, with its enhanced status code, is for the client, the exception's message for the log.
 
-    ``answer`` is a refusal that the server gave unasked, before it broke off.
+    ``answer`` is an unsolicited rejection that the server sent before it disconnected.
     """
 
     def __init__(self, text: str, detail: str, answer: Answer | None = None) -> None:
@@ -61,7 +61,7 @@ def nonsense(detail: str) -> Failure:
 
 
 async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextHopConnection:
-    """Connect, and greet as ``name``. Raises Failure."""
+    """Connect, and send EHLO or LHLO with ``name``. Raises Failure."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT):
@@ -84,7 +84,7 @@ async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextH
 
 
 class NextHopConnection(asyncio.Protocol):
-    """``extensions`` are what EHLO offered; ``local`` tells that no network is between."""
+    """``extensions`` are those that EHLO offered; ``local`` tells that the server is on this host."""
 
     def __init__(self) -> None:
         self.extensions: dict[str, str] = {}
@@ -92,13 +92,13 @@ class NextHopConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reader = AnswerReader()
         self._answers: deque[Answer] = deque()
-        self._owed = 1  # replies that will come; the banner is the first
+        self._owed = 1  # replies that are outstanding; the banner is the first
         self._failure: Failure | None = None
         self._blocked = False
         self._waiter: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport
 
-    # asyncio's calls
+    # Calls by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -128,10 +128,10 @@ class NextHopConnection(asyncio.Protocol):
         self._blocked = False
         self._wake()
 
-    # The conversation
+    # Commands and replies
 
     async def greet(self, protocol: Dialect, name: str) -> None:
-        """Hear the banner and say LHLO, or EHLO and, where that is unknown, HELO. Raises Failure."""
+        """Read the banner and send LHLO, or EHLO and, if that is rejected, HELO. Raises Failure."""
         banner = await self.hear(MAIL)
         if banner.code != 220:
             raise unreachable(f"it greeted with {banner}")
@@ -145,14 +145,14 @@ class NextHopConnection(asyncio.Protocol):
             raise unreachable(f"it answered the greeting {answer}")
 
     async def say(self, line: bytes, seconds: float, good: int = 2) -> Answer:
-        """A command, without its CRLF, and its reply. Raises Failure."""
+        """Send a command, given without its CRLF, and return its reply. Raises Failure."""
         self._check()
         self._owed += 1
         self._transport.write(line + b"\r\n")
         return await self.hear(seconds, good)
 
     async def hear(self, seconds: float, good: int = 2) -> Answer:
-        """The next reply that is owed: a refusal, or one whose code begins with ``good``. Raises Failure."""
+        """Return the next outstanding reply: a rejection, or one whose code begins with ``good``. Raises Failure."""
         await self._until(lambda: bool(self._answers), seconds)
         answer = self._answers.popleft()
         if answer.positive and answer.code // 100 != good:
@@ -161,7 +161,7 @@ class NextHopConnection(asyncio.Protocol):
         return answer
 
     async def send(self, data: bytes) -> None:
-        """A part of the message; returns when there is room for the next. Raises Failure, also for a reply that came early."""
+        """Send a part of the message; returns when there is room for more. Raises Failure, also for an early reply."""
         self._check()
         self._transport.write(data)
         if self._blocked:
@@ -170,9 +170,9 @@ class NextHopConnection(asyncio.Protocol):
     async def finish(
         self, data: bytes, count: int, waiting: Callable[[Sequence[Answer | Failure]], None] | None = None
     ) -> list[Answer | Failure]:
-        """Send the last part of the message. Returns ``count`` replies; a reply that did not come is a Failure there.
+        """Send the last part of the message. Returns ``count`` replies, with a Failure in place of each missing one.
 
-        ``waiting`` is called with the replies so far, at least one, whenever the next has to be waited for. Raises Failure.
+        ``waiting`` is called with the replies so far, at least one, whenever the next one is awaited. Raises Failure.
         """
         self._check()
         self._owed += count
@@ -189,7 +189,7 @@ class NextHopConnection(asyncio.Protocol):
         return verdicts
 
     async def chunk(self, data: bytes) -> Answer:
-        """A chunk, with others to follow (RFC 3030 §2), and its reply. Raises Failure."""
+        """Send a chunk, with others to follow (RFC 3030 §2), and return its reply. Raises Failure."""
         self._check()
         self._owed += 1
         self._transport.write(b"BDAT %d\r\n" % len(data))
@@ -204,24 +204,24 @@ class NextHopConnection(asyncio.Protocol):
 
     @property
     def resetting(self) -> bool:
-        """RSET was said, and its reply not yet looked at."""
+        """Whether RSET was sent and its reply is still to be read."""
         return self._owed > 0 or bool(self._answers)
 
     def reset(self) -> None:
-        """Say RSET; whoever uses the connection next hears its reply first."""
+        """Send RSET; the next user of the connection must first read its reply."""
         if self.usable:
             self._owed += 1
             self._transport.write(b"RSET\r\n")
 
     def leave(self) -> None:
-        """Say QUIT and close; nobody needs the reply."""
+        """Send QUIT and close; the reply is not needed."""
         if self.usable:
             self._transport.write(b"QUIT\r\n")
             self._failure = lost("we closed the connection")
             self._transport.close()
 
     def cut(self) -> None:
-        """End it here and now: what was begun is not to be completed."""
+        """Abort the connection: a transaction in progress must not be completed."""
         self._fail(lost("we cut the connection"))
 
     def _fail(self, failure: Failure) -> None:
@@ -254,7 +254,7 @@ class NextHopConnection(asyncio.Protocol):
 
 
 def _unasked(answer: Answer) -> Failure:
-    """A server that ends a connection says why before (RFC 5321 §3.8); anything else that nobody asked for is nonsense."""
+    """A server sends the reason before it disconnects (RFC 5321 §3.8); any other unsolicited reply is an error."""
     if answer.code < 400:
         return nonsense(f"it said {answer}, unasked")
     return Failure(lost("").text, f"it said {answer}, unasked", answer)

@@ -14,9 +14,9 @@ from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.smtp.session import Address, Session
 
 RELIED_ON = 300.0
-"""Seconds for which a client may go by an EHLO reply that offered more than the server offers now."""
+"""Seconds for which a client may rely on an EHLO reply that offered more than the server offers now."""
 ASK = 5.0
-"""Seconds that the server has, at the start, to say what extensions it offers."""
+"""Seconds that the server has, at the start, to report its extensions."""
 
 
 class Hop:
@@ -27,16 +27,16 @@ class Hop:
         self._protocol = protocol
         self._address = address
         self._pool = Pool()
-        self._reduced: float | None = None  # when the server was found to offer less than before
+        self._reduced: float | None = None  # when the server was found to offer fewer extensions than before
 
     async def ask(self, name: str) -> None:
-        """Open a first connection, to learn what the server offers. Until one succeeds, it is taken to offer nothing."""
+        """Open a first connection, to learn the server's extensions. Until one succeeds, the server counts as having none."""
         with contextlib.suppress(Failure, TimeoutError):
             async with asyncio.timeout(ASK):
                 self._pool.put(await self._connect(name))
 
     async def mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, Answer]:
-        """Send MAIL. Raises Failure, and SMTPError for what the server cannot carry."""
+        """Send MAIL. Raises Failure, and SMTPError if the server cannot carry the message."""
         try:
             async with asyncio.timeout(MAIL):
                 return await self._mail(session, sender)
@@ -44,7 +44,7 @@ class Hop:
             raise late("no answer to MAIL in time") from None
 
     async def _mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, Answer]:
-        """Use an idle connection, as long as there is one and it is still good for it, else a new one."""
+        """Use an idle connection that still works, or else a new one."""
         while (connection := self._pool.take()) is not None:
             with contextlib.suppress(Failure):
                 if not connection.resetting or (await connection.hear(RSET)).positive:
@@ -61,7 +61,7 @@ class Hop:
         except SMTPError as error:
             self._pool.put(connection)
             if self._reduced is not None and asyncio.get_running_loop().time() - self._reduced < RELIED_ON:
-                # The client would get another EHLO reply now, and perhaps convert the message.
+                # A new EHLO would get another reply, after which the client might convert the message.
                 raise SMTPError(f"4{error.message[1:]}", 451) from None
             raise
         return await connection.say(line, MAIL)
@@ -74,7 +74,7 @@ class Hop:
         return connection
 
     def give_back(self, connection: NextHopConnection, clean: bool) -> None:
-        """Keep the connection for the next transaction; ``clean`` tells that the last one is over there, too."""
+        """Keep the connection for the next transaction; ``clean`` tells that the server has ended the last one."""
         if not clean:
             connection.reset()
         self._pool.put(connection)

@@ -1,4 +1,4 @@
-"""Connections that wait for their next transaction: most mail comes in bursts, and greeting anew costs three round trips."""
+"""Idle connections, kept for their next transaction: most mail comes in bursts, and a new greeting costs three round trips."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fumi_core.client.connection import NextHopConnection
 LIMIT = 16
 """Connections kept at most."""
 IDLE = 30.0
-"""Seconds one is kept: well below what servers grant (RFC 5321 §4.5.3.2.7), so that ours is the side that leaves."""
+"""Seconds for which one is kept: less than servers allow (RFC 5321 §4.5.3.2.7), so that we close it and not the server."""
 
 
 class Pool:
-    """The idle connections to one server; the one used last is taken first, so that those that are too many go idle."""
+    """The idle connections to one server; the one used last is taken first, so that surplus connections stay idle and expire."""
 
     def __init__(self) -> None:
         self._idle: dict[NextHopConnection, asyncio.TimerHandle] = {}
 
     def take(self) -> NextHopConnection | None:
-        """One that is open, as far as is known; None when there is none."""
+        """Return a connection that is open, as far as is known; None when there is none."""
         while self._idle:
             connection, timer = self._idle.popitem()
             timer.cancel()
@@ -28,7 +28,7 @@ class Pool:
         return None
 
     def put(self, connection: NextHopConnection) -> None:
-        """Keep it, unless it is closed or there are enough."""
+        """Keep it, unless it is closed or the pool is full."""
         if connection.usable and len(self._idle) < LIMIT:
             timer = asyncio.get_running_loop().call_later(IDLE, self._expire, connection)
             self._idle[connection] = timer

@@ -1,4 +1,4 @@
-"""Does a server greet? Asked from a thread that may wait, by readiness checks."""
+"""Checks whether a server greets, in a thread that may block, for readiness checks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fumi_core.client.answers import Answer, AnswerReader, Malformed
 from fumi_core.runtime.addresses import SocketAddress
 
 SECONDS = 5.0
-"""For each of the name's addresses to take the connection, and for the banner, from the beginning on."""
+"""Seconds for each of the name's addresses to connect; and, from the start, for the banner."""
 
 
 def probe(address: SocketAddress) -> str | None:
-    """Why the server takes no mail, in a few words; None when it greets with 220."""
+    """Why the server accepts no mail, in a few words; None when it greets with 220."""
     deadline = time.monotonic() + SECONDS
     try:
         with _connect(address) as sock:

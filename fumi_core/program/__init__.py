@@ -1,1 +1,1 @@
-"""``fumi-core`` without its flags: from settings to an app, its users and its mail log."""
+"""``fumi-core`` without its flags: from the settings to an app, with its users and its mail log."""

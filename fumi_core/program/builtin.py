@@ -1,4 +1,4 @@
-"""The app that ``fumi-core`` runs when it is given none: takes mail for the domains it is told, and delivers it."""
+"""The app that ``fumi-core`` runs without MODULE:APP: accepts mail for the configured domains, and delivers it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def build(
     observer: Observer | None = None,
     **options: Any,
 ) -> Fumi:
-    """``state`` is a directory where the target may remember things. It is made when it is needed.
+    """``state`` is a directory where the target may store answers. It is created when it is needed.
 
-    Raises ValueError for an unknown target, OSError when its place cannot be made ready, TypeError for a bad option."""
+    Raises ValueError for an unknown target, OSError when its directory cannot be created, TypeError for a bad option."""
     app = Fumi(**{"auth_optional": True, **options})
     if observer is not None:
         app.observer = observer
@@ -32,9 +32,9 @@ def build(
 
 
 def equip(app: Fumi, target: Target, domains: Sequence[str], *, own_senders: bool = False) -> Fumi:
-    """Make an app without handlers the built-in one. ``own_senders``: users may send under addresses of their own only."""
+    """Turn an app without handlers into the built-in one. ``own_senders``: users may send only from their own addresses."""
     if target.name != "discard":
-        # What is thrown away needs no trace, and is what benchmarks measure with.
+        # Discarded messages are not logged: this target is for benchmarks.
         app.use(mail_log.transactions)
     if own_senders:
         app.use(sender_login(domains))

@@ -1,6 +1,6 @@
-"""The built-in app's log of mail: a line for each message, each rejected or deferred sender or recipient, and each failed login.
+"""The built-in app's log of mail: a line for each message, rejected or deferred sender or recipient, and failed login.
 
-An app of one's own logs what it likes, for example with ``plugins.logger()``.
+Other apps choose what they log, for example with ``plugins.logger()``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fumi_core.smtp.session import Address
 _log = logging.getLogger("fumi.core.mail")
 
 NAMED = 10
-"""Recipients of a message that its line names; of the others it says how many there are."""
+"""Recipients of a message that its log line names; the line has the number of the others."""
 
 
 def authentications(app: Fumi) -> None:
-    """Log each, however it ends; to be used before the handler that accepts users.
+    """Log each authentication, whatever its result; use it before the handler that accepts users.
 
-    A name that was not accepted is left out: people type passwords there. One that ends before there are credentials has its
-    line from the dialogue.
+    A name that was not accepted is left out: people type passwords there. An AUTH that ends before there are credentials is
+    logged by the dialogue.
     """
 
     async def auth(ctx: AuthContext, next: Next) -> None:
@@ -49,7 +49,7 @@ def authentications(app: Fumi) -> None:
 
 
 def transactions(app: Fumi) -> None:
-    """Log messages, rejections (5xx) and deferrals (4xx); to be used before all other handlers that may reject."""
+    """Log messages, rejections (5xx) and deferrals (4xx); use it before all other handlers that may reject."""
 
     async def mail_from(ctx: MailContext, next: Next) -> None:
         try:
@@ -72,7 +72,7 @@ def transactions(app: Fumi) -> None:
         try:
             await next()
         except MessageAborted:
-            # The client has gone; the line of its session says so.
+            # The client has disconnected; its session's line says so.
             raise
         except SMTPError as error:
             _tell(ctx, f"message {verdict(error.code)}", error, **fields, size=ctx.stream.size)
@@ -80,7 +80,7 @@ def transactions(app: Fumi) -> None:
         if ctx.size_exceeded:
             _tell(ctx, "message rejected", **fields, size=ctx.stream.size, code=552)
         elif ctx.rejected and all(each.address in ctx.rejected for each in envelope.rcpt_to):
-            # One that may come again is not rejected for good.
+            # A client that may try again was deferred, not rejected.
             best = min(ctx.rejected.values(), key=lambda error: error.code)
             _tell(ctx, f"message {verdict(best.code)}", best, **fields, size=ctx.stream.size)
         else:

@@ -1,7 +1,7 @@
-"""A file of users: ``name:hash`` a line, the hash by scrypt (RFC 7914). ``fumi-core --hash-password`` makes hashes.
+"""A file of users: ``name:hash`` per line, hashed by scrypt (RFC 7914). ``fumi-core --hash-password`` makes hashes.
 
-A password is checked in a thread, since that is meant to be slow. Every check takes equally long, whether there is such a user or
-not: it pays once for each cost that occurs in the file.
+Hashing is slow by design, so a password is checked in a thread. Every check takes equally long, whether the user exists or not:
+it computes one hash for each cost that occurs in the file.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from fumi_core.app import Fumi
 
 THREADS = 2
-"""Passwords checked at once; the others wait."""
+"""Concurrent password checks; others wait."""
 MAX_MEMORY = 256 << 20
-"""Octets that the check of a password may take; 16 MiB with our own hashes."""
+"""Octets of memory that a password check may use; our own hashes use 16 MiB."""
 MAX_WORK = 1 << 22
-"""Blocks that it may compute (N·r·p): a second or two; our own hashes have 1 << 17."""
+"""Blocks that it may compute (N·r·p): one or two seconds; our own hashes have 1 << 17."""
 
 _HASH = re.compile(r"\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,2}),p=([0-9]{1,2})\$([A-Za-z0-9+/]+)={0,2}\$([A-Za-z0-9+/]+)={0,2}")
-_LENGTH = 32  # octets of the hash itself
+_LENGTH = 32  # octets of the hash
 
 
 class Cost(NamedTuple):
@@ -57,7 +57,7 @@ class Hash:
     digest: bytes
 
     def matches(self, password: str) -> bool:
-        """Whether this is the password, in whichever Unicode form."""
+        """Whether this is the password, in any Unicode form."""
         found = False
         for form in forms(password):
             found |= hmac.compare_digest(_scrypt(form, self.salt, *self.cost), self.digest)
@@ -65,7 +65,7 @@ class Hash:
 
 
 def hash_password(password: str) -> str:
-    """A line's second half: ``$scrypt$ln=14,r=8,p=1$salt$hash``. Raises ValueError for what no client can send."""
+    """Return the second half of a line: ``$scrypt$ln=14,r=8,p=1$salt$hash``. Raises ValueError if no client can send it."""
     if "\0" in password:
         raise ValueError("a password cannot have a NUL character in it")
     salt = secrets.token_bytes(16)
@@ -74,7 +74,7 @@ def hash_password(password: str) -> str:
 
 
 def check_password(password: str, hashed: str) -> bool:
-    """Whether the password is the one that was hashed."""
+    """Whether ``hashed`` is this password's hash."""
     try:
         return parse(hashed).matches(password)
     except ValueError:
@@ -82,9 +82,9 @@ def check_password(password: str, hashed: str) -> bool:
 
 
 def parse(hashed: str) -> Hash:
-    """Decode a hash, with or without the padding of base64, which passlib leaves out.
+    """Decode a hash, with or without base64 padding, which passlib leaves out.
 
-    Raises ValueError for another kind of hash, and for costs that would keep the server busy or that scrypt does not have.
+    Raises ValueError for another kind of hash, and for costs that are invalid or would keep the server busy.
     """
     found = _HASH.fullmatch(hashed)
     if found is None:
@@ -110,10 +110,10 @@ def _scrypt(password: str, salt: bytes, log_n: int, r: int, p: int) -> bytes:
 
 
 class Users:
-    """The users of a file, as a plugin: lets in whoever knows a password."""
+    """The users of a file, as a plugin: authenticates clients by user name and password."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError when the file cannot be read, ValueError when it is wrong, with the line's number."""
+        """Raises OSError when the file cannot be read, ValueError with the line's number when it is invalid."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="users")
         self._hashes = read(path)
         self._nobodies = _nobodies(self._hashes.values())
@@ -131,14 +131,14 @@ class Users:
 
     async def _authenticate(self, ctx: AuthContext, next: Next) -> None:
         if ctx.credentials.method not in ("PLAIN", "LOGIN"):
-            return  # there is no password to check
+            return  # the mechanism has no password to check
         name = prepare(ctx.credentials.username)
         loop = asyncio.get_running_loop()
         if await loop.run_in_executor(self._threads, self._knows, name, ctx.credentials.password):
             ctx.accept(name)
 
     def _knows(self, name: str, password: str) -> bool:
-        """Whether there is a user with this password. For each cost in the file a hash is computed: the user's or nobody's."""
+        """Whether there is a user with this password. Computes one hash for each cost in the file: the user's, or a dummy."""
         user = self._hashes.get(name)
         found = False
         for nobody in self._nobodies:
@@ -147,15 +147,15 @@ class Users:
 
 
 def _nobodies(hashes: Iterable[Hash]) -> list[Hash]:
-    """A hash that no password has, for each of the costs."""
+    """For each of the costs, a dummy hash that no password has."""
     costs = sorted({each.cost for each in hashes} or {_OURS})
     return [Hash(cost, secrets.token_bytes(16), secrets.token_bytes(_LENGTH)) for cost in costs]
 
 
 def read(path: str) -> dict[str, Hash]:
-    """Hashes by name. Empty lines and lines that begin with # are ignored, and so is a byte order mark.
+    """Return the hashes by name. Empty lines, lines that begin with # and a byte order mark are ignored.
 
-    Raises OSError, and ValueError for a line that is wrong.
+    Raises OSError, and ValueError for an invalid line.
     """
     hashes: dict[str, Hash] = {}
     for number, line in enumerate(re.split(r"\r\n|\r|\n", read_file(path).decode("utf-8-sig")), 1):

@@ -1,4 +1,4 @@
-"""What ``fumi-core`` does: an app, out of the settings, between sockets and a delivery target; and again, out of new settings."""
+"""The work of ``fumi-core``: builds an app from the settings, between sockets and a delivery target; rebuilds it on reload."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fumi_core.runtime.settings import SettingError, check_mode, given, read_aga
 from fumi_core.server.metrics import CoreMetrics
 
 T = TypeVar("T")
-# Which option of Fumi each flag sets; the defaults are the built-in app's, and a MODULE:APP keeps its own.
+# The option of Fumi that each flag sets; the defaults are the built-in app's, and a MODULE:APP keeps its own.
 _OPTIONS = {
     "proxy_protocol": "proxy_protocol",
     "trusted_proxy": "trusted_proxies",
@@ -57,7 +57,7 @@ _OPTIONS = {
 DELIVER = "maildir:./maildir"
 _THIS_HOST = Networks(("127.0.0.0/8", "::1", "unix"))
 _NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
-# Settings of sockets and processes, which are made once.
+# Settings of sockets and processes, which a reload cannot change.
 _ONCE = ("listen", "metrics", "socket_mode", "workers")
 
 
@@ -67,7 +67,7 @@ class CoreWork:
     log = logging.getLogger("fumi.core")
 
     def __init__(self, ctx: click.Context, *, dry: bool = False) -> None:
-        """``dry`` is for ``check()`` alone: nothing is made that would stay. Raises SettingError."""
+        """``dry`` is only for ``check()``: nothing permanent is created. Raises SettingError."""
         self._ctx = ctx
         self._dry = dry
         self._settings = ctx.params
@@ -79,7 +79,7 @@ class CoreWork:
         self.registry = CollectorRegistry()
         reference = self._settings["app"]
         self.app = _load(reference) if reference else Fumi()
-        # A module is imported once; what it made of its app is where each reading of the settings starts.
+        # A module is imported once; each reload starts from the app that it defined.
         self._own = Fumi().adopt(self.app)
         self._metrics: CoreMetrics | None = None
         if self._settings["metrics"]:
@@ -87,9 +87,9 @@ class CoreWork:
         self._take_over(ctx)
 
     def check(self) -> list[str]:
-        """See that the addresses are this host's, that mail can be taken, and that the target delivers.
+        """Check that the addresses are this host's, that clients can send mail, and that the target can deliver.
 
-        Returns remarks: addresses in use, most often by the server that is to be restarted, and what the target says. Raises
+        Returns remarks: addresses in use, most often by the server that is to be restarted, and the target's remark. Raises
         SettingError.
         """
         if self._settings["app"] and (problem := self.app.never_takes_mail()):
@@ -134,7 +134,7 @@ class CoreWork:
         self._warn()
 
     def _warn(self) -> None:
-        """Say what works and is hardly meant."""
+        """Log settings that are valid but probably not intended."""
         name = self.app.options.name
         if name.lower().rstrip(".") in _NO_NAMES:
             event(self.log, logging.WARNING, "the banner says 220 localhost: set --name", name=name)
@@ -179,7 +179,7 @@ class CoreWork:
         return self._target.problem() if self._target else None
 
     def _take_over(self, ctx: click.Context) -> None:
-        """Make an app out of the settings, and have the one that runs adopt it: all of it, or nothing."""
+        """Build an app from the settings, and have the running one adopt all of it, or nothing."""
         settings = ctx.params
         app, target = Fumi().adopt(self._own), None
         app.observer = self.app.observer
@@ -214,7 +214,7 @@ class CoreWork:
         self._target = target
 
     def _target_for(self, deliver: str, state: Path | None) -> Target:
-        """The target that there is, if it is the same: it may have threads and connections that are worth keeping."""
+        """Return the present target if it is the same: its threads and connections are worth keeping."""
         same = deliver == (self._settings["deliver"] or DELIVER) and state == _state(self._settings)
         if self._target is not None and same:
             return self._target
@@ -245,7 +245,7 @@ def _load(reference: str) -> Fumi:
 
 
 def _place_of(error: BaseException) -> str:
-    """File and line of the app's own code that raised it, whatever it called there."""
+    """The file and line of the app's own code that raised the error, directly or in a function it called."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     above = Path(__file__).parents[2]
@@ -302,7 +302,7 @@ def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
 def _state(settings: dict[str, Any]) -> Path | None:
     """--state, else the first of systemd's directories (systemd.exec(5), StateDirectory=), else ./state.
 
-    None for LMTP clients: they get an answer for each recipient, so nothing has to be remembered for them.
+    None for LMTP clients: they get a reply for each recipient, so nothing has to be remembered for them.
     """
     if settings["lmtp"]:
         return None
@@ -314,10 +314,10 @@ def _bind(flag: str, address: SocketAddress, mode: int | None = None) -> list[so
 
 
 def _at(flag: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:
-    """Do it, and have the flag blamed for what goes wrong."""
+    """Call ``act`` with the address; errors name the flag."""
     try:
         return act(address)
     except OSError as error:
-        # What there is to do about ports is no help with a path.
+        # The hints are about ports, and do not apply to a path.
         problem = explain(error) if address.kind == "tcp" else error.strerror or error
         raise SettingError(f"--{flag} {address}: {problem}") from None

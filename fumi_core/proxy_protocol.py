@@ -1,21 +1,21 @@
 """The PROXY protocol, versions 1 and 2, in both directions: bytes ⇄ ProxyHeader.
 
 Specification: HAProxy's doc/proxy-protocol.txt. Section 2.1 is the text line, 2.2 the binary header, 2.2.1 to 2.2.7 its
-TLVs; RFC 4960 appendix B is the checksum. Sans-IO: `parse` is given what has arrived so far, and nothing here reads,
-writes, waits or logs. Whether a header is looked for at all, and from whom, is the caller's decision (section 2 forbids
-guessing): what is parsed here is believed.
+TLVs; RFC 4960 appendix B is the checksum. Sans-IO: `parse` takes the bytes that have arrived so far; this module does not read,
+write, wait or log. The caller decides whether to expect a header, and from whom (section 2 forbids guessing): a header that is
+parsed here is trusted.
 
-The receiver is strict, because a header that is half understood is a client address that somebody else chose. Where the
-specification leaves a choice, this is what was chosen:
+The receiver is strict, because a half-understood header is a client address that somebody else chose. Where the specification
+leaves a choice, these are the choices:
 
-- LOCAL: the whole block behind the length is discarded unread, the family byte and a checksum included (2.2: the
-  receiver "must accept this connection as valid and … discard the protocol block"). It has no addresses and no TLVs.
-- Family and protocol UNSPEC (0x00): transport UNKNOWN, no addresses. As no address has a length there, the block behind
-  the length is TLVs, as HAProxy writes it, and held to the same rules. A family byte that is not among the seven of
-  section 2.2 is an error, the half-unspecified ones (0x01, 0x10 …) included.
-- UNIQUE_ID is at most 128 bytes (2.2.5), CRC32C appears at most once; of other TLVs sent twice the first one counts.
-- Text in TLVs is UTF-8. A client chooses its SNI and the name in its certificate, so text can hold anything, control
-  characters too; bytes that are not UTF-8 come out as `\\xNN`, never as an exception.
+- LOCAL: the whole block after the length is discarded unread, the family byte and a checksum included (2.2: the receiver "must
+  accept this connection as valid and … discard the protocol block"). It has no addresses and no TLVs.
+- Family and protocol UNSPEC (0x00): transport UNKNOWN, no addresses. Since such a header has no address block, everything after
+  the length is TLVs, as HAProxy writes it, and must follow the same rules. A family byte that is not among the seven of section
+  2.2 is an error, the half-unspecified ones (0x01, 0x10 …) included.
+- UNIQUE_ID is at most 128 bytes (2.2.5), CRC32C appears at most once; of other repeated TLVs the first one counts.
+- Text in TLVs is UTF-8. A client chooses its SNI and the name in its certificate, so text can contain any characters, control
+  characters too; bytes that are not UTF-8 become `\\xNN`, never an exception.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PP2_CLIENT_CERT_CONN = 0x02
 PP2_CLIENT_CERT_SESS = 0x04
 
 V1_MAX_LENGTH = 107
-V2_MAX_LENGTH = 4096  # the format could say 65,551; nobody sends that, and a receiver has to hold it all
+V2_MAX_LENGTH = 4096  # the format allows 65,551; nobody sends that much, and a receiver has to buffer it
 UNIQUE_ID_MAX_LENGTH = 128
 
 Endpoint = tuple[str, int] | str | None
@@ -88,15 +88,15 @@ _CRC32C_HEAD = _TLV_HEAD.pack(PP2_TYPE_CRC32C, 4)
 
 
 class ProxyProtocolError(ValueError):
-    """The bytes are no PROXY header and cannot become one. The text says what is wrong and quotes none of them."""
+    """The bytes are not a PROXY header and cannot become one. The text says what is wrong and quotes no bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TLSInfo:
-    """What is known of the client's TLS session; None is what nobody said. The names are OpenSSL's ("TLSv1.3").
+    """The client's TLS session; None is unknown. The names are OpenSSL's ("TLSv1.3").
 
-    `client_cert` says that the client presented a certificate, on this connection or earlier in its TLS session;
-    `client_cert_verified` that it was checked and found good. Without that, `client_cn` is only a claim.
+    `client_cert` tells that the client presented a certificate, on this connection or earlier in its TLS session;
+    `client_cert_verified` that the certificate was verified successfully. Otherwise `client_cn` is only a claim.
     """
 
     version: str | None = None
@@ -111,7 +111,7 @@ class TLSInfo:
 class SSLValue(NamedTuple):
     """The value of a PP2_TYPE_SSL TLV (section 2.2.6): PP2_CLIENT_… flags, the verify result, the TLVs inside.
 
-    `sig_alg`, `key_alg` and `sig_scheme` are those of the certificate that the proxy showed, not of the client's.
+    `sig_alg`, `key_alg` and `sig_scheme` are those of the proxy's certificate, not of the client's.
     """
 
     client: int
@@ -184,7 +184,7 @@ class ProxyHeader:
 
     @property
     def authority(self) -> str | None:
-        """The host name that the client asked for: with TLS its SNI."""
+        """The host name that the client requested: with TLS its SNI."""
         return _text(self.tlvs, PP2_TYPE_AUTHORITY)
 
     @property
@@ -194,7 +194,7 @@ class ProxyHeader:
 
     @property
     def noop(self) -> bytes | None:
-        """Padding; it means nothing."""
+        """Padding without a meaning."""
         return _first(self.tlvs, PP2_TYPE_NOOP)
 
     @property
@@ -228,12 +228,12 @@ class ProxyHeader:
         )
 
     def to_bytes(self) -> bytes:
-        """The header as it goes on the wire; `parse` gives it back. ValueError for what cannot be written.
+        """Encode the header; `parse` decodes it. Raises ValueError for a header that cannot be encoded.
 
-        Version 2 always ends with a CRC32C TLV: one that is among `tlvs` already is left out and made anew at the end.
-        LOCAL and UNKNOWN are written without addresses. Version 1 has no LOCAL, no Unix sockets and no datagrams; these
-        are "PROXY UNKNOWN", as section 2.1 asks, which likewise makes the receiver use the connection's own addresses.
-        TLVs do not fit in a line and are a ValueError there. An IPv6 scope ("%eth0") has no room and is left out.
+        Version 2 always ends with a CRC32C TLV: one that is already among `tlvs` is removed and computed again at the end. LOCAL
+        and UNKNOWN are written without addresses. Version 1 has no LOCAL, no Unix sockets and no datagrams; these are written as
+        "PROXY UNKNOWN", as section 2.1 requires, which also makes the receiver use the connection's own addresses. In version 1
+        TLVs are a ValueError. An IPv6 scope ("%eth0") cannot be encoded and is left out.
         """
         if self.command not in ("PROXY", "LOCAL") or self.transport not in _FAMILY_BYTES:
             raise ValueError(f"no such command or transport: {self.command!r}, {self.transport!r}")
@@ -245,10 +245,10 @@ class ProxyHeader:
 
 
 def parse(data: bytes) -> tuple[ProxyHeader, int] | None:
-    """The header that *data* begins with and the bytes it took, or None while more are needed.
+    """Parse the header at the beginning of *data*; return it and its length in bytes, or None while more bytes are needed.
 
-    ProxyProtocolError as soon as no further byte could make it valid. At most 107 bytes (version 1) or 4096 (version 2)
-    are looked at, so None is never the answer to more than that.
+    Raises ProxyProtocolError as soon as no further byte could make it valid. At most 107 bytes (version 1) or 4096 (version 2)
+    are examined, so None is never returned for more than that.
     """
     if data.startswith(_V2_SIGNATURE):
         return _parse_v2(data)
@@ -260,13 +260,13 @@ def parse(data: bytes) -> tuple[ProxyHeader, int] | None:
 
 
 def unique_id_text(unique_id: bytes) -> str:
-    """A UNIQUE_ID as text for logs: itself where that is printable ASCII without spaces, its hex where it is not."""
+    """A UNIQUE_ID as text for logs: unchanged if it is printable ASCII without spaces, else in hex."""
     text = unique_id.decode("latin-1")
     return text if text.isascii() and text.isprintable() and " " not in text else unique_id.hex()
 
 
 def tls_tlvs(tls: TLSInfo, resumed: bool = False) -> tuple[TLV, ...]:
-    """The TLVs that tell a receiver of *tls*: SSL, and AUTHORITY and ALPN where there is one.
+    """The TLVs that describe *tls* to a receiver: SSL, and AUTHORITY and ALPN where known.
 
     A client certificate sets …_CERT_CONN and …_CERT_SESS, or …_CERT_SESS alone when the session is *resumed*: then it was
     sent on an earlier connection.
@@ -284,7 +284,7 @@ def tls_tlvs(tls: TLSInfo, resumed: bool = False) -> tuple[TLV, ...]:
 
 # Section 2.1: version 1, a line of text.
 
-# Whatever an address or a port has begun with, one of these completes it if anything does.
+# If the beginning of an address or a port can be completed at all, one of these completes it.
 _V1_TAILS = (b"", b"0", b":", b"::", b".0", b"0.0", b".0.0", b"0.0.0", b".0.0.0", b"0.0.0.0")
 
 
@@ -298,7 +298,7 @@ def _parse_v1(data: bytes) -> tuple[ProxyHeader, int] | None:
 
 
 def _v1_line(line: bytes) -> ProxyHeader:
-    """The header in *line*, which has no CRLF any more."""
+    """Parse *line*, which is given without its CRLF."""
     words = line[len(_V1_SIGNATURE) :].split(b" ")
     if words[0] == b"UNKNOWN":
         if b"\r" in line or b"\n" in line:
@@ -315,9 +315,9 @@ def _v1_line(line: bytes) -> ProxyHeader:
 
 
 def _v1_address(family: int, word: bytes) -> str:
-    # inet_pton is as strict as the specification (no leading zeroes, no scope), but for one thing that senders need:
-    # it takes the dotted form ::ffff:192.0.2.1, which stunnel and others send from a socket that serves both families.
-    # Some send the IPv4 address itself, under TCP6 and beside an IPv6 address: it means the same.
+    # inet_pton is as strict as the specification (no leading zeroes, no scope), with one exception that senders need: it accepts
+    # the dotted form ::ffff:192.0.2.1, which stunnel and others send from a socket that serves both families. Some send the IPv4
+    # address itself, under TCP6 and beside an IPv6 address, with the same meaning.
     if family == AF_INET6 and b":" not in word:
         return "::ffff:" + _v1_address(AF_INET, word)
     try:
@@ -333,7 +333,7 @@ def _v1_port(word: bytes) -> int:
 
 
 def _v1_endings(data: bytes) -> list[bytes]:
-    """What could come behind *data*, shortest first; when none of these makes it a valid line, nothing does."""
+    """Possible continuations of *data*, shortest first; if none of them makes it a valid line, nothing does."""
     if data.endswith(b"\r"):
         return [b"\n"]
     words = data[len(_V1_SIGNATURE) :].split(b" ")
@@ -366,15 +366,15 @@ def _v1_to_bytes(header: ProxyHeader) -> bytes:
         return b"PROXY UNKNOWN\r\n"
     family, layout = _INET[header.transport]
     source, destination, source_port, destination_port = layout.unpack(_inet_to_bytes(header))
-    # By way of the packed form, so that what is not an address cannot get into the line.
+    # Converted to binary and back, so that only an address can get into the line.
     addresses = f"{inet_ntop(family, source)} {inet_ntop(family, destination)}"
     return f"PROXY {header.transport} {addresses} {source_port} {destination_port}\r\n".encode("ascii")
 
 
 # Section 2.2: version 2, binary.
 
-# The last four bytes of the fixed part as they offend least, whichever of them has arrived: with these in place of those
-# still missing, what is wrong is wrong for good. 0x__F0 is the greatest low byte within the cap, and enough for any family.
+# The last four bytes of the fixed part, with the most acceptable values: if a header whose missing bytes are filled in from these
+# is invalid, it can never become valid. 0x__F0 is the greatest low byte within the limit, and enough for any family.
 _V2_LENIENT = b"\x20\x00\x00\xf0"
 
 
@@ -385,7 +385,7 @@ def _parse_v2(data: bytes) -> tuple[ProxyHeader, int] | None:
         return None
     transport, start, total = _v2_fixed(data)
     if size < total:
-        # Running off what has arrived is no error, and the only thing that raises IndexError.
+        # Only a read beyond the received bytes raises IndexError, and that is not an error yet.
         with suppress(IndexError):
             if transport is not None:
                 _split_tlvs(data, start, total)
@@ -402,7 +402,7 @@ def _parse_v2(data: bytes) -> tuple[ProxyHeader, int] | None:
 
 
 def _v2_fixed(data: bytes) -> tuple[str | None, int, int]:
-    """Transport (None for LOCAL), where the TLVs begin, and the whole length."""
+    """Return the transport (None for LOCAL), the offset of the TLVs, and the whole length."""
     _, version_command, family, length = _FIXED.unpack_from(data)
     total = _FIXED_LENGTH + length
     if total > V2_MAX_LENGTH:
@@ -420,10 +420,10 @@ def _v2_fixed(data: bytes) -> tuple[str | None, int, int]:
 
 
 def _split_tlvs(data: bytes, offset: int, end: int) -> tuple[tuple[TLV, ...], int]:
-    """The TLVs between *offset* and *end*, and where the value of CRC32C is, or 0.
+    """Return the TLVs between *offset* and *end*, and the offset of CRC32C's value, or 0.
 
-    Only lengths are judged, never values, so that this also serves for a header of which the end has not arrived; it
-    then raises IndexError if nothing is wrong with what has.
+    Only lengths are checked, never values, so this also works for an incomplete header; it then raises IndexError if the bytes
+    received so far are valid.
     """
     tlvs = []
     crc_at = 0
@@ -480,7 +480,7 @@ def _v2_addresses(transport: str, data: bytes) -> tuple[Endpoint, Endpoint]:
 def _unix_path(field: bytes) -> str:
     if field[0]:
         return os.fsdecode(field.partition(b"\0")[0])
-    # An abstract name may hold NULs, and the field does not say how long it is: those at the end are taken for padding.
+    # An abstract name may contain NULs, and its length is not encoded: trailing NULs count as padding.
     return os.fsdecode(field.rstrip(b"\0"))
 
 
@@ -499,7 +499,7 @@ def _v2_to_bytes(header: ProxyHeader) -> bytes:
 
 
 def _tlvs_to_bytes(tlvs: tuple[TLV, ...]) -> bytes:
-    """All but CRC32C, held to what a receiver will hold them to."""
+    """Encode all TLVs but CRC32C, and check them by the receiver's rules."""
     parts = []
     for kind, value in tlvs:
         if kind == PP2_TYPE_SSL:

@@ -17,7 +17,7 @@ _FIELD = b"\nreceived:"
 
 
 class HopCounter:
-    """``count`` of the Received fields in the text fed so far, however it is cut. Folded lines and the body do not count."""
+    """Counts the Received fields of content that is fed in pieces of any length. Folded lines and the body do not count."""
 
     __slots__ = ("_ended", "_tail", "count")
 

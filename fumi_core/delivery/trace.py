@@ -1,4 +1,4 @@
-"""Trace header fields (RFC 5321 §4.4) put in front of a message that arrives in pieces."""
+"""Adds trace header fields (RFC 5321 §4.4) at the top of a message that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trace_headers(session: Session) -> bytes:
 
 
 class Traced:
-    """Joins trace header fields and a message, however that is cut into pieces.
+    """Joins trace header fields and a message, which arrives in pieces of any length.
 
     An empty line goes between them when the message does not begin with a header field or an empty line: without it, a first
     line that begins with a space or tab would continue the last trace field, and other text would become part of the header.

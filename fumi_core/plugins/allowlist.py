@@ -1,4 +1,4 @@
-"""``allowlist(cidrs)``: talks to these clients and to no other."""
+"""``allowlist(cidrs)``: rejects all clients except these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fumi_core.plugins import arguments
 def allowlist(cidrs: Iterable[str]) -> Callable[[Fumi], None]:
     """Answer clients outside these CIDR blocks and addresses (``unix``: Unix sockets) with ``554 5.7.1`` in place of the banner.
 
-    Raises ValueError for others, and for none at all.
+    Raises ValueError for other strings, and for an empty list.
     """
     given = arguments.texts("allowlist", cidrs, "192.0.2.0/24")
     if not given:

@@ -1,4 +1,4 @@
-"""What plugins are made with, checked when they are made. Each problem is a ValueError that says what to write."""
+"""Checks the arguments of plugins when these are created. Each error is a ValueError that says what to write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def networks(plugin: str, given: Iterable[str]) -> Networks:
 
 
 def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
-    """Mail domains, in the form in which ``session.domain_of()`` gives them."""
+    """Mail domains, in the form that ``session.domain_of()`` returns."""
     found = texts(plugin, given, "example.org")
     for text in found:
         if not text or "@" in text or text.startswith(".") or not text.isprintable() or " " in text:
@@ -24,7 +24,7 @@ def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
 
 
 def whole(plugin: str, name: str, given: int, least: int) -> int:
-    """A whole number from ``least`` up."""
+    """A whole number not below ``least``."""
     if type(given) is not int or given < least:
         raise ValueError(f"{plugin}: {name} is a whole number from {least} up, not {given!r}")
     return given
@@ -38,7 +38,7 @@ def positive(plugin: str, name: str, given: float) -> float:
 
 
 def texts(plugin: str, given: Iterable[str], example: str) -> tuple[str, ...]:
-    """Several texts, and not one: its letters would each be taken for a domain, and fit nobody's."""
+    """Several strings, and not a single one, whose letters would each be taken for a domain."""
     if isinstance(given, Iterable) and not isinstance(given, str | bytes):
         found = tuple(given)
         if all(isinstance(each, str) for each in found):

@@ -1,4 +1,4 @@
-"""``denylist(ips)``: turns away clients by their address."""
+"""``denylist(ips)``: rejects clients by their address."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fumi_core.plugins import arguments
 
 
 def denylist(ips: Iterable[str]) -> Callable[[Fumi], None]:
-    """Answer these addresses and CIDR blocks with ``554 5.7.1`` in place of the banner. Raises ValueError for others."""
+    """Answer these addresses and CIDR blocks with ``554 5.7.1`` in place of the banner. Raises ValueError for other strings."""
     denied = arguments.networks("denylist", ips)
 
     async def check(ctx: ConnectContext, next: Next) -> None:

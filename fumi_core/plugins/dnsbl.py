@@ -1,4 +1,4 @@
-"""``dnsbl(zones)``: turns away clients whose address is on a DNS blocklist (RFC 5782)."""
+"""``dnsbl(zones)``: rejects clients whose address is on a DNS blocklist (RFC 5782)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fumi_core.runtime.logs import event
 from fumi_core.runtime.resolver import Resolve, Resolver, ipv4_addresses
 
 REMEMBERED = 300.0
-"""Seconds for which an answer is good."""
+"""Seconds for which an answer is cached."""
 MAX_REMEMBERED = 16_384
-"""Answers, in each zone."""
+"""Cached answers of each zone."""
 RETRY = 60.0
-"""Seconds for which a failure is remembered: that of a lookup, and that of a zone."""
+"""Seconds for which the failure of a lookup, or of a zone, is cached."""
 FAILURES = 3
-"""Lookups that fail one after another before the zone is left out: one alone may be a lost packet."""
+"""Failed lookups in succession before the zone is skipped: a single one may be a lost packet."""
 
 _log = logging.getLogger("fumi.core")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _ZONE = re.compile(rf"{_LABEL}(?:\.{_LABEL})+")
-_MAX_ZONE = 253 - 64  # beside the 32 nibbles of an IPv6 address and their dots
+_MAX_ZONE = 253 - 64  # leaves room for the 32 nibbles of an IPv6 address and their dots
 _LISTED = ip_network("127.0.0.0/8")
-# Spamhaus says so, and not of the client, when it does not like the question or the resolver that asks.
+# Spamhaus returns these codes when it rejects the query or the resolver; they say nothing about the client.
 _ERROR = ip_network("127.255.255.0/24")
 
 
@@ -40,14 +40,14 @@ def dnsbl(
     resolve: Resolve = ipv4_addresses,
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[Fumi], None]:
-    """Ask the zones in order, and answer a client that one of them lists with ``554 5.7.1`` in place of the banner.
+    """Query the zones in order, and answer a client that one of them lists with ``554 5.7.1`` in place of the banner.
 
-    The reply names the zone, so it should not have a key of yours in its name. Addresses that are not public are not asked
-    about. A zone that does not answer within ``timeout`` seconds, or not sensibly, is passed over with one line in the log: no
-    mail is lost to a resolver. After an error code, or three failures in a row, the zone is left out for a minute, and then
-    asked by one client: a dead zone does not delay every banner. Raises ValueError for what is not a zone.
+    The reply names the zone, so the zone's name must not contain a secret key. Addresses that are not public are not looked up. A
+    zone that does not answer within ``timeout`` seconds, or not with valid addresses, is skipped with one line in the log: no
+    mail is lost when a resolver fails. After an error code, or three failures in a row, the zone is skipped for a minute, and
+    then queried for one client: a dead zone does not delay every banner. Raises ValueError for a string that is not a zone.
 
-    ``resolve`` gives the IPv4 addresses of a name, in a thread; ``clock`` gives seconds.
+    ``resolve`` returns the IPv4 addresses of a name and is called in a thread; ``clock`` returns seconds.
     """
     lists = [
         Blocklist(zone, Resolver(resolve, timeout=arguments.positive("dnsbl", "timeout", timeout)), clock)
@@ -68,7 +68,7 @@ def dnsbl(
 
 
 class Blocklist:
-    """One zone, and what it answered lately."""
+    """One zone, and its cached answers."""
 
     def __init__(self, zone: str, resolver: Resolver, clock: Callable[[], float], limit: int = MAX_REMEMBERED) -> None:
         self.zone = zone
@@ -77,13 +77,13 @@ class Blocklist:
         self._limit = limit
         self._answers: dict[str, tuple[float, bool]] = {}
         self._failures = 0
-        self._again = 0.0  # when the zone is asked again after too many failures
+        self._again = 0.0  # when to query the zone again after too many failures
 
     def __len__(self) -> int:
         return len(self._answers)
 
     async def lists(self, address: IPv4Address | IPv6Address, id: str) -> bool:
-        """Whether the address is on it, as far as one can know; ``id`` is the connection's, for the log."""
+        """Whether the address is listed; False if that is unknown. ``id`` is the connection's, for the log."""
         name = f"{_reversed(address)}.{self.zone}"
         until, listed = self._answers.get(name, (0.0, False))
         if self._clock() < until:
@@ -105,7 +105,7 @@ class Blocklist:
         return listed
 
     def _left_out(self) -> bool:
-        """Whether the zone has failed too often to be asked now. Every RETRY seconds one caller asks it all the same."""
+        """Whether the zone has failed too often to be queried now. Every RETRY seconds one caller gets False."""
         now = self._clock()
         if self._failures < FAILURES:
             return False
@@ -122,11 +122,11 @@ class Blocklist:
 
 
 class ErrorCode(ValueError):
-    """The zone rejects the question or the resolver that asks, whoever the client is."""
+    """The zone rejects the query or the resolver, for every client."""
 
 
 def _means_listed(answers: Iterable[str]) -> bool:
-    """Raises ValueError for answers of which none is a blocklist's (RFC 5782 §2.1), such as those of a parked domain."""
+    """Raises ValueError if no answer is a blocklist's (RFC 5782 §2.1), as with a parked domain."""
     found = [IPv4Address(answer) for answer in answers]
     if any(each in _LISTED and each not in _ERROR for each in found):
         return True
@@ -147,7 +147,7 @@ def _public(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def _reversed(address: IPv4Address | IPv6Address) -> str:
-    """The octets of an IPv4, the nibbles of an IPv6 address, last first (RFC 5782 §2.1, §2.4)."""
+    """The octets of an IPv4 address, or the nibbles of an IPv6 address, in reverse order (RFC 5782 §2.1, §2.4)."""
     return address.reverse_pointer.removesuffix(".in-addr.arpa").removesuffix(".ip6.arpa")
 
 

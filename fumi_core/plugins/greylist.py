@@ -1,4 +1,4 @@
-"""``greylist(delay)``: an unknown sender is told to come again, which mail servers do and most spammers do not (RFC 6647)."""
+"""``greylist(delay)``: defers unknown senders, since mail servers retry and most spammers do not (RFC 6647)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fumi_core.runtime.addresses import block_of
 from fumi_core.smtp.session import address_key
 
 RETRY_WINDOW = 2 * 86400.0
-"""Seconds in which a sender that was told to wait is to come again."""
+"""Seconds within which a deferred sender has to retry."""
 RETENTION = 35 * 86400.0
-"""Seconds for which one that did is known, from the last time it was seen."""
+"""Seconds for which a sender that has retried is known, from its last message."""
 SHARDS, SHARD_SIZE = 256, 1024
-"""Triplets remembered: at most the product."""
+"""Triplets remembered: at most the product of the two."""
 
 
 def greylist(delay: float, *, clock: Callable[[], float] = time.monotonic) -> Callable[[Fumi], None]:
     """Answer RCPT with ``450 4.7.1`` until ``delay`` seconds have passed since the client, sender and recipient were first seen.
 
-    Clients are told apart by their /24 (IPv4) or /64 (IPv6): a mail server may try again from its neighbour. Authenticated
-    users pass. Use it behind what refuses unknown recipients. What is known is kept in memory, by each worker for itself: after
-    a restart, and with each further worker that it meets, a sender waits again. Raises ValueError for a delay that nobody
-    could outwait. ``clock`` gives seconds.
+    Clients are told apart by their /24 (IPv4) or /64 (IPv6): a mail server may retry from a neighbouring address. Authenticated
+    users are not deferred. Use it after the plugins that reject unknown recipients. Triplets are kept in memory, by each worker
+    for itself: after a restart, and on each further worker that it connects to, a sender is deferred again. Raises ValueError for
+    a delay beyond the time in which senders retry. ``clock`` returns seconds.
     """
     if arguments.positive("greylist", "delay", delay) >= RETRY_WINDOW:
         raise ValueError(f"greylist: delay is less than {RETRY_WINDOW:.0f} seconds, after which a first try is forgotten")
@@ -66,8 +66,8 @@ def greylist(delay: float, *, clock: Callable[[], float] = time.monotonic) -> Ca
 class Triplets:
     """A time for each triplet of client block, sender and recipient.
 
-    Where there are too many the longest untouched are forgotten, but only among the block's own shard, which no client can
-    choose: one that invents senders by the thousand makes the others of its shard wait again, and nobody else.
+    When a shard is full its least recently used triplets are deleted. The shard is a keyed hash of the client block, so no client
+    can choose it: a client that invents thousands of senders affects only the clients of its own shard.
     """
 
     def __init__(self, shards: int = SHARDS, size: int = SHARD_SIZE) -> None:
@@ -83,7 +83,7 @@ class Triplets:
 
     def put(self, triplet: tuple[str, str, str], seconds: float) -> None:
         shard, digest = self._shard(triplet[0]), self._digest("\0".join(triplet))
-        shard.pop(digest, None)  # so that it stands behind all that were touched before it
+        shard.pop(digest, None)  # moves it to the end, after all that were used before
         if len(shard) >= self._size:
             del shard[next(iter(shard))]
         shard[digest] = seconds

@@ -1,4 +1,4 @@
-"""``logger()``: a line in the log for each thing that a client does, and for what became of it."""
+"""``logger()``: logs each step of a client, and its result."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _log = logging.getLogger("fumi.core.events")
 def logger() -> Callable[[Fumi], None]:
     """Log connects, authentications, senders, recipients, messages and closes, at level INFO, to ``fumi.core.events``.
 
-    Use it first: it sees what becomes of things behind it, refusals included. What a client authenticates with is never
-    logged; its name only when it was right, since people type passwords there. Without the ``fumi-core`` program,
+    Use it first: it then sees the results of all later handlers, rejections included. Passwords and other credentials are never
+    logged; a user name only when the login succeeded, since people type passwords there. Without the ``fumi-core`` program,
     ``logging.basicConfig(level=logging.INFO)`` is enough to see the lines.
     """
 
@@ -41,7 +41,7 @@ def logger() -> Callable[[Fumi], None]:
 
 class _Lines:
     def __init__(self) -> None:
-        self._connected: dict[Session, float] = {}  # on_close follows every on_connect, and takes it out again
+        self._connected: dict[Session, float] = {}  # on_close follows every on_connect, and removes the entry
 
     async def connect(self, ctx: ConnectContext, next: Next) -> None:
         session = ctx.session
@@ -88,7 +88,7 @@ class _Lines:
         elif failure is not None:
             _tell(ctx, f"message {_verdict(failure)}", **fields, **_refusal(failure))
         else:
-            # In LMTP each recipient has a reply of its own.
+            # In LMTP each recipient has its own reply.
             errors = [ctx.rejected.get(each.address) for each in envelope.rcpt_to]
             best = min((error.code if error else 250 for error in errors), default=250)
             _tell(ctx, f"message {verdict(best)}", **fields, rejected=sum(error is not None for error in errors) or None)
@@ -114,7 +114,7 @@ async def _outcome(ctx: Context, next: Next, what: str, fields: dict[str, Any]) 
 
 
 async def _failure_of(ctx: DataContext, next: Next) -> Exception | None:
-    """What the others made of the message, which has arrived as a whole then: its size is known only at its end."""
+    """Run the other handlers and return their error. Waits until the message has arrived, since its size is known only then."""
     failure = None
     try:
         await next()

@@ -1,4 +1,4 @@
-"""``max_size(n)``: refuses messages over a size, whatever the ``size`` option says."""
+"""``max_size(n)``: rejects messages over a size, in addition to the ``size`` option."""
 
 from __future__ import annotations
 

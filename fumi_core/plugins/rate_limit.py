@@ -1,4 +1,4 @@
-"""``rate_limit(per_minute, burst)``: so many messages from one client address, and no more."""
+"""``rate_limit(per_minute, burst)``: limits the rate of messages from one client address."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ROUNDING = 1e-6  # seconds; a sum of intervals is not exactly their multiple
 def rate_limit(per_minute: float, burst: int, *, clock: Callable[[], float] = time.monotonic) -> Callable[[Fumi], None]:
     """Answer MAIL with ``450 4.7.1`` where a client, after ``burst`` messages at once, sends more than ``per_minute``.
 
-    A client is an IPv4 address, or the /64 of an IPv6 address; all Unix sockets are one. What counts is the transaction: each
-    MAIL that gets as far as this plugin, whatever becomes of its message; one that is refused here does not count. Several
-    workers each count what comes to them. Raises ValueError for what is not a rate. ``clock`` gives seconds.
+    A client is an IPv4 address, or the /64 of an IPv6 address; all Unix sockets are one client. Transactions are counted: each
+    MAIL that reaches this plugin, whatever happens to its message; a MAIL that is deferred here is not counted. Each worker
+    counts only its own transactions. Raises ValueError for an invalid rate. ``clock`` returns seconds.
     """
     interval = 60 / arguments.positive("rate_limit", "per_minute", per_minute)
     buckets = Buckets(interval, arguments.whole("rate_limit", "burst", burst, 1), clock)
@@ -39,14 +39,14 @@ def rate_limit(per_minute: float, burst: int, *, clock: Callable[[], float] = ti
 
 
 class Buckets:
-    """A token bucket for each client, kept as the time when it will be full again; a full one needs no memory.
+    """A token bucket for each client, stored as the time when it will be full again; a full one needs no memory.
 
-    Where there are too many, the fullest are forgotten first: to have its empty bucket forgotten, a client would need
-    ``limit`` other addresses and empty the buckets of those.
+    When there are too many, the fullest are deleted first: to have its empty bucket deleted, a client would need ``limit`` other
+    addresses and would have to empty their buckets.
     """
 
     def __init__(self, interval: float, burst: int, clock: Callable[[], float], limit: int = MAX_CLIENTS) -> None:
-        """``interval`` is the seconds that a token takes to come back."""
+        """``interval`` is the seconds until a token is restored."""
         self._interval = interval
         self._burst = burst
         self._clock = clock
@@ -57,7 +57,7 @@ class Buckets:
         return len(self._full_at)
 
     def take(self, client: str) -> bool:
-        """Take one token; False where there is none."""
+        """Take one token; False if the bucket is empty."""
         now = self._clock()
         full_at = max(self._full_at.get(client, now), now)
         if full_at - now > (self._burst - 1) * self._interval + _ROUNDING:
@@ -68,7 +68,7 @@ class Buckets:
         return True
 
     def _forget(self, now: float) -> None:
-        """Make room for an eighth, so that it need not be made again soon."""
+        """Delete an eighth of the buckets, so that this is rarely needed."""
         self._full_at = kept = {client: full_at for client, full_at in self._full_at.items() if full_at > now}
         surplus = len(kept) - self._limit * 7 // 8
         for client in heapq.nsmallest(surplus, kept, key=kept.__getitem__):

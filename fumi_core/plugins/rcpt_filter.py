@@ -1,4 +1,4 @@
-"""``rcpt_filter(domains)``: takes mail for these domains and for no other."""
+"""``rcpt_filter(domains)``: rejects recipients of all domains except these."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fumi_core.smtp.session import domain_of
 
 
 def rcpt_filter(domains: Iterable[str]) -> Callable[[Fumi], None]:
-    """Answer RCPT for any other domain with ``550 5.7.1``. ``<postmaster>`` has no domain and is always let through.
+    """Answer RCPT for any other domain with ``550 5.7.1``. ``<postmaster>`` has no domain and is always accepted.
 
-    Raises ValueError for what is not a domain.
+    Raises ValueError for a string that is not a domain.
     """
     accepted = arguments.domains("rcpt_filter", domains)
 

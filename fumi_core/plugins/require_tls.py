@@ -1,4 +1,4 @@
-"""``require_tls()``: no mail from a client that did not come over TLS."""
+"""``require_tls()``: rejects mail from clients without TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sender_block(domains)``: refuses senders by their domain."""
+"""``sender_block(domains)``: rejects senders by their domain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fumi_core.smtp.session import domain_of
 
 
 def sender_block(domains: Iterable[str]) -> Callable[[Fumi], None]:
-    """Answer MAIL from these domains, compared without case, with ``550 5.7.1``. Raises ValueError for what is none."""
+    """Answer MAIL from these domains, compared without case, with ``550 5.7.1``. Raises ValueError for anything but a domain."""
     blocked = arguments.domains("sender_block", domains)
 
     async def check(ctx: MailContext, next: Next) -> None:

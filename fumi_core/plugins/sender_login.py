@@ -1,4 +1,4 @@
-"""``sender_login(domains)``: who has logged in sends as that user and as nobody else."""
+"""``sender_login(domains)``: a logged-in user may send only from its own address."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fumi_core.smtp.domains import canonical
 
 
 def name_of(user: Any) -> str:
-    """The login's name when ``ctx.accept()`` was given one. Raises TypeError for anything else: the message is then deferred."""
+    """The user name given to ``ctx.accept()``. Raises TypeError for any other object, which defers the message."""
     if not isinstance(user, str):
         raise TypeError(
             f"sender_login: session.user is a {type(user).__name__}; give sender_login() a login= that returns its name"
@@ -23,12 +23,12 @@ def name_of(user: Any) -> str:
 
 
 def sender_login(domains: Iterable[str] = (), *, login: Callable[[Any], str] = name_of) -> Callable[[Fumi], None]:
-    """Answer MAIL of a user who has logged in with ``553 5.7.1`` unless the sender is its login, or login@ one of ``domains``.
+    """Answer MAIL of a logged-in user with ``553 5.7.1`` unless the sender is its login, or login@ one of ``domains``.
 
-    Upper and lower case are the same here, as in most mail systems, and so are the spellings of a domain: logins that differ in
-    nothing else can send as each other. The null sender is allowed, since return receipts have it (RFC 8098 §3). Clients that
-    have not logged in are not checked, and neither is the From field. ``login`` gives the name of what ``ctx.accept()`` was
-    given. Raises ValueError for what is not a domain.
+    Case is ignored, as in most mail systems, and so is the spelling of an internationalized domain: users whose logins differ
+    only in these can send as each other. The null sender is allowed, since return receipts have it (RFC 8098 §3). Clients that
+    have not logged in are not checked, and neither is the From field. ``login`` returns the login for the object given to
+    ``ctx.accept()``. Raises ValueError for a string that is not a domain.
     """
     own = arguments.domains("sender_login", domains)
 

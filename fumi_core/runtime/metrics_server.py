@@ -74,7 +74,7 @@ class MetricsServer:
                 return metrics(environ, start_response)
             page = routes.get(path)
             answer = page() if page else Answer("not found\n", status="404 Not Found")
-            # A name from a file system may have octets that are not text.
+            # A name from a file system may have bytes that are not text.
             body = answer.text.encode("utf-8", "replace")
             headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
             headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *answer.headers]

@@ -47,7 +47,7 @@ class Envelope:
     require_tls: bool = False
     dsn: DSN = _NOTHING_ASKED
     at_end: tuple[Callable[[], None], ...] = field(default=(), repr=False, compare=False)
-    """Called when the transaction ends while the connection lives: by a reply to the message, RSET, EHLO or a refused MAIL."""
+    """Called when the transaction ends while the connection is open: by a reply to the message, RSET, EHLO or a rejected MAIL."""
 
 
 class Session:

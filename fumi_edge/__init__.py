@@ -1,6 +1,6 @@
-"""The TLS side of Fumi: terminates TLS and STARTTLS and tells the SMTP server behind it, by PROXY protocol, who the client is.
+"""The TLS side of Fumi: terminates TLS and STARTTLS, and sends the backend the client's data by PROXY protocol.
 
-``fumi_edge.Fumi`` is ``fumi_core.Fumi`` with TLS; the names that an app needs besides are those of ``fumi_core``.
+``fumi_edge.Fumi`` is ``fumi_core.Fumi`` with TLS; the other names are those of ``fumi_core`` that an app needs.
 """
 
 from fumi_core import (

@@ -26,7 +26,7 @@ RESOLVE_AGAIN = 1.0
 AVOID_ADDRESS = 30.0
 """Seconds for which an address is tried after the others of the same name when a connection to it has failed."""
 CLOSE_SECONDS = 5.0
-"""Seconds a backend has to close its side after QUIT."""
+"""Seconds that a backend gets to close its side after QUIT."""
 LAST_ANSWER = 64 * 1024
 """The maximum number of bytes that a backend may still send after QUIT."""
 _BUSY = 0.02  # seconds until the next attempt to connect to a Unix socket with a full queue
@@ -267,5 +267,5 @@ def reason_of(error: OSError) -> str:
         return "resolve"
     if isinstance(error, ConnectionRefusedError | FileNotFoundError):
         return "refused"
-    # EADDRNOTAVAIL: no route for that family, or no port left towards this address.
+    # EADDRNOTAVAIL: no local address of that family, or no free local port for this destination.
     return "unreachable" if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL) else "other"

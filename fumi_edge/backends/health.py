@@ -38,13 +38,13 @@ _IGNORANT = "the PROXY header; does it know the PROXY protocol? else --proxy-pro
 class BadBanner(Exception):
     """The backend accepts connections but does not greet with 220, or greets and then rejects the PROXY header.
 
-    The message says what it did.
+    The message holds the reply or the failure.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a check is made: the PROXY protocol's version (v2, v1 or off), and the seconds to connect and for the banner."""
+    """Parameters of a check: the PROXY protocol version (v2, v1 or off), and the seconds for connecting and for the banner."""
 
     proxy_protocol: str
     connect_timeout: float

@@ -21,7 +21,7 @@ LOOPBACK = ("127.0.0.0/8", "::1/128", "unix")
 
 
 class HeaderError(Exception):
-    """There is no valid header; the message says why. ``silent``: the load balancer sent no bytes at all."""
+    """There is no valid header; the message is the reason. ``silent``: the load balancer sent no bytes at all."""
 
     def __init__(self, problem: str, silent: bool = False) -> None:
         super().__init__(problem)

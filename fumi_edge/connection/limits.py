@@ -46,7 +46,7 @@ def parse_rate(text: str) -> Rate:
 
 
 class Limits:
-    """Counts clients in and out; None means no limit. ``clock`` gives seconds."""
+    """Counts clients and applies the limits; None means no limit. ``clock`` returns seconds."""
 
     def __init__(
         self, max_clients: int | None, max_clients_per_ip: int | None, rate_per_ip: Rate | None, clock: Callable[[], float]

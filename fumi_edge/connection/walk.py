@@ -40,7 +40,7 @@ from fumi_edge.tls.policy import TLSSocket
 log = logging.getLogger("fumi.edge")
 
 BANNER = 300.0
-"""Seconds a backend may take for its banner (RFC 5321 §4.5.3.2.1)."""
+"""Seconds in which a backend must send its banner (RFC 5321 §4.5.3.2.1)."""
 _GONE = ("client_closed", "client_reset", "handshake_timeout", "handshake_reset", "proxy_header", *LIMITS)
 """Ends without a reply after which the connection is closed at once: the client is gone, or must not cost any more time."""
 _SILENCES = ("client_closed", "client_reset", "idle_timeout", "handshake_timeout", "handshake_reset")

@@ -1,1 +1,1 @@
-"""The status page for people."""
+"""The status page, its plots, and the samples that they show."""

@@ -1,1 +1,1 @@
-"""Certificates, and what is negotiated with them."""
+"""Certificates, and the TLS that is negotiated with them."""

@@ -169,7 +169,7 @@ class Acceptor:
         self._loop.remove_reader(self.sock.fileno())
 
     def _go_on(self) -> None:
-        """Accept the connection, unless another worker has accepted it."""
+        """Resume: accept the connection that waits, unless another worker has accepted it."""
         self._resume = None
         self._loop.add_reader(self.sock.fileno(), self._accept)
         self._take()

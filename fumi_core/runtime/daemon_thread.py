@@ -37,7 +37,7 @@ async def run_in_daemon_thread(function: Callable[[], T]) -> T:
 
 
 def start_thread(act: Callable[[], object], name: str) -> threading.Thread:
-    """Start a daemon thread that receives no signals, even those blocked for another thread. Raises OSError if none can start."""
+    """Start a daemon thread with all signals blocked, so that other threads receive them. Raises OSError if it cannot start."""
     thread = threading.Thread(target=act, name=name, daemon=True)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:

@@ -212,7 +212,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             _end(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A scraper that disconnects during the response is not our error; anything else is logged with a traceback.
+        # Most often a scraper disconnected during the response, which is not our error; the traceback helps with anything else.
         logging.getLogger("fumi.endpoint").debug("request failed", exc_info=True)
 
 

@@ -210,7 +210,7 @@ class Dialogue:
         self._changed()
 
     def _report_end(self) -> None:
-        """Count, once, a dialogue that the server ended."""
+        """Count, once, a dialogue that the server ended for one of ``_REASONS``."""
         reason = _REASONS.get(self.protocol.last)
         if reason is not None and not self._reported:
             self._reported = True

@@ -69,3 +69,8 @@ def test_the_files_that_contributing_names_are_there() -> None:
     assert len(names) > 30
     everything = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("[ft][ue]*/**/*.py")]
     assert not [name for name in names if not any(f"/{each}".endswith(f"/{name}") for each in everything)]
+
+
+def test_contributing_names_the_linters_of_continuous_integration() -> None:
+    pinned = [re.findall(r"\b(?:ruff|mypy)==[\d.]+", (ROOT / name).read_text()) for name in (".ci/run", "CONTRIBUTING.md")]
+    assert pinned[0] == pinned[1] != []

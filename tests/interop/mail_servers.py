@@ -10,6 +10,7 @@ import grp
 import os
 import pwd
 import re
+import shutil
 import signal
 import smtplib
 import socket
@@ -89,6 +90,8 @@ class Dovecot:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(60)
         self._programs.until(lambda: not self._programs.listening(self.port), "Dovecot gone")
+        # A process that is still ending may hold one of these, and the next Dovecot would not start beside it.
+        shutil.rmtree(self.directory / "base")
 
     def copies(self, text: str) -> dict[str, int]:
         """How many messages with this text each user has, where there are any."""

@@ -432,6 +432,12 @@ def test_a_stop_does_not_wait_for_who_reads_the_log(
         assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize("program", ["core", "edge"])
+def test_a_package_that_is_run_is_its_program(program: str) -> None:
+    run = finished(sys.executable, "-m", f"fumi_{program}", "--help")
+    assert (run.returncode, run.stdout) == (0, finished(Path(sys.executable).with_name(f"fumi-{program}"), "--help").stdout)
+
+
 def test_the_package_the_program_and_the_distribution_have_one_version() -> None:
     assert fumi_core.__version__ == version("fumi-smtp")
     assert finished(PROGRAM, "--version").stdout == f"fumi-core, version {fumi_core.__version__}\n"

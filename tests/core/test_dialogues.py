@@ -1,4 +1,4 @@
-"""Plain-text dialogues: what the client says, what the server must answer. One file each in dialogues/.
+"""Plain-text dialogues: what the client says, what the server must answer. One file each, in folders by theme in dialogues/.
 
 Their C and S lines are those of tests/dialogue.py.
 
@@ -29,11 +29,12 @@ from fumi_core.smtp.replies import Reply
 from fumi_core.testing import RunningServer, running
 from tests.dialogue import Other, talk, unescaped
 
-DIALOGUES = sorted((Path(__file__).parent / "dialogues").glob("*.txt"))
+FOLDER = Path(__file__).parent / "dialogues"
+DIALOGUES = sorted(FOLDER.rglob("*.txt"))
 HANDLER = re.compile(r"H (\w+)(?: (\S+))?: (\w+) ?(.*)")
 
 
-@pytest.mark.parametrize("path", DIALOGUES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DIALOGUES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
 def test_the_server_answers_as_written(path: Path) -> None:
     lines = path.read_text("utf-8").splitlines()
     app = _app(lines)

@@ -51,7 +51,7 @@ LENGTHS = (505, 4080, 4088, 4089, 4090, 4095, 4096, 4097, 8000, 12274, 12275, 12
 def said_in_dialogues() -> list[bytes]:
     """What the client says in each of the dialogues, those left out that are mostly long."""
     found = []
-    for path in sorted(DIALOGUES.glob("*.txt")):
+    for path in sorted(DIALOGUES.rglob("*.txt"), key=lambda path: path.name):
         said = b""
         for line in path.read_text("utf-8").splitlines():
             kind, text = line[:2], line[3:]

@@ -13,26 +13,31 @@ from fumi_core.handlers.middleware import Next
 MAX_HOPS = 50
 """Received fields a message may have; Postfix's hopcount_limit is the same."""
 
+MAX_HEADER = 256 * 1024
+"""Bytes that are examined. Servers add their Received fields at the beginning, and fifty of them take about 25 KiB."""
+
 _FIELD = b"\nreceived:"
 
 
 class HopCounter:
     """Counts the Received fields of content that is fed in pieces of any length. Folded lines and the body do not count."""
 
-    __slots__ = ("_ended", "_tail", "count")
+    __slots__ = ("_ended", "_examined", "_tail", "count")
 
     def __init__(self) -> None:
         self.count = 0
         self._tail = b"\n"  # shorter than a field, so no field is counted twice
         self._ended = False
+        self._examined = 0
 
     def feed(self, text: bytes) -> None:
         if self._ended:
             return
+        self._examined += len(text)
         text = self._tail + text
         end = text.find(b"\n\r\n")
+        self._ended = end >= 0 or self._examined > MAX_HEADER
         if end >= 0:
-            self._ended = True
             text = text[:end]
         self.count += text.lower().count(_FIELD)
         self._tail = text[1 - len(_FIELD) :]

@@ -16,8 +16,12 @@ from fumi_core.server.dialogue import Service
 
 _log = logging.getLogger("fumi.core")
 
-READ_SIZE = 128 * 1024
-"""Bytes taken from a socket at once, into one buffer that all connections share."""
+READ_SIZE = 64 * 1024
+"""Bytes taken from a socket at once, into one buffer that all connections share.
+
+A 5 MB message costs 4.2 ms with this size, 4.6 with twice as much and 5.0 with half (bench row core-large): above 64 KiB, malloc
+returns the memory of each piece to the kernel and requests it again.
+"""
 
 
 class Server:

@@ -10,6 +10,7 @@ The work is done by bytes.find, count and replace over whole reads, so that it c
 from __future__ import annotations
 
 import re
+from io import IncrementalNewlineDecoder
 
 END = b"\r\n.\r\n"
 _BARE = re.compile(rb"\r\n|\r|\n")
@@ -39,8 +40,9 @@ class DotReader:
 
     def feed(self, data: bytes) -> bytes:
         """Return the content in ``data``. Raises BareNewline where bare newlines are rejected. Do not call it after the end."""
-        buffer = self._held + data
-        dot = buffer.find(b"\r\n.")
+        buffer = self._held + data if self._held else data
+        # A large attachment in base64 has no dots, and to search for one byte costs a twentieth of searching for three.
+        dot = buffer.find(b"\r\n.") if b"." in buffer else -1
         end = buffer.find(END, dot) if dot >= 0 else -1
         if end < 0:
             stop = len(buffer) - _undecided(buffer)
@@ -50,7 +52,7 @@ class DotReader:
             self.rest = buffer[end + 5 :]
         if stop == 0:
             return b""
-        text = self._text(buffer[:stop], stuffed=dot >= 0)
+        text = self._text(buffer[:stop], stuffed=dot not in (-1, end))
         if self._virtual:
             text = text[self._virtual :]
             self._virtual = 0
@@ -142,9 +144,14 @@ class DotWriter:
 
 
 def _has_bare_newlines(text: bytes) -> bool:
-    # Removing the pairs and searching for what is left costs half of counting all three: the search is memchr.
-    unpaired = text.replace(b"\r\n", b"")
-    return b"\n" in unpaired or b"\r" in unpaired
+    """Whether the text holds a CR or LF outside a CRLF.
+
+    The universal newlines of ``io`` take 37 µs for 128 KiB. Removing all CRLF and searching for what is left takes 53 to 195 µs,
+    depending on how Python was built, and counting takes 160 to 225 (bench row core-large).
+    """
+    kinds = IncrementalNewlineDecoder(None, translate=False)
+    kinds.decode(str(text, "latin-1"), final=True)  # without a decoder it takes text
+    return kinds.newlines not in (None, "\r\n")
 
 
 def _undecided(buffer: bytes) -> int:

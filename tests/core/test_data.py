@@ -99,6 +99,21 @@ def test_random_texts_read_as_the_model_says() -> None:
             assert got == expected
 
 
+def test_random_texts_have_bare_newlines_exactly_when_a_cr_or_lf_is_left_without_its_other_half() -> None:
+    chance = random.Random(56)
+    for _ in range(4000):
+        data = b"".join(
+            chance.choice([b"\r\n", b"\r\n", b"\r", b"\n", b"a", b"\x85", b"\xe2\x80\xa8"]) for _ in range(chance.randrange(9))
+        )
+        bare = re.search(rb"(?<!\r)\n|\r(?!\n)", data) is not None
+        try:
+            read([data, END])
+        except BareNewline:
+            assert bare
+        else:
+            assert not bare
+
+
 def test_what_is_held_back_never_exceeds_the_end_of_a_message() -> None:
     reader = DotReader("reject")
     fed = given = 0

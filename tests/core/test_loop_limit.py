@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.delivery.loop_limit import HopCounter
+from fumi_core.delivery.loop_limit import MAX_HEADER, HopCounter
 from fumi_core.program import builtin
 from fumi_core.testing import running
 
@@ -71,3 +71,11 @@ def test_only_fields_of_the_header_section_count_however_they_are_cut(text: byte
     for at in range(0, len(text), step):
         hops.feed(text[at : at + step])
     assert hops.count == count
+
+
+def test_a_message_without_a_body_is_examined_no_further_than_the_limit() -> None:
+    hops = HopCounter()
+    for _ in range(MAX_HEADER // 1000 + 1):
+        hops.feed(b"x" * 998 + b"\r\n")
+    hops.feed(b"Received: a\r\n")
+    assert hops.count == 0

@@ -9,6 +9,7 @@ import click
 
 from fumi_core.program.users import hash_password
 from fumi_core.program.work import CoreWork
+from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.lifecycle import hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.settings import (
@@ -49,70 +50,96 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 
 @click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE"})
 @click.argument("app", metavar="[MODULE:APP]", required=False)
-@click.option(
-    "--listen", type=ADDRESS, multiple=True, default=["127.0.0.1:2525"], show_default=True, help="Where to listen; repeatable."
-)
+@heading("Connections")
+@click.option("--listen", type=ADDRESS, multiple=True, default=["127.0.0.1:2525"], help="Listens on this address. Repeatable.")
 @click.option(
     "--proxy-protocol",
     type=click.Choice(["required", "off"]),
     default="required",
-    show_default=True,
-    help="Whether every connection begins with a PROXY header.",
+    help="Whether every connection must begin with a PROXY header, version 1 or 2; others are closed.",
 )
-@click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send that header; repeatable. [default: this host]")
-@click.option("--assume-tls", is_flag=True, help="Treat every connection as TLS-protected: for stunnel.")
-@click.option("--deliver", metavar="TARGET", help="maildir:PATH, lmtp:ADDR, smtp:ADDR or discard:  [default: maildir:./maildir]")
+@click.option(
+    "--trusted-proxy",
+    type=NETWORK,
+    multiple=True,
+    show_default="this host",
+    help="Networks and addresses that may send PROXY headers, XCLIENT and XFORWARD; unix for Unix sockets. Repeatable.",
+)
+@click.option(
+    "--assume-tls", is_flag=True, help="Treats every connection as TLS-protected, for a TLS proxy that cannot report it."
+)
+@click.option(
+    "--max-clients",
+    type=COUNT,
+    show_default="no limit",
+    help="Maximum number of concurrent connections, in all workers together; one more is answered 421.",
+)
+@click.option("--socket-mode", type=MODE, show_default="by the umask", help="Permissions of Unix sockets, such as 0660.")
+@heading("Mail")
+@click.option(
+    "--deliver",
+    metavar="TARGET",
+    show_default="maildir:./maildir",
+    help="Delivery target: discard:, maildir:PATH, smtp:ADDR or lmtp:ADDR.",
+)
 @click.option(
     "--domain",
     type=DomainType(),
     metavar="NAME",
     multiple=True,
-    help="Accept recipients of this domain alone; repeatable. [default: all]",
+    show_default="all",
+    help="Accepts recipients of this domain only, without wildcards. Repeatable.",
 )
 @click.option(
-    "--state",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Where lmtp: remembers answers that differ. [default: $STATE_DIRECTORY, else ./state]",
+    "--size",
+    type=OCTETS,
+    show_default="no limit",
+    help="Largest message, declared or received, in bytes; larger ones are answered 552.",
 )
-@click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Password file, NAME:HASH per line.")
-@click.option("--sender-login", is_flag=True, help="Reject MAIL from a user whose login it is not, nor login@ one of --domain.")
-@click.option("--hash-password", is_flag=True, help="Read a password, print its hash for --users, and exit.")
-@click.option("--auth-required", is_flag=True, help="Refuse MAIL before AUTH.")
-@click.option("--allow-insecure-auth", is_flag=True, help="Offer AUTH to clients that did not come over TLS, too.")
-@click.option("--require-tls", is_flag=True, help="Refuse MAIL from a client that did not come over TLS.")
-@click.option("--size", type=OCTETS, help="Largest message, in octets. [default: no limit]")
+@click.option("--lmtp", is_flag=True, help="Speaks LMTP (RFC 2033) instead of SMTP.")
+@click.option("--name", show_default="this host's", help="The server's name in banner, EHLO reply and Received header.")
+@click.option("--banner", help="Text after the name in the banner.")
 @click.option(
     "--bare-newlines",
     type=click.Choice(["reject", "normalize"]),
-    help="What to do with a CR or LF alone in a message: reject it, or make it a CRLF. [default: reject]",
+    default="reject",
+    help="A CR or LF alone in a message: reject answers 550 and closes, normalize converts it to CRLF.",
 )
 @click.option(
     "--lenient-addresses",
     is_flag=True,
-    help="Take addresses without <> or a domain, with dots anywhere or a final dot, as devices and carriers send them.",
+    help="Accepts addresses that devices and carriers send: without <> or a domain, with dots anywhere, with a final dot.",
 )
-@click.option("--max-clients", type=COUNT, help="Maximum concurrent connections. [default: no limit]")
-@click.option("--name", help="The server's name in banner and trace lines. [default: this host's]")
-@click.option("--banner", default="", help="Text after the host name in the banner.")
-@click.option("--lmtp", is_flag=True, help="Speak LMTP: an answer for each recipient.")
-@click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz and /readyz here.")
-@click.option("--socket-mode", type=MODE, help="Permissions of Unix listeners, such as 0660. [default: by the umask]")
-@click.option("--workers", type=WORKERS, default="1", show_default=True, help="Processes that share the work.")
+@heading("Authentication")
+@click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Password file, NAME:HASH per line.")
+@click.option("--auth-required", is_flag=True, help="Rejects MAIL before AUTH.")
+@click.option("--sender-login", is_flag=True, help="Rejects senders other than the user's own address.")
+@click.option("--require-tls", is_flag=True, help="Answers MAIL and AUTH with 530 on connections without TLS.")
+@click.option("--allow-insecure-auth", is_flag=True, help="Offers AUTH on connections without TLS, too.")
+@click.option("--hash-password", is_flag=True, help="Reads a password, prints its hash for --users, and exits.")
+@heading("Operation")
+@config_option("core")
 @click.option(
-    "--drain-timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds transactions get to end at SIGTERM."
+    "--state",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    show_default="$STATE_DIRECTORY, else ./state",
+    help="Stores differing answers of an LMTP server here.",
 )
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz and /readyz here.")
+@click.option("--workers", type=WORKERS, default="1", help="Number of processes that share the work; auto is one per CPU.")
+@click.option("--drain-timeout", type=SECONDS, default=30, help="Time that transactions get to end when the server stops.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
-    show_default=True,
-    help="From which level on events are logged; debug adds the SMTP dialogue, without credentials and message content.",
+    help="Lowest level that is logged. debug adds the SMTP dialogue, without credentials and message content.",
 )
-@config_option("core")
-@click.option("--check", is_flag=True, help="Check all settings, the next hop too, and exit.")
-@click.version_option(VERSION)
+@click.option(
+    "--check", is_flag=True, help="Checks all settings, connects to the next hop and reads its banner, changes nothing and exits."
+)
+@click.version_option(VERSION, help="Prints the version and exits.")
 @click.pass_context
 def main(ctx: click.Context, /, **settings: Any) -> None:
     """A plaintext SMTP server, to stand behind fumi-edge, HAProxy or stunnel.

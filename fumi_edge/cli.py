@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from fumi_core.runtime.addresses import Networks, parse_address, passed
+from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.lifecycle import STOPS, hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.privileges import PrivilegeError, find
@@ -59,68 +60,125 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
-@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_EDGE", "show_default": True, "max_content_width": 120})
-@config_option("edge")
-@click.option("--listen", type=ADDRESS, multiple=True, help="Listen for implicit TLS.  [default: :465 when no listener is named]")
-@click.option("--starttls-listen", type=ADDRESS, multiple=True, help="Listen for SMTP with STARTTLS.")
+@click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_EDGE"})
+@heading("Listeners and limits")
+@click.option(
+    "--listen",
+    type=ADDRESS,
+    multiple=True,
+    show_default=":465 when no listener is named",
+    help="Listens for implicit TLS. Repeatable.",
+)
+@click.option("--starttls-listen", type=ADDRESS, multiple=True, help="Listens for SMTP with STARTTLS. Repeatable.")
+@click.option(
+    "--accept-proxy",
+    is_flag=True,
+    help="Requires a PROXY header, v1 or v2, from a layer-4 load balancer at the start of every connection, before TLS.",
+)
+@click.option(
+    "--trusted-proxy",
+    type=NETWORK,
+    multiple=True,
+    show_default="loopback and unix",
+    help="Addresses of load balancers; connections from others are closed. Repeatable.",
+)
+@click.option("--max-clients", type=COUNT, help="Maximum number of concurrent connections.")
+@click.option(
+    "--max-clients-per-ip",
+    type=COUNT,
+    help="Maximum number of concurrent connections from one IPv4 address or IPv6 /64, in each worker.",
+)
+@click.option(
+    "--rate-per-ip",
+    type=RateType(),
+    help="Maximum rate of new connections from one IPv4 address or IPv6 /64, in each worker: 10/s, 600/m, 1000/h.",
+)
+@heading("TLS")
 @click.option(
     "--cert",
     type=NAME,
     metavar="FILE|DIR",
     multiple=True,
-    help="Certificate chain, PEM, or a directory: *.pem, Let's Encrypt's, or Kubernetes' tls.crt and tls.key.",
+    help="Certificate: a PEM file with its chain, or a directory: *.pem, Let's Encrypt's, or Kubernetes' (tls.crt, tls.key)."
+    " Repeatable.",
 )
 @click.option(
-    "--key", type=NAME, metavar="FILE", multiple=True, help="Private key, PEM, for each --cert file without one, in their order."
+    "--key",
+    type=NAME,
+    metavar="FILE",
+    multiple=True,
+    help="Private key of a --cert file without one. Repeatable, in the order of --cert.",
 )
 @click.option(
     "--cert-reload-interval",
     type=SECONDS_OR_NONE,
-    default=10.0,
-    help="Interval for checking certificate files, in seconds; 0 is never.",
+    default=10,
+    help="Interval for checking certificate files. With 0 they are reloaded on SIGHUP only.",
 )
-@click.option("--backend", type=ADDRESS, multiple=True, help="Where an SMTP server is; repeatable.")
+@click.option("--min-tls", type=click.Choice(["1.2", "1.3"]), default="1.2", help="Oldest TLS version to accept.")
+@click.option("--ciphers", metavar="LIST", default=CIPHERS, help="OpenSSL cipher list for TLS 1.2.")
+@click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, best first, separated by commas.")
+@click.option(
+    "--client-ca", type=NAME, metavar="FILE", help="Requests client certificates, signed by one of the CAs in this file."
+)
+@click.option(
+    "--client-cert",
+    type=click.Choice(["optional", "required"]),
+    show_default="optional",
+    help="Whether a client must have a certificate.",
+)
+@heading("SMTP before STARTTLS")
+@click.option("--require-tls", is_flag=True, help="Clients of STARTTLS ports must upgrade before they send mail or passwords.")
+@click.option("--hide-starttls", is_flag=True, help="Does not advertise STARTTLS, which still works.")
+@heading("Backends")
+@click.option("--backend", type=ADDRESS, multiple=True, help="Address of the SMTP server. Repeatable.")
 @click.option(
     "--balance",
     type=click.Choice(BALANCES),
     default="leastconn",
-    help="Which backend of those that are up: the one with the fewest connections, each in turn, or the first.",
+    help="Choice among the backends that are up: fewest connections, each in turn, or the first.",
 )
-@click.option("--health-interval", type=SECONDS_OR_NONE, default=5.0, help="Seconds between checks of a backend; 0 is none.")
-@click.option("--health-timeout", type=SECONDS, default=10.0, help="Seconds for a backend to greet a check.")
+@click.option(
+    "--health-interval", type=SECONDS_OR_NONE, default=5, help="Interval between health checks of a backend. 0 turns them off."
+)
+@click.option("--health-timeout", type=SECONDS, default=10, help="Time limit for the 220 banner in a health check.")
 @click.option(
     "--proxy-protocol", type=click.Choice(["v2", "v1", "off"]), default="v2", help="PROXY protocol version sent to backends."
 )
-@click.option("--accept-proxy", is_flag=True, help="Expect a PROXY header (v1 or v2) from a layer-4 balancer, before TLS.")
-@click.option("--trusted-proxy", type=NETWORK, multiple=True, help="Who may send it.  [default: loopback and unix]")
-@click.option("--require-tls", is_flag=True, help="Answer 530 to mail in plaintext on STARTTLS ports.")
-@click.option("--hide-starttls", is_flag=True, help="Do not advertise STARTTLS.")
-@click.option("--min-tls", type=click.Choice(["1.2", "1.3"]), default="1.2", help="The oldest TLS version to accept.")
-@click.option("--ciphers", metavar="LIST", default=CIPHERS, help="OpenSSL cipher list for TLS 1.2.")
-@click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, comma-separated.")
-@click.option("--client-ca", type=NAME, metavar="FILE", help="Ask clients for a certificate of one of these authorities, PEM.")
-@click.option("--client-cert", type=click.Choice(["optional", "required"]), help="With --client-ca.  [default: optional]")
-@click.option("--metrics", type=ADDRESS, help="Serve /metrics, /healthz, /readyz and a status page at / here.")
-@click.option("--handshake-timeout", type=SECONDS, default=10.0, help="Seconds for a TLS handshake.")
-@click.option("--connect-timeout", type=SECONDS, default=5.0, help="Seconds to connect to a backend.")
-@click.option("--idle-timeout", type=SECONDS, default=900.0, help="Seconds of silence in both directions.")
-@click.option("--max-clients", type=COUNT, help="Connections at once.")
+@heading("Timeouts")
+@click.option("--handshake-timeout", type=SECONDS, default=10, help="Time limit for a TLS handshake.")
+@click.option("--connect-timeout", type=SECONDS, default=5, help="Time limit for connecting to a backend.")
 @click.option(
-    "--max-clients-per-ip",
-    type=COUNT,
-    help="Connections at once from an IPv4 address or IPv6 /64, in each worker.",
+    "--idle-timeout",
+    type=SECONDS,
+    default=900,
+    help="Time after which a connection without traffic in either direction is closed.",
 )
-@click.option("--rate-per-ip", type=RateType(), help="New connections from one of these, such as 10/s or 600/m, in each worker.")
-@click.option("--socket-mode", type=MODE, help="Permissions of Unix listeners, such as 0660.  [default: by the umask]")
-@click.option("--workers", type=WORKERS, default="1", help="Processes that share the work.")
-@click.option("--user", type=NAME, metavar="NAME", help="Become this user after ports are bound and keys are read.")
-@click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30.0, help="Seconds for connections to end at a stop.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
-@click.option("--check", is_flag=True, help="Check certificates, addresses, file permissions and backends, and exit.")
-@click.option("--emit", type=click.Choice(PROGRAMS), help="Print the equivalent configuration of that program, and exit.")
-@click.option("--dev", "dev_mode", is_flag=True, help="Run a trial: own certificate, own server, mail to ./maildir.")
-@click.version_option(VERSION)
+@click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30, help="Time that connections get to end after SIGTERM.")
+@heading("Operation")
+@config_option("edge")
+@click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz, /readyz and, at /, the status page.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", help="Lowest level that is logged."
+)
+@click.option("--socket-mode", type=MODE, show_default="by the umask", help="Permissions of Unix sockets, such as 0660.")
+@click.option("--workers", type=WORKERS, default="1", help="Number of processes that share the work; auto is one per CPU.")
+@click.option("--user", type=NAME, metavar="NAME", help="User to become after ports are bound and keys are read.")
+@click.option(
+    "--emit",
+    type=click.Choice(PROGRAMS),
+    help="Prints the equivalent configuration of that program, with a comment on the differences, and exits.",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Checks certificates, addresses, file permissions for --user, and backends; reports problems and exits.",
+)
+@click.option(
+    "--dev", "dev_mode", is_flag=True, help="Runs a trial with its own certificate and server, which delivers to ./maildir."
+)
+@click.version_option(VERSION, help="Prints the version and exits.")
 def main(
     log_format: str, log_level: str, workers: int, user: str | None, check: bool, emit: str | None, dev_mode: bool, **flags: Any
 ) -> None:

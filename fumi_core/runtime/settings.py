@@ -21,6 +21,7 @@ import click
 
 from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
 from fumi_core.runtime.files import read_file
+from fumi_core.runtime.flag_groups import GroupedCommand
 from fumi_core.runtime.streams import complete
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,6 +42,8 @@ _TOO_LARGE = 1 << 63
 """The first integer too large for TOML."""
 _LONG = 100
 """Characters of a value that are shown in an error."""
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
+"""What both programs tell click; the width is that of ``--help``, in characters."""
 
 
 def _refuse_comma(param_type: click.ParamType, text: str, what: str, *where: Any) -> None:  # type: ignore[type-arg]
@@ -167,12 +170,18 @@ OCTETS = CountType("a number of octets", 25_000_000, min=1)
 WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 
 
-class Program(click.Command):
+class Program(GroupedCommand):
     """A command: errors are one line on stderr, exit status 2. Settings, but not actions, may be environment variables."""
 
     def __init__(self, *args: Any, **extra: Any) -> None:
-        extra["context_settings"] = {"help_option_names": ["-h", "--help"], **(extra.get("context_settings") or {})}
+        extra["context_settings"] = {**_CONTEXT, **(extra.get("context_settings") or {})}
         super().__init__(*args, **extra)
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.help = "Prints the flags and exits."
+        return option
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)
@@ -277,7 +286,7 @@ def config_option(section: str) -> Callable[[F], F]:
         is_eager=True,
         expose_value=False,
         callback=load,
-        help="Read settings from a TOML file.",
+        help="Reads settings from this file.",
     )
 
 

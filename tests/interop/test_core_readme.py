@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import click
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -30,7 +29,6 @@ import fumi_core
 import fumi_edge
 from fumi_core import Fumi, SMTPError, plugins
 from fumi_core.app import PHASES
-from fumi_core.cli import main
 from fumi_core.delivery import TARGETS
 from fumi_core.handlers import contexts
 from fumi_core.handlers.stream import MessageStream
@@ -178,23 +176,6 @@ def _table(title: str, head: str = "") -> list[list[str]]:
 def _names(cells: Iterable[str]) -> list[str]:
     """What stands in code type, without arguments."""
     return [name.partition("(")[0] for cell in cells for name in re.findall("`([^`]+)`", cell)]
-
-
-def test_the_tables_of_flags_are_those_of_the_help() -> None:
-    (text,) = (section.text for section in SECTIONS if section.title == "Command line")
-    rows = [
-        row for part in text.split("| flag | meaning | default |")[1:] for row in table("| flag | meaning | default |" + part)
-    ]
-    documented = {re.findall(r"--[a-z-]+", shown)[0]: (shown, meaning, default) for shown, meaning, default in rows}
-    with main.make_context("fumi-core", [], resilient_parsing=True) as context:
-        parameters = {each.opts[-1]: each for each in main.get_params(context) if isinstance(each, click.Option)}
-        assert sorted(documented) == sorted(parameters)
-        for flag, (shown, meaning, default) in documented.items():
-            name, help_text = parameters[flag].get_help_record(context) or ("", "")
-            found = re.search(r"\[default: ([^;\]]*)", help_text)
-            assert default == re.sub(r"\.0$", "", found[1] if found else ""), flag
-            assert (" " in shown) is (" " in name.rpartition(", ")[2]) or flag == "--help", flag
-            assert parameters[flag].multiple is ("Repeatable" in meaning), flag
 
 
 def test_the_table_of_options_is_theirs() -> None:

@@ -21,7 +21,6 @@ import pytest
 
 from fumi_core import Fumi
 from fumi_core.testing import RunningServer, running
-from fumi_edge.cli import main
 from tests.bench import environment
 from tests.readme import PATH, ROOT, blocks, other_ports, sections, sh, table
 
@@ -318,30 +317,6 @@ def test_the_file(kitchen: Kitchen, core: Any) -> None:
     send(kitchen.tls())
     send(kitchen.starttls("587"))
     assert json.loads(kitchen.log().splitlines()[0])["event"] == "listening"
-
-
-def test_the_flags_are_those_of_the_help() -> None:
-    documented = {re.findall(r"--[\w-]+", row[0])[0]: row for row in tables("Flags")}
-    with main.make_context("fumi-edge", [], resilient_parsing=True) as context:
-        parameters = {parameter.opts[-1]: parameter for parameter in main.get_params(context)}
-        assert sorted(documented) == sorted(parameters)
-        for flag, (shown, meaning, default) in documented.items():
-            assert meaning.endswith("."), flag
-            assert "?" not in meaning, flag
-            name, text = parameters[flag].get_help_record(context)  # type: ignore[misc]
-            found = re.search(r"\[default: (.*?)(?:; [^\]]*)?\]$", text)
-            assert normal(default) == normal(found[1] if found else ""), flag
-            if choices := re.search(r"\[(.*\|.*)\]", name):
-                assert choices[1] in shown
-            assert (" " in shown) is (" " in name), flag
-            assert bool(getattr(parameters[flag], "multiple", False)) is ("Repeatable" in meaning), flag
-
-
-def normal(default: str) -> str | float:
-    try:
-        return float(default)
-    except ValueError:
-        return default
 
 
 def test_the_metrics_are_those_that_are_served(kitchen: Kitchen, core: Any) -> None:

@@ -128,14 +128,6 @@ class Fumi:
         """Override options, before ``listen()``. Raises as the constructor does."""
         self.options = _options.override(self.options, options)
 
-    def never_takes_mail(self) -> str | None:
-        """Why nobody could ever send mail, by the options and handlers as they are now; or None."""
-        if self.options.auth_optional or self._handlers["auth"]:
-            return None
-        return (
-            "nobody could send mail: authentication is required, and there is no on_auth handler; add one or auth_optional=True"
-        )
-
     def adopt(self, other: Fumi) -> Self:
         """Forget one's own options and handlers, and take over those of another app. Returns this app.
 
@@ -172,7 +164,7 @@ class Fumi:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
             self._server = Server(self._service(), self._logger(), self.connection_count)
-            problem = self.mail_problem()
+            problem = self.startup_problem()
             if problem is not None:
                 event(logging.getLogger("fumi.core"), logging.WARNING, "no client can send mail", error=problem)
             for begin in self._at_start:
@@ -181,12 +173,12 @@ class Fumi:
         for each in sockets:
             self._listen(self._server, each)
 
-    def mail_problem(self) -> str | None:
-        """Why no client could ever send mail to this app, or None."""
+    def startup_problem(self) -> str | None:
+        """Why no client could ever send mail, by the options and handlers as they are now; or None."""
         options = self._service().options
         if not options.auth_required or options.use_xclient:
             return None  # XCLIENT can name a user
-        if self._chains["auth"] is None:
+        if not self._handlers["auth"]:
             return "authentication is required, and there is no on_auth handler: add one, or set auth_optional=True"
         if options.proxy_protocol == "off" and not (options.assume_tls or options.allow_insecure_auth):
             return "authentication is required and needs TLS, which no client can have: proxy_protocol is off"

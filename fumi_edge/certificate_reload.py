@@ -48,8 +48,8 @@ class Reloader:
             self._warn(entry)
         self._tell_authorities()
         self._tell_skipped(())
-        if mismatch := self._certificates.mismatch():
-            event(log, logging.WARNING, "no cipher for the certificates", error=mismatch)
+        if problem := self._certificates.startup_problem():
+            event(log, logging.WARNING, "no cipher for the certificates", error=problem)
         loop = asyncio.get_running_loop()
         if self._interval:
             self._watching = loop.create_task(self._watch())
@@ -180,6 +180,6 @@ class Reloader:
         self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.served)
 
     def _warn(self, entry: Certificate) -> None:
-        if problem := entry.problem(time.time()):
+        if problem := entry.validity_problem(time.time()):
             level = logging.WARNING if entry in self._certificates.selection.served else logging.INFO
             event(log, level, "certificate is not valid", name=entry.name, error=problem)

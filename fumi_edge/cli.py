@@ -34,13 +34,13 @@ from fumi_core.runtime.workers import run
 from fumi_core.version import VERSION
 from fumi_edge.backends.choice import BALANCES, Backend
 from fumi_edge.backends.dialing import Remote, is_destination
-from fumi_edge.backends.health import Manner, offering_starttls, probe
+from fumi_edge.backends.health import Manner, dependency_problems, offering_starttls
 from fumi_edge.connection.inbound import LOOPBACK
 from fumi_edge.connection.limits import Rate, parse_rate
 from fumi_edge.edge import Edge
 from fumi_edge.emit.configuration import PROGRAMS, configuration
 from fumi_edge.program import dev
-from fumi_edge.program.check import ListenAddress, clash, look, unreadable
+from fumi_edge.program.check import ListenAddress, check_listen, clash, unreadable
 from fumi_edge.program.work import EdgeWork
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import CertificateError
@@ -290,19 +290,19 @@ def _warnings(backends: Sequence[Backend], flags: dict[str, Any], manner: Manner
 def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user: str | None) -> None:
     """Print the result of ``--check``. Raises SettingError with all problems in one line."""
     now = time.time()
-    problems = [*edge.certificates.problems(now), *edge.certificates.authority_problems(now)]
-    if mismatch := edge.certificates.mismatch():
-        problems.append(mismatch)
-    looked = look(_places(flags))
-    problems += looked.problems
+    problems = [*edge.certificates.validity_problems(now), *edge.certificates.authority_problems(now)]
+    if problem := edge.certificates.startup_problem():
+        problems.append(problem)
+    listen_check = check_listen(_places(flags))
+    problems += listen_check.problems
     if user:
         problems += [f"--user {user} cannot read {path}" for path in unreadable(user, edge.certificates.files())]
     manner = Manner(flags["proxy_protocol"], flags["connect_timeout"], flags["health_timeout"])
-    troubles = probe([backend.destination for backend in backends], manner)
-    problems += [f"backend {each.name}: {trouble}" for each, trouble in zip(backends, troubles, strict=True) if trouble]
+    found = dependency_problems([backend.destination for backend in backends], manner)
+    problems += [f"backend {each.name}: {problem}" for each, problem in zip(backends, found, strict=True) if problem]
     for warning in _warnings(backends, flags, manner):
         click.echo(f"warning: {warning}")
-    for address in looked.taken:
+    for address in listen_check.taken:
         click.echo(f"{address} is already in use (by a running fumi-edge or another program)")
     if problems:
         raise SettingError("; ".join(problems))

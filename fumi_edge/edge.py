@@ -18,7 +18,7 @@ from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
 from fumi_core.version import VERSION
 from fumi_edge.backends.choice import Backend, Backends
 from fumi_edge.backends.dialing import Destination, Name
-from fumi_edge.backends.health import Checks, Manner, probe
+from fumi_edge.backends.health import Checks, Manner, dependency_problems
 from fumi_edge.certificate_reload import Reloader
 from fumi_edge.connection.limits import Limits, Rate, Rejections
 from fumi_edge.connection.listener import Listener
@@ -257,17 +257,17 @@ class Edge:
             connection.tick(now)
         self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self._service.idle_timeout / 4)), self._beat)
 
-    def trouble(self) -> str | None:
+    def local_problem(self) -> str | None:
         """Why this edge cannot serve, from memory (certificates, health checks), or None. May be called in any thread."""
-        problem = self.certificates.problem(time.time())
-        return self._service.backends.problem() if problem is None and self._health_interval else problem
+        problem = self.certificates.local_problem(time.time())
+        return self._service.backends.local_problem() if problem is None and self._health_interval else problem
 
-    def problem(self) -> str | None:
+    def dependency_problem(self) -> str | None:
         """Why no backend works, or None. Without health checks it checks the backends now, which may take seconds."""
         if self._health_interval:
             return None
         backends = self._service.backends.all
-        problems = probe([backend.destination for backend in backends], self._manner, one=True)
+        problems = dependency_problems([backend.destination for backend in backends], self._manner, one=True)
         return None if None in problems else f"backend {backends[-1].name}: {problems[-1]}"
 
 

@@ -1,7 +1,8 @@
 """Where accepted mail goes. A target is a plugin: its handlers deliver the message before the client gets 250.
 
-It has ``name``, the label of its metrics; ``problem()``, which returns why it cannot deliver now, or None; and ``check()``, which
-creates nothing, raises OSError if the target could not deliver, and returns a remark for the operator, or None.
+It has ``name``, the label of its metrics; ``dependency_problem()``, which returns why it cannot deliver now, or None, and
+may take seconds; and ``check()`` for ``--check``, which creates nothing, raises OSError if the target could not deliver, and
+returns a remark for the operator, or None.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Target(Protocol):
 
     def __call__(self, app: Fumi) -> None: ...
 
-    def problem(self) -> str | None: ...
+    def dependency_problem(self) -> str | None: ...
 
     def check(self) -> str | None: ...
 

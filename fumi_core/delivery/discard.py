@@ -19,7 +19,7 @@ class Discard:
 
         app.on_data(deliver)
 
-    def problem(self) -> str | None:
+    def dependency_problem(self) -> str | None:
         return None
 
     def check(self) -> str | None:

@@ -101,7 +101,7 @@ class Maildir:
             if os.access(directory, os.W_OK):  # otherwise we created nothing in it
                 self._sync(directory)
 
-    def problem(self) -> str | None:
+    def dependency_problem(self) -> str | None:
         for name in ("tmp", "new"):
             if not os.access(self.path / name, os.W_OK | os.X_OK):
                 return f"cannot write to {self.path / name}"
@@ -116,7 +116,7 @@ class Maildir:
             if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
                 raise OSError(f"is not there, and {user} cannot make it in {above}")
             return f"maildir:{self.path} is not there yet: {user} will make it"
-        if problem := self.problem():
+        if problem := self.dependency_problem():
             raise OSError(f"{user}: {problem}")
         return None
 

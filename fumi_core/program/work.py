@@ -32,7 +32,7 @@ from fumi_core.runtime.addresses import (
     peer_of,
 )
 from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.metrics_server import Page, Problem
+from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError, check_mode, given, read_again
 from fumi_core.server.metrics import CoreMetrics
@@ -92,8 +92,8 @@ class CoreWork:
         Returns remarks: addresses in use, most often by the server that is to be restarted, and the target's remark. Raises
         SettingError.
         """
-        if self._settings["app"] and (problem := self.app.never_takes_mail()):
-            raise SettingError(f"{self._settings['app']}: {problem}")
+        if self._settings["app"] and (problem := self.app.startup_problem()):
+            raise SettingError(f"{self._settings['app']}: nobody could send mail: {problem}")
         remarks: list[str] = []
         addresses = [("listen", each) for each in self._settings["listen"]]
         if self._settings["metrics"]:
@@ -169,14 +169,14 @@ class CoreWork:
         configure(ctx.params["log_format"], ctx.params["log_level"])
         return [name for name in _ONCE if ctx.params[name] != old[name]]
 
-    def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
+    def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
         return {}
 
-    def trouble(self) -> str | None:
+    def local_problem(self) -> str | None:
         return None
 
-    def problem(self) -> str | None:
-        return self._target.problem() if self._target else None
+    def dependency_problem(self) -> str | None:
+        return self._target.dependency_problem() if self._target else None
 
     def _take_over(self, ctx: click.Context) -> None:
         """Build an app from the settings, and have the running one adopt all of it, or nothing."""

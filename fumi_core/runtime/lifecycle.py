@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.metrics_server import MetricsServer, Page, Problem
+from fumi_core.runtime.metrics_server import MetricsServer, Page, Readiness
 from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 
@@ -83,16 +83,16 @@ class Work(Protocol):
         Also called, possibly later, in processes that do not serve clients: those that fork workers.
         """
 
-    def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
+    def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
         """The pages served beside the metrics; ``registry`` holds the metrics of all workers.
 
         Called once, in the process that serves the pages, which may have threads.
         """
 
-    def trouble(self) -> str | None:
-        """Cheap, from memory: why this worker cannot serve; or None."""
+    def local_problem(self) -> str | None:
+        """Why this worker cannot serve, or None. Cheap: answers from memory."""
 
-    def problem(self) -> str | None:
+    def dependency_problem(self) -> str | None:
         """Why no worker could serve, or None. Asks the next hop or the backends, may take seconds, and is called in a thread."""
 
 
@@ -185,12 +185,12 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         if not stopped.done():
             notifier.ready()
 
-    def problem() -> str | None:
-        return board.problem() or work.trouble() or work.problem()
+    def readiness() -> str | None:
+        return board.local_problem() or work.local_problem() or work.dependency_problem()
 
     await work.start(slot.connection_count)
     slot.state = WorkerState.SERVING
-    endpoint = serve_metrics(work, work.registry, problem)
+    endpoint = serve_metrics(work, work.registry, readiness)
     notifier.ready()
     for each in stops:
         signal.signal(each, stop)
@@ -206,11 +206,11 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         await asyncio.to_thread(endpoint.close)
 
 
-def serve_metrics(work: Work, registry: CollectorRegistry, ready: Problem) -> MetricsServer | None:
+def serve_metrics(work: Work, registry: CollectorRegistry, readiness: Readiness) -> MetricsServer | None:
     """Serve the registry's metrics, if the program has sockets for them."""
     if not work.metrics_sockets:
         return None
-    return MetricsServer(work.metrics_sockets, registry, ready=ready, pages=work.pages(registry, ready))
+    return MetricsServer(work.metrics_sockets, registry, readiness=readiness, pages=work.pages(registry, readiness))
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -37,8 +37,8 @@ Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 """A WSGI application (PEP 3333)."""
 Page = Callable[[], Answer]
 """Called in the server's thread for each request."""
-Problem = Callable[[], str | None]
-"""A readiness check: None when ready, else the reason in a few words. Called in the server's thread."""
+Readiness = Callable[[], str | None]
+"""Returns None when ready, else the reason in a few words. Called in the server's thread."""
 
 CLIENTS = 16
 """Requests served at once."""
@@ -60,12 +60,12 @@ class MetricsServer:
         sockets: Sequence[socket.socket],
         registry: CollectorRegistry,
         *,
-        ready: Problem,
+        readiness: Readiness,
         pages: Mapping[str, Page] | None = None,
     ) -> None:
         """Start serving on listening sockets, which this server then owns."""
         metrics = _of_metrics(registry)
-        routes: dict[str, Page] = {"/healthz": lambda: Answer("ok\n"), "/readyz": _readiness(ready)}
+        routes: dict[str, Page] = {"/healthz": lambda: Answer("ok\n"), "/readyz": _readiness_page(readiness)}
         routes |= pages or {}
 
         def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -92,9 +92,9 @@ class MetricsServer:
             server.server_close()
 
 
-def _readiness(ready: Problem) -> Page:
+def _readiness_page(readiness: Readiness) -> Page:
     def page() -> Answer:
-        problem = ready()
+        problem = readiness()
         return Answer("ready\n") if problem is None else Answer(f"{problem}\n", status="503 Service Unavailable")
 
     return page

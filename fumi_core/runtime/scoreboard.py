@@ -178,7 +178,7 @@ class Scoreboard:
     def reloads(self, number: int) -> None:
         self._own[1] = number
 
-    def problem(self) -> str | None:
+    def local_problem(self) -> str | None:
         """Why no worker accepts connections, or None."""
         if WorkerState.SERVING in self.states:
             return None

@@ -40,15 +40,15 @@ class Reporter:
         self._before = _read(slot).families
         self._silent = False
 
-    def write(self, trouble: str | None) -> None:
-        """``trouble``: why this worker, though it serves, accepts no mail."""
+    def write(self, local_problem: str | None) -> None:
+        """``local_problem``: why this worker, though its listeners are open, cannot serve."""
         families = {}
         for family in self._registry.collect():
             series = families[family.name] = _series(family)
             if family.type != "gauge":
                 _add(series, self._before.get(family.name, {}))
         try:
-            self._slot.write(_dumped(trouble, families))
+            self._slot.write(_dumped(local_problem, families))
         except ValueError as error:
             if not self._silent:
                 event(log, logging.ERROR, "cannot report metrics: too many series, such as certificates", error=error)
@@ -62,10 +62,10 @@ class Totals(Collector):
         self._registry = registry
         self._board = board
 
-    def trouble(self) -> str | None:
-        """Why no worker accepts mail, or None when one does."""
-        troubles = [_read(slot).trouble for slot in self._board.slots if slot.state is WorkerState.SERVING]
-        return troubles[0] if troubles and None not in troubles else None
+    def local_problem(self) -> str | None:
+        """Why no worker can serve, by the workers' last reports, or None when one can."""
+        problems = [_read(slot).local_problem for slot in self._board.slots if slot.state is WorkerState.SERVING]
+        return problems[0] if problems and None not in problems else None
 
     def describe(self) -> Iterable[Metric]:
         return self._registry.collect()
@@ -121,19 +121,19 @@ def _with(family: Metric, series: Series) -> Metric:
     return filled
 
 
-def _dumped(trouble: str | None, families: Families) -> bytes:
+def _dumped(local_problem: str | None, families: Families) -> bytes:
     rows = {name: [[*key, value] for key, value in series.items()] for name, series in families.items()}
-    return json.dumps([trouble, rows]).encode()
+    return json.dumps([local_problem, rows]).encode()
 
 
 class _Report(NamedTuple):
-    trouble: str | None
+    local_problem: str | None
     families: Families
 
 
 def _read(slot: Slot) -> _Report:
-    trouble, families = json.loads(slot.read() or b"[null, {}]")
-    return _Report(trouble, {family: _loaded(rows) for family, rows in families.items()})
+    local_problem, families = json.loads(slot.read() or b"[null, {}]")
+    return _Report(local_problem, {family: _loaded(rows) for family, rows in families.items()})
 
 
 def _loaded(rows: list[Any]) -> Series:

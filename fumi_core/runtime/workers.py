@@ -95,7 +95,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
 
     def report() -> None:
         slot.live()
-        reporter.write(work.trouble())
+        reporter.write(work.local_problem())
 
     for sock in work.metrics_sockets:
         sock.close()
@@ -124,10 +124,10 @@ def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
     totals, registry = Totals(work.registry, board), CollectorRegistry()
     registry.register(totals)
 
-    def problem() -> str | None:
-        return board.problem() or totals.trouble() or work.problem()
+    def readiness() -> str | None:
+        return board.local_problem() or totals.local_problem() or work.dependency_problem()
 
-    serve_metrics(work, registry, problem)
+    serve_metrics(work, registry, readiness)
     os.read(master_alive_r, 1)
 
 

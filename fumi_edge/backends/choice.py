@@ -71,7 +71,7 @@ class Backend:
     __slots__ = (
         "_checked",
         "_failed_at",
-        "_trouble",
+        "_problem",
         "_unhealthy",
         "connections",
         "destination",
@@ -91,17 +91,16 @@ class Backend:
         """All backends of the edge, this one included."""
         self._failed_at = _NEVER
         self._checked = self._unhealthy = False
-        self._trouble = "not checked yet"
+        self._problem = "not checked yet"
         metrics.up.set(1)
 
     def usable(self, now: float) -> bool:
         """Whether to try it before doubtful ones: it is up, or failed to connect AVOID seconds before ``now`` (loop time)."""
         return self.up or (not self._unhealthy and now - self._failed_at >= AVOID)
 
-    @property
-    def problem(self) -> str | None:
-        """Why it is down or not checked yet, or None when it is up."""
-        return None if self.up and self._checked else f"backend {self.name}: {self._trouble}"
+    def local_problem(self) -> str | None:
+        """Why it is down or not checked yet, or None when it is up; from memory."""
+        return None if self.up and self._checked else f"backend {self.name}: {self._problem}"
 
     def trying(self, now: float) -> None:
         """Note an attempt to connect. After a failure only one attempt is made at a time: other clients avoid the backend."""
@@ -133,10 +132,10 @@ class Backend:
     def undecided(self, detail: str) -> None:
         """Note that a check could not be made because this process or this host lacks resources."""
         self.metrics.errors["other"].inc()
-        self._trouble = detail
+        self._problem = detail
 
     def _judge(self, reason: str = "", detail: object = "") -> None:
-        self._trouble = str(detail) or self._trouble
+        self._problem = str(detail) or self._problem
         up = not self._unhealthy and self._failed_at == _NEVER
         if up is self.up:
             return
@@ -171,9 +170,9 @@ class Backends:
         """The number of connections that wait for their backend to close."""
         return len(self._retiring)
 
-    def problem(self) -> str | None:
-        """Why no backend is up according to the checks, or None when one is."""
-        problems = [backend.problem for backend in self.all]
+    def local_problem(self) -> str | None:
+        """Why no backend is up according to the last checks, or None when one is."""
+        problems = [backend.local_problem() for backend in self.all]
         return None if None in problems else problems[-1]
 
     def candidates(self, now: float, preferred: Backend | None = None) -> Sequence[Backend]:

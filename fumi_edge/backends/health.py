@@ -51,7 +51,7 @@ class Manner:
     timeout: float
 
 
-async def check(destination: Destination, manner: Manner) -> None:
+async def health_check(destination: Destination, manner: Manner) -> None:
     """Make one check. Raises BadBanner, or OSError when the connection fails."""
     loop = asyncio.get_running_loop()
     opening = own_opening(manner.proxy_protocol)
@@ -88,21 +88,21 @@ def _quoted(reply: bytes) -> str:
     return repr(reply.partition(b"\n")[0][:80].decode("ascii", "replace").strip())
 
 
-def probe(destinations: Iterable[Destination], manner: Manner, one: bool = False) -> list[str | None]:
+def dependency_problems(destinations: Iterable[Destination], manner: Manner, one: bool = False) -> list[str | None]:
     """Check all backends concurrently, from outside the loop. Returns for each its problem, or None.
 
     With ``one``, return [None] as soon as one check succeeds.
     """
 
-    async def check_all() -> list[str | None]:
-        tasks = [asyncio.ensure_future(_problem(each.copy_for_other_loop(), manner)) for each in destinations]
+    async def ask_all() -> list[str | None]:
+        tasks = [asyncio.ensure_future(_dependency_problem(each.copy_for_other_loop(), manner)) for each in destinations]
         if one:
             for earliest in asyncio.as_completed(tasks):
                 if await earliest is None:
                     return [None]
         return await asyncio.gather(*tasks)
 
-    return asyncio.run(check_all())
+    return asyncio.run(ask_all())
 
 
 def offering_starttls(destinations: Iterable[Destination], manner: Manner) -> list[bool]:
@@ -132,9 +132,9 @@ async def _offers_starttls(destination: Destination, manner: Manner) -> bool:
     return STARTTLS_OFFER.search(reply) is not None
 
 
-async def _problem(destination: Destination, manner: Manner) -> str | None:
+async def _dependency_problem(destination: Destination, manner: Manner) -> str | None:
     try:
-        await check(destination, manner)
+        await health_check(destination, manner)
     except OSError as error:
         return words_of(error)
     except BadBanner as error:
@@ -161,7 +161,7 @@ class Checks:
         failures = FALL - 1  # the first failed check counts at once
         while True:
             try:
-                await check(backend.destination, self._manner)
+                await health_check(backend.destination, self._manner)
             except BadBanner as error:
                 failures += 1
                 self._failed(backend, failures, "banner", str(error))

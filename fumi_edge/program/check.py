@@ -59,18 +59,18 @@ class ListenCheck(NamedTuple):
     taken: list[SocketAddress]
 
 
-def look(places: Iterable[ListenAddress]) -> ListenCheck:
+def check_listen(places: Iterable[ListenAddress]) -> ListenCheck:
     """Try to bind all addresses, without listening: a client would be accepted and then reset."""
-    looked = ListenCheck([], [])
+    result = ListenCheck([], [])
     for flag, address in places:
         try:
             _try(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                looked.taken.append(address)
+                result.taken.append(address)
             else:
-                looked.problems.append(f"cannot listen on {flag} {address}: {error.strerror or error}")
-    return looked
+                result.problems.append(f"cannot listen on {flag} {address}: {error.strerror or error}")
+    return result
 
 
 def _try(address: SocketAddress) -> None:

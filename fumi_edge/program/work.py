@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from fumi_core.runtime.addresses import explain
 from fumi_core.runtime.lifecycle import Incomplete
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.metrics_server import Page, Problem
+from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError
@@ -115,18 +115,18 @@ class EdgeWork:
             certificates.install(reading := certificates.read())
         return reading.complaints
 
-    def pages(self, registry: CollectorRegistry, ready: Problem) -> Mapping[str, Page]:
+    def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
         edge = self._edge
         facts = Facts(edge.modes, [backend.name for backend in edge.backends], edge.max_clients, self._begun)
-        status = Status(registry, ready, facts)
+        status = Status(registry, readiness, facts)
         status.start()
         return {"/": status.page}
 
-    def trouble(self) -> str | None:
-        return self._edge.trouble()
+    def local_problem(self) -> str | None:
+        return self._edge.local_problem()
 
-    def problem(self) -> str | None:
-        return self._edge.problem()
+    def dependency_problem(self) -> str | None:
+        return self._edge.dependency_problem()
 
 
 def _tune_collector() -> None:

@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.metrics_server import Answer, Problem
+from fumi_core.runtime.metrics_server import Answer, Readiness
 from fumi_edge.status import wording
 from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, Series, series
 from fumi_edge.status.markup import Content, document, element, policy
@@ -55,9 +55,9 @@ class Facts:
 class Status:
     """``page()`` returns the page; ``start()`` begins to record the metrics in ``registry`` every few seconds."""
 
-    def __init__(self, registry: CollectorRegistry, ready: Problem, facts: Facts) -> None:
+    def __init__(self, registry: CollectorRegistry, readiness: Readiness, facts: Facts) -> None:
         self._read: Callable[[], Figures] = lambda: Figures(registry.collect())
-        self._ready = ready
+        self._readiness = readiness
         self._facts = facts
         each_listener = [Series(name, _of("listener", each)) for each in facts.listeners for name in (CAME.name, HANDSHAKES.name)]
         each_backend = [
@@ -72,7 +72,7 @@ class Status:
         self._history.start()
 
     def page(self) -> Answer:
-        figures, problem = self._read(), self._ready()
+        figures, problem = self._read(), self._readiness()
         head = element(
             "head",
             element("meta", charset="utf-8"),

@@ -109,9 +109,9 @@ def _best(candidates: Iterable[Certificate], now: float) -> tuple[Certificate, .
     A kind without a valid certificate is left out, unless no kind has a valid one.
     """
     kinds: dict[str, Certificate] = {}
-    for each in sorted(candidates, key=lambda each: (each.problem(now) is None, each.not_after), reverse=True):
+    for each in sorted(candidates, key=lambda each: (each.validity_problem(now) is None, each.not_after), reverse=True):
         kinds.setdefault(each.kind, each)
-    valid = tuple(each for each in kinds.values() if each.problem(now) is None)
+    valid = tuple(each for each in kinds.values() if each.validity_problem(now) is None)
     return valid or tuple(kinds.values())
 
 
@@ -120,8 +120,8 @@ def _wildcard(
 ) -> tuple[Certificate, ...] | None:
     """The wildcard certificates that replace those of an exact name because only the wildcard is valid; or None."""
     wildcard = chosen.get(_parent(name), ())
-    is_valid = [each.problem(now) is None for each in wildcard]
-    return tuple(wildcard) if any(is_valid) and all(each.problem(now) for each in kinds) else None
+    is_valid = [each.validity_problem(now) is None for each in wildcard]
+    return tuple(wildcard) if any(is_valid) and all(each.validity_problem(now) for each in kinds) else None
 
 
 class Reading(NamedTuple):
@@ -255,7 +255,7 @@ class Certificates:
         if certificate is not previous:
             certificate.give(self._policy.context())
             now = time.time()
-            if previous is not None and not previous.problem(now) and (problem := certificate.problem(now)):
+            if previous is not None and not previous.validity_problem(now) and (problem := certificate.validity_problem(now)):
                 raise CertificateError(f"{problem}; its predecessor is valid and stays in service")
         return certificate
 
@@ -306,7 +306,7 @@ class Certificates:
         """A line for each file of a directory that was skipped."""
         return self._current.skipped
 
-    def mismatch(self) -> str | None:
+    def startup_problem(self) -> str | None:
         """Why TLS 1.2, although the policy allows it, fails with every certificate in service; or None."""
         kinds = sorted({entry.kind for entry in self.entries})
         auth = {str(each["auth"]) for each in self._front.get_ciphers() if each["protocol"] == "TLSv1.2"}
@@ -321,19 +321,19 @@ class Certificates:
         """The certificates that clients can get; the others are for names that have a better certificate."""
         return [entry for entry in self.entries if entry in self.selection.served]
 
-    def problems(self, now: float) -> list[str]:
+    def validity_problems(self, now: float) -> list[str]:
         """A line for each certificate that is served and not valid at ``now`` (seconds since 1970)."""
-        return [problem for entry in self.served if (problem := entry.problem(now))]
+        return [problem for entry in self.served if (problem := entry.validity_problem(now))]
 
     def authority_problems(self, now: float) -> list[str]:
         """A line for each CA certificate, in a served chain or of clients, that is not valid at ``now`` (seconds since 1970)."""
         sent = [problem for entry in self.served for problem in entry.chain_problems(now)]
         place, trusted = label(self._policy.client_ca or b""), authorities_in(self.selection.client_ca or "")
-        return sent + [f"{place}: {problem}" for each in trusted if (problem := each.problem(now))]
+        return sent + [f"{place}: {problem}" for each in trusted if (problem := each.validity_problem(now))]
 
-    def problem(self, now: float) -> str | None:
+    def local_problem(self, now: float) -> str | None:
         """Why no served certificate is valid at ``now`` (seconds since 1970), or None when one is."""
-        problems = self.problems(now)
+        problems = self.validity_problems(now)
         return f"no valid certificate: {problems[0]}" if len(problems) == len(self.served) else None
 
 

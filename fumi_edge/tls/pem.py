@@ -63,7 +63,7 @@ class Authority(NamedTuple):
     not_before: float
     not_after: float
 
-    def problem(self, now: float) -> str | None:
+    def validity_problem(self, now: float) -> str | None:
         """Why it is not valid at ``now`` (seconds since 1970), or None."""
         if now > self.not_after:
             return f"the CA certificate {self.subject!r} expired on {date(self.not_after)}"
@@ -93,7 +93,7 @@ class Certificate:
     def name(self) -> str:
         return self.names[0] if self.names else os.path.basename(str(self.pair))
 
-    def problem(self, now: float) -> str | None:
+    def validity_problem(self, now: float) -> str | None:
         """Why it is not valid at ``now`` (seconds since 1970), or None."""
         if now > self.not_after:
             return f"{self.pair}: the certificate expired on {date(self.not_after)}"
@@ -103,7 +103,7 @@ class Certificate:
 
     def chain_problems(self, now: float) -> list[str]:
         """A line for each CA certificate in the file that is not valid at ``now`` (seconds since 1970)."""
-        return [f"{self.pair}: {problem}" for each in self.authorities if (problem := each.problem(now))]
+        return [f"{self.pair}: {problem}" for each in self.authorities if (problem := each.validity_problem(now))]
 
     def changes(self, now: float) -> list[float]:
         """The times from ``now`` on (seconds since 1970) at which it becomes valid and at which it expires."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fumi_core.runtime.addresses import bind, parse_address
-from fumi_edge.program.check import ListenAddress, look
+from fumi_edge.program.check import ListenAddress, check_listen
 
 LOOPBACK = [
     (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
@@ -48,7 +48,7 @@ def test_a_name_is_listened_on_at_each_of_its_addresses(found: list[Any]) -> Non
 def test_without_ipv6_a_name_is_listened_on_at_its_ipv4_addresses(found: list[Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(socket, "socket", NoIPv6)
     assert families("localhost:0") == [socket.AF_INET]
-    assert look([ListenAddress("--listen", parse_address("localhost:0"))]) == ([], [])
+    assert check_listen([ListenAddress("--listen", parse_address("localhost:0"))]) == ([], [])
 
 
 def test_an_address_that_this_machine_has_not_is_an_error_all_the_same(found: list[Any], monkeypatch: Any) -> None:

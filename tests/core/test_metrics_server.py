@@ -44,7 +44,7 @@ def endpoint() -> Iterator[int]:
     Counter("things", "Things.", ("kind",), registry).labels("one").inc()
     Tallied("others", "Others.", ("kind",), registry, lambda: [(("one",), 1)])
     Histogram("times", "Times.", ("kind",), registry, (1, 2)).labels("one").observe(1)
-    endpoint = MetricsServer([sock], registry, ready=lambda: None, pages={"/held": held, "/big": lambda: BIG})
+    endpoint = MetricsServer([sock], registry, readiness=lambda: None, pages={"/held": held, "/big": lambda: BIG})
     yield sock.getsockname()[1]
     endpoint.close()
 

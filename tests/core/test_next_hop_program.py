@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.client import probe
+from fumi_core.client import dependency
 from fumi_core.delivery import parse_target
 from tests.ports import free_port
 from tests.starter import finished
@@ -76,18 +76,18 @@ def test_a_next_hop_is_ready_when_it_greets(
     scripted_hop: Any, monkeypatch: Any, tmp_path: Path, banner: Any, problem: str | None, unix: bool
 ) -> None:
     if banner == b"":
-        monkeypatch.setattr(probe, "SECONDS", 0.2)
+        monkeypatch.setattr(dependency, "SECONDS", 0.2)
     hop = scripted_hop(str(tmp_path / "hop") if unix else None, BANNER=banner)
-    assert parse_target(f"smtp:{hop.address}").problem() == (problem and f"smtp:{hop.address}: {problem}")
+    assert parse_target(f"smtp:{hop.address}").dependency_problem() == (problem and f"smtp:{hop.address}: {problem}")
 
 
 def test_a_next_hop_that_is_not_there_is_not_ready(tmp_path: Path) -> None:
     path = tmp_path / "hop"
-    assert parse_target(f"lmtp:unix:{path}").problem() == f"lmtp:unix:{path}: No such file or directory"
+    assert parse_target(f"lmtp:unix:{path}").dependency_problem() == f"lmtp:unix:{path}: No such file or directory"
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-        assert parse_target(f"smtp:127.0.0.1:{port}").problem() == f"smtp:127.0.0.1:{port}: Connection refused"
+        assert parse_target(f"smtp:127.0.0.1:{port}").dependency_problem() == f"smtp:127.0.0.1:{port}: Connection refused"
 
 
 def get(url: str) -> tuple[int, str]:

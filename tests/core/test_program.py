@@ -283,11 +283,17 @@ def test_check_names_an_address_that_is_in_use(tmp_path: Path) -> None:
 
 
 def test_check_fails_for_an_app_that_can_never_take_mail(tmp_path: Path) -> None:
-    (tmp_path / "never.py").write_text("from fumi_core import Fumi\napp = Fumi()\nopen_to_all = Fumi(auth_optional=True)\n")
-    done = run("--check", "--listen", "127.0.0.1:0", "never:app", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("Error: never:app: nobody could send mail: authentication is required")
-    assert run("--check", "--listen", "127.0.0.1:0", "never:open_to_all", cwd=tmp_path).returncode == 0
+    source = "from fumi_core import Fumi\napp = Fumi()\nopen_to_all = Fumi(auth_optional=True)\n"
+    source += "plaintext = Fumi()\nplaintext.on_auth(lambda ctx, next: ctx.accept())\n"
+    (tmp_path / "never.py").write_text(source)
+    check = ("--check", "--listen", "127.0.0.1:0")
+    for name, problem in (("app", "there is no on_auth handler"), ("plaintext", "needs TLS, which no client can have")):
+        done = run(*check, f"never:{name}", cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"Error: never:{name}: nobody could send mail: authentication is required")
+        assert problem in done.stderr
+    assert run(*check, "never:open_to_all", cwd=tmp_path).returncode == 0
+    assert run(*check, "--assume-tls", "never:plaintext", cwd=tmp_path).returncode == 0
 
 
 def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:

@@ -629,14 +629,14 @@ def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
     async def scenario():
         outcomes = [RuntimeError("can't start new thread"), None]
 
-        async def check(*_):
+        async def health_check(*_):
             if (outcome := outcomes.pop(0) if outcomes else None) is not None:
                 raise outcome
 
-        monkeypatch.setattr(fumi_edge.backends.health, "check", check)
+        monkeypatch.setattr(fumi_edge.backends.health, "health_check", health_check)
         backends = pool("127.0.0.1:1")
         checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
-        while backends.problem() is not None:
+        while backends.local_problem() is not None:
             await asyncio.sleep(0.01)
         await checks.close()
 
@@ -813,10 +813,10 @@ def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     async def scenario():
-        monkeypatch.setattr(fumi_edge.backends.health, "check", exhausted)
+        monkeypatch.setattr(fumi_edge.backends.health, "health_check", exhausted)
         backends = pool("127.0.0.1:2525")
         checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
-        while backends.problem() != "backend 127.0.0.1:2525: Too many open files":
+        while backends.local_problem() != "backend 127.0.0.1:2525: Too many open files":
             await asyncio.sleep(0.01)
         await checks.close()
         assert backends.all[0].up

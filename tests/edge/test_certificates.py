@@ -63,14 +63,14 @@ def test_a_certificate_outside_its_validity_is_loaded_and_reported(make_certific
     cert, key = make_certificate("old.example.org")
     certificates = Certificates([(cert, key)])
     (entry,) = certificates.entries
-    assert certificates.problem(entry.not_after) is None
-    assert "is not valid before 20" in certificates.problem(entry.not_before - 1)
+    assert certificates.local_problem(entry.not_after) is None
+    assert "is not valid before 20" in certificates.local_problem(entry.not_before - 1)
     expired = authority.issue("expired.test", days=-1)
     both = Certificates([expired, (cert, key)])
-    assert both.problem(time.time()) is None
-    (problem,) = both.problems(time.time())
+    assert both.local_problem(time.time()) is None
+    (problem,) = both.validity_problems(time.time())
     assert problem.startswith(f"{expired[0]}: the certificate expired on 20")
-    assert Certificates([expired]).problem(time.time()) == f"no valid certificate: {problem}"
+    assert Certificates([expired]).local_problem(time.time()) == f"no valid certificate: {problem}"
 
 
 @pytest.mark.parametrize("key_first", [False, True])
@@ -139,8 +139,8 @@ def test_of_certificates_for_one_name_the_valid_one_that_expires_last_is_served(
     for name in ("one.test", None):
         assert served(certificates, name) == serial(pairs[best][0])
     assert [entry.pair.cert for entry in certificates.served] == [pairs[best][0]]
-    assert certificates.problems(time.time()) == []
-    assert certificates.problem(time.time()) is None
+    assert certificates.validity_problems(time.time()) == []
+    assert certificates.local_problem(time.time()) is None
 
 
 def test_where_none_is_valid_the_one_that_expired_last_is_served_and_nothing_is_ready(make_certificate, served):
@@ -149,7 +149,7 @@ def test_where_none_is_valid_the_one_that_expired_last_is_served_and_nothing_is_
     last = max(entry.not_after for entry in certificates.entries)
     certificates.install(certificates.choose(last + 1))
     assert [entry.pair.cert for entry in certificates.served] == [pairs[1][0]]
-    assert certificates.problem(last + 1).startswith(f"no valid certificate: {pairs[1][0]}: the certificate expired on")
+    assert certificates.local_problem(last + 1).startswith(f"no valid certificate: {pairs[1][0]}: the certificate expired on")
 
 
 def test_a_certificate_that_expires_or_becomes_valid_changes_the_choice(authority, served):
@@ -525,10 +525,10 @@ def test_an_authority_alone_or_by_its_name_is_an_error(dev):
 def test_ciphers_that_no_certificate_can_use_are_found(authority):
     ecdsa, rsa = authority.issue("a.test"), authority.issue("a.test", kind="rsa")
     only_rsa = Policy(ciphers="ECDHE-RSA-AES128-GCM-SHA256")
-    assert Certificates([ecdsa], only_rsa).mismatch() == (
+    assert Certificates([ecdsa], only_rsa).startup_problem() == (
         "--ciphers ECDHE-RSA-AES128-GCM-SHA256: none is for a certificate with ECDSA, so TLS 1.2 cannot be spoken"
     )
-    assert Certificates([ecdsa, rsa], only_rsa).mismatch() is None
-    assert Certificates([ecdsa], Policy("1.3", ciphers=only_rsa.ciphers)).mismatch() is None
-    assert Certificates([rsa], Policy(ciphers="ECDHE-ECDSA-AES128-GCM-SHA256")).mismatch() is not None
-    assert [Certificates([each]).mismatch() for each in (ecdsa, rsa)] == [None, None]
+    assert Certificates([ecdsa, rsa], only_rsa).startup_problem() is None
+    assert Certificates([ecdsa], Policy("1.3", ciphers=only_rsa.ciphers)).startup_problem() is None
+    assert Certificates([rsa], Policy(ciphers="ECDHE-ECDSA-AES128-GCM-SHA256")).startup_problem() is not None
+    assert [Certificates([each]).startup_problem() for each in (ecdsa, rsa)] == [None, None]

@@ -515,7 +515,7 @@ class Troubled:
 
     entries = served = skipped = ()
     selection = SimpleNamespace(until=float("inf"))
-    mismatch = staticmethod(lambda: None)
+    startup_problem = staticmethod(lambda: None)
     authority_problems = staticmethod(lambda now: [])
     stamp_read = ()
 

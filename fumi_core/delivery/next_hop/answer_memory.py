@@ -61,14 +61,14 @@ class AnswerMemory:
         finally:
             self._locks.close()  # otherwise the workers would share it
 
-    def problem(self) -> str | None:
+    def startup_problem(self) -> str | None:
         """Why ``prepare()`` would fail; None if it would not. Creates nothing."""
         there = next(each for each in (self.directory.absolute(), *self.directory.absolute().parents) if each.exists())
         if not there.is_dir():
             return f"{there} is not a directory"
         if not os.access(there, os.W_OK | os.X_OK):
             return f"cannot write to {there}"
-        return self._store.problem()
+        return self._store.startup_problem()
 
     def close(self) -> None:
         self._store.close()

@@ -78,7 +78,7 @@ class AnswerStore:
         with _as_os_error(), contextlib.closing(self._open()) as connection:
             connection.execute("DELETE FROM answers WHERE time < ?", [time.time() - KEPT])
 
-    def problem(self) -> str | None:
+    def startup_problem(self) -> str | None:
         """Why an existing database cannot be used; None if it can, or does not exist."""
         try:
             if self.path.exists():

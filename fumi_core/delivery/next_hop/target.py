@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from fumi_core.client.answers import Answer
 from fumi_core.client.commands import rcpt_command
 from fumi_core.client.connection import RCPT, Dialect, Failure, NextHopConnection
+from fumi_core.client.dependency import dependency_problem
 from fumi_core.client.hop import Hop
-from fumi_core.client.probe import probe
 from fumi_core.delivery.next_hop.answer_memory import AnswerMemory, MessageAnswers
 from fumi_core.delivery.next_hop.one_reply import agree, joint_error, mixed_error
 from fumi_core.delivery.next_hop.relay import Transfer, Verdict, reject_oversize
@@ -126,16 +126,16 @@ class NextHop:
         app.at_listen(lambda: self._hop.ask(app.options.name))
         app.withhold(lambda: self._hop.not_offered, take=True)
 
-    def problem(self) -> str | None:
-        trouble = probe(self.address)
-        return trouble and f"{self.name}:{self.address}: {trouble}"
+    def dependency_problem(self) -> str | None:
+        problem = dependency_problem(self.address)
+        return problem and f"{self.name}:{self.address}: {problem}"
 
     def check(self) -> str | None:
         """Raises OSError when the next hop does not greet. Returns a remark when replies cannot be remembered."""
-        trouble = probe(self.address)
-        if trouble is not None:
-            raise OSError(trouble)
-        problem = AnswerMemory(self.state).problem() if self.protocol == "lmtp" and self.state is not None else None
+        problem = dependency_problem(self.address)
+        if problem is not None:
+            raise OSError(problem)
+        problem = AnswerMemory(self.state).startup_problem() if self.protocol == "lmtp" and self.state is not None else None
         return problem and f"--state {self.state}: {problem}: answers that differ will not be remembered"
 
     def _make_memory(self) -> AnswerMemory | None:

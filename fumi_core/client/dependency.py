@@ -1,4 +1,4 @@
-"""Checks whether a server greets, in a thread that may block, for readiness checks."""
+"""Whether a server greets: for readiness checks and ``--check``. Blocks, so it is called in a thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = 5.0
 """Seconds for each of the name's addresses to connect; and, from the start, for the banner."""
 
 
-def probe(address: SocketAddress) -> str | None:
+def dependency_problem(address: SocketAddress) -> str | None:
     """Why the server accepts no mail, in a few words; None when it greets with 220."""
     deadline = time.monotonic() + SECONDS
     try:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import os
 import re
 import signal
 import socket
-import subprocess
 import urllib.request
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fumi_core
-from fumi_core.runtime.acceptor import Acceptor
-from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState, count_of_one_process
-from tests.conftest import listening
-from tests.starter import BIN
 
 # MAIL tells which worker it came to; "hang@" makes that worker hear nothing any more.
 WHO = """
@@ -93,68 +84,6 @@ def gone(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return True
-
-
-def test_connections_that_stay_are_shared_out() -> None:
-    async def shared() -> list[int]:
-        board = Scoreboard(3)
-        with contextlib.ExitStack() as stack:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
-            for slot in board.slots:
-                slot.state = WorkerState.SERVING
-            for slot in board.slots:
-                sock = listener.dup()
-                sock.setblocking(False)
-                acceptor = Acceptor(sock, "", logging.getLogger(), partial(admit, slot, stack), slot.connection_count)
-                stack.callback(acceptor.close)
-            for _ in range(40):
-                stack.enter_context(socket.create_connection(listener.getsockname()))
-            while sum(board.connections) < 40:
-                await asyncio.sleep(0.001)
-            return list(board.connections)
-
-    def admit(slot: Slot, stack: contextlib.ExitStack, sock: socket.socket, peer: Any, own: Any) -> None:
-        stack.enter_context(sock)
-        slot.connection_count.opened()
-
-    counts = asyncio.run(shared())
-    assert max(counts) < 20
-
-
-def test_a_stop_in_a_flood_accepts_what_has_come_and_serves_meanwhile() -> None:
-    """Each connection that is accepted brings another one, so that the queue is never empty."""
-    queued, most = 100, 2000
-
-    async def flood() -> tuple[int, int]:
-        accepted, turns = 0, 0
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=256))
-            listener.setblocking(False)
-            address = listener.getsockname()
-
-            def admit(sock: socket.socket, peer: Any, own: Any) -> None:
-                nonlocal accepted
-                accepted += 1
-                stack.enter_context(sock)
-                if accepted < most:
-                    stack.enter_context(socket.create_connection(address))
-
-            def turn() -> None:
-                nonlocal turns
-                turns += 1
-                loop.call_soon(turn)
-
-            acceptor = Acceptor(listener, "", logging.getLogger(), admit, count_of_one_process())
-            for _ in range(queued):
-                stack.enter_context(socket.create_connection(address))
-            loop.call_soon(turn)
-            await acceptor.close_after_queue()
-            return accepted, turns
-
-    accepted, turns = asyncio.run(flood())
-    assert accepted == queued
-    assert turns >= 3
 
 
 def test_a_killed_worker_is_replaced_and_only_its_own_connections_suffer(two_workers: Any, connect: Any) -> None:
@@ -363,72 +292,3 @@ app = Early(auth_optional=True)
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--workers", workers)
     program = start(*flags, "early:app", wait="stopping")
     assert program.process.wait(60) == 0
-
-
-# The first MAIL leaves a thread in a call that does not return; "busy@" keeps the event loop itself.
-STUCK = """
-import asyncio, threading, time
-from pathlib import Path
-from fumi_core import Fumi
-
-app = Fumi(auth_optional=True, close_timeout=0.1)
-
-@app.on_mail_from
-async def stick(ctx, next):
-    Path("stuck").touch()
-    if ctx.address.address.startswith("busy@"):
-        time.sleep(1000)
-    await asyncio.to_thread(threading.Event().wait)
-"""
-
-
-@pytest.fixture
-def stuck(tmp_path: Path, connect: Any, free_port: Any, eventually: Any) -> Iterator[Any]:
-    """The real program, whose interpreter waits for threads at its end, with one that does not end."""
-    (tmp_path / "stuck.py").write_text(STUCK)
-    running: list[subprocess.Popen[bytes]] = []
-
-    def run(sender: str, *flags: str) -> tuple[subprocess.Popen[bytes], Path]:
-        port, log = free_port(), tmp_path / "stderr"
-        command = [BIN / "fumi-core", "--proxy-protocol", "off", "--listen", f"127.0.0.1:{port}", *flags, "stuck:app"]
-        with log.open("wb") as stderr:
-            running.append(subprocess.Popen(command, cwd=tmp_path, stderr=stderr))
-        eventually(lambda: listening(port))
-        client = connect(port)
-        client.say("EHLO client.example")
-        client.sock.sendall(f"MAIL FROM:<{sender}>\r\n".encode())
-        eventually((tmp_path / "stuck").exists)
-        return running[-1], log
-
-    yield run
-    for process in running:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_program_ends_although_a_hook_sits_in_a_thread(stuck: Any, workers: str) -> None:
-    process, log = stuck("a@b.example", "--workers", workers)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert "Traceback" not in log.read_text()
-
-
-@pytest.mark.parametrize("sender", ["a@b.example", "busy@b.example"])
-def test_a_second_signal_ends_it_whatever_a_hook_does(stuck: Any, sender: str, eventually: Any) -> None:
-    process, log = stuck(sender, "--drain-timeout", "1000")
-    process.send_signal(signal.SIGTERM)
-    if not sender.startswith("busy@"):
-        eventually(lambda: "stopping" in log.read_text())
-    process.send_signal(signal.SIGINT)
-    # Where the first has not been handled yet, Python takes them by their numbers.
-    assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert "Traceback" not in log.read_text()
-
-
-def test_two_stop_signals_in_one_turn_are_two(stuck: Any) -> None:
-    process, log = stuck("a@b.example", "--drain-timeout", "1000")
-    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-        process.send_signal(number)
-    assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert "Traceback" not in log.read_text()

@@ -1,0 +1,30 @@
+"""A core that speaks SMTP to its clients and delivers by LMTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fumi_core.program import builtin
+from fumi_core.testing import RunningServer, running
+from tests.core.next_hop_joint.delivery import Store
+
+
+@pytest.fixture
+def store(scripted_hop: Any) -> Callable[..., Store]:
+    return lambda **answers: Store(scripted_hop, **answers)
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+    with ExitStack() as stack:
+
+        def make(hop: Any, state: Path | None = tmp_path / "state", **options: Any) -> RunningServer:
+            app = builtin.build(f"lmtp:{hop.address}", state=state, name="front.example", close_timeout=0.2, **options)
+            return stack.enter_context(running(app, record=False))
+
+        yield make

@@ -1,0 +1,59 @@
+"""fumi-core --check."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+from pathlib import Path
+
+from tests.core.programs import run
+
+
+def test_check_says_so_and_ends(tmp_path: Path) -> None:
+    done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "configuration OK\n")
+
+
+def test_check_names_an_address_that_is_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "sock"))
+        unix.listen()
+        addresses = [f"127.0.0.1:{tcp.getsockname()[1]}", f"unix:{tmp_path}/sock"]
+        flags = [each for address in addresses for each in ("--listen", address)]
+        done = run("--check", *flags, "--deliver", "discard:", cwd=tmp_path)
+    said = [f"{address} is already in use (by a running fumi-core or another program)" for address in addresses]
+    assert (done.returncode, done.stdout.splitlines()) == (0, [*said, "configuration OK"])
+
+
+def test_check_fails_for_an_app_that_can_never_take_mail(tmp_path: Path) -> None:
+    source = "from fumi_core import Fumi\napp = Fumi()\nopen_to_all = Fumi(auth_optional=True)\n"
+    source += "plaintext = Fumi()\nplaintext.on_auth(lambda ctx, next: ctx.accept())\n"
+    (tmp_path / "never.py").write_text(source)
+    check = ("--check", "--listen", "127.0.0.1:0")
+    for name, problem in (("app", "there is no on_auth handler"), ("plaintext", "needs TLS, which no client can have")):
+        done = run(*check, f"never:{name}", cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"Error: never:{name}: nobody could send mail: authentication is required")
+        assert problem in done.stderr
+    assert run(*check, "never:open_to_all", cwd=tmp_path).returncode == 0
+    assert run(*check, "--assume-tls", "never:plaintext", cwd=tmp_path).returncode == 0
+
+
+def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:
+    flags = ("--check", "--listen", "127.0.0.1:0", "--deliver", "maildir:mail/box")
+    done = run(*flags, cwd=tmp_path)
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert done.stdout == f"maildir:mail/box is not there yet: user {user} will make it\nconfiguration OK\n"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mail").touch()
+    done = run(*flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--deliver maildir:mail/box: is not there, and user {user} cannot make it in {tmp_path / 'mail'}" in done.stderr
+
+
+def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
+    for name in ("tmp", "new", "cur"):
+        (tmp_path / "maildir" / name).mkdir(parents=True)
+    done = run("--check", "--listen", "127.0.0.1:0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "configuration OK\n")

@@ -131,7 +131,7 @@ class Edge:
             _announce(name, starttls)
         if self._metrics_address is not None:
             sock = self.metrics_sockets[0]
-            event(log, logging.INFO, "metrics", port=_port(sock), address=name_of(self._metrics_address, sock))
+            event(log, logging.INFO, "serving metrics", port=_port(sock), address=name_of(self._metrics_address, sock))
 
     def unbind(self) -> None:
         """Close the listening sockets for clients, in a process that does not serve them."""

@@ -14,7 +14,7 @@ from fumi_core.handlers.contexts import AuthContext, CloseContext, ConnectContex
 from fumi_core.handlers.middleware import Next
 from fumi_core.runtime.logs import event
 from fumi_core.smtp.replies import verdict
-from fumi_core.smtp.session import Session
+from fumi_core.smtp.session import Session, log_fields
 
 _log = logging.getLogger("fumi.core.events")
 
@@ -47,7 +47,7 @@ class _Lines:
         session = ctx.session
         self._connected[session] = time.monotonic()
         tls = session.tls.version if session.tls else ("yes" if session.secure else None)
-        fields = {"client_ip": session.remote_address, "proxy": session.proxy_address, "tls": tls}
+        fields = {"proxy": session.proxy_address, "tls": tls}
         await _outcome(ctx, next, "connection", fields)
 
     async def auth(self, ctx: AuthContext, next: Next) -> None:
@@ -55,34 +55,35 @@ class _Lines:
         try:
             await next()
         except Exception as error:
-            _tell(ctx, f"authentication {_verdict(error)}", **fields, **_refusal(error))
+            words = "authentication deferred" if _verdict(error) == "deferred" else "authentication failed"
+            _tell(ctx, words, **fields, **_refusal(error))
             raise
         except asyncio.CancelledError:
-            _tell(ctx, "authentication rejected", **fields, error="the connection ended before the reply")
+            _tell(ctx, "authentication failed", **fields, error="connection closed before the reply")
             raise
         if ctx.accepted:
-            _tell(ctx, "authentication accepted", **fields, username=ctx.credentials.username)
+            _tell(ctx, "authentication accepted", **fields, user=ctx.credentials.username)
         else:
-            _tell(ctx, "authentication rejected", **fields, code=ctx.default_code)
+            _tell(ctx, "authentication failed", **fields, code=ctx.default_code)
 
     async def mail_from(self, ctx: MailContext, next: Next) -> None:
-        await _outcome(ctx, next, "sender", {"address": ctx.address.address})
+        await _outcome(ctx, next, "sender", {"from": ctx.address.address or "<>"})
 
     async def rcpt_to(self, ctx: RcptContext, next: Next) -> None:
-        await _outcome(ctx, next, "recipient", {"address": ctx.address.address})
+        await _outcome(ctx, next, "recipient", {"to": ctx.address.address})
 
     async def data(self, ctx: DataContext, next: Next) -> None:
         started = time.monotonic()
         envelope = ctx.session.envelope
         failure = await _failure_of(ctx, next)
         fields: dict[str, Any] = {
-            "sender": envelope.mail_from.address if envelope.mail_from else None,
+            "from": (envelope.mail_from.address if envelope.mail_from else "") or "<>",
             "recipients": len(envelope.rcpt_to),
             "size": ctx.stream.size,
             "seconds": round(time.monotonic() - started, 3),
         }
         if isinstance(failure, MessageAborted):
-            _tell(ctx, "message aborted", **fields, reason=str(failure))
+            _tell(ctx, "message aborted", **fields, error=failure)
         elif ctx.size_exceeded:
             _tell(ctx, "message rejected", **fields, code=552, reply="too large")
         elif failure is not None:
@@ -98,9 +99,7 @@ class _Lines:
     async def close(self, ctx: CloseContext, next: Next) -> None:
         started = self._connected.pop(ctx.session, None)
         seconds = None if started is None else round(time.monotonic() - started, 3)
-        _tell(
-            ctx, "connection closed", client_ip=ctx.session.remote_address, seconds=seconds, transactions=ctx.session.transaction
-        )
+        _tell(ctx, "connection closed", seconds=seconds, transactions=ctx.session.transaction)
         await next()
 
 
@@ -139,4 +138,4 @@ def _refusal(error: Exception) -> dict[str, Any]:
 
 
 def _tell(ctx: Context, words: str, **fields: Any) -> None:
-    event(_log, logging.INFO, words, id=ctx.session.id, **fields)
+    event(_log, logging.INFO, words, **log_fields(ctx.session), **fields)

@@ -15,7 +15,7 @@ from fumi_core.handlers.contexts import AuthContext, Context, DataContext, MailC
 from fumi_core.handlers.middleware import Next
 from fumi_core.runtime.logs import event
 from fumi_core.smtp.replies import verdict
-from fumi_core.smtp.session import Address
+from fumi_core.smtp.session import Address, log_fields
 
 _log = logging.getLogger("fumi.core.mail")
 
@@ -35,10 +35,12 @@ def authentications(app: Fumi) -> None:
         try:
             await next()
         except asyncio.CancelledError:
-            _tell(ctx, "authentication failed", method=method, error="the connection ended before the reply")
+            _tell(ctx, "authentication failed", method=method, error="connection closed before the reply")
             raise
-        except BaseException:
-            _tell(ctx, "authentication failed", method=method)
+        except BaseException as error:
+            # Only a wrong password is a failed login: whoever counts these must not block clients for an error of ours.
+            rejected = isinstance(error, SMTPError) and error.code >= 500
+            _tell(ctx, "authentication failed" if rejected else "authentication deferred", method=method)
             raise
         if ctx.accepted:
             _tell(ctx, "authentication accepted", method=method, user=ctx.user)
@@ -93,11 +95,9 @@ def transactions(app: Fumi) -> None:
 
 
 def _tell(ctx: Context, words: str, error: SMTPError | None = None, /, **fields: object) -> None:
-    session = ctx.session
     if error is not None:
         fields |= {"code": error.code, "reply": error.message}
-    client = {"client_ip": session.remote_address, "client_port": session.remote_port or None}
-    event(_log, logging.INFO, words, id=session.id, **client, **fields)
+    event(_log, logging.INFO, words, **log_fields(ctx.session), **fields)
 
 
 def _path(address: Address | None) -> str:

@@ -127,10 +127,10 @@ class CoreWork:
             bound = _bind("listen", address, self._settings["socket_mode"])
             self._sockets += bound
             for name in dict.fromkeys(name_of(address, sock) for sock in bound):
-                event(self.log, logging.INFO, "listening", address=name, proxy_protocol=self.app.options.proxy_protocol)
+                event(self.log, logging.INFO, "listening", listener=name, proxy_protocol=self.app.options.proxy_protocol)
         if metrics:
             self.metrics_sockets = _bind("metrics", metrics, self._settings["socket_mode"])
-            event(self.log, logging.INFO, "metrics", address=name_of(metrics, self.metrics_sockets[0]))
+            event(self.log, logging.INFO, "serving metrics", address=name_of(metrics, self.metrics_sockets[0]))
         self._warn()
 
     def _warn(self) -> None:

@@ -23,7 +23,7 @@ from fumi_core.server.observer import Observer
 from fumi_core.server.transport import Transport
 from fumi_core.smtp import replies
 from fumi_core.smtp.options import Options
-from fumi_core.smtp.session import Session
+from fumi_core.smtp.session import Session, log_fields
 
 _log = logging.getLogger("fumi.core")
 _DIRECT = "clients that connect without a proxy need --proxy-protocol off"
@@ -214,7 +214,7 @@ class Connection:
         # A health check that connects and disconnects is logged at debug only.
         level = logging.DEBUG if result == "closed" else logging.WARNING
         hint = _HEADER_HINTS.get(result)
-        event(_log, level, "no PROXY header", peer=self._session.remote_address, error=problem, hint=hint)
+        event(_log, level, "no valid PROXY header", **log_fields(self._session), error=problem, hint=hint)
         self._phase = Phase.CLOSED
         self._transport.abort()
 
@@ -311,9 +311,7 @@ class Connection:
                 # Health checks come every few seconds: a proxy's own, and connections that close without a command.
                 logging.DEBUG if self._probe else logging.INFO,
                 "session ended",
-                id=session.id,
-                client_ip=session.remote_address,
-                client_port=session.remote_port or None,
+                **log_fields(session),
                 proxy=session.proxy_address,
                 helo=session.client_hostname,
                 tls=session.tls.version if session.tls else ("yes" if session.secure else None),

@@ -51,7 +51,7 @@ from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.protocol import Protocol
 from fumi_core.smtp.replies import Reply, from_text, verdict
-from fumi_core.smtp.session import Address, Session
+from fumi_core.smtp.session import Address, Session, log_fields
 from fumi_core.smtp.states import State
 from fumi_core.smtp.tally import Tally
 
@@ -224,8 +224,7 @@ class Dialogue:
 
     def _auth_ended(self, event: AuthEnded | None) -> None:
         if event is not None:
-            client = {"client_ip": self.session.remote_address, "client_port": self.session.remote_port or None}
-            log_event(errors, logging.INFO, f"authentication {event.result}", id=self.session.id, **client, method=event.method)
+            log_event(errors, logging.INFO, f"authentication {event.result}", **log_fields(self.session), method=event.method)
 
     def _mail(self, event: Mail) -> None:
         self._ask("mail_from", MailContext, event.address)
@@ -344,8 +343,7 @@ class Dialogue:
         self._log("handler failed", error, "at_end", command)
 
     def _log(self, message: str, error: BaseException, hook: str | None = None, command: str | None = None) -> None:
-        session = self.session
-        failure(errors, message, error, id=session.id, client_ip=session.remote_address, hook=hook, command=command)
+        failure(errors, message, error, **log_fields(self.session), hook=hook, command=command)
 
     def _fail(self, error: Exception) -> None:
         """The last resort, for a bug here or an app that changed our internals: no client may wait for ever."""
@@ -366,7 +364,8 @@ class Dialogue:
         message.context.stream.release()
         cut_off = isinstance(error, asyncio.CancelledError) and self.closed
         if cut_off or isinstance(error, MessageAborted):
-            log_event(errors, logging.INFO, "message aborted", id=self.session.id, reason=str(error) or "cut off")
+            reason = str(error) or "connection closed"
+            log_event(errors, logging.INFO, "message aborted", **log_fields(self.session), error=reason)
             message.refusal = replies.LOCAL_ERROR
         elif error is not None and error is not message.error:
             message.error, message.refusal = error, self._refusal(context, error)

@@ -141,3 +141,8 @@ def _tagged(address: str) -> str:
     if address.startswith("unix"):
         return _safe(address)
     return f"IPv6:{address}" if ":" in address else address
+
+
+def log_fields(session: Session) -> dict[str, object]:
+    """The fields by which a log line names a client. A client on a Unix socket has no port."""
+    return {"id": session.id, "client_ip": session.remote_address, "client_port": session.remote_port or None}

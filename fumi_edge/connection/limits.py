@@ -141,7 +141,7 @@ class Rejections:
         self._timer = None
         if self._unsaid:
             for reason, count in self._unsaid.items():
-                event(log, logging.INFO, "more rejected", reason=reason, count=count, last=self._client)
+                event(log, logging.INFO, "rejected, more suppressed", reason=reason, count=count, last_client_ip=self._client)
             self._unsaid.clear()
             self._timer = asyncio.get_running_loop().call_later(SUMMARY, self._sum_up)
 

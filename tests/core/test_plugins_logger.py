@@ -26,12 +26,15 @@ def app() -> Fumi:
 
 @pytest.fixture
 def lines(caplog: Any) -> Lines:
-    """What the plugin logged, without the connection's id and times."""
+    """What the plugin logged, without the connection's id and port, and times."""
     caplog.set_level(logging.INFO, "fumi.core.events")
 
     def read() -> list[str]:
         records = [record.getMessage() for record in caplog.records if record.name == "fumi.core.events"]
-        return [" ".join(word for word in line.split(" ") if not word.startswith(("id=", "seconds="))) for line in records]
+        return [
+            " ".join(word for word in line.split(" ") if not word.startswith(("id=", "client_port=", "seconds=")))
+            for line in records
+        ]
 
     return read
 
@@ -46,10 +49,10 @@ def test_a_session_is_a_line_an_event(app: Fumi, connect: Any, lines: Lines, eve
         eventually(lambda: len(lines()) == 6)
     assert lines() == [
         "connection accepted client_ip=127.0.0.1",
-        "sender accepted address=a@b.example",
-        "recipient accepted address=c@d.example",
-        "recipient accepted address=e@f.example",
-        "message accepted sender=a@b.example recipients=2 size=7",
+        "sender accepted client_ip=127.0.0.1 from=a@b.example",
+        "recipient accepted client_ip=127.0.0.1 to=c@d.example",
+        "recipient accepted client_ip=127.0.0.1 to=e@f.example",
+        "message accepted client_ip=127.0.0.1 from=a@b.example recipients=2 size=7",
         "connection closed client_ip=127.0.0.1 transactions=1",
     ]
 
@@ -80,9 +83,9 @@ def test_refusals_of_others_are_seen_with_code_and_words(app: Fumi, connect: Any
         client.say("DATA")
         assert client.say("hello\r\n.").startswith(b"450")
     assert [line for line in lines() if " code=" in line] == [
-        'sender rejected address=bad@b.example code=550 reply="Not you"',
-        'recipient rejected address=bad@d.example code=551 reply="Nobody here\\r\\nforged"',
-        'message deferred sender=a@b.example recipients=1 size=7 code=450 reply="4.2.2 Later"',
+        'sender rejected client_ip=127.0.0.1 from=bad@b.example code=550 reply="Not you"',
+        'recipient rejected client_ip=127.0.0.1 to=bad@d.example code=551 reply="Nobody here\\r\\nforged"',
+        'message deferred client_ip=127.0.0.1 from=a@b.example recipients=1 size=7 code=450 reply="4.2.2 Later"',
     ]
 
 
@@ -117,9 +120,9 @@ def test_how_an_authentication_ended_is_logged_and_no_credential(app: Fumi, conn
             client.say("EHLO x")
             client.say(f"AUTH PLAIN {response}")
     assert [line for line in lines() if line.startswith("auth")] == [
-        "authentication rejected method=PLAIN code=535",
-        "authentication rejected method=PLAIN code=535 reply=Blocked",
-        "authentication accepted method=PLAIN username=joe",
+        "authentication failed client_ip=127.0.0.1 method=PLAIN code=535",
+        "authentication failed client_ip=127.0.0.1 method=PLAIN code=535 reply=Blocked",
+        "authentication accepted client_ip=127.0.0.1 method=PLAIN user=joe",
     ]
     assert not any(word in caplog.text for word in ("wrong", "secret", "AGpv", "AGJs"))
 
@@ -136,8 +139,8 @@ def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, conne
         client.close()
         eventually(lambda: "connection closed" in lines()[-1])
     messages = [line for line in lines() if line.startswith("message")]
-    assert messages[0].startswith("message rejected sender=a@b.example recipients=1 size=2002 code=552")
-    assert messages[1].startswith("message aborted sender=a@b.example recipients=1 ")
+    assert messages[0].startswith("message rejected client_ip=127.0.0.1 from=a@b.example recipients=1 size=2002 code=552")
+    assert messages[1].startswith("message aborted client_ip=127.0.0.1 from=a@b.example recipients=1 ")
 
 
 def test_the_size_is_the_messages_though_nobody_reads_it(connect: Any, lines: Lines, tmp_path: Any) -> None:
@@ -172,7 +175,7 @@ def test_in_lmtp_the_refused_recipients_are_counted(connect: Any, lines: Lines, 
         client.say("RCPT TO:<e@f.example>")
         client.say("DATA")
         client.say("hello\r\n.")
-    expected = f"message {verdict} sender=a@b.example recipients=2 size=7 rejected={len(refusing)}"
+    expected = f"message {verdict} client_ip=127.0.0.1 from=a@b.example recipients=2 size=7 rejected={len(refusing)}"
     assert next(line for line in lines() if line.startswith("message")) == expected
 
 

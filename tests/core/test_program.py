@@ -105,8 +105,8 @@ def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any, 
 
 def test_ports_that_the_kernel_chose_are_in_the_log(start: Any, connect: Any, eventually: Any) -> None:
     flags = ("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--proxy-protocol", "off", "--deliver", "discard:")
-    program = start(*flags, wait="metrics")
-    listening, metrics = re.findall(r"(listening|metrics) address=127\.0\.0\.1:(\d+)", program.log.read_text())
+    program = start(*flags, wait="serving metrics")
+    listening, metrics = re.findall(r"(listening listener|serving metrics address)=127\.0\.0\.1:(\d+)", program.log.read_text())
     assert connect(int(listening[1])).banner.startswith(b"220")
     eventually(lambda: reachable(int(metrics[1])))
 

@@ -148,7 +148,7 @@ def test_who_connects_without_a_proxy_is_told_of_the_option_in_the_log(
     app, _ = behind(proxy_timeout=0.1)
     with running(app) as server:
         assert connect(server.port, said, banner=False).reply() == b""
-    (line,) = [record.message for record in caplog.records if "no PROXY header" in record.message]
+    (line,) = [record.message for record in caplog.records if "no valid PROXY header" in record.message]
     assert "clients that connect without a proxy need --proxy-protocol off" in line
 
 
@@ -156,7 +156,7 @@ def test_a_port_that_is_only_looked_at_is_no_missing_header(behind: Any, connect
     app, _ = behind()
     with caplog.at_level("DEBUG"), running(app) as server:
         connect(server.port, banner=False).close()
-        eventually(lambda: "no PROXY header" in caplog.text)
-    (record,) = [record for record in caplog.records if "no PROXY header" in record.message]
+        eventually(lambda: "no valid PROXY header" in caplog.text)
+    (record,) = [record for record in caplog.records if "no valid PROXY header" in record.message]
     assert record.levelname == "DEBUG"
     assert "--proxy-protocol" not in record.message

@@ -216,12 +216,12 @@ class Program:
                 self.noise.append(line)
 
     def _wait_until_started(self, metrics: bool) -> None:
-        last = "metrics" if metrics else "listening"
+        last = "serving metrics" if metrics else "listening"
         until(lambda: self.events(last) or self.process.poll() is not None, "the start of the edge")
         if self.process.poll() is not None:
             self._reader.join(PATIENCE)  # for its last words
         assert self.process.poll() is None, self.noise
-        if metrics and self.events("metrics")[0].get("port"):
+        if metrics and self.events("serving metrics")[0].get("port"):
             # The log tells of sockets that are bound; what serves them is there when somebody answers.
             self.fetch("/healthz")
 
@@ -241,7 +241,7 @@ class Program:
         return self._port("starttls")
 
     def fetch(self, path: str) -> tuple[int, str]:
-        url = "http://127.0.0.1:{}{}".format(self.events("metrics")[0]["port"], path)
+        url = "http://127.0.0.1:{}{}".format(self.events("serving metrics")[0]["port"], path)
         try:
             with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
                 return answer.status, answer.read().decode()

@@ -129,10 +129,10 @@ def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, k
     assert rejected(program, "max_clients_per_ip") == 300
 
     def said():
-        return len(program.events("rejected")) + sum(entry["count"] for entry in program.events("more rejected"))
+        return len(program.events("rejected")) + sum(entry["count"] for entry in program.events("rejected, more suppressed"))
 
     kit.until(lambda: said() == 300, "the count in the log")
-    assert len(program.events("rejected") + program.events("more rejected")) < 60
+    assert len(program.events("rejected") + program.events("rejected, more suppressed")) < 60
     assert program.events("rejected")[0]["client_ip"] == ("192.0.2.7" if behind_a_balancer else "127.0.0.1")
     assert program.events("connection ended") == []
 
@@ -143,7 +143,7 @@ def test_what_is_unsaid_at_the_end_is_said(backend, edge, come):
     for _ in range(5):
         assert come(program.starttls_port).rest() == TOO_MANY
     program.stop()
-    assert len(program.events("rejected")) + sum(entry["count"] for entry in program.events("more rejected")) == 5
+    assert len(program.events("rejected")) + sum(entry["count"] for entry in program.events("rejected, more suppressed")) == 5
 
 
 def test_clients_on_a_unix_socket_have_no_address_to_limit(backend, edge, kit, tmp_path):

@@ -60,7 +60,7 @@ class Reader(HTMLParser):
 @pytest.fixture
 def look():
     def at(program):
-        port = program.events("metrics")[0]["port"]
+        port = program.events("serving metrics")[0]["port"]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
             return Reader(answer.read().decode()), answer.headers
 

@@ -23,7 +23,7 @@ def programs(start: Any, free_port: Any, tmp_path: Path) -> Callable[..., list[i
         for port in ports:
             listen = ["--proxy-protocol", "off", "--listen", f"127.0.0.1:{port}", "--name", "front.example"]
             start(
-                *listen, "--deliver", f"lmtp:{hop.address}", "--state", str(tmp_path / "state"), wait=f"address=127.0.0.1:{port}"
+                *listen, "--deliver", f"lmtp:{hop.address}", "--state", str(tmp_path / "state"), wait=f"listener=127.0.0.1:{port}"
             )
         return ports
 

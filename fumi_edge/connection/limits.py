@@ -1,7 +1,7 @@
 """Limits on concurrent clients, in total and per address, and on the rate per address; and the log of rejected clients.
 
 An address is an IPv4 address or an IPv6 /64, the prefix of one customer (RFC 6177). Memory is bounded: open connections by
-the number of descriptors, rates by ADDRESSES; the address that was seen least recently is forgotten first.
+the number of descriptors, rates by the token buckets' own limit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import socket
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,11 +18,10 @@ from fumi_core.runtime.addresses import unmapped
 from fumi_core.runtime.counting import Count
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import count_of_one_process
+from fumi_core.runtime.token_buckets import TokenBuckets
 
 log = logging.getLogger("fumi.edge.listener")
 
-ADDRESSES = 65536
-"""The maximum number of addresses whose rates are remembered."""
 SUMMARY = 1.0
 """Seconds between log lines that sum up the rejections after the first one."""
 
@@ -53,12 +52,10 @@ class Limits:
     ) -> None:
         self._max_clients = max_clients
         self._max_clients_per_ip = max_clients_per_ip
-        self._rate = rate_per_ip
-        self._clock = clock
+        self._rates = rate_per_ip and TokenBuckets[bytes](rate_per_ip.seconds / rate_per_ip.clients, rate_per_ip.clients, clock)
         self.connection_count = count_of_one_process()
         """Counts clients for the limit on all of them, over all workers. The limits per address are for this process alone."""
         self._clients_of: Counter[bytes] = Counter()
-        self._due: OrderedDict[bytes, float] = OrderedDict()
 
     def enter(self, host: str | None) -> str | None:
         """Count a new client. Returns None, or the limit that rejects it. ``host`` is None while its address is not known."""
@@ -71,14 +68,14 @@ class Limits:
 
     def admit(self, host: str) -> str | None:
         """Count a new client for its address. Returns None, or the limit that rejects it."""
-        if self._max_clients_per_ip is None and self._rate is None:
+        if self._max_clients_per_ip is None and self._rates is None:
             return None
         key = _key(host)
         if key is None:
             return None
         if self._max_clients_per_ip is not None and self._clients_of[key] >= self._max_clients_per_ip:
             return "max_clients_per_ip"
-        if self._rate is not None and not self._pour(key, self._rate):
+        if self._rates is not None and not self._rates.take(key):
             return "rate"
         if self._max_clients_per_ip is not None:
             self._clients_of[key] += 1
@@ -92,18 +89,6 @@ class Limits:
         self._clients_of[key] -= 1
         if not self._clients_of[key]:
             del self._clients_of[key]
-
-    def _pour(self, key: bytes, rate: Rate) -> bool:
-        """Take a token; False when the bucket is empty. A bucket is stored as the time at which it will be full (GCRA)."""
-        now = self._clock()
-        due = max(now, self._due.get(key, now)) + rate.seconds / rate.clients
-        if due - now > rate.seconds * 1.000001:  # tolerates rounding errors
-            return False
-        self._due[key] = due
-        self._due.move_to_end(key)
-        if len(self._due) > ADDRESSES:
-            self._due.popitem(last=False)
-        return True
 
 
 def _key(host: str) -> bytes | None:

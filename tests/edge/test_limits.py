@@ -7,7 +7,6 @@ import ssl
 
 import pytest
 
-import fumi_edge.connection.limits
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_edge.connection.limits import Limits, Rate, parse_rate
 
@@ -203,20 +202,6 @@ def test_those_who_are_refused_do_not_wait_longer_for_it():
         assert limits.admit("192.0.2.1") == "rate"
     clock.now += 0.2
     assert limits.admit("192.0.2.1") is None
-
-
-def test_memory_is_bounded_and_the_busy_are_remembered(monkeypatch):
-    monkeypatch.setattr(fumi_edge.connection.limits, "ADDRESSES", 100)
-    clock = Clock()
-    limits = Limits(None, None, Rate(2, 3600), clock)
-    assert limits.admit("192.0.2.1") is None
-    for number in range(1000):
-        assert limits.admit(f"2001:db8:0:{number:x}::1") is None
-        if number == 50:
-            assert limits.admit("192.0.2.1") is None
-        if number == 140:
-            assert limits.admit("192.0.2.1") == "rate"
-    assert len(limits._due) == 100
 
 
 def test_who_has_left_is_forgotten():

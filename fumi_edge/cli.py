@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fumi_core.runtime.addresses import Networks, parse_address, passed
+from fumi_core.runtime.addresses import THIS_HOST, Networks, parse_address, passed
 from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.lifecycle import STOPS, hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
@@ -35,7 +35,6 @@ from fumi_core.version import VERSION
 from fumi_edge.backends.choice import BALANCES, Backend
 from fumi_edge.backends.dialing import Remote, is_destination
 from fumi_edge.backends.health import Manner, dependency_problems, offering_starttls
-from fumi_edge.connection.inbound import LOOPBACK
 from fumi_edge.connection.limits import Rate, parse_rate
 from fumi_edge.edge import Edge
 from fumi_edge.emit.configuration import PROGRAMS, configuration
@@ -250,7 +249,7 @@ def _edge(flags: dict[str, Any]) -> Edge:
     check_mode(flags["socket_mode"], [each.address for each in _places(flags)])
     if problem := clash(_places(flags)):
         raise SettingError(problem)
-    balancers = Networks(trusted or LOOPBACK) if accepts else None
+    balancers = Networks(trusted or THIS_HOST) if accepts else None
     backends = [Remote(address) for address in dict.fromkeys(flags.pop("backend"))]
     return Edge(certificates=certificates, backends=backends, balancers=balancers, **flags)
 

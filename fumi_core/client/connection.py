@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 from fumi_core.client.answers import Answer, AnswerReader, Malformed
-from fumi_core.runtime.addresses import Networks, SocketAddress, peer_of
+from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 
 CONNECT = 30.0
 """Seconds to connect. The other limits are seconds, too."""
@@ -29,7 +29,7 @@ END = 600.0
 ATTEMPT = 0.25  # until the next address of a host name is also tried (RFC 8305 §5)
 
 Dialect = Literal["smtp", "lmtp"]
-_THIS_HOST = Networks(("127.0.0.0/8", "::1/128", "unix"))
+_THIS_HOST = Networks(THIS_HOST)
 
 
 class Failure(Exception):

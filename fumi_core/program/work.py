@@ -21,6 +21,7 @@ from fumi_core.delivery import TARGETS, Target, parse_target
 from fumi_core.program import builtin, mail_log
 from fumi_core.program.users import Users
 from fumi_core.runtime.addresses import (
+    THIS_HOST,
     Networks,
     SocketAddress,
     bind,
@@ -55,7 +56,7 @@ _OPTIONS = {
     "drain_timeout": "close_timeout",
 }
 DELIVER = "maildir:./maildir"
-_THIS_HOST = Networks(("127.0.0.0/8", "::1", "unix"))
+_THIS_HOST = Networks(THIS_HOST)
 _NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
 # Settings of sockets and processes, which a reload cannot change.
 _ONCE = ("listen", "metrics", "socket_mode", "workers")

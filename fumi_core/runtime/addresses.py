@@ -23,6 +23,8 @@ _FD_NAME = re.compile(r"[!-9;-~]{1,255}")
 
 _MAPPED = b"\0" * 10 + b"\xff\xff"  # the first 96 bits of an IPv4-mapped address
 
+THIS_HOST = ("127.0.0.0/8", "::1/128", "unix")
+"""The networks of peers on this host, for ``Networks``."""
 BACKLOG = 4096
 """Connections the kernel may queue before accept; it caps this at net.core.somaxconn."""
 _HINTS = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, TypedDict
 
+from fumi_core.runtime.addresses import THIS_HOST
 from fumi_core.smtp.grammar import Paths, paths
 from fumi_core.smtp.option_values import check
 
@@ -42,7 +43,7 @@ class Options:
     use_xclient: bool = False
     use_xforward: bool = False
     proxy_protocol: str = "off"
-    trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128", "unix")
+    trusted_proxies: tuple[str, ...] = THIS_HOST
     assume_tls: bool = False
     bare_newlines: str = "reject"
     max_recipients: int = 100

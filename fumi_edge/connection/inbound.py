@@ -16,8 +16,6 @@ from fumi_edge.sockets.readiness import readable
 
 TIMEOUT = 5.0
 """Seconds in which a load balancer must send its header."""
-LOOPBACK = ("127.0.0.0/8", "::1/128", "unix")
-"""The default networks of load balancers: those whose headers are trusted when no network is configured."""
 
 
 class HeaderError(Exception):

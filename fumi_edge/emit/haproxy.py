@@ -10,9 +10,8 @@ import string
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.addresses import THIS_HOST, SocketAddress
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.connection.inbound import LOOPBACK
 from fumi_edge.emit.notes import (
     LONGEST,
     TIMES,
@@ -166,7 +165,7 @@ def _trust(flags: Flags) -> list[str]:
     """Rejects clients that --trusted-proxy does not list. On a Unix socket HAProxy finds no source address (``src -m found``)."""
     if not flags.get("accept_proxy"):
         return []
-    trusted = flags.get("trusted_proxy") or LOOPBACK
+    trusted = flags.get("trusted_proxy") or THIS_HOST
     networks = " ".join(each for each in trusted if each != "unix")
     strangers = ["{ src -m found }"] * ("unix" in trusted) + [f"!{{ src {networks} }}"] * bool(networks)
     return [f"    tcp-request connection reject if {' '.join(strangers)}"]

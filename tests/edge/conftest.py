@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.request
@@ -21,8 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from fumi_core.proxy_protocol import ProxyHeader, parse
+from fumi_core.runtime.addresses import parse_address
+from fumi_edge.backends.choice import Backends
+from fumi_edge.backends.dialing import Remote
+from fumi_edge.metrics import EdgeMetrics
 from tests.ports import kept_port
 from tests.starter import start
 
@@ -509,3 +515,110 @@ def edge(certificate: tuple[Path, Path]) -> Iterator[Callable[..., Program]]:
         each._reader.join(PATIENCE)
         assert each.noise == []
         assert not [entry for entry in each.logs if "traceback" in entry]
+
+
+@pytest.fixture
+def dial(kit):
+    """Connects to a Unix socket."""
+    peers = []
+
+    def dial(path, context=None):
+        sock = socket.socket(socket.AF_UNIX)
+        peers.append(kit.Peer(sock))
+        sock.connect(str(path))
+        if context is not None:
+            peers.append(kit.Peer(context.wrap_socket(sock, server_hostname="localhost", suppress_ragged_eofs=False)))
+        return peers[-1]
+
+    yield dial
+    for peer in peers:
+        peer.close()
+
+
+@pytest.fixture
+def greeted(clients):
+    """A client that has the banner."""
+
+    def greeted(program):
+        client = clients.plain(program.starttls_port)
+        assert client.reply()[-1].startswith(b"220")
+        return client
+
+    return greeted
+
+
+@pytest.fixture
+def public(certificate):
+    """A certificate that everybody can read, and its key that only the owner can; pytest's directories are for nobody else."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        cert, key = Path(name, "cert.pem"), Path(name, "key.pem")
+        for source, path, mode in ((certificate[0], cert, 0o644), (certificate[1], key, 0o600)):
+            path.write_bytes(source.read_bytes())
+            path.chmod(mode)
+        yield cert, key
+
+
+@pytest.fixture(params=["tls", "plaintext"])
+def connect(request, clients):
+    """Connects through the tunnel, over TLS or on the STARTTLS port without upgrading."""
+
+    def connect(program, buffer=None):
+        if request.param == "tls":
+            return clients.tls(program.tls_port, buffer=buffer)
+        client = clients.plain(program.starttls_port, buffer=buffer)
+        assert client.line() == b"220 ready\r\n"
+        client.say(b"BDAT\r\n")
+        return client
+
+    connect.tls = request.param == "tls"
+    return connect
+
+
+@pytest.fixture
+def served(clients):
+    """One client's session, from the banner to the end."""
+
+    def served(program):
+        client = clients.tls(program.tls_port)
+        assert client.line().startswith(b"220 ")
+        assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+        assert client.rest() == b""
+        client.close()
+
+    return served
+
+
+@pytest.fixture
+def listening():
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def pool():
+    def pool(*addresses, timeout=20.0, balance="leastconn"):
+        metrics = EdgeMetrics(CollectorRegistry(), [], "0")
+        return Backends([Remote(parse_address(each)) for each in addresses], timeout, metrics, balance)
+
+    return pool
+
+
+@pytest.fixture
+def shown(authority, clients):
+    """The serial number of the certificate that a port shows now."""
+    context = ssl.create_default_context(cafile=authority.path)
+
+    def ask(program, name="localhost"):
+        client = clients.tls(program.tls_port, name, context)
+        number = client.sock.getpeercert()["serialNumber"]
+        assert client.line().startswith(b"220")
+        client.close()
+        return number
+
+    return ask
+
+
+@pytest.fixture
+def files(tmp_path):
+    return tmp_path / "cert.pem", tmp_path / "key.pem"

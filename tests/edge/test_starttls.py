@@ -7,24 +7,8 @@ import threading
 
 import pytest
 
-READY = [b"220 2.0.0 Ready to start TLS\r\n"]
-GREETED = [b"250-backend.test\r\n", b"250-PIPELINING\r\n", b"250-SIZE 1000\r\n", b"250 STARTTLS\r\n"]
-
-
-@pytest.fixture
-def greeted(clients):
-    """A client that has the banner."""
-
-    def greeted(program):
-        client = clients.plain(program.starttls_port)
-        assert client.reply()[-1].startswith(b"220")
-        return client
-
-    return greeted
-
-
-def starttls_total(program, kit, result, count=1):
-    kit.until(lambda: program.metric("fumi_edge_starttls_total", result=result) == count, f"starttls_total {result}")
+from tests.edge.metrics import starttls_total
+from tests.edge.replies import GREETED, READY
 
 
 def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(backend, edge, clients, greeted, kit):
@@ -259,155 +243,6 @@ def test_require_tls_lets_nothing_through_but_what_leads_to_tls(backend, edge, c
     assert not any(line.upper().startswith((b"MAIL", b"RCPT")) for line in server.peer(0).heard + server.peer(2).heard)
 
 
-def test_a_client_that_never_upgrades_is_passed_through_untouched(backend, edge, greeted, kit):
-    server = backend()
-    program = edge(backend=server)
-    client = greeted(program)
-    said = [b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n"]
-    for command in said:
-        assert client.ask(command)[0][:1] in b"23"
-    content = [b"Subject: STARTTLS\r\n", b"\r\n", b"STARTTLS\r\n", b"EHLO me\r\n", b"bare\n", b"nul \0\r\n"]
-    assert client.ask(b"".join(content) + b".\r\n") == [b"250 2.0.0 queued\r\n"]
-    assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
-    assert client.rest() == b""
-    assert server.peer().heard == [*said, *content, b"QUIT\r\n"]
-    assert server.peer().header.tls is None
-    starttls_total(program, kit, "plaintext")
-    assert len(server.peers) == 1
-
-
-def test_a_client_may_upgrade_after_a_message_in_plaintext(backend, edge, clients, greeted, kit):
-    """STARTTLS is answered for as long as it was offered; what a message holds is no command."""
-    server = backend()
-    program = edge(backend=server)
-    client = greeted(program)
-    assert client.ask(b"EHLO x\r\n") == GREETED
-    for _ in range(2):
-        client.say(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-        assert [client.reply()[0][:3] for _ in range(3)] == [b"250", b"250", b"354"]
-        assert client.ask(b"STARTTLS\r\n\n.\nSTARTTLS\r\n.\r\n") == [b"250 2.0.0 queued\r\n"]
-    assert client.ask(b"STARTTLS\r\n") == READY
-    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
-    assert server.peer(1).header.tls is not None
-    starttls_total(program, kit, "upgraded")
-
-
-def test_bytes_after_starttls_are_refused_after_a_message_too(backend, edge, greeted):
-    server = backend()
-    program = edge(backend=server)
-    client = greeted(program)
-    assert client.ask(b"EHLO x\r\n") == GREETED
-    client.ask(b"DATA\r\n")
-    client.say(b"text\r\n.\r\nSTARTTLS\r\nMAIL FROM:<evil@b>\r\n")
-    assert client.rest().splitlines()[1][:3] == b"554"
-    assert not any(line.startswith(b"MAIL") for line in server.peer().heard)
-
-
-@pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("way", ["DATA", "BDAT"])
-def test_a_long_message_in_plaintext_arrives_as_it_is(backend, edge, greeted, kit, way, slow):
-    text = b"".join(b"line %d \0\xff\n.\r\n..\r\n" % number for number in range(200_000))
-    whole = text + b"\r\n.\r\n" if way == "DATA" else text
-    received = []
-
-    def handler(peer):
-        peer.say(b"220 hi\r\n")
-        peer.line()
-        peer.say(b"250 hi\r\n")
-        peer.line()
-        if way == "DATA":
-            peer.say(b"354 go\r\n")
-        size = 0
-        pieces = [peer._buffered]
-        while (size := size + len(pieces[-1])) < len(whole):
-            pieces.append(peer.sock.recv(5_000 if slow else 262_144))
-        received.append(kit.hash(b"".join(pieces)))
-        peer._buffered = b""
-        peer.say(b"250 queued\r\n")
-        peer.rest()
-
-    program = edge(backend=backend(handler))
-    client = greeted(program)
-    client.ask(b"EHLO x\r\n")
-    if way == "DATA":
-        assert client.ask(b"DATA\r\n") == [b"354 go\r\n"]
-    else:
-        client.say(b"BDAT %d LAST\r\n" % len(whole))
-    assert client.ask(whole) == [b"250 queued\r\n"]
-    assert received == [kit.hash(whole)]
-    assert client.ask(b"STARTTLS\r\n") == READY
-
-
-@pytest.mark.parametrize("end", ["close", "reset", "end"])
-@pytest.mark.parametrize("opening", [b"DATA\r\n", b"BDAT 10 LAST\r\n"])
-def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(backend, edge, greeted, kit, opening, end):
-    """A QUIT of the edge's would be the last six octets of this chunk."""
-    heard = []
-
-    def handler(peer):
-        peer.say(b"220 hi\r\n")
-        peer.line()
-        peer.say(b"250 hi\r\n")
-        if peer.line() == b"DATA\r\n":
-            peer.say(b"354 go\r\n")
-        try:
-            heard.append(peer.rest())
-        except ConnectionResetError:
-            heard.append(b"text")
-
-    program = edge(backend=backend(handler))
-    client = greeted(program)
-    client.ask(b"EHLO x\r\n")
-    client.say(opening)
-    if opening == b"DATA\r\n":
-        client.reply()
-    client.say(b"text")
-    getattr(client, end)()
-    # A reset may overtake the text.
-    assert kit.until(lambda: heard, "the end")[0] in (b"text", b"" if end == "reset" else b"text")
-
-
-def test_a_whole_pipelined_message_in_plaintext_passes(backend, edge, greeted):
-    server = backend()
-    program = edge(backend=server)
-    client = greeted(program)
-    client.say(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSTARTTLS\r\n.\r\nQUIT\r\n")
-    assert client.reply() == GREETED
-    assert [client.reply()[0][:3] for _ in range(5)] == [b"250", b"250", b"354", b"250", b"221"]
-    assert client.rest() == b""
-
-
-def test_a_line_that_is_too_long_is_refused_and_forgotten(backend, edge, greeted, kit):
-    server = backend()
-    program = edge(backend=server)
-    client = greeted(program)
-    before = program.memory()
-    client.say(b"NOOP ")
-    for _ in range(100):
-        client.say(b"x" * 65536)
-    assert client.ask(b"\r\n")[0].startswith(b"500 5.5.2 ")
-    assert program.memory() - before < 3 << 20
-    assert client.ask(b"NOOP after\r\n") == [b"250 2.0.0 ok\r\n"]
-    assert server.peer().heard == [b"NOOP after\r\n"]
-
-
-def test_a_long_auth_line_is_left_to_the_backend(backend, edge, greeted):
-    server = backend()
-    program = edge(backend=server)
-    client = greeted(program)
-    line = b"AUTH PLAIN " + b"A" * 10_000 + b"\r\n"
-    assert client.ask(line) == [b"250 2.0.0 ok\r\n"]
-    assert server.peer().heard == [line]
-
-
-def test_starttls_takes_no_argument(backend, edge, greeted, clients):
-    program = edge(backend=backend())
-    client = greeted(program)
-    assert client.ask(b"STARTTLS now\r\n")[0].startswith(b"501 5.5.4 ")
-    assert client.ask(b"starttls \r\n") == READY
-    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
-
-
 def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend, edge, greeted, kit):
     server = backend()
     program = edge(backend=server)
@@ -444,17 +279,6 @@ def test_silence_before_the_upgrade_is_a_421(backend, edge, greeted):
     assert client.rest() == b"421 4.4.2 Error: timeout exceeded\r\n"
     client.close()
     assert program.ended()[0]["reason"] == "idle_timeout"
-
-
-@pytest.mark.parametrize("hello", [b"\x16\x03\x01\x02\x00\x01\x00", b"\0\0\0\n", b"\x16\x03\x01\n\n"])
-def test_tls_and_other_binary_on_a_starttls_port_is_turned_away(backend, edge, greeted, hello):
-    program = edge(backend=backend())
-    client = greeted(program)
-    client.say(hello)
-    assert client.rest().startswith(b"554 5.5.1 ")
-    client.close()
-    program.ended()
-    assert program.metric("fumi_edge_rejected_total", reason="not_smtp") == 1
 
 
 def test_commands_that_come_before_the_banner_are_answered_in_order(backend, edge, clients):

@@ -1,0 +1,290 @@
+"""The addresses behind the name of a backend: which are tried, in which order, when the name is resolved again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import threading
+
+import pytest
+
+import fumi_edge.backends.choice
+import fumi_edge.backends.dialing
+import fumi_edge.backends.health
+from fumi_edge.backends.choice import AVOID
+
+
+def test_a_backend_that_failed_is_tried_again_after_a_while_by_one_client_at_a_time(pool):
+    backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
+    first, second = backends.all
+    first.failed(100.0, "refused", "no")
+    assert list(backends.candidates(100.0 + AVOID * 0.9)) == [second, first]
+    assert list(backends.candidates(100.0 + AVOID)) == [first, second]
+    first.trying(100.0 + AVOID)
+    assert list(backends.candidates(100.0 + AVOID)) == [second, first]
+    first.connected(0.1)
+    assert list(backends.candidates(100.0 + AVOID)) == [first, second]
+
+
+def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool):
+    backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
+    first, second = backends.all
+    first.unhealthy("banner", "554")
+    first.connected(0.1)
+    assert list(backends.candidates(1e9)) == [second, first]
+    first.healthy()
+    assert list(backends.candidates(1e9)) == [first, second]
+
+
+class Resolver:
+    """Answers in the system's place; ``answer`` is a list of addresses, or an error, or empty for silence."""
+
+    def __init__(self, monkeypatch, *answer):
+        self.answer = list(answer)
+        self.asked = 0
+        self._monkeypatch = monkeypatch
+
+    def install(self):
+        self._monkeypatch.setattr(fumi_edge.backends.dialing.socket, "getaddrinfo", self._resolve)
+
+    def _resolve(self, host, port, *, type):
+        self.asked += 1
+        if not self.answer:
+            threading.Event().wait()
+        if isinstance(self.answer[0], Exception):
+            raise self.answer[0]
+        return [(socket.AF_INET, type, 6, "", (each, port)) for each in self.answer]
+
+
+def test_addresses_are_kept_when_the_resolver_fails_later(pool, monkeypatch, listening, caplog):
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.1")
+        resolver.install()
+        backends = pool(f"mail.test:{listening}")
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE", 0.0)
+        for number in range(1, 4):
+            while resolver.asked < number:  # a connection does not ask while the one before is still asking
+                sock, backend = await backends.connect(b"")
+                sock.close()
+                await asyncio.sleep(0.01)
+            resolver.answer = [socket.gaierror("no more")]
+        assert backend.up
+        while "keeping the old addresses" not in caplog.text:
+            await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+
+
+def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool, monkeypatch):
+    async def scenario():
+        resolver = Resolver(monkeypatch)
+        resolver.install()
+        backends = pool("mail.test:25", timeout=0.1)
+        results = await asyncio.gather(*(backends.connect(b"") for _ in range(20)), return_exceptions=True)
+        assert {type(each) for each in results} == {fumi_edge.backends.choice.NoBackend}
+        assert resolver.asked == 1  # each question takes a thread
+        assert not backends.all[0].up
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
+    async def scenario():
+        outcomes = [RuntimeError("can't start new thread"), None]
+
+        async def health_check(*_):
+            if (outcome := outcomes.pop(0) if outcomes else None) is not None:
+                raise outcome
+
+        monkeypatch.setattr(fumi_edge.backends.health, "health_check", health_check)
+        backends = pool("127.0.0.1:1")
+        checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
+        while backends.local_problem() is not None:
+            await asyncio.sleep(0.01)
+        await checks.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert "check failed" in caplog.text
+
+
+def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(pool, monkeypatch, listening):
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
+        resolver.install()
+        backends = pool(f"mail.test:{listening}")
+        (await backends.connect(b""))[0].close()
+        targets = await backends.all[0].destination.targets(asyncio.get_running_loop(), 1.0)
+        assert [name[0] for _, name in targets] == ["127.0.0.1", "127.0.0.3"]
+
+    asyncio.run(scenario())
+
+
+def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_at_each_question(pool, monkeypatch, listening):
+    """It stays behind those that answer, in whatever order the resolver names them."""
+
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
+        resolver.install()
+        connected = []
+        connect = fumi_edge.backends.dialing._connect
+
+        def told(loop, target, *rest):
+            connected.append(target[1][0])
+            return connect(loop, target, *rest)
+
+        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE", 0.0)
+        backends = pool(f"mail.test:{listening}")
+        while resolver.asked < 5:
+            (await backends.connect(b""))[0].close()
+            await asyncio.sleep(0.01)
+        assert connected.count("127.0.0.3") == 1
+        # When there is nothing else, it gets its chance.
+        resolver.answer = ["127.0.0.3"]
+        while connected[-1] != "127.0.0.3":
+            with contextlib.suppress(fumi_edge.backends.choice.NoBackend):
+                (await backends.connect(b""))[0].close()
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+@pytest.fixture
+def listening_everywhere():
+    """A port of all of this machine's addresses, and which of them were connected to."""
+    with socket.create_server(("", 0), backlog=64) as server:
+
+        def connected():
+            with server.accept()[0] as sock:
+                return sock.getsockname()[0]
+
+        yield server.getsockname()[1], connected
+
+
+def test_the_addresses_of_a_name_take_turns(pool, monkeypatch, listening_everywhere):
+    port, connected = listening_everywhere
+
+    async def scenario():
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3").install()
+        backends = pool(f"mail.test:{port}")
+        for _ in range(6):
+            (await backends.connect(b""))[0].close()
+
+    asyncio.run(scenario())
+    assert sorted(connected() for _ in range(6)) == [f"127.0.0.{n}" for n in (1, 1, 2, 2, 3, 3)]
+
+
+def test_an_address_that_failed_is_used_again_after_a_while(pool, monkeypatch, listening_everywhere):
+    port, connected = listening_everywhere
+    monkeypatch.setattr(fumi_edge.backends.dialing, "AVOID_ADDRESS", 0.05)
+
+    async def scenario():
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
+        backends = pool(f"mail.test:{port}")
+        dial = fumi_edge.backends.dialing._connect
+
+        async def broken(loop, target, *rest):
+            if target[1][0] == "127.0.0.2":
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
+            return await dial(loop, target, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fumi_edge.backends.dialing, "_connect", broken)
+            for _ in range(4):
+                (await backends.connect(b""))[0].close()
+                assert connected() == "127.0.0.1"
+        seen = set()
+        while "127.0.0.2" not in seen:
+            (await backends.connect(b""))[0].close()
+            seen.add(connected())
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(pool, monkeypatch, listening):
+    """The client that finds out is served where the name has moved to."""
+
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
+        resolver.install()
+        backends = pool(f"mail.test:{listening}")
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 3600.0)
+        for _ in range(5):
+            with pytest.raises(fumi_edge.backends.choice.NoBackend):
+                await backends.connect(b"")
+        assert resolver.asked == 1  # so long ago is a second
+        resolver.answer = ["127.0.0.1"]
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 0.0)
+        results = await asyncio.gather(*(backends.connect(b"") for _ in range(10)))
+        assert resolver.asked == 2
+        assert backends.all[0].up
+        for sock, _ in results:
+            sock.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(pool, monkeypatch, caplog):
+    async def scenario():
+        resolver = Resolver(monkeypatch, "127.0.0.3")
+        resolver.install()
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 0.0)
+        backends = pool("mail.test:9")
+        for _ in range(5):
+            with pytest.raises(fumi_edge.backends.choice.NoBackend):
+                await backends.connect(b"")
+            resolver.answer = [socket.gaierror("no more")]
+        assert resolver.asked >= 5
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert caplog.text.count("keeping the old addresses") == 1
+
+
+def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(pool, monkeypatch, caplog):
+    """``[::1]`` without IPv6, or no port left: neither must look like a backend that is merely not busy."""
+
+    async def nowhere(*_):
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    async def scenario():
+        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", nowhere)
+        backends = pool("[::1]:2525", "[::1]:2526")
+        with pytest.raises(fumi_edge.backends.choice.NoBackend, match="Cannot assign requested address"):
+            await backends.connect(b"")
+        assert [backend.up for backend in backends.all] == [False, False]
+
+    asyncio.run(scenario())
+    assert caplog.text.count("reason=unreachable") == 2
+
+
+def test_a_backend_that_cannot_be_connected_to_in_time_is_said_to_be(pool, monkeypatch, caplog):
+    async def nowhere(*_):
+        raise TimeoutError
+
+    async def scenario():
+        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", nowhere)
+        with pytest.raises(fumi_edge.backends.choice.NoBackend, match="timed out"):
+            await pool("127.0.0.1:2525").connect(b"")
+
+    asyncio.run(scenario())
+    assert 'reason=timeout error="timed out"' in caplog.text
+
+
+def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
+    async def exhausted(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def scenario():
+        monkeypatch.setattr(fumi_edge.backends.health, "health_check", exhausted)
+        backends = pool("127.0.0.1:2525")
+        checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
+        while backends.local_problem() != "backend 127.0.0.1:2525: Too many open files":
+            await asyncio.sleep(0.01)
+        await checks.close()
+        assert backends.all[0].up
+        assert backends.all[0].metrics.errors["other"].value
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))

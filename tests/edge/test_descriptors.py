@@ -1,0 +1,97 @@
+"""Running out of file descriptors: clients wait, backends are not blamed, and listeners go on afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+
+
+def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, clients, kit):
+    program = edge("--log-level", "debug", backend=backend())
+    pid = program.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+
+    def came_too_late():
+        before_it = len(program.events("connection ended"))
+        # One more descriptor is there for a client, and none for its backend; unless one that was counted went meanwhile.
+        used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        free = [number for number in range(len(used) + 2) if number not in used]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[0] + 1, before[1]))
+        with contextlib.closing(clients.plain(program.starttls_port)) as client:
+            line = client.line()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        program.ended(before_it + 1)
+        return line.startswith(b"421 4.3.2 ")
+
+    kit.until(came_too_late, "a 421")
+    assert program.metric("fumi_edge_backend_up") == 1
+    assert program.events("backend down") == []
+    assert clients.plain(program.starttls_port).line().startswith(b"220")
+    assert clients.tls(program.tls_port).line().startswith(b"220")
+
+
+def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clients, kit):
+    """With few descriptors, accept pauses, says so once, and resumes when some are free."""
+    program = edge(backend=backend())
+    most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (24, most))
+    waiting = [clients.plain(program.starttls_port) for _ in range(20)]
+    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    for client in waiting:
+        client.close()
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (most, most))
+
+    def answered():
+        client = clients.tls(program.tls_port)
+        return client.line().startswith(b"220")
+
+    kit.until(answered, "an answer")
+    assert len(program.events("cannot accept, pausing")) == 1
+
+
+def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge, clients, kit):
+    """A client takes two: where there is one left, it is not accepted, and the backend's are not missed."""
+    program = edge("--health-interval", "0.2", backend=backend())
+    most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (40, most))
+    waiting = [clients.plain(program.starttls_port) for _ in range(60)]
+    for client in waiting:
+        # Whoever has been served makes room for another.
+        assert client.line() == b"220 backend.test ESMTP\r\n"
+        assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
+        assert client.rest() == b""
+        client.close()
+    assert len(program.events("cannot accept, pausing")) == 1
+    assert program.fetch("/readyz") == (200, "ready\n")
+    assert {entry["reason"] for entry in program.ended(60)} == {"backend_closed"}
+
+
+def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slow_to_close(backend, edge, clients, kit):
+    """Each needs a second connection to the backend, and the first one is not closed yet."""
+    go = threading.Event()
+
+    def handler(peer):
+        kit.smtp(peer)
+        go.wait(20)
+
+    program = edge("--max-clients", "1000", backend=backend(handler))
+    most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (120, most))
+    peers = [clients.plain(program.starttls_port) for _ in range(36)]
+    for peer in peers:
+        assert peer.line() == b"220 backend.test ESMTP\r\n"
+    for peer in peers:
+        assert peer.ask(b"STARTTLS\r\n") == [b"220 2.0.0 Ready to start TLS\r\n"]
+    upgraded = [clients.upgrade(peer) for peer in peers]
+    for peer in upgraded:
+        assert peer.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    # Others wait until there is room, and are not turned away.
+    late = [clients.plain(program.starttls_port) for _ in range(20)]
+    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    go.set()
+    for peer in upgraded:
+        peer.close()
+    for peer in late:
+        assert peer.line() == b"220 backend.test ESMTP\r\n"

@@ -1,0 +1,51 @@
+"""--dev: one command that serves mail with a certificate of its own, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import smtplib
+import ssl
+
+from tests.edge.program import run
+
+PORTS = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+
+
+def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(clients, kit, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = kit.Program("--dev", *PORTS, cwd=tmp_path)
+    try:
+        assert clients.plain(program.starttls_port).line().startswith(b"220")
+        assert list(tmp_path.glob("fumi-dev-*"))
+        program.process.send_signal(signal.SIGTERM)
+        kit.until(lambda: program.events("draining"), "the drain")
+        program.stop()
+        assert list(tmp_path.glob("fumi-dev-*/key.pem")) == []
+        assert not [line for line in program.noise if "Traceback" in line]
+    finally:
+        program.kill()
+
+
+def test_dev_mode_can_be_checked(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert run("--dev", *PORTS, "--check") == (0, [])
+    assert list(tmp_path.glob("fumi-dev-*")) == []
+
+
+def test_dev_mode_takes_a_message_over_both_ports(tmp_path, kit):
+    ports = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+    program = kit.Program("--dev", *ports, cwd=tmp_path)
+    try:
+        context = ssl._create_unverified_context()
+        with smtplib.SMTP_SSL("127.0.0.1", program.tls_port, context=context) as client:
+            client.sendmail("a@example.org", ["b@example.org"], "Subject: one\n\nhello\n")
+        with smtplib.SMTP("127.0.0.1", program.starttls_port) as client:
+            client.starttls(context=context)
+            client.sendmail("a@example.org", ["b@example.org"], "Subject: two\n\nhello\n")
+        assert len(list((tmp_path / "maildir" / "new").iterdir())) == 2
+        assert program.stop() == 0
+        printed = program.stdout.read()
+        for name in ("swaks", "curl", "openssl s_client", "smtplib", str(program.tls_port)):
+            assert name in printed
+    finally:
+        program.kill()

@@ -32,7 +32,10 @@ RECORD = 16 * 1024
 COMMAND = 1024
 """Bytes. A shorter first read is taken for a command or a reply: a second read at once would find nothing."""
 LINGER_SECONDS = 30.0
-"""Idle seconds after which a client that does not close, although the backend has closed, is disconnected."""
+"""Seconds after which a client that does not close, although the backend has closed, is disconnected.
+
+They are counted from its last bytes while the backend still takes them, and from the backend's end otherwise.
+"""
 
 
 class FlowState(enum.IntEnum):
@@ -171,7 +174,7 @@ class Tunnel:
         moved = self._up.total + self._down.total
         if moved != self._moved:
             self._moved, self._moved_at = moved, now
-            if self._deadline is not None:
+            if self._deadline is not None and self._up.state is _OPEN:
                 self._deadline = now + LINGER_SECONDS
         if self._deadline is not None:
             if now >= self._deadline:

@@ -13,7 +13,7 @@ import threading
 import pytest
 
 import fumi_edge.connection.tunnel
-from fumi_edge.connection.tunnel import BUFFER, Tunnel
+from fumi_edge.connection.tunnel import BUFFER, LINGER_SECONDS, Tunnel
 from fumi_edge.tls.close_notify import CloseNotify
 from tests.edge.backends import opening
 from tests.edge.buffers import settled, waiting
@@ -41,6 +41,35 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
             assert not running.done()
         tunnel.tick(now + fumi_edge.connection.tunnel.LINGER_SECONDS * 1.1)
         await running
+
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(sock) for pair in (socket.socketpair(), socket.socketpair()) for sock in pair]
+        for sock in ends:
+            sock.setblocking(False)
+        asyncio.run(asyncio.wait_for(trickle(ends), 20))
+
+
+def test_a_client_that_goes_on_sending_to_a_backend_that_is_gone_is_disconnected_in_time():
+    """Nobody takes its bytes: each of them would otherwise keep its place for another LINGER_SECONDS."""
+
+    async def trickle(ends):
+        loop = asyncio.get_running_loop()
+        client, ours, theirs, backend = ends
+        buffer = memoryview(bytearray(BUFFER))
+        tunnel = Tunnel(loop, buffer, CloseNotify(), ours, theirs, 900.0)
+        running = loop.create_task(tunnel.run())
+        backend.close()
+        assert await loop.sock_recv(client, 10) == b""
+        start = loop.time()
+        for share in (0.3, 0.6, 0.9):
+            await loop.sock_sendall(client, b"more")
+            await asyncio.sleep(0.01)
+            tunnel.tick(start + LINGER_SECONDS * share)
+            assert not running.done()
+        await loop.sock_sendall(client, b"more")
+        await asyncio.sleep(0.01)
+        tunnel.tick(start + LINGER_SECONDS * 1.4)
+        assert await asyncio.wait_for(running, 5) == "linger"
 
     with contextlib.ExitStack() as stack:
         ends = [stack.enter_context(sock) for pair in (socket.socketpair(), socket.socketpair()) for sock in pair]

@@ -13,8 +13,8 @@ A flow whose source has ended is CLOSING until its leftover is sent and its sink
 CLOSED. The other flow goes on: half-close works both ways. A flow whose sink has failed is DISCARDING: it goes on reading,
 because closing a socket with unread bytes sends RST, and RST destroys a reply that is still on its way.
 
-TLS has two peculiarities. A read may need to write first and a write may need to read; the flow then waits for the other kind
-of readiness on that socket. And OpenSSL may hold decrypted bytes that no event reports; ``_resume`` schedules their read.
+With TLS, a read may need to write first and a write may need to read (records.py); the flow then waits for the other kind of
+readiness on that socket.
 """
 
 from __future__ import annotations
@@ -25,12 +25,9 @@ import socket
 import ssl
 
 from fumi_edge.tls.close_notify import CloseNotify
+from fumi_edge.tls.records import ENDED, WANTS_WRITE, Ending, read_records, write_records
 
 BUFFER = 128 * 1024
-RECORD = 16 * 1024
-"""The maximum number of bytes in one TLS record (RFC 8446 §5.1)."""
-COMMAND = 1024
-"""Bytes. A shorter first read is taken for a command or a reply: a second read at once would find nothing."""
 LINGER_SECONDS = 30.0
 """Seconds after which a client that does not close, although the backend has closed, is disconnected.
 
@@ -90,12 +87,11 @@ class Tunnel:
     __slots__ = (
         "_buffer",
         "_client",
-        "_close_notify",
         "_deadline",
         "_done",
         "_down",
+        "_ending",
         "_expectant",
-        "_farewell",
         "_idle_timeout",
         "_loop",
         "_moved",
@@ -118,9 +114,7 @@ class Tunnel:
     ) -> None:
         self._loop = loop
         self._buffer = buffer
-        self._close_notify = close_notify
-        self._farewell: bytes | None = None
-        """The unsent rest of the client's close_notify; None until the record is made."""
+        self._ending = Ending(close_notify)
         self._client = _End(client)
         server = _End(backend)
         self._up = _Flow(self._client, server, upstream)
@@ -156,7 +150,6 @@ class Tunnel:
             for flow in (self._up, self._down):
                 if flow.leftover:
                     self._flush(flow)
-                self._resume(flow)
             for end in ends:
                 self._watch(end)
             return await self._done
@@ -224,7 +217,6 @@ class Tunnel:
             end.reading = read
             if read:
                 self._loop.add_reader(end.fd, self._readable, end)
-                self._resume(inward)
             else:
                 self._loop.remove_reader(end.fd)
         write = inward.wants_write or (not outward.wants_read and (bool(outward.leftover) or outward.state is _CLOSING))
@@ -234,11 +226,6 @@ class Tunnel:
                 self._loop.add_writer(end.fd, self._writable, end)
             else:
                 self._loop.remove_writer(end.fd)
-
-    def _resume(self, flow: _Flow) -> None:
-        sock = flow.source.sock
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
-            self._loop.call_soon(self._readable, flow.source)
 
     # Moving bytes
 
@@ -272,29 +259,10 @@ class Tunnel:
         return count, not count
 
     def _fill(self, flow: _Flow, sock: socket.socket) -> tuple[int, bool]:
-        """Decrypt records until there are no more, the buffer is full, or the first read is short. Returns (bytes, ended)."""
         assert isinstance(sock, ssl.SSLSocket)
-        buffer = self._buffer
-        read = sock.read
-        count = 0
-        try:
-            while count <= BUFFER - RECORD:
-                got = read(RECORD, buffer[count:])
-                if not got:
-                    return count, True
-                count += got  # type: ignore[operator]
-                if count < COMMAND:
-                    break
-        except ssl.SSLWantReadError:
-            return count, False
-        except ssl.SSLWantWriteError:
-            flow.wants_write = True
-            return count, False
-        except ssl.SSLZeroReturnError:
-            return count, True
-        if sock.pending():
-            self._loop.call_soon(self._readable, flow.source)
-        return count, False
+        count, after = read_records(sock, self._buffer)
+        flow.wants_write = after is WANTS_WRITE
+        return count, after is ENDED
 
     def _put(self, flow: _Flow, data: memoryview | bytes) -> int:
         """Write to the sink. Returns the number of bytes that it took; all of them if the sink has failed."""
@@ -302,7 +270,9 @@ class Tunnel:
         try:
             if not sink.tls:
                 return sink.sock.send(data)
-            return self._encrypt(flow, data)
+            assert isinstance(sink.sock, ssl.SSLSocket)
+            taken, flow.wants_read = write_records(sink.sock, data)
+            return taken
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
@@ -311,21 +281,6 @@ class Tunnel:
                 self._reason = self._reason or "backend_reset"
             self._sink_failed(flow)
             return len(data)
-
-    def _encrypt(self, flow: _Flow, data: memoryview | bytes) -> int:
-        flow.wants_read = False
-        send = flow.sink.sock.send
-        taken = 0
-        size = len(data)
-        view = data if isinstance(data, memoryview) else memoryview(data)
-        try:
-            while taken < size:
-                taken += send(view[taken:])
-        except ssl.SSLWantWriteError:
-            pass
-        except ssl.SSLWantReadError:
-            flow.wants_read = True
-        return taken
 
     def _flush(self, flow: _Flow) -> bool:
         """Write the leftover and, if the source has ended, the end. True when nothing is left to write."""
@@ -377,24 +332,13 @@ class Tunnel:
         """Send the sink the end of the stream. False when that has to wait."""
         sock = flow.sink.sock
         try:
-            if flow.sink.tls and not self._say_goodbye(sock):
-                return False
-            # Not sock.shutdown(), after which a TLS socket could not be read either.
-            socket.socket.shutdown(sock, socket.SHUT_WR)
+            if flow.sink.tls:
+                assert isinstance(sock, ssl.SSLSocket)
+                return self._ending.send(sock)
+            sock.shutdown(socket.SHUT_WR)
         except OSError:
             self._sink_failed(flow)
         return True
-
-    def _say_goodbye(self, sock: socket.socket) -> bool:
-        """Send the client close_notify, in one packet with the FIN. False when a part of it is still unsent."""
-        assert isinstance(sock, ssl.SSLSocket)
-        if self._farewell is None:
-            self._farewell = self._close_notify.record(sock)
-        try:
-            self._farewell = self._farewell[socket.socket.send(sock, self._farewell, socket.MSG_MORE) :]
-        except (BlockingIOError, InterruptedError):
-            return False
-        return not self._farewell
 
     def _closed(self, flow: _Flow) -> None:
         if self._up.state is _CLOSED and self._down.state is _CLOSED:

@@ -1,0 +1,98 @@
+"""Reading and writing a non-blocking TLS socket by whole records, and ending its direction to the client.
+
+The tunnel and the transport of the direct path both use it. TLS has two peculiarities, which the results tell: a read may have to
+wait until the socket can be written, and a write until it can be read.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import ssl
+
+from fumi_edge.tls.close_notify import CloseNotify
+
+RECORD = 16 * 1024
+"""The maximum number of bytes in one TLS record (RFC 8446 §5.1)."""
+COMMAND = 1024
+"""Bytes. A shorter first record is taken for a command or a reply: a second read at once would find nothing."""
+
+
+class After(enum.Enum):
+    """What follows the bytes that were read: perhaps more, the end, or a wait until the socket can be written."""
+
+    MORE = "more"
+    ENDED = "ended"
+    WANTS_WRITE = "wants write"
+
+
+MORE, ENDED, WANTS_WRITE = After
+
+
+def read_records(sock: ssl.SSLSocket, buffer: memoryview) -> tuple[int, After]:
+    """Decrypt records until there are no more, the buffer is full, or the first one is short. Returns (bytes, what follows).
+
+    A read of RECORD bytes takes a whole record, so OpenSSL holds back no decrypted bytes that the event loop would not know of.
+    Raises OSError when the connection or its TLS has failed; the bytes read until then are lost.
+    """
+    read = sock.read
+    last = len(buffer) - RECORD
+    count: int = 0
+    got: int
+    try:
+        # With a buffer, read() returns the number of bytes.
+        count = got = read(RECORD, buffer)  # type: ignore[assignment]
+        while got and COMMAND <= count <= last:
+            got = read(RECORD, buffer[count:])  # type: ignore[assignment]
+            count += got
+    except ssl.SSLWantReadError:
+        return count, MORE
+    except ssl.SSLZeroReturnError:
+        return count, ENDED
+    except ssl.SSLWantWriteError:
+        return count, WANTS_WRITE
+    return count, MORE if got else ENDED
+
+
+def write_records(sock: ssl.SSLSocket, data: bytes | memoryview) -> tuple[int, bool]:
+    """Encrypt and send as much as the kernel takes. Returns the bytes taken, and whether the next write must wait for a read.
+
+    Bytes that were not taken must be sent again first, as OpenSSL may hold a record of them. Raises OSError.
+    """
+    size = len(data)
+    taken = 0
+    try:
+        taken = sock.send(data)
+        if taken < size:
+            view = memoryview(data)
+            while taken < size:
+                taken += sock.send(view[taken:])
+    except ssl.SSLWantWriteError:
+        pass
+    except ssl.SSLWantReadError:
+        return taken, True
+    return taken, False
+
+
+class Ending:
+    """The end of our direction: close_notify, in one packet with the FIN."""
+
+    __slots__ = ("_close_notify", "_rest")
+
+    def __init__(self, close_notify: CloseNotify) -> None:
+        self._close_notify = close_notify
+        self._rest: bytes | None = None
+
+    def send(self, sock: ssl.SSLSocket) -> bool:
+        """Send it, or its unsent rest. Returns False while a part is still unsent. Raises OSError."""
+        if self._rest is None:
+            self._rest = self._close_notify.record(sock)
+        try:
+            self._rest = self._rest[socket.socket.send(sock, self._rest, socket.MSG_MORE) :]
+        except (BlockingIOError, InterruptedError):
+            return False
+        if self._rest:
+            return False
+        # Not sock.shutdown(), after which a TLS socket could not be read either.
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        return True

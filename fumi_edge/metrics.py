@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import prometheus_client
 from prometheus_client import CollectorRegistry
 
 from fumi_core.proxy_protocol import TLSInfo
@@ -43,7 +42,7 @@ class BackendMetrics:
 
     __slots__ = ("connect_seconds", "errors", "up")
 
-    def __init__(self, seconds: Histogram, errors: Counter, up: prometheus_client.Gauge, name: str) -> None:
+    def __init__(self, seconds: Histogram, errors: Counter, up: Gauge, name: str) -> None:
         self.connect_seconds = seconds.labels(name)
         self.errors = {reason: errors.labels(name, reason) for reason in BACKEND_ERRORS}
         self.up = up.labels(name)
@@ -56,14 +55,15 @@ class EdgeMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"fumi_edge_{name}", text, labels, registry)
 
-        def state(name: str, text: str, *labels: str) -> prometheus_client.Gauge:
-            return prometheus_client.Gauge(f"fumi_edge_{name}", text, labels, registry=registry)
+        def state(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"fumi_edge_{name}", text, labels, registry, over_workers="max")
 
         def histogram(name: str, text: str, bounds: Sequence[float], *labels: str) -> Histogram:
             return Histogram(f"fumi_edge_{name}", text, labels, registry, bounds)
 
         self._connections = counter("connections", "Client connections accepted.", "listener")
-        self._active = Gauge("fumi_edge_connections_active", "Client connections open now.", ("listener",), registry)
+        active = "Client connections open now."
+        self._active = Gauge("fumi_edge_connections_active", active, ("listener",), registry, over_workers="sum")
         self._handshakes = counter("handshakes", "TLS handshakes by result.", "listener", "result")
         self.handshake_seconds = histogram("handshake_seconds", "Duration of TLS handshakes.", _HANDSHAKE_SECONDS).labels()
         sessions = counter("tls_sessions", "TLS sessions by what was negotiated.", "version", "cipher", "resumed")
@@ -75,7 +75,6 @@ class EdgeMetrics:
         rejected = counter("rejected", "Connections turned away, by the limit or rule they ran into.", "reason")
         self._not_after = state("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
         reloads = counter("certificate_reloads", "Times the certificates were read anew: all, not yet, or not all.", "result")
-        counter("worker_restarts", "Workers that died and were replaced.").labels()
         self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS).labels()
         state("build_info", "Always 1.", "version").labels(version).set(1)
 

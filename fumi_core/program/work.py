@@ -66,6 +66,7 @@ class CoreWork:
     """The program's work; see ``fumi_core.runtime.lifecycle.Work``."""
 
     log = logging.getLogger("fumi.core")
+    metric_prefix = "fumi_core"
 
     def __init__(self, ctx: click.Context, *, dry: bool = False) -> None:
         """``dry`` is only for ``check()``: nothing permanent is created. Raises SettingError."""

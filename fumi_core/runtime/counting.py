@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -18,6 +18,10 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 Labels = tuple[str, ...]
+
+
+class SummedGaugeFamily(GaugeMetricFamily):
+    """A gauge that counts things, so that its value over all workers is the sum. Of any other gauge it is the largest."""
 
 
 class Count:
@@ -33,6 +37,9 @@ class Count:
 
     def dec(self) -> None:
         self.value -= 1
+
+    def set(self, value: float) -> None:
+        self.value = value
 
 
 class Distribution:
@@ -50,28 +57,36 @@ class Distribution:
         self.sum += value
 
 
-Series = TypeVar("Series", Count, Distribution)
+OneSeries = TypeVar("OneSeries", Count, Distribution)
 
 
-class _Family(Collector, Generic[Series]):
+class _Family(Collector, Generic[OneSeries]):
     """A metric and its series, by the values of its labels; each series exists from its first ``labels()`` call."""
 
     def __init__(self, name: str, text: str, labels: Labels, registry: CollectorRegistry) -> None:
         self._name, self._text, self._label_names = name, text, labels
-        self._series: dict[Labels, Series] = {}
+        self._series: dict[Labels, OneSeries] = {}
         registry.register(self)
 
-    def labels(self, *values: str) -> Series:
+    def labels(self, *values: str) -> OneSeries:
         """The series with these label values, one for each label, in the labels' order."""
         if values not in self._series:
             self._series[values] = self._new()
         return self._series[values]
 
+    def remove(self, *values: str) -> None:
+        """Remove the series with these label values. Raises KeyError if there is none."""
+        del self._series[values]
+
+    def _each(self) -> list[tuple[Labels, OneSeries]]:
+        """All series, copied: a scrape is another thread, and series may be added and removed meanwhile."""
+        return list(self._series.items())
+
     def describe(self) -> Iterable[Metric]:
         """The family, for its names: ``name[]=`` in a query finds only names that the registry knows."""
         return self.collect()
 
-    def _new(self) -> Series:
+    def _new(self) -> OneSeries:
         raise NotImplementedError
 
 
@@ -85,15 +100,19 @@ class Counter(_Family[Count]):
 
     def collect(self) -> Iterable[Metric]:
         family = self._kind(self._name, self._text, labels=self._label_names)
-        for values, count in self._series.items():
+        for values, count in self._each():
             family.add_metric(values, count.value)
         yield family
 
 
 class Gauge(Counter):
-    """A current number of things."""
+    """``over_workers`` is how the values of several workers become one: ``sum`` of a number of things, ``max`` of a state."""
 
-    _kind = GaugeMetricFamily
+    def __init__(
+        self, name: str, text: str, labels: Labels, registry: CollectorRegistry, *, over_workers: Literal["sum", "max"]
+    ) -> None:
+        self._kind = SummedGaugeFamily if over_workers == "sum" else GaugeMetricFamily
+        super().__init__(name, text, labels, registry)
 
 
 class Histogram(_Family[Distribution]):
@@ -109,7 +128,7 @@ class Histogram(_Family[Distribution]):
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._label_names)
-        for values, seen in self._series.items():
+        for values, seen in self._each():
             family.add_metric(values, list(zip(self._ends, accumulate(seen.counts), strict=True)), seen.sum)
         yield family
 

@@ -26,6 +26,7 @@ from fumi_core.runtime.logs import event
 from fumi_core.runtime.metrics_server import MetricsServer, Page, Readiness
 from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
+from fumi_core.runtime.totals import register_restarts
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 TIDY_TIMEOUT = 2.0
@@ -51,6 +52,8 @@ class Work(Protocol):
     """What a program does, alone or in each worker. It is created before any thread, event loop or second process exists."""
 
     log: logging.Logger
+    metric_prefix: str
+    """What the names of its metrics begin with, without the underscore."""
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -190,6 +193,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
 
     await work.start(slot.connection_count)
     slot.state = WorkerState.SERVING
+    register_restarts(work.registry, work.metric_prefix, board)
     endpoint = serve_metrics(work, work.registry, readiness)
     notifier.ready()
     for each in stops:

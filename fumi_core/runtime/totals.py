@@ -1,8 +1,8 @@
 """Metrics over all workers: each worker reports its own every second, and a scrape adds them up.
 
 So a worker counts in plain memory, at the same cost as a single process, and nothing is left on the disk. Counters and histograms
-are added up, and a new worker continues the counts of the one it replaces, so that none ever falls. A gauge whose name ends in
-``_active`` counts things and is added up over the live workers; any other gauge is a state, of which the largest is shown.
+are added up, and a new worker continues the counts of the one it replaces, so that none ever falls. A gauge says by its
+``over_workers`` whether it counts things, which are added up over the live workers, or is a state, of which the largest is shown.
 """
 
 from __future__ import annotations
@@ -15,20 +15,17 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
+from fumi_core.runtime.counting import SummedGaugeFamily, Tallied
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState
 
 log = logging.getLogger("fumi.workers")
 
-RESTARTS = "_worker_restarts_total"
-"""The name, after the prefix, of the counter that the master keeps for all workers. The workers have it too, at 0."""
-
 Key = tuple[str, tuple[tuple[str, str], ...]]
-Series = dict[Key, float]
+Samples = dict[Key, float]
 """Values by sample name and labels."""
-
-
-Families = dict[str, Series]
+Families = dict[str, Samples]
+"""A family's samples, by its name."""
 
 
 class Reporter:
@@ -44,9 +41,9 @@ class Reporter:
         """``local_problem``: why this worker, though its listeners are open, cannot serve."""
         families = {}
         for family in self._registry.collect():
-            series = families[family.name] = _series(family)
+            samples = families[family.name] = _samples(family)
             if family.type != "gauge":
-                _add(series, self._before.get(family.name, {}))
+                _add(samples, self._before.get(family.name, {}))
         try:
             self._slot.write(_dumped(local_problem, families))
         except ValueError as error:
@@ -71,58 +68,61 @@ class Totals(Collector):
         return self._registry.collect()
 
     def collect(self) -> Iterator[Metric]:
-        states, counts = [], []
+        gauges, counts = [], []
         for slot in self._board.slots:
             families = _read(slot).families
             counts.append(families)
             if families and slot.state is not WorkerState.ABSENT:
-                states.append(families)
+                gauges.append(families)
         for family in self._registry.collect():
             if family.type == "gauge":
-                yield _with(family, _state(family, [each.get(family.name, {}) for each in states]))
+                yield _with(family, _gauged(family, [each.get(family.name, {}) for each in gauges]))
             else:
-                yield _with(family, self._counted(family, [each.get(family.name, {}) for each in counts]))
-
-    def _counted(self, family: Metric, reports: list[Series]) -> Series:
-        total = _series(family)
-        for series in reports:
-            _add(total, series)
-        for key in total:
-            if key[0].endswith(RESTARTS):
-                total[key] += self._board.restarts
-        return total
+                yield _with(family, _counted(family, [each.get(family.name, {}) for each in counts]))
 
 
-def _state(family: Metric, reports: list[Series]) -> Series:
-    if not reports:
-        return _series(family)
-    total: Series = {}
-    for series in reports:
-        if family.name.endswith("_active"):
-            _add(total, series)
-        else:
-            total |= {key: max(value, total.get(key, value)) for key, value in series.items()}
+def register_restarts(registry: CollectorRegistry, prefix: str, board: Scoreboard) -> None:
+    """Add ``PREFIX_worker_restarts``, which the master counts. It is nobody's to report and not in the workers' registries."""
+    Tallied(f"{prefix}_worker_restarts", "Workers that died and were replaced.", (), registry, lambda: [((), board.restarts)])
+
+
+def _counted(family: Metric, reports: list[Samples]) -> Samples:
+    total = _samples(family)
+    for samples in reports:
+        _add(total, samples)
     return total
 
 
-def _series(family: Metric) -> Series:
+def _gauged(family: Metric, reports: list[Samples]) -> Samples:
+    if not reports:
+        return _samples(family)
+    total: Samples = {}
+    for samples in reports:
+        if isinstance(family, SummedGaugeFamily):
+            _add(total, samples)
+        else:
+            total |= {key: max(value, total.get(key, value)) for key, value in samples.items()}
+    return total
+
+
+def _samples(family: Metric) -> Samples:
     return {(each.name, tuple(each.labels.items())): each.value for each in family.samples}
 
 
-def _add(total: Series, more: Series) -> None:
+def _add(total: Samples, more: Samples) -> None:
     for key, value in more.items():
         total[key] = total.get(key, 0.0) + value
 
 
-def _with(family: Metric, series: Series) -> Metric:
+def _with(family: Metric, samples: Samples) -> Metric:
     filled = Metric(family.name, family.documentation, family.type)
-    for (name, labels), value in series.items():
+    for (name, labels), value in samples.items():
         filled.add_sample(name, dict(labels), value)
     return filled
 
 
 def _dumped(local_problem: str | None, families: Families) -> bytes:
-    rows = {name: [[*key, value] for key, value in series.items()] for name, series in families.items()}
+    rows = {name: [[*key, value] for key, value in samples.items()] for name, samples in families.items()}
     return json.dumps([local_problem, rows]).encode()
 
 
@@ -136,5 +136,5 @@ def _read(slot: Slot) -> _Report:
     return _Report(local_problem, {family: _loaded(rows) for family, rows in families.items()})
 
 
-def _loaded(rows: list[Any]) -> Series:
+def _loaded(rows: list[Any]) -> Samples:
     return {(name, tuple((label, value) for label, value in labels)): value for name, labels, value in rows}

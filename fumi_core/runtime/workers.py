@@ -37,7 +37,7 @@ from fumi_core.runtime.loop import Loop
 from fumi_core.runtime.master import METRICS, Master
 from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
-from fumi_core.runtime.totals import Reporter, Totals
+from fumi_core.runtime.totals import Reporter, Totals, register_restarts
 from fumi_core.version import VERSION
 
 REPORT_SECONDS = 1.0
@@ -123,6 +123,7 @@ def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
     threading.Thread(target=_reload_when_told, args=(work,), name="reload", daemon=True).start()
     totals, registry = Totals(work.registry, board), CollectorRegistry()
     registry.register(totals)
+    register_restarts(registry, work.metric_prefix, board)
 
     def readiness() -> str | None:
         return board.local_problem() or totals.local_problem() or work.dependency_problem()

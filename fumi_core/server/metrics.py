@@ -33,7 +33,7 @@ class CoreMetrics(Observer):
 
         self._tally = tally
         self._connections = counter("connections", "Connections accepted.").labels()
-        self._active = Gauge("fumi_core_connections_active", "Connections open.", (), registry).labels()
+        self._active = Gauge("fumi_core_connections_active", "Connections open.", (), registry, over_workers="sum").labels()
         sessions = counter("sessions", "Sessions, by whether and how the client came over TLS.", ("secure", "tls_version"))
         self._sessions = {
             (secure, tls): sessions.labels(secure, tls)
@@ -60,8 +60,8 @@ class CoreMetrics(Observer):
         rejected = counter("rejected", "Connections turned away or cut.", ("reason",))
         reasons = ("max_clients", "not_smtp", "errors", "timeout", "draining")
         self._rejected = {reason: rejected.labels(reason) for reason in reasons}
-        counter("worker_restarts", "Workers that died and were replaced.").labels()
-        Gauge("fumi_core_build_info", "The running version.", ("version",), registry).labels(VERSION).inc()
+        build = Gauge("fumi_core_build_info", "The running version.", ("version",), registry, over_workers="max")
+        build.labels(VERSION).set(1)
 
     def _commands(self) -> Iterable[tuple[Labels, float]]:
         return [((verb.decode(),), count) for verb, count in list(self._tally.commands.items())]

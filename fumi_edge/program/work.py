@@ -34,6 +34,7 @@ class EdgeWork:
     """The program's work; see ``fumi_core.runtime.lifecycle.Work``."""
 
     log = logging.getLogger("fumi.edge")
+    metric_prefix = "fumi_edge"
 
     def __init__(self, edge: Edge, dev_core: DevCore | None = None, user: str | None = None) -> None:
         """``user`` is the user to become once the sockets are open."""

@@ -21,7 +21,7 @@ def test_both_formats_are_what_prometheus_client_writes() -> None:
     their_plain = prometheus_client.Counter("b_more", "More.", registry=theirs)
     our_plain = counting.Counter("b_more", "More.", (), ours).labels()
     their_gauge = prometheus_client.Gauge("c_open", 'With "quotes" and \\.', ("listener",), registry=theirs)
-    our_gauge = counting.Gauge("c_open", 'With "quotes" and \\.', ("listener",), ours)
+    our_gauge = counting.Gauge("c_open", 'With "quotes" and \\.', ("listener",), ours, over_workers="sum")
     their_histogram = prometheus_client.Histogram("d_seconds", "Seconds.", ("backend",), registry=theirs, buckets=BOUNDS)
     our_histogram = counting.Histogram("d_seconds", "Seconds.", ("backend",), ours, BOUNDS)
     for counter in (their_counter, our_counter):

@@ -33,6 +33,8 @@ from fumi_core.delivery import TARGETS
 from fumi_core.handlers import contexts
 from fumi_core.handlers.stream import MessageStream
 from fumi_core.proxy_protocol import TLSInfo
+from fumi_core.runtime.scoreboard import Scoreboard
+from fumi_core.runtime.totals import register_restarts
 from fumi_core.server.metrics import CoreMetrics
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.sasl import Credentials
@@ -239,6 +241,7 @@ def test_the_table_of_targets_is_theirs() -> None:
 def test_the_table_of_metrics_is_theirs() -> None:
     registry = CollectorRegistry()
     CoreMetrics(registry, Tally(), TARGETS)
+    register_restarts(registry, "fumi_core", Scoreboard(1))
     real = {
         family.name + "_total" * (family.type == "counter"): {
             label: {sample.labels[label] for sample in family.samples} for label in family.samples[0].labels if label != "le"

@@ -5,24 +5,37 @@ data.py decides where a message ends; this module chooses the reader, and return
 
 from __future__ import annotations
 
+from enum import Enum
+
 from fumi_core.smtp.data import ChunkReader, DotReader, SkippedChunk
 from fumi_core.smtp.lines import Input
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.replies import Reply
 
 
+class Arrival(Enum):
+    """What the next bytes are when they are not a command."""
+
+    DATA = "data"
+    """A whole message, up to the terminating dot."""
+    CHUNK = "chunk"
+    """A chunk of a message."""
+    EXCESS_CHUNK = "excess chunk"
+    """A chunk that makes the message too large, which has yet to be reported. It is dropped."""
+    STRAY_CHUNK = "stray chunk"
+    """A chunk without a transaction. It is dropped, and then answered with ``refusals``."""
+
+
 class Transfer:
     """The message that is arriving from ``input``; reused for the next one after ``reset()``."""
 
-    __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "active", "excess", "refusals")
+    __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "arrival", "refusals")
 
     def __init__(self, input: Input, options: Options) -> None:
-        self.active = False
-        """Whether the next bytes belong to a message or a chunk, and not to a command."""
+        self.arrival: Arrival | None = None
+        """What is arriving; None when the next bytes are a command."""
         self.refusals: tuple[Reply, ...] = ()
         """The replies to a chunk without a transaction, sent after it."""
-        self.excess = False
-        """Whether a chunk that makes the message too large has yet to be reported."""
         self._input = input
         self._options = options
         self._reader: DotReader | ChunkReader | SkippedChunk
@@ -32,7 +45,7 @@ class Transfer:
     def begin(self) -> None:
         """A whole message follows."""
         self._reader = DotReader(self._options.bare_newlines)
-        self.active = True
+        self.arrival = Arrival.DATA
 
     def begin_chunk(self, size: int, last: bool, binary: bool) -> bool:
         """A chunk of ``size`` octets follows; it is dropped if it makes the message too large.
@@ -43,13 +56,13 @@ class Transfer:
         if self._chunks is None:
             self._chunks = ChunkReader("keep" if binary else self._options.bare_newlines)
         self._size += size
-        self.active = True
         if self._options.size is not None and self._size > self._options.size:
             self._reader = SkippedChunk(size)
-            self.excess = True
+            self.arrival = Arrival.EXCESS_CHUNK
         else:
             self._chunks.begin(size, last)
             self._reader = self._chunks
+            self.arrival = Arrival.CHUNK
         return first
 
     @property
@@ -61,10 +74,10 @@ class Transfer:
         """A chunk follows without a transaction: a client may send it before it reads the reply (RFC 3030 §2)."""
         self._reader = SkippedChunk(size)
         self.refusals = refusals
-        self.active = True
+        self.arrival = Arrival.STRAY_CHUNK
 
     def read(self) -> bytes:
-        """Return the content that has arrived. At the end of the message or chunk ``active`` becomes False.
+        """Return the content that has arrived. At the end of the message or chunk ``arrival`` becomes None.
 
         Raises BareNewline where bare newlines are rejected.
         """
@@ -77,7 +90,7 @@ class Transfer:
             if text or reader.rest is None:
                 return text
         self._input.receive(reader.rest)
-        self.active = False
+        self.arrival = None
         return b""
 
     def reset(self) -> None:

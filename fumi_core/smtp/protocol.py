@@ -33,7 +33,7 @@ from fumi_core.smtp.events import (
 )
 from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.lines import Input, LineTooLong
-from fumi_core.smtp.message_reader import Transfer
+from fumi_core.smtp.message_reader import Arrival, Transfer
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.replies import Reply
 from fumi_core.smtp.sasl import Credentials
@@ -126,9 +126,9 @@ class Protocol:
             if self._broken is not None:
                 self.pending, self._broken = self._broken, None
                 return self.pending
-            if self._transfer.active:
+            if self._transfer.arrival is not None:
                 event = self._read_message()
-                if event is not None or self._transfer.active:
+                if event is not None or self._transfer.arrival is not None:
                     return event
                 continue
             try:
@@ -233,7 +233,7 @@ class Protocol:
     @property
     def dropping(self) -> bool:
         """Whether a chunk without a transaction is arriving."""
-        return self._transfer.active and bool(self._transfer.refusals)
+        return self._transfer.arrival is Arrival.STRAY_CHUNK
 
     @property
     def in_transaction(self) -> bool:
@@ -560,8 +560,8 @@ class Protocol:
 
     def _read_message(self) -> Event | None:
         transfer = self._transfer
-        if transfer.excess:
-            transfer.excess = False
+        if transfer.arrival is Arrival.EXCESS_CHUNK:
+            transfer.arrival = Arrival.CHUNK
             return _MESSAGE_EXCESS
         try:
             text = transfer.read()
@@ -573,7 +573,7 @@ class Protocol:
             return MessageBroken("bare newline in the message", "rejected")
         if text:
             return MessageData(text)
-        if transfer.active:
+        if transfer.arrival is not None:
             return None
         if transfer.refusals:
             refusals, transfer.refusals = transfer.refusals, ()

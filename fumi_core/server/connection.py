@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import socket
 from enum import Enum
 from time import monotonic
 from typing import Protocol
 
-from fumi_core.proxy_protocol import ProxyHeader, ProxyProtocolError, parse, unique_id_text
-from fumi_core.runtime.addresses import peer_of
+from fumi_core.proxy_protocol import ProxyProtocolError, parse
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
+from fumi_core.server.client_facts import ClientFacts, Origin, from_header
 from fumi_core.server.dialogue import Dialogue, Service
 from fumi_core.server.observer import Observer
 from fumi_core.server.transport import Transport
@@ -39,7 +38,7 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
-class Owner(Protocol):
+class ConnectionOwner(Protocol):
     """What a connection needs from its server."""
 
     options: Options
@@ -47,7 +46,6 @@ class Owner(Protocol):
     observer: Observer
     logger: logging.Logger | None
     loop: asyncio.AbstractEventLoop
-    buffer: memoryview
     connection_count: ConnectionCount
     connections: set[Connection]
     draining: bool
@@ -84,60 +82,60 @@ class Connection:
     """
 
     __slots__ = (
-        "_anonymous",
         "_deadline",
         "_dialogue",
         "_ended",
+        "_facts",
         "_header",
+        "_origin",
         "_paused",
         "_phase",
-        "_probe",
         "_server",
-        "_session",
         "_started",
         "_timer",
         "_transport",
     )
 
-    def __init__(self, server: Owner, sock: socket.socket, peer: tuple[str, int], own: tuple[str, int]) -> None:
-        """``peer`` and ``own`` are the addresses of the socket's two ends."""
+    def __init__(self, server: ConnectionOwner, facts: ClientFacts) -> None:
+        """``facts`` are those of the client or, where a PROXY header is expected, of the proxy."""
         self._server = server
+        self._facts = facts
+        self._origin = facts.origin
         self._phase = Phase.HEADER
         self._header = b""
         self._dialogue: Dialogue | None = None
         self._ended = False
-        self._probe = False
-        self._anonymous = False
-        """The PROXY header did not name the client, so its address is unknown."""
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
         self._started = monotonic()
-        self._session = session = Session(secrets.token_hex(8), server.options.name)
-        session.remote_address, session.remote_port = peer
-        session.local_address, session.local_port = own
-        self._transport = Transport(server.loop, sock, server.buffer, self)
+        self._transport: Transport
 
-    def start(self) -> None:
-        server, session = self._server, self._session
-        server.connections.add(self)
-        server.connection_count.opened()
-        server.observer.connection_opened()
-        if server.options.proxy_protocol == "off":
-            session.secure = server.options.assume_tls
-            self._open()
-        elif session.remote_address not in server.service.trusted:
-            self._refuse_header("none", "untrusted", f"{session.remote_address} is not a trusted proxy")
+    def start(self, transport: Transport) -> None:
+        """Begin the dialogue with the client that the facts describe. The transport's owner is this connection."""
+        self._begin(transport)
+        self._open(self._facts)
+
+    def expect_header(self, transport: Transport) -> None:
+        """Wait for a PROXY header, and begin the dialogue with the client that it names."""
+        self._begin(transport)
+        peer = self._facts.remote[0]
+        if peer in self._server.service.trusted:
+            self._watch(self._server.options.proxy_timeout)
         else:
-            self._watch(server.options.proxy_timeout)
+            self._refuse_header("untrusted", f"{peer} is not a trusted proxy")
+
+    def _begin(self, transport: Transport) -> None:
+        self._transport = transport
+        self._server.connections.add(self)
+        self._server.connection_count.opened()
+        self._server.observer.connection_opened()
 
     # Calls by the transport
 
-    def received(self, count: int) -> None:
-        data = bytes(self._server.buffer[:count])
-        if self._phase is Phase.OPEN:
-            dialogue = self._dialogue
-            assert dialogue is not None
+    def received(self, data: bytes) -> None:
+        dialogue = self._open_dialogue
+        if dialogue is not None:
             if not dialogue.protocol.line_begun:
                 self._deadline = monotonic() + self._server.options.socket_timeout
             dialogue.receive(data)
@@ -146,7 +144,7 @@ class Connection:
 
     def ended(self) -> None:
         if self._phase is Phase.HEADER:
-            self._refuse_header("none", "closed", "closed before a PROXY header")
+            self._refuse_header("closed", "closed before a PROXY header")
         elif self._phase is Phase.OPEN:
             # The client sends no more but may still read: it gets its replies, and then the connection is closed.
             self._ended = True
@@ -171,7 +169,8 @@ class Connection:
             self._server.forget(self)
         else:
             self._server.connection_count.client_left()
-            self._probe = self._probe or self._dialogue.protocol.unused
+            if self._dialogue.protocol.unused:
+                self._origin = Origin.HEALTH_CHECK
             self._dialogue.gone(self._closed)
 
     # The PROXY header
@@ -181,46 +180,34 @@ class Connection:
         try:
             found = parse(self._header)
         except ProxyProtocolError as error:
-            self._refuse_header("none", "malformed", str(error))
+            self._refuse_header("malformed", str(error))
             return
         if found is None:
             return
         header, length = found
         rest, self._header = self._header[length:], b""
         self._server.observer.proxy_header(str(header.version), "ok")
-        self._identify(header)
-        self._open()
-        if rest and self._phase is Phase.OPEN:
-            self._dialogue.receive(rest)  # type: ignore[union-attr]
+        self._open(from_header(header, self._facts))
+        if rest:
+            self.received(rest)
 
-    def _identify(self, header: ProxyHeader) -> None:
-        """Set the client from the PROXY header. For LOCAL it is the proxy itself, with the connection's own addresses."""
-        session = self._session
-        session.proxy_address = session.remote_address
-        session.secure = self._server.options.assume_tls
-        if header.command == "LOCAL":
-            self._probe = True
-            return
-        self._anonymous = header.source is None
-        session.remote_address, session.remote_port = _endpoint(header.source, session.remote_address, session.remote_port)
-        session.local_address, session.local_port = _endpoint(header.destination, session.local_address, session.local_port)
-        session.tls = header.tls
-        session.secure = session.secure or header.tls is not None
-        if header.unique_id:
-            session.id = unique_id_text(header.unique_id)
-
-    def _refuse_header(self, version: str, result: str, problem: str) -> None:
-        self._server.observer.proxy_header(version, result)
+    def _refuse_header(self, result: str, problem: str) -> None:
+        self._server.observer.proxy_header("none", result)
         # A health check that connects and disconnects is logged at debug only.
         level = logging.DEBUG if result == "closed" else logging.WARNING
-        hint = _HEADER_HINTS.get(result)
-        event(_log, level, "no valid PROXY header", **log_fields(self._session), error=problem, hint=hint)
+        fields = log_fields(_session(self._facts, self._server.options))
+        event(_log, level, "no valid PROXY header", **fields, error=problem, hint=_HEADER_HINTS.get(result))
         self._phase = Phase.CLOSED
         self._transport.abort()
 
     # The dialogue
 
-    def _open(self) -> None:
+    @property
+    def _open_dialogue(self) -> Dialogue | None:
+        """The dialogue, as long as the client takes part in it."""
+        return self._dialogue if self._phase is Phase.OPEN else None
+
+    def _open(self, facts: ClientFacts) -> None:
         server = self._server
         if server.options.max_clients is not None and server.connection_count.clients >= server.options.max_clients:
             server.observer.rejected("max_clients")
@@ -232,7 +219,10 @@ class Connection:
             return
         server.connection_count.client_admitted()
         self._phase = Phase.OPEN
-        self._dialogue = Dialogue(self._session, server.service, self._regulate, anonymous=self._anonymous)
+        self._origin = facts.origin
+        session = _session(facts, server.options)
+        anonymous = facts.origin is Origin.UNNAMED_CLIENT
+        self._dialogue = Dialogue(session, server.service, self._regulate, anonymous=anonymous)
         self._watch(server.options.socket_timeout)
         self._dialogue.start()
         if server.draining:
@@ -240,8 +230,8 @@ class Connection:
 
     def _regulate(self) -> None:
         """Called after every change: send output, pause or resume reading, or end."""
-        dialogue = self._dialogue
-        if self._phase is not Phase.OPEN or dialogue is None:
+        dialogue = self._open_dialogue
+        if dialogue is None:
             return
         # While replies wait for the client to read, later replies stay in the protocol, which pauses when it has enough.
         if not self._transport.blocked or dialogue.closed:
@@ -265,8 +255,9 @@ class Connection:
             self._server.loop.call_soon(self._proceed)
 
     def _proceed(self) -> None:
-        if self._phase is Phase.OPEN and self._dialogue is not None and self._dialogue.protocol.throttled:
-            self._dialogue.proceed()
+        dialogue = self._open_dialogue
+        if dialogue is not None and dialogue.protocol.throttled:
+            dialogue.proceed()
         else:
             self._regulate()
 
@@ -290,8 +281,9 @@ class Connection:
         self._transport.write_eof()
 
     def drain(self) -> None:
-        if self._dialogue is not None and self._phase is Phase.OPEN:
-            self._dialogue.drain()
+        dialogue = self._open_dialogue
+        if dialogue is not None:
+            dialogue.drain()
         elif self._phase is Phase.HEADER:
             self._transport.abort()
 
@@ -302,14 +294,15 @@ class Connection:
 
     def _closed(self) -> None:
         """The connection has ended, and so have its handlers."""
-        server, session, dialogue = self._server, self._session, self._dialogue
+        server, dialogue = self._server, self._dialogue
         self._dialogue = None  # it refers to this connection: a cycle that only the garbage collector would break
         server.forget(self)
         if server.logger is not None and dialogue is not None:
+            session = dialogue.session
             event(
                 server.logger,
                 # Health checks come every few seconds: a proxy's own, and connections that close without a command.
-                logging.DEBUG if self._probe else logging.INFO,
+                logging.DEBUG if self._origin is Origin.HEALTH_CHECK else logging.INFO,
                 "session ended",
                 **log_fields(session),
                 proxy=session.proxy_address,
@@ -341,15 +334,15 @@ class Connection:
 
     def _look(self) -> None:
         now = monotonic()
-        dialogue = self._dialogue
-        if self._phase is Phase.OPEN and dialogue and (dialogue.busy or dialogue.full) and not self._transport.blocked:
+        dialogue = self._open_dialogue
+        if dialogue is not None and (dialogue.busy or dialogue.full) and not self._transport.blocked:
             # The client waits for us.
             self._deadline = max(self._deadline, now + self._server.options.socket_timeout)
         if now < self._due():
             self._look_again(now)
         elif self._phase is Phase.HEADER:
-            self._refuse_header("none", "timeout", "no PROXY header in time")
-        elif self._phase is Phase.OPEN and dialogue is not None:
+            self._refuse_header("timeout", "no PROXY header in time")
+        elif dialogue is not None:
             dialogue.time_out()
             if self._transport.blocked:
                 self._transport.abort()  # there is no room for the 421, and the client is not reading
@@ -357,11 +350,11 @@ class Connection:
             self._transport.abort()
 
 
-def _endpoint(place: tuple[str, int] | str | None, address: str, port: int) -> tuple[str, int]:
-    """One side's address from the header, or the connection's own address where the header has none."""
-    if place is None:
-        return address, port
-    if isinstance(place, str):
-        # The client may choose a Unix socket's path: it must not look like an address, nor break a log line.
-        return "unix:" + "".join(each if each.isascii() and each.isprintable() else "?" for each in place), 0
-    return peer_of(place)
+def _session(facts: ClientFacts, options: Options) -> Session:
+    session = Session(facts.id or secrets.token_hex(8), options.name)
+    session.remote_address, session.remote_port = facts.remote
+    session.local_address, session.local_port = facts.local
+    session.proxy_address = facts.proxy_address
+    session.secure = facts.secure or options.assume_tls
+    session.tls = facts.tls
+    return session

@@ -11,8 +11,10 @@ from typing import Any
 from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.scoreboard import ConnectionCount
+from fumi_core.server.client_facts import ClientFacts
 from fumi_core.server.connection import Connection
 from fumi_core.server.dialogue import Service
+from fumi_core.server.socket_transport import SocketTransport
 
 _log = logging.getLogger("fumi.core")
 
@@ -31,7 +33,7 @@ class Server:
         self.configure(service, logger)
         self.connection_count = connection_count
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.buffer = memoryview(bytearray(READ_SIZE))
+        self._buffer = memoryview(bytearray(READ_SIZE))
         self.connections: set[Connection] = set()
         self.draining = False
         self._acceptors: list[Acceptor] = []
@@ -52,7 +54,12 @@ class Server:
 
     def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
         """Serve a connected, non-blocking socket whose two ends have these addresses."""
-        Connection(self, sock, peer_of(peer), peer_of(own)).start()
+        connection = Connection(self, ClientFacts(peer_of(peer), peer_of(own)))
+        transport = SocketTransport(self.loop, sock, self._buffer, connection)
+        if self.options.proxy_protocol == "off":
+            connection.start(transport)
+        else:
+            connection.expect_header(transport)
 
     @property
     def sockets(self) -> list[socket.socket]:

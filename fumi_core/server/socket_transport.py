@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Protocol
+
+from fumi_core.server.transport import TransportOwner
 
 
-class Owner(Protocol):
-    """Receives a socket's events. Its methods are never called from inside a call to the transport."""
-
-    def received(self, count: int) -> None:
-        """``count`` bytes are at the beginning of the shared buffer."""
-
-    def ended(self) -> None:
-        """The peer will send no more. Nothing more is read; writing goes on."""
-
-    def drained(self) -> None:
-        """The kernel has taken all output: ``blocked`` is False again."""
-
-    def lost(self) -> None:
-        """The connection is gone; no method is called after this."""
-
-
-class Transport:
-    """A non-blocking stream socket, read from the beginning on. Errors end it with a call of ``lost()``; no method raises."""
+class SocketTransport:
+    """A ``Transport`` for a connected, non-blocking stream socket. An error of the socket ends it with a call of ``lost()``."""
 
     __slots__ = ("_backlog", "_buffer", "_closing", "_ended", "_fd", "_half_close", "_loop", "_owner", "_reading", "_sock")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, buffer: memoryview, owner: Owner) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, buffer: memoryview, owner: TransportOwner) -> None:
+        """``buffer`` takes each read, and may be shared by all transports of the loop."""
         self._loop = loop
         self._sock = sock
         self._fd = sock.fileno()
         self._buffer = buffer
-        self._owner: Owner | None = owner
+        self._owner: TransportOwner | None = owner
         self._backlog = b""
         self._closing = False
         self._half_close = False
@@ -47,11 +33,9 @@ class Transport:
 
     @property
     def blocked(self) -> bool:
-        """Whether output waits for the peer to read."""
         return bool(self._backlog)
 
     def write(self, data: bytes) -> None:
-        """Send now, or as soon as the peer reads."""
         if self._backlog:
             self._backlog += data
             return
@@ -69,7 +53,6 @@ class Transport:
             self._loop.add_writer(self._fd, self._writable)
 
     def write_eof(self) -> None:
-        """Half-close the connection after all output is sent."""
         self._half_close = True
         if not self._backlog and not self._closing:
             self._shut_down()
@@ -85,7 +68,6 @@ class Transport:
             self._loop.add_reader(self._fd, self._readable)
 
     def close(self) -> None:
-        """Read no more, send the waiting output, and close."""
         if not self._closing:
             self.pause_reading()
             self._closing = True
@@ -93,7 +75,6 @@ class Transport:
                 self._finish()
 
     def abort(self) -> None:
-        """Close at once; waiting output is lost."""
         if self._owner is not None:
             self.pause_reading()
             if self._backlog:
@@ -112,7 +93,7 @@ class Transport:
             return
         assert self._owner is not None
         if count:
-            self._owner.received(count)
+            self._owner.received(bytes(self._buffer[:count]))
         else:
             self.pause_reading()
             self._ended = True

@@ -1,0 +1,122 @@
+"""A connection on a transport of another kind: it needs the facts about its client, and no socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fumi_core import ConnectContext, Fumi, Next, TLSInfo
+from fumi_core.proxy_protocol import ProxyHeader, tls_tlvs
+from fumi_core.runtime.scoreboard import count_of_one_process
+from fumi_core.server.client_facts import ClientFacts, Origin, from_header
+from fumi_core.server.connection import Connection
+from fumi_core.server.listeners import Server
+from fumi_core.server.transport import Transport, TransportOwner
+
+TLS = TLSInfo("TLSv1.3", "TLS_AES_256_GCM_SHA384", sni="mx.example")
+FACTS = ClientFacts(("192.0.2.1", 4321), ("198.51.100.2", 465), secure=True, tls=TLS, id="4f1d")
+
+
+class InMemory:
+    """A transport that keeps what is written. ``room`` is False while the client does not read."""
+
+    def __init__(self, owner: TransportOwner) -> None:
+        self.owner = owner
+        self.sent = b""
+        self.calls: list[str] = []
+        self.room = True
+
+    @property
+    def blocked(self) -> bool:
+        return not self.room
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+    def write_eof(self) -> None:
+        self.calls.append("write_eof")
+
+    def pause_reading(self) -> None:
+        self.calls.append("pause_reading")
+
+    def resume_reading(self) -> None:
+        self.calls.append("resume_reading")
+
+    def close(self) -> None:
+        self._end("close")
+
+    def abort(self) -> None:
+        self._end("abort")
+
+    def _end(self, call: str) -> None:
+        self.calls.append(call)
+        asyncio.get_running_loop().call_soon(self.owner.lost)
+
+
+def serving(app: Fumi, talk: Callable[[Connection, InMemory], None]) -> InMemory:
+    """Begin a connection with FACTS, ``talk``, and return its transport when the connection has ended."""
+
+    async def run() -> InMemory:
+        server = Server(app._service(), None, count_of_one_process())
+        connection = Connection(server, FACTS)
+        transport = InMemory(connection)
+        seam: Transport = transport
+        connection.start(seam)
+        talk(connection, transport)
+        async with asyncio.timeout(10):
+            await server._wait_empty()
+        return transport
+
+    return asyncio.run(run())
+
+
+def test_a_dialogue_begins_with_facts_given_as_values() -> None:
+    app = Fumi(auth_optional=True, name="mx.example")
+    seen: list[Any] = []
+
+    @app.on_connect
+    async def look(ctx: ConnectContext, next: Next) -> None:
+        session = ctx.session
+        seen.append((session.id, session.remote_address, session.remote_port, session.local_address, session.local_port))
+        seen.append((session.secure, session.tls, session.proxy_address))
+        await next()
+
+    def talk(connection: Connection, transport: InMemory) -> None:
+        connection.received(b"EHLO client.example\r\nQUIT\r\n")
+
+    transport = serving(app, talk)
+    assert seen == [("4f1d", "192.0.2.1", 4321, "198.51.100.2", 465), (True, TLS, None)]
+    assert transport.sent.startswith(b"220 mx.example")
+    assert b"250-REQUIRETLS\r\n" in transport.sent
+    assert transport.sent.endswith(b"221 2.0.0 Bye\r\n")
+    assert transport.calls == ["close"]
+
+
+def test_replies_wait_while_the_transport_is_blocked() -> None:
+    def talk(connection: Connection, transport: InMemory) -> None:
+        transport.room = False
+        connection.received(b"EHLO client.example\r\n")
+        assert transport.sent.count(b"\r\n") == 1, "something was written to a client that does not read"
+        assert transport.calls == ["pause_reading"]
+        transport.room = True
+        connection.drained()
+        assert b"250-PIPELINING\r\n" in transport.sent
+        assert transport.calls == ["pause_reading", "resume_reading"]
+        connection.ended()
+
+    assert serving(Fumi(auth_optional=True), talk).calls[-1] == "close"
+
+
+def test_a_header_and_values_lead_to_the_same_facts() -> None:
+    connection = ClientFacts(("127.0.0.1", 50000), ("127.0.0.1", 2525))
+    header = ProxyHeader(2, "PROXY", "TCP4", FACTS.remote, FACTS.local, ((5, b"4f1d"), *tls_tlvs(TLS)))
+    assert from_header(header, connection) == FACTS._replace(proxy_address="127.0.0.1")
+
+
+def test_without_addresses_in_the_header_the_connections_own_count() -> None:
+    connection = ClientFacts(("127.0.0.1", 50000), ("127.0.0.1", 2525))
+    unknown = from_header(ProxyHeader(2, "PROXY"), connection)
+    local = from_header(ProxyHeader(2, "LOCAL"), connection)
+    assert (unknown.remote, unknown.local, unknown.origin) == (connection.remote, connection.local, Origin.UNNAMED_CLIENT)
+    assert (local.remote, local.local, local.origin) == (connection.remote, connection.local, Origin.HEALTH_CHECK)

@@ -14,9 +14,9 @@ from fumi_core.handlers.middleware import Handler, check, compose, name_of
 from fumi_core.runtime.addresses import Networks, SocketAddress, bind
 from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.scoreboard import count_of_one_process
-from fumi_core.server.dialogue import Chains, Service
 from fumi_core.server.listeners import Server
 from fumi_core.server.observer import Observer, guarded
+from fumi_core.server.setup import Chains, DialogueSetup
 from fumi_core.smtp import options as _options
 from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.options import OptionArguments, Options
@@ -141,7 +141,7 @@ class Fumi:
         self._at_close += [release for release in other._at_close if release not in self._at_close]
         self._at_start = list(other._at_start)
         if self._server is not None:
-            self._server.configure(self._service(), self._logger())
+            self._server.configure(self._dialogue_setup(), self._logger())
             for begin in self._at_start:
                 begin()
         return self
@@ -163,7 +163,7 @@ class Fumi:
         else:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
         if self._server is None:
-            self._server = Server(self._service(), self._logger(), self.connection_count)
+            self._server = Server(self._dialogue_setup(), self._logger(), self.connection_count)
             problem = self.startup_problem()
             if problem is not None:
                 event(logging.getLogger("fumi.core"), logging.WARNING, "no client can send mail", error=problem)
@@ -175,7 +175,7 @@ class Fumi:
 
     def startup_problem(self) -> str | None:
         """Why no client could ever send mail, by the options and handlers as they are now; or None."""
-        options = self._service().options
+        options = self._dialogue_setup().options
         if not options.auth_required or options.use_xclient:
             return None  # XCLIENT can name a user
         if not self._handlers["auth"]:
@@ -222,11 +222,11 @@ class Fumi:
                 return address[1]
         raise RuntimeError("not listening on a TCP port")
 
-    def _service(self) -> Service:
+    def _dialogue_setup(self) -> DialogueSetup:
         options = self.options
         trusted = Networks(options.trusted_proxies)
         greetings = Greetings(options, _union(self._withheld), _union(self._not_offered))
-        return Service(options, self._chains, greetings, self.tally, self.observer, trusted)
+        return DialogueSetup(options, self._chains, greetings, self.tally, self.observer, trusted)
 
     # What fumi_edge.Fumi does otherwise
 

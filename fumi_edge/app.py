@@ -13,8 +13,8 @@ from typing import Unpack
 from fumi_core import app as core
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.scoreboard import count_of_one_process
-from fumi_core.server.dialogue import Service
 from fumi_core.server.listeners import Server
+from fumi_core.server.setup import DialogueSetup
 from fumi_core.smtp.options import OptionArguments, override
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.edge import Edge
@@ -63,15 +63,15 @@ class Fumi(core.Fumi):
             raise TypeError("there is no certificate to update: the app was made without cert=")
         self._certificates.update(cert, key)
 
-    def _service(self) -> Service:
+    def _dialogue_setup(self) -> DialogueSetup:
         if self._certificates is None:
-            return super()._service()
+            return super()._dialogue_setup()
         # Each client comes with the edge's header. The edge applies the limit and reads a load balancer's header.
         inner = override(self.options, {"proxy_protocol": "required", "max_clients": None})
-        service = super()._service()
-        service.options = inner
-        service.trusted = Networks((*inner.trusted_proxies, "unix"))
-        return service
+        setup = super()._dialogue_setup()
+        setup.options = inner
+        setup.trusted = Networks((*inner.trusted_proxies, "unix"))
+        return setup
 
     def _listen(self, server: Server, sock: socket.socket) -> None:
         if self._certificates is None:

@@ -17,8 +17,9 @@ from fumi_core.proxy_protocol import ProxyProtocolError, parse
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.server.client_facts import ClientFacts, Origin, from_header
-from fumi_core.server.dialogue import Dialogue, Service
+from fumi_core.server.dialogue import Dialogue
 from fumi_core.server.observer import Observer
+from fumi_core.server.setup import DialogueSetup
 from fumi_core.server.transport import Transport
 from fumi_core.smtp import replies
 from fumi_core.smtp.options import Options
@@ -42,7 +43,7 @@ class ConnectionOwner(Protocol):
     """What a connection needs from its server."""
 
     options: Options
-    service: Service
+    setup: DialogueSetup
     observer: Observer
     logger: logging.Logger | None
     loop: asyncio.AbstractEventLoop
@@ -120,7 +121,7 @@ class Connection:
         """Wait for a PROXY header, and begin the dialogue with the client that it names."""
         self._begin(transport)
         peer = self._facts.remote[0]
-        if peer in self._server.service.trusted:
+        if peer in self._server.setup.trusted:
             self._watch(self._server.options.proxy_timeout)
         else:
             self._refuse_header("untrusted", f"{peer} is not a trusted proxy")
@@ -211,7 +212,7 @@ class Connection:
         server = self._server
         if server.options.max_clients is not None and server.connection_count.clients >= server.options.max_clients:
             server.observer.rejected("max_clients")
-            counts = server.service.tally.replies
+            counts = server.setup.tally.replies
             counts[421] = counts.get(421, 0) + 1
             refusal = replies.TOO_MANY_CLIENTS
             self._transport.write(refusal.plain if server.options.hide_enhancedstatuscodes else refusal.data)
@@ -222,7 +223,7 @@ class Connection:
         self._origin = facts.origin
         session = _session(facts, server.options)
         anonymous = facts.origin is Origin.UNNAMED_CLIENT
-        self._dialogue = Dialogue(session, server.service, self._regulate, anonymous=anonymous)
+        self._dialogue = Dialogue(session, server.setup, self._regulate, anonymous=anonymous)
         self._watch(server.options.socket_timeout)
         self._dialogue.start()
         if server.draining:

@@ -9,13 +9,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.handlers.contexts import (
-    AddressContext,
     AuthContext,
     CloseContext,
     ConnectContext,
@@ -24,14 +21,13 @@ from fumi_core.handlers.contexts import (
     MailContext,
     RcptContext,
 )
-from fumi_core.handlers.middleware import Chain
 from fumi_core.handlers.runner import HandlerRunner
 from fumi_core.handlers.stream import HIGH_WATER, MessageStream
-from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.logs import event as log_event
-from fumi_core.runtime.logs import failure
 from fumi_core.server import dialogue_log
-from fumi_core.server.observer import Observer
+from fumi_core.server.handler_replies import log_failure, log_handler_failure, rejection
+from fumi_core.server.message import ArrivingMessage, Reception, Stage
+from fumi_core.server.setup import DialogueSetup
 from fumi_core.smtp import replies
 from fumi_core.smtp.events import (
     Auth,
@@ -47,83 +43,40 @@ from fumi_core.smtp.events import (
     MessageStart,
     Rcpt,
 )
-from fumi_core.smtp.greetings import Greetings
-from fumi_core.smtp.options import Options
 from fumi_core.smtp.protocol import Protocol
-from fumi_core.smtp.replies import Reply, from_text, verdict
-from fumi_core.smtp.session import Address, Session, log_fields
+from fumi_core.smtp.replies import Reply, verdict
+from fumi_core.smtp.session import Session, log_fields
 from fumi_core.smtp.states import State
-from fumi_core.smtp.tally import Tally
 
-errors = logging.getLogger("fumi.core")
-
-Chains = dict[str, Chain | None]
-"""The composed handlers of each phase: connect auth mail_from rcpt_to data close; None for a phase without handlers."""
-
-
-@dataclass(slots=True)
-class Service:
-    """What all dialogues of a server share."""
-
-    options: Options
-    chains: Chains
-    greetings: Greetings
-    tally: Tally
-    observer: Observer
-    trusted: Networks
-    """The peers whose PROXY header, and XCLIENT, are believed."""
-
-
-class Stage(Enum):
-    """The progress of a message's handlers."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    DONE = "done"
-
-
-class _Message:
-    """The message that is arriving, and its handlers' result."""
-
-    __slots__ = ("aborted", "context", "ended", "error", "refusal", "stage", "started", "stream")
-
-    def __init__(self, session: Session, stream: MessageStream, command: str) -> None:
-        self.stream = stream
-        self.context = DataContext(session, stream, command)
-        self.started = time.monotonic()
-        self.stage = Stage.WAITING
-        self.error: BaseException | None = None  # raised by the handlers; ``refusal`` is the reply that it leads to
-        self.refusal: Reply | None = None
-        self.ended = False
-        self.aborted = False
+_log = logging.getLogger("fumi.core")
 
 
 class Dialogue:
     """One connection's conversation. ``messages`` counts the accepted ones."""
 
-    def __init__(self, session: Session, service: Service, changed: Callable[[], None], anonymous: bool = False) -> None:
+    def __init__(self, session: Session, setup: DialogueSetup, changed: Callable[[], None], anonymous: bool = False) -> None:
         """``anonymous`` tells that the session's address is the proxy's own, and the client's is unknown."""
         self.session = session
-        options = service.options
+        options = setup.options
         speaks_for_others = (options.use_xclient or options.use_xforward) and not anonymous
         logged = dialogue_log.log.isEnabledFor(logging.DEBUG)
         self.protocol = (dialogue_log.LoggedProtocol if logged else Protocol)(
             session,
             options,
-            service.greetings,
-            service.tally,
-            authenticates=service.chains["auth"] is not None,
-            trusted=speaks_for_others and session.remote_address in service.trusted,
+            setup.greetings,
+            setup.tally,
+            authenticates=setup.chains["auth"] is not None,
+            trusted=speaks_for_others and session.remote_address in setup.trusted,
             at_end_failed=self._at_end_failed,
         )
         self.messages = 0
-        self._service = service
-        self._observer = service.observer
+        self._setup = setup
+        self._observer = setup.observer
         self._changed = changed
         self._runner = HandlerRunner(asyncio.get_running_loop())
         self._running: Context | None = None
         self._pumping = False
-        self._message: _Message | None = None
+        self._message: ArrivingMessage | None = None
         self._dropping_since = 0.0
         self._draining = False
         self._reported = False
@@ -163,7 +116,7 @@ class Dialogue:
     @property
     def message_started(self) -> float | None:
         """When the arriving message, or chunk without a transaction, began, by the monotonic clock."""
-        if self._message is not None and not self._message.ended:
+        if self._message is not None and self._message.reception is not Reception.COMPLETE:
             return self._message.started
         return self._dropping_since if self.protocol.dropping else None
 
@@ -224,22 +177,28 @@ class Dialogue:
 
     def _auth_ended(self, event: AuthEnded | None) -> None:
         if event is not None:
-            log_event(errors, logging.INFO, f"authentication {event.result}", **log_fields(self.session), method=event.method)
+            log_event(_log, logging.INFO, f"authentication {event.result}", **log_fields(self.session), method=event.method)
 
     def _mail(self, event: Mail) -> None:
-        self._ask("mail_from", MailContext, event.address)
+        self._ask("mail_from", MailContext, event)
 
     def _rcpt(self, event: Rcpt) -> None:
-        self._ask("rcpt_to", RcptContext, event.address)
+        self._ask("rcpt_to", RcptContext, event)
 
-    def _ask(self, phase: str, context: type[MailContext | RcptContext], address: Address) -> None:
-        if self._service.chains[phase] is None:
+    def _ask(self, phase: str, kind: type[MailContext | RcptContext], event: Mail | Rcpt) -> None:
+        if self._setup.chains[phase] is None:
             self.protocol.accept()
-        else:
-            self._run(phase, context(self.session, address), self._answer)
+            return
+        context = kind(self.session, event.address)
+
+        def done(_: Context, error: BaseException | None) -> None:
+            event.address = context.address
+            self._answer(context, error)
+
+        self._run(phase, context, done)
 
     def _message_start(self, event: MessageStart) -> None:
-        self._message = _Message(self.session, MessageStream(self._service.options.size, self._changed), event.command)
+        self._message = ArrivingMessage(self.session, MessageStream(self._setup.options.size, self._changed), event.command)
 
     def _message_data(self, event: MessageData) -> None:
         assert self._message is not None
@@ -255,7 +214,7 @@ class Dialogue:
         assert message is not None
         if message.stream.has_text or message.stream.size_exceeded:
             self._run_message(message)  # while its envelope still exists
-        refusal = self._refusal_so_far(message)
+        refusal = message.rejection_so_far()
         if refusal is None:
             self.protocol.accept()
         else:
@@ -267,7 +226,7 @@ class Dialogue:
     def _message_end(self, event: MessageEnd) -> None:
         message = self._message
         assert message is not None
-        message.ended = True
+        message.reception = Reception.COMPLETE
         message.stream.end()
         self._run_message(message)
         if message.stage is Stage.DONE and self._message is message:
@@ -279,7 +238,7 @@ class Dialogue:
     # Handlers
 
     def _run(self, phase: str, context: Context, done: Callable[[Context, BaseException | None], None]) -> None:
-        chain = self._service.chains[phase]
+        chain = self._setup.chains[phase]
         if chain is None:
             done(context, None)
             return
@@ -303,7 +262,7 @@ class Dialogue:
         if self.protocol.pending is None or error is None or isinstance(error, SMTPError):
             self._answer(context, error)
         else:
-            self._log_failure(context, error)
+            log_handler_failure(context, error)
             self.protocol.refuse(replies.CONNECT_FAILED)
 
     def _auth_done(self, context: Context, error: BaseException | None) -> None:
@@ -318,41 +277,23 @@ class Dialogue:
         if self.protocol.pending is None:
             # Abandoned: no reply can be sent. If it was cancelled, we cancelled it.
             if error is not None and not isinstance(error, SMTPError | asyncio.CancelledError):
-                self._log_failure(context, error)
+                log_handler_failure(context, error)
         elif error is None:
-            if isinstance(context, AddressContext):
-                self.protocol.pending.address = context.address  # type: ignore[union-attr]
             self.protocol.accept()
         else:
-            self.protocol.refuse(self._refusal(context, error))
-
-    def _refusal(self, context: Context, error: BaseException) -> Reply:
-        """The reply that an error leads to. Anything but an SMTPError with a valid reply is logged."""
-        if isinstance(error, SMTPError):
-            try:
-                return _reply_to(error, context)
-            except Exception as unusable:
-                error = unusable
-        self._log_failure(context, error)
-        return replies.LOCAL_ERROR
-
-    def _log_failure(self, context: Context, error: BaseException) -> None:
-        self._log("handler failed", error, context.hook, context.command)
+            self.protocol.refuse(rejection(context, error))
 
     def _at_end_failed(self, command: str, error: BaseException) -> None:
-        self._log("handler failed", error, "at_end", command)
-
-    def _log(self, message: str, error: BaseException, hook: str | None = None, command: str | None = None) -> None:
-        failure(errors, message, error, **log_fields(self.session), hook=hook, command=command)
+        log_failure(self.session, "handler failed", error, "at_end", command)
 
     def _fail(self, error: Exception) -> None:
         """The last resort, for a bug here or an app that changed our internals: no client may wait for ever."""
-        self._log("dialogue failed", error)
+        log_failure(self.session, "dialogue failed", error)
         self._end(replies.CONNECT_FAILED, "local error")
 
     # The message
 
-    def _run_message(self, message: _Message) -> None:
+    def _run_message(self, message: ArrivingMessage) -> None:
         if message.stage is Stage.WAITING:
             message.stage = Stage.RUNNING
             self._run("data", message.context, self._message_done)
@@ -365,56 +306,28 @@ class Dialogue:
         cut_off = isinstance(error, asyncio.CancelledError) and self.closed
         if cut_off or isinstance(error, MessageAborted):
             reason = str(error) or "connection closed"
-            log_event(errors, logging.INFO, "message aborted", **log_fields(self.session), error=reason)
-            message.refusal = replies.LOCAL_ERROR
-        elif error is not None and error is not message.error:
-            message.error, message.refusal = error, self._refusal(context, error)
-        if message.aborted:
+            log_event(_log, logging.INFO, "message aborted", **log_fields(self.session), error=reason)
+            message.cut_off()
+        elif error is not None:
+            message.fail(error)
+        if message.reception is Reception.ABORTED:
             self._forget_broken_message()
-        elif message.ended and not self._pumping:
+        elif message.reception is Reception.COMPLETE and not self._pumping:
             self._answer_message(message)
 
-    def _answer_message(self, message: _Message) -> None:
+    def _answer_message(self, message: ArrivingMessage) -> None:
         self._message = None
-        answers = self.protocol.settle(self._verdicts(message))
+        answers = self.protocol.settle(message.replies(self._setup.options.lmtp))
         best = min([reply.code for reply in answers])
         result = verdict(best)
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         self.messages += best == 250
 
-    def _verdicts(self, message: _Message) -> list[Reply]:
-        """The replies to a whole message: one or, in LMTP, one for each recipient."""
-        context = message.context
-        verdict = self._refusal_so_far(message)
-        if verdict is None:
-            verdict = replies.OK if context.accepted is None else self._acceptance(context)
-        if not self._service.options.lmtp:
-            return [verdict]
-        return [self._verdict(context, each, verdict) for each in self.session.envelope.rcpt_to]
-
-    def _refusal_so_far(self, message: _Message) -> Reply | None:
-        """The reply to a message that is rejected for all its recipients, whole or not; else None."""
-        error = message.stream.refusal
-        if error is not None and error is not message.error:
-            message.error, message.refusal = error, self._refusal(message.context, error)
-        return replies.SIZE_EXCEEDED if message.context.size_exceeded else message.refusal
-
-    def _acceptance(self, context: DataContext) -> Reply:
-        try:
-            return from_text(250, str(context.accepted))
-        except Exception as unusable:
-            self._log_failure(context, unusable)
-            return replies.LOCAL_ERROR
-
-    def _verdict(self, context: DataContext, recipient: Address, verdict: Reply) -> Reply:
-        error = context.rejected.get(recipient.address) if verdict.code == 250 else None
-        return verdict if error is None else self._refusal(context, error)
-
     def _abort_message(self, reason: str, result: str = "aborted") -> None:
         message = self._message
-        if message is None or message.ended or message.aborted:
+        if message is None or message.reception is not Reception.ARRIVING:
             return  # a whole message belongs to its handler, which may have stored it already
-        message.aborted = True
+        message.reception = Reception.ABORTED
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         message.stream.abort(reason)
         if message.stage is Stage.DONE:
@@ -448,18 +361,11 @@ class Dialogue:
 
         def done(context: Context, error: BaseException | None) -> None:
             if error is not None:
-                self._log_failure(context, error)
+                log_handler_failure(context, error)
             self._runner.close()
             closed()
 
         self._run("close", CloseContext(self.session), done)
-
-
-def _reply_to(error: SMTPError, context: Context) -> Reply:
-    """Convert an SMTPError. Raises if an app has changed it, or subclassed it without calling its constructor."""
-    sound = SMTPError(error.message, error.code)
-    status = context.default_status if sound.code == context.default_code else None
-    return from_text(sound.code, sound.message, status)
 
 
 _REASONS: dict[Reply | None, str] = {

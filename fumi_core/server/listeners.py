@@ -13,7 +13,7 @@ from fumi_core.runtime.addresses import peer_of
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.server.client_facts import ClientFacts
 from fumi_core.server.connection import Connection
-from fumi_core.server.dialogue import Service
+from fumi_core.server.setup import DialogueSetup
 from fumi_core.server.socket_transport import SocketTransport
 
 _log = logging.getLogger("fumi.core")
@@ -29,8 +29,8 @@ returns the memory of each piece to the kernel and requests it again.
 class Server:
     """Listeners and connections of one ``Fumi``; created again by each ``listen()`` after a ``close()``."""
 
-    def __init__(self, service: Service, logger: logging.Logger | None, connection_count: ConnectionCount) -> None:
-        self.configure(service, logger)
+    def __init__(self, setup: DialogueSetup, logger: logging.Logger | None, connection_count: ConnectionCount) -> None:
+        self.configure(setup, logger)
         self.connection_count = connection_count
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._buffer = memoryview(bytearray(READ_SIZE))
@@ -39,11 +39,11 @@ class Server:
         self._acceptors: list[Acceptor] = []
         self._empty = asyncio.Event()
 
-    def configure(self, service: Service, logger: logging.Logger | None) -> None:
-        """Set the service and logger of future connections."""
-        self.service = service
-        self.options = service.options
-        self.observer = service.observer
+    def configure(self, setup: DialogueSetup, logger: logging.Logger | None) -> None:
+        """Set what future connections share, and their logger."""
+        self.setup = setup
+        self.options = setup.options
+        self.observer = setup.observer
         self.logger = logger
 
     def listen(self, sock: socket.socket) -> None:

@@ -58,7 +58,7 @@ def serving(app: Fumi, talk: Callable[[Connection, InMemory], None]) -> InMemory
     """Begin a connection with FACTS, ``talk``, and return its transport when the connection has ended."""
 
     async def run() -> InMemory:
-        server = Server(app._service(), None, count_of_one_process())
+        server = Server(app._dialogue_setup(), None, count_of_one_process())
         connection = Connection(server, FACTS)
         transport = InMemory(connection)
         seam: Transport = transport

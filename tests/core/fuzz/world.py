@@ -20,7 +20,7 @@ import pytest
 from fumi_core import Fumi
 from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server import connection as server
-from fumi_core.server import dialogue
+from fumi_core.server import dialogue, message
 from fumi_core.server.listeners import Server
 
 CLIENT, OWN = ("192.0.2.1", 1), ("198.51.100.2", 25)
@@ -74,7 +74,7 @@ class World:
         self.server = loop.run_until_complete(self._make())
 
     async def _make(self) -> Server:
-        return Server(self.app._service(), None, count_of_one_process())
+        return Server(self.app._dialogue_setup(), None, count_of_one_process())
 
     def connect(self, little_room: bool = False) -> Client:
         """A client whose connection was accepted; where there is little room, replies soon wait for it to read."""
@@ -145,7 +145,8 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
     """Whose clock is the server's, and whose server's log is not read."""
     loop = Loop()
     monkeypatch.setattr(server, "monotonic", loop.time)
-    monkeypatch.setattr(dialogue, "time", SimpleNamespace(monotonic=loop.time))
+    for module in (dialogue, message):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=loop.time))
     logging.disable()
     asyncio.set_event_loop(loop)
     yield loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fumi_core.app import Fumi
 from fumi_core.handlers.contexts import DataContext
 from fumi_core.handlers.middleware import Next
+from fumi_core.server.observer import DeliveryResult
 
 
 class Discard:
@@ -15,7 +16,7 @@ class Discard:
 
         async def deliver(ctx: DataContext, next: Next) -> None:
             await ctx.stream.skip()
-            observer.delivery(self.name, "failed" if ctx.size_exceeded else "ok")
+            observer.delivery(self.name, DeliveryResult.FAILED if ctx.size_exceeded else DeliveryResult.OK)
 
         app.on_data(deliver)
 

@@ -28,6 +28,7 @@ from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.handlers.contexts import DataContext
 from fumi_core.handlers.middleware import Next
 from fumi_core.runtime.logs import event
+from fumi_core.server.observer import DeliveryResult
 
 if TYPE_CHECKING:
     from fumi_core.app import Fumi
@@ -82,10 +83,9 @@ class Maildir:
             except MessageAborted:
                 raise
             except BaseException as error:
-                for_good = isinstance(error, SMTPError) and error.code >= 500
-                observer.delivery(self.name, "failed" if for_good else "deferred")
+                observer.delivery(self.name, DeliveryResult.of(error))
                 raise
-            observer.delivery(self.name, "ok")
+            observer.delivery(self.name, DeliveryResult.OK)
 
         app.on_data(deliver)
         app.withhold(lambda: _NOT_KEPT)

@@ -18,7 +18,7 @@ from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.server.client_facts import ClientFacts, Origin, from_header
 from fumi_core.server.dialogue import Dialogue
-from fumi_core.server.observer import Observer
+from fumi_core.server.observer import HeaderResult, Observer, RejectReason
 from fumi_core.server.setup import DialogueSetup
 from fumi_core.server.transport import Transport
 from fumi_core.smtp import replies
@@ -27,7 +27,11 @@ from fumi_core.smtp.session import Session, log_fields
 
 _log = logging.getLogger("fumi.core")
 _DIRECT = "clients that connect without a proxy need --proxy-protocol off"
-_HEADER_HINTS = {"timeout": _DIRECT, "malformed": _DIRECT, "untrusted": f"name a proxy with --trusted-proxy; {_DIRECT}"}
+_HEADER_HINTS = {
+    HeaderResult.TIMEOUT: _DIRECT,
+    HeaderResult.MALFORMED: _DIRECT,
+    HeaderResult.UNTRUSTED: f"name a proxy with --trusted-proxy; {_DIRECT}",
+}
 LINGER_SECONDS = 5.0
 """Seconds that a client has to close its side, after it has taken the last reply."""
 
@@ -124,7 +128,7 @@ class Connection:
         if peer in self._server.setup.trusted:
             self._watch(self._server.options.proxy_timeout)
         else:
-            self._refuse_header("untrusted", f"{peer} is not a trusted proxy")
+            self._refuse_header(HeaderResult.UNTRUSTED, f"{peer} is not a trusted proxy")
 
     def _begin(self, transport: Transport) -> None:
         self._transport = transport
@@ -145,7 +149,7 @@ class Connection:
 
     def ended(self) -> None:
         if self._phase is Phase.HEADER:
-            self._refuse_header("closed", "closed before a PROXY header")
+            self._refuse_header(HeaderResult.CLOSED, "closed before a PROXY header")
         elif self._phase is Phase.OPEN:
             # The client sends no more but may still read: it gets its replies, and then the connection is closed.
             self._ended = True
@@ -181,21 +185,21 @@ class Connection:
         try:
             found = parse(self._header)
         except ProxyProtocolError as error:
-            self._refuse_header("malformed", str(error))
+            self._refuse_header(HeaderResult.MALFORMED, str(error))
             return
         if found is None:
             return
         header, length = found
         rest, self._header = self._header[length:], b""
-        self._server.observer.proxy_header(str(header.version), "ok")
+        self._server.observer.proxy_header(str(header.version), HeaderResult.OK)
         self._open(from_header(header, self._facts))
         if rest:
             self.received(rest)
 
-    def _refuse_header(self, result: str, problem: str) -> None:
+    def _refuse_header(self, result: HeaderResult, problem: str) -> None:
         self._server.observer.proxy_header("none", result)
         # A health check that connects and disconnects is logged at debug only.
-        level = logging.DEBUG if result == "closed" else logging.WARNING
+        level = logging.DEBUG if result is HeaderResult.CLOSED else logging.WARNING
         fields = log_fields(_session(self._facts, self._server.options))
         event(_log, level, "no valid PROXY header", **fields, error=problem, hint=_HEADER_HINTS.get(result))
         self._phase = Phase.CLOSED
@@ -211,7 +215,7 @@ class Connection:
     def _open(self, facts: ClientFacts) -> None:
         server = self._server
         if server.options.max_clients is not None and server.connection_count.clients >= server.options.max_clients:
-            server.observer.rejected("max_clients")
+            server.observer.rejected(RejectReason.MAX_CLIENTS)
             counts = server.setup.tally.replies
             counts[421] = counts.get(421, 0) + 1
             refusal = replies.TOO_MANY_CLIENTS
@@ -342,7 +346,7 @@ class Connection:
         if now < self._due():
             self._look_again(now)
         elif self._phase is Phase.HEADER:
-            self._refuse_header("timeout", "no PROXY header in time")
+            self._refuse_header(HeaderResult.TIMEOUT, "no PROXY header in time")
         elif dialogue is not None:
             dialogue.time_out()
             if self._transport.blocked:

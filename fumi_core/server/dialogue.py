@@ -27,6 +27,7 @@ from fumi_core.runtime.logs import event as log_event
 from fumi_core.server import dialogue_log
 from fumi_core.server.handler_replies import log_failure, log_handler_failure, rejection
 from fumi_core.server.message import ArrivingMessage, Reception, Stage
+from fumi_core.server.observer import RejectReason
 from fumi_core.server.setup import DialogueSetup
 from fumi_core.smtp import replies
 from fumi_core.smtp.events import (
@@ -45,6 +46,7 @@ from fumi_core.smtp.events import (
 )
 from fumi_core.smtp.protocol import Protocol
 from fumi_core.smtp.replies import Reply, verdict
+from fumi_core.smtp.results import MessageResult
 from fumi_core.smtp.session import Session, log_fields
 from fumi_core.smtp.states import State
 
@@ -323,7 +325,7 @@ class Dialogue:
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         self.messages += best == 250
 
-    def _abort_message(self, reason: str, result: str = "aborted") -> None:
+    def _abort_message(self, reason: str, result: MessageResult = MessageResult.ABORTED) -> None:
         message = self._message
         if message is None or message.reception is not Reception.ARRIVING:
             return  # a whole message belongs to its handler, which may have stored it already
@@ -368,11 +370,11 @@ class Dialogue:
         self._run("close", CloseContext(self.session), done)
 
 
-_REASONS: dict[Reply | None, str] = {
-    replies.NOT_SMTP: "not_smtp",
-    replies.TOO_MANY_ERRORS: "errors",
-    replies.TIMED_OUT: "timeout",
-    replies.SHUTTING_DOWN: "draining",
+_REASONS: dict[Reply | None, RejectReason] = {
+    replies.NOT_SMTP: RejectReason.NOT_SMTP,
+    replies.TOO_MANY_ERRORS: RejectReason.ERRORS,
+    replies.TIMED_OUT: RejectReason.TIMEOUT,
+    replies.SHUTTING_DOWN: RejectReason.DRAINING,
 }
 _HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
     Connect: Dialogue._connect,

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.counting import Counter, Gauge, Histogram, Labels, Tallied
-from fumi_core.server.observer import Observer
+from fumi_core.server.observer import DeliveryResult, HeaderResult, Observer, RejectReason
+from fumi_core.smtp.results import MessageResult
 from fumi_core.smtp.session import Session
 from fumi_core.smtp.tally import Tally
 from fumi_core.version import VERSION
@@ -43,23 +44,24 @@ class CoreMetrics(Observer):
         }
         headers = counter("proxy_headers", "PROXY headers expected.", ("version", "result"))
         self._headers = {("1", "ok"): headers.labels("1", "ok"), ("2", "ok"): headers.labels("2", "ok")}
-        for result in ("malformed", "untrusted", "timeout", "closed"):
-            self._headers["none", result] = headers.labels("none", result)
+        for result in HeaderResult:
+            if result is not HeaderResult.OK:
+                self._headers["none", result] = headers.labels("none", result)
         Tallied("fumi_core_commands", "Commands received.", ("command",), registry, self._commands)
         Tallied("fumi_core_replies", "Replies sent.", ("code",), registry, self._replies)
         texts = "Authentications, by mechanism and how they ended."
         Tallied("fumi_core_auth", texts, ("method", "result"), registry, lambda: list(tally.authentications.items()))
         messages = counter("messages", "Messages, by how they ended.", ("result",))
-        self._messages = {result: messages.labels(result) for result in ("accepted", "rejected", "deferred", "aborted")}
+        self._messages = {result: messages.labels(result) for result in MessageResult}
         sizes = Histogram("fumi_core_message_bytes", "Octets of messages, as received.", (), registry, _SIZES)
         seconds = Histogram("fumi_core_data_seconds", "Seconds from DATA to its final reply.", (), registry, _SECONDS)
         self._bytes, self._seconds = sizes.labels(), seconds.labels()
         deliveries = counter("deliveries", "Deliveries, by target and how they ended.", ("target", "result"))
-        results = ("ok", "deferred", "failed")
-        self._deliveries = {(target, result): deliveries.labels(target, result) for target in targets for result in results}
+        self._deliveries = {
+            (target, result): deliveries.labels(target, result) for target in targets for result in DeliveryResult
+        }
         rejected = counter("rejected", "Connections turned away or cut.", ("reason",))
-        reasons = ("max_clients", "not_smtp", "errors", "timeout", "draining")
-        self._rejected = {reason: rejected.labels(reason) for reason in reasons}
+        self._rejected = {reason: rejected.labels(reason) for reason in RejectReason}
         build = Gauge("fumi_core_build_info", "The running version.", ("version",), registry, over_workers="max")
         build.labels(VERSION).set(1)
 
@@ -84,16 +86,16 @@ class CoreMetrics(Observer):
         known = version if version in _TLS_VERSIONS else "unknown"
         self._sessions["true" if session.secure else "false", known if session.secure else "none"].inc()
 
-    def proxy_header(self, version: str, result: str) -> None:
+    def proxy_header(self, version: str, result: HeaderResult) -> None:
         self._headers[version, result].inc()
 
-    def rejected(self, reason: str) -> None:
+    def rejected(self, reason: RejectReason) -> None:
         self._rejected[reason].inc()
 
-    def message(self, result: str, size: int, seconds: float) -> None:
+    def message(self, result: MessageResult, size: int, seconds: float) -> None:
         self._messages[result].inc()
         self._bytes.observe(size)
         self._seconds.observe(seconds)
 
-    def delivery(self, target: str, result: str) -> None:
+    def delivery(self, target: str, result: DeliveryResult) -> None:
         self._deliveries[target, result].inc()

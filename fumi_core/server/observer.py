@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any
 
+from fumi_core.errors import SMTPError
 from fumi_core.runtime.logs import failure
+from fumi_core.smtp.results import MessageResult
 from fumi_core.smtp.session import Session
 
 _log = logging.getLogger("fumi.core")
+
+
+class HeaderResult(StrEnum):
+    """What became of the wait for a PROXY header."""
+
+    OK = "ok"
+    MALFORMED = "malformed"
+    UNTRUSTED = "untrusted"
+    TIMEOUT = "timeout"
+    CLOSED = "closed"
+
+
+class RejectReason(StrEnum):
+    """Why the server rejected or closed a connection."""
+
+    MAX_CLIENTS = "max_clients"
+    NOT_SMTP = "not_smtp"
+    ERRORS = "errors"
+    TIMEOUT = "timeout"
+    DRAINING = "draining"
+
+
+class DeliveryResult(StrEnum):
+    OK = "ok"
+    DEFERRED = "deferred"
+    FAILED = "failed"
+
+    @classmethod
+    def of(cls, error: BaseException | None) -> DeliveryResult:
+        """The result of a delivery that raised ``error``, or None; only an SMTPError with a 5xx code is final."""
+        if error is None:
+            return cls.OK
+        return cls.FAILED if isinstance(error, SMTPError) and error.code >= 500 else cls.DEFERRED
 
 
 class Observer:
@@ -24,17 +60,17 @@ class Observer:
     def session_started(self, session: Session) -> None:
         """The client's address is known, and whether it uses TLS."""
 
-    def proxy_header(self, version: str, result: str) -> None:
-        """A PROXY header (version "1" or "2") arrived, or did not ("none"); result: ok malformed untrusted timeout closed."""
+    def proxy_header(self, version: str, result: HeaderResult) -> None:
+        """A PROXY header (version "1" or "2") arrived, or did not ("none")."""
 
-    def rejected(self, reason: str) -> None:
-        """A connection was rejected or closed by the server: max_clients, not_smtp, draining, errors, timeout."""
+    def rejected(self, reason: RejectReason) -> None:
+        """A connection was rejected or closed by the server."""
 
-    def message(self, result: str, size: int, seconds: float) -> None:
-        """A message ended: accepted rejected deferred aborted, with its octets and seconds."""
+    def message(self, result: MessageResult, size: int, seconds: float) -> None:
+        """A message ended, with its size in bytes, and its duration in seconds from DATA to the final reply."""
 
-    def delivery(self, target: str, result: str) -> None:
-        """A delivery ended: ok deferred failed."""
+    def delivery(self, target: str, result: DeliveryResult) -> None:
+        """A delivery ended. ``target`` is the delivery target's name."""
 
 
 class GuardedObserver(Observer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fumi_core.smtp.replies import Reply
+from fumi_core.smtp.results import AuthResult, MessageResult
 from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Address
 
@@ -23,15 +24,11 @@ class Auth:
 
 
 class AuthEnded:
-    """Tells: AUTH ended before there were credentials.
-
-    ``result`` is ``aborted`` when the client cancelled it, sent a malformed response or disconnected, and ``failed`` when it
-    requested to act for another user.
-    """
+    """Tells: AUTH ended before there were credentials. It failed when the client requested to act for another user."""
 
     __slots__ = ("method", "result")
 
-    def __init__(self, method: str, result: str) -> None:
+    def __init__(self, method: str, result: AuthResult) -> None:
         self.method = method
         self.result = result
 
@@ -105,7 +102,7 @@ class MessageBroken:
 
     __slots__ = ("command", "reason", "reply", "result")
 
-    def __init__(self, reason: str, result: str, command: str | None = None, reply: Reply | None = None) -> None:
+    def __init__(self, reason: str, result: MessageResult, command: str | None = None, reply: Reply | None = None) -> None:
         self.reason = reason
         self.result = result
         self.command = command

@@ -35,7 +35,8 @@ from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.lines import Input, LineTooLong
 from fumi_core.smtp.message_reader import Arrival, Transfer
 from fumi_core.smtp.options import Options
-from fumi_core.smtp.replies import Reply
+from fumi_core.smtp.replies import Reply, verdict
+from fumi_core.smtp.results import AuthResult, MessageResult
 from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Envelope, Session
 from fumi_core.smtp.states import ALWAYS, BEFORE_MAIL, ORDER, State
@@ -171,7 +172,7 @@ class Protocol:
             self.state = State.MAIL
             self._reply(replies.SENDER_OK)
         elif type(event) is Auth:
-            self._tally.authentications[event.credentials.method, "ok"] += 1
+            self._tally.authentications[event.credentials.method, AuthResult.OK] += 1
             self._reply(replies.AUTHENTICATED)
         elif type(event) is ChunkEnd:
             self._reply(replies.CHUNK_OK)
@@ -189,8 +190,7 @@ class Protocol:
         if type(event) is Mail:
             self._reset("MAIL")
         elif type(event) is ChunkEnd:
-            result = "deferred" if reply.code < 500 else "rejected"
-            self._broken = MessageBroken("a chunk was rejected", result, "BDAT", reply)
+            self._broken = MessageBroken("a chunk was rejected", verdict(reply.code), "BDAT", reply)
         self._reply(self._excuse(reply))
         if reply.code == 421 or type(event) is Connect:
             self.state = State.CLOSED
@@ -437,7 +437,7 @@ class Protocol:
             return event
         if outcome.code == 334:
             return outcome
-        ended = self.break_off_exchange("failed" if outcome is replies.AUTH_FAILED else "aborted")
+        ended = self.break_off_exchange(AuthResult.FAILED if outcome is replies.AUTH_FAILED else AuthResult.ABORTED)
         if ended is None:
             return outcome
         self._answer(outcome)
@@ -447,7 +447,7 @@ class Protocol:
         self._exchange = exchange
         self._input.responses = True
 
-    def break_off_exchange(self, result: str = "aborted") -> AuthEnded | None:
+    def break_off_exchange(self, result: AuthResult = AuthResult.ABORTED) -> AuthEnded | None:
         """End AUTH. Returns the event to log, unless a result was logged already."""
         exchange = self._exchange
         self._end_exchange()
@@ -461,7 +461,7 @@ class Protocol:
         self._input.responses = False
 
     def _refuse_authentication(self, event: Auth, reply: Reply) -> None:
-        self._tally.authentications[event.credentials.method, "failed"] += 1
+        self._tally.authentications[event.credentials.method, AuthResult.FAILED] += 1
         exchange = AuthExchange(event.credentials.method, self.session.name)
         challenge = exchange.explain(reply)
         if challenge is not None:
@@ -540,7 +540,7 @@ class Protocol:
     def _end_transaction(self, command: str, reply: Reply) -> Event | Reply:
         """Reset, then reply. A message that is arriving in chunks is aborted first, and its handlers end."""
         if self.state is State.CHUNKS:
-            self.pending = event = MessageBroken("the client gave it up", "aborted", command, reply)
+            self.pending = event = MessageBroken("the client gave it up", MessageResult.ABORTED, command, reply)
             return event
         return self._reset(command) or reply
 
@@ -570,7 +570,7 @@ class Protocol:
                 for _ in self.session.envelope.rcpt_to[1:]:
                     self._reply(replies.BARE_NEWLINE)
             self.close(replies.BARE_NEWLINE)
-            return MessageBroken("bare newline in the message", "rejected")
+            return MessageBroken("bare newline in the message", MessageResult.REJECTED)
         if text:
             return MessageData(text)
         if transfer.arrival is not None:

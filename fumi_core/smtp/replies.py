@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from fumi_core.smtp.results import MessageResult
+
 MAX_TEXT = 496  # octets of text in a line, so that code, the longest enhanced code and CRLF fit into 512 (RFC 5321 §4.5.3.1.5)
 
 _ENHANCED = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: +|$)(.*)", re.DOTALL)
@@ -21,9 +23,11 @@ _DEFAULT_STATUS = {
 }  # fmt: skip
 
 
-def verdict(code: int) -> str:
-    """What a reply code means for the message, as logs and metrics name it: accepted (2xx), deferred (4xx) or rejected (5xx)."""
-    return "accepted" if code < 400 else "deferred" if code < 500 else "rejected"
+def verdict(code: int) -> MessageResult:
+    """What a reply code means for the message: accepted (2xx), deferred (4xx) or rejected (5xx)."""
+    if code < 400:
+        return MessageResult.ACCEPTED
+    return MessageResult.DEFERRED if code < 500 else MessageResult.REJECTED
 
 
 class Reply:

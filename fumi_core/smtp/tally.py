@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fumi_core.smtp import sasl
 from fumi_core.smtp.grammar import VERBS
+from fumi_core.smtp.results import AuthResult
 
 
 class Tally:
@@ -14,5 +15,4 @@ class Tally:
     def __init__(self) -> None:
         self.commands: dict[bytes, int] = dict.fromkeys([*(verb.encode() for verb in VERBS), b"OTHER"], 0)
         self.replies: dict[int, int] = {}
-        results = ("ok", "failed", "aborted")
-        self.authentications = dict.fromkeys(((method, result) for method in sasl.MECHANISMS for result in results), 0)
+        self.authentications = dict.fromkeys(((method, result) for method in sasl.MECHANISMS for result in AuthResult), 0)

@@ -33,7 +33,7 @@ from fumi_core.handlers.middleware import Next
 from fumi_core.handlers.spool import Spool
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.logs import event
-from fumi_core.server.observer import Observer
+from fumi_core.server.observer import DeliveryResult, Observer
 from fumi_core.smtp.session import Address, Session
 
 if TYPE_CHECKING:
@@ -371,7 +371,7 @@ class NextHop:
         return SMTPError("4.3.5 Error: recipients and next hop do not agree", 451)
 
     def _count(self, error: SMTPError | None) -> None:
-        self._observer.delivery(self.name, "ok" if error is None else "failed" if error.code >= 500 else "deferred")
+        self._observer.delivery(self.name, DeliveryResult.of(error))
 
     # The end of a transaction
 

@@ -98,7 +98,7 @@ class Reloader:
         try:
             self._certificates.install(await run_in_daemon_thread(lambda: self._certificates.choose(now)))
         except Exception as error:
-            failure(log, "choosing certificates failed", error)
+            failure(log, "certificate selection failed", error)
             await asyncio.sleep(CLOCK)
         self._publish()
         for entry in self._certificates.entries:
@@ -162,7 +162,7 @@ class Reloader:
         self._tell_skipped(skipped)
         kept = {each.pair for each in now}
         for entry in [each for each in before if each.pair not in kept]:
-            event(log, logging.INFO, "certificate dropped", name=entry.name, file=str(entry.pair))
+            event(log, logging.INFO, "certificate removed", name=entry.name, file=str(entry.pair))
         return reading.complaints
 
     def _tell_authorities(self) -> None:

@@ -183,7 +183,7 @@ class Maildir:
                 raise
             if not self._warned:
                 self._warned = True
-                words = "a directory cannot be fsynced: a power loss may take mail that was accepted"
+                words = "cannot fsync directory: accepted mail may be lost in a power failure"
                 event(_log, logging.WARNING, words, path=directory, error=error.strerror)
 
     def _clean(self) -> None:
@@ -311,7 +311,7 @@ class _File:
                     event(
                         _log,
                         logging.ERROR,
-                        "cannot remove",
+                        "cannot remove message file",
                         id=self.id,
                         path=self._maildir.path,
                         file=self.name,

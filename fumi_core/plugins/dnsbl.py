@@ -95,7 +95,7 @@ class Blocklist:
             listed = _means_listed(answers)
         except Exception as error:
             problem = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            event(_log, logging.WARNING, "blocklist not usable", id=id, zone=self.zone, client_ip=address, error=problem)
+            event(_log, logging.WARNING, "blocklist unavailable", id=id, zone=self.zone, client_ip=address, error=problem)
             self._failures = FAILURES if isinstance(error, ErrorCode) else self._failures + 1
             self._again = self._clock() + RETRY
             self._remember(name, False, RETRY)

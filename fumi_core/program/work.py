@@ -139,16 +139,16 @@ class CoreWork:
         """Log settings that are valid but probably not intended."""
         name = self.app.options.name
         if name.lower().rstrip(".") in _NO_NAMES:
-            event(self.log, logging.WARNING, "the banner says 220 localhost: set --name", name=name)
+            event(self.log, logging.WARNING, "the banner is 220 localhost: set --name", name=name)
         if self._settings["assume_tls"]:
             for name in [sock.getsockname() for sock in self._sockets]:
                 if peer_of(name)[0] not in _THIS_HOST:
                     address = SocketAddress("tcp", host=name[0], port=name[1])
-                    words = "plaintext from other hosts counts as TLS here: listen on loopback or a Unix socket with --assume-tls"
+                    words = "--assume-tls, but other hosts can connect in plaintext: listen on loopback or a Unix socket"
                     event(self.log, logging.WARNING, words, address=address)
         passes_on = self._target is not None and self._target.name == "smtp"
         if passes_on and not self._settings["domain"] and not self._settings["auth_required"]:
-            words = "an open relay: passes on mail from anyone to anyone; add --domain, or --users with --auth-required"
+            words = "open relay: relays mail from anyone to anyone; add --domain, or --users with --auth-required"
             event(self.log, logging.WARNING, words, deliver=self._settings["deliver"])
 
     def unbind(self) -> None:
@@ -278,7 +278,7 @@ def _users(path: str) -> Users:
     try:
         users = Users(path)
         if not len(users):
-            event(CoreWork.log, logging.WARNING, "no users in the file: nobody can log in", path=path)
+            event(CoreWork.log, logging.WARNING, "no users in the file: nobody can log in", file=path)
         return users
     except OSError as error:
         raise SettingError(f"--users {path}: {error.strerror}") from None

@@ -143,7 +143,7 @@ async def reload(work: Work, quiet: bool = False) -> Outcome:
         skipped = sorted(await work.reload())
     except click.ClickException as error:
         problem = " ".join(error.format_message().split())
-        event(work.log, logging.ERROR, "not reloaded: the old settings stay", error=problem)
+        event(work.log, logging.ERROR, "reload failed: the old settings stay in use", error=problem)
         return Outcome.FAILED
     except Incomplete as error:
         if not quiet:
@@ -154,7 +154,7 @@ async def reload(work: Work, quiet: bool = False) -> Outcome:
         work.log.exception("reload failed")
         return Outcome.FAILED
     if skipped and not quiet:
-        event(work.log, logging.WARNING, "these changes need a restart", settings=",".join(skipped))
+        event(work.log, logging.WARNING, "settings changed that need a restart", settings=",".join(skipped))
     return Outcome.DONE
 
 

@@ -177,7 +177,7 @@ class Master:
         event(
             self._work.log,
             logging.ERROR,
-            "the metrics process died" if child.role == METRICS else "worker died",
+            "metrics process died" if child.role == METRICS else "worker died",
             worker=None if child.role == METRICS else child.role,
             pid=pid,
             reason=f"exit status {code}" if code >= 0 else signal.Signals(-code).name,
@@ -243,7 +243,7 @@ class Master:
             self._reading_until = time.monotonic() + READING
 
     def _not_reloaded(self, error: str) -> None:
-        event(self._work.log, logging.ERROR, "not reloaded: the old settings stay", error=error)
+        event(self._work.log, logging.ERROR, "reload failed: the old settings stay in use", error=error)
         if self._settled:
             self._notifier.ready()
 
@@ -284,7 +284,7 @@ class Master:
         if not self._settled and not self._stopping and self._reading is None:
             self._settle()
         if now >= self._deadline:
-            event(self._work.log, logging.WARNING, "killing workers that did not end in time")
+            event(self._work.log, logging.WARNING, "killing workers that did not stop in time")
             self._tell(signal.SIGKILL)
             self._deadline = float("inf")
         if self._notifier.interval is not None and now >= self._next_sign:

@@ -72,4 +72,4 @@ class Notifier:
                 sock.send(state.encode())
             except OSError as error:
                 problem = error.strerror or error
-                event(log, logging.WARNING, "cannot notify", state=state.partition("\n")[0], error=problem)
+                event(log, logging.WARNING, "cannot notify systemd", state=state.partition("\n")[0], error=problem)

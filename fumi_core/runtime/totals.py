@@ -48,7 +48,7 @@ class Reporter:
             self._slot.write(_dumped(local_problem, families))
         except ValueError as error:
             if not self._silent:
-                event(log, logging.ERROR, "cannot report metrics: too many series, such as certificates", error=error)
+                event(log, logging.ERROR, "cannot report metrics: too many series, for example of certificates", error=error)
             self._silent = True
 
 

@@ -85,7 +85,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
 
     def orphaned() -> None:
         loop.remove_reader(master_alive_r)
-        event(work.log, logging.ERROR, "the master is gone, stopping", worker=number, pid=os.getpid())
+        event(work.log, logging.ERROR, "master process died, stopping", worker=number, pid=os.getpid())
         stopped.set()
 
     async def take_over() -> None:

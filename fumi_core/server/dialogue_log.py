@@ -40,7 +40,7 @@ def shown(line: bytes) -> str:
     found = _AUTH.fullmatch(line)
     if found is not None:
         return found[1].decode() + (" …" if len(line.rstrip()) > len(found[1]) else "")
-    return f"({len(line)} octets that are no command)"
+    return f"({len(line)} bytes, not a command)"
 
 
 class LoggedProtocol(Protocol):
@@ -51,7 +51,7 @@ class LoggedProtocol(Protocol):
         return super()._command(line)
 
     def _respond(self, line: bytes) -> Event | Reply:
-        self._log(received=f"({len(line)} octets in response to the challenge)")
+        self._log(received=f"({len(line)} bytes, response to an AUTH challenge)")
         return super()._respond(line)
 
     def _reply(self, reply: Reply) -> None:

@@ -174,7 +174,7 @@ class Checks:
                     self._failed(backend, failures, reason_of(error), detail)
             except Exception as error:
                 # A programming error is not the backend's failure, and must not end the checks.
-                failure(log, "check failed", error, backend=backend.name)
+                failure(log, "health check failed", error, backend=backend.name)
             else:
                 failures = 0
                 backend.healthy()

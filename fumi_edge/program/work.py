@@ -68,7 +68,7 @@ class EdgeWork:
             except PrivilegeError as error:
                 raise SettingError(f"--user: {error}") from None
             if unreadable := [path for path in self._edge.certificates.files() if not os.access(path, os.R_OK)]:
-                event(self.log, logging.WARNING, "no renewal without a restart", user=self._user, unreadable=",".join(unreadable))
+                event(self.log, logging.WARNING, "renewals need a restart", user=self._user, unreadable=",".join(unreadable))
 
     def _tell_certificates(self) -> None:
         served = self._edge.certificates.served

@@ -29,9 +29,9 @@ from fumi_core.testing import running
         (b"EHLO dear friend\r\n", "EHLO …"),
         (b"Mail from: Bob and his wife\r\n", "Mail …"),
         (b"Help me with the secret\r\n", "Help …"),
-        (b"AGpvZQBzZWNyZXQ=\r\n", "(18 octets that are no command)"),
-        (b"\r\n", "(2 octets that are no command)"),
-        (b"\xff\x00\r\n", "(4 octets that are no command)"),
+        (b"AGpvZQBzZWNyZXQ=\r\n", "(18 bytes, not a command)"),
+        (b"\r\n", "(2 bytes, not a command)"),
+        (b"\xff\x00\r\n", "(4 bytes, not a command)"),
     ],
 )
 def test_of_a_line_what_has_the_form_of_a_command_is_shown(line: bytes, text: str) -> None:

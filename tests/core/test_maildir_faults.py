@@ -221,7 +221,7 @@ def test_a_remainder_that_cannot_be_removed_hides_neither_reason_nor_result(
             assert deliver(client) == b"452 4.3.1 Insufficient system storage\r\n"
     assert observer.results == ["deferred"]
     lines = [line for record in caplog.records if (line := record.getMessage()).startswith("cannot")]
-    assert [line.split(" id=")[0] for line in lines] == ["cannot deliver", "cannot remove"]
+    assert [line.split(" id=")[0] for line in lines] == ["cannot deliver", "cannot remove message file"]
     assert "No space left" in lines[0]
     assert "Traceback" not in caplog.text
 

@@ -162,7 +162,7 @@ def test_a_dead_zone_is_left_out_and_then_asked_by_one_client_a_minute(
     app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
     with running(app) as server:
         assert asked_by(10, server, connect_from, resolve) == needed
-        assert caplog.text.count("blocklist not usable") == needed
+        assert caplog.text.count("blocklist unavailable") == needed
         for _ in range(2):
             clock.now += 61
             assert asked_by(5, server, connect_from, resolve) == 1

@@ -175,8 +175,8 @@ def test_a_broken_file_leaves_everything_as_it_was(
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_text(text)
-    server.reload("not reloaded")
-    (line,) = [line for line in server.log.splitlines() if "not reloaded" in line]
+    server.reload("reload failed")
+    (line,) = [line for line in server.log.splitlines() if "reload failed" in line]
     assert " ERROR " in line
     assert problem in line
     assert server.settings() == {(b"old", b"1000")}

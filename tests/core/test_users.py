@@ -191,7 +191,7 @@ def test_a_file_without_users_is_a_warning_and_lets_nobody_in(tmp_path: Path, te
     (tmp_path / "users").write_text(text)
     done = finished("fumi-core", "--users", "users", "--check", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stderr.endswith("WARNING fumi.core no users in the file: nobody can log in path=users\n")
+    assert done.stderr.endswith("WARNING fumi.core no users in the file: nobody can log in file=users\n")
     assert done.stderr.count("\n") == 1
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2).use(users.Users(str(tmp_path / "users")))
     with running(app) as server:

@@ -106,7 +106,7 @@ def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
         await checks.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
-    assert "check failed" in caplog.text
+    assert "health check failed" in caplog.text
 
 
 def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(pool, monkeypatch, listening):

@@ -33,7 +33,7 @@ def test_root_becomes_the_user_for_good(backend, edge, clients, kit, tmp_path, c
 def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, kit, public, workers):
     server, (open_to_all, secret) = backend(), public
     program = edge("--user", "nobody", *workers, backend=server, certs=("--cert", open_to_all, "--key", secret))
-    (line,) = kit.until(lambda: program.events("no renewal without a restart"), "the warning")
+    (line,) = kit.until(lambda: program.events("renewals need a restart"), "the warning")
     assert (line["level"], line["user"], line["unreadable"]) == ("warning", "nobody", str(secret))
     secret.chmod(0o644)
     program = edge("--user", "nobody", backend=server, certs=("--cert", open_to_all, "--key", secret))

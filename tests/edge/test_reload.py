@@ -173,7 +173,7 @@ def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend,
     assert shown(program, "c.test") == serial(c[0])
     (tmp_path / "b.pem").unlink()
     kit.until(lambda: published() == {"a.test", "c.test"}, "the end of the second")
-    assert [entry["name"] for entry in kit.until(lambda: program.events("certificate dropped"), "the line")] == ["b.test"]
+    assert [entry["name"] for entry in kit.until(lambda: program.events("certificate removed"), "the line")] == ["b.test"]
     (tmp_path / "a.pem").unlink()
     kit.until(lambda: reloads(program, "failed") == 1, "the complaint")
     assert shown(program, "a.test") == serial(a[0])

@@ -155,8 +155,8 @@ class AnswerMemory:
     def _failed(self, error: BaseException) -> None:
         if not self._failing:
             self._failing = True
-            words = "cannot remember answers to recipients: some may get a message twice"
-            reason = getattr(error, "strerror", None) or str(error) or "the disk does not answer"
+            words = "cannot store replies to recipients: some may get a message twice"
+            reason = getattr(error, "strerror", None) or str(error) or "disk timeout"
             event(_log, logging.WARNING, words, state=self.directory, error=reason)
 
 

@@ -145,7 +145,7 @@ class NextHop:
         try:
             self._memory.prepare()
         except OSError as error:
-            words = "cannot remember answers that differ: every recipient gets 451 then, and some may get a message twice"
+            words = "cannot store replies that differ: all recipients get 451, and some may get a message twice"
             event(_log, logging.WARNING, words, state=self.state, error=error.strerror or error)
             return None
         return self._memory
@@ -267,7 +267,7 @@ class NextHop:
             async for piece in ctx.stream:
                 await spool.write(piece)
         except OSError as error:
-            event(_log, logging.ERROR, "cannot keep a message", id=ctx.session.id, error=error.strerror or error)
+            event(_log, logging.ERROR, "cannot spool message", id=ctx.session.id, error=error.strerror or error)
             raise SMTPError("4.3.1 Insufficient system storage", 452) from None
         reject_oversize(ctx)
 
@@ -337,7 +337,7 @@ class NextHop:
             await answers.keep(final)
         rejected = sum(error.code >= 500 for error in failed.values())
         counts = {"delivered": len(errors) - len(failed), "rejected": rejected, "deferred": len(failed) - rejected}
-        event(_log, logging.INFO, "answers differ", id=ctx.session.id, **counts)
+        event(_log, logging.INFO, "replies to recipients differ", id=ctx.session.id, **counts)
         raise mixed_error(errors)
 
     # Errors
@@ -367,7 +367,7 @@ class NextHop:
 
     def _bypassed(self, session: Session) -> SMTPError:
         """A handler accepted, or rejected, something that the next hop was not asked about, or has accepted."""
-        event(_log, logging.ERROR, "the next hop was left out: handlers must call next(), and refuse before it", id=session.id)
+        event(_log, logging.ERROR, "next hop bypassed: handlers must call next(), and reject before that", id=session.id)
         return SMTPError("4.3.5 Error: recipients and next hop do not agree", 451)
 
     def _count(self, error: SMTPError | None) -> None:

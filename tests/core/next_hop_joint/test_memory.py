@@ -55,7 +55,7 @@ def test_without_a_memory_the_start_warns_and_answers_that_differ_are_451_for_al
     hop = store(full=FULL)
     client = connect(front(hop).port)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith("cannot remember answers that differ")
+    assert warning.startswith("cannot store replies that differ")
     for _ in range(2):
         assert send(client, "good", "full").startswith(MIXED)
     assert send(client, "good", "fine").startswith(b"250 ")
@@ -80,7 +80,7 @@ def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
         assert send(client, "one", "full", text=OTHER, parameters="").startswith(MIXED)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert "cannot remember answers to recipients" in warnings[0]
+    assert "cannot store replies to recipients" in warnings[0]
     assert send(client, "one", "fine").startswith(b"250 ")
     monkeypatch.undo()
     assert send(client, "good").startswith(b"250 ")

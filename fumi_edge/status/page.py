@@ -18,7 +18,7 @@ from fumi_core.runtime.metrics_server import Answer, Readiness
 from fumi_edge.status import wording
 from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, Series, series
 from fumi_edge.status.markup import Content, document, element, policy
-from fumi_edge.status.plot import descriptor_limit, plot
+from fumi_edge.status.plot import axis_maximum, plot
 
 # Read now: after --user the process may have no permission to read the file.
 _STYLE = (files("fumi_edge.status") / "status.css").read_text("utf-8")
@@ -26,11 +26,13 @@ _HEADERS = (("Content-Security-Policy", policy(_STYLE)), ("Referrer-Policy", "no
 
 SOON, URGENT = 14, 3
 """Days before a certificate's expiry from which it is shown as a warning and as an error."""
+MINUTES = round(SPAN / 60)
+"""Minutes that the plots show."""
 
-OPEN = series("fumi_edge_connections_active")
-CAME = series("fumi_edge_connections_total")
+CURRENT = series("fumi_edge_connections_active")
+TOTAL = series("fumi_edge_connections_total")
 HANDSHAKES = series("fumi_edge_handshakes_total")
-SHAKEN = series("fumi_edge_handshakes_total", result="ok")
+SUCCEEDED = series("fumi_edge_handshakes_total", result="ok")
 BYTES_IN, BYTES_OUT = (series("fumi_edge_bytes_total", direction=direction) for direction in ("in", "out"))
 STARTTLS = series("fumi_edge_starttls_total")
 UPGRADED = series("fumi_edge_starttls_total", result="upgraded")
@@ -59,13 +61,27 @@ class Status:
         self._read: Callable[[], Figures] = lambda: Figures(registry.collect())
         self._readiness = readiness
         self._facts = facts
-        each_listener = [Series(name, _of("listener", each)) for each in facts.listeners for name in (CAME.name, HANDSHAKES.name)]
+        each_listener = [
+            Series(name, _of("listener", each)) for each in facts.listeners for name in (TOTAL.name, HANDSHAKES.name)
+        ]
         each_backend = [
             Series(CONNECTING.name + part, _of("backend", each)) for each in facts.backends for part in ("_sum", "_count")
         ]
         self._history = History(
             self._read,
-            [OPEN, CAME, HANDSHAKES, SHAKEN, BYTES_IN, BYTES_OUT, STARTTLS, UPGRADED, REJECTED, *each_listener, *each_backend],
+            [
+                CURRENT,
+                TOTAL,
+                HANDSHAKES,
+                SUCCEEDED,
+                BYTES_IN,
+                BYTES_OUT,
+                STARTTLS,
+                UPGRADED,
+                REJECTED,
+                *each_listener,
+                *each_backend,
+            ],
         )
 
     def start(self) -> None:
@@ -89,7 +105,7 @@ class Status:
         version = ", ".join(figures.by("version", series("fumi_edge_build_info")))
         now = time.time()
         about = (
-            f"version {version} · up {wording.duration(now - self._facts.started)} · {wording.moment(now)} · "
+            f"version {version} · uptime {wording.duration(now - self._facts.started)} · {wording.moment(now)} · "
             f"refreshed every {INTERVAL:.0f} s"
         )
         state = (
@@ -104,43 +120,43 @@ class Status:
 
     def _plots(self, figures: Figures) -> Element:
         history = self._history
-        open_now, limit = figures.total(OPEN), self._facts.max_clients
-        failed = _less(history.rates(HANDSHAKES), history.rates(SHAKEN))
-        plaintext = _less(history.rates(STARTTLS), history.rates(UPGRADED))
+        current, limit = figures.total(CURRENT), self._facts.max_clients
+        failed = _less(history.rates(HANDSHAKES), history.rates(SUCCEEDED))
+        not_upgraded = _less(history.rates(STARTTLS), history.rates(UPGRADED))
         rate = history.rate
         return element(
             "section",
             _tile(
-                "Connections open",
-                wording.count(open_now) + (f" of {wording.count(limit)}" if limit else ""),
+                "Current connections",
+                wording.count(current) + (f" of {wording.count(limit)}" if limit else ""),
                 wording.count,
-                ("open", history.levels(OPEN)),
+                ("current", history.levels(CURRENT)),
             ),
-            _tile("New connections", wording.rate(rate(CAME)), wording.rate, ("new", history.rates(CAME))),
+            _tile("Connection rate", wording.rate(rate(TOTAL)), wording.rate, ("rate", history.rates(TOTAL))),
             _tile(
                 "TLS handshakes",
                 wording.rate(rate(HANDSHAKES)),
                 wording.rate,
-                ("succeeded", history.rates(SHAKEN)),
+                ("succeeded", history.rates(SUCCEEDED)),
                 ("failed", failed),
             ),
             _tile(
                 "STARTTLS",
-                f"{wording.share(rate(UPGRADED), rate(STARTTLS))} upgraded" if rate(STARTTLS) else "nobody",
+                f"{wording.share(rate(UPGRADED), rate(STARTTLS))} upgraded" if rate(STARTTLS) else wording.NOTHING,
                 wording.rate,
                 ("upgraded", history.rates(UPGRADED)),
-                ("not", plaintext),
+                ("not upgraded", not_upgraded),
             ),
             _tile(
-                "Bytes carried",
-                wording.octets(rate(BYTES_IN) + rate(BYTES_OUT)) + "/s",
-                lambda value: wording.octets(value) + "/s",
-                ("from clients", history.rates(BYTES_IN)),
-                ("to clients", history.rates(BYTES_OUT)),
+                "Traffic",
+                f"{wording.size(rate(BYTES_IN))}/s in, {wording.size(rate(BYTES_OUT))}/s out",
+                lambda value: wording.size(value) + "/s",
+                ("in", history.rates(BYTES_IN)),
+                ("out", history.rates(BYTES_OUT)),
             ),
-            _tile("Turned away", wording.rate(rate(REJECTED)), wording.rate, ("turned away", history.rates(REJECTED))),
+            _tile("Rejected", wording.rate(rate(REJECTED)), wording.rate, ("rejected", history.rates(REJECTED))),
             class_="plots",
-            aria_label=f"The last {SPAN / 60:.0f} minutes",
+            aria_label=f"The last {MINUTES} minutes",
         )
 
     # Tables
@@ -152,9 +168,9 @@ class Status:
             self._backends(figures),
             _certificates(figures, time.time()),
             _ciphers(figures),
-            _shares("STARTTLS ports", "What became of clients", figures.by("result", STARTTLS)),
-            _shares("Handshakes", "Result", figures.by("result", HANDSHAKES)),
-            _shares("Turned away", "Why", figures.by("reason", REJECTED)),
+            _shares("STARTTLS ports", "Outcome", figures.by("result", STARTTLS)),
+            _shares("TLS handshakes", "Result", figures.by("result", HANDSHAKES)),
+            _shares("Rejected", "Reason", figures.by("reason", REJECTED)),
             _times(figures),
             class_="tables",
         )
@@ -163,19 +179,21 @@ class Status:
         rows: list[list[Content]] = []
         for name, starttls in self._facts.listeners.items():
             own = _of("listener", name)
-            tried = figures.total(Series(HANDSHAKES.name, own))
-            failed = tried - figures.total(Series(SHAKEN.name, own | SHAKEN.labels))
+            attempts = figures.total(Series(HANDSHAKES.name, own))
+            failed = attempts - figures.total(Series(SUCCEEDED.name, own | SUCCEEDED.labels))
             rows.append(
                 [
                     name,
                     "STARTTLS" if starttls else "TLS",
-                    wording.count(figures.total(Series(OPEN.name, own))),
-                    wording.rate(self._history.rate(Series(CAME.name, own))),
-                    wording.count(figures.total(Series(CAME.name, own))),
-                    wording.share(failed, tried),
+                    wording.count(figures.total(Series(CURRENT.name, own))),
+                    wording.rate(self._history.rate(Series(TOTAL.name, own))),
+                    wording.count(figures.total(Series(TOTAL.name, own))),
+                    wording.share(failed, attempts),
                 ]
             )
-        return _table("Listeners", ("Address", "Mode", "Open", "New", "In all", "Handshakes failed"), rows, words=2, named=True)
+        return _table(
+            "Listeners", ("Address", "Mode", "Current", "Rate", "Total", "Failed handshakes"), rows, words=2, named=True
+        )
 
     def _backends(self, figures: Figures) -> Element:
         rows: list[list[Content]] = []
@@ -190,11 +208,13 @@ class Status:
                     element("span", "up" if up else "down", class_="good" if up else "bad"),
                     wording.rate(self._history.rate(Series(CONNECTING.name + "_count", own))),
                     wording.seconds(latency[-1].value) if latency else wording.NOTHING,
-                    plot([latency], SPAN, descriptor_limit([latency], 0.001), f"time to connect to {name}"),
+                    plot([latency], SPAN, axis_maximum([latency], 0.001), f"connect time of {name}"),
                     ", ".join(f"{wording.count(count)} {reason}" for reason, count in errors.items()) or "none",
                 ]
             )
-        return _table("Backends", ("Address", "State", "New", "Connect", "Last minutes", "Errors"), rows, words=2, named=True)
+        return _table(
+            "Backends", ("Address", "State", "Rate", "Connect time", f"Last {MINUTES} min", "Errors"), rows, words=2, named=True
+        )
 
 
 def _of(label: str, value: str) -> frozenset[tuple[str, str]]:
@@ -209,14 +229,16 @@ def _less(all_of_it: Sequence[Point], part: Sequence[Point]) -> list[Point]:
 def _tile(title: str, now: str, unit: Callable[[float], str], *lines: tuple[str, Sequence[Point]]) -> Element:
     """A plot with its title, the current value, and the scale of its height."""
     values = [line for _, line in lines]
-    top = descriptor_limit(values, 1.0)
+    top = axis_maximum(values, 1.0)
     most = max((point.value for line in values for point in line), default=0.0)
     keys = [element("span", name, class_=f"key n{number}") for number, (name, _) in enumerate(lines)] if len(lines) > 1 else []
     return element(
         "figure",
         element("figcaption", element("span", title), element("b", now)),
-        element("div", plot(values, SPAN, top, f"{title}: {now}, at most {unit(most)} in the last minutes"), class_="frame"),
-        element("p", element("span", f"{SPAN / 60:.0f} min, up to {unit(top)}"), element("span", keys), class_="axis"),
+        element(
+            "div", plot(values, SPAN, top, f"{title}: {now}, maximum {unit(most)} in the last {MINUTES} minutes"), class_="frame"
+        ),
+        element("p", element("span", f"{MINUTES} min, 0 to {unit(top)}"), element("span", keys), class_="axis"),
     )
 
 
@@ -250,7 +272,7 @@ def _shares(title: str, head: str, counts: Mapping[str, float]) -> Element:
         [name.replace("_", " "), _bar(count, whole), wording.count(count), wording.share(count, whole)]
         for name, count in counts.items()
     ]
-    return _table(title, (head, "", "Since start", "Share"), rows, words=2)
+    return _table(title, (head, "", "Total", "Share"), rows, words=2)
 
 
 def _bar(count: float, whole: float) -> Element:
@@ -266,7 +288,7 @@ def _certificates(figures: Figures, now: float) -> Element:
         state = "bad" if days < URGENT else "poor" if days < SOON else "good"
         left = "expired" if expires < now else wording.days(days)
         rows.append([name, wording.date(expires), element("span", left, class_=state)])
-    return _table("Certificates", ("Name", "Expires", "Left"), rows)
+    return _table("Certificates", ("Name", "Expires", "Remaining"), rows)
 
 
 def _ciphers(figures: Figures) -> Element:
@@ -281,20 +303,20 @@ def _ciphers(figures: Figures) -> Element:
         for (version, cipher), count in sorted(counts.items(), key=lambda each: -each[1])
     ]
     resumed = figures.total(Series(SESSIONS.name, _of("resumed", "true")))
-    table = _table("TLS sessions", ("Cipher", "", "Since start", "Share"), rows, words=2)
-    table.append(element("p", f"{wording.share(resumed, whole)} resumed." if whole else "None so far."))
+    table = _table("TLS sessions", ("Cipher", "", "Total", "Share"), rows, words=2)
+    table.append(element("p", f"{wording.share(resumed, whole)} resumed." if whole else "None yet."))
     return table
 
 
 def _times(figures: Figures) -> Element:
     """Quantiles of durations since the start, estimated from the histograms' buckets."""
     kinds = (
-        ("Handshake", series("fumi_edge_handshake_seconds")),
-        ("Connecting to a backend", CONNECTING),
-        ("Connection of a client", series("fumi_edge_session_seconds")),
+        ("TLS handshake", series("fumi_edge_handshake_seconds")),
+        ("Backend connect", CONNECTING),
+        ("Client connection", series("fumi_edge_session_seconds")),
     )
     rows: list[list[Content]] = []
     for name, histogram in kinds:
         found = [figures.quantile(share, histogram) for share in (0.5, 0.95, 0.99)]
         rows.append([name, *(wording.NOTHING if each is None else wording.seconds(each) for each in found)])
-    return _table("Time taken", ("", "Half within", "95 % within", "99 % within"), rows)
+    return _table("Durations", ("", "p50", "p95", "p99"), rows)

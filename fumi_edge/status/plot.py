@@ -14,8 +14,8 @@ GAP = 2.5 * INTERVAL
 """Seconds without a point after which a line is interrupted."""
 
 
-def descriptor_limit(lines: Sequence[Sequence[Point]], least: float) -> float:
-    """The maximum of a plot's scale: the next 1, 2 or 5 times a power of ten, and at least ``least``."""
+def axis_maximum(lines: Sequence[Sequence[Point]], least: float) -> float:
+    """The maximum of a plot's axis: the next 1, 2 or 5 times a power of ten, and at least ``least``."""
     most = max((point.value for line in lines for point in line), default=0.0)
     if most <= least:
         return least

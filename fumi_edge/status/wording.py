@@ -17,7 +17,8 @@ def rate(value: float) -> str:
     return f"{value:.2g}/s" if value < 10 else f"{_three(value)}/s"
 
 
-def octets(value: float) -> str:
+def size(value: float) -> str:
+    """A number of bytes, in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
             return f"{value:.3g} {unit}"
@@ -38,10 +39,10 @@ def duration(value: float) -> str:
     """A long time, such as an uptime, in its two largest units."""
     left = int(value)
     parts: list[str] = []
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if left >= size or (size == 1 and not parts):
-            parts.append(f"{left // size} {unit}")
-            left %= size
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if left >= length or (length == 1 and not parts):
+            parts.append(f"{left // length} {unit}")
+            left %= length
         elif parts:
             break
     return " ".join(parts[:2])

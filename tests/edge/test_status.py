@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from fumi_edge.status import wording
 from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, series
 from fumi_edge.status.markup import document, element
-from fumi_edge.status.plot import HEIGHT, WIDTH, descriptor_limit, plot
+from fumi_edge.status.plot import HEIGHT, WIDTH, axis_maximum, plot
 
 VOID = {"meta"}
 
@@ -92,11 +92,11 @@ def test_it_counts_what_was_done(backend, edge, clients, kit, look):
     mode, still_open, _, came, failed = page.row("Listeners", starttls)
     assert (mode, still_open, came, failed) == ("STARTTLS", "0", "3", "0 %")
     assert [row[2] for row in page.tables["STARTTLS ports"][1:]] == ["1", "1", "0", "1"]
-    assert page.row("Handshakes", "ok")[1:] == ["5", "83 %"]
-    assert page.row("Turned away", "injection")[1:] == ["1", "100 %"]
+    assert page.row("TLS handshakes", "ok")[1:] == ["5", "83 %"]
+    assert page.row("Rejected", "injection")[1:] == ["1", "100 %"]
     assert page.row("TLS sessions", "TLSv1.3 TLS_AES_256_GCM_SHA384")[1:] == ["5", "100 %"]
     assert page.row("Certificates", "localhost")[1] == "1 day"
-    assert all(each.endswith("s") for row in page.tables["Time taken"][1:] for each in row[1:])
+    assert all(each.endswith("s") for row in page.tables["Durations"][1:] for each in row[1:])
 
 
 def test_it_says_which_backend_is_down_and_why_nobody_is_served(backend, edge, kit, look):
@@ -145,7 +145,7 @@ def test_names_with_markup_in_them_are_text(backend, edge, tmp_path, look):
     assert page.row("Backends", f"unix:{path}")[0] == "up"
     assert not [tag for tag, _ in page.tags if tag == "b" and "unix" in tag]
     labels = [attributes["aria-label"] for tag, attributes in page.tags if "aria-label" in attributes]
-    assert f"time to connect to unix:{path}" in labels
+    assert f"connect time of unix:{path}" in labels
 
 
 def test_workers_are_one_edge(backend, edge, clients, kit, look):
@@ -163,9 +163,11 @@ def test_it_remembers_the_last_minutes(backend, edge, clients, kit, look):
     program = edge(backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
-    labels = kit.until(lambda: [label for label in plots(look(program)[0]) if label.startswith("Connections open: 1,")], "a look")
+    labels = kit.until(
+        lambda: [label for label in plots(look(program)[0]) if label.startswith("Current connections: 1,")], "a look"
+    )
     assert labels
-    kit.until(lambda: "Connections open: 1, at most 1 in the last minutes" in plots(look(program)[0]), "a second look")
+    kit.until(lambda: "Current connections: 1, maximum 1 in the last 15 minutes" in plots(look(program)[0]), "a second look")
 
 
 def plots(page):
@@ -264,7 +266,7 @@ def test_a_quantile_is_estimated_as_prometheus_does():
     ("most", "top"), [(0, 1), (0.3, 1), (1, 1), (1.2, 2), (2, 2), (3, 5), (6, 10), (10, 10), (99, 100), (101, 200), (4e9, 5e9)]
 )
 def test_a_plot_goes_up_to_a_round_number(most, top):
-    assert descriptor_limit([[Point(0, most)], []], 1) == top
+    assert axis_maximum([[Point(0, most)], []], 1) == top
 
 
 def test_a_plot_has_a_line_for_each_run_of_points_and_stays_inside():
@@ -300,10 +302,10 @@ def test_markup_escapes_text_and_attributes():
         (wording.rate(9.96), "10/s"),
         (wording.rate(12.34), "12.3/s"),
         (wording.rate(999.7), "1,000/s"),
-        (wording.octets(0), "0 B"),
-        (wording.octets(999.9), "1 kB"),
-        (wording.octets(1_250_000), "1.25 MB"),
-        (wording.octets(5e15), "5,000 TB"),
+        (wording.size(0), "0 B"),
+        (wording.size(999.9), "1 kB"),
+        (wording.size(1_250_000), "1.25 MB"),
+        (wording.size(5e15), "5,000 TB"),
         (wording.seconds(0.00008), "80 µs"),
         (wording.seconds(0.0009999), "1 ms"),
         (wording.seconds(0.25), "250 ms"),

@@ -1,4 +1,4 @@
-"""The status page in a real browser, headless Chromium: at the widths of a phone and a desk, light and dark, idle and at work."""
+"""The status page in headless Chromium, as wide as a phone, a tablet and a desk, light and dark, idle and at work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.browser import Page, browser
 
-WIDTHS = (390, 1280)
+WIDTHS = (390, 768, 1280)
 
 # Of every piece of text: its colour against the nearest background behind it, as WCAG 2.1 reckons contrast.
 CONTRAST = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import subprocess
@@ -177,6 +178,7 @@ def test_after_a_slow_answer_the_client_has_its_whole_time_again(connect: Any) -
 def test_a_loop_that_ends_does_not_wait_for_a_sleeping_handler() -> None:
     program = """
 import asyncio
+import os
 import re
 from fumi_core import Fumi
 async def main():
@@ -228,7 +230,7 @@ def test_a_delivery_that_is_cancelled_leaves_nothing_behind(connect: Any, tmp_pa
             await next()
 
     app.use(maildir.Maildir(tmp_path / "box"))
-    real = maildir.os.fsync
+    real = os.fsync
 
     def slow(fd: int) -> None:
         time.sleep(0.2)
@@ -299,11 +301,11 @@ def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Any, eventual
     app = Fumi(auth_optional=True, close_timeout=0.2)
     opened: list[Any] = []
     closed: list[Any] = []
-    for add in (app.on_mail_from, app.on_rcpt_to):
 
-        @add
-        async def slow(ctx: Any, next: Any) -> None:
-            await asyncio.sleep(chance.random() * 0.004)
+    @app.on_mail_from
+    @app.on_rcpt_to
+    async def slow(ctx: Any, next: Any) -> None:
+        await asyncio.sleep(chance.random() * 0.004)
 
     app.on_connect(lambda ctx, next: opened.append(ctx))
     app.on_close(lambda ctx, next: closed.append(ctx))

@@ -69,4 +69,4 @@ def test_requiretls_leaves_this_host_for_nobody() -> None:
     away: Any = SimpleNamespace(extensions={"REQUIRETLS": ""}, local=False)
     for protocol in ("smtp", "lmtp"):
         with pytest.raises(SMTPError, match=r"5\.7\.30"):
-            mail_command(Address("a@b.example", {}), envelope, away, protocol)  # type: ignore[arg-type]
+            mail_command(Address("a@b.example", {}), envelope, away, protocol)

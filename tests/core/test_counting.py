@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.openmetrics import exposition
+from prometheus_client import CollectorRegistry, exposition
+from prometheus_client.openmetrics import exposition as openmetrics
 
 import fumi_core.runtime.metrics_server  # for what it asks of prometheus_client
 from fumi_core.runtime import counting
@@ -38,8 +38,8 @@ def test_both_formats_are_what_prometheus_client_writes() -> None:
         histogram.labels("nothing yet")
         for value in OBSERVED:
             histogram.labels("b").observe(value)
-    assert generate_latest(ours) == generate_latest(theirs)
-    assert exposition.generate_latest(ours) == exposition.generate_latest(theirs)
+    for written in (exposition.generate_latest, openmetrics.generate_latest):
+        assert written(ours) == written(theirs)
 
 
 def test_a_tallied_counter_reads_what_is_counted_elsewhere() -> None:

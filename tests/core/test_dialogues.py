@@ -55,8 +55,9 @@ def _connect(server: RunningServer) -> socket.socket:
 
 
 def _app(lines: list[str]) -> Fumi:
-    options = dict(_option(line) for line in lines if line.startswith("@"))
-    app = Fumi(**{"auth_optional": True, "name": "mx.example", **options})
+    options: dict[str, Any] = {"auth_optional": True, "name": "mx.example"}
+    options |= dict(_option(line) for line in lines if line.startswith("@"))
+    app = Fumi(**options)
     for line in lines:
         if line.startswith("H "):
             _add_handler(app, line)

@@ -339,7 +339,7 @@ def test_an_app_may_run_again_and_records_each_message_once(app: Fumi, send: Any
 
 
 def test_plugins_and_use_chain() -> None:
-    seen = []
+    seen: list[Fumi] = []
     app = Fumi()
     assert app.use(seen.append) is app
     assert seen == [app]

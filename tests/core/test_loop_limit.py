@@ -36,8 +36,10 @@ def test_fifty_hops_pass_and_one_more_does_not(target: str, lmtp: bool, connect:
     text = b"Subject: hi\r\n\r\nbody\r\n"
     assert deliver(f"{target}:{address}", FIELD * 50 + text, connect, lmtp=lmtp).startswith(b"250 ")
     assert deliver(f"{target}:{address}", FIELD * 51 + text, connect, lmtp=lmtp) == TOO_MANY
-    delivered = {"maildir": lambda: len(list((tmp_path / "box/new").iterdir())), "discard": lambda: 1}
-    assert delivered.get(target, lambda: len(hop.messages))() == 1
+    if target == "maildir":
+        assert len(list((tmp_path / "box/new").iterdir())) == 1
+    elif target != "discard":
+        assert len(hop.messages) == 1
 
 
 def test_a_loop_in_a_large_message_is_noticed_before_its_end(connect: Any, tmp_path: Path) -> None:

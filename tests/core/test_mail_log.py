@@ -32,7 +32,7 @@ def core(tmp_path: Path, free_port: Callable[[], int], eventually: Any) -> Itera
 
     def start(*flags: str) -> tuple[int, Log]:
         port, path = free_port(), tmp_path / "log"
-        command = [PROGRAM, "--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--log-format", "json", *flags]
+        command = [str(PROGRAM), "--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--log-format", "json", *flags]
         with path.open("w") as output:
             running.append(subprocess.Popen(command, stderr=output, cwd=tmp_path))
 

@@ -135,7 +135,7 @@ def test_a_failing_disk_is_a_4yz_and_leaves_nothing(
 
 def test_the_directories_that_had_to_be_made_are_safe_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost directory is lost mail: each is synced in the one above it."""
-    synced = []
+    synced: list[Path] = []
     monkeypatch.setattr(maildir, "_sync_directory", synced.append)
     box = tmp_path / "not" / "there" / "box"
     maildir.Maildir(box).create()

@@ -152,8 +152,12 @@ def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_t
         patch.setattr("socketserver.TCPServer.get_request", fail)
         paused: list[float] = []
         over = threading.Event()
+
+        def sleep(seconds: float) -> None:
+            paused.append(seconds)
+            over.wait(seconds)
+
         # Of this module alone: others sleep meanwhile.
-        sleep = lambda seconds: paused.append(seconds) or over.wait(seconds)  # noqa: E731
         patch.setattr(fumi_core.runtime.metrics_server, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
         with socket.create_connection(("127.0.0.1", endpoint), 30):
             eventually(lambda: len(tried) > 2)

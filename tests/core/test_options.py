@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -15,9 +15,10 @@ from fumi_core.smtp.events import MessageEnd, MessageExcess
 from fumi_core.smtp.grammar import VERBS
 from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.options import Options
-from fumi_core.smtp.protocol import Protocol, Tally
+from fumi_core.smtp.protocol import Protocol
 from fumi_core.smtp.replies import OK, SIZE_EXCEEDED
 from fumi_core.smtp.session import Session
+from fumi_core.smtp.tally import Tally
 from fumi_core.testing import running
 
 OPTIONS = [field.name for field in dataclasses.fields(Options) if field.init]
@@ -52,6 +53,11 @@ def offers(keyword: str, **options: Any) -> bool:
     return any(line[4:].split(" ")[0] == keyword for line in replies(b"", **options) if line[:3] == "250")
 
 
+def given(option: str, value: object) -> dict[str, Any]:
+    """An argument that no type checker may look at, for it is of a wrong type or name."""
+    return {option: value}
+
+
 def test_every_option_has_a_test_that_bears_its_name() -> None:
     tests = [name for name, _ in inspect.getmembers(sys.modules[__name__], inspect.isfunction)]
     untested = [option for option in OPTIONS if not any(test.startswith(f"test_{option}_") for test in tests)]
@@ -68,7 +74,7 @@ def test_require_tls_wants_it_for_mail_and_auth() -> None:
 
 
 def test_auth_methods_are_offered_and_no_others_taken() -> None:
-    options = {"authenticates": True, "secure": True, "auth_methods": ["cram-md5", "XOAUTH2"]}
+    options: dict[str, Any] = {"authenticates": True, "secure": True, "auth_methods": ["cram-md5", "XOAUTH2"]}
     assert "250 AUTH CRAM-MD5 XOAUTH2" in replies(b"", **options)
     assert answer(b"AUTH CRAM-MD5\r\n", **options).startswith("334")
     assert answer(b"AUTH PLAIN\r\n", **options).startswith("504")
@@ -199,7 +205,8 @@ def test_lmtp_wants_another_greeting() -> None:
 
 
 def test_proxy_protocol_required_waits_for_a_header(connect: Any) -> None:
-    for setting, banner in (("required", b""), ("off", b"220")):
+    settings: tuple[tuple[Literal["off", "required"], bytes], ...] = (("required", b""), ("off", b"220"))
+    for setting, banner in settings:
         with running(Fumi(proxy_protocol=setting, close_timeout=0.2)) as server:
             assert connect(server.port, b"NOOP\r\n").banner[:3] == banner
     with running(Fumi(proxy_protocol="required", close_timeout=0.2)) as server:
@@ -324,7 +331,7 @@ def test_a_value_of_a_wrong_type_is_a_type_error_that_names_the_option(options: 
     for option in options:
         for value in wrong:
             with pytest.raises(TypeError, match=f"^{option} is .*, not "):
-                Fumi(**{option: value})
+                Fumi(**given(option, value))
 
 
 @pytest.mark.parametrize(
@@ -349,10 +356,10 @@ def test_a_value_of_a_wrong_type_is_a_type_error_that_names_the_option(options: 
 )
 def test_a_value_that_cannot_be_is_a_value_error_that_says_what_can(option: str, value: object, hint: str) -> None:
     with pytest.raises(ValueError, match=f"^{option}.*{hint}"):
-        Fumi(**{option: value})
+        Fumi(**given(option, value))
     app = Fumi(name="mx.example")
     with pytest.raises(ValueError, match=f"^{option}"):
-        app.configure(**{option: value})
+        app.configure(**given(option, value))
 
 
 def test_overriding_options_keeps_the_others() -> None:
@@ -367,7 +374,7 @@ def test_overriding_options_keeps_the_others() -> None:
 def test_an_unknown_option_is_a_type_error_with_the_nearest(option: str, hint: str) -> None:
     for take in (Fumi, Fumi().configure):
         with pytest.raises(TypeError, match=hint):
-            take(**{option: "x"})
+            take(**given(option, "x"))
 
 
 def test_the_commands_that_can_be_disabled_are_those_that_are_known() -> None:

@@ -53,7 +53,7 @@ def test_allowlist(app: Fumi, connect: Any, cidrs: list[str], banner: bytes) -> 
 @pytest.mark.parametrize(
     ("make", "hint"),
     [
-        (lambda: plugins.allowlist("10.0.0.0/8"), r"write allowlist\(\["),  # type: ignore[arg-type]
+        (lambda: plugins.allowlist("10.0.0.0/8"), r"write allowlist\(\["),
         (lambda: plugins.allowlist([]), "write the networks"),
         (lambda: plugins.allowlist(["10.0.0.1/8"]), "write 192.0.2.0/24"),
         (lambda: plugins.denylist("10.0.0.1"), r"write denylist\(\["),

@@ -63,8 +63,8 @@ def test_an_app_keeps_its_options_unless_a_flag_is_given(start: Any, connect: An
 def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any, tmp_path: Path, free_port: Any) -> None:
     port, metrics = free_port(), free_port()
     (tmp_path / "users").write_text("")
-    flags = ("--proxy-protocol", "off", "--deliver", "discard:", "--metrics", f"127.0.0.1:{metrics}")
-    flags = (*flags, "--users", "users", "--allow-insecure-auth")
+    flags = ["--proxy-protocol", "off", "--deliver", "discard:", "--metrics", f"127.0.0.1:{metrics}"]
+    flags += ["--users", "users", "--allow-insecure-auth"]
     start("--listen", f"127.0.0.1:{port}", *flags)
     base = f"http://127.0.0.1:{metrics}"
     eventually(lambda: reachable(metrics))

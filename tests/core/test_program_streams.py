@@ -91,7 +91,7 @@ def test_a_stop_does_not_wait_for_who_reads_the_log(
                     theirs.send(b"x")
             theirs.setblocking(True)
             flags = ("--listen", f"127.0.0.1:{port}", "--workers", workers, "--deliver", "discard:", "--proxy-protocol", "off")
-            process = subprocess.Popen([PROGRAM, *flags], stderr=theirs, cwd=tmp_path)
+            process = subprocess.Popen([PROGRAM, *flags], stderr=theirs.fileno(), cwd=tmp_path)
         stack.callback(process.wait)
         stack.callback(process.kill)
         eventually(lambda: reachable(port))

@@ -147,7 +147,7 @@ def test_generators_and_coroutine_plugins_are_refused_when_registered(app: Fumi)
     with pytest.raises(TypeError, match="does not yield"):
         app.on_data(yields)
     with pytest.raises(TypeError, match="plain function"):
-        app.use(plugin)
+        app.use(plugin)  # type: ignore[arg-type]
 
 
 class Callable_:

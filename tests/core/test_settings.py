@@ -189,8 +189,8 @@ def test_a_variable_that_is_no_setting_is_refused_and_the_nearest_named(
         said = refusal(run(program, *more, cwd=tmp_path, **{variable: "1"}))
         assert f"{variable} is no setting: " in said
         assert hint in said
-    for more in ("--help", "--version"):
-        assert run(program, more, cwd=tmp_path, **{variable: "1"}).returncode == 0
+    for flag in ("--help", "--version"):
+        assert run(program, flag, cwd=tmp_path, **{variable: "1"}).returncode == 0
 
 
 def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:

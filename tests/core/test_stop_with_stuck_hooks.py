@@ -38,7 +38,7 @@ def stuck(tmp_path: Path, connect: Any, free_port: Any, eventually: Any) -> Iter
 
     def run(sender: str, *flags: str) -> tuple[subprocess.Popen[bytes], Path]:
         port, log = free_port(), tmp_path / "stderr"
-        command = [BIN / "fumi-core", "--proxy-protocol", "off", "--listen", f"127.0.0.1:{port}", *flags, "stuck:app"]
+        command = [str(BIN / "fumi-core"), "--proxy-protocol", "off", "--listen", f"127.0.0.1:{port}", *flags, "stuck:app"]
         with log.open("wb") as stderr:
             running.append(subprocess.Popen(command, cwd=tmp_path, stderr=stderr))
         eventually(lambda: listening(port))

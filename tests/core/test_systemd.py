@@ -260,7 +260,13 @@ def test_what_is_said_once_waits_until_systemd_has_heard_the_others(monkeypatch:
         monkeypatch.setenv("NOTIFY_SOCKET", systemd.environment["NOTIFY_SOCKET"])
         notifier = Notifier()
         notifier.alive()  # in vain, at once
-        telling = threading.Thread(target=lambda: [notifier.ready(), notifier.reloading(), notifier.stopping()])
+
+        def tell() -> None:
+            notifier.ready()
+            notifier.reloading()
+            notifier.stopping()
+
+        telling = threading.Thread(target=tell)
         telling.start()
         assert [systemd.hear() for _ in range(others)] == ["other"] * others
         assert [systemd.hear().partition("\n")[0] for _ in range(3)] == ["READY=1", "RELOADING=1", "STOPPING=1"]

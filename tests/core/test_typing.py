@@ -6,7 +6,7 @@ import runpy
 import tomllib
 from pathlib import Path
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -35,11 +35,17 @@ def test_an_option_argument_has_the_type_of_its_option(option: str) -> None:
     assert kind == OPTIONS[option]
 
 
+def read(option: str, value: Any) -> Any:
+    """The option of an app to which it was given."""
+    given: dict[str, Any] = {option: value}
+    return getattr(Fumi(**given).options, option)
+
+
 def test_an_option_argument_with_a_choice_may_have_each_of_its_values() -> None:
     choices = {option: get_args(kind) for option, kind in ARGUMENTS.items() if get_origin(kind) is Literal}
     assert set(choices) == {"proxy_protocol", "bare_newlines"}
     for option, values in choices.items():
-        assert [getattr(Fumi(**{option: value}).options, option) for value in values] == list(values)
+        assert [read(option, value) for value in values] == list(values)
         assert getattr(Options(), option) in values
 
 
@@ -47,7 +53,7 @@ def test_several_texts_may_be_a_list_a_tuple_or_a_set() -> None:
     for option in (option for option, kind in ARGUMENTS.items() if kind == Texts):
         default = getattr(Options(), option)
         for texts in (list(default), tuple(default), set(default), frozenset(default)):
-            assert set(getattr(Fumi(**{option: texts}).options, option)) == set(default)
+            assert set(read(option, texts)) == set(default)
 
 
 def test_the_edge_exports_the_names_that_the_core_exports() -> None:

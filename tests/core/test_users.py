@@ -76,7 +76,12 @@ def test_every_check_costs_the_same_whether_there_is_such_a_user_or_not(tmp_path
     app = Fumi(allow_insecure_auth=True, max_errors=100, close_timeout=0.2).use(users.Users(path))
     computed: list[tuple[int, ...]] = []
     real = users._scrypt
-    monkeypatch.setattr(users, "_scrypt", lambda text, salt, *cost: computed.append(cost) or real(text, salt, *cost))
+
+    def scrypt(text: str, salt: bytes, *cost: int) -> bytes:
+        computed.append(cost)
+        return real(text, salt, *cost)
+
+    monkeypatch.setattr(users, "_scrypt", scrypt)
     seen = []
     with running(app) as server:
         for name in ("strong", "weak", "other", "nobody"):

@@ -23,9 +23,11 @@ from fumi_core.smtp.events import (
 from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.lines import MAX_AUTH_LINE
 from fumi_core.smtp.options import Options
-from fumi_core.smtp.protocol import Protocol, State, Tally
+from fumi_core.smtp.protocol import Protocol
 from fumi_core.smtp.replies import Reply
 from fumi_core.smtp.session import Session
+from fumi_core.smtp.states import State
+from fumi_core.smtp.tally import Tally
 
 HANDLER = b"handler:"
 NO, LATER, BYE = Reply(550, "handler: no", "5.7.1"), Reply(450, "handler: later", "4.7.1"), Reply(421, "handler: bye", "4.7.0")

@@ -7,7 +7,7 @@ import selectors
 from typing import Any
 
 
-class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _Selector(selectors.DefaultSelector):
     """Does not wait: the clock goes on to when waiting would have ended."""
 
     now = 1000.0

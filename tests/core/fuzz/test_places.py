@@ -80,7 +80,6 @@ class Place(campaign.Case):
 
 def _app(place: Place, chance: Random, talking: asyncio.Event) -> Fumi:
     """Its handlers take their time while the client talks; how long those of a long pipeline take is no matter of deadlines."""
-    options = {"lmtp": place.lmtp, "proxy_protocol": "required" if place.proxied else "off", "allow_insecure_auth": True}
     app = Fumi(
         auth_optional=True,
         size=100_000,
@@ -90,7 +89,9 @@ def _app(place: Place, chance: Random, talking: asyncio.Event) -> Fumi:
         data_timeout=DATA_TIMEOUT,
         proxy_timeout=PROXY_TIMEOUT,
         close_timeout=0.0,
-        **options,
+        lmtp=place.lmtp,
+        proxy_protocol="required" if place.proxied else "off",
+        allow_insecure_auth=True,
     )
 
     async def slow(ctx: Any, next: Any) -> None:

@@ -33,8 +33,8 @@ class Words:
         raise RuntimeError("no words")
 
 
-def _reject(message: Any, code: Any = 550) -> Callable[[Any], NoReturn]:
-    def reject(ctx: Any) -> NoReturn:
+def _reject(message: Any, code: Any = 550) -> Callable[[Any], None]:
+    def reject(ctx: Any) -> None:
         ctx.reject(message, code)
 
     return reject

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from fumi_core.delivery.next_hop import answer_store
-from fumi_core.handlers import spool
 from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, rows, send
 
 
@@ -22,7 +21,7 @@ def test_no_room_for_a_message_that_must_be_kept_is_452(
     hop = store(slow="451 4.2.1 Later")
     client = connect(front(hop).port)
     assert send(client, "good", "slow").startswith(MIXED)
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr("fumi_core.handlers.spool.tempfile.TemporaryFile", full)
     large = TEXT + ("x" * 70 + "\r\n") * 10_000
     assert send(client, "good", "slow", text=large) == b"452 4.3.1 Insufficient system storage\r\n"
     del hop.answers["slow"]

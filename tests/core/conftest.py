@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
-from tests import ports, starter
+from tests.support import ports, starter
 
 
 class Client:

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.starter import finished
+from tests.support.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 

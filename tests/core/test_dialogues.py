@@ -1,6 +1,6 @@
 """Plain-text dialogues: what the client says, what the server must answer. One file each, in folders by theme in dialogues/.
 
-Their C and S lines are those of tests/dialogue.py.
+Their C and S lines are those of tests/support/dialogue.py.
 
 Before the dialogue, ``@ option = value`` sets an option of Fumi, the value a Python literal, and ``H phase [whom]: deed`` adds
 a handler: ``accept [text]``, ``reject code text``, ``refuse code text`` (LMTP, for that recipient alone) or ``fail`` (with an
@@ -27,7 +27,7 @@ from fumi_core import Fumi
 from fumi_core.smtp import replies
 from fumi_core.smtp.replies import Reply
 from fumi_core.testing import RunningServer, running
-from tests.dialogue import Other, talk, unescaped
+from tests.support.dialogue import Other, talk, unescaped
 
 FOLDER = Path(__file__).parent / "dialogues"
 DIALOGUES = sorted(FOLDER.rglob("*.txt"))

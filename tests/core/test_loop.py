@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fumi_core.runtime.loop import Loop
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 
 from fumi_core.client import dependency
 from fumi_core.delivery import parse_target
-from tests.ports import free_port
-from tests.starter import finished
+from tests.support.ports import free_port
+from tests.support.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 

@@ -11,7 +11,7 @@ import pytest
 from fumi_core import Fumi, plugins
 from fumi_core.program.users import hash_password
 from fumi_core.testing import running
-from tests.starter import finished
+from tests.support.starter import finished
 
 NOT_YOURS = b"553 5.7.1 Sender address rejected: not owned by your login\r\n"
 

@@ -19,7 +19,7 @@ import pytest
 
 import fumi_core
 from tests.core.programs import PROGRAM, get, reachable, run
-from tests.starter import finished
+from tests.support.starter import finished
 
 
 def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(

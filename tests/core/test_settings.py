@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.starter import finished
+from tests.support.starter import finished
 
 
 def run(program: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import listening
-from tests.starter import BIN
+from tests.support.programs import listening
+from tests.support.starter import BIN
 
 # The first MAIL leaves a thread in a call that does not return; "busy@" keeps the event loop itself.
 STUCK = """

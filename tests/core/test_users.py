@@ -19,7 +19,7 @@ from fumi_core import Fumi
 from fumi_core.program import users
 from fumi_core.smtp.sasl import Credentials
 from fumi_core.testing import running
-from tests.starter import finished
+from tests.support.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 

@@ -1,12 +1,92 @@
-"""Backends that do more than answer, and what tests ask about several of them."""
+"""Backends for the edge, in threads: the small SMTP server, one that comes and goes, and what tests ask about several."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
 
-from tests.ports import kept_port
+from tests.support.peer import Peer
+from tests.support.ports import kept_port
+from tests.support.waiting import until
+
+
+def smtp(peer: Peer) -> None:
+    """A small SMTP server: answers 250 to everything, takes DATA, and keeps what it heard in ``peer.heard``."""
+    peer.say(b"220 backend.test ESMTP\r\n")
+    while line := peer.line():
+        peer.heard.append(line)
+        verb = line.split()[0].upper() if line.split() else b""
+        if verb in (b"EHLO", b"LHLO"):
+            peer.say(b"250-backend.test\r\n250-PIPELINING\r\n250 SIZE 1000\r\n")
+        elif verb == b"DATA":
+            peer.say(b"354 go ahead\r\n")
+            while (content := peer.line()) not in (b".\r\n", b""):
+                peer.heard.append(content)
+            peer.say(b"250 2.0.0 queued\r\n")
+        elif verb == b"QUIT":
+            peer.say(b"221 2.0.0 bye\r\n")
+            return
+        else:
+            peer.say(b"250 2.0.0 ok\r\n")
+
+
+class Backend:
+    """A backend in threads: ``handler`` is run with a Peer for every connection; ``peers`` are those that came, probes apart."""
+
+    def __init__(self, handler: Callable[[Peer], None], proxy: bool = True, path: str | None = None) -> None:
+        self._handler = handler
+        self._proxy = proxy
+        self._port = kept_port()
+        if path:
+            self._listening = socket.socket(socket.AF_UNIX)
+            self._listening.bind(path)
+            self._listening.listen(64)
+            self.address = f"unix:{path}"
+        else:
+            self._listening = socket.create_server(self._port.getsockname(), backlog=64)
+            self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self.peers: list[Peer] = []
+        self.errors: list[Exception] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listening.accept()
+                threading.Thread(target=self._serve, args=(Peer(sock),), daemon=True).start()
+
+    def _serve(self, peer: Peer) -> None:
+        peer.heard = []
+        try:
+            if self._proxy:
+                peer.take_header()
+            if peer.header is None or peer.header.command == "PROXY":
+                self.peers.append(peer)
+            self._handler(peer)
+        except (OSError, EOFError):
+            pass
+        except Exception as error:
+            self.errors.append(error)
+        finally:
+            peer.close()
+
+    def peer(self, number: int = 0) -> Peer:
+        until(lambda: len(self.peers) > number, "a connection to the backend")
+        return self.peers[number]
+
+    def close(self) -> None:
+        """Be gone: who connects is refused."""
+        # close() alone leaves the thread in accept() to take one more.
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def give_up(self) -> None:
+        """The port too."""
+        self.close()
+        self._port.close()
 
 
 def opening(peer, tls):
@@ -27,11 +107,10 @@ def counts(*servers):
 class Flapping:
     """Stands before a backend, there one moment and gone the next."""
 
-    def __init__(self, kit):
+    def __init__(self):
         self._kept = kept_port()
         self.port = self._kept.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
-        self._kit = kit
         self._listening = None
 
     def appear(self):
@@ -46,11 +125,11 @@ class Flapping:
     def _accept(self, listening):
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=self._serve, args=(self._kit.Peer(listening.accept()[0]),), daemon=True).start()
+                threading.Thread(target=self._serve, args=(Peer(listening.accept()[0]),), daemon=True).start()
 
     def _serve(self, peer):
         peer.heard = []
         with contextlib.suppress(OSError, EOFError):
             peer.take_header()
-            self._kit.smtp(peer)
+            smtp(peer)
         peer.close()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from tests.support.waiting import until
+
 
 def active(program, listener):
     return program.metric("fumi_edge_connections_active", listener=listener)
 
 
-def gone(program, kit, listener):
-    kit.until(lambda: active(program, listener) == 0, "the end of the last connection")
+def gone(program, listener):
+    until(lambda: active(program, listener) == 0, "the end of the last connection")
 
 
 def rejected(program, reason):
@@ -27,5 +29,5 @@ def reloads(program, result):
     return program.metric("fumi_edge_certificate_reloads_total", result=result)
 
 
-def starttls_total(program, kit, result, count=1):
-    kit.until(lambda: program.metric("fumi_edge_starttls_total", result=result) == count, f"starttls_total {result}")
+def starttls_total(program, result, count=1):
+    until(lambda: program.metric("fumi_edge_starttls_total", result=result) == count, f"starttls_total {result}")

@@ -1,15 +1,10 @@
-"""Replacing certificate files as a renewal does, and recognising a certificate."""
+"""Replacing certificate files as a renewal does."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import time
-
-
-def serial(cert):
-    return subprocess.check_output(["openssl", "x509", "-serial", "-noout", "-in", cert], text=True).strip().partition("=")[2]
 
 
 def put(certificate, cert, key):

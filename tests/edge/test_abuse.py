@@ -12,11 +12,12 @@ import pytest
 from tests.edge.memory_tls import Engine
 from tests.edge.metrics import gone
 from tests.edge.replies import READY
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("ahead", [b"", b"EHLO ahead\r\n"])
 @pytest.mark.parametrize("hang", ["the second banner", "a reply to EHLO", "the first banner"])
-def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgotten(backend, edge, clients, kit, hang, ahead):
+def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgotten(backend, edge, clients, hang, ahead):
     waits = []
 
     def handler(peer):
@@ -41,16 +42,16 @@ def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgo
             assert client.ask(b"STARTTLS\r\n") == READY
             client = clients.upgrade(client)
         peers.append(client)
-    kit.until(lambda: len(waits) == 10, "the wait")
+    until(lambda: len(waits) == 10, "the wait")
     for client in peers:
         client.say(ahead)
     for client in peers:
         client.reset()
-    gone(program, kit, f"127.0.0.1:{program.starttls_port}")
+    gone(program, f"127.0.0.1:{program.starttls_port}")
     assert {entry["reason"] for entry in program.ended(10)} == {"client_reset"}
 
 
-def test_a_client_that_never_reads_is_let_go_even_when_the_220_does_not_fit(backend, edge, dial, kit, tmp_path):
+def test_a_client_that_never_reads_is_let_go_even_when_the_220_does_not_fit(backend, edge, dial, tmp_path):
     def handler(peer):
         peer.say(b"220 hi\r\n")
         while line := peer.line():
@@ -76,13 +77,13 @@ def test_a_client_that_never_reads_is_let_go_even_when_the_220_does_not_fit(back
     for count in counts:
         dial(path).say(b"NOOP\r\n" * count + b"STARTTLS\r\n")
     entries = program.ended(len(counts))
-    gone(program, kit, f"unix:{path}")
+    gone(program, f"unix:{path}")
     # Those for whom the 220 did fit have been asked to shake hands.
     assert {entry["reason"] for entry in entries} <= {"idle_timeout", "handshake_timeout"}
     assert "idle_timeout" in {entry["reason"] for entry in entries}
 
 
-def test_a_plaintext_clients_bytes_are_counted_once(backend, edge, greeted, kit):
+def test_a_plaintext_clients_bytes_are_counted_once(backend, edge, greeted):
     program = edge(backend=backend())
     client = greeted(program)
     said = [b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b"text\r\n.\r\nQUIT\r\n"]
@@ -98,10 +99,10 @@ def test_a_plaintext_clients_bytes_are_counted_once(backend, edge, greeted, kit)
     other.reset()
     assert [entry["bytes_in"] for entry in program.ended(2)] == [len(b"".join(said)), 17]
     total = len(b"".join(said)) + 17
-    kit.until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == total, "the count")
+    until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == total, "the count")
 
 
-def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients, kit):
+def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients):
     """Their descriptors pass to others. Many dead backends keep the edge busy, so that the reset comes before it has the 421."""
     dead = [f"127.0.0.{number}:9" for number in range(1, 255)]
     program = edge("--handshake-timeout", "20", *(f"--backend={address}" for address in dead[1:]), backend=dead[0])
@@ -111,7 +112,7 @@ def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients,
         assert client.more()  # the session ticket: the edge has the handshake behind it
         time.sleep(0.002)
         client.reset()
-    gone(program, kit, f"127.0.0.1:{program.tls_port}")
+    gone(program, f"127.0.0.1:{program.tls_port}")
     answers = []
 
     def well_behaved():
@@ -149,13 +150,13 @@ def test_connections_that_wait_in_the_queue_at_sigterm_are_served(backend, edge,
     assert program.process.wait(30) == 0
 
 
-def test_an_edge_that_drains_is_not_ready(backend, edge, clients, kit):
+def test_an_edge_that_drains_is_not_ready(backend, edge, clients):
     program = edge(backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
     assert program.fetch("/readyz")[0] == 200
     program.process.send_signal(signal.SIGTERM)
-    kit.until(lambda: program.events("draining"), "the drain")
+    until(lambda: program.events("draining"), "the drain")
     assert program.fetch("/readyz")[0] == 503
     assert program.fetch("/healthz")[0] == 200
     assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]

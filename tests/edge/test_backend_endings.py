@@ -37,7 +37,7 @@ def time_waits(port):
     return sum(row[2].endswith(f":{port:04X}") and row[3] == "06" for row in rows)
 
 
-def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clients, kit):
+def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clients):
     """With QUIT, with an upgrade, and without a word; it is the backend that closes first and keeps the TIME_WAIT."""
     server = backend()
     program = edge("--log-level", "debug", backend=server)

@@ -9,6 +9,7 @@ import pytest
 from tests.edge.backends import Flapping, backend_flags, counts
 from tests.edge.metrics import errors, up
 from tests.edge.replies import ENDED, READY
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def silent(backend):
     return silent
 
 
-def test_the_backend_with_the_fewest_connections_is_chosen(backend, edge, clients, kit):
+def test_the_backend_with_the_fewest_connections_is_chosen(backend, edge, clients):
     servers = [backend() for _ in range(3)]
     program = edge(*backend_flags(*servers[1:]), backend=servers[0])
     peers = [clients.tls(program.tls_port) for _ in range(9)]
@@ -62,7 +63,7 @@ def test_roundrobin_takes_each_in_turn_but_those_that_are_down(backend, edge, se
     assert len(servers[0].peers) + len(servers[2].peers) == 11
 
 
-def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, kit, clients):
+def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, clients):
     servers = [backend(), backend()]
     program = edge("--balance", "first", *backend_flags(servers[1]), backend=servers[0])
     for _ in range(3):
@@ -74,12 +75,12 @@ def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, kit, cli
     assert counts(*servers) == [3, 3]
     # Once was enough to find out.
     assert errors(program, servers[0], "refused") == 1
-    (line,) = kit.until(lambda: program.events("backend down"), "the line")
+    (line,) = until(lambda: program.events("backend down"), "the line")
     assert (line["level"], line["backends_up"]) == ("warning", 1)
     servers[1].close()
     client = clients.tls(program.tls_port)
     assert client.rest().startswith(b"421 4.3.2")
-    (_, last) = kit.until(lambda: len(lines := program.events("backend down")) == 2 and lines, "the last one")
+    (_, last) = until(lambda: len(lines := program.events("backend down")) == 2 and lines, "the last one")
     assert (last["level"], last["backend"], last["backends_up"]) == ("error", servers[1].address, 0)
 
 
@@ -189,9 +190,9 @@ def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend, edge, clients):
     assert heard == [b"EHLO early\r\n"]
 
 
-def test_a_backend_that_comes_and_goes_harms_nobody(backend, edge, served, kit):
+def test_a_backend_that_comes_and_goes_harms_nobody(backend, edge, served):
     """Two backends, one of them flapping, with and without checks; every client is served."""
-    steady, flapping = backend(), Flapping(kit)
+    steady, flapping = backend(), Flapping()
     program = edge("--health-interval", "0.1", "--balance", "roundrobin", *backend_flags(flapping), backend=steady)
     over = threading.Event()
 

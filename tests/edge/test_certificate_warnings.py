@@ -8,28 +8,30 @@ import shutil
 import pytest
 
 from fumi_core.version import VERSION
-from tests.starter import finished
+from tests.edge.clients import s_client
+from tests.support.starter import finished
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_start_is_logged_with_version_pid_and_certificates(backend, edge, authority, kit, workers):
+def test_the_start_is_logged_with_version_pid_and_certificates(backend, edge, authority, workers):
     (cert, key), more = authority.issue("localhost"), authority.issue("other.test", days=9)
     certs = ("--cert", cert, "--key", key, "--cert", more[0], "--key", more[1])
     program = edge("--workers", workers, backend=backend(), certs=certs)
-    (start,) = kit.until(lambda: program.events("starting"), "the line")
+    (start,) = until(lambda: program.events("starting"), "the line")
     assert (start["version"], start["pid"], start["workers"]) == (VERSION, program.process.pid, int(workers))
     lines = program.events("serving certificate")
     assert [(line["name"], line["file"]) for line in lines] == [("localhost", str(cert)), ("other.test", str(more[0]))]
     assert all(re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", line["expires"]) for line in lines)
 
 
-def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(backend, edge, authority, kit, tmp_path):
+def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(backend, edge, authority, tmp_path):
     cert, key = authority.issue("localhost", days=-1)
     server = backend()
     program = edge("--cert-reload-interval", "0.02", backend=server, certs=("--cert", cert, "--key", key))
-    (warning,) = kit.until(lambda: program.events("certificate is not valid"), "the warning")
+    (warning,) = until(lambda: program.events("certificate is not valid"), "the warning")
     assert warning["error"].startswith(f"{cert}: the certificate expired on 20")
-    assert re.search("^subject=CN ?= ?localhost$", kit.s_client(program.tls_port), re.MULTILINE)
+    assert re.search("^subject=CN ?= ?localhost$", s_client(program.tls_port), re.MULTILINE)
     assert program.fetch("/readyz")[0] == 503
     flags = ("--cert", cert, "--key", key, "--backend", server.address, "--check")
     done = finished("fumi-edge", *flags)
@@ -37,13 +39,13 @@ def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(bac
     assert len(program.events("certificate is not valid")) == 1
 
 
-def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(backend, edge, authority, kit, tmp_path):
+def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(backend, edge, authority, tmp_path):
     (cert, key), (expired, _) = authority.issue("localhost"), authority.issue("Old CA", days=-1, is_ca=True)
     chain, server = tmp_path / "chain.pem", backend()
     chain.write_text(cert.read_text() + expired.read_text())
     flags = ("--cert", chain, "--key", key, "--client-ca", expired)
     program = edge(backend=server, certs=flags)
-    warnings = kit.until(lambda: program.events("CA certificate is not valid"), "the warnings")
+    warnings = until(lambda: program.events("CA certificate is not valid"), "the warnings")
     assert [entry["level"] for entry in warnings] == ["warning", "warning"]
     done = finished("fumi-edge", *flags, "--backend", server.address, "--check")
     assert done.returncode == 2
@@ -54,7 +56,7 @@ def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(backend, edg
     assert finished("fumi-edge", "--cert", cert, "--key", key, "--backend", server.address, "--check").returncode == 0
 
 
-def test_what_serves_nobody_is_said_at_the_start(backend, edge, kit, make_authority, tmp_path):
+def test_what_serves_nobody_is_said_at_the_start(backend, edge, make_authority, tmp_path):
     authority = make_authority("An authority")
     both = tmp_path / "localhost.pem"
     both.write_text("".join(path.read_text() for path in authority.issue("localhost")))
@@ -62,7 +64,7 @@ def test_what_serves_nobody_is_said_at_the_start(backend, edge, kit, make_author
     server = backend()
     ciphers = ("--ciphers", "ECDHE-RSA-AES128-GCM-SHA256")
     program = edge(*ciphers, backend=server, certs=("--cert", tmp_path))
-    (mismatch,) = kit.until(lambda: program.events("no cipher for the certificates"), "the warning")
+    (mismatch,) = until(lambda: program.events("no cipher for the certificates"), "the warning")
     (skipped,) = program.events("certificate skipped")
     assert (skipped["level"], mismatch["level"]) == ("info", "warning")
     assert skipped["error"].startswith(f"{tmp_path}/ca.pem: holds no private key")

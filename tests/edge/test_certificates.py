@@ -12,7 +12,8 @@ import pytest
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import CertificateError, Pair, load
 from fumi_edge.tls.policy import Policy
-from tests.edge.renewal import serial
+from tests.edge.clients import s_client
+from tests.support.certificates import serial
 
 
 def shake_hands(certificates, name, client_context, session=None):
@@ -78,14 +79,14 @@ def test_a_name_gets_the_exact_certificate_then_the_wildcard_then_the_first(auth
         assert served(certificates, name) == first
 
 
-def test_an_rsa_and_an_ecdsa_certificate_for_one_name_are_both_served(backend, edge, authority, kit):
+def test_an_rsa_and_an_ecdsa_certificate_for_one_name_are_both_served(backend, edge, authority):
     """Clients that can verify only one kind get that one; names with one certificate are not offered another's."""
     ecdsa, rsa = authority.issue("both.test", "ecdsa.test"), authority.issue("both.test", "rsa.test", kind="rsa")
     program = edge(backend=backend(), certs=("--cert", ecdsa[0], "--key", ecdsa[1], "--cert", rsa[0], "--key", rsa[1]))
     trust = ("-CAfile", authority.path)
 
     def served(name, *flags):
-        return kit.s_client(program.tls_port, *trust, "-servername", name, *flags)
+        return s_client(program.tls_port, *trust, "-servername", name, *flags)
 
     for name, algorithms, peer in (
         ("both.test", "RSA-PSS+SHA256", "RSA.PSS"),
@@ -176,12 +177,12 @@ def test_a_renewal_makes_only_the_contexts_that_have_changed(authority):
     assert [one is other for one, other in zip(before, after, strict=True)] == [False, True]
 
 
-def test_without_a_server_name_both_kinds_of_port_show_the_first(backend, edge, authority, kit):
+def test_without_a_server_name_both_kinds_of_port_show_the_first(backend, edge, authority):
     first, second = authority.issue("first.test"), authority.issue("second.test")
     program = edge(backend=backend(), certs=("--cert", first[0], "--key", first[1], "--cert", second[0], "--key", second[1]))
     for port, starttls in ((program.tls_port, False), (program.starttls_port, True)):
         for name, shown in (("-noservername", "first.test"), ("-servername=second.test", "second.test")):
-            printed = kit.s_client(port, *name.split("="), starttls=starttls)
+            printed = s_client(port, *name.split("="), starttls=starttls)
             assert re.search(f"^subject=CN ?= ?{re.escape(shown)}$", printed, re.MULTILINE)
 
 

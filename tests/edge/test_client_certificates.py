@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from fumi_edge.tls.handshake import CN_LIMIT, HandshakeError, _check_session, _client_certificate
-from tests.starter import finished
+from tests.edge.clients import s_client
+from tests.support.starter import finished
+from tests.support.waiting import until
 
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 
@@ -131,14 +133,14 @@ def test_optional_means_that_a_client_may_have_none(backend, edge, clients, auth
         ("nobody", "-tls1_2", "alert handshake failure:"),
     ],
 )
-def test_a_refused_client_hears_why(backend, edge, authority, strangers, kit, who, version, alert, demand, starttls):
+def test_a_refused_client_hears_why(backend, edge, authority, strangers, who, version, alert, demand, starttls):
     """In TLS 1.3 the client is through before it is refused, and has sent its first command: the alert must survive that."""
     server = backend()
     program = edge("--client-ca", str(authority.path), "--client-cert", demand, backend=server)
     pair = {"unknown": lambda: strangers.issue("c"), "expired": lambda: authority.issue("c", days=-1), "nobody": tuple}[who]()
     flags = ("-cert", pair[0], "-key", pair[1]) if pair else ()
     port = program.starttls_port if starttls else program.tls_port
-    printed = kit.s_client(port, version, *flags, starttls=starttls, say="EHLO early.test\r\n" * 50 + "QUIT\r\n")
+    printed = s_client(port, version, *flags, starttls=starttls, say="EHLO early.test\r\n" * 50 + "QUIT\r\n")
     if who == "nobody" and demand == "optional":
         assert "alert" not in printed
         return
@@ -164,10 +166,10 @@ def test_a_refused_client_may_go_on_talking_and_still_hears_why(backend, edge, c
     assert program.ended()[0]["reason"] == "handshake_certificate"
 
 
-def test_why_a_certificate_did_not_verify_is_in_the_log(backend, edge, authority, strangers, kit):
+def test_why_a_certificate_did_not_verify_is_in_the_log(backend, edge, authority, strangers):
     program = edge("--client-ca", str(authority.path), backend=backend())
     cert, key = strangers.issue("stranger")
-    kit.s_client(program.tls_port, "-cert", cert, "-key", key)
+    s_client(program.tls_port, "-cert", cert, "-key", key)
     assert program.ended()[0]["error"] == "certificate verify failed: unable to get local issuer certificate"
 
 
@@ -194,7 +196,7 @@ def test_a_name_that_is_no_text_leaves_a_client_without_a_name(backend, edge, cl
     assert (server.peer().header.ssl.client, server.peer().header.ssl.verify) == (0x07, 0)
 
 
-def test_new_authorities_are_asked_from_the_next_reload_on(backend, edge, clients, authority, strangers, context, tmp_path, kit):
+def test_new_authorities_are_asked_from_the_next_reload_on(backend, edge, clients, authority, strangers, context, tmp_path):
     """Also of clients that would resume a session for which an old one vouched."""
     ca = tmp_path / "ca.pem"
     ca.write_text(authority.path.read_text())
@@ -204,10 +206,10 @@ def test_new_authorities_are_asked_from_the_next_reload_on(backend, edge, client
     first = clients.tls(program.tls_port, context=old)
     first.line()
     ca.write_text("# none\n")
-    kit.until(lambda: program.events("certificate not loaded"), "the complaint")
+    until(lambda: program.events("certificate not loaded"), "the complaint")
     assert clients.tls(program.tls_port, context=old).line().startswith(b"220")
     ca.write_text(strangers.path.read_text())
-    kit.until(lambda: program.metric("fumi_edge_certificate_reloads_total", result="ok"), "the reload")
+    until(lambda: program.metric("fumi_edge_certificate_reloads_total", result="ok"), "the reload")
     new = context(strangers.issue("new"), ssl.TLSVersion.TLSv1_2)
     assert clients.tls(program.tls_port, context=new).line().startswith(b"220")
     raw = clients.plain(program.tls_port)

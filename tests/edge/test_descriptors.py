@@ -7,8 +7,11 @@ import os
 import resource
 import threading
 
+from tests.edge.backends import smtp
+from tests.support.waiting import until
 
-def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, clients, kit):
+
+def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, clients):
     program = edge("--log-level", "debug", backend=backend())
     pid = program.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -25,20 +28,20 @@ def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, cli
         program.ended(before_it + 1)
         return line.startswith(b"421 4.3.2 ")
 
-    kit.until(came_too_late, "a 421")
+    until(came_too_late, "a 421")
     assert program.metric("fumi_edge_backend_up") == 1
     assert program.events("backend down") == []
     assert clients.plain(program.starttls_port).line().startswith(b"220")
     assert clients.tls(program.tls_port).line().startswith(b"220")
 
 
-def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clients, kit):
+def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clients):
     """With few descriptors, accept pauses, says so once, and resumes when some are free."""
     program = edge(backend=backend())
     most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (24, most))
     waiting = [clients.plain(program.starttls_port) for _ in range(20)]
-    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    until(lambda: program.events("cannot accept, pausing"), "the pause")
     for client in waiting:
         client.close()
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (most, most))
@@ -47,11 +50,11 @@ def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clie
         client = clients.tls(program.tls_port)
         return client.line().startswith(b"220")
 
-    kit.until(answered, "an answer")
+    until(answered, "an answer")
     assert len(program.events("cannot accept, pausing")) == 1
 
 
-def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge, clients, kit):
+def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge, clients):
     """A client takes two: where there is one left, it is not accepted, and the backend's are not missed."""
     program = edge("--health-interval", "0.2", backend=backend())
     most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
@@ -68,12 +71,12 @@ def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge,
     assert {entry["reason"] for entry in program.ended(60)} == {"backend_closed"}
 
 
-def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slow_to_close(backend, edge, clients, kit):
+def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slow_to_close(backend, edge, clients):
     """Each needs a second connection to the backend, and the first one is not closed yet."""
     go = threading.Event()
 
     def handler(peer):
-        kit.smtp(peer)
+        smtp(peer)
         go.wait(20)
 
     program = edge("--max-clients", "1000", backend=backend(handler))
@@ -89,7 +92,7 @@ def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slo
         assert peer.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     # Others wait until there is room, and are not turned away.
     late = [clients.plain(program.starttls_port) for _ in range(20)]
-    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    until(lambda: program.events("cannot accept, pausing"), "the pause")
     go.set()
     for peer in upgraded:
         peer.close()

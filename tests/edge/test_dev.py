@@ -6,19 +6,20 @@ import signal
 import smtplib
 import ssl
 
-from tests.edge.program import run
+from tests.edge.program import Program, run
+from tests.support.waiting import until
 
 PORTS = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
 
 
-def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(clients, kit, monkeypatch, tmp_path):
+def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(clients, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    program = kit.Program("--dev", *PORTS, cwd=tmp_path)
+    program = Program("--dev", *PORTS, cwd=tmp_path)
     try:
         assert clients.plain(program.starttls_port).line().startswith(b"220")
         assert list(tmp_path.glob("fumi-dev-*"))
         program.process.send_signal(signal.SIGTERM)
-        kit.until(lambda: program.events("draining"), "the drain")
+        until(lambda: program.events("draining"), "the drain")
         program.stop()
         assert list(tmp_path.glob("fumi-dev-*/key.pem")) == []
         assert not [line for line in program.noise if "Traceback" in line]
@@ -32,9 +33,9 @@ def test_dev_mode_can_be_checked(monkeypatch, tmp_path):
     assert list(tmp_path.glob("fumi-dev-*")) == []
 
 
-def test_dev_mode_takes_a_message_over_both_ports(tmp_path, kit):
+def test_dev_mode_takes_a_message_over_both_ports(tmp_path):
     ports = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
-    program = kit.Program("--dev", *ports, cwd=tmp_path)
+    program = Program("--dev", *ports, cwd=tmp_path)
     try:
         context = ssl._create_unverified_context()
         with smtplib.SMTP_SSL("127.0.0.1", program.tls_port, context=context) as client:

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
-from tests.edge.backends import Flapping, backend_flags, counts
+from tests.edge.backends import Flapping, backend_flags, counts, smtp
 from tests.edge.metrics import errors, up
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 CORE = Path(sys.executable).with_name("fumi-core")
 
 
-def test_a_check_says_local_and_quit_and_is_no_client(backend, edge, kit):
+def test_a_check_says_local_and_quit_and_is_no_client(backend, edge):
     heard = []
 
     def handler(peer):
@@ -25,7 +27,7 @@ def test_a_check_says_local_and_quit_and_is_no_client(backend, edge, kit):
         heard.append((peer.header.version, peer.header.command, peer.header.tls, peer.line()))
 
     program = edge("--health-interval", "0.05", backend=backend(handler))
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
     program.stop()
     assert set(heard) == {(2, "LOCAL", None, b"QUIT\r\n")}
     assert program.events("connection ended") == []
@@ -33,7 +35,7 @@ def test_a_check_says_local_and_quit_and_is_no_client(backend, edge, kit):
 
 @pytest.mark.parametrize("interval", ["30", "0"], ids=["by the clock", "when asked"])
 @pytest.mark.parametrize("version", ["v1", "off"])
-def test_a_check_says_what_the_protocol_has_words_for(backend, edge, kit, version, interval):
+def test_a_check_says_what_the_protocol_has_words_for(backend, edge, version, interval):
     """Version 1 has none that servers take: a check names its own connection, as HAProxy's do."""
     heard, wanted = [], []
 
@@ -46,8 +48,8 @@ def test_a_check_says_what_the_protocol_has_words_for(backend, edge, kit, versio
 
     server = backend(handler, proxy=False)
     program = edge("--health-interval", interval, "--proxy-protocol", version, backend=server)
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
-    kit.until(lambda: heard[-1:] == [b"QUIT\r\n"], "the check")
+    until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    until(lambda: heard[-1:] == [b"QUIT\r\n"], "the check")
     assert heard[: len(wanted[:1]) + 1] == [*wanted[:1], b"QUIT\r\n"]
 
 
@@ -73,28 +75,28 @@ def test_a_balancers_own_check_is_one_that_a_backend_of_version_1_takes(backend,
     assert heard == [True]
 
 
-def test_a_backend_that_is_slow_to_greet_is_up(backend, edge, kit):
+def test_a_backend_that_is_slow_to_greet_is_up(backend, edge):
     """The time to connect is not the time for the banner: postscreen takes six seconds for that."""
     go = threading.Event()
 
     def handler(peer):
         peer.say(b"220-wait\r\n")
         go.wait(20)
-        kit.smtp(peer)
+        smtp(peer)
 
     server = backend(handler)
     program = edge("--health-interval", "0.05", "--connect-timeout", "0.2", backend=server)
     threading.Timer(0.6, go.set).start()
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
     assert errors(program, server, "banner") == 0
 
 
 @pytest.mark.parametrize("interval", ["0.05", "0"], ids=["by the clock", "when asked"])
-def test_a_backend_that_does_not_greet_within_the_health_timeout_is_down(backend, edge, kit, interval):
+def test_a_backend_that_does_not_greet_within_the_health_timeout_is_down(backend, edge, interval):
     server = backend(lambda peer: peer.rest())
     program = edge("--health-interval", interval, "--health-timeout", "0.2", backend=server)
     said = f"backend {server.address}: did not greet within 0.2 s\n"
-    kit.until(lambda: program.fetch("/readyz") == (503, said), "the fall")
+    until(lambda: program.fetch("/readyz") == (503, said), "the fall")
 
 
 def test_one_backend_that_greets_is_enough_however_long_another_takes(backend, edge):
@@ -103,8 +105,8 @@ def test_one_backend_that_greets_is_enough_however_long_another_takes(backend, e
     assert program.fetch("/readyz") == (200, "ready\n")
 
 
-def test_the_cores_log_says_nothing_of_checks(certificate, edge, kit, programs):
-    core, metrics = programs.free_port(), programs.free_port()
+def test_the_cores_log_says_nothing_of_checks(certificate, edge, programs):
+    core, metrics = free_port(), free_port()
     command = (
         CORE,
         "--listen",
@@ -118,8 +120,8 @@ def test_the_cores_log_says_nothing_of_checks(certificate, edge, kit, programs):
     )
     programs.start(*command, port=core, log="core.log")
     program = edge("--health-interval", "0.05", backend=f"127.0.0.1:{core}")
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
-    kit.until(lambda: quits(metrics) >= 5, "five checks")
+    until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    until(lambda: quits(metrics) >= 5, "five checks")
     log = (programs.directory / "core.log").read_text()
     assert "session" not in log
     assert "WARN" not in log
@@ -134,27 +136,27 @@ def quits(port):
     return float(next(line.split()[-1] for line in text.splitlines() if 'commands_total{command="QUIT"}' in line))
 
 
-def test_backend_up_and_readiness_follow_the_checks(backend, edge, kit):
-    flapping = Flapping(kit)
+def test_backend_up_and_readiness_follow_the_checks(backend, edge):
+    flapping = Flapping()
     program = edge("--health-interval", "0.05", backend=flapping)
-    kit.until(lambda: up(program, flapping) == 0, "the fall")
+    until(lambda: up(program, flapping) == 0, "the fall")
     status, text = program.fetch("/readyz")
     assert (status, text) == (503, f"backend {flapping.address}: Connection refused\n")
     for _ in range(2):
         flapping.appear()
-        kit.until(lambda: up(program, flapping) == 1, "the rise")
+        until(lambda: up(program, flapping) == 1, "the rise")
         assert program.fetch("/readyz") == (200, "ready\n")
         flapping.vanish()
-        kit.until(lambda: up(program, flapping) == 0, "the fall")
+        until(lambda: up(program, flapping) == 0, "the fall")
         assert program.fetch("/readyz")[0] == 503
     assert errors(program, flapping, "refused") >= 3
     # One line for each change.
-    kit.until(lambda: len(program.events("backend down")) >= 3, "the last line in the log")
+    until(lambda: len(program.events("backend down")) >= 3, "the last line in the log")
     assert len(program.events("backend down")) == 3
     assert len(program.events("backend up")) == 2
 
 
-def test_a_backend_that_greets_with_something_else_gets_nobody(backend, edge, served, kit):
+def test_a_backend_that_greets_with_something_else_gets_nobody(backend, edge, served):
     """Connecting to it works, and still nothing but the checks brings it back."""
     answers = [b"421 4.3.2 draining\r\n"]
 
@@ -167,14 +169,14 @@ def test_a_backend_that_greets_with_something_else_gets_nobody(backend, edge, se
 
     sick, well = backend(handler), backend()
     program = edge("--health-interval", "0.05", "--balance", "first", *backend_flags(well), backend=sick)
-    kit.until(lambda: up(program, sick) == 0, "the fall")
+    until(lambda: up(program, sick) == 0, "the fall")
     for _ in range(5):
         served(program)
     assert counts(sick, well) == [0, 5]
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
+    until(lambda: program.fetch("/readyz")[0] == 200, "readiness")
     assert errors(program, sick, "banner") >= 1
     answers[0] = b"220 again\r\n"
-    kit.until(lambda: up(program, sick) == 1, "the rise")
+    until(lambda: up(program, sick) == 1, "the rise")
     served(program)
     assert counts(sick, well) == [1, 5]
 
@@ -191,7 +193,7 @@ IGNORANT = "does it know the PROXY protocol? else --proxy-protocol off"
     ],
 )
 @pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
-def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, edge, kit, version, answers, words, together):
+def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, edge, version, answers, words, together):
     """It greets, as one that knows no PROXY protocol does; and no client could talk to it."""
 
     def handler(peer):
@@ -203,22 +205,22 @@ def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(backend, ed
 
     server = backend(handler, proxy=False)
     program = edge("--health-interval", "0.05", "--proxy-protocol", version, backend=server)
-    kit.until(lambda: up(program, server) == 0, "the fall")
+    until(lambda: up(program, server) == 0, "the fall")
     detail = f"answered {answers.split(bytes((13,)))[0].decode()!r} to {words}"
     assert program.fetch("/readyz") == (503, f"backend {server.address}: {detail}\n")
     assert errors(program, server, "banner") >= 1
-    (failed,) = kit.until(lambda: program.events("backend down"), "the line in the log")
+    (failed,) = until(lambda: program.events("backend down"), "the line in the log")
     assert (failed["reason"], failed["error"]) == ("banner", detail)
 
 
-def test_a_backend_that_waits_for_a_header_that_is_off_is_said_to(backend, edge, kit):
+def test_a_backend_that_waits_for_a_header_that_is_off_is_said_to(backend, edge):
     server = backend(lambda peer: peer.rest(), proxy=False)
     program = edge("--health-interval", "0.05", "--health-timeout", "0.1", "--proxy-protocol", "off", backend=server)
-    kit.until(lambda: up(program, server) == 0, "the fall")
+    until(lambda: up(program, server) == 0, "the fall")
     assert program.fetch("/readyz")[1].endswith(": did not greet within 0.1 s; or it waits for a PROXY header\n")
 
 
-def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients, kit):
+def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients):
     """Between two checks a backend may have come back; and its own words are better than ours."""
 
     def handler(peer):
@@ -227,13 +229,13 @@ def test_when_all_are_down_they_are_tried_all_the_same(backend, edge, clients, k
     servers = [backend(handler), backend(handler)]
     program = edge("--health-interval", "0.05", *backend_flags(servers[1]), backend=servers[0])
     for server in servers:
-        kit.until(lambda server=server: up(program, server) == 0, "the fall")
+        until(lambda server=server: up(program, server) == 0, "the fall")
     assert clients.tls(program.tls_port).rest() == b"421 4.3.2 draining\r\n"
     assert [up(program, server) for server in servers] == [0, 0]
     assert program.events("backend up") == []
 
 
-def test_checks_that_hang_hold_up_nobody(edge, clients, kit, backend):
+def test_checks_that_hang_hold_up_nobody(edge, clients, backend):
     """A backend that accepts and says nothing is down; clients go to the other."""
 
     def handler(peer):
@@ -243,6 +245,6 @@ def test_checks_that_hang_hold_up_nobody(edge, clients, kit, backend):
     # So long a timeout that the other one answers in time, however busy this machine is.
     hanging = ("--health-interval", "0.05", "--health-timeout", "2", "--balance", "first")
     program = edge(*hanging, *backend_flags(well), backend=hung)
-    kit.until(lambda: up(program, hung) == 0, "the fall")
+    until(lambda: up(program, hung) == 0, "the fall")
     assert clients.tls(program.tls_port).line().startswith(b"220")
     assert hung.peers == []

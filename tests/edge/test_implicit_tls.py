@@ -132,7 +132,7 @@ def test_ciphers_without_forward_secrecy_are_refused(backend, edge, clients):
         clients.tls(program.tls_port, context=context)
 
 
-def test_the_backend_is_contacted_only_after_the_handshake(backend, edge, clients, kit):
+def test_the_backend_is_contacted_only_after_the_handshake(backend, edge, clients):
     server = backend()
     program = edge("--handshake-timeout", "2", "--log-level", "debug", backend=server)
     silent = clients.plain(program.tls_port)

@@ -12,6 +12,7 @@ import pytest
 import fumi_edge.connection.inbound
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_edge.connection.inbound import HeaderError, receive_client
+from tests.support.waiting import until
 
 READY = [b"220 2.0.0 Ready to start TLS\r\n"]
 SOURCE, DESTINATION = ("192.0.2.7", 40000), ("198.51.100.1", 25)
@@ -148,14 +149,14 @@ def test_header_and_commands_may_come_in_one_packet_or_byte_by_byte(behind, clie
     assert server.peer(1).header.source == SOURCE6
 
 
-def test_who_is_not_trusted_is_closed_at_once_and_counted(behind, clients, kit):
+def test_who_is_not_trusted_is_closed_at_once_and_counted(behind, clients):
     program, server = behind("--trusted-proxy", "192.0.2.0/24")
     assert ended(clients.plain(program.starttls_port)) == b""
     with pytest.raises((ssl.SSLError, ConnectionError)):
         clients.tls(program.tls_port)
     assert rejected(program, "untrusted") == 2
     assert rejected(program, "proxy_header") == 0
-    assert kit.until(lambda: program.events("rejected"), "the line")[0]["reason"] == "untrusted"
+    assert until(lambda: program.events("rejected"), "the line")[0]["reason"] == "untrusted"
     assert server.peers == []
 
 
@@ -196,18 +197,18 @@ def test_a_header_that_is_cut_off_is_counted(behind, clients):
     assert rejected(program, "proxy_header") == 1
 
 
-def test_a_balancer_that_only_looks_whether_the_port_is_open_is_no_news(behind, clients, arrive, kit):
+def test_a_balancer_that_only_looks_whether_the_port_is_open_is_no_news(behind, clients, arrive):
     program, _ = behind()
     for _ in range(3):
         clients.plain(program.tls_port).close()
     listener = f"127.0.0.1:{program.tls_port}"
-    kit.until(lambda: program.metric("fumi_edge_connections_total", listener=listener) == 3, "the look")
-    kit.until(lambda: program.metric("fumi_edge_connections_active", listener=listener) == 0, "the end")
+    until(lambda: program.metric("fumi_edge_connections_total", listener=listener) == 3, "the look")
+    until(lambda: program.metric("fumi_edge_connections_active", listener=listener) == 0, "the end")
     assert rejected(program, "proxy_header") == 0
     assert program.events("connection ended") == []
 
 
-def test_a_balancers_checks_are_no_clients_without_tls(behind, clients, kit):
+def test_a_balancers_checks_are_no_clients_without_tls(behind, clients):
     program, _ = behind()
     own = clients.plain(program.starttls_port)
     source, destination = own.sock.getsockname(), own.sock.getpeername()
@@ -223,7 +224,7 @@ def test_a_balancers_checks_are_no_clients_without_tls(behind, clients, kit):
         client.ask(b"QUIT\r\n")
         client.close()
     listener = f"127.0.0.1:{program.starttls_port}"
-    kit.until(lambda: program.metric("fumi_edge_session_seconds_count") == 5, "the end of all")
+    until(lambda: program.metric("fumi_edge_session_seconds_count") == 5, "the end of all")
     assert program.metric("fumi_edge_connections_total", listener=listener) == 5
     results = ("upgraded", "plaintext", "refused", "injection")
     assert [program.metric("fumi_edge_starttls_total", result=result) for result in results] == [0, 1, 0, 0]

@@ -9,22 +9,24 @@ import subprocess
 import sys
 import termios
 import threading
+from hashlib import sha256
 
 import pytest
 
 from tests.edge.buffers import settled, waiting
 from tests.edge.memory_tls import Engine
+from tests.support.waiting import until
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="reaches into CPython's ssl objects")
-def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients, dial, kit, tmp_path):
+def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients, dial, tmp_path):
     """The answer to a key update has to wait for a client that does not read, while the backend does not read either."""
     with socket.socket(socket.AF_UNIX) as sock:
         room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     # What the edge reads at once between two key updates is more than its backend's socket still takes.
     numbers = random.Random(1)
     begin, between, behind, end = (numbers.randbytes(size) for size in (room * 2 // 3, 112 * 1024, 30_000, 40_000))
-    whole = kit.hash(begin + between + behind + end)
+    whole = sha256(begin + between + behind + end).digest()
     go = threading.Event()
     said, received = [], {}
 
@@ -49,7 +51,7 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
         return {size: waiting(engine.sock, which) for size, engine in engines.items()}
 
     # Where the edge itself holds more to write, OpenSSL (here 3.0) gives up the connection at a second key update.
-    kit.until(lambda: len(said) == len(engines), "the words of every backend")
+    until(lambda: len(said) == len(engines), "the words of every backend")
     for size, received_by_kernel in settled(unread, program).items():
         if received_by_kernel < size:
             engines.pop(size).sock.close()
@@ -71,11 +73,11 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
         engine.write(end)
         engine.flush()
         engine.sock.shutdown(socket.SHUT_WR)
-    kit.until(lambda: engines.keys() <= received.keys(), "the end of every upload")
-    assert [size for size in engines if kit.hash(received[size]) != whole] == []
+    until(lambda: engines.keys() <= received.keys(), "the end of every upload")
+    assert [size for size in engines if sha256(received[size]).digest() != whole] == []
 
 
-def test_a_key_update_in_mid_stream_loses_nothing(backend, edge, clients, certificate, kit):
+def test_a_key_update_in_mid_stream_loses_nothing(backend, edge, clients, certificate):
     """openssl's client rekeys at a line 'K'; the tunnel reads and answers the key update between two records."""
 
     program = edge(backend=backend())

@@ -9,6 +9,8 @@ import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_edge.connection.limits import Limits, Rate, parse_rate
+from tests.support.peer import Peer
+from tests.support.waiting import until
 
 TOO_MANY = b"421 4.7.0 Too many connections, try again later\r\n"
 
@@ -18,13 +20,13 @@ def rejected(program, reason):
 
 
 @pytest.fixture
-def come(kit):
+def come():
     """A client with an address of this machine's own choosing: all of 127.0.0.0/8 is here."""
     peers = []
 
     def come(port, host="127.0.0.1"):
         sock = socket.create_connection(("127.0.0.1", port), 30, source_address=(host, 0))
-        peers.append(kit.Peer(sock))
+        peers.append(Peer(sock))
         return peers[-1]
 
     yield come
@@ -32,7 +34,7 @@ def come(kit):
         peer.close()
 
 
-def test_an_address_has_so_many_connections_and_others_have_their_own(backend, edge, clients, come, kit):
+def test_an_address_has_so_many_connections_and_others_have_their_own(backend, edge, clients, come):
     program = edge("--max-clients-per-ip", "2", backend=backend())
     first, second = come(program.starttls_port), clients.tls(program.tls_port)
     first.line()
@@ -90,7 +92,7 @@ def test_behind_a_balancer_it_is_the_clients_address_that_counts(backend, edge, 
     assert rejected(program, reason) == 3
 
 
-def test_a_client_that_was_turned_away_does_not_count_as_open(backend, edge, come, kit):
+def test_a_client_that_was_turned_away_does_not_count_as_open(backend, edge, come):
     program = edge("--accept-proxy", "--max-clients", "2", "--max-clients-per-ip", "1", backend=backend())
     header = ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.7", 1), ("192.0.2.1", 25)).to_bytes()
     listener = f"127.0.0.1:{program.starttls_port}"
@@ -102,7 +104,7 @@ def test_a_client_that_was_turned_away_does_not_count_as_open(backend, edge, com
         client.say(header)
         assert client.rest() == TOO_MANY
         client.close()
-        kit.until(lambda: program.metric("fumi_edge_connections_active", listener=listener) == 1, "its end")
+        until(lambda: program.metric("fumi_edge_connections_active", listener=listener) == 1, "its end")
         assert rejected(program, "max_clients_per_ip") == number
     first.ask(b"QUIT\r\n")
     first.close()
@@ -113,7 +115,7 @@ def test_a_client_that_was_turned_away_does_not_count_as_open(backend, edge, com
 
 
 @pytest.mark.parametrize("behind_a_balancer", [False, True])
-def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, kit, behind_a_balancer):
+def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, behind_a_balancer):
     flags = ("--accept-proxy",) if behind_a_balancer else ()
     header = b"PROXY TCP4 192.0.2.7 192.0.2.1 1 25\r\n" if behind_a_balancer else b""
     program = edge("--max-clients-per-ip", "1", *flags, backend=backend())
@@ -130,7 +132,7 @@ def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, k
     def said():
         return len(program.events("rejected")) + sum(entry["count"] for entry in program.events("rejected, more suppressed"))
 
-    kit.until(lambda: said() == 300, "the count in the log")
+    until(lambda: said() == 300, "the count in the log")
     assert len(program.events("rejected") + program.events("rejected, more suppressed")) < 60
     assert program.events("rejected")[0]["client_ip"] == ("192.0.2.7" if behind_a_balancer else "127.0.0.1")
     assert program.events("connection ended") == []
@@ -145,13 +147,13 @@ def test_what_is_unsaid_at_the_end_is_said(backend, edge, come):
     assert len(program.events("rejected")) + sum(entry["count"] for entry in program.events("rejected, more suppressed")) == 5
 
 
-def test_clients_on_a_unix_socket_have_no_address_to_limit(backend, edge, kit, tmp_path):
+def test_clients_on_a_unix_socket_have_no_address_to_limit(backend, edge, tmp_path):
     path = str(tmp_path / "edge.sock")
     edge("--starttls-listen", f"unix:{path}", "--max-clients-per-ip", "1", "--rate-per-ip", "1/h", backend=backend())
     for _ in range(3):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(path)
-            assert kit.Peer(sock).line().startswith(b"220")
+            assert Peer(sock).line().startswith(b"220")
 
 
 # The counting itself, with a clock of our own

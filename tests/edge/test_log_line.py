@@ -19,6 +19,8 @@ import pytest
 import fumi_edge
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_edge.connection.tunnel import LINGER_SECONDS
+from tests.edge.backends import smtp
+from tests.support.waiting import until
 
 ALWAYS = {
     "time",
@@ -49,14 +51,11 @@ def end(reason, *besides, marks=()):
 
 
 @pytest.fixture
-def scene(backend, edge, clients, kit):
+def scene(backend, edge, clients):
     """What the functions below act on: ``start(*flags)`` runs the program before one backend."""
 
     class Scene:
-        until = staticmethod(kit.until)
-        Peer = kit.Peer
-
-        def start(self, *flags, handler=kit.smtp):
+        def start(self, *flags, handler=smtp):
             self.backend = backend(handler)
             self.program = edge("--log-level", "debug", *flags, backend=self.backend)
 
@@ -77,7 +76,7 @@ def scene(backend, edge, clients, kit):
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(backend, edge, clients, kit, balanced):
+def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(backend, edge, clients, balanced):
     """Somebody checks the port, and hangs up, breaks off or waits."""
     server = backend()
     accept = ("--accept-proxy",) if balanced else ()
@@ -95,7 +94,7 @@ def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(backend, e
             client.say(header)
             getattr(client, leave)()
             client.close()
-    kit.until(lambda: active() == 0, "the end of them")
+    until(lambda: active() == 0, "the end of them")
     tls = f"127.0.0.1:{program.tls_port}"
     for result in ("reset", "timeout", "protocol"):
         assert program.metric("fumi_edge_handshakes_total", listener=tls, result=result) == 0
@@ -267,7 +266,7 @@ def one_too_many(scene, *flags):
         client.say(b"PROXY TCP4 192.0.2.1 192.0.2.2 7 25\r\n")
         client.line()
     # What the flood's own line says is not said again unless asked for.
-    assert [entry["client_ip"] for entry in scene.until(lambda: scene.program.events("rejected"))] == ["192.0.2.1"]
+    assert [entry["client_ip"] for entry in until(lambda: scene.program.events("rejected"))] == ["192.0.2.1"]
     return client, {"client_ip": "192.0.2.1", "client_port": 7, "level": "debug"}
 
 
@@ -318,25 +317,25 @@ def test_a_connection_that_is_not_let_in_is_a_line_too(scene):
     scene.start("--max-clients", "1")
     scene.over_tls()
     assert scene.starttls_port().rest()
-    (line,) = scene.until(lambda: scene.program.events("rejected"))
+    (line,) = until(lambda: scene.program.events("rejected"))
     assert set(line) == {"time", "level", "logger", "event", "client_ip", "listener", "reason"}
     assert (line["client_ip"], line["reason"]) == ("127.0.0.1", "max_clients")
 
 
-def test_a_text_line_has_the_fields_of_the_json_line(backend, certificate, clients, kit, tmp_path):
+def test_a_text_line_has_the_fields_of_the_json_line(backend, certificate, clients, tmp_path):
     cert, key = certificate
     log = tmp_path / "log"
     command = [Path(sys.executable).with_name("fumi-edge"), "--cert", cert, "--key", key, "--backend", backend().address]
     with log.open("w") as output:
         process = subprocess.Popen([*command, "--listen", "127.0.0.1:0", "--health-interval", "0"], stderr=output)
     try:
-        kit.until(lambda: "listening" in log.read_text(), "the start")
+        until(lambda: "listening" in log.read_text(), "the start")
         client = clients.tls(int(re.search(r"listener=127\.0\.0\.1:(\d+)", log.read_text())[1]))
         client.line()
         client.ask(b"QUIT\r\n")
         assert client.rest() == b""
         client.close()
-        kit.until(lambda: "connection ended" in log.read_text(), "the line")
+        until(lambda: "connection ended" in log.read_text(), "the line")
     finally:
         process.kill()
         process.wait()

@@ -6,6 +6,7 @@ import pytest
 
 from tests.edge.metrics import rejected
 from tests.edge.replies import READY
+from tests.support.waiting import until
 
 
 def insists_on_tls(peer):
@@ -26,7 +27,7 @@ def insists_on_tls(peer):
 
 
 @pytest.mark.parametrize("command", [b"MAIL FROM:<a@b>\r\n", b"AUTH PLAIN AGEAYg==\r\n"])
-def test_a_client_whose_backend_insists_on_tls_can_upgrade_then_and_send(backend, edge, clients, greeted, kit, command):
+def test_a_client_whose_backend_insists_on_tls_can_upgrade_then_and_send(backend, edge, clients, greeted, command):
     server = backend(insists_on_tls)
     program = edge(backend=server)
     client = greeted(program)
@@ -39,7 +40,7 @@ def test_a_client_whose_backend_insists_on_tls_can_upgrade_then_and_send(backend
     assert [client.ask(line)[0][:3] for line in mail] == [b"250", b"250", b"250", b"354"]
     assert client.ask(b"hello\r\n.\r\n") == [b"250 2.0.0 queued\r\n"]
     assert server.peer(1).heard == [*mail, b"hello\r\n"]
-    kit.until(lambda: program.metric("fumi_edge_starttls_total", result="upgraded") == 1, "the upgrade")
+    until(lambda: program.metric("fumi_edge_starttls_total", result="upgraded") == 1, "the upgrade")
 
 
 def test_starttls_inside_a_message_that_comes_with_its_envelope_is_only_text(backend, edge, greeted):
@@ -88,7 +89,7 @@ HTTP = [b"GET / HTTP/1.1\r\nHost: x\r\nAccept: y\r\n\r\n", b"POST /a HTTP/1.0\r\
 @pytest.mark.parametrize(
     ("flags", "hellos"), [((), NOT_SMTP), (("--require-tls",), NOT_SMTP + HTTP)], ids=["", "require-tls"]
 )  # fmt: skip
-def test_who_does_not_speak_smtp_gets_one_554_and_the_end(backend, edge, greeted, kit, flags, hellos):
+def test_who_does_not_speak_smtp_gets_one_554_and_the_end(backend, edge, greeted, flags, hellos):
     server = backend()
     program = edge(*flags, backend=server)
     for number, hello in enumerate(hellos, 1):
@@ -98,7 +99,7 @@ def test_who_does_not_speak_smtp_gets_one_554_and_the_end(backend, edge, greeted
         assert words.startswith(b"554 5.5.1 ")
         assert words.count(b"\n") == 1
         client.close()
-        kit.until(lambda count=number: rejected(program, "not_smtp") == count, "the count")
+        until(lambda count=number: rejected(program, "not_smtp") == count, "the count")
     assert [entry["reason"] for entry in program.ended(len(hellos))] == ["not_smtp"] * len(hellos)
     assert not {line for peer in server.peers for line in peer.heard} - {b"QUIT\r\n"}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import pytest
 
 from tests.edge.metrics import starttls_total
 from tests.edge.replies import GREETED, READY
+from tests.support.waiting import until
 
 
-def test_a_client_that_never_upgrades_is_passed_through_untouched(backend, edge, greeted, kit):
+def test_a_client_that_never_upgrades_is_passed_through_untouched(backend, edge, greeted):
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -21,11 +24,11 @@ def test_a_client_that_never_upgrades_is_passed_through_untouched(backend, edge,
     assert client.rest() == b""
     assert server.peer().heard == [*said, *content, b"QUIT\r\n"]
     assert server.peer().header.tls is None
-    starttls_total(program, kit, "plaintext")
+    starttls_total(program, "plaintext")
     assert len(server.peers) == 1
 
 
-def test_a_client_may_upgrade_after_a_message_in_plaintext(backend, edge, clients, greeted, kit):
+def test_a_client_may_upgrade_after_a_message_in_plaintext(backend, edge, clients, greeted):
     """STARTTLS is answered for as long as it was offered; what a message holds is no command."""
     server = backend()
     program = edge(backend=server)
@@ -38,7 +41,7 @@ def test_a_client_may_upgrade_after_a_message_in_plaintext(backend, edge, client
     assert client.ask(b"STARTTLS\r\n") == READY
     assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     assert server.peer(1).header.tls is not None
-    starttls_total(program, kit, "upgraded")
+    starttls_total(program, "upgraded")
 
 
 def test_bytes_after_starttls_are_refused_after_a_message_too(backend, edge, greeted):
@@ -54,7 +57,7 @@ def test_bytes_after_starttls_are_refused_after_a_message_too(backend, edge, gre
 
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("way", ["DATA", "BDAT"])
-def test_a_long_message_in_plaintext_arrives_as_it_is(backend, edge, greeted, kit, way, slow):
+def test_a_long_message_in_plaintext_arrives_as_it_is(backend, edge, greeted, way, slow):
     text = b"".join(b"line %d \0\xff\n.\r\n..\r\n" % number for number in range(200_000))
     whole = text + b"\r\n.\r\n" if way == "DATA" else text
     received = []
@@ -70,7 +73,7 @@ def test_a_long_message_in_plaintext_arrives_as_it_is(backend, edge, greeted, ki
         pieces = [peer._buffered]
         while (size := size + len(pieces[-1])) < len(whole):
             pieces.append(peer.sock.recv(5_000 if slow else 262_144))
-        received.append(kit.hash(b"".join(pieces)))
+        received.append(sha256(b"".join(pieces)).digest())
         peer._buffered = b""
         peer.say(b"250 queued\r\n")
         peer.rest()
@@ -83,13 +86,13 @@ def test_a_long_message_in_plaintext_arrives_as_it_is(backend, edge, greeted, ki
     else:
         client.say(b"BDAT %d LAST\r\n" % len(whole))
     assert client.ask(whole) == [b"250 queued\r\n"]
-    assert received == [kit.hash(whole)]
+    assert received == [sha256(whole).digest()]
     assert client.ask(b"STARTTLS\r\n") == READY
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "end"])
 @pytest.mark.parametrize("opening", [b"DATA\r\n", b"BDAT 10 LAST\r\n"])
-def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(backend, edge, greeted, kit, opening, end):
+def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(backend, edge, greeted, opening, end):
     """A QUIT of the edge's would be the last six octets of this chunk."""
     heard = []
 
@@ -113,7 +116,7 @@ def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(backend, edge,
     client.say(b"text")
     getattr(client, end)()
     # A reset may overtake the text.
-    assert kit.until(lambda: heard, "the end")[0] in (b"text", b"" if end == "reset" else b"text")
+    assert until(lambda: heard, "the end")[0] in (b"text", b"" if end == "reset" else b"text")
 
 
 def test_a_whole_pipelined_message_in_plaintext_passes(backend, edge, greeted):
@@ -126,7 +129,7 @@ def test_a_whole_pipelined_message_in_plaintext_passes(backend, edge, greeted):
     assert client.rest() == b""
 
 
-def test_a_line_that_is_too_long_is_refused_and_forgotten(backend, edge, greeted, kit):
+def test_a_line_that_is_too_long_is_refused_and_forgotten(backend, edge, greeted):
     server = backend()
     program = edge(backend=server)
     client = greeted(program)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import until
+
 
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")])
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_root_becomes_the_user_for_good(backend, edge, clients, kit, tmp_path, certificate, workers):
+def test_root_becomes_the_user_for_good(backend, edge, clients, tmp_path, certificate, workers):
     program = edge("--user", "nobody", *workers, backend=backend())
     assert clients.tls(program.tls_port).line().startswith(b"220")
     pid = program.process.pid
@@ -30,10 +32,10 @@ def test_root_becomes_the_user_for_good(backend, edge, clients, kit, tmp_path, c
 
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")])
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, kit, public, workers):
+def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, public, workers):
     server, (open_to_all, secret) = backend(), public
     program = edge("--user", "nobody", *workers, backend=server, certs=("--cert", open_to_all, "--key", secret))
-    (line,) = kit.until(lambda: program.events("renewals need a restart"), "the warning")
+    (line,) = until(lambda: program.events("renewals need a restart"), "the warning")
     assert (line["level"], line["user"], line["unreadable"]) == ("warning", "nobody", str(secret))
     secret.chmod(0o644)
     program = edge("--user", "nobody", backend=server, certs=("--cert", open_to_all, "--key", secret))
@@ -42,7 +44,7 @@ def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, kit, pub
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients, kit, certificate):
+def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients, certificate):
     """A name is resolved and files are looked at in threads, and asyncio imports what it needs for those when it has to."""
     server = backend()
     port = server.address.rpartition(":")[2]
@@ -52,5 +54,5 @@ def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients,
     )
     assert clients.tls(program.tls_port).line().startswith(b"220")
     program.process.send_signal(signal.SIGHUP)
-    (line,) = kit.until(lambda: program.events("reloaded in part"), "the reload")
+    (line,) = until(lambda: program.events("reloaded in part"), "the reload")
     assert "Permission denied" in line["error"]

@@ -10,6 +10,9 @@ import threading
 
 import pytest
 
+from tests.support.peer import Peer
+from tests.support.waiting import until
+
 
 def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend, edge, clients):
     program = edge("--max-clients", "2", backend=backend())
@@ -38,13 +41,13 @@ def test_one_too_many_that_talks_before_its_turn_hears_421_all_the_same(backend,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_accepting_and_lets_connections_end(backend, edge, clients, kit, number):
+def test_a_signal_stops_accepting_and_lets_connections_end(backend, edge, clients, number):
     program = edge(backend=backend())
     ports = program.tls_port, program.starttls_port
     client = clients.tls(program.tls_port)
     client.line()
     program.process.send_signal(number)
-    kit.until(lambda: program.events("draining"), "the drain")
+    until(lambda: program.events("draining"), "the drain")
     for port in ports:
         with pytest.raises(ConnectionRefusedError):
             clients.plain(port)
@@ -76,7 +79,7 @@ def test_what_has_not_ended_after_the_drain_timeout_is_broken_off(backend, edge,
     assert {entry["reason"] for entry in program.events("connection ended")} == {"shutdown"}
 
 
-def test_metrics_are_there_from_the_start_and_count(backend, edge, clients, kit):
+def test_metrics_are_there_from_the_start_and_count(backend, edge, clients):
     server = backend()
     program = edge(backend=server)
     status, text = program.fetch("/metrics")
@@ -96,7 +99,7 @@ def test_metrics_are_there_from_the_start_and_count(backend, edge, clients, kit)
     client.ask(b"QUIT\r\n")
     client.close()
     program.ended()
-    kit.until(lambda: program.metric("fumi_edge_connections_active", listener=listener) == 0, "the end")
+    until(lambda: program.metric("fumi_edge_connections_active", listener=listener) == 0, "the end")
     assert program.metric("fumi_edge_connections_total", listener=listener) == 1
     assert program.metric("fumi_edge_handshakes_total", listener=listener, result="ok") == 1
     assert program.metric("fumi_edge_handshake_seconds_count") == 1
@@ -111,15 +114,15 @@ def test_metrics_are_there_from_the_start_and_count(backend, edge, clients, kit)
     assert before == after  # nothing a client did has made a new series
 
 
-def test_a_connection_that_lasts_counts_its_bytes_meanwhile(backend, edge, clients, kit):
+def test_a_connection_that_lasts_counts_its_bytes_meanwhile(backend, edge, clients):
     program = edge("--idle-timeout", "4", backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
     client.ask(b"NOOP\r\n")
-    kit.until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == 6, "the bytes")
+    until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == 6, "the bytes")
 
 
-def test_ready_means_that_a_backend_answers(backend, edge, kit):
+def test_ready_means_that_a_backend_answers(backend, edge):
     server = backend()
     program = edge(backend=server)
     assert program.fetch("/healthz") == (200, "ok\n")
@@ -131,13 +134,13 @@ def test_ready_means_that_a_backend_answers(backend, edge, kit):
     assert program.fetch("/healthz")[0] == 200
 
 
-def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path, kit):
+def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path):
     server = backend()
     path = str(tmp_path / "edge.sock")
     edge("--starttls-listen", f"unix:{path}", backend=server)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
-        client = kit.Peer(sock)
+        client = Peer(sock)
         assert client.line() == b"220 backend.test ESMTP\r\n"
         assert server.peer().header.transport == "UNIX"
         assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
@@ -151,7 +154,7 @@ def test_unix_sockets_get_the_mode_that_was_asked_for(backend, edge, tmp_path, w
     assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o622, 0o622]
 
 
-def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend, edge, clients, kit):
+def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend, edge, clients):
     program = edge("--log-level", "debug", backend=backend())
 
     def vanish(step):
@@ -176,6 +179,4 @@ def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend, edge, cli
     for thread in threads:
         thread.join()
     program.ended(30)
-    kit.until(
-        lambda: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{program.starttls_port}") == 0, "the end"
-    )
+    until(lambda: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{program.starttls_port}") == 0, "the end")

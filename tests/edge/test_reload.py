@@ -12,11 +12,14 @@ import time
 
 import pytest
 
+from tests.edge.clients import s_client
 from tests.edge.metrics import reloads
-from tests.edge.renewal import put, serial
+from tests.edge.renewal import put
+from tests.support.certificates import serial
+from tests.support.waiting import until
 
 
-def test_sighup_puts_new_certificates_into_service_and_drops_no_connection(backend, edge, authority, clients, files, shown, kit):
+def test_sighup_puts_new_certificates_into_service_and_drops_no_connection(backend, edge, authority, clients, files, shown):
     old, new = authority.issue("localhost"), authority.issue("localhost", "more.test", kind="rsa", days=9)
     put(old, *files)
     program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
@@ -30,28 +33,28 @@ def test_sighup_puts_new_certificates_into_service_and_drops_no_connection(backe
     put(new, *files)
     assert shown(program) == serial(old[0])  # nobody has said anything
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: reloads(program, "ok") == 1, "the reload")
+    until(lambda: reloads(program, "ok") == 1, "the reload")
     assert shown(program) == shown(program, "more.test") == serial(new[0])
     assert program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost") > before + 86400
     assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     assert halfway.ask(b"STARTTLS\r\n")[0].startswith(b"220")
     assert clients.upgrade(halfway, context=context).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
-    (loaded,) = kit.until(lambda: program.events("certificate loaded"), "the line")
+    (loaded,) = until(lambda: program.events("certificate loaded"), "the line")
     assert (loaded["name"], loaded["file"]) == ("localhost", str(files[0]))
 
 
-def test_a_change_is_noticed_without_a_signal(backend, edge, authority, files, shown, kit):
+def test_a_change_is_noticed_without_a_signal(backend, edge, authority, files, shown):
     old, new = authority.issue("localhost"), authority.issue("localhost")
     put(old, *files)
     # So long may certificate and key be apart before it is a failure.
     program = edge("--cert-reload-interval", "0.5", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
     assert shown(program) == serial(old[0])
     put(new, *files)
-    kit.until(lambda: shown(program) == serial(new[0]), "the new certificate")
+    until(lambda: shown(program) == serial(new[0]), "the new certificate")
     assert reloads(program, "failed") == 0
 
 
-def test_certbots_links_are_followed(backend, edge, authority, tmp_path, shown, kit):
+def test_certbots_links_are_followed(backend, edge, authority, tmp_path, shown):
     """A renewal writes new files into archive/ and puts new links into live/; a further name is a further directory."""
 
     def renew(name, number, certificate):
@@ -70,15 +73,15 @@ def test_certbots_links_are_followed(backend, edge, authority, tmp_path, shown, 
     program = edge("--cert-reload-interval", "0.05", backend=backend(), certs=("--cert", tmp_path))
     assert shown(program) == serial(old[0])
     renew("localhost", 2, new)
-    kit.until(lambda: shown(program) == serial(new[0]), "the new certificate")
+    until(lambda: shown(program) == serial(new[0]), "the new certificate")
     renew("other.test", 1, other)
-    kit.until(lambda: len(program.events("certificate loaded")) == 2, "another certificate")
+    until(lambda: len(program.events("certificate loaded")) == 2, "another certificate")
     assert shown(program, "other.test") == serial(other[0])
     assert shown(program) == serial(new[0])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_certificate_that_expires_at_run_time_gives_way_to_a_valid_one(backend, edge, authority, shown, kit, workers):
+def test_a_certificate_that_expires_at_run_time_gives_way_to_a_valid_one(backend, edge, authority, shown, workers):
     short, long = authority.issue("localhost", days=4 / 86400), authority.issue("localhost", kind="rsa", days=3)
     certs = ("--cert", short[0], "--key", short[1], "--cert", long[0], "--key", long[1])
     program = edge("--cert-reload-interval", "0", "--workers", workers, backend=backend(), certs=certs)
@@ -89,27 +92,25 @@ def test_a_certificate_that_expires_at_run_time_gives_way_to_a_valid_one(backend
         except ssl.SSLCertVerificationError:
             return None  # it has expired in this very moment
 
-    kit.until(lambda: served() == {serial(long[0])}, "the other certificate")
-    kit.until(lambda: program.fetch("/readyz") == (200, "ready\n"), "readiness")
+    until(lambda: served() == {serial(long[0])}, "the other certificate")
+    until(lambda: program.fetch("/readyz") == (200, "ready\n"), "readiness")
 
     def expiry():
         return program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost")
 
-    kit.until(lambda: expiry() > time.time() + 86400, "the expiry of the one that is served")
+    until(lambda: expiry() > time.time() + 86400, "the expiry of the one that is served")
 
 
-def test_readiness_ends_when_the_last_certificate_expires(backend, edge, authority, kit):
+def test_readiness_ends_when_the_last_certificate_expires(backend, edge, authority):
     cert, key = authority.issue("localhost", days=4 / 86400)
     program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", cert, "--key", key))
-    kit.until(lambda: program.fetch("/readyz")[0] == 503, "the expiry")
-    (warning,) = kit.until(lambda: program.events("certificate is not valid"), "the warning")
+    until(lambda: program.fetch("/readyz")[0] == 503, "the expiry")
+    (warning,) = until(lambda: program.events("certificate is not valid"), "the warning")
     assert f"{cert}: the certificate expired on 20" in warning["error"]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_sighup_while_certificates_load_at_the_start_is_a_reload(
-    backend, edge, authority, files, tmp_path, kit, workers, monkeypatch
-):
+def test_sighup_while_certificates_load_at_the_start_is_a_reload(backend, edge, authority, files, tmp_path, workers, monkeypatch):
     put(authority.issue("localhost"), *files)
     (tmp_path / "sitecustomize.py").write_text(
         f"""
@@ -127,12 +128,12 @@ sys.addaudithook(told)
     with open(os.devnull) as nothing:  # so that the program starts in an interpreter of its own
         certs = ("--cert", files[0], "--key", files[1])
         program = edge("--workers", workers, backend=backend(), certs=certs, inherited=(nothing.fileno(),))
-    kit.until(lambda: program.events("reloaded"), "the reload")
+    until(lambda: program.events("reloaded"), "the reload")
     assert program.stop() == 0
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_log_says_reloaded_only_when_everything_was(backend, edge, authority, tmp_path, kit, workers):
+def test_the_log_says_reloaded_only_when_everything_was(backend, edge, authority, tmp_path, workers):
     paths = [tmp_path / "a.pem", tmp_path / "b.pem"]
     for path in paths:
         path.write_text("".join(each.read_text() for each in authority.issue(f"{path.stem}.test")))
@@ -141,16 +142,16 @@ def test_the_log_says_reloaded_only_when_everything_was(backend, edge, authority
     good = paths[1].read_text()
     paths[1].write_text(good[:300])
     program.process.send_signal(signal.SIGHUP)
-    (line,) = kit.until(lambda: program.events("reloaded in part"), "the reload")
+    (line,) = until(lambda: program.events("reloaded in part"), "the reload")
     assert (line["level"], line["error"]) == ("error", f"{paths[1]}: holds no PEM certificate")
-    kit.until(lambda: reloads(program, "failed") == int(workers), "the count")
+    until(lambda: reloads(program, "failed") == int(workers), "the count")
     assert program.events("reloaded") == []
     paths[1].write_text(good)
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: program.events("reloaded"), "the reload")
+    until(lambda: program.events("reloaded"), "the reload")
 
 
-def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend, edge, authority, tmp_path, shown, kit):
+def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend, edge, authority, tmp_path, shown):
     a, b, c = (authority.issue(f"{name}.test") for name in "abc")
 
     def put_into_directory(name, certificate):
@@ -169,24 +170,22 @@ def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend,
     program = edge("--cert-reload-interval", "0.05", backend=backend(), certs=("--cert", tmp_path))
     assert published() == {"a.test", "b.test"}
     put_into_directory("c", c)
-    kit.until(lambda: published() == {"a.test", "b.test", "c.test"}, "the third")
+    until(lambda: published() == {"a.test", "b.test", "c.test"}, "the third")
     assert shown(program, "c.test") == serial(c[0])
     (tmp_path / "b.pem").unlink()
-    kit.until(lambda: published() == {"a.test", "c.test"}, "the end of the second")
-    assert [entry["name"] for entry in kit.until(lambda: program.events("certificate removed"), "the line")] == ["b.test"]
+    until(lambda: published() == {"a.test", "c.test"}, "the end of the second")
+    assert [entry["name"] for entry in until(lambda: program.events("certificate removed"), "the line")] == ["b.test"]
     (tmp_path / "a.pem").unlink()
-    kit.until(lambda: reloads(program, "failed") == 1, "the complaint")
+    until(lambda: reloads(program, "failed") == 1, "the complaint")
     assert shown(program, "a.test") == serial(a[0])
     (tmp_path / "c.pem").unlink()
-    kit.until(lambda: reloads(program, "failed") == 2, "the complaint")
+    until(lambda: reloads(program, "failed") == 2, "the complaint")
     assert (shown(program, "a.test"), shown(program, "c.test")) == (serial(a[0]), serial(c[0]))
     assert published() == {"a.test", "c.test"}
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(
-    backend, edge, authority, clients, files, kit, version
-):
+def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(backend, edge, authority, clients, files, version):
     old, new = authority.issue("localhost", kind="rsa"), authority.issue("localhost")
     put(old, *files)
     program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
@@ -196,13 +195,13 @@ def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(
     client.line()
     put(new, *files)
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: reloads(program, "ok") == 1, "the reload")
+    until(lambda: reloads(program, "ok") == 1, "the reload")
     raw = clients.plain(program.tls_port)
     with context.wrap_socket(raw.sock, server_hostname="localhost", session=client.sock.session) as resumed:
         assert resumed.session_reused
         assert resumed.recv(3) == b"220"
     # The old kind is gone, and not only for clients that prefer the new one.
-    refused = kit.s_client(program.tls_port, "-sigalgs", "RSA-PSS+SHA256", "-servername", "localhost")
+    refused = s_client(program.tls_port, "-sigalgs", "RSA-PSS+SHA256", "-servername", "localhost")
     assert "alert handshake failure" in refused
 
 
@@ -240,7 +239,7 @@ def swap_under_load(program, authority, files, pairs, seconds, every, pause):
     return failures, seen, longest
 
 
-def test_no_handshake_fails_while_certificates_are_swapped(backend, edge, authority, files, kit):
+def test_no_handshake_fails_while_certificates_are_swapped(backend, edge, authority, files):
     """Also of two kinds of key, which must never mix."""
     pairs = [authority.issue("localhost"), authority.issue("localhost", kind="rsa")]
     put(pairs[0], *files)
@@ -253,7 +252,7 @@ def test_no_handshake_fails_while_certificates_are_swapped(backend, edge, author
 
 
 @pytest.mark.long
-def test_no_handshake_fails_in_a_minute_of_swaps(backend, edge, authority, files, kit):
+def test_no_handshake_fails_in_a_minute_of_swaps(backend, edge, authority, files):
     pairs = [authority.issue("localhost"), authority.issue("localhost")]
     put(pairs[0], *files)
     program = edge("--cert-reload-interval", "0.5", backend=backend(), certs=("--cert", files[0], "--key", files[1]))

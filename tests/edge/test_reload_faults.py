@@ -19,11 +19,13 @@ from fumi_edge.certificate_reload import Reloader
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.tls.certificates import Certificates
 from tests.edge.metrics import reloads
-from tests.edge.renewal import put, serial
+from tests.edge.renewal import put
+from tests.support.certificates import serial
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("case", ["half", "key missing", "other key", "gone", "expired"])
-def test_a_bad_file_leaves_the_old_certificate_in_service(backend, edge, authority, files, shown, kit, case):
+def test_a_bad_file_leaves_the_old_certificate_in_service(backend, edge, authority, files, shown, case):
     """It is counted and reported once, not at every look, and again when somebody asks; what comes next is taken."""
     old, new, expired = authority.issue("localhost"), authority.issue("localhost"), authority.issue("localhost", days=-1)
     put(old, *files)
@@ -45,21 +47,21 @@ def test_a_bad_file_leaves_the_old_certificate_in_service(backend, edge, authori
         return len(program.events("certificate not loaded"))
 
     spoil()
-    kit.until(reports, "the complaint")
+    until(reports, "the complaint")
     time.sleep(0.3)  # and there have been looks
     assert (reports(), reloads(program, "failed")) == (1, 1)
     assert reloads(program, "deferred") >= 1
     assert shown(program) == serial(old[0])
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: reports() == 2, "the answer to the signal")
+    until(lambda: reports() == 2, "the answer to the signal")
     assert reloads(program, "failed") == 2
     assert shown(program) == serial(old[0])
     put(new, *files)
-    kit.until(lambda: shown(program) == serial(new[0]), "the good certificate")
+    until(lambda: shown(program) == serial(new[0]), "the good certificate")
     assert reports() == 2
 
 
-def test_one_bad_file_does_not_hold_up_the_others(backend, edge, authority, tmp_path, shown, kit):
+def test_one_bad_file_does_not_hold_up_the_others(backend, edge, authority, tmp_path, shown):
     first, second, new = authority.issue("first.test"), authority.issue("second.test"), authority.issue("second.test")
     pairs = [(tmp_path / f"{number}.pem", tmp_path / f"{number}.key") for number in (1, 2)]
     put(first, *pairs[0])
@@ -69,26 +71,26 @@ def test_one_bad_file_does_not_hold_up_the_others(backend, edge, authority, tmp_
     pairs[0][0].write_text("nonsense")
     put(new, *pairs[1])
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: reloads(program, "failed") == 1, "the complaint")
+    until(lambda: reloads(program, "failed") == 1, "the complaint")
     assert shown(program, "first.test") == serial(first[0])
     assert shown(program, "second.test") == serial(new[0])
 
 
-def test_a_fifo_among_the_certificates_holds_up_no_renewal(backend, edge, authority, tmp_path, shown, kit):
+def test_a_fifo_among_the_certificates_holds_up_no_renewal(backend, edge, authority, tmp_path, shown):
     old, new, first, second = authority.issue("localhost"), authority.issue("localhost"), tmp_path / "a.pem", tmp_path / "b.pem"
     first.write_text("".join(path.read_text() for path in old))
     program = edge("--cert-reload-interval", "0.05", "--workers", "2", backend=backend(), certs=("--cert", tmp_path))
     os.mkfifo(second)
-    (skipped, *_) = kit.until(lambda: program.events("certificate skipped"), "the line about the FIFO")
+    (skipped, *_) = until(lambda: program.events("certificate skipped"), "the line about the FIFO")
     assert skipped["error"] == f"{second}: cannot read the certificate: it is not a regular file"
     (tmp_path / "new").write_text("".join(path.read_text() for path in new))
     (tmp_path / "new").rename(first)
-    kit.until(lambda: {shown(program) for _ in range(4)} == {serial(new[0])}, "the new certificate")
+    until(lambda: {shown(program) for _ in range(4)} == {serial(new[0])}, "the new certificate")
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: program.events("reloaded"), "the reload")
+    until(lambda: program.events("reloaded"), "the reload")
 
 
-def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(authority, tmp_path, caplog, kit, monkeypatch):
+def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(authority, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(files_module, "FILE_TIMEOUT", 0.05)
     hangs, answer, real = threading.Event(), threading.Event(), os.stat
     paths = [tmp_path / "local.pem", tmp_path / "nfs" / "far.pem"]
@@ -183,7 +185,7 @@ class Troubled:
         return ()
 
 
-def test_a_look_that_fails_is_counted_and_not_the_last(caplog, kit):
+def test_a_look_that_fails_is_counted_and_not_the_last(caplog):
     certificates = Troubled(*(PermissionError(13, "Permission denied", "/k") for _ in range(3)), KeyError("ours"))
     registry = CollectorRegistry()
     metrics = EdgeMetrics(registry, [], "1")

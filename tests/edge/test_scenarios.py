@@ -51,6 +51,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.peer import Peer
+from tests.support.waiting import until
+
 
 def test_every_test_named_above_is_there():
     rows = re.findall(r"\| (\w+): (test_\w+) \|$", __doc__, re.MULTILINE)
@@ -63,7 +66,7 @@ def test_every_test_named_above_is_there():
 # Ends
 
 
-def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clients, kit, tmp_path):
+def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clients, tmp_path):
     heard = []
 
     def handler(peer):
@@ -77,7 +80,7 @@ def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clien
         for name in ("tls", "starttls"):
             sock = sockets.enter_context(socket.socket(socket.AF_UNIX))
             sock.connect(str(tmp_path / name))
-            client = kit.Peer(sock)
+            client = Peer(sock)
             if name == "starttls":
                 assert client.line() == b"220 hello\r\n"
                 assert client.ask(b"STARTTLS\r\n") == [b"220 2.0.0 Ready to start TLS\r\n"]
@@ -96,7 +99,7 @@ def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clien
 # Numbers, and slowness
 
 
-def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, clients, kit):
+def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, clients):
     """Whatever becomes of them: by TLS, upgraded, in plaintext, broken off in the handshake, turned away."""
     program = edge("--health-interval", "0.05", "--log-level", "debug", backend=backend())
 
@@ -138,8 +141,8 @@ def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, client
     for way in ways:
         way().close()
     program.ended(len(ways))
-    kit.until(lambda: program.metric("fumi_edge_backend_up") == 1, "the checks")
-    before = kit.until(lambda: quiet(program), "a moment's rest")
+    until(lambda: program.metric("fumi_edge_backend_up") == 1, "the checks")
+    before = until(lambda: quiet(program), "a moment's rest")
 
     def come(seed):
         numbers = random.Random(seed)
@@ -154,9 +157,9 @@ def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, client
         thread.join()
     assert len(program.ended(600 + len(ways))) == 600 + len(ways)
     # A check may be under way at either look.
-    kit.until(lambda: program.descriptors() <= before, "the end of the last socket")
+    until(lambda: program.descriptors() <= before, "the end of the last socket")
     for mode, port in (("tls", program.tls_port), ("starttls", program.starttls_port)):
-        kit.until(lambda port=port: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{port}") == 0, mode)
+        until(lambda port=port: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{port}") == 0, mode)
 
 
 def quiet(program):
@@ -167,7 +170,7 @@ def quiet(program):
 
 
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "plaintext"])
-def test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory(backend, edge, clients, kit, tls):
+def test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory(backend, edge, clients, tls):
     size = 64 << 20
     sent = []
 
@@ -199,19 +202,19 @@ def test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory(backe
 # Stopping and starting
 
 
-def test_a_second_signal_ends_a_drain_at_once(backend, edge, clients, kit):
+def test_a_second_signal_ends_a_drain_at_once(backend, edge, clients):
     program = edge("--drain-timeout", "600", backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
     program.process.send_signal(signal.SIGTERM)
-    kit.until(lambda: program.events("draining"), "the drain")
+    until(lambda: program.events("draining"), "the drain")
     assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     assert program.stop(signal.SIGINT) == 128 + signal.SIGINT
     with contextlib.suppress(OSError):
         assert client.rest() == b""
 
 
-def test_a_shutdown_meets_connections_at_every_step(backend, edge, clients, kit):
+def test_a_shutdown_meets_connections_at_every_step(backend, edge, clients):
     """Silent, before STARTTLS, behind its 220, in the handshake, or talking: all get their end."""
     silent = threading.Event()
     program = edge("--drain-timeout", "0.3", "--accept-proxy", backend=backend())
@@ -249,7 +252,7 @@ def test_a_shutdown_meets_connections_at_every_step(backend, edge, clients, kit)
     silent.set()
 
 
-def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(backend, edge, clients, kit):
+def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(backend, edge, clients):
     """The test is the service manager: it holds both listening sockets, and those who come meanwhile wait in their queue."""
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         ports = [each.getsockname()[1] for each in (first, second)]
@@ -265,7 +268,7 @@ def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(backend, ed
         staying = clients.tls(ports[0])
         staying.line()
         program.process.send_signal(signal.SIGTERM)
-        kit.until(lambda: program.events("draining"), "the drain")
+        until(lambda: program.events("draining"), "the drain")
         between = clients.plain(ports[1])
         for client in (staying, early):
             assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
@@ -280,7 +283,7 @@ def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(backend, ed
         assert program.metric("fumi_edge_connections_total", listener=f"fd:{second.fileno()}") == 1
 
 
-def test_an_inherited_abstract_unix_socket_is_listened_on(backend, edge, kit):
+def test_an_inherited_abstract_unix_socket_is_listened_on(backend, edge):
     """systemd's ListenStream=@name."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("")  # the kernel chooses the name
@@ -288,18 +291,18 @@ def test_an_inherited_abstract_unix_socket_is_listened_on(backend, edge, kit):
         program = edge("--starttls-listen", f"fd:{listening.fileno()}", backend=backend(), inherited=[listening.fileno()])
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(listening.getsockname())
-            client = kit.Peer(sock)
+            client = Peer(sock)
             assert client.line() == b"220 backend.test ESMTP\r\n"
             assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
         assert program.ended()[0]["listener"] == f"fd:{listening.fileno()}"
 
 
-def test_a_stop_while_accepting_pauses_for_want_of_descriptors_is_a_stop(backend, edge, clients, kit):
+def test_a_stop_while_accepting_pauses_for_want_of_descriptors_is_a_stop(backend, edge, clients):
     program = edge("--drain-timeout", "0.2", backend=backend())
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (program.descriptors() + 6,) * 2)
     for _ in range(20):
         clients.plain(program.tls_port)
-    kit.until(lambda: program.events("cannot accept, pausing"), "the pause")
+    until(lambda: program.events("cannot accept, pausing"), "the pause")
     assert program.stop() == 0
 
 

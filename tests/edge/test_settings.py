@@ -8,8 +8,9 @@ import socket
 
 import pytest
 
+from tests.edge.backends import smtp
 from tests.edge.program import run
-from tests.starter import finished
+from tests.support.starter import finished
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_check_says_what_is_wrong_or_that_nothing_is(flags, backend):
     ]
 
 
-def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tls(flags, backend, kit):
+def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tls(flags, backend):
     """The edge only carries bytes there, and cannot take it out of the list."""
 
     def offering(peer):
@@ -149,7 +150,7 @@ def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tl
             if line[:4] == b"QUIT":
                 return
 
-    warned, well = backend(offering, proxy=False), backend(kit.smtp, proxy=False)
+    warned, well = backend(offering, proxy=False), backend(smtp, proxy=False)
     both = (*flags[:4], "--backend", warned.address, "--backend", well.address)
     done = finished("fumi-edge", *both, "--proxy-protocol", "off", "--check")
     assert done.returncode == 0, done.stderr
@@ -158,11 +159,11 @@ def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tl
 
 
 @pytest.mark.parametrize(("version", "warned"), [("v2", True), ("v1", True), ("off", False)])
-def test_check_warns_of_clients_whose_header_other_servers_reject(flags, backend, tmp_path, kit, version, warned):
+def test_check_warns_of_clients_whose_header_other_servers_reject(flags, backend, tmp_path, version, warned):
     def handler(peer):
         if version == "v1":
             peer.line()
-        kit.smtp(peer)
+        smtp(peer)
 
     server = backend(handler, proxy=version == "v2")
     listen = ("--listen", f"unix:{tmp_path}/sock", "--listen", "127.0.0.1:0", "--proxy-protocol", version)

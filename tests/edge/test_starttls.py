@@ -9,9 +9,10 @@ import pytest
 
 from tests.edge.metrics import starttls_total
 from tests.edge.replies import GREETED, READY
+from tests.support.waiting import until
 
 
-def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(backend, edge, clients, greeted, kit):
+def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(backend, edge, clients, greeted):
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -27,24 +28,24 @@ def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(backend, 
     assert second.header.tls.sni == "localhost"
     assert first.header.unique_id == second.header.unique_id
     assert first.header.source == second.header.source
-    kit.until(lambda: b"QUIT\r\n" in first.heard, "the first connection's QUIT")
+    until(lambda: b"QUIT\r\n" in first.heard, "the first connection's QUIT")
     assert first.heard == [b"EHLO plain.test\r\n", b"QUIT\r\n"]
     assert second.heard == [b"EHLO secure.test\r\n", b"QUIT\r\n"]
-    starttls_total(program, kit, "upgraded")
+    starttls_total(program, "upgraded")
     assert len(server.peers) == 2
 
 
 @pytest.mark.parametrize("behind", [b"EHLO x\r\n", b"MAIL FROM:<a@example.org>\r\n", b"\r\n", b"x"])
-def test_bytes_behind_starttls_are_refused_and_never_reach_the_backend(backend, edge, greeted, kit, behind):
+def test_bytes_behind_starttls_are_refused_and_never_reach_the_backend(backend, edge, greeted, behind):
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
     client.ask(b"EHLO plain.test\r\n")
     assert client.ask(b"STARTTLS\r\n" + behind)[0].startswith(b"554 5.7.0 ")
     assert client.rest() == b""
-    starttls_total(program, kit, "injection")
+    starttls_total(program, "injection")
     assert program.metric("fumi_edge_rejected_total", reason="injection") == 1
-    kit.until(lambda: b"QUIT\r\n" in server.peer().heard, "QUIT")
+    until(lambda: b"QUIT\r\n" in server.peer().heard, "QUIT")
     assert server.peer().heard == [b"EHLO plain.test\r\n", b"QUIT\r\n"]
     assert len(server.peers) == 1
 
@@ -105,7 +106,7 @@ def test_banners_of_several_lines_are_relayed_and_then_swallowed_whole(backend, 
     assert clients.upgrade(client).ask(b"NOOP me\r\n") == [b"250 NOOP me\r\n"]
 
 
-def test_a_slow_banner_is_waited_for_and_commands_wait_with_it(backend, edge, clients, kit):
+def test_a_slow_banner_is_waited_for_and_commands_wait_with_it(backend, edge, clients):
     go = threading.Event()
 
     def handler(peer):
@@ -161,7 +162,7 @@ def test_helo_will_do_before_starttls_and_ehlo_may_come_again(backend, edge, cli
     assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
-def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend, edge, greeted, kit):
+def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend, edge, greeted):
     server = backend()
     program = edge("--handshake-timeout", "0.3", backend=server)
     client = greeted(program)
@@ -169,7 +170,7 @@ def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend, edge, 
     assert client.rest() == b""
     client.close()
     assert program.ended()[0]["reason"] == "handshake_timeout"
-    starttls_total(program, kit, "refused")
+    starttls_total(program, "refused")
     assert len(server.peers) == 1
 
 
@@ -210,7 +211,7 @@ def test_without_a_backend_the_client_gets_421(edge, clients, backend):
     assert clients.plain(program.starttls_port).rest().startswith(b"421 4.3.2 ")
 
 
-def test_require_tls_lets_nothing_through_but_what_leads_to_tls(backend, edge, clients, greeted, kit):
+def test_require_tls_lets_nothing_through_but_what_leads_to_tls(backend, edge, clients, greeted):
     server = backend()
     program = edge("--require-tls", backend=server)
     client = greeted(program)
@@ -239,11 +240,11 @@ def test_require_tls_lets_nothing_through_but_what_leads_to_tls(backend, edge, c
     assert plain.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
     assert plain.rest() == b""
     plain.close()
-    starttls_total(program, kit, "refused")
+    starttls_total(program, "refused")
     assert not any(line.upper().startswith((b"MAIL", b"RCPT")) for line in server.peer(0).heard + server.peer(2).heard)
 
 
-def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend, edge, greeted, kit):
+def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend, edge, greeted):
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -252,7 +253,7 @@ def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend, edge,
     client.rest()
     client.close()
     assert program.ended()[0]["reason"] == "handshake_protocol"
-    starttls_total(program, kit, "refused")
+    starttls_total(program, "refused")
     assert len(server.peers) == 1
 
 
@@ -290,7 +291,7 @@ def test_commands_that_come_before_the_banner_are_answered_in_order(backend, edg
     assert client.reply() == GREETED
 
 
-def test_many_clients_upgrade_at_once(backend, edge, clients, kit):
+def test_many_clients_upgrade_at_once(backend, edge, clients):
     program = edge(backend=backend())
     failures = []
 
@@ -313,4 +314,4 @@ def test_many_clients_upgrade_at_once(backend, edge, clients, kit):
     for thread in threads:
         thread.join()
     assert failures == []
-    starttls_total(program, kit, "upgraded", 60)
+    starttls_total(program, "upgraded", 60)

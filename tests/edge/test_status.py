@@ -16,6 +16,7 @@ from fumi_edge.status import wording
 from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, series
 from fumi_edge.status.markup import document, element
 from fumi_edge.status.plot import HEIGHT, WIDTH, axis_maximum, plot
+from tests.support.waiting import until
 
 VOID = {"meta"}
 
@@ -67,7 +68,7 @@ def look():
     return at
 
 
-def test_it_counts_what_was_done(backend, edge, clients, kit, look):
+def test_it_counts_what_was_done(backend, edge, clients, look):
     program = edge(backend=backend())
     ways = [(clients.tls, program.tls_port, b"QUIT\r\n")] * 3
     ways += [(clients.plain, program.tls_port, b"EHLO me\r\n"), (clients.plain, program.starttls_port, b"QUIT\r\n")]
@@ -99,17 +100,17 @@ def test_it_counts_what_was_done(backend, edge, clients, kit, look):
     assert all(each.endswith("s") for row in page.tables["Durations"][1:] for each in row[1:])
 
 
-def test_it_says_which_backend_is_down_and_why_nobody_is_served(backend, edge, kit, look):
+def test_it_says_which_backend_is_down_and_why_nobody_is_served(backend, edge, look):
     server = backend()
     program = edge("--backend", "127.0.0.1:9", "--health-interval", "0.1", backend=server)
-    kit.until(lambda: look(program)[0].row("Backends", "127.0.0.1:9")[0] == "down", "the verdict")
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "the verdict on the other")
+    until(lambda: look(program)[0].row("Backends", "127.0.0.1:9")[0] == "down", "the verdict")
+    until(lambda: program.fetch("/readyz")[0] == 200, "the verdict on the other")
     page, _ = look(program)
     assert page.row("Backends", server.address)[0] == "up"
     assert re.fullmatch(r"[\d,]+ refused", page.row("Backends", "127.0.0.1:9")[-1])
     assert "ready" in page.words
     server.close()
-    kit.until(lambda: "not ready" in look(program)[0].words, "the end of the last backend")
+    until(lambda: "not ready" in look(program)[0].words, "the end of the last backend")
     page, _ = look(program)
     assert page.row("Backends", server.address)[0] == "down"
     assert any(tag == "title" for tag, _ in page.tags)
@@ -148,26 +149,24 @@ def test_names_with_markup_in_them_are_text(backend, edge, tmp_path, look):
     assert f"connect time of unix:{path}" in labels
 
 
-def test_workers_are_one_edge(backend, edge, clients, kit, look):
+def test_workers_are_one_edge(backend, edge, clients, look):
     program = edge("--workers", "2", backend=backend())
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "the workers")
+    until(lambda: program.fetch("/readyz")[0] == 200, "the workers")
     for _ in range(8):
         client = clients.tls(program.tls_port)
         client.ask(b"QUIT\r\n")
         client.close()
     name = f"127.0.0.1:{program.tls_port}"
-    kit.until(lambda: look(program)[0].row("Listeners", name)[3] == "8", "the sum")
+    until(lambda: look(program)[0].row("Listeners", name)[3] == "8", "the sum")
 
 
-def test_it_remembers_the_last_minutes(backend, edge, clients, kit, look):
+def test_it_remembers_the_last_minutes(backend, edge, clients, look):
     program = edge(backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
-    labels = kit.until(
-        lambda: [label for label in plots(look(program)[0]) if label.startswith("Current connections: 1,")], "a look"
-    )
+    labels = until(lambda: [label for label in plots(look(program)[0]) if label.startswith("Current connections: 1,")], "a look")
     assert labels
-    kit.until(lambda: "Current connections: 1, maximum 1 in the last 15 minutes" in plots(look(program)[0]), "a second look")
+    until(lambda: "Current connections: 1, maximum 1 in the last 15 minutes" in plots(look(program)[0]), "a second look")
 
 
 def plots(page):

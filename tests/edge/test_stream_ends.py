@@ -18,6 +18,7 @@ from fumi_edge.tls.close_notify import CloseNotify
 from tests.edge.backends import opening
 from tests.edge.buffers import settled, waiting
 from tests.edge.metrics import gone
+from tests.support.waiting import until
 
 
 def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_off():
@@ -78,7 +79,7 @@ def test_a_client_that_goes_on_sending_to_a_backend_that_is_gone_is_disconnected
         asyncio.run(asyncio.wait_for(trickle(ends), 20))
 
 
-def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_reply(backend, edge, clients, dial, kit, tmp_path):
+def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_reply(backend, edge, clients, dial, tmp_path):
     sizes = range(100_000, 240_000, 2_000)
     said = []
 
@@ -92,7 +93,7 @@ def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_rep
     peers = {size: dial(path, context) for size in sizes}
     for size, client in peers.items():
         client.say(b"%d\r\n" % size)
-    kit.until(lambda: len(said) == len(sizes), "the last reply of every backend")
+    until(lambda: len(said) == len(sizes), "the last reply of every backend")
     settled(lambda: [waiting(client.sock) for client in peers.values()], program)
     wrong = []
     for size, client in peers.items():
@@ -105,10 +106,10 @@ def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_rep
             wrong.append((size, got))
         client.close()
     assert wrong == []
-    gone(program, kit, f"unix:{path}")
+    gone(program, f"unix:{path}")
 
 
-def test_a_backend_that_ends_its_side_still_gets_what_the_client_sends(backend, edge, connect, kit):
+def test_a_backend_that_ends_its_side_still_gets_what_the_client_sends(backend, edge, connect):
     heard = []
 
     def handler(peer):
@@ -122,7 +123,7 @@ def test_a_backend_that_ends_its_side_still_gets_what_the_client_sends(backend, 
     assert client.rest() == b"last words\r\n"
     client.say(b"x" * 300_000)
     client.close()
-    assert len(kit.until(lambda: heard, "the client's bytes")[0]) == 300_000
+    assert len(until(lambda: heard, "the client's bytes")[0]) == 300_000
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -275,7 +276,7 @@ def test_the_end_of_the_stream_is_a_close_notify(backend, edge, clients):
     assert program.ended()[0]["reason"] == "backend_closed"
 
 
-def test_a_client_that_breaks_off_breaks_the_backend_off(backend, edge, connect, kit):
+def test_a_client_that_breaks_off_breaks_the_backend_off(backend, edge, connect):
     seen = []
 
     def handler(peer):
@@ -290,7 +291,7 @@ def test_a_client_that_breaks_off_breaks_the_backend_off(backend, edge, connect,
     client = connect(program)
     assert client.line() == b"hello\r\n"
     client.reset()
-    assert kit.until(lambda: seen, "the backend's end") == ["reset"]
+    assert until(lambda: seen, "the backend's end") == ["reset"]
     assert program.ended()[0]["reason"] == "client_reset"
 
 
@@ -306,7 +307,7 @@ def pour_until_full(peer, program):
 
 @pytest.mark.parametrize("stream", ["up", "down"])
 @pytest.mark.parametrize("who", ["client", "backend"])
-def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, connect, kit, who, stream):
+def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, connect, who, stream):
     full, over = threading.Event(), threading.Event()
     told = []
 
@@ -340,7 +341,7 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, 
     if who == "client":
         client.reset()
         over.set()
-        assert kit.until(lambda: told, "the backend's end") == ["reset"]
+        assert until(lambda: told, "the backend's end") == ["reset"]
     else:
         over.set()
         with contextlib.suppress(ConnectionResetError):
@@ -352,7 +353,7 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, 
     assert staying.line() == b"still there\r\n"
 
 
-def test_a_reset_is_one_whoever_moves_first(backend, edge, connect, kit):
+def test_a_reset_is_one_whoever_moves_first(backend, edge, connect):
     """The kernel tells of it once: here to who writes, and not again to who reads."""
     go, gone = threading.Event(), threading.Event()
 

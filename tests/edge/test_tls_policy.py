@@ -9,6 +9,8 @@ import subprocess
 
 import pytest
 
+from tests.edge.clients import s_client
+
 LEGACY = "DEFAULT@SECLEVEL=0"
 """Lets the client offer what OpenSSL itself would not any more."""
 
@@ -25,40 +27,40 @@ def cipher(printed):
 
 
 @pytest.mark.parametrize("version", ["-tls1", "-tls1_1"])
-def test_versions_before_1_2_are_refused(program, kit, version):
-    printed = kit.s_client(program.tls_port, version, "-cipher", LEGACY)
+def test_versions_before_1_2_are_refused(program, version):
+    printed = s_client(program.tls_port, version, "-cipher", LEGACY)
     assert cipher(printed) is None
     assert "alert protocol version" in printed
 
 
-def test_min_tls_1_3_refuses_1_2_on_both_kinds_of_port(backend, edge, kit):
+def test_min_tls_1_3_refuses_1_2_on_both_kinds_of_port(backend, edge):
     program = edge("--min-tls", "1.3", backend=backend())
     for port, starttls in ((program.tls_port, False), (program.starttls_port, True)):
-        assert "alert protocol version" in kit.s_client(port, "-tls1_2", starttls=starttls)
-        assert cipher(kit.s_client(port, starttls=starttls)).startswith("TLS_")
+        assert "alert protocol version" in s_client(port, "-tls1_2", starttls=starttls)
+        assert cipher(s_client(port, starttls=starttls)).startswith("TLS_")
 
 
 @pytest.mark.parametrize(
     "offered", ["AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES256-SHA384", "DHE-RSA-AES128-GCM-SHA256", "aNULL"]
 )
-def test_ciphers_without_forward_secrecy_or_authentication_of_data_are_refused(program, kit, offered):
-    printed = kit.s_client(program.tls_port, "-tls1_2", "-cipher", f"{offered}:@SECLEVEL=0")
+def test_ciphers_without_forward_secrecy_or_authentication_of_data_are_refused(program, offered):
+    printed = s_client(program.tls_port, "-tls1_2", "-cipher", f"{offered}:@SECLEVEL=0")
     assert cipher(printed) is None
     assert "alert handshake failure" in printed
 
 
-def test_the_servers_order_of_ciphers_counts(program, kit):
+def test_the_servers_order_of_ciphers_counts(program):
     both = ["ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-AES128-GCM-SHA256"]
     for offered in (both, both[::-1]):
-        printed = kit.s_client(program.tls_port, "-tls1_2", "-cipher", ":".join(offered))
+        printed = s_client(program.tls_port, "-tls1_2", "-cipher", ":".join(offered))
         assert cipher(printed) == "ECDHE-ECDSA-AES128-GCM-SHA256"
 
 
-def test_ciphers_selects_those_of_tls_1_2(backend, edge, kit):
+def test_ciphers_selects_those_of_tls_1_2(backend, edge):
     program = edge("--ciphers", "ECDHE-ECDSA-CHACHA20-POLY1305", backend=backend())
-    assert cipher(kit.s_client(program.tls_port, "-tls1_2")) == "ECDHE-ECDSA-CHACHA20-POLY1305"
-    assert cipher(kit.s_client(program.tls_port, "-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-GCM-SHA256")) is None
-    assert cipher(kit.s_client(program.tls_port)).startswith("TLS_")
+    assert cipher(s_client(program.tls_port, "-tls1_2")) == "ECDHE-ECDSA-CHACHA20-POLY1305"
+    assert cipher(s_client(program.tls_port, "-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-GCM-SHA256")) is None
+    assert cipher(s_client(program.tls_port)).startswith("TLS_")
     sessions = program.fetch("/metrics")[1]
     assert 'cipher="ECDHE-ECDSA-CHACHA20-POLY1305"' in sessions
     assert 'cipher="ECDHE-ECDSA-AES128-GCM-SHA256"' not in sessions
@@ -68,30 +70,30 @@ def test_ciphers_selects_those_of_tls_1_2(backend, edge, kit):
     ("group", "named"),
     [("X25519", "X25519"), ("P-256", "ECDH, prime256v1"), ("P-384", "ECDH, secp384r1"), ("P-521", "ECDH, secp521r1")],
 )
-def test_the_usual_groups_are_there(program, kit, group, named):
-    printed = kit.s_client(program.tls_port, "-groups", group)
+def test_the_usual_groups_are_there(program, group, named):
+    printed = s_client(program.tls_port, "-groups", group)
     assert cipher(printed)
     assert re.search(f"^(Server|Peer) Temp Key: {named},", printed, re.MULTILINE)
 
 
-def test_neither_renegotiation_nor_compression(edge, backend, kit):
+def test_neither_renegotiation_nor_compression(edge, backend):
     # Without a banner: a client that renegotiates takes one for a violation of the protocol.
     program = edge("--health-interval", "0", backend=backend(lambda peer: peer.line()))
-    printed = kit.s_client(program.tls_port, "-tls1_2", "-comp", "-cipher", LEGACY, say="R\n", letters=True)
+    printed = s_client(program.tls_port, "-tls1_2", "-comp", "-cipher", LEGACY, say="R\n", letters=True)
     assert "Compression: NONE" in printed
     assert "Secure Renegotiation IS supported" in printed
     assert "RENEGOTIATING" in printed
     assert "no renegotiation" in printed
 
 
-def test_early_data_is_not_offered(program, kit):
-    assert "Max Early Data: 0" in kit.s_client(program.tls_port)
+def test_early_data_is_not_offered(program):
+    assert "Max Early Data: 0" in s_client(program.tls_port)
 
 
-def test_alpn_takes_the_servers_first_choice_and_ignores_strangers(backend, edge, kit):
+def test_alpn_takes_the_servers_first_choice_and_ignores_strangers(backend, edge):
     program = edge("--alpn", "smtp, managesieve", backend=backend())
-    assert "ALPN protocol: smtp\n" in kit.s_client(program.tls_port, "-alpn", "managesieve,smtp")
-    printed = kit.s_client(program.tls_port, "-alpn", "h2")
+    assert "ALPN protocol: smtp\n" in s_client(program.tls_port, "-alpn", "managesieve,smtp")
+    printed = s_client(program.tls_port, "-alpn", "h2")
     assert cipher(printed)
     assert "No ALPN negotiated" in printed
 

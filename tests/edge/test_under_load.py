@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.support.waiting import until
+
 
 def by_name(peer):
     """A backend that greets with the connection's UNIQUE_ID, and answers a few commands."""
@@ -77,20 +79,20 @@ class Load:
         return [visit for visit in self.visits if visit.problem]
 
 
-def test_workers_killed_at_random_cost_only_their_own_connections(backend, edge, clients, kit):
+def test_workers_killed_at_random_cost_only_their_own_connections(backend, edge, clients):
     program = edge("--workers", "3", backend=backend(by_name))
-    kit.until(lambda: program.fetch("/readyz")[0] == 200, "the workers")
+    until(lambda: program.fetch("/readyz")[0] == 200, "the workers")
     numbers = random.Random(1)
     kills = []
     with Load(clients, program.tls_port, 8) as load:
         for number in range(1, 7):
             seen = len(load.visits)
-            kit.until(lambda seen=seen: len(load.visits) >= seen + 20, "some visits")
-            worker = numbers.choice(kit.until(lambda: sorted(program.workers()), "a worker"))
+            until(lambda seen=seen: len(load.visits) >= seen + 20, "some visits")
+            worker = numbers.choice(until(lambda: sorted(program.workers()), "a worker"))
             before = time.monotonic()
             os.kill(worker, signal.SIGKILL)
             kills.append((before, time.monotonic()))
-            kit.until(lambda number=number: len(program.events("worker died")) == number, "the news")
+            until(lambda number=number: len(program.events("worker died")) == number, "the news")
     visits = load.visits
     assert len(visits) > 120
     for visit in load.failures:
@@ -99,12 +101,12 @@ def test_workers_killed_at_random_cost_only_their_own_connections(backend, edge,
         assert any(visit.begun <= after and visit.ended >= before for before, after in kills), visit
         assert not [each for each in visits if each.process == visit.process != b"" and each.begun > visit.ended], visit
     assert len({visit.process for visit in load.failures} - {b""}) <= len(kills)
-    kit.until(lambda: program.metric("fumi_edge_worker_restarts_total") == len(kills), "the count")
+    until(lambda: program.metric("fumi_edge_worker_restarts_total") == len(kills), "the count")
     assert {entry["reason"] for entry in program.events("worker died")} == {"SIGKILL"}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_new_edge_beside_the_old_one_takes_over_and_no_connection_fails(backend, edge, clients, kit, workers):
+def test_a_new_edge_beside_the_old_one_takes_over_and_no_connection_fails(backend, edge, clients, workers):
     """Both have the socket, as services of one systemd socket unit do; the old one is told to stop while all goes on."""
     server = backend(by_name)
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
@@ -112,16 +114,16 @@ def test_a_new_edge_beside_the_old_one_takes_over_and_no_connection_fails(backen
 
         def start():
             program = edge(*flags, backend=server, inherited=[listening.fileno()])
-            kit.until(lambda: program.fetch("/readyz")[0] == 200, "the edge")
+            until(lambda: program.fetch("/readyz")[0] == 200, "the edge")
             return program
 
         old = start()
         with Load(clients, listening.getsockname()[1], 6) as load:
-            kit.until(lambda: len(load.visits) > 50, "the first visits")
+            until(lambda: len(load.visits) > 50, "the first visits")
             new = start()
             assert old.stop() == 0
             seen = len(load.visits)
-            kit.until(lambda: len(load.visits) > seen + 60, "visits to the new one")
+            until(lambda: len(load.visits) > seen + 60, "visits to the new one")
     assert load.failures == []
     assert len({visit.process for visit in load.visits}) >= 2
     new.ended(50)

@@ -1,5 +1,7 @@
 """fumi-edge --workers: one edge to its clients, whichever process they come to."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import signal
@@ -8,13 +10,20 @@ import ssl
 
 import pytest
 
+from tests.edge.program import Program
+from tests.support.waiting import until
 
-def replaced(program, kit, number=signal.SIGKILL):
+
+def ready(program):
+    return program.fetch("/readyz")[0] == 200
+
+
+def replaced(program, number=signal.SIGKILL):
     """Kill all workers; returns once others are there."""
     before = program.workers()
     for pid in before:
         os.kill(pid, number)
-    kit.until(lambda: len(program.workers() - before) == len(before) and kit.ready(program), "new workers")
+    until(lambda: len(program.workers() - before) == len(before) and ready(program), "new workers")
 
 
 ESTABLISHED = 1
@@ -27,30 +36,29 @@ def cut_off(client):
 
 
 @pytest.fixture
-def two(edge, backend, kit):
+def two(edge, backend):
     def start(*flags, **options):
         program = edge("--workers", "2", *flags, backend=options.pop("backend", None) or backend(), **options)
-        kit.ready = lambda program: program.fetch("/readyz")[0] == 200
-        kit.until(lambda: kit.ready(program) and len(program.workers()) == 2, "two workers")
+        until(lambda: ready(program) and len(program.workers()) == 2, "two workers")
         return program
 
     return start
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_workers_resume_each_others_sessions(two, clients, kit, version):
+def test_workers_resume_each_others_sessions(two, clients, version):
     program = two()
     context = clients.context()
     context.minimum_version = context.maximum_version = version
     first = clients.tls(program.tls_port, context=context)
     first.line()
-    replaced(program, kit)
+    replaced(program)
     sock = context.wrap_socket(clients.plain(program.tls_port).sock, server_hostname="localhost", session=first.sock.session)
     with sock:
         assert sock.session_reused
 
 
-def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(two, clients, authority, make_authority, kit, tmp_path):
+def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(two, clients, authority, make_authority, tmp_path):
     """All of them use the same new ticket keys, and none the old."""
     ca = tmp_path / "ca.pem"
     ca.write_text(authority.path.read_text())
@@ -68,34 +76,32 @@ def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(two, clie
     old, _ = visit(None)
     assert all(visit(old)[1] for _ in range(20))
     ca.write_text(ca.read_text() + make_authority("Another CA").path.read_text())
-    kit.until(lambda: program.metric("fumi_edge_certificate_reloads_total", result="ok") == 2, "the reload in both")
+    until(lambda: program.metric("fumi_edge_certificate_reloads_total", result="ok") == 2, "the reload in both")
     assert not any(visit(old)[1] for _ in range(20))
     new, _ = visit(None)
     assert all(visit(new)[1] for _ in range(20))
 
 
-def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients, kit):
+def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients):
     program = two()
     held = [clients.tls(program.tls_port) for _ in range(12)]
     for client in held:
         assert client.line().startswith(b"220")
     assert program.fetch("/readyz") == (200, "ready\n")
-    kit.until(lambda: program.metric("fumi_edge_handshakes_total", result="ok") == 12, "the sum")
+    until(lambda: program.metric("fumi_edge_handshakes_total", result="ok") == 12, "the sum")
     before = program.workers()
     os.kill(min(before), signal.SIGKILL)
-    kit.until(lambda: len(program.workers() - before) == 1, "a new worker")
+    until(lambda: len(program.workers() - before) == 1, "a new worker")
     alive = 0
     for client in held:
         if not cut_off(client):
             client.say(b"NOOP\r\n")
             alive += client.line().startswith(b"250")
     assert 0 < alive < 12
-    kit.until(
-        lambda: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{program.tls_port}") == alive, "the rest"
-    )
+    until(lambda: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{program.tls_port}") == alive, "the rest")
     assert program.metric("fumi_edge_worker_restarts_total") == 1
     assert program.metric("fumi_edge_handshakes_total", result="ok") == 12
-    (death,) = kit.until(lambda: program.events("worker died"), "the line")
+    (death,) = until(lambda: program.events("worker died"), "the line")
     assert (death["pid"], death["reason"]) == (min(before), "SIGKILL")
     assert clients.tls(program.tls_port).line().startswith(b"220")
 
@@ -109,23 +115,23 @@ def test_metrics_are_there_from_the_start_and_state_is_not_added_up(two):
     assert 1.7e9 < program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost") < 2.5e9
 
 
-def test_max_clients_counts_over_all_workers(two, clients, kit):
+def test_max_clients_counts_over_all_workers(two, clients):
     program = two("--max-clients", "3")
     for _ in range(3):
         assert clients.tls(program.tls_port).line().startswith(b"220")
     assert clients.plain(program.tls_port).rest() == b""
-    kit.until(lambda: program.metric("fumi_edge_rejected_total", reason="max_clients") == 1, "the rejection")
+    until(lambda: program.metric("fumi_edge_rejected_total", reason="max_clients") == 1, "the rejection")
 
 
-def test_all_workers_are_ready_or_not_by_what_the_checks_find(two, backend, kit):
+def test_all_workers_are_ready_or_not_by_what_the_checks_find(two, backend):
     behind = backend()
     program = two("--health-interval", "0.1", backend=behind)
     behind.close()
-    kit.until(lambda: program.fetch("/readyz")[0] == 503, "the loss of the backend")
+    until(lambda: program.fetch("/readyz")[0] == 503, "the loss of the backend")
     assert "backend" in program.fetch("/readyz")[1]
 
 
-def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(two, authority, clients, kit, tmp_path):
+def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(two, authority, clients, tmp_path):
     files = tmp_path / "cert.pem", tmp_path / "key.pem"
     old, new = authority.issue("localhost"), authority.issue("localhost")
     for path, source in zip(files, old, strict=True):
@@ -140,20 +146,20 @@ def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(two,
         return ssl.DER_cert_to_PEM_cert(client.sock.getpeercert(binary_form=True))
 
     program.process.send_signal(signal.SIGHUP)
-    kit.until(lambda: program.events("reloaded"), "the reload")
+    until(lambda: program.events("reloaded"), "the reload")
     expected = ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(new[0].read_text()))
     assert {shown() for _ in range(8)} == {expected}
-    replaced(program, kit)
+    replaced(program)
     assert {shown() for _ in range(8)} == {expected}
 
 
-def test_sigterm_lets_the_connections_of_all_workers_end(two, clients, kit):
+def test_sigterm_lets_the_connections_of_all_workers_end(two, clients):
     program = two()
     held = [clients.tls(program.tls_port) for _ in range(8)]
     for client in held:
         client.line()
     program.process.send_signal(signal.SIGTERM)
-    kit.until(lambda: refused(program.tls_port), "the end of accepting")
+    until(lambda: refused(program.tls_port), "the end of accepting")
     for client in held:
         assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
         assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
@@ -173,12 +179,12 @@ def refused(port):
     return False
 
 
-def test_dev_is_one_process(edge, kit, tmp_path):
+def test_dev_is_one_process(edge, tmp_path):
     with pytest.raises(AssertionError, match="--dev is one process"):
-        kit.Program("--dev", "--workers", "2", cwd=tmp_path)
+        Program("--dev", "--workers", "2", cwd=tmp_path)
 
 
-def test_a_worker_that_takes_anothers_place_has_the_certificate_of_today(two, authority, tmp_path, kit):
+def test_a_worker_that_takes_anothers_place_has_the_certificate_of_today(two, authority, tmp_path):
     """Its master has read that of the start, and the files have been renewed since."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     (old_cert, old_key), (new_cert, new_key) = authority.issue("localhost"), authority.issue("localhost")
@@ -188,7 +194,7 @@ def test_a_worker_that_takes_anothers_place_has_the_certificate_of_today(two, au
     for path, new in ((key, new_key), (cert, new_cert)):
         shutil.copy(new, tmp_path / "new")
         os.replace(tmp_path / "new", path)
-    replaced(program, kit)
+    replaced(program)
     context = ssl.create_default_context(cafile=str(authority.path))
     for _ in range(8):
         with (

@@ -14,6 +14,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 CLIENTS, EACH = 200, 20
 PATIENCE = 280
 """Seconds, which is less than what a test has."""
@@ -69,11 +73,11 @@ def memory(process: Any) -> int:
 def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Any, certificate: tuple[Path, Path]) -> None:
     module = Path(__file__).with_name("slow_maildir.py")
     (programs.directory / module.name).write_text(module.read_text())
-    core_port, port = programs.free_port(), programs.free_port()
+    core_port, port = free_port(), free_port()
     flags = ["--listen", f"127.0.0.1:{core_port}", "--proxy-protocol", "required", "slow_maildir:app"]
-    core = programs.start(programs.bin / "fumi-core", *flags, port=core_port, log="core.log")
+    core = programs.start(BIN / "fumi-core", *flags, port=core_port, log="core.log")
     flags = ["--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{core_port}"]
-    edge = programs.start(programs.bin / "fumi-edge", *flags, "--listen", f"127.0.0.1:{port}", port=port, log="edge.log")
+    edge = programs.start(BIN / "fumi-edge", *flags, "--listen", f"127.0.0.1:{port}", port=port, log="edge.log")
     context = ssl.create_default_context(cafile=str(certificate[0]))
     line = b"x" * 98 + b"\r\n"
     with smtplib.SMTP_SSL("localhost", port, context=context) as smtp:
@@ -135,12 +139,12 @@ def test_a_core_killed_under_load_keeps_its_promises_and_clients_get_through_aga
         sender.start()
     for _ in range(3):
         count = sum(len(sender.promised) for sender in senders)
-        programs.until(lambda count=count: sum(len(sender.promised) for sender in senders) > count + 20, "20 messages more")
+        until(lambda count=count: sum(len(sender.promised) for sender in senders) > count + 20, "20 messages more")
         programs.stop(core, signal.SIGKILL)
         port = int(str(core.args[2]).rpartition(":")[2])
         core = programs.start(*core.args, port=port, log="core.log")
     count = sum(len(sender.promised) for sender in senders)
-    programs.until(lambda: sum(len(sender.promised) for sender in senders) > count + 20, "mail after the restart")
+    until(lambda: sum(len(sender.promised) for sender in senders) > count + 20, "mail after the restart")
     stop.set()
     for sender in senders:
         sender.join(60)

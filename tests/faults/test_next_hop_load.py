@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 SENDERS, KILLS = 8, 4
 
 
@@ -57,18 +61,18 @@ class Sender(threading.Thread):
 def test_a_killed_next_hop_loses_nothing_and_doubles_only_what_nobody_could_know(
     programs: Any, tmp_path: Path, protocol: str, where: str
 ) -> None:
-    address = f"unix:{tmp_path / 'hop'}" if where == "unix" else f"127.0.0.1:{programs.free_port()}"
+    address = f"unix:{tmp_path / 'hop'}" if where == "unix" else f"127.0.0.1:{free_port()}"
 
     def start_hop() -> Any:
         flags = ["--listen", address, "--proxy-protocol", "off", *(["--lmtp"] if protocol == "lmtp" else [])]
-        process = programs.start(programs.bin / "fumi-core", *flags, log="hop.log")
-        programs.until(lambda: can_connect(address), "the next hop listening")
+        process = programs.start(BIN / "fumi-core", *flags, log="hop.log")
+        until(lambda: can_connect(address), "the next hop listening")
         return process
 
     hop = start_hop()
-    port = programs.free_port()
+    port = free_port()
     flags = ["--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--deliver", f"{protocol}:{address}"]
-    front = programs.start(programs.bin / "fumi-core", *flags, port=port, log="front.log")
+    front = programs.start(BIN / "fumi-core", *flags, port=port, log="front.log")
     stop = threading.Event()
     senders = [Sender(port, f"client{number}", stop) for number in range(SENDERS)]
     for sender in senders:
@@ -93,7 +97,7 @@ def test_a_killed_next_hop_loses_nothing_and_doubles_only_what_nobody_could_know
 
 def wait_for_more(programs: Any, senders: list[Sender]) -> None:
     count = sum(len(sender.promised) for sender in senders)
-    programs.until(lambda: sum(len(sender.promised) for sender in senders) > count + 30, "30 messages more")
+    until(lambda: sum(len(sender.promised) for sender in senders) > count + 30, "30 messages more")
 
 
 def mark_of(path: Path) -> str:
@@ -112,11 +116,11 @@ def can_connect(address: str) -> bool:
 def test_a_100_mb_message_to_a_slow_next_hop_takes_no_memory(programs: Any) -> None:
     module = Path(__file__).with_name("slow_maildir.py")
     (programs.directory / module.name).write_text(module.read_text())
-    hop_port, port = programs.free_port(), programs.free_port()
+    hop_port, port = free_port(), free_port()
     flags = ["--proxy-protocol", "off", "--listen"]
-    programs.start(programs.bin / "fumi-core", *flags, f"127.0.0.1:{hop_port}", "slow_maildir:app", port=hop_port, log="hop.log")
+    programs.start(BIN / "fumi-core", *flags, f"127.0.0.1:{hop_port}", "slow_maildir:app", port=hop_port, log="hop.log")
     flags = [*flags, f"127.0.0.1:{port}", "--deliver", f"smtp:127.0.0.1:{hop_port}"]
-    front = programs.start(programs.bin / "fumi-core", *flags, port=port, log="front.log")
+    front = programs.start(BIN / "fumi-core", *flags, port=port, log="front.log")
     line = b"x" * 98 + b"\r\n"
     with smtplib.SMTP("127.0.0.1", port, timeout=60) as smtp:
         smtp.sendmail("a@b.example", ["c@d.example"], line * 20_000)

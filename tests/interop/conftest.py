@@ -16,6 +16,8 @@ from fumi_core import Fumi
 from fumi_core import cli as core_program
 from fumi_core.testing import RunningServer, running
 from fumi_edge import cli as edge_program
+from tests.support.ports import free_port
+from tests.support.starter import BIN
 
 
 async def _let_joe_in(ctx: Any, next: Any) -> None:
@@ -68,10 +70,10 @@ def edge(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., Edge]:
     """fumi-edge in front of a core that wants a PROXY header."""
 
     def start(core_port: int, *flags: str) -> Edge:
-        ports = Edge(programs.free_port(), programs.free_port())
+        ports = Edge(free_port(), free_port())
         command = ["--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{core_port}"]
         command += ["--listen", f"127.0.0.1:{ports.tls_port}", "--starttls-listen", f"127.0.0.1:{ports.starttls_port}", *flags]
-        programs.start(programs.bin / "fumi-edge", *command, port=ports.starttls_port, log="edge.log")
+        programs.start(BIN / "fumi-edge", *command, port=ports.starttls_port, log="edge.log")
         return ports
 
     return start
@@ -152,7 +154,7 @@ def haproxy(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., Any]
     def start(name: str, port: int, log: str = "haproxy.log", flags: Sequence[str] = (), **variables: object) -> Any:
         path = TEMPLATES / "haproxy" / name
         # What runs as somebody else cannot read what pytest's directories keep to their owner; HAProxy reads before.
-        usual = {"CERT": certificate[0].with_name("both.pem"), "METRICS": f"127.0.0.1:{programs.free_port()}"}
+        usual = {"CERT": certificate[0].with_name("both.pem"), "METRICS": f"127.0.0.1:{free_port()}"}
         environment = [f"FUMI_{key}={value}" for key, value in {**usual, **variables}.items()]
         said = programs.run("env", *environment, "haproxy", "-c", "-f", path)
         assert "WARNING" not in said, said
@@ -178,11 +180,11 @@ def fumi_core(programs: Any) -> Callable[..., Any]:
     """Starts fumi-core, with a Maildir and a log by its name; its port."""
 
     def start(*flags: str, name: str = "core", port: int | None = None) -> Any:
-        port = port or programs.free_port()
+        port = port or free_port()
         deliver = [] if "--deliver" in flags else ["--deliver", f"maildir:{name}"]
         # Of its own, since a machine may have none, which is worth a warning.
         named = [] if "--name" in flags else ["--name", "core.example"]
         command = ["--listen", f"127.0.0.1:{port}", *named, *deliver, *flags]
-        return port, programs.start(programs.bin / "fumi-core", *command, port=port, log=f"{name}.log")
+        return port, programs.start(BIN / "fumi-core", *command, port=port, log=f"{name}.log")
 
     return start

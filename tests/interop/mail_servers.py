@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import environment
+from tests.support.ports import free_port
+from tests.support.programs import listening
+from tests.support.waiting import until
 
 OVERLAY = 'mount -t overlay overlay -o "lowerdir=$0/usr:/usr" /usr && exec "$@"'
 """Makes the files of the packages at $0 part of /usr, then runs the rest."""
@@ -68,7 +71,7 @@ class Dovecot:
     def __init__(self, programs: Any, place: Path, users: Iterable[str], full: Iterable[str] = ()) -> None:
         """``place`` is a directory that all users may enter: these servers run some of their programs as others."""
         environment.install_dovecot()
-        self.port: int = programs.free_port()
+        self.port: int = free_port()
         self.directory = place / "dovecot"
         self._programs = programs
         (self.directory / "mail").mkdir(parents=True)
@@ -89,7 +92,7 @@ class Dovecot:
         """All its processes at once, with SIGKILL."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(60)
-        self._programs.until(lambda: not self._programs.listening(self.port), "Dovecot gone")
+        until(lambda: not listening(self.port), "Dovecot gone")
         # A process that is still ending may hold one of these, and the next Dovecot would not start beside it.
         shutil.rmtree(self.directory / "base")
 
@@ -223,7 +226,7 @@ class Postfix:
     def __init__(self, programs: Any, place: Path, next_hop: int) -> None:
         environment.install_postfix()
         home = environment.INSTALLED / "postfix"
-        self.port: int = programs.free_port()
+        self.port: int = free_port()
         self.directory = place / "postfix"
         (self.directory / "data").mkdir(parents=True)
         owner, group = pwd.getpwnam("nobody").pw_uid, grp.getgrnam("mail").gr_gid

@@ -41,8 +41,11 @@ from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Address, Envelope, Session
 from fumi_core.smtp.tally import Tally
 from fumi_core.testing import running
-from tests.dialogue import talk
-from tests.readme import PATH, ROOT, Section, blocks, other_ports, sections, sh, table
+from tests.support.dialogue import talk
+from tests.support.ports import free_port
+from tests.support.programs import listening
+from tests.support.readme import PATH, ROOT, Section, blocks, other_ports, sections, sh, table
+from tests.support.waiting import until
 
 PAGES = ("README.md", "PROGRAM.md", "MIGRATING.md")
 SECTIONS = [section for page in PAGES for section in sections((ROOT / "fumi_core" / page).read_text())]
@@ -63,7 +66,7 @@ class Examples:
     def __init__(self, title: str, programs: Any) -> None:
         self.title = title
         self.programs = programs
-        self.ports = {port: programs.free_port() for port in PORTS}
+        self.ports = {port: free_port() for port in PORTS}
         self.app: Fumi | None = None
         self.said = ""
         self.commands = ""
@@ -103,7 +106,7 @@ class Examples:
         pattern = re.compile(".*?".join(map(re.escape, expected.split("…"))) + r"\s*", re.DOTALL)
         # The last line of a log may be written when the client is gone already.
         if self.commands and not pattern.fullmatch(self.said):
-            self.programs.until(lambda: pattern.fullmatch(self._again()), f"{self.title}: {self.said!r} becoming {expected!r}")
+            until(lambda: pattern.fullmatch(self._again()), f"{self.title}: {self.said!r} becoming {expected!r}")
         assert pattern.fullmatch(self.said), f"{self.title}: {self.said!r} is not {expected!r}"
 
     def _again(self) -> str:
@@ -126,7 +129,7 @@ class Examples:
         server = self.programs.start("sh", "-c", f"PATH={PATH} exec {command}", port=ports[0])
         self.servers.append(server)
         for port in ports:
-            self.programs.until(lambda port=port: self.programs.listening(port) or server.poll() is not None, command)
+            until(lambda port=port: listening(port) or server.poll() is not None, command)
 
     def stop(self) -> None:
         """The servers, last first; they end well."""

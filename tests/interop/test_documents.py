@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import ROOT, blocks, sections
+from tests.support.readme import ROOT, blocks, sections
 
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 WITH_CONTENTS = ("CONTRIBUTING.md", "fumi_core/README.md", "fumi_core/PROGRAM.md", "fumi_core/MIGRATING.md")

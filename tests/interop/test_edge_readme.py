@@ -22,7 +22,9 @@ import pytest
 from fumi_core import Fumi
 from fumi_core.testing import RunningServer, running
 from tests.bench import environment
-from tests.readme import PATH, ROOT, blocks, other_ports, sections, sh, table
+from tests.support.ports import free_port
+from tests.support.readme import PATH, ROOT, blocks, other_ports, sections, sh, table
+from tests.support.waiting import until
 
 README = re.sub(r"<!--.*?-->", "", (ROOT / "fumi_edge" / "README.md").read_text(), flags=re.DOTALL)
 SECTIONS = {section.title: section.text for section in sections(README)}
@@ -49,7 +51,7 @@ class Kitchen:
     def __init__(self, programs: Any, certificate: tuple[Path, Path]) -> None:
         self.programs = programs
         self.directory: Path = programs.directory
-        self.ports = {port: programs.free_port() for port in ("25", "465", "587", "2525", "9465", "10025")}
+        self.ports = {port: free_port() for port in ("25", "465", "587", "2525", "9465", "10025")}
         self.context = ssl.create_default_context(cafile=str(certificate[0]))
         for path in certificate:
             shutil.copy(path, self.directory)
@@ -125,7 +127,7 @@ def test_port_25(kitchen: Kitchen, core: Any) -> None:
     send(kitchen.plain())
     assert [session.secure for session in kitchen.sessions] == [True, False]
     # The edge may learn a moment later that these two have hung up.
-    kitchen.programs.until(lambda: kitchen.log().count("connection ended") == 2, "their end")
+    until(lambda: kitchen.log().count("connection ended") == 2, "their end")
     with contextlib.ExitStack() as clients:
         for _ in range(20):
             clients.enter_context(kitchen.plain())
@@ -162,7 +164,7 @@ def test_lets_encrypt(kitchen: Kitchen, core: Any, certificate: tuple[Path, Path
     send(kitchen.tls())
     (live / "privkey.pem.1").write_text("not yet\n")
     edge.send_signal(signal.SIGHUP)
-    kitchen.programs.until(lambda: "certificate not loaded" in kitchen.log(), "the complaint")
+    until(lambda: "certificate not loaded" in kitchen.log(), "the complaint")
     send(kitchen.starttls())
     assert kitchen.programs.stop(edge) == 0
     (live / "privkey.pem.1").write_bytes(certificate[1].read_bytes())
@@ -185,7 +187,7 @@ def test_clients_with_certificates(kitchen: Kitchen, core: Any, certificate: tup
 def test_behind_a_balancer(kitchen: Kitchen, core: Any) -> None:
     core()
     kitchen.cook(block("Behind a load balancer"), ("192.0.2.10", "127.0.0.1"))
-    front = kitchen.programs.free_port()
+    front = free_port()
     text = block("Behind a load balancer", "haproxy").replace("192.0.2.20:25", f"127.0.0.1:{kitchen.ports['25']}")
     text = text.replace("bind :25", f"bind 127.0.0.1:{front}")
     times = "defaults\n    timeout connect 60s\n    timeout client 60s\n    timeout server 60s\n"
@@ -284,7 +286,7 @@ def test_postfix(kitchen: Kitchen, postfix: Path) -> None:
             assert not smtp.has_extn("starttls")
             smtp.mail("a@example.com")
             assert smtp.rcpt("b@elsewhere.example")[0] == 454
-    kitchen.programs.until(lambda: postfix.read_text().count("status=sent") == 2, "the delivery")
+    until(lambda: postfix.read_text().count("status=sent") == 2, "the delivery")
     assert postfix.read_text().count("client=unknown[127.0.0.9]") == 2
     assert "backend down" not in kitchen.log()
 
@@ -352,7 +354,7 @@ def test_the_line_in_the_log_is_like_the_example(kitchen: Kitchen, core: Any, fo
     core()
     kitchen.cook(block("Port 465: submission with implicit TLS").strip() + f" --log-format {form}")
     send(kitchen.tls())
-    kitchen.programs.until(lambda: "connection ended" in kitchen.log(), "the line")
+    until(lambda: "connection ended" in kitchen.log(), "the line")
     (real,) = (line for line in kitchen.log().splitlines() if "connection ended" in line)
     shapes = {shape(line, form) for line in (real, block("The log", form).strip())}
     assert len(shapes) == 1

@@ -19,6 +19,9 @@ from click.testing import CliRunner
 
 from fumi_edge.cli import main
 from fumi_edge.emit import template
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
 
 Emit = Callable[..., str]
 
@@ -28,7 +31,7 @@ def emit(programs: Any) -> Emit:
     """What fumi-edge --emit prints; from a directory that has nothing to do with the repository."""
 
     def run(program: str, *flags: object, status: int = 0, **environment: str) -> str:
-        said: str = programs.run(programs.bin / "fumi-edge", "--emit", program, *flags, status=status, **environment)
+        said: str = programs.run(BIN / "fumi-edge", "--emit", program, *flags, status=status, **environment)
         return said
 
     return run
@@ -241,7 +244,7 @@ def test_mail_comes_through_what_was_emitted(
     program: str, programs: Any, emit: Emit, fumi_core: Any, both: Path, certificate: tuple[Path, Path], client_certificate: Any
 ) -> None:
     core, _ = fumi_core(*(["--assume-tls"] if program == "stunnel" else []))
-    port = programs.free_port()
+    port = free_port()
     path = programs.directory / "emitted"
     # From the environment, as flags may come.
     settings = {"FUMI_EDGE_LISTEN": f"127.0.0.1:{port}", "FUMI_EDGE_BACKEND": f"127.0.0.1:{core}", "FUMI_EDGE_CERT": str(both)}
@@ -274,14 +277,14 @@ STUNNEL = {
 
 @pytest.mark.parametrize("flags", STUNNEL.values(), ids=STUNNEL)
 def test_stunnel_starts_with_what_is_emitted(flags: list[str], programs: Any, emit: Emit, certificate: tuple[Path, Path]) -> None:
-    first, last = programs.free_port(), programs.free_port()
+    first, last = free_port(), free_port()
     listeners = ["--listen", f"127.0.0.1:{first}", "--listen", f"127.0.0.1:{last}"]
     cert = ["--cert", certificate[0], "--key", certificate[1]]
     path = programs.directory / "stunnel.conf"
     path.write_text(emit("stunnel", *cert, "--backend", "127.0.0.1:2525", *flags, *listeners))
     programs.start("stunnel", path, port=last)
     # It opens its ports before it says a word, and with the level error it says none.
-    programs.until(lambda: "stunnel" in (programs.directory / "log").read_text() or "error" in flags, "its first words")
+    until(lambda: "stunnel" in (programs.directory / "log").read_text() or "error" in flags, "its first words")
 
 
 def test_every_setting_is_where_stunnel_has_it(emit: Emit, certificate: tuple[Path, Path], client_certificate: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fumi_core.cli import main as core
 from fumi_edge.cli import main as edge
-from tests.readme import ROOT, sections, table
+from tests.support.readme import ROOT, sections, table
 
 DOCUMENTS = {"fumi-core": (core, "fumi_core/PROGRAM.md", "Command line"), "fumi-edge": (edge, "fumi_edge/README.md", "Flags")}
 _TABLE = re.compile(r"^(\w[\w ]*):\n\n(\| flag \| meaning \| default \|\n(?:\|.*\n)+)", re.MULTILINE)

@@ -12,6 +12,9 @@ import pytest
 
 from fumi_core import Fumi
 from fumi_core.testing import running
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
 
 CONFIGURATION = """
 global
@@ -60,14 +63,14 @@ def test_its_health_checks_are_answered_and_leave_no_trace(programs: Any, certif
     app.on_connect(lambda ctx, next: sessions.append(ctx.session))
     with running(app) as server:
         _start(programs, certificate, server.port, "send-proxy-v2 check inter 50ms")
-        until = programs.until
+
         until(lambda: len(sessions) >= 3, "three health checks")
     assert not any(session.secure for session in sessions)
     assert caplog.text == ""
 
 
 def _start(programs: Any, certificate: tuple[Path, Path], core: int, flags: str) -> int:
-    port: int = programs.free_port()
+    port: int = free_port()
     path = programs.directory / "haproxy.cfg"
     pem = certificate[0].with_name("both.pem")
     path.write_text(CONFIGURATION.format(port=port, pem=pem, core=core, flags=flags))
@@ -105,10 +108,10 @@ def test_as_a_layer_4_balancer_it_lets_the_edge_do_tls_and_starttls(
 
     app.on_mail_from(keep)
     with running(app) as server:
-        edge, front = ([programs.free_port() for _ in range(2)] for _ in range(2))
+        edge, front = ([free_port() for _ in range(2)] for _ in range(2))
         files = ["--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{server.port}", "--accept-proxy"]
         ports = ["--listen", f"127.0.0.1:{edge[0]}", "--starttls-listen", f"127.0.0.1:{edge[1]}"]
-        programs.start(programs.bin / "fumi-edge", *files, *ports, port=edge[1], log="edge.log")
+        programs.start(BIN / "fumi-edge", *files, *ports, port=edge[1], log="edge.log")
         for name, port, behind in zip(("smtps", "smtp"), front, edge, strict=True):
             path = programs.directory / f"{name}.cfg"
             path.write_text(LAYER_4.format(name=name, port=port, edge=behind, flags=flags))
@@ -121,7 +124,7 @@ def test_as_a_layer_4_balancer_it_lets_the_edge_do_tls_and_starttls(
             smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
         assert len(server.messages) == 2
         path = programs.directory / "edge.log"
-        programs.until(lambda: path.read_text().count("connection ended") >= 2, "the end")
+        until(lambda: path.read_text().count("connection ended") >= 2, "the end")
         log = path.read_text()
     for session, port in zip(sessions, front, strict=True):
         assert (session.remote_address, session.local_port) == ("127.0.0.9", port)

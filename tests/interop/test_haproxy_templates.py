@@ -20,6 +20,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 DIRECTORY = Path(__file__).parents[2] / "haproxy"
 FILES = sorted(path.name for path in DIRECTORY.glob("*.cfg"))
 README = (DIRECTORY / "README.md").read_text()
@@ -90,29 +94,29 @@ def _settings(name: str) -> str:
 def test_mail_comes_through_implicit_tls_and_checks_leave_no_trace(
     programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
-    metrics, port = programs.free_port(), programs.free_port()
+    metrics, port = free_port(), free_port()
     core, _ = fumi_core("--metrics", f"127.0.0.1:{metrics}")
     haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", HEALTH_INTERVAL="50ms")
     checks = 'fumi_core_proxy_headers_total{result="ok",version="2"}'
-    programs.until(lambda: metric(metrics, checks) >= 3, "three health checks")
+    until(lambda: metric(metrics, checks) >= 3, "three health checks")
     send(port, trusting)
     (message,) = stored(programs, "core")
     assert re.search(rb"using TLSv1\.3 with cipher \w+.*\sESMTPS id \S+", message.read_bytes(), re.DOTALL), message.read_bytes()
     log = programs.directory / "core.log"
-    programs.until(lambda: "session ended" in log.read_text(), "the end of the session")
+    until(lambda: "session ended" in log.read_text(), "the end of the session")
     events = [each for each in log.read_text().splitlines() if "client_ip=" in each]
     assert [re.findall(r"message accepted|session ended|$", each)[0] for each in events] == ["message accepted", "session ended"]
     # HAProxy's log has the session too, by the same name.
     (name,) = re.findall(r"session ended id=(\S+)", events[-1])
     own = programs.directory / "haproxy.log"
-    assert programs.until(lambda: re.search(rf"^{name} 127\.0\.0\.1:.* TLSv1\.3 ", own.read_text(), re.MULTILINE), "its line")
+    assert until(lambda: re.search(rf"^{name} 127\.0\.0\.1:.* TLSv1\.3 ", own.read_text(), re.MULTILINE), "its line")
 
 
 def test_mutual_tls_lets_in_who_has_a_certificate(
     programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext, client_certificate: Any
 ) -> None:
     core, _ = fumi_core()
-    required, optional = programs.free_port(), programs.free_port()
+    required, optional = free_port(), free_port()
     for port, variables in ((required, {}), (optional, {"CLIENT_CERT": "optional"})):
         ca = {"CLIENT_CA": client_certificate.ca, **variables}
         haproxy("mutual-tls.cfg", port, f"{port}.log", LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", **ca)
@@ -129,7 +133,7 @@ def test_with_two_nodes_mail_goes_on_when_one_is_killed(
     programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
     nodes = [fumi_core(name=name) for name in ("one", "two")]
-    port, metrics = programs.free_port(), programs.free_port()
+    port, metrics = free_port(), free_port()
     variables = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
     # Checked at the start, and not again before the test is over.
     usual = {"LISTEN": f"127.0.0.1:{port}", "METRICS": f"127.0.0.1:{metrics}", "BALANCE": "roundrobin", "HEALTH_INTERVAL": "1h"}
@@ -148,28 +152,28 @@ def test_with_two_nodes_mail_goes_on_when_one_is_killed(
 
 def test_a_check_finds_the_killed_node(programs: Any, haproxy: Start, fumi_core: Start) -> None:
     nodes = [fumi_core(name=name) for name in ("one", "two")]
-    port, metrics = programs.free_port(), programs.free_port()
+    port, metrics = free_port(), free_port()
     variables = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
     own = {"LISTEN": f"127.0.0.1:{port}", "METRICS": f"127.0.0.1:{metrics}", "HEALTH_INTERVAL": "50ms"}
     haproxy("two-nodes.cfg", port, **own, **variables)
     up = 'haproxy_backend_active_servers{proxy="smtps"}'
     # A check that was late, on a busy machine, is one that failed.
-    programs.until(lambda: metric(metrics, up) == 2, "both nodes")
+    until(lambda: metric(metrics, up) == 2, "both nodes")
     programs.stop(nodes[1][1], 9)
-    programs.until(lambda: metric(metrics, up) == 1, "one node less")
+    until(lambda: metric(metrics, up) == 1, "one node less")
     fumi_core(name="two", port=nodes[1][0])
-    programs.until(lambda: metric(metrics, up) == 2, "its return")
+    until(lambda: metric(metrics, up) == 2, "its return")
 
 
 def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
     programs: Any, haproxy: Start, fumi_core: Start, certificate: tuple[Path, Path], trusting: ssl.SSLContext
 ) -> None:
-    core_metrics, metrics = programs.free_port(), programs.free_port()
+    core_metrics, metrics = free_port(), free_port()
     core, _ = fumi_core("--metrics", f"127.0.0.1:{core_metrics}")
-    behind = {name: programs.free_port() for name in ("SMTP", "SUBMISSION", "SMTPS")}
+    behind = {name: free_port() for name in ("SMTP", "SUBMISSION", "SMTPS")}
     nodes = [
         programs.start(
-            programs.bin / "fumi-edge", "--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{core}",
+            BIN / "fumi-edge", "--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{core}",
             "--listen", f"{host}:{behind['SMTPS']}", "--starttls-listen", f"{host}:{behind['SMTP']}",
             "--starttls-listen", f"{host}:{behind['SUBMISSION']}", "--accept-proxy", "--health-interval", "0", log=f"{host}.log",
         )
@@ -177,18 +181,18 @@ def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
     ]  # fmt: skip
     for host in ("127.0.0.1", "127.0.0.2"):
         log = programs.directory / f"{host}.log"
-        programs.until(lambda log=log: log.read_text().count("listening") == 3, "three listeners")
-    ports = {name: programs.free_port() for name in behind}
+        until(lambda log=log: log.read_text().count("listening") == 3, "three listeners")
+    ports = {name: free_port() for name in behind}
     variables: dict[str, object] = {f"LISTEN_{name}": f"127.0.0.1:{port}" for name, port in ports.items()}
     variables |= {f"PORT_{name}": port for name, port in behind.items()}
     own = {"NODE_2": "127.0.0.2", "METRICS": f"127.0.0.1:{metrics}", "HEALTH_INTERVAL": "50ms", "BALANCE": "roundrobin"}
     haproxy("layer4.cfg", ports["SMTPS"], **variables, **own)
     checks = 'fumi_core_proxy_headers_total{result="ok",version="2"}'
-    programs.until(lambda: metric(core_metrics, checks) >= 12, "checks of three listeners of two nodes, twice")
+    until(lambda: metric(core_metrics, checks) >= 12, "checks of three listeners of two nodes, twice")
     for name in ("smtp", "submission", "smtps"):
         up = f'haproxy_backend_active_servers{{proxy="{name}"}}'
         # A check that was late, on a busy machine, is one that failed.
-        programs.until(lambda up=up: metric(metrics, up) == 2, f"both nodes of {name}")
+        until(lambda up=up: metric(metrics, up) == 2, f"both nodes of {name}")
     sent = 0
     for _ in range(2):
         for name, port in ports.items():
@@ -196,10 +200,10 @@ def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
             sent += 1
     log = programs.directory / "core.log"
     # A STARTTLS client is two for the core: before and after.
-    programs.until(lambda: log.read_text().count("session ended") == 10, "the end of the sessions")
+    until(lambda: log.read_text().count("session ended") == 10, "the end of the sessions")
     assert len(re.findall("messages=1", log.read_text())) == len(stored(programs, "core")) == sent
     edges = [programs.directory / f"{host}.log" for host in ("127.0.0.1", "127.0.0.2")]
-    programs.until(lambda: sum(edge.read_text().count("ended") for edge in edges) == sent, "the end of the connections")
+    until(lambda: sum(edge.read_text().count("ended") for edge in edges) == sent, "the end of the connections")
     for path in (log, *edges):
         assert not re.search("WARN|ERROR", path.read_text()), path.read_text()
     assert log.read_text().count("ended") == 10
@@ -210,8 +214,8 @@ def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
 
 
 def test_a_variable_that_is_empty_adds_no_second_node(programs: Any, haproxy: Start) -> None:
-    listeners = {f"LISTEN_{name}": f"127.0.0.1:{programs.free_port()}" for name in ("SMTP", "SUBMISSION", "SMTPS")}
-    metrics = programs.free_port()
+    listeners = {f"LISTEN_{name}": f"127.0.0.1:{free_port()}" for name in ("SMTP", "SUBMISSION", "SMTPS")}
+    metrics = free_port()
     haproxy("layer4.cfg", metrics, METRICS=f"127.0.0.1:{metrics}", NODE_2="", HEALTH_INTERVAL="1h", **listeners)
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=30) as response:
         assert set(re.findall(r'server="(\w+)"', response.read().decode())) == {"node1"}
@@ -221,13 +225,13 @@ def test_a_reload_gives_sessions_the_time_that_a_stop_gives_them(
     programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core()
-    port = programs.free_port()
+    port = free_port()
     own = {"LISTEN": f"127.0.0.1:{port}", "BACKEND": f"127.0.0.1:{core}", "HEALTH_INTERVAL": "1h"}
     master = haproxy("implicit-tls.cfg", port, flags=["-W"], **own)
     log = programs.directory / "haproxy.log"
     with smtplib.SMTP_SSL("localhost", port, context=trusting) as open_before:
         master.send_signal(signal.SIGUSR2)
-        programs.until(lambda: log.read_text().count("Loading success") == 2, "the reload")
+        until(lambda: log.read_text().count("Loading success") == 2, "the reload")
         send(port, trusting)
         open_before.sendmail("a@b.example", ["c@d.example"], TEXT)
     assert len(stored(programs, "core")) == 2
@@ -242,7 +246,7 @@ def test_an_address_has_so_many_connections_and_no_more(
     limit: str, programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core()
-    port = programs.free_port()
+    port = free_port()
     haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", **{limit: 2})
     with (
         smtplib.SMTP_SSL("localhost", port, context=trusting),
@@ -257,7 +261,7 @@ def test_an_address_has_so_many_connections_and_no_more(
     "offer", [["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], ["-tls1_2", "-cipher", "AES128-SHA:AES128-GCM-SHA256"]]
 )
 def test_old_tls_is_refused(offer: list[str], programs: Any, haproxy: Start) -> None:
-    port = programs.free_port()
+    port = free_port()
     haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}")
     said = programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", *offer, status=1)
     assert "alert" in said
@@ -266,7 +270,7 @@ def test_old_tls_is_refused(offer: list[str], programs: Any, haproxy: Start) -> 
 def test_it_may_run_as_somebody_else(programs: Any, haproxy: Start) -> None:
     user = re.findall(r"FUMI_USER=(\w+)", README)[0] if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
     entry = pwd.getpwnam(user)
-    port = programs.free_port()
+    port = free_port()
     own = {"USER": user, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
     process = haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", **own)
     status = Path(f"/proc/{process.pid}/status")
@@ -275,7 +279,7 @@ def test_it_may_run_as_somebody_else(programs: Any, haproxy: Start) -> None:
         return re.findall(r"^[UG]id:\t(\d+)", status.read_text(), re.MULTILINE)
 
     # The ports come first.
-    programs.until(lambda: ids() == [str(entry.pw_uid), str(entry.pw_gid)], "its becoming somebody else")
+    until(lambda: ids() == [str(entry.pw_uid), str(entry.pw_gid)], "its becoming somebody else")
 
 
 # The README's commands
@@ -303,12 +307,12 @@ def test_the_commands_that_take_a_node_out_and_back_do_so(
     programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
     nodes = [fumi_core(name=name) for name in ("one", "two")]
-    port, path = programs.free_port(), programs.directory / "commands.sock"
+    port, path = free_port(), programs.directory / "commands.sock"
     variables: dict[str, object] = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
     variables |= {"LISTEN": f"127.0.0.1:{port}", "BALANCE": "roundrobin", "HEALTH_INTERVAL": "1h", "STATS": path}
     haproxy("two-nodes.cfg", port, **variables)
     # The ports come first.
-    programs.until(lambda: takes_commands(path), "the socket for commands")
+    until(lambda: takes_commands(path), "the socket for commands")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     (programs.directory / "socat").write_text(SOCAT.format(python=sys.executable))
     (programs.directory / "socat").chmod(0o755)
@@ -330,15 +334,15 @@ def test_the_commands_of_the_readme_do_what_it_says(
     (programs.directory / "haproxy").symlink_to(DIRECTORY)
     programs.run("sh", "-euc", CAT)
     assert stat.S_IMODE((programs.directory / "fumi.pem").stat().st_mode) == 0o600
-    free = {port: programs.free_port() for port in re.findall(r":(\d+)", block)}
-    front = {name: programs.free_port() for name in ("LISTEN", "LISTEN_SMTP", "LISTEN_SUBMISSION", "LISTEN_SMTPS", "METRICS")}
+    free = {port: free_port() for port in re.findall(r":(\d+)", block)}
+    front = {name: free_port() for name in ("LISTEN", "LISTEN_SMTP", "LISTEN_SUBMISSION", "LISTEN_SMTPS", "METRICS")}
     others = {f"FUMI_{name}": f"127.0.0.1:{port}" for name, port in front.items()}
     for variable, port in (("BACKEND", "2525"), ("BACKEND_1", "2525"), ("BACKEND_2", "2526")):
         others[f"FUMI_{variable}"] = f"127.0.0.1:{free.get(port)}"
     for variable, port in (("PORT_SMTP", "10025"), ("PORT_SUBMISSION", "10587"), ("PORT_SMTPS", "10465")):
         others[f"FUMI_{variable}"] = str(free.get(port))
     tls = front["LISTEN_SMTPS" if "layer4" in block else "LISTEN"]
-    environment = ["env", f"PATH={programs.bin}:{os.environ['PATH']}", *(f"{name}={value}" for name, value in others.items())]
+    environment = ["env", f"PATH={BIN}:{os.environ['PATH']}", *(f"{name}={value}" for name, value in others.items())]
     for command in re.split(r"(?<!\\)\n", re.sub(r"(?<=:)\d+", lambda found: str(free[found[0]]), block.strip())):
         ports = re.findall(r"--listen 127\.0\.0\.1:(\d+)", command)
         programs.start(*environment, "sh", "-c", re.sub(r"^((?:\w+=\S+ )*)", r"\1exec ", command), port=int((ports or [tls])[0]))

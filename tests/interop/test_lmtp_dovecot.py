@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 
 from tests.interop.mail_servers import Dovecot, LMTPProxy, Postfix
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
 
 GOOD = [f"good{number}" for number in range(50)]
 MARK = "the text of this message"
@@ -28,13 +31,13 @@ class Core:
     """fumi-core, which delivers to Dovecot."""
 
     def __init__(self, programs: Any, next_hop: int) -> None:
-        self.port: int = programs.free_port()
+        self.port: int = free_port()
         self._programs, self._next_hop = programs, next_hop
         self.start()
 
     def start(self) -> None:
         flags = ["--proxy-protocol", "off", "--listen", f"127.0.0.1:{self.port}", "--deliver", f"lmtp:127.0.0.1:{self._next_hop}"]
-        self.process = self._programs.start(self._programs.bin / "fumi-core", *flags, port=self.port, log="core.log")
+        self.process = self._programs.start(BIN / "fumi-core", *flags, port=self.port, log="core.log")
 
     def kill(self) -> None:
         self._programs.stop(self.process, signal.SIGKILL)
@@ -70,7 +73,7 @@ class Chain:
             final = {name: [each for each in counts.elements() if each != "deferred"] for name, counts in outcomes.items()}
             return {name: final.get(name, []) for name in names}
 
-        self._programs.until(lambda: all(ends().values()), "an end for each recipient", 120)
+        until(lambda: all(ends().values()), "an end for each recipient", 120)
         assert {name: len(each) for name, each in ends().items()} == dict.fromkeys(names, 1)
         return {outcome: {name for name, each in ends().items() if each == [outcome]} for outcome in ("sent", "bounced")}
 
@@ -87,7 +90,7 @@ class Chain:
             text = "".join(path.read_text() for path in self.dovecot.directory.glob("mail/sender/new/*"))
             return sorted(re.findall(r"^Final-Recipient: rfc822; (\w+)@", text, re.MULTILINE))
 
-        self._programs.until(lambda: len(named()) >= count, "bounces")
+        until(lambda: len(named()) >= count, "bounces")
         return named()
 
 
@@ -138,7 +141,7 @@ def test_fifty_recipients_of_postfix_get_one_copy_or_one_bounce(
     deferred = {counts["deferred"] for counts in setup.postfix.outcomes("d.example").values()}
     assert deferred <= ({0, 1} if full else {0})  # one more try is all that it takes
     assert setup.bounced(len(bad)) == sorted(bad)
-    programs.until(lambda: setup.core.remembered == 0, "nothing left to remember")
+    until(lambda: setup.core.remembered == 0, "nothing left to remember")
 
 
 @pytest.mark.parametrize("killed", [{"Dovecot"}, {"core"}, {"core", "Dovecot"}], ids="+".join)
@@ -150,7 +153,7 @@ def test_a_kill_between_answers_gives_no_second_copy_and_loses_none(
     setup = chain(full, stop_after=30)
     setup.send(names)
     assert setup.proxy.waiting.wait(60)
-    programs.until(lambda: setup.core.remembered == 30, "30 answers remembered")
+    until(lambda: setup.core.remembered == 30, "30 answers remembered")
     if "core" in killed:
         setup.core.kill()
     if "Dovecot" in killed:
@@ -163,7 +166,7 @@ def test_a_kill_between_answers_gives_no_second_copy_and_loses_none(
     assert setup.settled(names) == {"sent": set(names) - {*full}, "bounced": {*full}}
     assert setup.copies() == dict.fromkeys(set(names) - {*full}, 1)
     assert setup.bounced(len(full)) == sorted(full)
-    programs.until(lambda: setup.core.remembered == 0, "nothing left to remember")
+    until(lambda: setup.core.remembered == 0, "nothing left to remember")
 
 
 @pytest.fixture

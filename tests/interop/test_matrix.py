@@ -20,7 +20,9 @@ import pytest
 import fumi_edge
 from fumi_core import Fumi
 from fumi_core.testing import RunningServer, running
-from tests.ports import free_port
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
 
 Facts = dict[str, object]
 
@@ -44,7 +46,7 @@ class Cell:
     def edge(self, listener: str, address: str, port: int, core: RunningServer, *flags: str) -> None:
         cert = ["--cert", self.certificate[0], "--key", self.certificate[1], "--backend", f"127.0.0.1:{core.port}"]
         asked = ["--client-ca", self.client_ca] if self.client_ca else []
-        program = self.programs.bin / "fumi-edge"
+        program = BIN / "fumi-edge"
         self.programs.start(program, *cert, *asked, listener, address, *flags, port=port, log="edge.log")
 
 
@@ -79,7 +81,7 @@ def haproxy_implicit(cell: Cell) -> Iterator[RunningServer]:
 @contextlib.contextmanager
 def haproxy_before_edge(cell: Cell) -> Iterator[RunningServer]:
     with core() as server:
-        behind, *others = (cell.programs.free_port() for _ in range(3))
+        behind, *others = (free_port() for _ in range(3))
         cell.edge("--starttls-listen", f"127.0.0.1:{behind}", behind, server, "--accept-proxy")
         listeners = {"LISTEN_SUBMISSION": cell.listen, "PORT_SUBMISSION": behind}
         listeners |= {f"LISTEN_{name}": f"127.0.0.1:{port}" for name, port in zip(("SMTP", "SMTPS"), others, strict=True)}
@@ -179,7 +181,7 @@ def test_a_handler_sees_what_the_client_knows(
     assert session.id.isprintable()
     for log in row.logs:
         path = programs.directory / log
-        programs.until(lambda path=path: session.id in path.read_text(), f"the id in {log}")
+        until(lambda path=path: session.id in path.read_text(), f"the id in {log}")
 
 
 def _send(host: str, port: int, context: ssl.SSLContext, starttls: bool) -> Facts:

@@ -17,6 +17,8 @@ import pytest
 from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
 from tests.bench import environment
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +34,15 @@ class Sink:
     def __init__(self, programs: Any, where: str, *flags: str) -> None:
         """``where`` is ``unix`` or ``tcp``."""
         self.directory: Path = programs.directory
-        port = programs.free_port()
+        port = free_port()
         self.address = f"unix:{self.directory / 'sink'}" if where == "unix" else f"127.0.0.1:{port}"
         user = ["-u", "root"] if os.geteuid() == 0 else []
         command = ["env", *(f"{name}={value}" for name, value in environment.postfix_environment().items())]
         command += [*environment.postfix_program("smtp-sink"), *user, "-d", "dump.", *flags, self.address, "100"]
         programs.start(*command, port=port if where == "tcp" else None, log="sink.log")
-        self._until = programs.until
+        self._until = until
         if where == "unix":
-            programs.until(lambda: can_connect(self.directory / "sink"), "smtp-sink listening")
+            until(lambda: can_connect(self.directory / "sink"), "smtp-sink listening")
 
     def dumps(self, count: int) -> list[str]:
         """The messages, behind lines that say how they came, once there are so many.

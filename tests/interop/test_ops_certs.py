@@ -11,6 +11,8 @@ import pytest
 
 from fumi_core import Fumi
 from fumi_core.testing import running
+from tests.support.ports import free_port
+from tests.support.starter import BIN
 
 DEV_CA = Path(__file__).parents[2] / "ops" / "certs" / "dev-ca"
 
@@ -62,11 +64,11 @@ def test_the_edge_serves_them_and_a_client_with_one_comes_in(programs: Any) -> N
 
     app.on_mail_from(note)
     with running(app) as server:
-        port = programs.free_port()
+        port = free_port()
         flags = ["--cert", "ca/localhost.pem", "--client-ca", "ca/ca.pem", "--client-cert", "required"]
         flags += ["--backend", f"127.0.0.1:{server.port}", "--listen", f"127.0.0.1:{port}"]
-        assert "configuration OK" in programs.run(programs.bin / "fumi-edge", *flags, "--check")
-        programs.start(programs.bin / "fumi-edge", *flags, port=port, log="edge.log")
+        assert "configuration OK" in programs.run(BIN / "fumi-edge", *flags, "--check")
+        programs.start(BIN / "fumi-edge", *flags, port=port, log="edge.log")
         context = ssl.create_default_context(cafile=str(programs.directory / "ca" / "ca.pem"))
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         context.load_cert_chain(programs.directory / "ca" / "joe-client.pem")

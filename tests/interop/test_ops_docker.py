@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "ops" / "docker"
 INSTRUCTIONS = re.findall(r"^([A-Z]+) (.*)$", (DOCKER / "Dockerfile").read_text().replace("\\\n", ""), re.MULTILINE)
@@ -55,13 +58,13 @@ def test_the_image_runs_as_nobody_and_says_what_it_listens_on(compose: dict[str,
 
 
 def test_the_health_check_asks_the_program(programs: Any) -> None:
-    metrics, listen = programs.free_port(), programs.free_port()
+    metrics, listen = free_port(), free_port()
     words = [sys.executable, *HEALTHCHECK[1:]]
     assert HEALTHCHECK[0] == "python"
     health = {"HEALTH": f"127.0.0.1:{metrics}"}
     assert "refused" in programs.run(*words, status=1, **health)
     flags = ["--listen", f"127.0.0.1:{listen}", "--metrics", f"127.0.0.1:{metrics}", "--deliver", "discard:"]
-    programs.start(programs.bin / "fumi-core", *flags, port=metrics)
+    programs.start(BIN / "fumi-core", *flags, port=metrics)
     assert programs.run(*words, **health) == ""
 
 

@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 KUBERNETES = Path(__file__).parents[2] / "ops" / "kubernetes"
 KINDS = {
     "Namespace": "v1",
@@ -187,17 +191,17 @@ def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Any, c
     publish(mount, "..first", *certificate)
     for name in ("tls.crt", "tls.key"):
         (mount / name).symlink_to(f"..data/{name}")
-    port = programs.free_port()
+    port = free_port()
     flags = ["--cert", mount / "tls.crt", "--key", mount / "tls.key", "--cert-reload-interval", "0.1"]
     flags += ["--backend", "127.0.0.1:1", "--listen", f"127.0.0.1:{port}"]
-    programs.start(programs.bin / "fumi-edge", *flags, port=port, log="edge.log")
+    programs.start(BIN / "fumi-edge", *flags, port=port, log="edge.log")
     before = ssl.get_server_certificate(("127.0.0.1", port))
     assert before == certificate[0].read_text()
     new = programs.directory / "new.pem", programs.directory / "new.key"
     request = ["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=new"]
     subprocess.run(["openssl", *request, "-keyout", new[1], "-out", new[0]], check=True, capture_output=True)
     publish(mount, "..second", *new)
-    programs.until(lambda: ssl.get_server_certificate(("127.0.0.1", port)) == new[0].read_text(), "the new certificate")
+    until(lambda: ssl.get_server_certificate(("127.0.0.1", port)) == new[0].read_text(), "the new certificate")
     assert "certificate not loaded" not in (programs.directory / "edge.log").read_text()
 
 

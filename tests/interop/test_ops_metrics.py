@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 OPS = Path(__file__).parents[2] / "ops"
 RULES = (OPS / "prometheus" / "rules.yml").read_text()
 DASHBOARD = json.loads((OPS / "grafana" / "fumi.json").read_text())
@@ -48,14 +52,14 @@ class Both(NamedTuple):
 
 @pytest.fixture
 def both(programs: Any, certificate: tuple[Path, Path]) -> Both:
-    core, edge, tls, starttls, behind = (programs.free_port() for _ in range(5))
-    password = programs.run(programs.bin / "fumi-core", "--hash-password", given=b"secret\n").strip()
+    core, edge, tls, starttls, behind = (free_port() for _ in range(5))
+    password = programs.run(BIN / "fumi-core", "--hash-password", given=b"secret\n").strip()
     (programs.directory / "users").write_text(f"joe:{password}\n")
     flags = ["--listen", f"127.0.0.1:{behind}", "--domain", "example.org", "--users", "users"]
-    programs.start(programs.bin / "fumi-core", *flags, "--metrics", f"127.0.0.1:{core}", port=core, log="core.log")
+    programs.start(BIN / "fumi-core", *flags, "--metrics", f"127.0.0.1:{core}", port=core, log="core.log")
     flags = ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}", "--backend", f"127.0.0.1:{behind}"]
     flags += ["--cert", certificate[0], "--key", certificate[1], "--metrics", f"127.0.0.1:{edge}"]
-    programs.start(programs.bin / "fumi-edge", *flags, port=edge, log="edge.log")
+    programs.start(BIN / "fumi-edge", *flags, port=edge, log="edge.log")
     return Both(tls, starttls, f"127.0.0.1:{edge}", f"127.0.0.1:{core}")
 
 
@@ -221,12 +225,12 @@ def prometheus(programs: Any, both: Both) -> Prometheus:
     text = text.replace("127.0.0.1:9465", both.edge).replace("127.0.0.1:9525", both.core)
     (programs.directory / "prometheus.yml").write_text(text)
     (programs.directory / "rules.yml").write_text(RULES)
-    port = programs.free_port()
+    port = free_port()
     flags = [f"--web.listen-address=127.0.0.1:{port}", "--config.file=prometheus.yml", "--storage.tsdb.path=tsdb"]
     programs.start("prometheus", *flags, port=port, log="prometheus.log")
     prometheus = Prometheus(port)
-    programs.until(prometheus.ready, "its readiness")
-    programs.until(lambda: prometheus.ask("sum(up)") == 2, "a scrape of both programs")
+    until(prometheus.ready, "its readiness")
+    until(lambda: prometheus.ask("sum(up)") == 2, "a scrape of both programs")
     return prometheus
 
 
@@ -275,7 +279,7 @@ def test_prometheus_says_what_was_sent(
     both: Both, prometheus: Prometheus, programs: Any, certificate: tuple[Path, Path], until_scraped: Callable[..., None]
 ) -> None:
     send_known_mail(both, certificate[0])
-    programs.until(lambda: "fumi_edge_session_seconds_count 10.0\n" in both.read(), "the end of all connections")
+    until(lambda: "fumi_edge_session_seconds_count 10.0\n" in both.read(), "the end of all connections")
     until_scraped(prometheus, time.time())
     expires = ssl.cert_time_to_seconds(
         programs.run("openssl", "x509", "-noout", "-enddate", "-in", certificate[0]).strip().partition("=")[2]
@@ -309,15 +313,15 @@ def test_prometheus_says_what_was_sent(
 
     # A scrape that was late, on a busy machine, is one that failed, and there is nothing until the next.
     with contextlib.suppress(AssertionError):
-        programs.until(all_there, "all that was sent")
+        until(all_there, "all that was sent")
     assert answers == expected
     firing = 'ALERTS{alertname="FumiInjections", alertstate="firing"}'
-    programs.until(lambda: prometheus.ask(firing) == 1, "the alert")
+    until(lambda: prometheus.ask(firing) == 1, "the alert")
 
     def healths() -> set[str]:
         return {each["health"] for group in prometheus.get("rules")["groups"] for each in group["rules"]}
 
-    programs.until(lambda: healths() == {"ok"}, "an evaluation of all")
+    until(lambda: healths() == {"ok"}, "an evaluation of all")
 
 
 @pytest.fixture
@@ -325,6 +329,6 @@ def until_scraped(programs: Any) -> Callable[[Prometheus, float], None]:
     """Waits until Prometheus has from both programs what they served after that time."""
 
     def wait(prometheus: Prometheus, after: float) -> None:
-        programs.until(lambda: (prometheus.ask("min(timestamp(up))") or 0) > after, "a scrape")
+        until(lambda: (prometheus.ask("min(timestamp(up))") or 0) > after, "a scrape")
 
     return wait

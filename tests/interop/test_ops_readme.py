@@ -18,6 +18,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "ops" / "README.md").read_text()
 RULES = (ROOT / "ops" / "prometheus" / "rules.yml").read_text()
@@ -52,7 +56,7 @@ def test_what_it_names_is_there(programs: Any) -> None:
     for path in re.findall(r"\bops/(?!docker/certs|docker/\.env)[\w./-]+\w", README):
         assert (ROOT / path).exists(), path
     flags = set(re.findall(r"`(--[a-z-]+)", README)) | set(re.findall(r"(?<= )(--(?:metrics|config|check))\b", "".join(SHELL)))
-    helps = "".join(programs.run(programs.bin / name, "--help") for name in ("fumi-core", "fumi-edge"))
+    helps = "".join(programs.run(BIN / name, "--help") for name in ("fumi-core", "fumi-edge"))
     assert {flag for flag in flags - {"--workers"} if flag not in helps} == set()
     dashboard = (ROOT / "ops" / "grafana" / "fumi.json").read_text()
     for metric in re.findall(r"`(fumi_(?:core|edge)[\w:]+)", README):
@@ -67,7 +71,7 @@ def host(programs: Any) -> Callable[[str], str]:
     for directory in (root / "run" / "systemd" / "system", root / "opt", tools):
         directory.mkdir(parents=True)
     # A virtual environment is made in no time, of the programs from here; each in a second of its own.
-    stubs = dict.fromkeys(STUBS, '#!/bin/sh\necho "${0##*/}" "$@"\n') | {"python3": VENV.format(bin=programs.bin), "date": DATE}
+    stubs = dict.fromkeys(STUBS, '#!/bin/sh\necho "${0##*/}" "$@"\n') | {"python3": VENV.format(bin=BIN), "date": DATE}
     for name, text in stubs.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
@@ -133,7 +137,7 @@ def settings(programs: Any, *more: tuple[str, str]) -> Path:
         ("unix:/run/", f"unix:{root}/run/"),
         *more,
     ]
-    for before, after in [*here, ("9525", str(programs.free_port())), ("9465", str(programs.free_port()))]:
+    for before, after in [*here, ("9525", str(free_port())), ("9465", str(free_port()))]:
         assert before in text, before
         text = text.replace(before, after)
     path.write_text(text)
@@ -150,7 +154,7 @@ def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_fr
     first = current.readlink()
     core = ["--config", settings(programs), "--listen", f"unix:{programs.directory}/root/run/fumi-core.socket"]
     programs.start(current / "bin" / "fumi-core", *core, log="core.log")
-    programs.until(lambda: "listening" in (programs.directory / "core.log").read_text(), "the core")
+    until(lambda: "listening" in (programs.directory / "core.log").read_text(), "the core")
     restart = "systemctl restart fumi-core fumi-edge"
     said = host(UPGRADE).splitlines()
     in_use = [line for line in said if line.endswith(" is already in use (by a running fumi-core or another program)")]
@@ -177,14 +181,14 @@ def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[.
     path.write_text(
         path.read_text().replace("[core]\n", "[core]\n" + line.replace("/etc/", f"{programs.directory}/root/etc/") + "\n")
     )
-    assert "configuration OK" in programs.run(programs.bin / "fumi-core", "--config", path, "--check")
+    assert "configuration OK" in programs.run(BIN / "fumi-core", "--config", path, "--check")
 
 
 def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]) -> None:
     host(PROGRAMS + INSTALL)
     lineage(programs, certificate)
     host(START)
-    port = programs.free_port()
+    port = free_port()
 
     def here(text: str) -> str:
         return text.replace("10.0.0.1", "127.0.0.1").replace("10.0.0.2:2525", f"127.0.0.1:{port}")
@@ -192,7 +196,7 @@ def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certifi
     assert host(here(CORE_HOST)) == "systemctl daemon-reload\nsystemctl enable --now fumi-core\n"
     units = programs.directory / "root" / "etc" / "systemd" / "system"
     service = units / "fumi-core.service"
-    service.write_text(service.read_text().replace("/opt/fumi/bin", str(programs.bin)))
+    service.write_text(service.read_text().replace("/opt/fumi/bin", str(BIN)))
     said = programs.run("systemd-analyze", "verify", "--man=no", service, units / "fumi-core.socket")
     assert [line for line in said.splitlines() if "fumi" in line or "network.conf" in line] == []
     # systemd-analyze does read what is dropped in.
@@ -202,7 +206,7 @@ def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certifi
     assert "FreeeBind" in programs.run("systemd-analyze", "verify", "--man=no", service, units / "fumi-core.socket")
     (listen,) = re.findall("^ListenStream=(.+)", text, re.MULTILINE)
     core = ["--config", settings(programs), "--listen", listen]
-    programs.start(programs.bin / "fumi-core", *core, port=port, log="core.log")
+    programs.start(BIN / "fumi-core", *core, port=port, log="core.log")
     said = host(here(EDGE_HOST))
     assert said.splitlines() == [
         "configuration OK",
@@ -263,19 +267,19 @@ def listener() -> Iterator[socket.socket]:
 @pytest.fixture
 def start_edge(programs: Any, listener: socket.socket, certificate: tuple[Path, Path]) -> Iterator[Start]:
     """Starts edges on that socket, as an upgrade does: each ready when this returns."""
-    core = programs.free_port()
-    programs.start(programs.bin / "fumi-core", "--listen", f"127.0.0.1:{core}", port=core, log="core.log")
+    core = free_port()
+    programs.start(BIN / "fumi-core", "--listen", f"127.0.0.1:{core}", port=core, log="core.log")
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> subprocess.Popen[bytes]:
-        metrics = programs.free_port()
+        metrics = free_port()
         flags = [f"--listen=fd:{listener.fileno()}", f"--cert={certificate[0]}", f"--key={certificate[1]}"]
         flags += [f"--backend=127.0.0.1:{core}", f"--metrics=127.0.0.1:{metrics}"]
         log = programs.directory / f"edge{len(started)}.log"
         with log.open("wb") as output:
-            edge = subprocess.Popen([programs.bin / "fumi-edge", *flags], stderr=output, pass_fds=[listener.fileno()])
+            edge = subprocess.Popen([BIN / "fumi-edge", *flags], stderr=output, pass_fds=[listener.fileno()])
         started.append(edge)
-        programs.until(lambda: "metrics port=" in log.read_text() or edge.poll() is not None, "the start of an edge")
+        until(lambda: "metrics port=" in log.read_text() or edge.poll() is not None, "the start of an edge")
         return edge
 
     yield start

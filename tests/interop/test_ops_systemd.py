@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 SYSTEMD = Path(__file__).parents[2] / "ops" / "systemd"
 SERVICES = ["fumi-core.service", "fumi-edge.service"]
 HOOK = SYSTEMD / "certbot-deploy-hook"
@@ -50,7 +54,7 @@ EDGE_SOCKETS = sorted(name for name in UNITS if name.startswith("fumi-edge-"))
 def directory(programs: Any) -> Path:
     """The units as they would be installed, but with the programs from here."""
     for path in SYSTEMD.iterdir():
-        text = path.read_text().replace("/opt/fumi/bin", str(programs.bin))
+        text = path.read_text().replace("/opt/fumi/bin", str(BIN))
         (programs.directory / path.name).write_text(text)
     return Path(programs.directory)
 
@@ -113,14 +117,14 @@ class Service:
     def __init__(self, programs: Any, service: str, sockets: dict[str, str]) -> None:
         """``sockets``: by FileDescriptorName, what to listen on."""
         words = command(service, programs.directory)
-        words[0] = str(programs.bin / Path(words[0]).name)
+        words[0] = str(BIN / Path(words[0]).name)
         listen = [word for address in sockets.values() for word in ("-l", address)]
         log = service.replace(".service", ".log")
         self.log: Path = programs.directory / log
         self.process: subprocess.Popen[bytes] = programs.start(
             "systemd-socket-activate", *listen, f"--fdname={':'.join(sockets)}", *words, log=log
         )
-        programs.until(lambda: f"Listening on {[*sockets.values()][-1]}" in self.log.read_text(), f"the sockets of {service}")
+        until(lambda: f"Listening on {[*sockets.values()][-1]}" in self.log.read_text(), f"the sockets of {service}")
 
 
 @pytest.fixture
@@ -129,14 +133,14 @@ def running(programs: Any, directory: Path, certificate: tuple[Path, Path]) -> t
     (directory / "certs").mkdir()
     deploy(programs, *certificate, stop=False)
     text = (directory / "fumi.toml").read_text()
-    metrics = {port: str(programs.free_port()) for port in ("9525", "9465")}
+    metrics = {port: str(free_port()) for port in ("9525", "9465")}
     for before, after in {"/var/lib/fumi-core": f"{directory}/state", "/etc/fumi/certs": f"{directory}/certs",
                           "/run/": f"{directory}/", **metrics}.items():  # fmt: skip
         text = text.replace(before, after)
     (directory / "state").mkdir()
     (directory / "fumi.toml").write_text(text)
     core = Service(programs, "fumi-core.service", {"core": f"{directory}/fumi-core.socket"})
-    ports = {UNITS[name]["Socket.FileDescriptorName"]: programs.free_port() for name in EDGE_SOCKETS}
+    ports = {UNITS[name]["Socket.FileDescriptorName"]: free_port() for name in EDGE_SOCKETS}
     edge = Service(programs, "fumi-edge.service", {name: f"127.0.0.1:{port}" for name, port in ports.items()})
     return ports, core, edge
 
@@ -185,7 +189,7 @@ def test_the_hook_has_a_renewed_certificate_taken_into_service(
     programs.run("openssl", "req", "-x509", "-nodes", *curve, "-subj", "/CN=localhost", "-keyout", new[1], "-out", new[0])
     said = deploy(programs, *new, reload=edge.process.pid)
     assert said == "systemctl try-reload-or-restart fumi-edge.service\n"
-    programs.until(lambda: ssl.get_server_certificate(address) == new[0].read_text(), "the new certificate")
+    until(lambda: ssl.get_server_certificate(address) == new[0].read_text(), "the new certificate")
     (file,) = (directory / "certs").iterdir()
     assert (file.name, stat.S_IMODE(file.stat().st_mode)) == ("localhost.pem", 0o600)
     assert file.read_bytes() == new[0].read_bytes() + new[1].read_bytes()

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from tests.bench import environment
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
 
 TEXT = "Subject: test\r\n\r\nhello\r\n.dot\r\n" + "x" * 998 + "\r\nbye\r\n"
 AIOSMTPD = """
@@ -31,7 +34,7 @@ def smtp_sink(programs: Any, *flags: str) -> int:
     (programs.directory / "mails").mkdir()
     user = ["-u", "root"] if os.geteuid() == 0 else []
     libraries = [f"{name}={value}" for name, value in environment.postfix_environment().items()]
-    port: int = programs.free_port()
+    port: int = free_port()
     command = ["env", *libraries, *environment.postfix_program("smtp-sink"), *user, "-d", "mails/%H.", *flags]
     programs.start(*command, f"127.0.0.1:{port}", "64", port=port, log="sink.log")
     return port
@@ -40,7 +43,7 @@ def smtp_sink(programs: Any, *flags: str) -> int:
 def aiosmtpd(programs: Any, *flags: str) -> int:
     environment.INSTALLED.mkdir(exist_ok=True)
     environment.install_aiosmtpd()
-    port: int = programs.free_port()
+    port: int = free_port()
     programs.start(
         environment.INSTALLED / "aiosmtpd/bin/python", "-c", AIOSMTPD, str(port), "mails", port=port, log="aiosmtpd.log"
     )
@@ -56,10 +59,10 @@ def edge(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., tuple[i
     """fumi-edge in front of a port; the ports of TLS and STARTTLS."""
 
     def start(behind: int, *flags: str) -> tuple[int, int]:
-        tls, starttls = programs.free_port(), programs.free_port()
+        tls, starttls = free_port(), free_port()
         files = ["--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{behind}", "--proxy-protocol", "off"]
         ports = ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}", "--health-interval", "0.2"]
-        programs.start(programs.bin / "fumi-edge", *files, *ports, *flags, port=starttls, log="edge.log")
+        programs.start(BIN / "fumi-edge", *files, *ports, *flags, port=starttls, log="edge.log")
         return tls, starttls
 
     return start
@@ -83,7 +86,7 @@ def test_mail_comes_through_by_tls_and_by_starttls(
         smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
     with smtplib.SMTP("127.0.0.1", starttls) as smtp:
         smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
-    programs.until(lambda: len(delivered(programs)) == 3, "the third message")
+    until(lambda: len(delivered(programs)) == 3, "the third message")
     for message in delivered(programs):
         assert message.replace(b"\r\n", b"\n").rstrip(b"\n").endswith(b"\nhello\n.dot\n" + b"x" * 998 + b"\nbye")
     # The checks, five a second by now, found nothing wrong.
@@ -93,7 +96,7 @@ def test_mail_comes_through_by_tls_and_by_starttls(
 def test_a_sink_that_turns_everybody_away_is_heard(edge: Any, programs: Any) -> None:
     """Its banner is a hard error; the checks call it down, and the client still hears it in its own words."""
     _, starttls = edge(smtp_sink(programs, "-f", "connect"))
-    programs.until(lambda: "backend down" in (programs.directory / "edge.log").read_text(), "the verdict")
+    until(lambda: "backend down" in (programs.directory / "edge.log").read_text(), "the verdict")
     with socket.create_connection(("127.0.0.1", starttls), 60) as client, client.makefile("rb") as replies:
         assert replies.readline().startswith(b"5")
         client.sendall(b"QUIT\r\n")

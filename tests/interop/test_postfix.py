@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from tests.bench import environment
+from tests.support.ports import free_port
+from tests.support.starter import BIN
 
 # What concerns us is in flags; but Postfix's programs look whether these exist.
 CONFIGURATION = """
@@ -45,9 +47,9 @@ class Core:
 @pytest.fixture
 def core(programs: Any, request: pytest.FixtureRequest) -> Callable[..., Core]:
     def start(*flags: str, unix: bool = False) -> Core:
-        port, metrics = programs.free_port(), programs.free_port()
+        port, metrics = free_port(), free_port()
         address = f"unix:{programs.directory}/core" if unix else f"127.0.0.1:{port}"
-        command = [programs.bin / "fumi-core", "--proxy-protocol", "off", "--listen", address, *flags]
+        command = [BIN / "fumi-core", "--proxy-protocol", "off", "--listen", address, *flags]
         programs.start(*command, "--metrics", f"127.0.0.1:{metrics}", "--log-level", "warning", port=metrics, log="core.log")
         return Core(address, port, programs.maildir(), metrics)
 

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.ports import alone
-from tests.readme import PATH, ROOT, blocks, other_ports, sh
+from tests.support.ports import alone, free_port
+from tests.support.programs import listening
+from tests.support.readme import PATH, ROOT, blocks, other_ports, sh
+from tests.support.starter import BIN
+from tests.support.waiting import until
 
 BLOCKS = blocks((ROOT / "README.md").read_text())
 SHELL = [text for kind, text in BLOCKS if kind == "sh"]
@@ -33,10 +36,10 @@ def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> No
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, checkout / name)
     with alone("dev"):
-        programs.until(lambda: not any(map(programs.listening, DEV)), f"nobody else listening on {DEV}", patience=120)
+        until(lambda: not any(map(listening, DEV)), f"nobody else listening on {DEV}", patience=120)
         dev = programs.start("sh", "-c", f"cd {checkout} && exec {RUN}")
         # A virtual environment takes its time, and what goes into it comes from elsewhere.
-        programs.until(lambda: programs.listening(5870) or dev.poll() is not None, "fumi-edge --dev", patience=240)
+        until(lambda: listening(5870) or dev.poll() is not None, "fumi-edge --dev", patience=240)
         assert dev.poll() is None, (programs.directory / "log").read_text()
         for command in SWAKS.splitlines():
             assert " 250 2.0.0 Ok: queued as " in sh(command, checkout)
@@ -58,7 +61,7 @@ def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
 def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certificate: tuple[Path, Path]) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
-    ports = {port: programs.free_port() for port in ("2525", "9525", "25", "9465", "587")}
+    ports = {port: free_port() for port in ("2525", "9525", "25", "9465", "587")}
     core, edge = other_ports(CORE, ports), other_ports(EDGE, ports)
     programs.start("sh", "-c", f"PATH={PATH} exec {core.strip()}", port=ports["2525"])
     programs.start("sh", "-c", f"PATH={PATH} exec {edge.strip()}", port=ports["9465"])
@@ -70,9 +73,9 @@ def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certific
             smtp.sendmail("a@example.com", ["b@elsewhere.example"], "Subject: hi\r\n\r\nhi\r\n")
     assert len(list((programs.directory / "inbox" / "new").iterdir())) == 1
     (config,) = (text for kind, text in BLOCKS if kind == "toml")
-    others = {port: programs.free_port() for port in ("25", "587")} | {"2525": ports["2525"]}
+    others = {port: free_port() for port in ("25", "587")} | {"2525": ports["2525"]}
     (programs.directory / "edge.toml").write_text(other_ports(config, others))
-    others["2525"] = programs.free_port()
+    others["2525"] = free_port()
     (programs.directory / "core.toml").write_text(other_ports(config, others))
     for program in ("core", "edge"):
         sh(f"fumi-{program} --config {program}.toml --check", programs.directory)
@@ -83,12 +86,10 @@ def test_users_hand_in_their_mail_and_nobody_else_does(programs: Any, certificat
         (programs.directory / path.name).write_bytes(path.read_bytes())
     said = programs.run("sh", "-euc", USERS, given=b"secret\n", PATH=PATH)
     assert (said, stat.S_IMODE((programs.directory / "users").stat().st_mode)) == ("", 0o600)
-    ports = {port: programs.free_port() for port in ("2587", "10025", "465", "587")}
+    ports = {port: free_port() for port in ("2587", "10025", "465", "587")}
     core, edge = other_ports(SUBMIT_CORE, ports), other_ports(SUBMIT_EDGE, ports)
     queue = ["--proxy-protocol", "off", "--deliver", "maildir:./queue"]
-    programs.start(
-        programs.bin / "fumi-core", "--listen", f"127.0.0.1:{ports['10025']}", *queue, port=ports["10025"], log="queue.log"
-    )
+    programs.start(BIN / "fumi-core", "--listen", f"127.0.0.1:{ports['10025']}", *queue, port=ports["10025"], log="queue.log")
     programs.start("sh", "-c", f"PATH={PATH} exec {core.strip()}", port=ports["2587"])
     programs.start("sh", "-c", f"PATH={PATH} exec {edge.strip()}", port=ports["587"])
     context = ssl.create_default_context(cafile=str(certificate[0]))
@@ -118,7 +119,7 @@ def test_the_certificates_that_it_names_are_taken(programs: Any, certificate: tu
         assert f"`{name}`" in text
         (live / name).write_bytes(path.read_bytes())
     for flags in (dev, letsencrypt.replace("/etc", "etc")):
-        port = programs.free_port()
+        port = free_port()
         command = f"PATH={PATH} exec fumi-edge {flags} --backend 127.0.0.1:1 --listen 127.0.0.1:{port}"
         programs.start("sh", "-c", command, port=port)
 
@@ -130,10 +131,10 @@ def test_another_program_terminates_tls(programs: Any, certificate: tuple[Path, 
     for name in ("haproxy", "stunnel"):
         (programs.directory / name).symlink_to(ROOT / name)
     sh(CAT, programs.directory)
-    core, tls, metrics = (programs.free_port() for _ in range(3))
+    core, tls, metrics = (free_port() for _ in range(3))
     given = f"FUMI_BACKEND=127.0.0.1:{core} FUMI_LISTEN=127.0.0.1:{tls} FUMI_METRICS=127.0.0.1:{metrics}"
     # With HAProxy the core is the one that stands further up.
-    serve = other_ports(STUNNEL_CORE if other is STUNNEL else CORE, {"2525": core, "9525": programs.free_port()})
+    serve = other_ports(STUNNEL_CORE if other is STUNNEL else CORE, {"2525": core, "9525": free_port()})
     programs.start("sh", "-c", f"PATH={PATH} exec {serve.strip()}", port=core)
     assignment, _, command = other.strip().partition(" ")
     programs.start("sh", "-c", f"PATH={PATH}; export {assignment} {given}; exec {command}", port=tls)
@@ -145,7 +146,7 @@ def test_another_program_terminates_tls(programs: Any, certificate: tuple[Path, 
 def test_the_server_of_ones_own_runs(programs: Any) -> None:
     (source,) = (text for kind, text in BLOCKS if kind == "python")
     (programs.directory / "mine.py").write_text(source)
-    port = programs.free_port()
+    port = free_port()
     programs.start("sh", "-c", f"PATH={PATH} PYTHONUNBUFFERED=1 exec {MINE.strip()} --listen 127.0.0.1:{port}", port=port)
     with smtplib.SMTP() as smtp:
         smtp._get_socket = _with_header(smtp._get_socket)  # type: ignore[method-assign, attr-defined]
@@ -155,7 +156,7 @@ def test_the_server_of_ones_own_runs(programs: Any) -> None:
         assert smtp.rcpt("b@elsewhere.example")[0] == 550
         assert smtp.rcpt("b@example.org")[0] == 250
         assert smtp.data("hi\r\n")[0] == 250
-    programs.until(lambda: "192.0.2.1 None b'hi" in (programs.directory / "log").read_text(), "what it prints")
+    until(lambda: "192.0.2.1 None b'hi" in (programs.directory / "log").read_text(), "what it prints")
 
 
 def _with_header(connect: Any) -> Any:

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.browser import Page, browser
+from tests.support.browser import Page, browser
+from tests.support.ports import free_port
+from tests.support.programs import listening
+from tests.support.starter import BIN
+from tests.support.waiting import until
 
 WIDTHS = (390, 768, 1280)
 
@@ -49,13 +53,13 @@ OVERFLOW = """
 @pytest.fixture
 def status(programs, certificate):
     """An edge at work, with one backend up and one down; gives its page's address and a way to send a message."""
-    core, tls, starttls, metrics = (programs.free_port() for _ in range(4))
-    programs.start(programs.bin / "fumi-core", "--listen", f"127.0.0.1:{core}", "--deliver", "discard:", port=core)
+    core, tls, starttls, metrics = (free_port() for _ in range(4))
+    programs.start(BIN / "fumi-core", "--listen", f"127.0.0.1:{core}", "--deliver", "discard:", port=core)
     flags = ["--cert", certificate[0], "--key", certificate[1], "--metrics", f"127.0.0.1:{metrics}", "--max-clients", "100"]
     flags += ["--backend", f"127.0.0.1:{core}", "--backend", "unix:" + str(programs.directory / ("no-such-socket" * 3))]
     flags += ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}"]
-    programs.start(programs.bin / "fumi-edge", *flags, port=metrics)
-    programs.until(lambda: programs.listening(starttls), "the edge")
+    programs.start(BIN / "fumi-edge", *flags, port=metrics)
+    until(lambda: listening(starttls), "the edge")
     context = ssl.create_default_context(cafile=str(certificate[0]))
 
     def send(times: int) -> None:
@@ -108,4 +112,4 @@ def test_it_refreshes_by_itself_and_needs_no_script(
             return [row for row in page.value(rows) if row[0] == "upgraded"]
 
         # It may have refreshed while they were sent, and have some of them.
-        programs.until(lambda: upgraded() == [["upgraded", "", "7", "100 %"]], "a page with all of them")
+        until(lambda: upgraded() == [["upgraded", "", "7", "100 %"]], "a page with all of them")

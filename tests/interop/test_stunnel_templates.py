@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.starter import BIN
+from tests.support.waiting import until
+
 DIRECTORY = Path(__file__).parents[2] / "stunnel"
 FILES = sorted(path.name for path in DIRECTORY.glob("*.conf"))
 README = (DIRECTORY / "README.md").read_text()
@@ -65,7 +69,7 @@ def test_mail_comes_through_with_the_clients_address(
     programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core("--assume-tls")
-    port = programs.free_port()
+    port = free_port()
     stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}")
     with smtplib.SMTP_SSL("localhost", port, context=trusting, source_address=("127.0.0.9", 0)) as smtp:
         smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
@@ -75,24 +79,24 @@ def test_mail_comes_through_with_the_clients_address(
 
 def test_a_core_is_not_asked_before_the_handshake_is_over(programs: Any, stunnel: Start, fumi_core: Start) -> None:
     core, _ = fumi_core("--assume-tls", "--log-level", "debug")
-    port = programs.free_port()
+    port = free_port()
     stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}")
     programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_1", "-cipher", "ALL:@SECLEVEL=0", status=1)
     log = programs.directory / "stunnel.log"
-    programs.until(lambda: "Connection reset/closed" in log.read_text(), "the end")
+    until(lambda: "Connection reset/closed" in log.read_text(), "the end")
     assert "session" not in (programs.directory / "core.log").read_text()
 
 
 @pytest.mark.parametrize("cipher", ["AES128-SHA", "AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-SHA"])
 def test_old_ciphers_are_refused(cipher: str, programs: Any, stunnel: Start) -> None:
-    port = programs.free_port()
+    port = free_port()
     stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}")
     said = programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_2", "-cipher", cipher, status=1)
     assert "alert handshake failure" in said
 
 
 def test_tls_1_2_is_refused_when_1_3_is_the_least(programs: Any, stunnel: Start) -> None:
-    port = programs.free_port()
+    port = free_port()
     stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", MIN_TLS="1.3")
     said = programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_2", status=1)
     assert "alert protocol version" in said
@@ -102,7 +106,7 @@ def test_mutual_tls_lets_in_who_has_a_certificate(
     programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext, client_certificate: Any
 ) -> None:
     core, _ = fumi_core("--assume-tls")
-    required, optional = programs.free_port(), programs.free_port()
+    required, optional = free_port(), free_port()
     for port, variables in ((required, {}), (optional, {"CLIENT_CERT": "optional"})):
         own = {"BACKEND": f"127.0.0.1:{core}", "CLIENT_CA": client_certificate.ca, **variables}
         stunnel("mutual-tls.conf", port, f"{port}.log", LISTEN=f"127.0.0.1:{port}", **own)
@@ -119,7 +123,7 @@ def test_with_two_nodes_mail_goes_on_when_one_is_killed(
     programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext
 ) -> None:
     nodes = [fumi_core("--assume-tls", name=name) for name in ("one", "two")]
-    port = programs.free_port()
+    port = free_port()
     variables = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
     stunnel("two-nodes.conf", port, LISTEN=f"127.0.0.1:{port}", **variables)
     for _ in range(4):
@@ -134,7 +138,7 @@ def test_with_two_nodes_mail_goes_on_when_one_is_killed(
 def test_two_services_keep_clients_with_a_certificate_apart(
     programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext, client_certificate: Any
 ) -> None:
-    everybody, relay = programs.free_port(), programs.free_port()
+    everybody, relay = free_port(), free_port()
     own = {"LISTEN_1": f"127.0.0.1:{everybody}", "LISTEN_2": f"127.0.0.1:{relay}", "CLIENT_CA": client_certificate.ca}
     cores = {f"BACKEND_{n}": f"127.0.0.1:{fumi_core('--assume-tls', name=name)[0]}" for n, name in enumerate(("one", "two"), 1)}
     stunnel("two-services.conf", relay, **own, **cores)
@@ -153,7 +157,7 @@ def somebody() -> pwd.struct_passwd:
 
 def test_it_may_run_as_somebody_else(programs: Any, stunnel: Start) -> None:
     entry = somebody()
-    port = programs.free_port()
+    port = free_port()
     own = {"USER": entry.pw_name, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
     process = stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", **own)
     status = Path(f"/proc/{process.pid}/status")
@@ -162,14 +166,14 @@ def test_it_may_run_as_somebody_else(programs: Any, stunnel: Start) -> None:
         return re.findall(r"^[UG]id:\t(\d+)", status.read_text(), re.MULTILINE)
 
     # The ports come first.
-    programs.until(lambda: ids() == [str(entry.pw_uid), str(entry.pw_gid)], "its becoming somebody else")
+    until(lambda: ids() == [str(entry.pw_uid), str(entry.pw_gid)], "its becoming somebody else")
 
 
 def test_a_reload_takes_a_new_certificate_that_its_user_can_read_and_ends_no_session(
     programs: Any, fumi_core: Start, certificate: tuple[Path, Path], trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core("--assume-tls")
-    port = programs.free_port()
+    port = free_port()
     entry = somebody()
     # Somewhere that this user can get to, which pytest's directories are not.
     with tempfile.TemporaryDirectory() as name:
@@ -211,7 +215,7 @@ def test_a_reload_takes_a_new_certificate_that_its_user_can_read_and_ends_no_ses
                 except OSError:  # it opens its ports anew
                     return False
 
-            programs.until(renewed, "the new certificate")
+            until(renewed, "the new certificate")
             smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
     assert len(stored(programs, "core")) == 1
 
@@ -231,12 +235,12 @@ def test_the_commands_of_the_readme_do_what_it_says(
     (programs.directory / "stunnel").symlink_to(DIRECTORY)
     programs.run("sh", "-euc", COMMANDS[0])
     assert stat.S_IMODE((programs.directory / "fumi.pem").stat().st_mode) == 0o600
-    free = {port: programs.free_port() for port in ("465", "10465", *re.findall(r":(\d+)", block))}
+    free = {port: free_port() for port in ("465", "10465", *re.findall(r":(\d+)", block))}
     fronts = [free["465"], free["10465"]]
     environment = [f"FUMI_LISTEN_{number}=127.0.0.1:{port}" for number, port in enumerate(fronts, 1)]
     environment += [f"FUMI_BACKEND_{number}=127.0.0.1:{free.get(port)}" for number, port in ((1, "2525"), (2, "2526"))]
     services = len(re.findall("^accept", (DIRECTORY / re.findall(r"\S+\.conf", block)[0]).read_text(), re.MULTILINE))
-    path = f"PATH={programs.bin}:{os.environ['PATH']}"
+    path = f"PATH={BIN}:{os.environ['PATH']}"
     for command in re.sub(r"(?<=:)\d+", lambda found: str(free[found[0]]), block.strip()).splitlines():
         ports = re.findall(r"--listen 127\.0\.0\.1:(\d+)", command)
         shell = re.sub(r"^((?:\w+=\S+ )*)", r"\1exec ", command)

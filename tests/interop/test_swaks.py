@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import until
+
 Swaks = Callable[..., str]
 
 
@@ -217,6 +219,6 @@ def test_it_may_leave_at_any_time(core: Any, swaks: Swaks, programs: Any, caplog
     server.app.on_close(lambda ctx, next: closed.append(ctx.session))
     swaks(server.port, way, stage)
     swaks(server.port)
-    programs.until(lambda: len(closed) == 2, "both sessions ending")
+    until(lambda: len(closed) == 2, "both sessions ending")
     assert len(server.messages) == 1
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]

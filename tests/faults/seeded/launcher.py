@@ -79,7 +79,7 @@ def _wrap_send(plan: Plan) -> None:
         sent: int = _strike(plan, "send", real, (self, data, *flags), {})
         return sent
 
-    socket.socket.send = send  # type: ignore[method-assign]
+    socket.socket.send = send  # type: ignore[assignment, method-assign]
 
 
 def _strike(plan: Plan, call: str, real: Callable[..., Any], arguments: Any, keywords: Any) -> Any:

@@ -13,7 +13,7 @@ import socket
 import threading
 from typing import NamedTuple
 
-from tests.ports import kept_port
+from tests.support.ports import kept_port
 
 CONNECTING = ("connect", "accept", "banner", "half a banner", "EHLO", "half of EHLO's reply")
 STATES = (

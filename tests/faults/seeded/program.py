@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import starter
-from tests.ports import free_port
+from tests.support import starter
+from tests.support.ports import free_port
 
 from .plan import Plan
 

@@ -29,7 +29,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 PROGRAMS = ("fumi-core", "fumi-edge", "failing-core")
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _OURS = {str(BIN / program) for program in PROGRAMS}
 _STATUS = struct.Struct("i")
 
@@ -133,7 +133,8 @@ def _starter() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     with theirs:
-        subprocess.Popen([sys.executable, "-m", "tests.starter"], stdin=theirs, stdout=subprocess.DEVNULL, cwd=ROOT)
+        command = [sys.executable, "-m", "tests.support.starter"]
+        subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, cwd=ROOT)
     return ours
 
 

@@ -12,21 +12,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
-from fumi_core.client.answers import Answer, AnswerReader, Malformed
+from fumi_core.client.replies import Malformed, ReceivedReply, ReplyReader
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 
-CONNECT = 30.0
-"""Seconds to connect. The other limits are seconds, too."""
-MAIL = 300.0
+CONNECT_TIMEOUT = 30.0
+"""In seconds, as all of these."""
+MAIL_TIMEOUT = 300.0
 """For MAIL's reply (§4.5.3.2.2). On a new connection the banner and EHLO's reply count too."""
-RCPT = 300.0
-DATA = 120.0
-BLOCK = 180.0
+RCPT_TIMEOUT = 300.0
+DATA_TIMEOUT = 120.0
+BLOCK_TIMEOUT = 180.0
 """For the server to take a part of the message (§4.5.3.2.5)."""
-RSET = 30.0  # a new connection is faster
-END = 600.0
+RSET_TIMEOUT = 30.0  # a new connection is faster
+END_TIMEOUT = 600.0
 """For the reply to the whole message (§4.5.3.2.6)."""
-ATTEMPT = 0.25  # until the next address of a host name is also tried (RFC 8305 §5)
+NEXT_ADDRESS_SECONDS = 0.25
+"""Until the next address of a host name is also tried (RFC 8305 §5)."""
 
 Dialect = Literal["smtp", "lmtp"]
 _THIS_HOST = Networks(THIS_HOST)
@@ -35,13 +36,13 @@ _THIS_HOST = Networks(THIS_HOST)
 class Failure(Exception):
     """The server cannot be used: ``text``, with its enhanced status code, is for the client, the exception's message for the log.
 
-    ``answer`` is an unsolicited rejection that the server sent before it disconnected.
+    ``reply`` is an unsolicited rejection that the server sent before it disconnected.
     """
 
-    def __init__(self, text: str, detail: str, answer: Answer | None = None) -> None:
+    def __init__(self, text: str, detail: str, reply: ReceivedReply | None = None) -> None:
         super().__init__(detail)
         self.text = text
-        self.answer = answer
+        self.reply = reply
 
 
 def unreachable(detail: str) -> Failure:
@@ -52,11 +53,11 @@ def lost(detail: str) -> Failure:
     return Failure("4.4.2 Lost connection to the next hop", detail)
 
 
-def late(detail: str) -> Failure:
+def timed_out(detail: str) -> Failure:
     return Failure("4.4.2 Next hop timed out", detail)
 
 
-def nonsense(detail: str) -> Failure:
+def protocol_error(detail: str) -> Failure:
     return Failure("4.5.0 Next hop broke the protocol", detail)
 
 
@@ -64,12 +65,12 @@ async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextH
     """Connect, and send EHLO or LHLO with ``name``. Raises Failure."""
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(CONNECT):
+        async with asyncio.timeout(CONNECT_TIMEOUT):
             if address.kind == "unix":
                 _, connection = await loop.create_unix_connection(NextHopConnection, address.path)
             else:
                 _, connection = await loop.create_connection(
-                    NextHopConnection, address.host, address.port, happy_eyeballs_delay=ATTEMPT
+                    NextHopConnection, address.host, address.port, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS
                 )
     except TimeoutError:
         raise unreachable("no connection in time") from None
@@ -78,7 +79,7 @@ async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextH
     try:
         await connection.greet(protocol, name)
     except BaseException:
-        connection.cut()
+        connection.abort()
         raise
     return connection
 
@@ -90,9 +91,9 @@ class NextHopConnection(asyncio.Protocol):
         self.extensions: dict[str, str] = {}
         self.local = False
         self._loop = asyncio.get_running_loop()
-        self._reader = AnswerReader()
-        self._answers: deque[Answer] = deque()
-        self._owed = 1  # replies that are outstanding; the banner is the first
+        self._reader = ReplyReader()
+        self._replies: deque[ReceivedReply] = deque()
+        self._outstanding = 1  # replies that are outstanding; the banner is the first
         self._failure: Failure | None = None
         self._blocked = False
         self._waiter: asyncio.Future[None] | None = None
@@ -108,14 +109,14 @@ class NextHopConnection(asyncio.Protocol):
         if self._failure is not None:
             return
         try:
-            for answer in self._reader.feed(data):
-                if self._owed == 0:
-                    self._fail(_unasked(answer))
+            for reply in self._reader.feed(data):
+                if self._outstanding == 0:
+                    self._fail(_unsolicited(reply))
                     return
-                self._owed -= 1
-                self._answers.append(answer)
+                self._outstanding -= 1
+                self._replies.append(reply)
         except Malformed as error:
-            self._fail(nonsense(str(error)))
+            self._fail(protocol_error(str(error)))
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -132,69 +133,69 @@ class NextHopConnection(asyncio.Protocol):
 
     async def greet(self, protocol: Dialect, name: str) -> None:
         """Read the banner and send LHLO, or EHLO and, if that is rejected, HELO. Raises Failure."""
-        banner = await self.hear(MAIL)
+        banner = await self.receive_reply(MAIL_TIMEOUT)
         if banner.code != 220:
             raise unreachable(f"it greeted with {banner}")
         hello = b"LHLO" if protocol == "lmtp" else b"EHLO"
-        answer = await self.say(b"%b %b" % (hello, name.encode()), MAIL)
-        if answer.positive:
-            self.extensions = answer.extensions
-        elif protocol == "smtp" and answer.code >= 500:
-            answer = await self.say(b"HELO %b" % name.encode(), MAIL)
-        if not answer.positive:
-            raise unreachable(f"it answered the greeting {answer}")
+        reply = await self.send_command(b"%b %b" % (hello, name.encode()), MAIL_TIMEOUT)
+        if reply.positive:
+            self.extensions = reply.extensions
+        elif protocol == "smtp" and reply.code >= 500:
+            reply = await self.send_command(b"HELO %b" % name.encode(), MAIL_TIMEOUT)
+        if not reply.positive:
+            raise unreachable(f"it replied to the greeting with {reply}")
 
-    async def say(self, line: bytes, seconds: float, good: int = 2) -> Answer:
+    async def send_command(self, line: bytes, seconds: float, good: int = 2) -> ReceivedReply:
         """Send a command, given without its CRLF, and return its reply. Raises Failure."""
-        self._check()
-        self._owed += 1
+        self._raise_failure()
+        self._outstanding += 1
         self._transport.write(line + b"\r\n")
-        return await self.hear(seconds, good)
+        return await self.receive_reply(seconds, good)
 
-    async def hear(self, seconds: float, good: int = 2) -> Answer:
+    async def receive_reply(self, seconds: float, good: int = 2) -> ReceivedReply:
         """Return the next outstanding reply: a rejection, or one whose code begins with ``good``. Raises Failure."""
-        await self._until(lambda: bool(self._answers), seconds)
-        answer = self._answers.popleft()
-        if answer.positive and answer.code // 100 != good:
-            self._fail(nonsense(f"it said {answer}, out of place"))
-            self._check()
-        return answer
+        await self._wait_until(lambda: bool(self._replies), seconds)
+        reply = self._replies.popleft()
+        if reply.positive and reply.code // 100 != good:
+            self._fail(protocol_error(f"unexpected reply {reply}"))
+            self._raise_failure()
+        return reply
 
     async def send(self, data: bytes) -> None:
         """Send a part of the message; returns when there is room for more. Raises Failure, also for an early reply."""
-        self._check()
+        self._raise_failure()
         self._transport.write(data)
         if self._blocked:
-            await self._until(lambda: not self._blocked, BLOCK)
+            await self._wait_until(lambda: not self._blocked, BLOCK_TIMEOUT)
 
     async def finish(
-        self, data: bytes, count: int, waiting: Callable[[Sequence[Answer | Failure]], None] | None = None
-    ) -> list[Answer | Failure]:
+        self, data: bytes, count: int, on_wait: Callable[[Sequence[ReceivedReply | Failure]], None] | None = None
+    ) -> list[ReceivedReply | Failure]:
         """Send the last part of the message. Returns ``count`` replies, with a Failure in place of each missing one.
 
-        ``waiting`` is called with the replies so far, at least one, whenever the next one is awaited. Raises Failure.
+        ``on_wait`` is called with the replies so far, at least one, whenever the next one is awaited. Raises Failure.
         """
-        self._check()
-        self._owed += count
+        self._raise_failure()
+        self._outstanding += count
         self._transport.write(data)
-        verdicts: list[Answer | Failure] = []
-        deadline = self._loop.time() + END
+        verdicts: list[ReceivedReply | Failure] = []
+        deadline = self._loop.time() + END_TIMEOUT
         for _ in range(count):
-            if waiting is not None and verdicts and not self._answers:
-                waiting(verdicts)
+            if on_wait is not None and verdicts and not self._replies:
+                on_wait(verdicts)
             try:
-                verdicts.append(await self.hear(deadline - self._loop.time()))
+                verdicts.append(await self.receive_reply(deadline - self._loop.time()))
             except Failure as failure:
                 verdicts.append(failure)
         return verdicts
 
-    async def chunk(self, data: bytes) -> Answer:
+    async def send_chunk(self, data: bytes) -> ReceivedReply:
         """Send a chunk, with others to follow (RFC 3030 §2), and return its reply. Raises Failure."""
-        self._check()
-        self._owed += 1
+        self._raise_failure()
+        self._outstanding += 1
         self._transport.write(b"BDAT %d\r\n" % len(data))
         self._transport.write(data)
-        return await self.hear(BLOCK)
+        return await self.receive_reply(BLOCK_TIMEOUT)
 
     # The end of a transaction, and of the connection
 
@@ -205,24 +206,24 @@ class NextHopConnection(asyncio.Protocol):
     @property
     def resetting(self) -> bool:
         """Whether RSET was sent and its reply is still to be read."""
-        return self._owed > 0 or bool(self._answers)
+        return self._outstanding > 0 or bool(self._replies)
 
     def reset(self) -> None:
         """Send RSET; the next user of the connection must first read its reply."""
         if self.usable:
-            self._owed += 1
+            self._outstanding += 1
             self._transport.write(b"RSET\r\n")
 
-    def leave(self) -> None:
+    def quit(self) -> None:
         """Send QUIT and close; the reply is not needed."""
         if self.usable:
             self._transport.write(b"QUIT\r\n")
-            self._failure = lost("we closed the connection")
+            self._failure = lost("the connection was closed")
             self._transport.close()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """Abort the connection: a transaction in progress must not be completed."""
-        self._fail(lost("we cut the connection"))
+        self._fail(lost("the connection was aborted"))
 
     def _fail(self, failure: Failure) -> None:
         if self._failure is None:
@@ -230,7 +231,7 @@ class NextHopConnection(asyncio.Protocol):
             self._transport.abort()
             self._wake()
 
-    def _check(self) -> None:
+    def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure.with_traceback(None)
 
@@ -238,23 +239,23 @@ class NextHopConnection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def _until(self, ready: Callable[[], Any], seconds: float) -> None:
+    async def _wait_until(self, ready: Callable[[], Any], seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
                 while not ready():
-                    self._check()
+                    self._raise_failure()
                     self._waiter = self._loop.create_future()
                     await self._waiter
         except TimeoutError:
-            self._fail(late("no answer in time"))
-            self._check()
+            self._fail(timed_out("no reply in time"))
+            self._raise_failure()
         except asyncio.CancelledError:
-            self.cut()
+            self.abort()
             raise
 
 
-def _unasked(answer: Answer) -> Failure:
+def _unsolicited(reply: ReceivedReply) -> Failure:
     """A server sends the reason before it disconnects (RFC 5321 §3.8); any other unsolicited reply is an error."""
-    if answer.code < 400:
-        return nonsense(f"it said {answer}, unasked")
-    return Failure(lost("").text, f"it said {answer}, unasked", answer)
+    if reply.code < 400:
+        return protocol_error(f"unsolicited reply {reply}")
+    return Failure(lost("").text, f"unsolicited reply {reply}", reply)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import socket
 import time
 
-from fumi_core.client.answers import Answer, AnswerReader, Malformed
+from fumi_core.client.replies import Malformed, ReceivedReply, ReplyReader
 from fumi_core.runtime.addresses import SocketAddress
 
-SECONDS = 5.0
+TIMEOUT = 5.0
 """Seconds for each of the name's addresses to connect; and, from the start, for the banner."""
 
 
 def dependency_problem(address: SocketAddress) -> str | None:
     """Why the server accepts no mail, in a few words; None when it greets with 220."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + TIMEOUT
     try:
         with _connect(address) as sock:
             banner = _banner(sock, deadline)
@@ -30,10 +30,10 @@ def dependency_problem(address: SocketAddress) -> str | None:
 
 def _connect(address: SocketAddress) -> socket.socket:
     if address.kind == "tcp":
-        return socket.create_connection((address.host, address.port), timeout=SECONDS)
+        return socket.create_connection((address.host, address.port), timeout=TIMEOUT)
     sock = socket.socket(socket.AF_UNIX)
     try:
-        sock.settimeout(SECONDS)
+        sock.settimeout(TIMEOUT)
         sock.connect(address.path)
     except BaseException:
         sock.close()
@@ -41,8 +41,8 @@ def _connect(address: SocketAddress) -> socket.socket:
     return sock
 
 
-def _banner(sock: socket.socket, deadline: float) -> Answer:
-    reader = AnswerReader()
+def _banner(sock: socket.socket, deadline: float) -> ReceivedReply:
+    reader = ReplyReader()
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -51,5 +51,5 @@ def _banner(sock: socket.socket, deadline: float) -> Answer:
         data = sock.recv(4096)
         if not data:
             raise ConnectionResetError("it closed the connection")
-        for answer in reader.feed(data):
-            return answer
+        for reply in reader.feed(data):
+            return reply

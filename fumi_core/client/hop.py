@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from fumi_core.client.answers import Answer
 from fumi_core.client.commands import CARRIED, mail_command, not_carried
-from fumi_core.client.connection import MAIL, RSET, Dialect, Failure, NextHopConnection, connect, late
+from fumi_core.client.connection import MAIL_TIMEOUT, RSET_TIMEOUT, Dialect, Failure, NextHopConnection, connect, timed_out
 from fumi_core.client.pool import Pool
+from fumi_core.client.replies import ReceivedReply
 from fumi_core.errors import SMTPError
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.smtp.session import Address, Session
 
-RELIED_ON = 300.0
+EHLO_VALID_SECONDS = 300.0
 """Seconds for which a client may rely on an EHLO reply that offered more than the server offers now."""
-ASK = 5.0
+EXTENSIONS_TIMEOUT = 5.0
 """Seconds that the server has, at the start, to report its extensions."""
 
 
@@ -29,42 +29,42 @@ class Hop:
         self._pool = Pool()
         self._reduced: float | None = None  # when the server was found to offer fewer extensions than before
 
-    async def ask(self, name: str) -> None:
+    async def learn_extensions(self, name: str) -> None:
         """Open a first connection, to learn the server's extensions. Until one succeeds, the server counts as having none."""
         with contextlib.suppress(Failure, TimeoutError):
-            async with asyncio.timeout(ASK):
+            async with asyncio.timeout(EXTENSIONS_TIMEOUT):
                 self._pool.put(await self._connect(name))
 
-    async def mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, Answer]:
+    async def mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, ReceivedReply]:
         """Send MAIL. Raises Failure, and SMTPError if the server cannot carry the message."""
         try:
-            async with asyncio.timeout(MAIL):
+            async with asyncio.timeout(MAIL_TIMEOUT):
                 return await self._mail(session, sender)
         except TimeoutError:
-            raise late("no answer to MAIL in time") from None
+            raise timed_out("no reply to MAIL in time") from None
 
-    async def _mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, Answer]:
+    async def _mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, ReceivedReply]:
         """Use an idle connection that still works, or else a new one."""
         while (connection := self._pool.take()) is not None:
             with contextlib.suppress(Failure):
-                if not connection.resetting or (await connection.hear(RSET)).positive:
-                    answer = await self._say_mail(connection, session, sender)
-                    if answer.code != 421:
-                        return connection, answer
-            connection.cut()
+                if not connection.resetting or (await connection.receive_reply(RSET_TIMEOUT)).positive:
+                    reply = await self._send_mail(connection, session, sender)
+                    if reply.code != 421:
+                        return connection, reply
+            connection.abort()
         connection = await self._connect(session.name)
-        return connection, await self._say_mail(connection, session, sender)
+        return connection, await self._send_mail(connection, session, sender)
 
-    async def _say_mail(self, connection: NextHopConnection, session: Session, sender: Address) -> Answer:
+    async def _send_mail(self, connection: NextHopConnection, session: Session, sender: Address) -> ReceivedReply:
         try:
             line = mail_command(sender, session.envelope, connection, self._protocol)
         except SMTPError as error:
             self._pool.put(connection)
-            if self._reduced is not None and asyncio.get_running_loop().time() - self._reduced < RELIED_ON:
+            if self._reduced is not None and asyncio.get_running_loop().time() - self._reduced < EHLO_VALID_SECONDS:
                 # A new EHLO would get another reply, after which the client might convert the message.
                 raise SMTPError(f"4{error.message[1:]}", 451) from None
             raise
-        return await connection.say(line, MAIL)
+        return await connection.send_command(line, MAIL_TIMEOUT)
 
     async def _connect(self, name: str) -> NextHopConnection:
         connection = await connect(self._address, self._protocol, name)

@@ -6,9 +6,9 @@ import asyncio
 
 from fumi_core.client.connection import NextHopConnection
 
-LIMIT = 16
+MAX_IDLE = 16
 """Connections kept at most."""
-IDLE = 30.0
+IDLE_SECONDS = 30.0
 """Seconds for which one is kept: less than servers allow (RFC 5321 §4.5.3.2.7), so that we close it and not the server."""
 
 
@@ -29,16 +29,16 @@ class Pool:
 
     def put(self, connection: NextHopConnection) -> None:
         """Keep it, unless it is closed or the pool is full."""
-        if connection.usable and len(self._idle) < LIMIT:
-            timer = asyncio.get_running_loop().call_later(IDLE, self._expire, connection)
+        if connection.usable and len(self._idle) < MAX_IDLE:
+            timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._expire, connection)
             self._idle[connection] = timer
         else:
-            connection.leave()
+            connection.quit()
 
     def close(self) -> None:
         while (connection := self.take()) is not None:
-            connection.leave()
+            connection.quit()
 
     def _expire(self, connection: NextHopConnection) -> None:
         del self._idle[connection]
-        connection.leave()
+        connection.quit()

@@ -19,7 +19,7 @@ from fumi_core.runtime.addresses import parse_address
 TARGETS = ("maildir", "lmtp", "smtp", "discard")
 
 
-class Target(Protocol):
+class DeliveryTarget(Protocol):
     """A place for mail; see above."""
 
     name: str
@@ -31,10 +31,10 @@ class Target(Protocol):
     def check(self) -> str | None: ...
 
 
-def parse_target(text: str, state: Path | None = None) -> Target:
+def parse_target(text: str, state: Path | None = None) -> DeliveryTarget:
     """``maildir:PATH``, ``lmtp:ADDR``, ``smtp:ADDR`` or ``discard:``. Raises ValueError for anything else.
 
-    ``state`` is a directory where a target may store answers; None disables that. It is created when it is needed.
+    ``state`` is a directory where a target may store replies; None disables that. It is created when it is needed.
     """
     kind, colon, rest = text.partition(":")
     if kind == "maildir" and rest:

@@ -13,7 +13,7 @@ from fumi_core.handlers.middleware import Next
 MAX_HOPS = 50
 """Received fields a message may have; Postfix's hopcount_limit is the same."""
 
-MAX_HEADER = 256 * 1024
+MAX_HEADER_BYTES = 256 * 1024
 """Bytes that are examined. Servers add their Received fields at the beginning, and fifty of them take about 25 KiB."""
 
 _FIELD = b"\nreceived:"
@@ -36,7 +36,7 @@ class HopCounter:
         self._examined += len(text)
         text = self._tail + text
         end = text.find(b"\n\r\n")
-        self._ended = end >= 0 or self._examined > MAX_HEADER
+        self._ended = end >= 0 or self._examined > MAX_HEADER_BYTES
         if end >= 0:
             text = text[:end]
         self.count += text.lower().count(_FIELD)

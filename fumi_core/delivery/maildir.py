@@ -33,17 +33,17 @@ from fumi_core.server.observer import DeliveryResult
 if TYPE_CHECKING:
     from fumi_core.app import Fumi
 
-BATCH = 64 * 1024
+BATCH_BYTES = 64 * 1024
 """Octets gathered before a thread writes them."""
 THREADS = 16
 """Messages written at once; each thread mostly waits for fsync."""
-NAMES = 10
+NAME_ATTEMPTS = 10
 """Names that are tried for a message when they are taken already."""
-STALE = 36 * 3600.0
+STALE_SECONDS = 36 * 3600.0
 """Seconds after which a file in tmp/ is the remains of a delivery that was killed, as the specification says."""
-WITHDRAWING = 4.0
+WITHDRAW_TIMEOUT = 4.0
 """Seconds that a stop waits for deliveries that are being withdrawn; a master kills its workers after five."""
-CLEANING = 3600.0
+CLEAN_INTERVAL = 3600.0
 """Seconds between two searches for such files, while mail is delivered."""
 
 _log = logging.getLogger("fumi.core")
@@ -142,7 +142,7 @@ class Maildir:
         async for piece in ctx.stream:
             batch.append(traced.feed(piece))
             size += len(piece)
-            if size >= BATCH:
+            if size >= BATCH_BYTES:
                 await self._in_thread(file, file.write, batch)
                 batch, size = [], 0
         if ctx.size_exceeded:
@@ -165,7 +165,7 @@ class Maildir:
 
     def _wait_for_withdrawals(self) -> None:
         # If the message stayed in new/ it would be there twice, since its client sends it again.
-        wait(self.withdrawals, WITHDRAWING)
+        wait(self.withdrawals, WITHDRAW_TIMEOUT)
 
     def _unique_name(self) -> str:
         now = time.time_ns()
@@ -188,7 +188,7 @@ class Maildir:
 
     def _clean(self) -> None:
         """Remove the remains of deliveries that were killed, in a thread."""
-        self._clean_at = time.monotonic() + CLEANING
+        self._clean_at = time.monotonic() + CLEAN_INTERVAL
         with contextlib.suppress(RuntimeError):  # no thread is available: try again next time
             self._threads.submit(_remove_stale, self.path / "tmp")
 
@@ -244,7 +244,7 @@ class _File:
 
     def _with_new_name(self, make: Callable[[str], None]) -> None:
         """Create a file under the message's name, or under another name if that is taken. Raises OSError."""
-        for left in range(NAMES - 1, -1, -1):
+        for left in range(NAME_ATTEMPTS - 1, -1, -1):
             try:
                 make(self.name)
                 break
@@ -345,8 +345,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _remove_stale(tmp: Path) -> None:
-    """Remove files that were written last more than STALE seconds ago."""
-    oldest, removed = time.time() - STALE, 0
+    """Remove files that were written last more than STALE_SECONDS seconds ago."""
+    oldest, removed = time.time() - STALE_SECONDS, 0
     try:
         with os.scandir(tmp) as entries:
             for entry in entries:

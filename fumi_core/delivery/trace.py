@@ -6,7 +6,7 @@ import re
 
 from fumi_core.smtp.session import Session
 
-MAX_LINE = 998
+MAX_LINE_BYTES = 998
 """Octets of a line, without CRLF (RFC 5322 §2.1.1). A line without a colon by then does not count as a header field."""
 
 # field-name, and the space that RFC 5322 §4.5 (obs-optional) still allows before the colon
@@ -43,7 +43,7 @@ class Traced:
         if self._begun:
             return piece
         self._text += piece
-        if len(self._text) <= MAX_LINE and _PERHAPS_FIELD.match(self._text):
+        if len(self._text) <= MAX_LINE_BYTES and _PERHAPS_FIELD.match(self._text):
             return b""
         return self.end()
 
@@ -52,5 +52,5 @@ class Traced:
         if self._begun:
             return b""
         self._begun = True
-        joined = not self._text or self._text.startswith(b"\r\n") or _FIELD.match(self._text, 0, MAX_LINE) is not None
+        joined = not self._text or self._text.startswith(b"\r\n") or _FIELD.match(self._text, 0, MAX_LINE_BYTES) is not None
         return self._fields + (b"" if joined else b"\r\n") + self._text

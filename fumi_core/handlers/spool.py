@@ -18,7 +18,7 @@ from typing import IO, TypeVar, cast
 from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 
 T = TypeVar("T")
-MEMORY = 256 * 1024
+MEMORY_BYTES = 256 * 1024
 """Octets of a message that are kept in memory, and octets read from the file at once."""
 
 
@@ -47,7 +47,7 @@ class Spool:
         self._pieces.append(piece)
         self._waiting += len(piece)
         self.size += len(piece)
-        if self._waiting > MEMORY:
+        if self._waiting > MEMORY_BYTES:
             pieces, self._pieces, self._waiting = self._pieces, [], 0
             await self._in_thread(lambda: self._append(b"".join(pieces)))
 
@@ -95,7 +95,7 @@ class Spool:
 
     def _block(self, at: int, end: int) -> bytes:
         assert self._file is not None
-        block = os.pread(self._file.fileno(), min(MEMORY, end - at), at)
+        block = os.pread(self._file.fileno(), min(MEMORY_BYTES, end - at), at)
         if not block:
             raise OSError("the temporary file of a message is shorter than the message")
         return block

@@ -15,7 +15,7 @@ from fumi_core.handlers.spool import Spool
 
 READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
-HIGH_WATER = 64 * 1024
+HIGH_WATER_BYTES = 64 * 1024
 """When more octets than this wait for the handler, the socket is not read; one more read may already be on its way."""
 
 
@@ -211,7 +211,7 @@ class MessageStream:
     @property
     def full(self) -> bool:
         """Whether reading the socket should pause."""
-        return self._buffered > HIGH_WATER
+        return self._buffered > HIGH_WATER_BYTES
 
     @property
     def has_text(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fumi_core.app import Fumi
-from fumi_core.delivery import Target, parse_target
+from fumi_core.delivery import DeliveryTarget, parse_target
 from fumi_core.delivery.loop_limit import loop_limit
 from fumi_core.plugins import rcpt_filter, sender_login
 from fumi_core.program import mail_log
@@ -31,7 +31,7 @@ def build(
     return equip(app, parse_target(deliver, state), domains)
 
 
-def equip(app: Fumi, target: Target, domains: Sequence[str], *, own_senders: bool = False) -> Fumi:
+def equip(app: Fumi, target: DeliveryTarget, domains: Sequence[str], *, own_senders: bool = False) -> Fumi:
     """Turn an app without handlers into the built-in one. ``own_senders``: users may send only from their own addresses."""
     if target.name != "discard":
         # Discarded messages are not logged: this target is for benchmarks.

@@ -17,7 +17,7 @@ import click
 from prometheus_client import CollectorRegistry
 
 from fumi_core.app import Fumi
-from fumi_core.delivery import TARGETS, Target, parse_target
+from fumi_core.delivery import TARGETS, DeliveryTarget, parse_target
 from fumi_core.program import builtin, mail_log
 from fumi_core.program.users import Users
 from fumi_core.runtime.addresses import (
@@ -75,7 +75,7 @@ class CoreWork:
         self._settings = ctx.params
         addresses = [*self._settings["listen"], self._settings["metrics"]]
         check_mode(self._settings["socket_mode"], [each for each in addresses if each is not None])
-        self._target: Target | None = None
+        self._target: DeliveryTarget | None = None
         self._sockets: list[socket.socket] = []
         self.metrics_sockets: list[socket.socket] = []
         self.registry = CollectorRegistry()
@@ -215,7 +215,7 @@ class CoreWork:
         self.app.adopt(app)
         self._target = target
 
-    def _target_for(self, deliver: str, state: Path | None) -> Target:
+    def _target_for(self, deliver: str, state: Path | None) -> DeliveryTarget:
         """Return the present target if it is the same: its threads and connections are worth keeping."""
         same = deliver == (self._settings["deliver"] or DELIVER) and state == _state(self._settings)
         if self._target is not None and same:
@@ -294,7 +294,7 @@ def _refuse_senders_of_nobody(settings: dict[str, Any], users: Users) -> None:
         raise SettingError(f"--sender-login: {words}")
 
 
-def _equip(app: Fumi, target: Target, settings: dict[str, Any]) -> None:
+def _equip(app: Fumi, target: DeliveryTarget, settings: dict[str, Any]) -> None:
     try:
         builtin.equip(app, target, settings["domain"], own_senders=settings["sender_login"])
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ from fumi_core.handlers.contexts import (
     RcptContext,
 )
 from fumi_core.handlers.runner import HandlerRunner
-from fumi_core.handlers.stream import HIGH_WATER, MessageStream
+from fumi_core.handlers.stream import HIGH_WATER_BYTES, MessageStream
 from fumi_core.runtime.logs import event as log_event
 from fumi_core.server import dialogue_log
 from fumi_core.server.handler_replies import log_failure, log_handler_failure, rejection
@@ -113,7 +113,7 @@ class Dialogue:
         if self._message is not None and self._message.stream.full:
             return True
         # Go on reading while a handler runs, to notice that a client has sent more and disconnected.
-        return (self.protocol.pending is not None and self.protocol.buffered > HIGH_WATER) or self.protocol.throttled
+        return (self.protocol.pending is not None and self.protocol.buffered > HIGH_WATER_BYTES) or self.protocol.throttled
 
     @property
     def message_started(self) -> float | None:

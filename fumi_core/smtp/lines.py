@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-MAX_LINE = 4096
+MAX_LINE_BYTES = 4096
 """Octets of a command line, CRLF included; RFC 5321 §4.5.3.1.4 requires 512, and more with extensions."""
-MAX_AUTH_LINE = 12288
+MAX_AUTH_LINE_BYTES = 12288
 """Octets of an AUTH command and of its responses (RFC 4954 §4)."""
 
 
-BEGINNING = 16
+BEGINNING_BYTES = 16
 """Octets at the beginning of a line that are enough to recognize another protocol."""
 
 
@@ -53,7 +53,7 @@ class Input:
                 self._dropped = self.beginning()
                 self.take()
             return None
-        if end - at > MAX_LINE or self._dropped is not None:
+        if end - at > MAX_LINE_BYTES or self._dropped is not None:
             return self._long_line(end)
         self._at = end
         return data[at:end]
@@ -63,16 +63,16 @@ class Input:
         line = self._data[self._at : end]
         self._at = end
         if self._dropped is not None or len(line) > limit:
-            beginning, self._dropped = self._dropped or line[:BEGINNING], None
+            beginning, self._dropped = self._dropped or line[:BEGINNING_BYTES], None
             raise LineTooLong(beginning)
         return line
 
     def _limit(self) -> int:
-        return MAX_AUTH_LINE if self.responses or self.beginning()[:5].upper() == b"AUTH " else MAX_LINE
+        return MAX_AUTH_LINE_BYTES if self.responses or self.beginning()[:5].upper() == b"AUTH " else MAX_LINE_BYTES
 
     def beginning(self) -> bytes:
         """The first bytes of the incomplete line."""
-        return self._dropped or self._data[self._at : self._at + BEGINNING]
+        return self._dropped or self._data[self._at : self._at + BEGINNING_BYTES]
 
     def take(self) -> bytes:
         """Return and remove all bytes."""

@@ -26,7 +26,7 @@ class Arrival(Enum):
     """A chunk without a transaction. It is dropped, and then answered with ``refusals``."""
 
 
-class Transfer:
+class MessageReader:
     """The message that is arriving from ``input``; reused for the next one after ``reset()``."""
 
     __slots__ = ("_chunks", "_input", "_options", "_reader", "_size", "arrival", "refusals")

@@ -33,7 +33,7 @@ from fumi_core.smtp.events import (
 )
 from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.lines import Input, LineTooLong
-from fumi_core.smtp.message_reader import Arrival, Transfer
+from fumi_core.smtp.message_reader import Arrival, MessageReader
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.replies import Reply, verdict
 from fumi_core.smtp.results import AuthResult, MessageResult
@@ -89,7 +89,7 @@ class Protocol:
         self._enhanced = not options.hide_enhancedstatuscodes
         self._input = Input()
         self._output: list[bytes] = []
-        self._transfer = Transfer(self._input, options)
+        self._message_reader = MessageReader(self._input, options)
         self._exchange: AuthExchange | None = None
         self._broken: MessageBroken | None = None
         self._failed: tuple[Reply, ...] = ()
@@ -127,9 +127,9 @@ class Protocol:
             if self._broken is not None:
                 self.pending, self._broken = self._broken, None
                 return self.pending
-            if self._transfer.arrival is not None:
+            if self._message_reader.arrival is not None:
                 event = self._read_message()
-                if event is not None or self._transfer.arrival is not None:
+                if event is not None or self._message_reader.arrival is not None:
                     return event
                 continue
             try:
@@ -204,7 +204,7 @@ class Protocol:
         if self.pending is None:
             return answers
         self.pending = None
-        error = self._reset("BDAT" if self._transfer.chunked else "DATA")
+        error = self._reset("BDAT" if self._message_reader.chunked else "DATA")
         if error is not None:
             answers = [error if reply.code < 400 else reply for reply in answers]
         for reply in answers:
@@ -233,7 +233,7 @@ class Protocol:
     @property
     def dropping(self) -> bool:
         """Whether a chunk without a transaction is arriving."""
-        return self._transfer.arrival is Arrival.STRAY_CHUNK
+        return self._message_reader.arrival is Arrival.STRAY_CHUNK
 
     @property
     def in_transaction(self) -> bool:
@@ -508,7 +508,7 @@ class Protocol:
         if self.session.envelope.body == "BINARYMIME":
             return replies.NEED_BDAT
         self.state = State.DATA
-        self._transfer.begin()
+        self._message_reader.begin()
         self._reply(replies.START_DATA)
         return _DATA_START
 
@@ -522,9 +522,9 @@ class Protocol:
         size = int(words[0])
         refusal = BEFORE_MAIL.get(self.state)
         if refusal is not None:
-            self._transfer.drop_chunk(size, self._refusals_of_chunk(refusal, last))
+            self._message_reader.drop_chunk(size, self._refusals_of_chunk(refusal, last))
             return _CHUNK_DROPPED
-        first = self._transfer.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
+        first = self._message_reader.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
         self.state = State.DATA if last else State.CHUNKS
         return _BDAT_START if first else None
 
@@ -559,12 +559,12 @@ class Protocol:
             self._failed = (event.reply,) * recipients
 
     def _read_message(self) -> Event | None:
-        transfer = self._transfer
-        if transfer.arrival is Arrival.EXCESS_CHUNK:
-            transfer.arrival = Arrival.CHUNK
+        reader = self._message_reader
+        if reader.arrival is Arrival.EXCESS_CHUNK:
+            reader.arrival = Arrival.CHUNK
             return _MESSAGE_EXCESS
         try:
-            text = transfer.read()
+            text = reader.read()
         except BareNewline:
             if self._options.lmtp:
                 for _ in self.session.envelope.rcpt_to[1:]:
@@ -573,10 +573,10 @@ class Protocol:
             return MessageBroken("bare newline in the message", MessageResult.REJECTED)
         if text:
             return MessageData(text)
-        if transfer.arrival is not None:
+        if reader.arrival is not None:
             return None
-        if transfer.refusals:
-            refusals, transfer.refusals = transfer.refusals, ()
+        if reader.refusals:
+            refusals, reader.refusals = reader.refusals, ()
             for each in refusals[1:]:
                 self._reply(each)
             self._answer_consequence(refusals[0])
@@ -594,7 +594,7 @@ class Protocol:
         Returns the reply to send in place of a success when a function of ``envelope.at_end`` raises; the other functions are
         called.
         """
-        self._transfer.reset()
+        self._message_reader.reset()
         self._failed = ()
         self._excused = 0
         ended, self.session.envelope = self.session.envelope, Envelope()

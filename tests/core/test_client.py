@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fumi_core.client.answers import MAX_ANSWER, MAX_LINE, Answer, AnswerReader, Malformed
 from fumi_core.client.commands import mail_command
+from fumi_core.client.replies import MAX_LINE_BYTES, MAX_REPLY_BYTES, Malformed, ReceivedReply, ReplyReader
 from fumi_core.errors import SMTPError
 from fumi_core.smtp.data import DotReader, DotWriter
 from fumi_core.smtp.session import Address, Envelope
@@ -17,10 +17,10 @@ from fumi_core.smtp.session import Address, Envelope
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 100])
 def test_replies_are_read_however_they_are_cut(step: int) -> None:
     data = b"220 hop\r\n250-a\r\n250-b c\r\n250 d\r\n250\r\n354 go\n550-5.1.1 x\r\n550 5.1.1 y\r\n"
-    reader = AnswerReader()
+    reader = ReplyReader()
     answers = [answer for at in range(0, len(data), step) for answer in reader.feed(data[at : at + step])]
     codes = [(220, ("hop",)), (250, ("a", "b c", "d")), (250, ("",)), (354, ("go",)), (550, ("5.1.1 x", "5.1.1 y"))]
-    assert answers == [Answer(*each) for each in codes]
+    assert answers == [ReceivedReply(*each) for each in codes]
     assert answers[1].extensions == {"B": "c", "D": ""}
     assert answers[4].text == "5.1.1 x\ny"
 
@@ -36,20 +36,20 @@ def test_replies_are_read_however_they_are_cut(step: int) -> None:
         b"+OK\r\n",
         b"250-a\r\n251 b\r\n",
         b"250_a\r\n",
-        b"\xff" * (MAX_LINE + 1),
-        b"250 " + b"x" * MAX_LINE,
-        b"250 " + b"x" * MAX_LINE + b"\r\n",
-        b"250-x\r\n" * (MAX_ANSWER // 7 + 1),
+        b"\xff" * (MAX_LINE_BYTES + 1),
+        b"250 " + b"x" * MAX_LINE_BYTES,
+        b"250 " + b"x" * MAX_LINE_BYTES + b"\r\n",
+        b"250-x\r\n" * (MAX_REPLY_BYTES // 7 + 1),
     ],
 )
 @pytest.mark.parametrize("step", [1, 5000])
 def test_what_is_no_reply_is_an_error_at_once(data: bytes, step: int) -> None:
-    def feed_all(reader: AnswerReader) -> None:
+    def feed_all(reader: ReplyReader) -> None:
         for at in range(0, len(data), step):
             reader.feed(data[at : at + step])
 
     with pytest.raises(Malformed):
-        feed_all(AnswerReader())
+        feed_all(ReplyReader())
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 1000])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.delivery.loop_limit import MAX_HEADER, HopCounter
+from fumi_core.delivery.loop_limit import MAX_HEADER_BYTES, HopCounter
 from fumi_core.program import builtin
 from fumi_core.testing import running
 
@@ -77,7 +77,7 @@ def test_only_fields_of_the_header_section_count_however_they_are_cut(text: byte
 
 def test_a_message_without_a_body_is_examined_no_further_than_the_limit() -> None:
     hops = HopCounter()
-    for _ in range(MAX_HEADER // 1000 + 1):
+    for _ in range(MAX_HEADER_BYTES // 1000 + 1):
         hops.feed(b"x" * 998 + b"\r\n")
     hops.feed(b"Received: a\r\n")
     assert hops.count == 0

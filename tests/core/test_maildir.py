@@ -54,7 +54,7 @@ def test_a_message_is_one_file_with_trace_headers_and_lf(box: Path, connect: Any
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("size", [0, 1, maildir.BATCH - 1, maildir.BATCH, 3 * maildir.BATCH + 7, 2_000_000])
+@pytest.mark.parametrize("size", [0, 1, maildir.BATCH_BYTES - 1, maildir.BATCH_BYTES, 3 * maildir.BATCH_BYTES + 7, 2_000_000])
 def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Any, size: int) -> None:
     lines = (b"%06d " % (size % 7) + b"x" * 60 + b"\r\n") * (size // 69)
     with running(build(box)) as server:

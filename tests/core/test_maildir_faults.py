@@ -17,7 +17,7 @@ from fumi_core.program import builtin
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
 
-LONG_AGO = time.time() - maildir.STALE - 60
+LONG_AGO = time.time() - maildir.STALE_SECONDS - 60
 
 
 class Deliveries(Observer):
@@ -74,7 +74,7 @@ class Held:
 @pytest.fixture
 def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
     held: list[Held] = []
-    monkeypatch.setattr(maildir, "WITHDRAWING", 0.0)
+    monkeypatch.setattr(maildir, "WITHDRAW_TIMEOUT", 0.0)
 
     def make(call: str, *, before: bool, turn: int = 1) -> Held:
         held.append(Held(getattr(os, call), before=before, turn=turn))
@@ -112,7 +112,7 @@ def test_a_stop_waits_until_a_delivery_is_taken_back(box: Path, connect: Any, ho
     with running(build(box)) as server:
         client = connect(server.port)
         slow = hold("link", before=False)
-        monkeypatch.setattr(maildir, "WITHDRAWING", 60.0)
+        monkeypatch.setattr(maildir, "WITHDRAW_TIMEOUT", 60.0)
         client.envelope()
         client.say("DATA")
         client.sock.sendall(b"Subject: hi\r\n.\r\n")
@@ -298,7 +298,7 @@ def test_unfinished_deliveries_are_removed_after_36_hours(box: Path, eventually:
 def test_unfinished_deliveries_are_looked_for_now_and_then(
     box: Path, connect: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maildir, "CLEANING", 0.0)
+    monkeypatch.setattr(maildir, "CLEAN_INTERVAL", 0.0)
     with running(build(box)) as server:
         (box / "tmp" / "old").touch()
         os.utime(box / "tmp" / "old", (LONG_AGO, LONG_AGO))

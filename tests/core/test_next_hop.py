@@ -350,7 +350,7 @@ def test_what_was_offered_a_moment_ago_is_deferred_and_not_rejected(
     assert offered(client) == {"SMTPUTF8"}
     hop.answers["EHLO"] = greeting()
     assert client.say("MAIL FROM:<> SMTPUTF8") == b"451 4.6.7 The next hop does not take internationalized mail\r\n"
-    monkeypatch.setattr(client_hop, "RELIED_ON", 0.0)
+    monkeypatch.setattr(client_hop, "EHLO_VALID_SECONDS", 0.0)
     assert client.say("MAIL FROM:<> SMTPUTF8").startswith(b"550 5.6.7 ")
 
 

@@ -87,8 +87,8 @@ def test_a_broken_next_hop_is_a_451_and_the_session_goes_on(
     scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any, broken: Any, reply: bytes, protocol: str
 ) -> None:
     if reply is None:  # half a reply, and then silence
-        monkeypatch.setattr(connection, "MAIL", 0.3)
-        monkeypatch.setattr(connection, "END", 0.3)
+        monkeypatch.setattr(connection, "MAIL_TIMEOUT", 0.3)
+        monkeypatch.setattr(connection, "END_TIMEOUT", 0.3)
     if "HELLO" in broken:
         broken = {**broken, "LHLO" if protocol == "lmtp" else "EHLO": broken["HELLO"]}
     hop = scripted_hop(**broken)
@@ -113,17 +113,17 @@ def test_nobody_there_is_451(connect: Any, front: Any, tmp_path: Path) -> None:
 def test_silence_is_451_and_the_connection_is_cut(
     scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any, silent: str
 ) -> None:
-    for limit in ("ASK", "MAIL", "RCPT", "DATA", "END"):
+    for limit in ("EXTENSIONS_TIMEOUT", "MAIL_TIMEOUT", "RCPT_TIMEOUT", "DATA_TIMEOUT", "END_TIMEOUT"):
         for module in (connection, client_hop, next_hop):
             monkeypatch.setattr(module, limit, 0.3, raising=False)
-    monkeypatch.setattr("fumi_core.delivery.next_hop.relay.DATA", 0.3)
+    monkeypatch.setattr("fumi_core.delivery.next_hop.relay.DATA_TIMEOUT", 0.3)
     hop = scripted_hop(**{silent: b""})
     assert talk(connect(front(hop.address).port)) == LATE
     eventually(lambda: hop.open == 0)
 
 
 def test_a_next_hop_that_stops_reading_is_given_up(connect: Any, front: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(connection, "BLOCK", 0.3)
+    monkeypatch.setattr(connection, "BLOCK_TIMEOUT", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         client = connect(front(f"127.0.0.1:{listener.getsockname()[1]}").port)
@@ -219,7 +219,7 @@ def test_after_the_final_dot_nothing_is_tried_again(scripted_hop: Any, connect: 
 
 
 def test_what_is_idle_too_long_is_left(scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any) -> None:
-    monkeypatch.setattr(pool, "IDLE", 0.1)
+    monkeypatch.setattr(pool, "IDLE_SECONDS", 0.1)
     hop = scripted_hop()
     assert talk(connect(front(hop.address).port)).startswith(b"250 ")
     eventually(lambda: hop.open == 0)
@@ -229,7 +229,7 @@ def test_what_is_idle_too_long_is_left(scripted_hop: Any, connect: Any, front: A
 def test_no_more_than_so_many_are_kept_idle(
     scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any
 ) -> None:
-    monkeypatch.setattr(pool, "LIMIT", 2)
+    monkeypatch.setattr(pool, "MAX_IDLE", 2)
     hop = scripted_hop()
     server = front(hop.address)
     clients = [connect(server.port) for _ in range(5)]
@@ -245,7 +245,7 @@ def test_no_more_than_so_many_are_kept_idle(
 def test_a_client_that_vanishes_while_the_next_hop_thinks_leaves_nothing_open(
     scripted_hop: Any, connect: Any, front: Any, eventually: Any, reset: Any, monkeypatch: Any, waiting: str
 ) -> None:
-    monkeypatch.setattr(client_hop, "ASK", 0.1)
+    monkeypatch.setattr(client_hop, "EXTENSIONS_TIMEOUT", 0.1)
     hop = scripted_hop(**{waiting: b""})
     server = front(hop.address)
     if waiting in ("BANNER", "EHLO"):

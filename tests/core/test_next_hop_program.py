@@ -76,7 +76,7 @@ def test_a_next_hop_is_ready_when_it_greets(
     scripted_hop: Any, monkeypatch: Any, tmp_path: Path, banner: Any, problem: str | None, unix: bool
 ) -> None:
     if banner == b"":
-        monkeypatch.setattr(dependency, "SECONDS", 0.2)
+        monkeypatch.setattr(dependency, "TIMEOUT", 0.2)
     hop = scripted_hop(str(tmp_path / "hop") if unix else None, BANNER=banner)
     assert parse_target(f"smtp:{hop.address}").dependency_problem() == (problem and f"smtp:{hop.address}: {problem}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.delivery.trace import MAX_LINE, Traced
+from fumi_core.delivery.trace import MAX_LINE_BYTES, Traced
 from fumi_core.program import builtin
 from fumi_core.testing import running
 
@@ -22,7 +22,7 @@ APART = [
     b"text without a colon",
     b"no field: x",
     b"::x",
-    b"x" * MAX_LINE + b": y",
+    b"x" * MAX_LINE_BYTES + b": y",
     b"\xc3\xa9: x",
 ]
 JOINED = [b"Subject: x", b"x:", b"x \t: y", b"", b"\r\ntext", b"\r\n\r\n text", b"X" * 990 + b": y"]

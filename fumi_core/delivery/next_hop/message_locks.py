@@ -11,7 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
-_STAMP = 8
+_STAMP_BYTES = 8
 
 
 class MessageLocks:
@@ -43,11 +43,11 @@ class MessageLocks:
 
     def stamp(self) -> bytes:
         """Raises OSError."""
-        return os.pread(self._file(), _STAMP, 0)
+        return os.pread(self._file(), _STAMP_BYTES, 0)
 
     def change_stamp(self) -> None:
         """Raises OSError."""
-        os.pwrite(self._file(), os.urandom(_STAMP), 0)
+        os.pwrite(self._file(), os.urandom(_STAMP_BYTES), 0)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -72,4 +72,4 @@ class MessageLocks:
 
 def _offset(digest: bytes) -> int:
     """The position of the message's byte; it need not exist in the file."""
-    return _STAMP + (int.from_bytes(digest[:8], "big") >> 2)
+    return _STAMP_BYTES + (int.from_bytes(digest[:8], "big") >> 2)

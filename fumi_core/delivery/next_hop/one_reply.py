@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from fumi_core.errors import SMTPError
 
-QUOTED = 10
+MAX_QUOTED = 10
 """Replies that the joint reply quotes at most."""
 
 _STATUS = re.compile(r"([245]\.\d{1,3}\.\d{1,3}) ")
@@ -29,7 +29,7 @@ def joint_error(errors: Mapping[str, SMTPError]) -> SMTPError:
     kinds = {(error.code, match[0] if (match := _STATUS.match(error.message)) else "") for error in distinct}
     if len(kinds) == 1:
         ((code, status),) = kinds
-        return SMTPError(status + "\n".join(error.message.removeprefix(status) for error in distinct[:QUOTED]), code)
+        return SMTPError(status + "\n".join(error.message.removeprefix(status) for error in distinct[:MAX_QUOTED]), code)
     code, status = (451, "4.2.0") if distinct[0].code < 500 else (554, "5.2.0")
     return SMTPError(f"{status} Not delivered to any recipient{_quotes(errors)}", code)
 
@@ -43,5 +43,5 @@ def mixed_error(errors: Mapping[str, SMTPError | None]) -> SMTPError:
 
 def _quotes(errors: Mapping[str, SMTPError]) -> str:
     """One line for each of the first recipients."""
-    first = list(errors.items())[:QUOTED]
+    first = list(errors.items())[:MAX_QUOTED]
     return "".join(f"\n<{recipient}>: {error.code} {error.message.partition(chr(10))[0]}" for recipient, error in first)

@@ -8,33 +8,33 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-from fumi_core.client.answers import Answer
 from fumi_core.client.commands import CONVERSION
-from fumi_core.client.connection import DATA, Failure, NextHopConnection
+from fumi_core.client.connection import DATA_TIMEOUT, Failure, NextHopConnection
+from fumi_core.client.replies import ReceivedReply
 from fumi_core.delivery.trace import Traced
 from fumi_core.handlers.contexts import DataContext
 from fumi_core.smtp.data import DotWriter
 
-CHUNK = 64 * 1024
+CHUNK_BYTES = 64 * 1024
 """Octets, at least, of each chunk but the last."""
 
-Verdict = Answer | Failure
+Verdict = ReceivedReply | Failure
 """The result for a recipient or for all: the next hop's reply, or why there is no reply."""
 
 
-class Transfer:
+class Relay:
     """One message for the next hop, which sends ``count`` replies to it.
 
     Each piece is sent when it arrives. ``before_end`` is awaited when all but the end was sent: if it raises, the message is not
-    delivered. ``waiting`` is called with the verdicts so far, whenever the next reply is awaited.
+    delivered. ``on_wait`` is called with the verdicts so far, whenever the next reply is awaited.
     """
 
-    __slots__ = ("_ctx", "_pieces", "before_end", "count", "waiting")
+    __slots__ = ("_ctx", "_pieces", "before_end", "count", "on_wait")
 
     def __init__(self, ctx: DataContext, pieces: AsyncIterator[bytes], count: int) -> None:
         self.count = count
         self.before_end: Callable[[], Awaitable[None]] | None = None
-        self.waiting: Callable[[Sequence[Verdict]], None] | None = None
+        self.on_wait: Callable[[Sequence[Verdict]], None] | None = None
         self._ctx = ctx
         self._pieces = pieces
 
@@ -48,9 +48,9 @@ class Transfer:
         return await self._by_data(connection)
 
     async def _by_data(self, connection: NextHopConnection) -> list[Verdict]:
-        answer = await connection.say(b"DATA", DATA, good=3)
-        if not answer.positive:
-            return [answer] * self.count
+        reply = await connection.send_command(b"DATA", DATA_TIMEOUT, good=3)
+        if not reply.positive:
+            return [reply] * self.count
         seven_bit = "8BITMIME" not in connection.extensions
         dots = DotWriter()
         message = self._traced()
@@ -59,7 +59,7 @@ class Transfer:
                 self._ctx.reject(*CONVERSION)
             await connection.send(dots.feed(message.feed(piece)))
         await self._end()
-        return await connection.finish(dots.feed(message.end()) + dots.end(), self.count, self.waiting)
+        return await connection.finish(dots.feed(message.end()) + dots.end(), self.count, self.on_wait)
 
     async def _by_bdat(self, connection: NextHopConnection) -> list[Verdict]:
         message = self._traced()
@@ -68,15 +68,15 @@ class Transfer:
         async for piece in self._pieces:
             batch.append(message.feed(piece))
             size += len(batch[-1])
-            if size >= CHUNK:
-                answer = await connection.chunk(b"".join(batch))
-                if not answer.positive:
-                    return [answer] * self.count
+            if size >= CHUNK_BYTES:
+                reply = await connection.send_chunk(b"".join(batch))
+                if not reply.positive:
+                    return [reply] * self.count
                 batch, size = [], 0
         await self._end()
         batch.append(message.end())
         size += len(batch[-1])
-        return await connection.finish(b"BDAT %d LAST\r\n%b" % (size, b"".join(batch)), self.count, self.waiting)
+        return await connection.finish(b"BDAT %d LAST\r\n%b" % (size, b"".join(batch)), self.count, self.on_wait)
 
     def _traced(self) -> Traced:
         return Traced(self._ctx.session.received_header().encode())

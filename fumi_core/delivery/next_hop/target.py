@@ -7,7 +7,7 @@ that could deliver it twice.
 
 In LMTP the next hop replies for each recipient. A client that also speaks LMTP gets these replies one by one. A client that
 speaks SMTP gets a single reply: the common one when they agree (``one_reply``), else a 451, after which it sends everything
-again. So the replies are remembered (``answer_memory``), and a message that may have some already is kept (``spool``) until its
+again. So the replies are remembered (``reply_memory``), and a message that may have some already is kept (``spool``) until its
 content is known. Then it is passed on to the recipients that still need it.
 """
 
@@ -19,14 +19,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fumi_core.client.answers import Answer
 from fumi_core.client.commands import rcpt_command
-from fumi_core.client.connection import RCPT, Dialect, Failure, NextHopConnection
+from fumi_core.client.connection import RCPT_TIMEOUT, Dialect, Failure, NextHopConnection
 from fumi_core.client.dependency import dependency_problem
 from fumi_core.client.hop import Hop
-from fumi_core.delivery.next_hop.answer_memory import AnswerMemory, MessageAnswers
+from fumi_core.client.replies import ReceivedReply
 from fumi_core.delivery.next_hop.one_reply import agree, joint_error, mixed_error
-from fumi_core.delivery.next_hop.relay import Transfer, Verdict, reject_oversize
+from fumi_core.delivery.next_hop.relay import Relay, Verdict, reject_oversize
+from fumi_core.delivery.next_hop.reply_memory import MessageReplies, ReplyMemory
 from fumi_core.errors import SMTPError
 from fumi_core.handlers.contexts import CloseContext, DataContext, MailContext, RcptContext
 from fumi_core.handlers.middleware import Next
@@ -48,15 +48,15 @@ _MISCONFIGURED = (530, 534, 535, 538)
 class _Transaction:
     """The next hop's side of a transaction: its connection, the recipients it accepted, in order, and what ended it early.
 
-    ``answers`` is set if the replies have to be remembered; ``rejected`` are recipients with a remembered rejection.
+    ``replies`` is set if the replies have to be remembered; ``rejected`` are recipients with a remembered rejection.
     """
 
-    __slots__ = ("answers", "connection", "ended", "recipients", "rejected", "sender")
+    __slots__ = ("connection", "ended", "recipients", "rejected", "replies", "sender")
 
-    def __init__(self, connection: NextHopConnection, sender: Address, answers: MessageAnswers | None) -> None:
+    def __init__(self, connection: NextHopConnection, sender: Address, replies: MessageReplies | None) -> None:
         self.connection: NextHopConnection | None = connection
         self.sender = sender
-        self.answers = answers
+        self.replies = replies
         self.recipients: dict[str, Address] = {}
         self.rejected: dict[str, SMTPError] = {}
         self.ended: SMTPError | None = None
@@ -79,7 +79,7 @@ class NextHop:
         self._hop = Hop(protocol, address)
         self._transactions: dict[Session, _Transaction] = {}
         self._observer = Observer()
-        self._memory: AnswerMemory | None = None
+        self._memory: ReplyMemory | None = None
 
     def __call__(self, app: Fumi) -> None:
         """Handlers added later run first: commands that they reject are never sent to the next hop."""
@@ -99,8 +99,8 @@ class NextHop:
         def hash_text(ctx: DataContext, next: Next) -> Next:
             """Hash the client's own content: the output of other handlers may differ each time."""
             transaction = self._transactions.get(ctx.session)
-            if transaction is not None and transaction.answers is not None:
-                ctx.stream.tap(transaction.answers.hash.update)
+            if transaction is not None and transaction.replies is not None:
+                ctx.stream.tap(transaction.replies.hash.update)
             return next()
 
         async def data(ctx: DataContext, next: Next) -> None:
@@ -109,7 +109,7 @@ class NextHop:
             except SMTPError as error:
                 self._count(error)
                 raise
-            await self._answer(ctx, verdicts, joint)
+            await self._reply(ctx, verdicts, joint)
 
         def close(ctx: CloseContext, next: Next) -> Next:
             self._end(ctx.session, answered=False)
@@ -123,7 +123,7 @@ class NextHop:
             app.on_data(hash_text, first=True)
             app.at_close(memory.close)
         app.at_close(self._hop.close)
-        app.at_listen(lambda: self._hop.ask(app.options.name))
+        app.at_listen(lambda: self._hop.learn_extensions(app.options.name))
         app.withhold(lambda: self._hop.not_offered, take=True)
 
     def dependency_problem(self) -> str | None:
@@ -135,13 +135,13 @@ class NextHop:
         problem = dependency_problem(self.address)
         if problem is not None:
             raise OSError(problem)
-        problem = AnswerMemory(self.state).startup_problem() if self.protocol == "lmtp" and self.state is not None else None
-        return problem and f"--state {self.state}: {problem}: answers that differ will not be remembered"
+        problem = ReplyMemory(self.state).startup_problem() if self.protocol == "lmtp" and self.state is not None else None
+        return problem and f"--state {self.state}: {problem}: replies that differ will not be remembered"
 
-    def _make_memory(self) -> AnswerMemory | None:
+    def _make_memory(self) -> ReplyMemory | None:
         if self.state is None:
             return None
-        self._memory = self._memory or AnswerMemory(self.state)
+        self._memory = self._memory or ReplyMemory(self.state)
         try:
             self._memory.prepare()
         except OSError as error:
@@ -152,15 +152,15 @@ class NextHop:
 
     # MAIL
 
-    async def _begin(self, session: Session, sender: Address, memory: AnswerMemory | None) -> _Transaction:
-        answers = await memory.answers(session, sender) if memory is not None else None
+    async def _begin(self, session: Session, sender: Address, memory: ReplyMemory | None) -> _Transaction:
+        replies = await memory.replies(session, sender) if memory is not None else None
         try:
-            connection, answer = await self._hop.mail(session, sender)
+            connection, reply = await self._hop.mail(session, sender)
         except Failure as failure:
             raise self._failed(session, failure) from None
-        error = self._judge(session, answer)
+        error = self._judge(session, reply)
         if error is None:
-            return _Transaction(connection, sender, answers)
+            return _Transaction(connection, sender, replies)
         self._hop.give_back(connection, clean=True)
         raise error
 
@@ -175,31 +175,31 @@ class NextHop:
         if recipient.address in transaction.recipients:
             return  # a repeated recipient is sent once: in LMTP the next hop would reply twice
         if not self._recall(session, transaction, recipient.address):
-            await self._say_recipient(session, transaction, transaction.connection, recipient)
+            await self._send_recipient(session, transaction, transaction.connection, recipient)
         transaction.recipients[recipient.address] = recipient
 
     def _recall(self, session: Session, transaction: _Transaction, recipient: str) -> bool:
         """Whether the recipient probably has the message. Raises SMTPError when it was probably rejected."""
         if recipient in transaction.rejected:
             raise transaction.rejected[recipient]
-        answer = transaction.answers.recall(recipient) if transaction.answers is not None else None
-        error = None if answer is None else self._judge(session, answer)
+        reply = transaction.replies.recall(recipient) if transaction.replies is not None else None
+        error = None if reply is None else self._judge(session, reply)
         if error is not None:
             transaction.rejected[recipient] = error
             raise error
-        return answer is not None
+        return reply is not None
 
-    async def _say_recipient(
+    async def _send_recipient(
         self, session: Session, transaction: _Transaction, to: NextHopConnection, recipient: Address
     ) -> None:
         """Raises SMTPError for a rejection. A 421 from the next hop, or its failure, ends the transaction."""
         try:
-            answer = await to.say(rcpt_command(recipient, to), RCPT)
+            reply = await to.send_command(rcpt_command(recipient, to), RCPT_TIMEOUT)
         except Failure as failure:
             transaction.ended = self._failed(session, failure)
             raise transaction.ended from None
-        error = self._judge(session, answer)
-        if error is not None and answer.code == 421:
+        error = self._judge(session, reply)
+        if error is not None and reply.code == 421:
             transaction.ended = error
         if error is not None:
             raise error
@@ -212,20 +212,20 @@ class NextHop:
         if transaction is None or transaction.connection is None:
             raise self._bypassed(ctx.session)
         connection, transaction.connection = transaction.connection, None
-        answers, recipients = transaction.answers, transaction.recipients
+        replies, recipients = transaction.replies, transaction.recipients
         try:
             self._check(ctx.session, transaction)
         except SMTPError:
-            connection.cut()
+            connection.abort()
             raise
-        if answers is not None and answers.may_know(recipients):
+        if replies is not None and replies.may_know(recipients):
             self._hop.give_back(connection, clean=False)
-            return await self._pass_on_kept(ctx, transaction, answers)
-        transfer = Transfer(ctx, ctx.stream, len(recipients) if self.protocol == "lmtp" else 1)
-        if answers is not None:
-            transfer.before_end = lambda: _begin_new(answers, recipients)
-            transfer.waiting = _recorder(answers, recipients)
-        verdicts = await self._send(transfer, connection)
+            return await self._pass_on_kept(ctx, transaction, replies)
+        relay = Relay(ctx, ctx.stream, len(recipients) if self.protocol == "lmtp" else 1)
+        if replies is not None:
+            relay.before_end = lambda: _begin_new(replies, recipients)
+            relay.on_wait = _recorder(replies, recipients)
+        verdicts = await self._send(relay, connection)
         if self.protocol == "smtp":
             return dict.fromkeys(recipients, verdicts[0])
         return dict(zip(recipients, verdicts, strict=True))
@@ -236,28 +236,28 @@ class NextHop:
         if {each.address for each in session.envelope.rcpt_to} != transaction.recipients.keys():
             raise self._bypassed(session)
 
-    async def _send(self, transfer: Transfer, connection: NextHopConnection) -> list[Verdict]:
+    async def _send(self, relay: Relay, connection: NextHopConnection) -> list[Verdict]:
         try:
-            verdicts = await transfer.run(connection)
+            verdicts = await relay.run(connection)
         except Failure as failure:
-            verdicts = [failure.answer or failure] * transfer.count
+            verdicts = [failure.reply or failure] * relay.count
         except BaseException:
-            connection.cut()
+            connection.abort()
             raise
-        self._hop.give_back(connection, clean=all(isinstance(each, Answer) and each.positive for each in verdicts))
+        self._hop.give_back(connection, clean=all(isinstance(each, ReceivedReply) and each.positive for each in verdicts))
         return verdicts
 
     # A message that may have been received before
 
-    async def _pass_on_kept(self, ctx: DataContext, transaction: _Transaction, answers: MessageAnswers) -> dict[str, Verdict]:
+    async def _pass_on_kept(self, ctx: DataContext, transaction: _Transaction, replies: MessageReplies) -> dict[str, Verdict]:
         spool = Spool(self.state)
         try:
             await self._keep(ctx, spool)
-            known = await answers.begin(transaction.recipients, alone=True)
+            known = await replies.begin(transaction.recipients, alone=True)
             if known is None:
                 raise SMTPError("4.2.0 This message is being delivered, try again later", 451)
             left = {name: address for name, address in transaction.recipients.items() if name not in known}
-            sent = await self._send_kept(ctx, spool, transaction.sender, left, answers) if left else {}
+            sent = await self._send_kept(ctx, spool, transaction.sender, left, replies) if left else {}
             return {name: known.get(name) or sent[name] for name in transaction.recipients}
         finally:
             spool.close()
@@ -272,35 +272,35 @@ class NextHop:
         reject_oversize(ctx)
 
     async def _send_kept(
-        self, ctx: DataContext, spool: Spool, sender: Address, recipients: Mapping[str, Address], answers: MessageAnswers
+        self, ctx: DataContext, spool: Spool, sender: Address, recipients: Mapping[str, Address], replies: MessageReplies
     ) -> dict[str, Verdict]:
         """Send a whole transaction for these recipients. A rejection of MAIL or RCPT is a verdict like any other."""
         verdicts: dict[str, Verdict] = {}
         try:
-            connection, answer = await self._hop.mail(ctx.session, sender)
-            if not answer.positive:
+            connection, reply = await self._hop.mail(ctx.session, sender)
+            if not reply.positive:
                 self._hop.give_back(connection, clean=True)
-                return dict.fromkeys(recipients, answer)
+                return dict.fromkeys(recipients, reply)
             for name, address in recipients.items():
-                answer = await connection.say(rcpt_command(address, connection), RCPT)
-                if not answer.positive:
-                    verdicts[name] = answer
+                reply = await connection.send_command(rcpt_command(address, connection), RCPT_TIMEOUT)
+                if not reply.positive:
+                    verdicts[name] = reply
             accepted = [name for name in recipients if name not in verdicts]
             if not accepted:
                 self._hop.give_back(connection, clean=False)
                 return verdicts
-            transfer = Transfer(ctx, spool.read(), len(accepted))
-            transfer.waiting = _recorder(answers, accepted)
-            verdicts.update(zip(accepted, await self._send(transfer, connection), strict=True))
+            relay = Relay(ctx, spool.read(), len(accepted))
+            relay.on_wait = _recorder(replies, accepted)
+            verdicts.update(zip(accepted, await self._send(relay, connection), strict=True))
         except Failure as failure:
             return {**dict.fromkeys(recipients, failure), **verdicts}
         except SMTPError as error:
-            return {**dict.fromkeys(recipients, Answer(error.code, tuple(error.message.split("\n")))), **verdicts}
+            return {**dict.fromkeys(recipients, ReceivedReply(error.code, tuple(error.message.split("\n")))), **verdicts}
         return verdicts
 
     # The reply
 
-    async def _answer(self, ctx: DataContext, verdicts: Mapping[str, Verdict], joint: bool) -> None:
+    async def _reply(self, ctx: DataContext, verdicts: Mapping[str, Verdict], joint: bool) -> None:
         """``joint`` tells that the client gets one reply for verdicts that may differ."""
         self._log_verdicts(ctx.session, verdicts.values())
         errors = {name: _error(verdict) for name, verdict in verdicts.items()}
@@ -308,33 +308,33 @@ class NextHop:
         for error in errors.values() if self.protocol == "lmtp" else [first]:
             self._count(error)
         if joint:
-            await self._answer_jointly(ctx, verdicts, errors)
+            await self._reply_jointly(ctx, verdicts, errors)
         elif self.protocol == "smtp" and first is not None:
             raise first
         for name, error in errors.items():
             if error is not None:
                 ctx.reject_recipient(name, error.message, error.code)
         # All recipients get the same 250, so the next hop's text for one of them is left out.
-        words = {each.text for each in verdicts.values() if isinstance(each, Answer) and each.positive}
+        words = {each.text for each in verdicts.values() if isinstance(each, ReceivedReply) and each.positive}
         if len(words) == 1:
             ctx.accept(words.pop())
 
-    async def _answer_jointly(
+    async def _reply_jointly(
         self, ctx: DataContext, verdicts: Mapping[str, Verdict], errors: Mapping[str, SMTPError | None]
     ) -> None:
         """Raises the SMTPError to reply with, unless the message was accepted for all."""
         transaction = self._transactions.get(ctx.session)
-        answers = transaction.answers if transaction is not None else None
+        replies = transaction.replies if transaction is not None else None
         failed = {name: error for name, error in errors.items() if error is not None}
         final = _final(verdicts)
         if agree(errors.values()):
-            if answers is not None:
-                answers.agree({name: answer for name, answer in final.items() if name not in failed})
+            if replies is not None:
+                replies.agree({name: reply for name, reply in final.items() if name not in failed})
             if failed:
                 raise joint_error(failed)
             return
-        if answers is not None:
-            await answers.keep(final)
+        if replies is not None:
+            await replies.keep(final)
         rejected = sum(error.code >= 500 for error in failed.values())
         counts = {"delivered": len(errors) - len(failed), "rejected": rejected, "deferred": len(failed) - rejected}
         event(_log, logging.INFO, "replies to recipients differ", id=ctx.session.id, **counts)
@@ -342,10 +342,10 @@ class NextHop:
 
     # Errors
 
-    def _judge(self, session: Session, answer: Answer) -> SMTPError | None:
+    def _judge(self, session: Session, reply: ReceivedReply) -> SMTPError | None:
         """The error to reply with; None for a positive reply."""
-        self._log_verdicts(session, [answer])
-        return _error(answer)
+        self._log_verdicts(session, [reply])
+        return _error(reply)
 
     def _failed(self, session: Session, failure: Failure) -> SMTPError:
         """Count and log a failed delivery, even if no message has begun."""
@@ -382,11 +382,11 @@ class NextHop:
             return
         if transaction.connection is not None:
             self._hop.give_back(transaction.connection, clean=False)
-        if transaction.answers is not None and answered:
+        if transaction.replies is not None and answered:
             # Send the reply before anything is deleted.
-            asyncio.get_running_loop().call_soon(transaction.answers.end, True)
-        elif transaction.answers is not None:
-            transaction.answers.end(False)
+            asyncio.get_running_loop().call_soon(transaction.replies.end, True)
+        elif transaction.replies is not None:
+            transaction.replies.end(False)
 
 
 def _error(verdict: Verdict) -> SMTPError | None:
@@ -400,25 +400,25 @@ def _error(verdict: Verdict) -> SMTPError | None:
     return SMTPError(verdict.text, 451 if verdict.code == 421 else verdict.code)
 
 
-def _final(verdicts: Mapping[str, Verdict]) -> dict[str, Answer]:
+def _final(verdicts: Mapping[str, Verdict]) -> dict[str, ReceivedReply]:
     """The final verdicts: accepted, or rejected permanently."""
     final = {}
     for name, verdict in verdicts.items():
         error = _error(verdict)
-        if isinstance(verdict, Answer) and (error is None or error.code >= 500):
+        if isinstance(verdict, ReceivedReply) and (error is None or error.code >= 500):
             final[name] = verdict
     return final
 
 
-def _recorder(answers: MessageAnswers, recipients: Iterable[str]) -> Callable[[Sequence[Verdict]], None]:
+def _recorder(replies: MessageReplies, recipients: Iterable[str]) -> Callable[[Sequence[Verdict]], None]:
     """Return a function that records the verdicts received so far, for these recipients in this order."""
     names = list(recipients)
-    return lambda verdicts: answers.record(_final(dict(zip(names, verdicts, strict=False))))
+    return lambda verdicts: replies.record(_final(dict(zip(names, verdicts, strict=False))))
 
 
-async def _begin_new(answers: MessageAnswers, recipients: Collection[str]) -> None:
+async def _begin_new(replies: MessageReplies, recipients: Collection[str]) -> None:
     """Raises SMTPError if the message turns out to be a repeated one: nothing was delivered yet."""
-    known = await answers.begin(recipients, alone=len(recipients) > 1)
+    known = await replies.begin(recipients, alone=len(recipients) > 1)
     if known is None:
         raise SMTPError("4.2.0 This message is being delivered, try again later", 451)
     if known:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.delivery.next_hop import answer_store
+from fumi_core.delivery.next_hop import reply_store
 from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, rows, send
 
 
@@ -73,8 +73,8 @@ def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
     def full(*arguments: Any) -> Any:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(answer_store.AnswerStore, "_open", full)
-    monkeypatch.setattr(answer_store.AnswerStore, "_bound", full)
+    monkeypatch.setattr(reply_store.ReplyStore, "_open", full)
+    monkeypatch.setattr(reply_store.ReplyStore, "_bound", full)
     for _ in range(3):
         assert send(client, "one", "full", text=OTHER, parameters="").startswith(MIXED)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -89,7 +89,7 @@ def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
 def test_old_answers_and_too_many_are_forgotten(
     store: Any, front: Any, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer_store, "MOST", 10)
+    monkeypatch.setattr(reply_store, "MAX_REPLIES", 10)
     hop = store(full=FULL)
     client = connect(front(hop).port)
     for number in range(30):
@@ -97,7 +97,7 @@ def test_old_answers_and_too_many_are_forgotten(
         assert send(client, f"good{number}", "full", text=text, parameters=parameters).startswith(MIXED)
         assert rows(tmp_path / "state") <= 11
     with sqlite3.connect(tmp_path / "state/answers.sqlite3") as connection:
-        connection.execute("UPDATE answers SET time = time - ?", [answer_store.KEPT])
+        connection.execute("UPDATE answers SET time = time - ?", [reply_store.KEEP_SECONDS])
     del hop.answers["full"]
     assert send(client, "full", text=TEXT + "29\r\n", parameters=" SIZE=29").startswith(b"250 ")
     hop.answers["full"] = FULL

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.delivery.next_hop import answer_memory
+from fumi_core.delivery.next_hop import reply_memory
 from fumi_core.testing import RunningServer
 from tests.core.next_hop_joint.delivery import FULL, MIXED, TEXT, envelope, rows, send
 
@@ -91,7 +91,7 @@ def test_the_same_message_waits_while_it_is_being_delivered(
 def test_a_delivery_that_takes_too_long_defers_the_same_message(
     store: Any, front: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer_memory, "OTHER_DELIVERY", 0.1)
+    monkeypatch.setattr(reply_memory, "OTHER_DELIVERY_TIMEOUT", 0.1)
     entered, go_on = threading.Event(), threading.Event()
 
     def slow() -> str:

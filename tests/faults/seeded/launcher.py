@@ -30,7 +30,7 @@ def main(prog_name: str) -> None:
     # Workers are killed by the hundred here, and not because they cannot start.
     master.EARLY_DEATH_SECONDS = 0.0
     # A next hop that dies just when it is connected to may never be heard of again; see clients.BANNER.
-    connection.MAIL = 4.0
+    connection.MAIL_TIMEOUT = 4.0
     plan = Plan(Path("plan"))
     _wrap(plan, "open", lambda path, flags, *mode: _is_ours(path) and flags & os.O_CREAT)
     _wrap(plan, "unlink", lambda path: _is_ours(path))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-MAX_LINE = 2048
+MAX_LINE_BYTES = 2048
 """Octets of a line, its end included. RFC 5321 §4.5.3.1.5 requires 512; some servers put a whole policy into one line."""
-MAX_ANSWER = 16 * 1024
+MAX_REPLY_BYTES = 16 * 1024
 """Octets of all the lines of one reply."""
 
 # Reply-line = Reply-code [ SP / "-" textstring ]; a code's first digit is 2 to 5 (§4.2.1).
@@ -23,7 +23,7 @@ class Malformed(Exception):
     """The input is not a reply, or is too long."""
 
 
-class Answer(NamedTuple):
+class ReceivedReply(NamedTuple):
     """One reply: its code, and the text of its lines without code and line end. Bytes beyond ASCII became U+FFFD."""
 
     code: int
@@ -51,7 +51,7 @@ class Answer(NamedTuple):
         return f"{self.code} {' / '.join(self.lines)}"
 
 
-class AnswerReader:
+class ReplyReader:
     """Parses replies from bytes, in pieces of any length."""
 
     def __init__(self) -> None:
@@ -60,24 +60,24 @@ class AnswerReader:
         self._lines: list[str] = []
         self._size = 0
 
-    def feed(self, data: bytes) -> list[Answer]:
+    def feed(self, data: bytes) -> list[ReceivedReply]:
         """Return the replies that ``data`` completes. Raises Malformed; do not call it after that."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE:
+        if len(self._rest) > MAX_LINE_BYTES:
             raise Malformed("a line without end")
-        return [answer for line in lines if (answer := self._line(line)) is not None]
+        return [reply for line in lines if (reply := self._line(line)) is not None]
 
-    def _line(self, line: bytes) -> Answer | None:
+    def _line(self, line: bytes) -> ReceivedReply | None:
         match = _LINE.fullmatch(line.removesuffix(b"\r"))
         if match is None or self._code not in (None, match[1]):
             raise Malformed(f"{line[:80]!r} is not a line of a reply")
         self._size += len(line) + 1
-        if len(line) >= MAX_LINE or self._size > MAX_ANSWER:
+        if len(line) >= MAX_LINE_BYTES or self._size > MAX_REPLY_BYTES:
             raise Malformed("a reply without end")
         self._lines.append((match[3] or b"").decode("ascii", "replace"))
         if match[2] == b"-":
             self._code = match[1]
             return None
-        answer = Answer(int(match[1]), tuple(self._lines))
+        reply = ReceivedReply(int(match[1]), tuple(self._lines))
         self._code, self._lines, self._size = None, [], 0
-        return answer
+        return reply

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-KEPT = 5 * 86400
+KEEP_SECONDS = 5 * 86400
 """Seconds for which a reply is kept: as long as clients retry (RFC 5321 §4.5.4.1)."""
-MOST = 100_000
+MAX_REPLIES = 100_000
 """Replies kept at most; beyond that the oldest are deleted."""
-BUSY = 5.0
+BUSY_TIMEOUT = 5.0
 """Seconds to wait for another worker's transaction."""
-LEAVE = 2.0
+CLOSE_TIMEOUT = 2.0
 """Seconds to wait for the disk when the program ends."""
 
 _APPLICATION = 0x46756D69
@@ -63,7 +63,7 @@ class _Task(NamedTuple):
     future: asyncio.Future[Any]
 
 
-class AnswerStore:
+class ReplyStore:
     """The database in ``directory``."""
 
     def __init__(self, directory: Path) -> None:
@@ -76,7 +76,7 @@ class AnswerStore:
         """Create the directory and the database if they do not exist. Raises OSError when they cannot be used."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _as_os_error(), contextlib.closing(self._open()) as connection:
-            connection.execute("DELETE FROM answers WHERE time < ?", [time.time() - KEPT])
+            connection.execute("DELETE FROM answers WHERE time < ?", [time.time() - KEEP_SECONDS])
 
     def startup_problem(self) -> str | None:
         """Why an existing database cannot be used; None if it can, or does not exist."""
@@ -89,17 +89,17 @@ class AnswerStore:
         return None
 
     def close(self) -> None:
-        """Wait, for at most LEAVE seconds, until the thread has finished its jobs."""
+        """Wait, for at most CLOSE_TIMEOUT seconds, until the thread has finished its jobs."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._tasks.put(None)
-            thread.join(LEAVE)
+            thread.join(CLOSE_TIMEOUT)
 
     def _submit(self, job: Callable[[sqlite3.Connection], T], writes: bool) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="replies", daemon=True)
             self._thread.start()
         self._tasks.put(_Task(job, writes, loop, future))
         return future
@@ -117,9 +117,9 @@ class AnswerStore:
         """The replies to recipients of this message."""
         return self._submit(_selection("sender = ? AND digest = ?", sender, digest), False)
 
-    def record(self, sender: str, answers: Iterable[Remembered]) -> asyncio.Future[None]:
+    def record(self, sender: str, replies: Iterable[Remembered]) -> asyncio.Future[None]:
         """Store these replies, in place of earlier ones to the same recipients of the same message."""
-        rows = list(answers)
+        rows = list(replies)
 
         def job(connection: sqlite3.Connection) -> None:
             now = time.time()
@@ -127,7 +127,7 @@ class AnswerStore:
                 f"INSERT OR REPLACE INTO answers ({_COLUMNS}, sender, time) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [(*row, sender, now) for row in rows],
             )
-            connection.execute("DELETE FROM answers WHERE time < ?", [now - KEPT])
+            connection.execute("DELETE FROM answers WHERE time < ?", [now - KEEP_SECONDS])
             self._bound(connection, len(rows))
 
         return self._submit(job, True)
@@ -146,10 +146,10 @@ class AnswerStore:
         if self._until_count > 0:
             return
         count = connection.execute("SELECT count(*) FROM answers").fetchone()[0]
-        if count > MOST:
+        if count > MAX_REPLIES:
             oldest = "SELECT time FROM answers ORDER BY time LIMIT 1 OFFSET ?"
-            connection.execute(f"DELETE FROM answers WHERE time <= ({oldest})", [count - MOST - 1])
-        self._until_count = max(1, (MOST - count) // 2)
+            connection.execute(f"DELETE FROM answers WHERE time <= ({oldest})", [count - MAX_REPLIES - 1])
+        self._until_count = max(1, (MAX_REPLIES - count) // 2)
 
     # In the thread
 
@@ -185,7 +185,7 @@ class AnswerStore:
         return connection
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             application, version = (connection.execute(f"PRAGMA {each}").fetchone()[0] for each in _MARKS)
             tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
@@ -202,7 +202,7 @@ class AnswerStore:
 
 def _selection(condition: str, *values: object) -> Callable[[sqlite3.Connection], list[Remembered]]:
     def job(connection: sqlite3.Connection) -> list[Remembered]:
-        since = time.time() - KEPT
+        since = time.time() - KEEP_SECONDS
         found = connection.execute(f"SELECT {_COLUMNS} FROM answers WHERE {condition} AND time >= ?", [*values, since])
         return [Remembered(*row) for row in found]
 

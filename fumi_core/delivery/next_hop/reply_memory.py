@@ -9,7 +9,7 @@ When the replies differ, the client gets a 451 and sends the whole message again
   ENVID, login, and the client's network where there is no SIZE. Another message with all of these in common is rejected by
   mistake; but only once, since a reply used at RCPT is deleted, and only if the first message was not sent again before.
 
-Two deliveries of one message never overlap, in all workers: see ``message_locks``. If the database (see ``answer_store``) is
+Two deliveries of one message never overlap, in all workers: see ``message_locks``. If the database (see ``reply_store``) is
 missing or fails, nothing is remembered: one warning is logged, and recipients that have the message may get it again.
 """
 
@@ -23,9 +23,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
-from fumi_core.client.answers import Answer
-from fumi_core.delivery.next_hop.answer_store import AnswerStore, Remembered
+from fumi_core.client.replies import ReceivedReply
 from fumi_core.delivery.next_hop.message_locks import MessageLocks
+from fumi_core.delivery.next_hop.reply_store import Remembered, ReplyStore
 from fumi_core.runtime.addresses import block_of
 from fumi_core.runtime.logs import event
 from fumi_core.smtp.session import Address, Session
@@ -33,22 +33,22 @@ from fumi_core.smtp.session import Address, Session
 T = TypeVar("T")
 _log = logging.getLogger("fumi.core")
 
-DISK = 10.0
+DATABASE_TIMEOUT = 10.0
 """Seconds to wait for the database."""
-OTHER_DELIVERY = 30.0
+OTHER_DELIVERY_TIMEOUT = 30.0
 """Seconds to wait for another delivery of the same message, whose client has probably disconnected."""
-POLL = 0.02
+POLL_SECONDS = 0.02
 """Seconds between two checks whether it has ended."""
-LONGEST = 2000
+MAX_TEXT_LENGTH = 2000
 """Characters of a reply that are kept."""
 
 
-class AnswerMemory:
+class ReplyMemory:
     """The replies remembered in ``directory``. No method except ``prepare()`` raises OSError."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._store = AnswerStore(directory)
+        self._store = ReplyStore(directory)
         self._locks = MessageLocks(directory / "locks")
         self._empty_at: bytes | None = None
         self._failing = False
@@ -73,12 +73,12 @@ class AnswerMemory:
     def close(self) -> None:
         self._store.close()
 
-    async def answers(self, session: Session, sender: Address) -> MessageAnswers:
+    async def replies(self, session: Session, sender: Address) -> MessageReplies:
         """The known replies to the message that begins with this MAIL."""
         found: list[Remembered] = []
         if not self._is_empty():
             found = await self._look_up(sender.address)
-        return MessageAnswers(self, sender.address, attempt_of(session, sender), found)
+        return MessageReplies(self, sender.address, attempt_of(session, sender), found)
 
     def _is_empty(self) -> bool:
         """True if certainly nothing is remembered; makes no query of the database."""
@@ -102,8 +102,8 @@ class AnswerMemory:
     async def of_message(self, sender: str, digest: bytes) -> list[Remembered]:
         return [] if self._is_empty() else await self.result(self._store.of_message(sender, digest), [])
 
-    def record(self, sender: str, answers: Iterable[Remembered]) -> asyncio.Future[None]:
-        future = self._store.record(sender, answers)
+    def record(self, sender: str, replies: Iterable[Remembered]) -> asyncio.Future[None]:
+        future = self._store.record(sender, replies)
         future.add_done_callback(self._recorded)
         return future
 
@@ -118,9 +118,9 @@ class AnswerMemory:
         ``alone`` keeps other deliveries from beginning, until ``release()``.
         """
         try:
-            async with asyncio.timeout(OTHER_DELIVERY):
+            async with asyncio.timeout(OTHER_DELIVERY_TIMEOUT):
                 while not (self._locks.acquire(digest) if alone else self._locks.is_free(digest)):
-                    await asyncio.sleep(POLL)
+                    await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             return False
         except OSError as error:
@@ -133,7 +133,7 @@ class AnswerMemory:
     async def result(self, future: asyncio.Future[T], otherwise: T) -> T:
         """The database's result; ``otherwise`` when it fails or takes too long."""
         try:
-            async with asyncio.timeout(DISK):
+            async with asyncio.timeout(DATABASE_TIMEOUT):
                 result = await future
         except (OSError, TimeoutError) as error:
             self._failed(error)
@@ -160,10 +160,10 @@ class AnswerMemory:
             event(_log, logging.WARNING, words, state=self.directory, error=reason)
 
 
-class MessageAnswers:
+class MessageReplies:
     """The replies to the recipients of one message. Feed ``hash`` the message's content."""
 
-    def __init__(self, memory: AnswerMemory, sender: str, attempt: bytes, found: Iterable[Remembered]) -> None:
+    def __init__(self, memory: ReplyMemory, sender: str, attempt: bytes, found: Iterable[Remembered]) -> None:
         self.hash = blake2b(digest_size=32)
         self._memory = memory
         self._sender = sender
@@ -174,7 +174,7 @@ class MessageAnswers:
         self._digest = b""
         self._locked = False
         self._recorded: set[str] = set()
-        self._delivered: dict[str, Answer] = {}
+        self._delivered: dict[str, ReceivedReply] = {}
         self._agreed = False
 
     # Before the content is known
@@ -183,19 +183,19 @@ class MessageAnswers:
         """Whether the message may already have a reply for one of these recipients."""
         return any(each in self._found for each in recipients)
 
-    def recall(self, recipient: str) -> Answer | None:
+    def recall(self, recipient: str) -> ReceivedReply | None:
         """The reply that the message probably has for this recipient. A rejection is deleted by this call."""
         likely = [each for each in self._found.get(recipient, ()) if each.attempt == self._attempt]
         if len(likely) != 1:
             return None  # several messages match, so the reply is ambiguous
-        (answer,) = likely
-        if answer.code >= 400:
-            self._memory.forget(self._sender, answer.digest, [recipient])
-        return _answer(answer)
+        (reply,) = likely
+        if reply.code >= 400:
+            self._memory.forget(self._sender, reply.digest, [recipient])
+        return _received(reply)
 
     # When the content is known
 
-    async def begin(self, recipients: Iterable[str], *, alone: bool) -> dict[str, Answer] | None:
+    async def begin(self, recipients: Iterable[str], *, alone: bool) -> dict[str, ReceivedReply] | None:
         """Begin to deliver the message. Returns the replies that these recipients have; None if a delivery is in progress
         already.
 
@@ -207,19 +207,19 @@ class MessageAnswers:
         self._locked = alone
         rows = {each.recipient: each for each in await self._memory.of_message(self._sender, self._digest)}
         self._recorded = {each for each in recipients if each in rows}
-        return {each: _answer(rows[each]) for each in self._recorded}
+        return {each: _received(rows[each]) for each in self._recorded}
 
-    def record(self, answers: Mapping[str, Answer]) -> None:
+    def record(self, replies: Mapping[str, ReceivedReply]) -> None:
         """Store the replies received so far, while others are outstanding."""
-        if new := {each: answer for each, answer in answers.items() if each not in self._recorded}:
+        if new := {each: reply for each, reply in replies.items() if each not in self._recorded}:
             self._write(new)
 
-    async def keep(self, answers: Mapping[str, Answer]) -> None:
+    async def keep(self, replies: Mapping[str, ReceivedReply]) -> None:
         """Store all of these for the client's next attempt; returns when they are on disk."""
-        if answers:
-            await self._memory.result(self._write(answers), None)
+        if replies:
+            await self._memory.result(self._write(replies), None)
 
-    def agree(self, delivered: Mapping[str, Answer]) -> None:
+    def agree(self, delivered: Mapping[str, ReceivedReply]) -> None:
         """All replies are alike, so the client is about to get one reply for all; ``delivered`` are the positive ones."""
         self._agreed = True
         self._delivered = dict(delivered)
@@ -236,9 +236,9 @@ class MessageAnswers:
         else:
             future.add_done_callback(lambda future: self._release())
 
-    def _write(self, answers: Mapping[str, Answer]) -> asyncio.Future[None]:
-        self._recorded |= answers.keys()
-        rows = [Remembered(each, self._digest, self._attempt, a.code, a.text[:LONGEST]) for each, a in answers.items()]
+    def _write(self, replies: Mapping[str, ReceivedReply]) -> asyncio.Future[None]:
+        self._recorded |= replies.keys()
+        rows = [Remembered(each, self._digest, self._attempt, a.code, a.text[:MAX_TEXT_LENGTH]) for each, a in replies.items()]
         return self._memory.record(self._sender, rows)
 
     def _release(self) -> None:
@@ -255,5 +255,5 @@ def attempt_of(session: Session, sender: Address) -> bytes:
     return blake2b(repr((size, envid, login, network)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _answer(remembered: Remembered) -> Answer:
-    return Answer(remembered.code, tuple(remembered.text.split("\n")))
+def _received(remembered: Remembered) -> ReceivedReply:
+    return ReceivedReply(remembered.code, tuple(remembered.text.split("\n")))

@@ -17,7 +17,11 @@ from fumi_core.server.listeners import Server
 from fumi_core.server.setup import DialogueSetup
 from fumi_core.smtp.options import OptionArguments, override
 from fumi_edge.backends.dialing import Opening
+from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.connection.limits import ClientLimits
+from fumi_edge.connection.policy import ListenerPolicy
 from fumi_edge.edge import Edge
+from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Source
 from fumi_edge.tls.policy import Policy
@@ -79,20 +83,25 @@ class Fumi(core.Fumi):
             return
         if self._edge is None:
             self._edge = self._start_edge(self._certificates, server)
-        self._edge.listen(sock, str(sock.getsockname()), starttls=not self._secure)
-
-    def _start_edge(self, certificates: Certificates, server: Server) -> Edge:
         options = self.options
-        edge = Edge(
-            certificates=certificates,
-            backends=[LocalCore(server)],
-            health_interval=0,
+        policy = ListenerPolicy(
             balancers=Networks(options.trusted_proxies) if options.proxy_protocol == "required" else None,
             hide_starttls=options.hide_starttls,
             idle_timeout=options.socket_timeout + SILENCE_BEYOND_CORE,
-            cert_reload_interval=0,
-            max_clients=options.max_clients,
-            drain_timeout=options.close_timeout,
+        )
+        self._edge.listen(sock, str(sock.getsockname()), starttls=not self._secure, policy=policy)
+
+    def _start_edge(self, certificates: Certificates, server: Server) -> Edge:
+        edge = Edge(
+            EdgeSettings(
+                certificates=tuple(certificates.sources),
+                tls=certificates.policy,
+                cert_reload_interval=0,
+                backends=BackendSettings((LocalCore(server),), health_interval=0),
+                limits=ClientLimits(self.options.max_clients),
+                drain_timeout=self.options.close_timeout,
+            ),
+            certificates,
         )
         # Clients are counted once, by the edge.
         edge.begin(self.connection_count)

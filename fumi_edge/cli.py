@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import click
 
-from fumi_core.runtime.addresses import THIS_HOST, Networks, parse_address, passed
 from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.lifecycle import STOPS, hold_reloads, ignore_user_signals, raise_descriptor_limit
 from fumi_core.runtime.logs import configure
 from fumi_core.runtime.privileges import PrivilegeError, find
 from fumi_core.runtime.settings import (
     ADDRESS,
-    CONFIGURATION_OK,
     COUNT,
     MODE,
     NAME,
@@ -27,24 +23,19 @@ from fumi_core.runtime.settings import (
     WORKERS,
     Program,
     SettingError,
-    check_mode,
     config_option,
 )
 from fumi_core.runtime.workers import run
 from fumi_core.version import VERSION
-from fumi_edge.backends.choice import BALANCES, Backend
-from fumi_edge.backends.dialing import Remote, is_destination
-from fumi_edge.backends.health import Manner, dependency_problems, offering_starttls
+from fumi_edge.backends.settings import BALANCES
 from fumi_edge.connection.limits import Rate, parse_rate
 from fumi_edge.edge import Edge
 from fumi_edge.emit.configuration import PROGRAMS, configuration
 from fumi_edge.program import dev
-from fumi_edge.program.check import ListenAddress, check_listen, clash, unreadable
+from fumi_edge.program.check import check
+from fumi_edge.program.settings import Flags, edge_settings, load_certificates
 from fumi_edge.program.work import EdgeWork
-from fumi_edge.tls.certificates import Certificates
-from fumi_edge.tls.pem import CertificateError
-from fumi_edge.tls.policy import CIPHERS, Policy
-from fumi_edge.tls.sources import give_keys
+from fumi_edge.tls.policy import CIPHERS
 
 
 class RateType(click.ParamType):  # type: ignore[type-arg]
@@ -178,43 +169,32 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     "--dev", "dev_mode", is_flag=True, help="Runs a trial with its own certificate and server, which delivers to ./maildir."
 )
 @click.version_option(VERSION, help="Prints the version and exits.")
-def main(
-    log_format: str, log_level: str, workers: int, user: str | None, check: bool, emit: str | None, dev_mode: bool, **flags: Any
-) -> None:
+def main(**flags: Unpack[Flags]) -> None:
     """Terminate TLS and STARTTLS in front of an SMTP server."""
-    if emit:
-        click.echo(configuration(emit, click.get_current_context()), nl=False)
+    if flags["emit"]:
+        click.echo(configuration(flags["emit"], click.get_current_context()), nl=False)
         return
-    configure(log_format, log_level)
+    configure(flags["log_format"], flags["log_level"])
     raise_descriptor_limit()
     ignore_user_signals()
     hold_reloads()
     with contextlib.ExitStack() as stack:
-        if dev_mode:
-            if flags["cert"] or flags["key"] or flags["backend"]:
-                raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
-            if workers != 1 or user:
-                raise SettingError("--dev is one process, and yours: leave out --workers and --user")
-            if flags["accept_proxy"] or flags["hide_starttls"]:
-                raise SettingError(
-                    "--dev prints commands for clients that come themselves and look for STARTTLS: leave out"
-                    " --accept-proxy and --hide-starttls"
-                )
-            directory = stack.enter_context(dev.directory())
-            flags |= dev.defaults(flags, directory)
-        edge = _edge(flags)
-        if user:
-            _find_user(user)
-        if check:
-            _check(edge, () if dev_mode else edge.backends, flags, user)
+        directory = stack.enter_context(dev.directory(flags)) if flags["dev_mode"] else None
+        settings = edge_settings(flags if directory is None else dev.defaults(flags, directory))
+        certificates = load_certificates(settings)
+        if flags["user"]:
+            _find_user(flags["user"])
+        if flags["check"]:
+            check(settings, certificates, flags["user"], probing=directory is None)
             return
-        if dev_mode:
+        edge = Edge(settings, certificates)
+        if directory is not None:
             # Closing the terminal sends SIGHUP, which must stop the trial.
             run(EdgeWork(edge, dev.DevCore(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
         else:
-            if workers > 1:
-                edge.certificates.share_ticket_keys()
-            run(EdgeWork(edge, user=user), workers)
+            if flags["workers"] > 1:
+                certificates.share_ticket_keys()
+            run(EdgeWork(edge, user=flags["user"]), flags["workers"])
 
 
 def _find_user(name: str) -> None:
@@ -222,87 +202,3 @@ def _find_user(name: str) -> None:
         find(name)
     except PrivilegeError as error:
         raise SettingError(f"--user: {error}") from None
-
-
-def _edge(flags: dict[str, Any]) -> Edge:
-    cert, key = flags.pop("cert"), flags.pop("key")
-    policy = _policy(flags)
-    if not cert:
-        raise SettingError("no certificate: name one with --cert, or try --dev")
-    if not flags["backend"]:
-        raise SettingError("no backend: name one with --backend, for example --backend 127.0.0.1:2525")
-    for address in flags["backend"]:
-        if not is_destination(address):
-            raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
-    accepts, trusted = flags.pop("accept_proxy"), flags.pop("trusted_proxy")
-    if trusted and not accepts:
-        raise SettingError("--trusted-proxy says who may send a PROXY header: add --accept-proxy, or leave it out")
-    try:
-        certificates = Certificates(give_keys(cert, key), policy)
-    except CertificateError as error:
-        raise SettingError(str(error)) from None
-    if not flags["listen"] and not flags["starttls_listen"]:
-        flags["listen"] = passed() or [parse_address(":465")]
-    for name in ("require_tls", "hide_starttls"):
-        if flags[name] and not flags["starttls_listen"]:
-            raise SettingError(f"--{name.replace('_', '-')} is for STARTTLS listeners: add --starttls-listen, or leave it out")
-    check_mode(flags["socket_mode"], [each.address for each in _places(flags)])
-    if problem := clash(_places(flags)):
-        raise SettingError(problem)
-    balancers = Networks(trusted or THIS_HOST) if accepts else None
-    backends = [Remote(address) for address in dict.fromkeys(flags.pop("backend"))]
-    return Edge(certificates=certificates, backends=backends, balancers=balancers, **flags)
-
-
-def _policy(flags: dict[str, Any]) -> Policy:
-    alpn, client_ca, client_cert = flags.pop("alpn"), flags.pop("client_ca"), flags.pop("client_cert")
-    protocols = tuple(name.strip() for name in alpn.split(",")) if alpn else ()
-    if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
-        raise SettingError("--alpn: every protocol's name has 1 to 255 ASCII characters")
-    if client_cert and not client_ca:
-        raise SettingError("--client-cert: name the authorities of client certificates with --client-ca")
-    try:
-        return Policy(flags.pop("min_tls"), protocols, flags.pop("ciphers"), client_ca, client_cert or "optional")
-    except ValueError as error:
-        raise SettingError(f"--ciphers: {error}") from None
-
-
-def _places(flags: dict[str, Any]) -> list[ListenAddress]:
-    """All addresses to listen on."""
-    places = [ListenAddress("--listen", address) for address in flags["listen"]]
-    places += [ListenAddress("--starttls-listen", address) for address in flags["starttls_listen"]]
-    return places + ([ListenAddress("--metrics", flags["metrics"])] if flags["metrics"] else [])
-
-
-def _warnings(backends: Sequence[Backend], flags: dict[str, Any], manner: Manner) -> Iterator[str]:
-    """Yield warnings about settings that work but may have unexpected effects."""
-    if manner.proxy_protocol != "off":
-        for place in _places(flags):
-            if place.address.kind == "unix" and place.flag != "--metrics":
-                yield f"{place}: Postfix, Exim and Dovecot reject the PROXY headers of its clients, which have no IP address"
-        return
-    offers = offering_starttls([backend.destination for backend in backends], manner)
-    for backend in (backend for backend, offer in zip(backends, offers, strict=True) if offer):
-        yield f"backend {backend.name} offers STARTTLS, inside TLS too, where RFC 3207 forbids it: turn it off there"
-
-
-def _check(edge: Edge, backends: Sequence[Backend], flags: dict[str, Any], user: str | None) -> None:
-    """Print the result of ``--check``. Raises SettingError with all problems in one line."""
-    now = time.time()
-    problems = [*edge.certificates.validity_problems(now), *edge.certificates.authority_problems(now)]
-    if problem := edge.certificates.startup_problem():
-        problems.append(problem)
-    listen_check = check_listen(_places(flags))
-    problems += listen_check.problems
-    if user:
-        problems += [f"--user {user} cannot read {path}" for path in unreadable(user, edge.certificates.files())]
-    manner = Manner(flags["proxy_protocol"], flags["connect_timeout"], flags["health_timeout"])
-    found = dependency_problems([backend.destination for backend in backends], manner)
-    problems += [f"backend {each.name}: {problem}" for each, problem in zip(backends, found, strict=True) if problem]
-    for warning in _warnings(backends, flags, manner):
-        click.echo(f"warning: {warning}")
-    for address in listen_check.taken:
-        click.echo(f"{address} is already in use (by a running fumi-edge or another program)")
-    if problems:
-        raise SettingError("; ".join(problems))
-    click.echo(CONFIGURATION_OK)

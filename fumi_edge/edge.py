@@ -6,25 +6,30 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.acceptor import DescriptorLimit
-from fumi_core.runtime.addresses import Networks, SocketAddress, bind, check_inherited, name_of
+from fumi_core.runtime.addresses import SocketAddress, bind, check_inherited, name_of
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
 from fumi_core.version import VERSION
-from fumi_edge.backends.choice import Backend, Backends
-from fumi_edge.backends.dialing import Destination, Name
-from fumi_edge.backends.health import Checks, Manner, dependency_problems
+from fumi_edge.backends.choice import Backends
+from fumi_edge.backends.dialing import Name
+from fumi_edge.backends.health import Checks, dependency_problems
+from fumi_edge.backends.retiring import Retiring
 from fumi_edge.certificate_reload import Reloader
-from fumi_edge.connection.limits import Limits, Rate, Rejections
+from fumi_edge.connection.limits import Limits, Rejections
 from fumi_edge.connection.listener import Listener
+from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
+from fumi_edge.connection.resources import Resources
 from fumi_edge.connection.tunnel import BUFFER
-from fumi_edge.connection.walk import Connection, Service
+from fumi_edge.connection.walk import Connection
 from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.settings import EdgeSettings
 from fumi_edge.sockets.readiness import HangupWatch
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.close_notify import CloseNotify
@@ -32,106 +37,74 @@ from fumi_edge.tls.close_notify import CloseNotify
 T = TypeVar("T")
 log = logging.getLogger("fumi.edge")
 
-HEARTBEAT = 5.0
+HEARTBEAT_SECONDS = 5.0
 """Seconds between two checks of all connections, for idleness and for the metrics."""
-SHORTEST_BEAT = 0.05
+SHORTEST_HEARTBEAT_SECONDS = 0.05
+
+
+class _Bound(NamedTuple):
+    sock: socket.socket
+    name: str
+    settings: ListenerSettings
 
 
 class Edge:
-    """A TLS proxy in the running event loop: ``await start()``, ``await close()``.
+    """A TLS proxy in the running event loop: ``await start()``, ``await close()``."""
 
-    Times are in seconds. ``proxy_protocol`` is the version sent to backends: v2, v1 or off. ``max_clients``,
-    ``max_clients_per_ip`` and ``rate_per_ip``: None means no limit. ``health_interval`` 0 turns health checks off,
-    ``health_timeout`` is their time limit for the banner. ``balancers`` are the networks of load balancers, which must send a
-    PROXY header; None when clients connect directly. ``socket_mode`` holds the permissions of Unix listeners; None leaves them
-    to the umask. Certificate files are checked every ``cert_reload_interval``; with 0 they are read in ``reload()`` only.
-    """
-
-    def __init__(
-        self,
-        *,
-        certificates: Certificates,
-        backends: Sequence[Destination],
-        listen: Sequence[SocketAddress] = (),
-        starttls_listen: Sequence[SocketAddress] = (),
-        proxy_protocol: str = "v2",
-        balance: str = "leastconn",
-        health_interval: float = 5.0,
-        balancers: Networks | None = None,
-        require_tls: bool = False,
-        hide_starttls: bool = False,
-        handshake_timeout: float = 10.0,
-        connect_timeout: float = 5.0,
-        health_timeout: float = 10.0,
-        idle_timeout: float = 900.0,
-        cert_reload_interval: float = 10.0,
-        max_clients: int | None = None,
-        max_clients_per_ip: int | None = None,
-        rate_per_ip: Rate | None = None,
-        drain_timeout: float = 30.0,
-        metrics: SocketAddress | None = None,
-        socket_mode: int | None = None,
-        registry: CollectorRegistry | None = None,
-    ) -> None:
+    def __init__(self, settings: EdgeSettings, certificates: Certificates, registry: CollectorRegistry | None = None) -> None:
+        """``certificates`` are those of the settings, loaded. ``registry`` gets the metrics."""
+        self.settings = settings
         self.certificates = certificates
         self.listeners: list[Listener] = []
         self.metrics_sockets: list[socket.socket] = []
         """The listening sockets for the metrics in ``registry``; opened by ``bind()``."""
         self.registry = registry or CollectorRegistry()
-        self.drain_timeout = drain_timeout
-        self.max_clients = max_clients
-        self.metrics = EdgeMetrics(self.registry, certificates.ciphers(), VERSION)
-        self._reloader = Reloader(certificates, self.metrics, cert_reload_interval)
-        self._reloads: set[asyncio.Task[list[str]]] = set()
-        self._service = Service(
+        metrics = EdgeMetrics(self.registry, certificates.ciphers(), VERSION)
+        connection_count = count_of_one_process()
+        self._resources = Resources(
             certificates=certificates,
-            backends=Backends(backends, connect_timeout, self.metrics, balance),
-            limits=Limits(max_clients, max_clients_per_ip, rate_per_ip, time.monotonic),
-            rejections=Rejections(self.metrics.rejected),
-            metrics=self.metrics,
+            backends=Backends(settings.backends, metrics),
+            retiring=Retiring(),
+            limits=Limits(settings.limits, connection_count),
+            rejections=Rejections(metrics.rejected),
+            metrics=metrics,
             hangup_watch=HangupWatch(),
             close_notify=CloseNotify(),
             buffer=memoryview(bytearray(BUFFER)),
-            proxy_protocol=proxy_protocol,
-            require_tls=require_tls,
-            hide_starttls=hide_starttls,
-            handshake_timeout=handshake_timeout,
-            idle_timeout=idle_timeout,
+            connection_count=connection_count,
+            descriptor_limit=DescriptorLimit(2),
         )
-        self._listen = [(address, False) for address in listen] + [(address, True) for address in starttls_listen]
-        self._socket_mode = socket_mode
-        self._balancers = balancers
-        self._health_interval = health_interval
-        self._manner = Manner(proxy_protocol, connect_timeout, health_timeout)
+        self._reloader = Reloader(certificates, metrics, settings.cert_reload_interval)
+        self._reloads: set[asyncio.Task[list[str]]] = set()
         self._checks: Checks | None = None
-        self._metrics_address = metrics
         self._connections: dict[asyncio.Task[None], Connection] = {}
-        self._bound: list[tuple[socket.socket, str, bool]] | None = None
-        self._connection_count = count_of_one_process()
-        self._descriptor_limit = DescriptorLimit(2)
+        self._bound: list[_Bound] | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
+        self._heartbeat_seconds = HEARTBEAT_SECONDS
 
     def bind(self) -> None:
         """Open all listening sockets. Raises OSError, with the address in its message, and then leaves none open."""
-        bound: list[tuple[socket.socket, str, bool]] = []
-        metrics = () if self._metrics_address is None else (("serve metrics", self._metrics_address),)
-        for purpose, address in (*(("listen", address) for address, _ in self._listen), *metrics):
-            _at(purpose, address, check_inherited)
+        bound: list[_Bound] = []
+        listeners, metrics, mode = self.settings.listeners, self.settings.metrics, self.settings.socket_mode
+        for each in listeners:
+            _at("listen", each.address, check_inherited)
+        if metrics is not None:
+            _at("serve metrics", metrics, check_inherited)
         try:
-            for address, starttls in self._listen:
-                bound += [(sock, name_of(address, sock), starttls) for sock in _bind("listen", address, self._socket_mode)]
-            if self._metrics_address is not None:
-                self.metrics_sockets = _bind("serve metrics", self._metrics_address, self._socket_mode)
+            for each in listeners:
+                bound += [_Bound(sock, name_of(each.address, sock), each) for sock in _bind("listen", each.address, mode)]
+            if metrics is not None:
+                self.metrics_sockets = _bind("serve metrics", metrics, mode)
         except BaseException:
             for sock, _, _ in bound:
                 sock.close()
             raise
         self._bound = bound
-        for _, name, starttls in bound:
-            _announce(name, starttls)
-        if self._metrics_address is not None:
+        for _, name, settings in bound:
+            _announce(name, settings.starttls)
+        if metrics is not None:
             sock = self.metrics_sockets[0]
-            event(log, logging.INFO, "serving metrics", port=_port(sock), address=name_of(self._metrics_address, sock))
+            event(log, logging.INFO, "serving metrics", port=_port(sock), address=name_of(metrics, sock))
 
     def unbind(self) -> None:
         """Close the listening sockets for clients, in a process that does not serve them."""
@@ -147,54 +120,70 @@ class Edge:
             self.bind()
         self.begin(connection_count)
         await self._reloader.first_look()
-        for bound in self._bound or ():
-            self._serve_at(*bound)
+        for sock, name, settings in self._bound or ():
+            self._serve_at(sock, name, settings.starttls, settings.policy)
 
     def begin(self, connection_count: ConnectionCount | None = None) -> None:
         """Start health checks, certificate reloads and the heartbeat; for a caller that adds listeners by ``listen()``."""
-        service = self._service
-        self._connection_count = service.limits.connection_count = connection_count or self._connection_count
-        service.hangup_watch.open(asyncio.get_running_loop())
-        service.close_notify.open()
-        backends = service.backends
-        each = 1 + max(backend.destination.descriptors for backend in backends.all)
+        retiring = self._resources.retiring
+        count = connection_count or self._resources.connection_count
+        each = 1 + max(destination.descriptors for destination in self.settings.backends.destinations)
         # An upgrade by STARTTLS opens a second connection to a backend while the first one closes.
-        self._descriptor_limit = DescriptorLimit(each, lambda: backends.retiring)
-        backends.full = lambda: self._descriptor_limit.reached(self._connection_count.connections)
-        if self._health_interval:
-            self._checks = Checks(service.backends, self._health_interval, self._manner)
+        limit = DescriptorLimit(each, lambda: len(retiring))
+        retiring.full = lambda: limit.reached(count.connections)
+        limits = Limits(self.settings.limits, count)
+        self._resources = replace(self._resources, limits=limits, connection_count=count, descriptor_limit=limit)
+        self._resources.hangup_watch.open(asyncio.get_running_loop())
+        self._resources.close_notify.open()
+        self._start_checks()
         self._reloader.start()
         self._beat()
 
-    def listen(self, sock: socket.socket, name: str, starttls: bool) -> None:
+    def listen(self, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
         """Serve the clients of one more listening, non-blocking socket, which the edge takes over."""
-        self._serve_at(sock, name, starttls)
+        self._serve_at(sock, name, starttls, policy)
         _announce(name, starttls)
 
-    def _serve_at(self, sock: socket.socket, name: str, starttls: bool) -> None:
-        service, connection_count, descriptor_limit = self._service, self._connection_count, self._descriptor_limit
-        listener = Listener(
-            sock,
-            name,
-            starttls,
-            self._balancers,
-            service.limits,
-            service.rejections,
-            self.metrics,
-            connection_count,
-            descriptor_limit,
-            self._serve,
+    def _serve_at(self, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
+        self.listeners.append(Listener(self._resources, sock, name, starttls, policy, self._serve))
+        self._beat_for(policy)
+
+    def _start_checks(self) -> None:
+        self._checks = Checks(self._resources.backends) if self.settings.backends.health_interval else None
+
+    async def apply(self, settings: EdgeSettings) -> None:
+        """Use other settings for the connections that are accepted from now on; open connections keep theirs.
+
+        Their backends, limits, ``drain_timeout`` and policies are used; a listener that they do not name keeps its policy.
+        The addresses, the certificates with their ``tls`` policy and ``cert_reload_interval`` are for the next start. Returns
+        when the health checks by the old settings have ended.
+        """
+        before = self._resources
+        self.settings = settings
+        self._resources = replace(
+            before,
+            backends=Backends(settings.backends, before.metrics, before.backends),
+            limits=Limits(settings.limits, before.connection_count, before.limits),
         )
-        self.listeners.append(listener)
+        for backend in before.backends.all:
+            if backend not in self._resources.backends.all:
+                before.metrics.drop_backend(backend.name)
+        policies = {(each.address, each.starttls): each.policy for each in settings.listeners}
+        configured = {bound.sock: bound.settings for bound in self._bound or ()}
+        for listener in self.listeners:
+            old = configured.get(listener.sock)
+            policy = listener.policy if old is None else policies.get((old.address, old.starttls), listener.policy)
+            listener.use(self._resources, policy)
+            self._beat_for(policy)
+        checks = self._checks
+        self._start_checks()
+        if checks is not None:
+            await checks.close()
 
     @property
     def modes(self) -> Mapping[str, bool]:
         """The names of the bound listeners, and whether their clients begin in plaintext."""
-        return {name: starttls for _, name, starttls in self._bound or ()}
-
-    @property
-    def backends(self) -> Sequence[Backend]:
-        return self._service.backends.all
+        return {name: settings.starttls for _, name, settings in self._bound or ()}
 
     def reload(self) -> asyncio.Task[list[str]]:
         """Reload the certificates; connections are unaffected. The task returns a line for each error."""
@@ -214,7 +203,7 @@ class Edge:
             await asyncio.gather(*(listener.close() for listener in self.listeners))
             if self._connections:
                 event(log, logging.INFO, "draining", connections=len(self._connections))
-                await asyncio.wait(self._connections, timeout=self.drain_timeout)
+                await asyncio.wait(self._connections, timeout=self.settings.drain_timeout)
         finally:
             await self._break_off()
 
@@ -227,48 +216,58 @@ class Edge:
             self._heartbeat.cancel()
         if self._checks is not None:
             await self._checks.close()
-        self._service.rejections.close()
+        self._resources.rejections.close()
         await self._reloader.close()
-        await self._service.backends.close()
-        self._service.hangup_watch.close()
-        self._service.close_notify.close()
+        await self._resources.retiring.close()
+        self._resources.hangup_watch.close()
+        self._resources.close_notify.close()
 
     def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
         """Start an accepted connection on its walk."""
-        connection = Connection(self._service, listener, client, source, destination)
+        connection = Connection(listener, client, source, destination)
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         listener.metrics.active.inc()
-        self._connection_count.opened()
+        self._resources.connection_count.opened()
         task.add_done_callback(self._served)
 
     def _served(self, task: asyncio.Task[None]) -> None:
         connection = self._connections.pop(task)
         connection.listener.metrics.active.dec()
-        self._connection_count.closed()
+        self._resources.connection_count.closed()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connection failed", exc_info=error)
 
     def _beat(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         loop = asyncio.get_running_loop()
         now = loop.time()
         self.certificates.renew_ticket_keys(time.time())
         for connection in self._connections.values():
             connection.tick(now)
-        self._heartbeat = loop.call_later(max(SHORTEST_BEAT, min(HEARTBEAT, self._service.idle_timeout / 4)), self._beat)
+        self._heartbeat = loop.call_later(self._heartbeat_seconds, self._beat)
+
+    def _beat_for(self, policy: ListenerPolicy) -> None:
+        """Check all connections at least four times in the policy's idle timeout, as far as this is possible."""
+        seconds = max(SHORTEST_HEARTBEAT_SECONDS, policy.idle_timeout / 4)
+        if seconds < self._heartbeat_seconds:
+            self._heartbeat_seconds = seconds
+            self._beat()
 
     def local_problem(self) -> str | None:
         """Why this edge cannot serve, from memory (certificates, health checks), or None. May be called in any thread."""
         problem = self.certificates.local_problem(time.time())
-        return self._service.backends.local_problem() if problem is None and self._health_interval else problem
+        checked = self.settings.backends.health_interval
+        return self._resources.backends.local_problem() if problem is None and checked else problem
 
     def dependency_problem(self) -> str | None:
         """Why no backend works, or None. Without health checks it checks the backends now, which may take seconds."""
-        if self._health_interval:
+        backends = self.settings.backends
+        if backends.health_interval:
             return None
-        backends = self._service.backends.all
-        problems = dependency_problems([backend.destination for backend in backends], self._manner, one=True)
-        return None if None in problems else f"backend {backends[-1].name}: {problems[-1]}"
+        problems = dependency_problems(backends, one=True)
+        return None if None in problems else f"backend {backends.destinations[-1].name}: {problems[-1]}"
 
 
 def _announce(name: str, starttls: bool) -> None:

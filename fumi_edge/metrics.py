@@ -95,6 +95,10 @@ class EdgeMetrics:
     def backend(self, name: str) -> BackendMetrics:
         return BackendMetrics(self._connect_seconds, self._backend_errors, self._backend_up, name)
 
+    def drop_backend(self, name: str) -> None:
+        """Remove the state of a backend that is no longer one; what was counted stays."""
+        self._backend_up.remove(name)
+
     def certificates(self, expiries: Iterable[tuple[str, float]]) -> None:
         """Publish exactly these (name, seconds since 1970); of several with one name, the one that expires first."""
         earliest: dict[str, float] = {}

@@ -9,25 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
-from fumi_edge.backends.dialing import OURS, Destination, Name, Opening, quit_and_close, reason_of, words_of
+from fumi_edge.backends.dialing import OURS, Destination, Name, Opening, reason_of, words_of
+from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.metrics import BackendMetrics, EdgeMetrics
-from fumi_edge.sockets.ending import reset_on_close
 
 log = logging.getLogger("fumi.edge.backends")
 
-BALANCES = ("leastconn", "roundrobin", "first")
-"""How a backend is chosen among those that are up: fewest connections, each in turn, or the first in the configured order."""
 AVOID = 5.0
 """Seconds for which a backend is tried only after the others when a connection to it has failed."""
-QUIT_SECONDS = 1.0
-"""Seconds that backends get to close after QUIT when the edge stops."""
-RETIRING = 1024
-"""The maximum number of connections that wait, after QUIT, for the backend to close; one more is reset."""
 
 _NEVER = float("-inf")
 
@@ -150,25 +144,19 @@ class Backend:
 
 
 class Backends:
-    """All backends of an edge; ``balance`` is one of BALANCES."""
+    """All backends of an edge, and which one the next client gets."""
 
-    def __init__(
-        self, destinations: Iterable[Destination], connect_timeout: float, metrics: EdgeMetrics, balance: str = "leastconn"
-    ) -> None:
-        self.all = [Backend(each, metrics.backend(each.name)) for each in destinations]
-        for each in self.all:
-            each.siblings = self.all
-        self._timeout = connect_timeout
-        self._balance = balance
+    def __init__(self, settings: BackendSettings, metrics: EdgeMetrics, before: Backends | None = None) -> None:
+        """``before`` are the backends of earlier settings: what is known about a backend of the same name is kept."""
+        self.settings = settings
+        known = {} if before is None else {each.name: each for each in before.all}
+        self.all: list[Backend] = [
+            known.get(each.name) or Backend(each, metrics.backend(each.name)) for each in settings.destinations
+        ]
+        for backend, destination in zip(self.all, settings.destinations, strict=True):
+            backend.destination = destination
+            backend.siblings = self.all
         self._turn = -1
-        self._retiring: set[asyncio.Task[bytes]] = set()
-        self.full: Callable[[], bool] = lambda: False
-        """Returns True when all free descriptors are needed for the clients that are connected."""
-
-    @property
-    def retiring(self) -> int:
-        """The number of connections that wait for their backend to close."""
-        return len(self._retiring)
 
     def local_problem(self) -> str | None:
         """Why no backend is up according to the last checks, or None when one is."""
@@ -183,10 +171,10 @@ class Backends:
         doubtful = [backend for backend in self.all if not backend.usable(now)]
         if preferred in usable:
             usable.sort(key=lambda backend: backend is not preferred)
-        elif usable and self._balance != "first":
+        elif usable and self.settings.balance != "first":
             turn = self._turn = (self._turn + 1) % len(usable)
             usable = usable[turn:] + usable[:turn]
-            if self._balance == "leastconn":
+            if self.settings.balance == "leastconn":
                 # Sorting is stable: backends with equally many connections take turns.
                 usable.sort(key=lambda backend: backend.connections)
         return usable + doubtful
@@ -214,7 +202,7 @@ class Backends:
         backend.connections += 1
         sock = None
         try:
-            sock = await backend.destination.connect(loop, self._timeout, opening)
+            sock = await backend.destination.connect(loop, self.settings.connect_timeout, opening)
         except OSError as error:
             if error.errno in OURS:
                 backend.metrics.errors["other"].inc()
@@ -230,20 +218,3 @@ class Backends:
     def release(self, backend: Backend) -> None:
         """Count the end of a connection to this backend."""
         backend.connections -= 1
-
-    def retire(self, sock: socket.socket) -> None:
-        """Send QUIT and wait for the close in the background, or reset the connection when too many are waiting."""
-        if len(self._retiring) >= RETIRING or self.full():
-            reset_on_close(sock)
-            sock.close()
-            return
-        task = asyncio.get_running_loop().create_task(quit_and_close(sock))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
-
-    async def close(self) -> None:
-        """Wait up to QUIT_SECONDS for the retired connections to close."""
-        if self._retiring:
-            _, pending = await asyncio.wait(self._retiring, timeout=QUIT_SECONDS)
-            for task in pending:
-                task.cancel()

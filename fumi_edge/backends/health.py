@@ -12,13 +12,12 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends.choice import Backend, Backends, own_opening
 from fumi_edge.backends.dialing import CLOSE_SECONDS, OURS, Destination, quit_and_close, reason_of, words_of
 from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
+from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.sockets.readiness import receive, send_all
 
 log = logging.getLogger("fumi.edge.backends")
@@ -42,22 +41,13 @@ class BadBanner(Exception):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """Parameters of a check: the PROXY protocol version (v2, v1 or off), and the seconds for connecting and for the banner."""
-
-    proxy_protocol: str
-    connect_timeout: float
-    timeout: float
-
-
-async def health_check(destination: Destination, manner: Manner) -> None:
+async def health_check(destination: Destination, settings: BackendSettings) -> None:
     """Make one check. Raises BadBanner, or OSError when the connection fails."""
     loop = asyncio.get_running_loop()
-    opening = own_opening(manner.proxy_protocol)
-    sock = await destination.connect(loop, manner.connect_timeout, opening)
+    opening = own_opening(settings.proxy_protocol)
+    sock = await destination.connect(loop, settings.connect_timeout, opening)
     try:
-        async with asyncio.timeout(manner.timeout):
+        async with asyncio.timeout(settings.health_timeout):
             banner, behind = await _banner(loop, sock)
         if not banner.startswith(b"220"):
             raise BadBanner(f"answered {_quoted(banner)} instead of 220")
@@ -65,11 +55,11 @@ async def health_check(destination: Destination, manner: Manner) -> None:
         sock.close()
         if not isinstance(error, TimeoutError):
             raise BadBanner(error.strerror or str(error)) from None
-        raise BadBanner(f"did not greet within {manner.timeout:g} s" + ("" if opening else _EXPECTANT)) from None
+        raise BadBanner(f"did not greet within {settings.health_timeout:g} s" + ("" if opening else _EXPECTANT)) from None
     except BaseException:
         sock.close()
         raise
-    answer = behind + await quit_and_close(sock, min(manner.timeout, CLOSE_SECONDS))
+    answer = behind + await quit_and_close(sock, min(settings.health_timeout, CLOSE_SECONDS))
     if answer.startswith((b"4", b"5")):
         raise BadBanner(f"answered {_quoted(answer)} to {_IGNORANT if opening else 'QUIT'}")
 
@@ -88,14 +78,16 @@ def _quoted(reply: bytes) -> str:
     return repr(reply.partition(b"\n")[0][:80].decode("ascii", "replace").strip())
 
 
-def dependency_problems(destinations: Iterable[Destination], manner: Manner, one: bool = False) -> list[str | None]:
+def dependency_problems(settings: BackendSettings, one: bool = False) -> list[str | None]:
     """Check all backends concurrently, from outside the loop. Returns for each its problem, or None.
 
     With ``one``, return [None] as soon as one check succeeds.
     """
 
     async def ask_all() -> list[str | None]:
-        tasks = [asyncio.ensure_future(_dependency_problem(each.copy_for_other_loop(), manner)) for each in destinations]
+        tasks = [
+            asyncio.ensure_future(_dependency_problem(each.copy_for_other_loop(), settings)) for each in settings.destinations
+        ]
         if one:
             for earliest in asyncio.as_completed(tasks):
                 if await earliest is None:
@@ -105,36 +97,36 @@ def dependency_problems(destinations: Iterable[Destination], manner: Manner, one
     return asyncio.run(ask_all())
 
 
-def offering_starttls(destinations: Iterable[Destination], manner: Manner) -> list[bool]:
+def offering_starttls(settings: BackendSettings) -> list[bool]:
     """Whether each backend offers STARTTLS to the edge; False when that cannot be determined. To be called outside the loop."""
 
     async def ask_all() -> list[bool]:
-        return await asyncio.gather(*(_offers_starttls(each.copy_for_other_loop(), manner) for each in destinations))
+        return await asyncio.gather(*(_offers_starttls(each.copy_for_other_loop(), settings) for each in settings.destinations))
 
     return asyncio.run(ask_all())
 
 
-async def _offers_starttls(destination: Destination, manner: Manner) -> bool:
+async def _offers_starttls(destination: Destination, settings: BackendSettings) -> bool:
     loop = asyncio.get_running_loop()
     try:
-        sock = await destination.connect(loop, manner.connect_timeout, own_opening(manner.proxy_protocol))
+        sock = await destination.connect(loop, settings.connect_timeout, own_opening(settings.proxy_protocol))
         try:
-            async with asyncio.timeout(manner.timeout):
+            async with asyncio.timeout(settings.health_timeout):
                 await _banner(loop, sock)
                 await send_all(loop, sock, b"EHLO localhost\r\n")
                 reply, _ = await _banner(loop, sock)
         except BaseException:
             sock.close()
             raise
-        await quit_and_close(sock, min(manner.timeout, CLOSE_SECONDS))
+        await quit_and_close(sock, min(settings.health_timeout, CLOSE_SECONDS))
     except (OSError, BadBanner):
         return False
     return STARTTLS_OFFER.search(reply) is not None
 
 
-async def _dependency_problem(destination: Destination, manner: Manner) -> str | None:
+async def _dependency_problem(destination: Destination, settings: BackendSettings) -> str | None:
     try:
-        await health_check(destination, manner)
+        await health_check(destination, settings)
     except OSError as error:
         return words_of(error)
     except BadBanner as error:
@@ -143,12 +135,10 @@ async def _dependency_problem(destination: Destination, manner: Manner) -> str |
 
 
 class Checks:
-    """Checks every backend each ``interval`` seconds, until ``close()``."""
+    """Checks every backend each ``health_interval`` seconds, until ``close()``."""
 
-    def __init__(self, backends: Backends, interval: float, manner: Manner) -> None:
-        self._backends = backends
-        self._interval = interval
-        self._manner = manner
+    def __init__(self, backends: Backends) -> None:
+        self._settings = backends.settings
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._watch(backend)) for backend in backends.all]
 
@@ -161,7 +151,7 @@ class Checks:
         failures = FALL - 1  # the first failed check counts at once
         while True:
             try:
-                await health_check(backend.destination, self._manner)
+                await health_check(backend.destination, self._settings)
             except BadBanner as error:
                 failures += 1
                 self._failed(backend, failures, "banner", str(error))
@@ -187,5 +177,5 @@ class Checks:
 
     def _pause(self, failures: int) -> float:
         if not failures:
-            return self._interval
-        return min(self._interval, RETRY_SECONDS if failures < FALL else RECOVERY)
+            return self._settings.health_interval
+        return min(self._settings.health_interval, RETRY_SECONDS if failures < FALL else RECOVERY)

@@ -10,14 +10,16 @@ import asyncio
 import logging
 import re
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fumi_core.runtime.addresses import unmapped
 from fumi_core.runtime.counting import Count
 from fumi_core.runtime.logs import event
-from fumi_core.runtime.scoreboard import count_of_one_process
+from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.token_buckets import TokenBuckets
 
 log = logging.getLogger("fumi.edge.listener")
@@ -44,38 +46,58 @@ def parse_rate(text: str) -> Rate:
     return Rate(int(found[1]), _SECONDS[found[2]])
 
 
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """The limits; None means no limit. Those for one address are for each process alone."""
+
+    max_clients: int | None = None
+    max_clients_per_ip: int | None = None
+    rate_per_ip: Rate | None = None
+
+
 class Limits:
-    """Counts clients and applies the limits; None means no limit. ``clock`` returns seconds."""
+    """Counts clients and applies the limits. A client leaves the Limits that it has entered.
+
+    ``connection_count`` counts the clients of all workers. Of clients that entered without a limit on the clients of one
+    address, no address is counted, not even for a limit that later settings have.
+    """
 
     def __init__(
-        self, max_clients: int | None, max_clients_per_ip: int | None, rate_per_ip: Rate | None, clock: Callable[[], float]
+        self,
+        limits: ClientLimits,
+        connection_count: ConnectionCount,
+        before: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_clients = max_clients
-        self._max_clients_per_ip = max_clients_per_ip
-        self._rates = rate_per_ip and TokenBuckets[bytes](rate_per_ip.seconds / rate_per_ip.clients, rate_per_ip.clients, clock)
-        self.connection_count = count_of_one_process()
-        """Counts clients for the limit on all of them, over all workers. The limits per address are for this process alone."""
-        self._clients_of: Counter[bytes] = Counter()
+        """``before`` has applied other limits so far: what it has counted is kept. ``clock`` returns seconds."""
+        self._max_clients = limits.max_clients
+        self._max_clients_per_ip = limits.max_clients_per_ip
+        self._rate = rate = limits.rate_per_ip
+        self._connection_count = connection_count
+        self._clients_of: Counter[bytes] = Counter() if before is None else before._clients_of
+        self._buckets: TokenBuckets[bytes] | None = rate and TokenBuckets(rate.seconds / rate.clients, rate.clients, clock)
+        if before is not None and before._rate == rate:
+            self._buckets = before._buckets
 
     def enter(self, host: str | None) -> str | None:
         """Count a new client. Returns None, or the limit that rejects it. ``host`` is None while its address is not known."""
-        if self._max_clients is not None and self.connection_count.clients >= self._max_clients:
+        if self._max_clients is not None and self._connection_count.clients >= self._max_clients:
             return "max_clients"
         reason = None if host is None else self.admit(host)
         if reason is None:
-            self.connection_count.client_admitted()
+            self._connection_count.client_admitted()
         return reason
 
     def admit(self, host: str) -> str | None:
         """Count a new client for its address. Returns None, or the limit that rejects it."""
-        if self._max_clients_per_ip is None and self._rates is None:
+        if self._max_clients_per_ip is None and self._buckets is None:
             return None
         key = _key(host)
         if key is None:
             return None
         if self._max_clients_per_ip is not None and self._clients_of[key] >= self._max_clients_per_ip:
             return "max_clients_per_ip"
-        if self._rates is not None and not self._rates.take(key):
+        if self._buckets is not None and not self._buckets.take(key):
             return "rate"
         if self._max_clients_per_ip is not None:
             self._clients_of[key] += 1
@@ -83,7 +105,7 @@ class Limits:
 
     def leave(self, host: str | None) -> None:
         """Count the end of a client. ``host`` is the address that was admitted, or None if none was."""
-        self.connection_count.client_left()
+        self._connection_count.client_left()
         if host is None or self._max_clients_per_ip is None or (key := _key(host)) is None:
             return
         self._clients_of[key] -= 1

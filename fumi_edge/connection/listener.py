@@ -9,12 +9,12 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from fumi_core.runtime.acceptor import Acceptor, DescriptorLimit
-from fumi_core.runtime.addresses import Networks, peer_of
-from fumi_core.runtime.scoreboard import ConnectionCount
+from fumi_core.runtime.acceptor import Acceptor
+from fumi_core.runtime.addresses import peer_of
 from fumi_edge.backends.dialing import Name
-from fumi_edge.connection.limits import Limits, Rejections
-from fumi_edge.metrics import LIMITS, EdgeMetrics
+from fumi_edge.connection.policy import ListenerPolicy
+from fumi_edge.connection.resources import Resources
+from fumi_edge.metrics import LIMITS
 from fumi_edge.sockets.ending import TOO_MANY_CLIENTS
 
 Serve = Callable[["Listener", socket.socket, Name, Name], None]
@@ -26,35 +26,28 @@ log = logging.getLogger("fumi.edge.listener")
 class Listener:
     """A listening socket of an edge. ``starttls``: clients begin in plaintext.
 
-    ``balancers`` are the networks of the load balancers, which must send a PROXY header; nobody else may connect. None: clients
-    connect directly.
+    ``policy`` and ``resources`` are those of the connections that begin now; ``use`` replaces them.
     """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        name: str,
-        starttls: bool,
-        balancers: Networks | None,
-        limits: Limits,
-        rejections: Rejections,
-        metrics: EdgeMetrics,
-        connection_count: ConnectionCount,
-        descriptor_limit: DescriptorLimit,
-        serve: Serve,
+        self, resources: Resources, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy, serve: Serve
     ) -> None:
-        self._serve = serve
-        self._limits = limits
-        self._rejections = rejections
-        self.balancers = balancers
+        self.resources = resources
+        self.policy = policy
+        self.sock = sock
         self.name = name
         self.starttls = starttls
-        self.metrics = metrics.listener(name)
+        self.metrics = resources.metrics.listener(name)
+        self._serve = serve
         own = sock.getsockname()
         # The path of an abstract Unix socket is bytes.
         self.address: Name = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
-        self.sock = sock
-        self._acceptor = Acceptor(sock, name, log, self._admit, connection_count, descriptor_limit)
+        self._acceptor = Acceptor(sock, name, log, self._admit, resources.connection_count, resources.descriptor_limit)
+
+    def use(self, resources: Resources, policy: ListenerPolicy) -> None:
+        """Serve the connections that are accepted from now on with these; open connections keep theirs."""
+        self.resources = resources
+        self.policy = policy
 
     async def close(self) -> None:
         """Accept the connections in the kernel's queue, then stop listening."""
@@ -65,17 +58,18 @@ class Listener:
         peer = peer_of(name)
         reason = self._refusal(peer[0])
         if reason is not None:
-            self._rejections.add(reason, peer[0], self.name)
+            self.resources.rejections.add(reason, peer[0], self.name)
             self._turn_away(client, reason)
             return
         destination: Name = peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)
         self._serve(self, client, peer if isinstance(name, tuple) else "", destination)
 
     def _refusal(self, host: str) -> str | None:
-        if self.balancers is None:
-            return self._limits.enter(host)
+        balancers, limits = self.policy.balancers, self.resources.limits
+        if balancers is None:
+            return limits.enter(host)
         # The client's address is not known before the header.
-        return self._limits.enter(None) if host in self.balancers else "untrusted"
+        return limits.enter(None) if host in balancers else "untrusted"
 
     def _turn_away(self, client: socket.socket, reason: str) -> None:
         if self.starttls and reason in LIMITS:

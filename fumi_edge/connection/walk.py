@@ -15,25 +15,21 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
-from fumi_edge.backends.choice import Backend, Backends, NoBackend, header, own_opening
+from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Name, Opening
 from fumi_edge.backends.replies import Replies
 from fumi_edge.connection.inbound import HeaderError, receive_client
-from fumi_edge.connection.limits import Limits, Rejections
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.negotiation import Negotiation
 from fumi_edge.connection.starttls import Preamble, Step, Verdict
 from fumi_edge.connection.tunnel import Tunnel
-from fumi_edge.metrics import LIMITS, EdgeMetrics
+from fumi_edge.metrics import LIMITS
 from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
-from fumi_edge.sockets.readiness import HangupWatch, received_since
-from fumi_edge.tls.certificates import Certificates
-from fumi_edge.tls.close_notify import CloseNotify
+from fumi_edge.sockets.readiness import received_since
 from fumi_edge.tls.handshake import HandshakeError, handshake
 from fumi_edge.tls.policy import TLSSocket
 
@@ -67,25 +63,6 @@ def unique_id() -> str:
     return f"{_process}-{next(_numbers):x}"
 
 
-@dataclass(slots=True)
-class Service:
-    """What all connections of an edge share. Times are in seconds; ``buffer`` is shared by all tunnels."""
-
-    certificates: Certificates
-    backends: Backends
-    limits: Limits
-    rejections: Rejections
-    metrics: EdgeMetrics
-    hangup_watch: HangupWatch
-    close_notify: CloseNotify
-    buffer: memoryview
-    proxy_protocol: str
-    require_tls: bool
-    hide_starttls: bool
-    handshake_timeout: float
-    idle_timeout: float
-
-
 class Connection:
     """One client connection. It owns its sockets and closes them."""
 
@@ -98,8 +75,9 @@ class Connection:
         "_level",
         "_local",
         "_negotiation",
+        "_policy",
+        "_resources",
         "_resumed",
-        "_service",
         "_source",
         "_tunnel",
         "_undecided",
@@ -116,8 +94,9 @@ class Connection:
         "tls",
     )
 
-    def __init__(self, service: Service, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
-        self._service = service
+    def __init__(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
+        self._resources = listener.resources
+        self._policy = listener.policy
         self.listener = listener
         self._client = client
         self._source = source
@@ -134,7 +113,7 @@ class Connection:
         self._resumed = False
         self.id = unique_id()
         self._unique_id = self.id.encode("ascii")
-        self.admitted = self._host() if listener.balancers is None else None
+        self.admitted = self._host() if self._policy.balancers is None else None
         """The address for which the limits count the client; None while it is not known."""
         self.started = time.monotonic()
         self.backend: Backend | None = None
@@ -151,7 +130,7 @@ class Connection:
             reason = ended.reason
             if ended.reply or reason not in _GONE:
                 self.sent += len(ended.reply)
-                await take_leave(self._client, ended, self._service.idle_timeout)
+                await take_leave(self._client, ended, self._policy.idle_timeout)
         except asyncio.CancelledError:
             reason = "shutdown"
             raise
@@ -164,7 +143,7 @@ class Connection:
 
     async def _walk(self) -> str:
         """Go through all steps. Returns why the connection ended."""
-        if self.listener.balancers is not None:
+        if self._policy.balancers is not None:
             await self._identify()
         if not self.listener.starttls:
             await self._handshake()
@@ -189,7 +168,7 @@ class Connection:
                 self._level = logging.DEBUG
                 self._unnamed = True
                 raise Ended("client_closed") from None
-            self._service.metrics.rejected["proxy_header"].inc()
+            self._resources.metrics.rejected["proxy_header"].inc()
             raise Ended("proxy_header") from None
         self._before = client.length
         its_own = client.source in (None, self._source)
@@ -205,9 +184,9 @@ class Connection:
             # The load balancer's own connection, which version 1 cannot mark as such: there is no client to limit.
             self._unnamed = True
             return
-        reason = self._service.limits.admit(self._host())
+        reason = self._resources.limits.admit(self._host())
         if reason is not None:
-            self._service.rejections.add(reason, self._host(), self.listener.name)
+            self._resources.rejections.add(reason, self._host(), self.listener.name)
             self._level = logging.DEBUG
             raise Ended(reason, TOO_MANY_CLIENTS if self.listener.starttls else b"")
         self.admitted = self._host()
@@ -216,7 +195,7 @@ class Connection:
         metrics = self.listener.metrics
         begun = time.monotonic()
         try:
-            client = self._client = self._service.certificates.wrap(self._client)
+            client = self._client = self._resources.certificates.wrap(self._client)
         except OSError as error:
             # An SSLError means that the client has sent bytes, which are unread.
             if isinstance(error, ssl.SSLError) or self.listener.starttls:
@@ -225,7 +204,7 @@ class Connection:
                 self._probed()
             raise Ended("handshake_reset") from None
         try:
-            self.tls = await handshake(asyncio.get_running_loop(), client, self._service.handshake_timeout)
+            self.tls = await handshake(asyncio.get_running_loop(), client, self._policy.handshake_timeout)
         except HandshakeError as error:
             reason = f"handshake_{error.result}"
             self.detail = str(error)
@@ -238,8 +217,8 @@ class Connection:
         if self.listener.starttls:
             self._decide("upgraded")
         metrics.handshakes["ok"].inc()
-        self._service.metrics.handshake_seconds.observe(time.monotonic() - begun)
-        self._service.metrics.tls_session(self.tls, self._resumed)
+        self._resources.metrics.handshake_seconds.observe(time.monotonic() - begun)
+        self._resources.metrics.tls_session(self.tls, self._resumed)
 
     async def _with_backend(self, talk: Callable[[], Awaitable[T]]) -> T:
         """Connect and ``talk()``. If the backend closes before its banner, try the next one; the client notices nothing."""
@@ -255,13 +234,13 @@ class Connection:
 
     async def _connect(self, silent: list[Backend]) -> Backend:
         """Connect to a backend, if possible to the same as before, with a header that holds all that is known of the client."""
-        version = self._service.proxy_protocol
+        version = self._resources.backends.settings.proxy_protocol
         opening: Opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
         if self._local:
             # A load balancer's own check is passed on to the backend as such.
             opening = own_opening(version)
         try:
-            self._backend, self.backend = await self._service.backends.connect(opening, self.backend, silent)
+            self._backend, self.backend = await self._resources.backends.connect(opening, self.backend, silent)
             return self.backend
         except NoBackend as error:
             self.detail = str(error)
@@ -269,15 +248,15 @@ class Connection:
             raise Ended("no_backend", NO_BACKEND, when_asked=upgraded) from None
 
     async def _negotiate(self) -> Step:
-        preamble = Preamble(self._service.require_tls, self._service.hide_starttls)
+        preamble = Preamble(self._policy.require_tls, self._policy.hide_starttls)
         assert self._backend is not None
-        hangup_watch, idle_timeout = self._service.hangup_watch, self._service.idle_timeout
+        hangup_watch, idle_timeout = self._resources.hangup_watch, self._policy.idle_timeout
         negotiation = self._negotiation = Negotiation(self._client, self._backend, preamble, hangup_watch, idle_timeout)
         try:
             return await negotiation.run()
         except Ended as ended:
             if ended.reason in ("injection", "not_smtp", "errors"):
-                self._service.metrics.rejected[ended.reason].inc()
+                self._resources.metrics.rejected[ended.reason].inc()
             if ended.reason == "injection":
                 self._decide("injection")
             elif ended.reason in _SILENCES and not negotiation.received and not received_since(self._client, self._before):
@@ -303,7 +282,7 @@ class Connection:
             self._undecided = False
             if self._unnamed and result in ("plaintext", "refused"):
                 return
-            self._service.metrics.starttls[result].inc()
+            self._resources.metrics.starttls[result].inc()
 
     def _probed(self) -> None:
         """Treat a connection without a byte from the client as a check of the port: logged at level debug, not as refused."""
@@ -313,7 +292,7 @@ class Connection:
     def _retire(self) -> None:
         """End the backend connection that carried plaintext: the backend gets QUIT, and no SMTP state survives."""
         if self._backend is not None:
-            self._service.backends.retire(self._backend)
+            self._resources.retiring.retire(self._backend)
             self._leave_backend(close=False)
 
     def _leave_backend(self, close: bool = True) -> None:
@@ -321,7 +300,7 @@ class Connection:
             if close:
                 self._backend.close()
             self._backend = None
-            self._service.backends.release(self.backend)
+            self._resources.backends.release(self.backend)
 
     async def _swallow_banner(self) -> bytes:
         """Read the second banner, which the client must not get. Returns the bytes after it. Raises NoBanner or Ended."""
@@ -330,7 +309,7 @@ class Connection:
         banner: bytes | None = None
         # A backend that sends no banner in time counts as a refusal too.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(BANNER, self._service.idle_timeout)):
+            async with asyncio.timeout(min(BANNER, self._policy.idle_timeout)):
                 while banner is None and (data := await self._backend_said()):
                     banner = replies.feed(data)
                 if banner is None and not replies.rest:
@@ -346,7 +325,7 @@ class Connection:
         assert self._backend is not None
         while True:
             try:
-                await self._service.hangup_watch.readable(self._client, self._backend)
+                await self._resources.hangup_watch.readable(self._client, self._backend)
             except ConnectionResetError:
                 raise Ended("client_reset") from None
             try:
@@ -362,9 +341,9 @@ class Connection:
     async def _carry(self, upstream: bytes, downstream: bytes, expectant: bool = False) -> str:
         assert self._backend is not None
         loop = asyncio.get_running_loop()
-        service = self._service
+        resources = self._resources
         tunnel = Tunnel(
-            loop, service.buffer, service.close_notify, self._client, self._backend, service.idle_timeout,
+            loop, resources.buffer, resources.close_notify, self._client, self._backend, self._policy.idle_timeout,
             upstream, downstream, expectant,
         )  # fmt: skip
         self._tunnel = tunnel
@@ -391,11 +370,11 @@ class Connection:
     def _count(self, received: int, sent: int) -> None:
         counted = self._counted
         self._counted = received, sent
-        self._service.metrics.moved(received - counted[0], sent - counted[1])
+        self._resources.metrics.moved(received - counted[0], sent - counted[1])
 
     def _close(self, reason: str) -> None:
         # First, so that a client that sees the close can connect again at once.
-        self._service.limits.leave(self.admitted)
+        self._resources.limits.leave(self.admitted)
         if self._backend is not None:
             if reason in _BROKEN_OFF:
                 reset_on_close(self._backend)
@@ -412,7 +391,7 @@ class Connection:
     def _report(self, reason: str) -> None:
         seconds = time.monotonic() - self.started
         self._count(self.received, self.sent)
-        metrics = self._service.metrics
+        metrics = self._resources.metrics
         metrics.session_seconds.observe(seconds)
         self._decide("refused")
         if self._unnamed and self.tls is None and not self.received:

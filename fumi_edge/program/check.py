@@ -1,4 +1,4 @@
-"""Checks before the start: listeners that conflict or cannot be bound, and files that --user cannot read.
+"""--check: certificates, listeners that cannot be bound, files that --user cannot read, and backends.
 
 An address in use is not a problem: usually a running edge uses it, and this is the check before its restart.
 """
@@ -7,49 +7,60 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import socket
 import stat
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+import click
 
 from fumi_core.runtime.addresses import SocketAddress, bind, resolve
 from fumi_core.runtime.privileges import find
+from fumi_core.runtime.settings import CONFIGURATION_OK, SettingError
+from fumi_edge.backends.health import dependency_problems, offering_starttls
+from fumi_edge.program.listen_addresses import ListenAddress
+from fumi_edge.program.settings import listen_addresses
+from fumi_edge.settings import EdgeSettings
+from fumi_edge.tls.certificates import Certificates
 
 _ACL = "system.posix_acl_access"
 
 
-class ListenAddress(NamedTuple):
-    """An address to listen on, and its flag."""
-
-    flag: str
-    address: SocketAddress
-
-    def __str__(self) -> str:
-        return f"{self.flag} {self.address}"
-
-
-def clash(places: Iterable[ListenAddress]) -> str | None:
-    """A message about the first two addresses that cannot both be listened on, or None."""
-    for one, other in itertools.combinations(places, 2):
-        if one.address == other.address and not _any_port(one.address):
-            if one.flag == other.flag:
-                return f"{one} is given twice"
-            return f"{one} and {other}: one address cannot serve both"
-        for whole, part in ((one, other), (other, one)):
-            if _is_part(part.address, whole.address):
-                return f"{whole} is every address of this machine, and {part} one of them"
-    return None
-
-
-def _any_port(address: SocketAddress) -> bool:
-    return address.kind == "tcp" and not address.port
+def check(settings: EdgeSettings, certificates: Certificates, user: str | None, probing: bool) -> None:
+    """Print the result of ``--check``; ``probing``: check the backends too. Raises SettingError with all problems in one line."""
+    now = time.time()
+    problems = [*certificates.validity_problems(now), *certificates.authority_problems(now)]
+    if problem := certificates.startup_problem():
+        problems.append(problem)
+    listen_check = check_listen(listen_addresses(settings))
+    problems += listen_check.problems
+    if user:
+        problems += [f"--user {user} cannot read {path}" for path in unreadable(user, certificates.files())]
+    if probing:
+        results = zip(settings.backends.destinations, dependency_problems(settings.backends), strict=True)
+        problems += [f"backend {each.name}: {problem}" for each, problem in results if problem]
+    for warning in _warnings(settings, probing):
+        click.echo(f"warning: {warning}")
+    for address in listen_check.taken:
+        click.echo(f"{address} is already in use (by a running fumi-edge or another program)")
+    if problems:
+        raise SettingError("; ".join(problems))
+    click.echo(CONFIGURATION_OK)
 
 
-def _is_part(part: SocketAddress, whole: SocketAddress) -> bool:
-    both_tcp = part.kind == whole.kind == "tcp"
-    return both_tcp and part.port == whole.port != 0 and bool(part.host) and not whole.host
+def _warnings(settings: EdgeSettings, probing: bool) -> Iterator[str]:
+    """Yield warnings about settings that work but may have unexpected effects."""
+    backends = settings.backends
+    if backends.proxy_protocol != "off":
+        for place in listen_addresses(settings):
+            if place.address.kind == "unix" and place.flag != "--metrics":
+                yield f"{place}: Postfix, Exim and Dovecot reject the PROXY headers of its clients, which have no IP address"
+    elif probing:
+        for backend, offers in zip(backends.destinations, offering_starttls(backends), strict=True):
+            if offers:
+                yield f"backend {backend.name} offers STARTTLS, inside TLS too, where RFC 3207 forbids it: turn it off there"
 
 
 class ListenCheck(NamedTuple):

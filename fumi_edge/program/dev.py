@@ -16,6 +16,7 @@ from typing import Any
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.edge import Edge
+from fumi_edge.program.settings import Flags
 
 LISTEN, STARTTLS, METRICS = "127.0.0.1:4650", "127.0.0.1:5870", "127.0.0.1:9465"
 DELIVER = "maildir:./maildir"
@@ -27,8 +28,12 @@ _OPENSSL = (
 
 
 @contextlib.contextmanager
-def directory() -> Iterator[str]:
-    """A private directory with cert.pem and key.pem, removed at the end. Raises SettingError when openssl is missing or fails."""
+def directory(flags: Flags) -> Iterator[str]:
+    """A private directory with cert.pem and key.pem, removed at the end.
+
+    Raises SettingError for flags that --dev does not allow, and when openssl is missing or fails.
+    """
+    _check(flags)
     with tempfile.TemporaryDirectory(prefix="fumi-dev-") as path:
         command = [*_OPENSSL, "-keyout", f"{path}/key.pem", "-out", f"{path}/cert.pem"]
         try:
@@ -40,9 +45,22 @@ def directory() -> Iterator[str]:
         yield path
 
 
-def defaults(flags: dict[str, Any], path: str) -> dict[str, Any]:
-    """The settings of --dev; addresses from flags are kept."""
+def _check(flags: Flags) -> None:
+    if flags["cert"] or flags["key"] or flags["backend"]:
+        raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
+    if flags["workers"] != 1 or flags["user"]:
+        raise SettingError("--dev is one process, and yours: leave out --workers and --user")
+    if flags["accept_proxy"] or flags["hide_starttls"]:
+        raise SettingError(
+            "--dev prints commands for clients that come themselves and look for STARTTLS: leave out"
+            " --accept-proxy and --hide-starttls"
+        )
+
+
+def defaults(flags: Flags, path: str) -> Flags:
+    """The flags with the values of --dev; addresses are kept."""
     return {
+        **flags,
         "cert": (_take(f"{path}/cert.pem"),),
         "key": (_take(f"{path}/key.pem"),),
         "backend": (SocketAddress("unix", path=f"{path}/core.sock"),),

@@ -54,7 +54,7 @@ class EdgeWork:
 
     @property
     def drain_timeout(self) -> float:
-        return self._edge.drain_timeout
+        return self._edge.settings.drain_timeout
 
     def bind(self) -> None:
         try:
@@ -117,8 +117,9 @@ class EdgeWork:
         return reading.complaints
 
     def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
-        edge = self._edge
-        facts = Facts(edge.modes, [backend.name for backend in edge.backends], edge.max_clients, self._begun)
+        settings = self._edge.settings
+        names = [each.name for each in settings.backends.destinations]
+        facts = Facts(self._edge.modes, names, settings.limits.max_clients, self._begun)
         status = Status(registry, readiness, facts)
         status.start()
         return {"/": status.page}

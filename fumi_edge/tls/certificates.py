@@ -146,11 +146,15 @@ class Certificates:
         """Load the (certificate, key) pairs; a certificate may be a directory (see ``sources.find``). Raises CertificateError."""
         if not sources:
             raise CertificateError("no certificate: name one with --cert")
-        self._policy = policy or Policy()
+        self.policy = policy or Policy()
         self._current: Reading = None  # type: ignore[assignment]
         self._current = self._read_strictly([Pair(*source) for source in sources])
         self._ticket_keys = TicketKeys(self._make_front)
         self.renew_ticket_keys(time.time())
+
+    @property
+    def sources(self) -> Sequence[Pair]:
+        return self._current.sources
 
     @property
     def selection(self) -> Selection:
@@ -167,11 +171,11 @@ class Certificates:
 
     def stamp(self) -> Stamp:
         """The state of all files, equal as long as no file changes."""
-        return stamp(self._current.sources, self._policy.client_ca)
+        return stamp(self._current.sources, self.policy.client_ca)
 
     def files(self) -> list[str]:
         """The paths of the files and directories that are read at a renewal."""
-        pairs = [*self._current.sources, *(entry.pair for entry in self.entries), Pair(self._policy.client_ca or b"")]
+        pairs = [*self._current.sources, *(entry.pair for entry in self.entries), Pair(self.policy.client_ca or b"")]
         return list(dict.fromkeys(label(each) for pair in pairs for each in pair if each is not None and is_path(each)))
 
     def read(self) -> Reading:
@@ -193,7 +197,7 @@ class Certificates:
             groups[0].insert(0, default)
         client_ca = selection.client_ca
         try:
-            client_ca = self._policy.read_client_ca()
+            client_ca = self.policy.read_client_ca()
         except CertificateError as error:
             complaints.append(str(error))
         return Reading(sources, groups, self._select(groups, client_ca), before, complaints, skipped)
@@ -210,7 +214,7 @@ class Certificates:
         """
         current = self._current
         return current._replace(
-            selection=Selection(self.entries, self._policy, current.selection.client_ca, now, current.selection)
+            selection=Selection(self.entries, self.policy, current.selection.client_ca, now, current.selection)
         )
 
     def update(self, cert: Source, key: Source | None = None) -> None:
@@ -220,11 +224,11 @@ class Certificates:
     def _read_strictly(self, sources: Sequence[Pair]) -> Reading:
         complaints: list[str] = []
         skipped: list[str] = []
-        before = stamp(sources, self._policy.client_ca)
+        before = stamp(sources, self.policy.client_ca)
         groups = [self._renew(source, [], complaints, skipped) for source in sources]
         if complaints:
             raise CertificateError(complaints[0])
-        return Reading(sources, groups, self._select(groups, self._policy.read_client_ca()), before, [], skipped)
+        return Reading(sources, groups, self._select(groups, self.policy.read_client_ca()), before, [], skipped)
 
     def _renew(self, source: Pair, old: Sequence[Certificate], complaints: list[str], skipped: list[str]) -> list[Certificate]:
         """Read one source, keeping the previous certificate for each one that has an error.
@@ -253,7 +257,7 @@ class Certificates:
     def _load(self, pair: Pair, previous: Certificate | None) -> Certificate:
         certificate = load(pair, previous)
         if certificate is not previous:
-            certificate.give(self._policy.context())
+            certificate.give(self.policy.context())
             now = time.time()
             if previous is not None and not previous.validity_problem(now) and (problem := certificate.validity_problem(now)):
                 raise CertificateError(f"{problem}; its predecessor is valid and stays in service")
@@ -261,7 +265,7 @@ class Certificates:
 
     def _select(self, groups: Sequence[Sequence[Certificate]], client_ca: str | None) -> Selection:
         before = None if self._current is None else self._current.selection
-        return Selection(list(itertools.chain(*groups)), self._policy, client_ca, time.time(), before)
+        return Selection(list(itertools.chain(*groups)), self.policy, client_ca, time.time(), before)
 
     def _put(self, reading: Reading) -> None:
         self._current = reading
@@ -278,7 +282,7 @@ class Certificates:
 
     def _make_front(self) -> ssl.SSLContext:
         # Without client CA certificates: the context that is chosen by the server name verifies client certificates.
-        context = self._policy.context()
+        context = self.policy.context()
         context.sni_callback = self._on_server_name
         _expect_any_server_name()
         return context
@@ -310,10 +314,10 @@ class Certificates:
         """Why TLS 1.2, although the policy allows it, fails with every certificate in service; or None."""
         kinds = sorted({entry.kind for entry in self.entries})
         auth = {str(each["auth"]) for each in self._front.get_ciphers() if each["protocol"] == "TLSv1.2"}
-        if self._policy.min_tls != "1.2" or auth & {"auth-any", *(f"auth-{kind.lower()}" for kind in kinds)}:
+        if self.policy.min_tls != "1.2" or auth & {"auth-any", *(f"auth-{kind.lower()}" for kind in kinds)}:
             return None
         return (
-            f"--ciphers {self._policy.ciphers}: none is for a certificate with {' or '.join(kinds)}, so TLS 1.2 cannot be spoken"
+            f"--ciphers {self.policy.ciphers}: none is for a certificate with {' or '.join(kinds)}, so TLS 1.2 cannot be spoken"
         )
 
     @property
@@ -328,7 +332,7 @@ class Certificates:
     def authority_problems(self, now: float) -> list[str]:
         """A line for each CA certificate, in a served chain or of clients, that is not valid at ``now`` (seconds since 1970)."""
         sent = [problem for entry in self.served for problem in entry.chain_problems(now)]
-        place, trusted = label(self._policy.client_ca or b""), authorities_in(self.selection.client_ca or "")
+        place, trusted = label(self.policy.client_ca or b""), authorities_in(self.selection.client_ca or "")
         return sent + [f"{place}: {problem}" for each in trusted if (problem := each.validity_problem(now))]
 
     def local_problem(self, now: float) -> str | None:

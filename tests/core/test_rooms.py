@@ -19,6 +19,7 @@ EDGE = [
     "emit",
     "app",
     "edge",
+    "settings",
     "connection",
     "certificate_reload",
     "backends",

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from fumi_core.runtime.addresses import parse_address
 from fumi_edge.backends.choice import Backends
 from fumi_edge.backends.dialing import Remote
+from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.metrics import EdgeMetrics
 from tests.edge.backends import Backend, smtp
 from tests.edge.clients import Clients
@@ -173,8 +174,11 @@ def listening():
 @pytest.fixture
 def pool():
     def pool(*addresses, timeout=20.0, balance="leastconn"):
-        metrics = EdgeMetrics(CollectorRegistry(), [], "0")
-        return Backends([Remote(parse_address(each)) for each in addresses], timeout, metrics, balance)
+        destinations = tuple(Remote(parse_address(each)) for each in addresses)
+        settings = BackendSettings(
+            destinations, "off", balance, connect_timeout=timeout, health_interval=0.01, health_timeout=1.0
+        )
+        return Backends(settings, EdgeMetrics(CollectorRegistry(), [], "0"))
 
     return pool
 

@@ -100,7 +100,7 @@ def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
 
         monkeypatch.setattr(fumi_edge.backends.health, "health_check", health_check)
         backends = pool("127.0.0.1:1")
-        checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
+        checks = fumi_edge.backends.health.Checks(backends)
         while backends.local_problem() is not None:
             await asyncio.sleep(0.01)
         await checks.close()
@@ -280,7 +280,7 @@ def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
     async def scenario():
         monkeypatch.setattr(fumi_edge.backends.health, "health_check", exhausted)
         backends = pool("127.0.0.1:2525")
-        checks = fumi_edge.backends.health.Checks(backends, 0.01, fumi_edge.backends.health.Manner("off", 1.0, 1.0))
+        checks = fumi_edge.backends.health.Checks(backends)
         while backends.local_problem() != "backend 127.0.0.1:2525: Too many open files":
             await asyncio.sleep(0.01)
         await checks.close()

@@ -10,23 +10,24 @@ from pathlib import Path
 
 import pytest
 
-import fumi_edge.backends.choice
 import fumi_edge.backends.dialing
 import fumi_edge.backends.health
+import fumi_edge.backends.retiring
+from fumi_edge.backends.retiring import Retiring
 from tests.edge.replies import READY
 
 
 def test_farewells_to_backends_that_do_not_answer_are_bounded(pool, monkeypatch, listening):
-    monkeypatch.setattr(fumi_edge.backends.choice, "RETIRING", 5)
+    monkeypatch.setattr(fumi_edge.backends.retiring, "MAX_RETIRING", 5)
 
     async def scenario():
-        backends = pool(f"127.0.0.1:{listening}")
+        backends, retiring = pool(f"127.0.0.1:{listening}"), Retiring()
         for _ in range(20):
-            backends.retire((await backends.connect(b""))[0])
-        assert len(backends._retiring) == 5
-        for task in list(backends._retiring):
+            retiring.retire((await backends.connect(b""))[0])
+        assert len(retiring) == 5
+        for task in list(retiring._tasks):
             task.cancel()
-        await backends.close()
+        await retiring.close()
 
     asyncio.run(scenario())
 

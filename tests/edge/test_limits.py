@@ -8,7 +8,8 @@ import ssl
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
-from fumi_edge.connection.limits import Limits, Rate, parse_rate
+from fumi_core.runtime.scoreboard import count_of_one_process
+from fumi_edge.connection.limits import ClientLimits, Limits, Rate, parse_rate
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
@@ -178,7 +179,7 @@ class Clock:
 @pytest.mark.parametrize("rate", [Rate(1, 1), Rate(3, 1), Rate(10, 1), Rate(600, 60), Rate(1000, 3600), Rate(7, 60)])
 def test_a_bucket_holds_so_many_and_fills_steadily(rate):
     clock = Clock()
-    limits = Limits(None, None, rate, clock)
+    limits = Limits(ClientLimits(None, None, rate), count_of_one_process(), clock=clock)
 
     def taken():
         count = 0
@@ -197,7 +198,7 @@ def test_a_bucket_holds_so_many_and_fills_steadily(rate):
 
 def test_those_who_are_refused_do_not_wait_longer_for_it():
     clock = Clock()
-    limits = Limits(None, None, Rate(1, 1), clock)
+    limits = Limits(ClientLimits(None, None, Rate(1, 1)), count_of_one_process(), clock=clock)
     assert limits.admit("192.0.2.1") is None
     for _ in range(100):
         clock.now += 0.009
@@ -207,7 +208,7 @@ def test_those_who_are_refused_do_not_wait_longer_for_it():
 
 
 def test_who_has_left_is_forgotten():
-    limits = Limits(10, 1, None, Clock())
+    limits = Limits(ClientLimits(10, 1, None), count_of_one_process(), clock=Clock())
     for number in range(200):
         host = f"10.0.0.{number}"
         assert limits.enter(host) is None
@@ -218,7 +219,7 @@ def test_who_has_left_is_forgotten():
 
 
 def test_an_ipv4_mapped_address_is_the_ipv4_address():
-    limits = Limits(None, 1, None, Clock())
+    limits = Limits(ClientLimits(None, 1, None), count_of_one_process(), clock=Clock())
     assert limits.enter("::ffff:192.0.2.1") is None
     assert limits.enter("::ffff:192.0.2.2") is None
     for host in ("192.0.2.1", "::ffff:192.0.2.1", "::ffff:c000:201", "::FFFF:192.0.2.1"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fumi_core.program.option_flags import option_flag
 from fumi_core.program.users import hash_password
 from fumi_core.program.work import CoreWork
 from fumi_core.runtime.flag_groups import heading
@@ -19,7 +20,6 @@ from fumi_core.runtime.settings import (
     MODE,
     NETWORK,
     OCTETS,
-    SECONDS,
     WORKERS,
     Program,
     SettingError,
@@ -52,34 +52,16 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @click.argument("app", metavar="[MODULE:APP]", required=False)
 @heading("Connections")
 @click.option("--listen", type=ADDRESS, multiple=True, default=["127.0.0.1:2525"], help="Listens on this address. Repeatable.")
-@click.option(
-    "--proxy-protocol",
-    type=click.Choice(["required", "off"]),
-    default="required",
-    help="Whether every connection must begin with a PROXY header, version 1 or 2; others are closed.",
-)
-@click.option(
-    "--trusted-proxy",
-    type=NETWORK,
-    multiple=True,
-    show_default="this host",
-    help="Networks and addresses that may send PROXY headers, XCLIENT and XFORWARD; unix for Unix sockets. Repeatable.",
-)
-@click.option(
-    "--assume-tls", is_flag=True, help="Treats every connection as TLS-protected, for a TLS proxy that cannot report it."
-)
-@click.option(
-    "--max-clients",
-    type=COUNT,
-    show_default="no limit",
-    help="Maximum number of concurrent connections, in all workers together; one more is answered 421.",
-)
+@option_flag("--proxy-protocol", default="required")
+@option_flag("--trusted-proxy", type=NETWORK, multiple=True, show_default="this host")
+@option_flag("--assume-tls")
+@option_flag("--max-clients", type=COUNT, show_default="no limit")
 @click.option("--socket-mode", type=MODE, show_default="by the umask", help="Permissions of Unix sockets, such as 0660.")
 @heading("Mail")
 @click.option(
     "--deliver",
     metavar="TARGET",
-    show_default="maildir:./maildir",
+    default="maildir:./maildir",
     help="Delivery target: discard:, maildir:PATH, smtp:ADDR or lmtp:ADDR.",
 )
 @click.option(
@@ -90,32 +72,18 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     show_default="all",
     help="Accepts recipients of this domain only, without wildcards. Repeatable.",
 )
-@click.option(
-    "--size",
-    type=OCTETS,
-    show_default="no limit",
-    help="Largest message, declared or received, in bytes; larger ones are answered 552.",
-)
-@click.option("--lmtp", is_flag=True, help="Speaks LMTP (RFC 2033) instead of SMTP.")
-@click.option("--name", show_default="this host's", help="The server's name in banner, EHLO reply and Received header.")
-@click.option("--banner", help="Text after the name in the banner.")
-@click.option(
-    "--bare-newlines",
-    type=click.Choice(["reject", "normalize"]),
-    default="reject",
-    help="A CR or LF alone in a message: reject answers 550 and closes, normalize converts it to CRLF.",
-)
-@click.option(
-    "--lenient-addresses",
-    is_flag=True,
-    help="Accepts addresses that devices and carriers send: without <> or a domain, with dots anywhere, with a final dot.",
-)
+@option_flag("--size", type=OCTETS, show_default="no limit")
+@option_flag("--lmtp")
+@option_flag("--name", show_default="this host's")
+@option_flag("--banner")
+@option_flag("--bare-newlines")
+@option_flag("--lenient-addresses")
 @heading("Authentication")
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Password file, NAME:HASH per line.")
 @click.option("--auth-required", is_flag=True, help="Rejects MAIL before AUTH.")
 @click.option("--sender-login", is_flag=True, help="Rejects senders other than the user's own address.")
-@click.option("--require-tls", is_flag=True, help="Answers MAIL and AUTH with 530 on connections without TLS.")
-@click.option("--allow-insecure-auth", is_flag=True, help="Offers AUTH on connections without TLS, too.")
+@option_flag("--require-tls")
+@option_flag("--allow-insecure-auth")
 @click.option("--hash-password", is_flag=True, help="Reads a password, prints its hash for --users, and exits.")
 @heading("Operation")
 @config_option("core")
@@ -128,7 +96,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz and /readyz here.")
 @click.option("--workers", type=WORKERS, default="1", help="Number of processes that share the work; auto is one per CPU.")
-@click.option("--drain-timeout", type=SECONDS, default=30, help="Time that transactions get to end when the server stops.")
+@option_flag("--drain-timeout")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")
 @click.option(
     "--log-level",

@@ -26,7 +26,7 @@ def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
 def whole(plugin: str, name: str, given: int, least: int) -> int:
     """A whole number not below ``least``."""
     if type(given) is not int or given < least:
-        raise ValueError(f"{plugin}: {name} is a whole number from {least} up, not {given!r}")
+        raise ValueError(f"{plugin}: {name} is a whole number of at least {least}, not {given!r}")
     return given
 
 
@@ -43,4 +43,4 @@ def texts(plugin: str, given: Iterable[str], example: str) -> tuple[str, ...]:
         found = tuple(given)
         if all(isinstance(each, str) for each in found):
             return found
-    raise ValueError(f"{plugin} takes a list of texts, not {given!r}: write {plugin}([{example!r}])")
+    raise ValueError(f"{plugin} takes a list of strings, not {given!r}: write {plugin}([{example!r}])")

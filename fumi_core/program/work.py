@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, DeliveryTarget, parse_target
 from fumi_core.program import builtin, mail_log
+from fumi_core.program.option_flags import OPTIONS
 from fumi_core.program.users import Users
 from fumi_core.runtime.addresses import (
     THIS_HOST,
@@ -39,23 +40,6 @@ from fumi_core.runtime.settings import SettingError, check_mode, given, read_aga
 from fumi_core.server.metrics import CoreMetrics
 
 T = TypeVar("T")
-# The option of Fumi that each flag sets; the defaults are the built-in app's, and a MODULE:APP keeps its own.
-_OPTIONS = {
-    "proxy_protocol": "proxy_protocol",
-    "trusted_proxy": "trusted_proxies",
-    "assume_tls": "assume_tls",
-    "require_tls": "require_tls",
-    "allow_insecure_auth": "allow_insecure_auth",
-    "lmtp": "lmtp",
-    "size": "size",
-    "bare_newlines": "bare_newlines",
-    "lenient_addresses": "lenient_addresses",
-    "max_clients": "max_clients",
-    "name": "name",
-    "banner": "banner",
-    "drain_timeout": "close_timeout",
-}
-DELIVER = "maildir:./maildir"
 _THIS_HOST = Networks(THIS_HOST)
 _NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
 # Settings of sockets and processes, which a reload cannot change.
@@ -111,7 +95,7 @@ class CoreWork:
         try:
             remark = self._target.check() if self._target is not None else None
         except OSError as error:
-            raise SettingError(f"--deliver {self._settings['deliver'] or DELIVER}: {error.strerror or error}") from None
+            raise SettingError(f"--deliver {self._settings['deliver']}: {error.strerror or error}") from None
         return remarks if remark is None else [*remarks, remark]
 
     @property
@@ -187,11 +171,11 @@ class CoreWork:
         app.observer = self.app.observer
         if settings["app"]:
             _refuse_builtin_flags(settings, given(ctx))
-            wanted = {flag for flag in _OPTIONS if flag in given(ctx)}
+            wanted = {flag for flag in OPTIONS if flag in given(ctx)}
         else:
             app.configure(auth_optional=True, logger=True)
-            target = self._target_for(settings["deliver"] or DELIVER, _state(settings))
-            wanted = {flag for flag in _OPTIONS if settings[flag] not in (None, ())}
+            target = self._target_for(settings["deliver"], _state(settings))
+            wanted = {flag for flag in OPTIONS if settings[flag] not in (None, ())}
         if settings["users"]:
             if not settings["app"]:
                 app.use(mail_log.authentications)
@@ -207,7 +191,7 @@ class CoreWork:
         if settings["auth_required"]:
             app.configure(auth_optional=False)
         try:
-            app.configure(**{_OPTIONS[flag]: settings[flag] for flag in wanted})
+            app.configure(**{OPTIONS[flag]: settings[flag] for flag in wanted})
         except ValueError as error:
             raise SettingError(str(error)) from None
         if target is not None and not self._dry:
@@ -217,7 +201,7 @@ class CoreWork:
 
     def _target_for(self, deliver: str, state: Path | None) -> DeliveryTarget:
         """Return the present target if it is the same: its threads and connections are worth keeping."""
-        same = deliver == (self._settings["deliver"] or DELIVER) and state == _state(self._settings)
+        same = deliver == self._settings["deliver"] and state == _state(self._settings)
         if self._target is not None and same:
             return self._target
         try:

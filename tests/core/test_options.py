@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import sys
@@ -11,17 +10,18 @@ from typing import Any, Literal
 import pytest
 
 from fumi_core import Fumi
+from fumi_core.cli import main
 from fumi_core.smtp.events import MessageEnd, MessageExcess
 from fumi_core.smtp.grammar import VERBS
 from fumi_core.smtp.greetings import Greetings
-from fumi_core.smtp.options import Options
+from fumi_core.smtp.options import DECLARATIONS, Options
 from fumi_core.smtp.protocol import Protocol
 from fumi_core.smtp.replies import OK, SIZE_EXCEEDED
 from fumi_core.smtp.session import Session
 from fumi_core.smtp.tally import Tally
 from fumi_core.testing import running
 
-OPTIONS = [field.name for field in dataclasses.fields(Options) if field.init]
+OPTIONS = list(DECLARATIONS)
 ENVELOPE = b"MAIL FROM:<>\r\nRCPT TO:<a@b.example>\r\n"
 
 
@@ -303,7 +303,7 @@ def test_logger_tells_of_sessions(connect: Any, caplog: Any) -> None:
 
 
 def of_type(kind: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(Options) if field.init and field.default.__class__ is kind]
+    return [option.name for option in DECLARATIONS.values() if type(option.default) is kind]
 
 
 FLAGS, SECONDS = [option for option in of_type(bool) if option != "logger"], of_type(float)
@@ -337,18 +337,18 @@ def test_a_value_of_a_wrong_type_is_a_type_error_that_names_the_option(options: 
 @pytest.mark.parametrize(
     ("option", "value", "hint"),
     [
-        ("size", 0, "from 1 up, not 0; None is no limit"),
-        ("max_clients", -1, "from 1 up"),
+        ("size", 0, "of at least 1, not 0; None means no limit"),
+        ("max_clients", -1, "of at least 1"),
         ("max_recipients", 0, "from 1 to 999999"),
         ("max_recipients", 1_000_000, "from 1 to 999999"),
-        ("max_errors", -1, "from 0 up"),
-        ("max_unauthenticated_commands", 0, "from 1 up"),
+        ("max_errors", -1, "of at least 0"),
+        ("max_unauthenticated_commands", 0, "of at least 1"),
         *((option, value, "a number of seconds") for option in SECONDS for value in (-1, float("nan"), float("inf"))),
         *((option, 0, "above 0") for option in SECONDS if option != "close_timeout"),
         *(("name", value, "a host name in ASCII") for value in ("", "two words", "a\r\nb", "bücher.example", "a" * 256, "a\0")),
         *(("banner", value, "printable ASCII") for value in ("a\r\n250 forged", "grüß Gott", "\t", "a\0", "a\x7f")),
-        ("disabled_commands", ["BOGUS"], "'BOGUS' is none of HELO, "),
-        ("auth_methods", ["PLAIN", "GSSAPI"], "'GSSAPI' is none of PLAIN, LOGIN, CRAM-MD5, XOAUTH2"),
+        ("disabled_commands", ["BOGUS"], "'BOGUS' is not one of HELO, "),
+        ("auth_methods", ["PLAIN", "GSSAPI"], "'GSSAPI' is not one of PLAIN, LOGIN, CRAM-MD5, XOAUTH2"),
         ("trusted_proxies", ["localhost"], "write 192.0.2.0/24"),
         ("proxy_protocol", "on", "'off' or 'required'"),
         ("bare_newlines", "keep", "'reject' or 'normalize'"),
@@ -360,6 +360,21 @@ def test_a_value_that_cannot_be_is_a_value_error_that_says_what_can(option: str,
     app = Fumi(name="mx.example")
     with pytest.raises(ValueError, match=f"^{option}"):
         app.configure(**given(option, value))
+
+
+def test_a_default_is_a_value_that_its_check_keeps() -> None:
+    for option in DECLARATIONS.values():
+        if option.name != "name":
+            assert option.check(option.name, option.default) == option.default
+
+
+def test_an_option_has_the_flag_that_its_declaration_names() -> None:
+    with main.make_context("fumi-core", [], resilient_parsing=True) as context:
+        flags = {param.opts[-1]: param for param in main.get_params(context)}
+    for option in DECLARATIONS.values():
+        assert option.meaning.endswith("."), option.name
+        if option.flag is not None:
+            assert str(getattr(flags[option.flag], "help", "")).startswith(option.meaning), option.name
 
 
 def test_overriding_options_keeps_the_others() -> None:

@@ -62,8 +62,8 @@ def test_allowlist(app: Fumi, connect: Any, cidrs: list[str], banner: bytes) -> 
         (lambda: plugins.rcpt_filter(["@ours.example"]), "write what is behind the @"),
         (lambda: plugins.sender_block(["a@b.example"]), "write what is behind the @"),
         (lambda: plugins.sender_block(None), r"write sender_block\(\["),  # type: ignore[arg-type]
-        (lambda: plugins.max_size(0), "from 1 up"),
-        (lambda: plugins.max_size("10"), "from 1 up"),  # type: ignore[arg-type]
+        (lambda: plugins.max_size(0), "of at least 1"),
+        (lambda: plugins.max_size("10"), "of at least 1"),  # type: ignore[arg-type]
     ],
 )
 def test_a_plugin_that_cannot_work_is_not_made(make: Any, hint: str) -> None:

@@ -60,7 +60,7 @@ def test_a_client_is_an_address_whatever_its_connections(app: Fumi, connect_from
         (float("inf"), 1, "per_minute"),
         ("10", 1, "per_minute"),
         (True, 1, "per_minute"),
-        (1, 0, "burst is a whole number from 1 up"),
+        (1, 0, "burst is a whole number of at least 1"),
         (1, 1.5, "burst"),
         (1, "5", "burst"),
     ],

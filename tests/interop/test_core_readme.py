@@ -7,9 +7,7 @@ passed over. A chapter has one directory, a section its own ports.
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import dataclasses
 import inspect
 import io
 import keyword
@@ -36,7 +34,8 @@ from fumi_core.proxy_protocol import TLSInfo
 from fumi_core.runtime.scoreboard import Scoreboard
 from fumi_core.runtime.totals import register_restarts
 from fumi_core.server.metrics import CoreMetrics
-from fumi_core.smtp.options import Options
+from fumi_core.smtp.option_values import Choice
+from fumi_core.smtp.options import DECLARATIONS, Declaration, Options
 from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Address, Envelope, Session
 from fumi_core.smtp.tally import Tally
@@ -183,16 +182,17 @@ def _names(cells: Iterable[str]) -> list[str]:
     return [name.partition("(")[0] for cell in cells for name in re.findall("`([^`]+)`", cell)]
 
 
-def test_the_table_of_options_is_theirs() -> None:
-    rows = {name.strip("`"): (kind.strip("`"), default.strip("`")) for name, kind, default, _ in _table("Options")}
-    fields = {field.name: field for field in dataclasses.fields(Options) if field.init}
-    assert list(rows) == list(fields)
-    for name, (kind, default) in rows.items():
-        assert kind == fields[name].type, name
-        if name == "name":
-            assert default == "this host's"
-        else:
-            assert ast.literal_eval(default) == fields[name].default, name
+def test_the_table_of_options_is_that_of_their_declarations() -> None:
+    rows = [[cell.replace("`", "") for cell in row] for row in _table("Options")]
+    assert rows == [[each.name, _type(each), _default(each), each.meaning] for each in DECLARATIONS.values()]
+
+
+def _type(option: Declaration) -> str:
+    return " | ".join(f'"{value}"' for value in option.check.values) if isinstance(option.check, Choice) else option.type
+
+
+def _default(option: Declaration) -> str:
+    return "this host's" if option.name == "name" else repr(option.default).replace("'", '"')
 
 
 def test_the_table_of_hooks_is_theirs() -> None:

@@ -11,7 +11,8 @@ from typing import Any, Self, TypeVar, Unpack
 
 from fumi_core.handlers import hooks
 from fumi_core.handlers.middleware import Handler, check, compose, name_of
-from fumi_core.runtime.addresses import Networks, SocketAddress, bind
+from fumi_core.runtime.addresses import Networks, SocketAddress
+from fumi_core.runtime.listening import bind
 from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server.listeners import Server

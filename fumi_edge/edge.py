@@ -6,14 +6,14 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.acceptor import DescriptorLimit
-from fumi_core.runtime.addresses import SocketAddress, bind, check_inherited, name_of
+from fumi_core.runtime.listening import name_of, open_listeners
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
 from fumi_core.version import VERSION
@@ -34,7 +34,6 @@ from fumi_edge.sockets.readiness import HangupWatch
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.close_notify import CloseNotify
 
-T = TypeVar("T")
 log = logging.getLogger("fumi.edge")
 
 HEARTBEAT_SECONDS = 5.0
@@ -83,24 +82,17 @@ class Edge:
         self._heartbeat_seconds = HEARTBEAT_SECONDS
 
     def bind(self) -> None:
-        """Open all listening sockets. Raises OSError, with the address in its message, and then leaves none open."""
-        bound: list[_Bound] = []
-        listeners, metrics, mode = self.settings.listeners, self.settings.metrics, self.settings.socket_mode
-        for each in listeners:
-            _at("listen", each.address, check_inherited)
+        """Open all listening sockets. Raises ListenError, and then leaves none open."""
+        listeners, metrics = self.settings.listeners, self.settings.metrics
+        opened = open_listeners(self.settings.listen_addresses, self.settings.socket_mode)
         if metrics is not None:
-            _at("serve metrics", metrics, check_inherited)
-        try:
-            for each in listeners:
-                bound += [_Bound(sock, name_of(each.address, sock), each) for sock in _bind("listen", each.address, mode)]
-            if metrics is not None:
-                self.metrics_sockets = _bind("serve metrics", metrics, mode)
-        except BaseException:
-            for sock, _, _ in bound:
-                sock.close()
-            raise
-        self._bound = bound
-        for _, name, settings in bound:
+            self.metrics_sockets = opened.pop()
+        self._bound = [
+            _Bound(sock, name_of(each.address, sock), each)
+            for each, sockets in zip(listeners, opened, strict=True)
+            for sock in sockets
+        ]
+        for _, name, settings in self._bound:
             _announce(name, settings.starttls)
         if metrics is not None:
             sock = self.metrics_sockets[0]
@@ -114,7 +106,7 @@ class Edge:
     async def start(self, connection_count: ConnectionCount | None = None) -> None:
         """Begin to serve; ``connection_count`` counts the connections, of all workers if there are several.
 
-        Calls ``bind()`` if it was not called before. Raises OSError as ``bind()``.
+        Calls ``bind()`` if it was not called before. Raises ListenError as ``bind()``.
         """
         if self._bound is None:
             self.bind()
@@ -272,17 +264,6 @@ class Edge:
 
 def _announce(name: str, starttls: bool) -> None:
     event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
-
-
-def _bind(purpose: str, address: SocketAddress, mode: int | None) -> list[socket.socket]:
-    return _at(purpose, address, lambda address: bind(address, mode))
-
-
-def _at(purpose: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:
-    try:
-        return act(address)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot {purpose} on {address}: {error.strerror or error}") from None
 
 
 def _port(sock: socket.socket) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.listening import ListenAddress
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.connection.limits import ClientLimits
 from fumi_edge.connection.policy import ListenerSettings
@@ -30,3 +31,9 @@ class EdgeSettings:
     drain_timeout: float = 30.0
     metrics: SocketAddress | None = None
     socket_mode: int | None = None
+
+    @property
+    def listen_addresses(self) -> list[ListenAddress]:
+        """All addresses to listen on, with their flags: the listeners', in their order, and the one for the metrics."""
+        clients = [ListenAddress("--starttls-listen" if each.starttls else "--listen", each.address) for each in self.listeners]
+        return clients + ([ListenAddress("--metrics", self.metrics)] if self.metrics else [])

@@ -8,10 +8,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from prometheus_client import CollectorRegistry
@@ -21,25 +20,14 @@ from fumi_core.delivery import TARGETS, DeliveryTarget, parse_target
 from fumi_core.program import builtin, mail_log
 from fumi_core.program.option_flags import OPTIONS
 from fumi_core.program.users import Users
-from fumi_core.runtime.addresses import (
-    THIS_HOST,
-    Networks,
-    SocketAddress,
-    bind,
-    check_inherited,
-    explain,
-    is_taken,
-    name_of,
-    passed,
-    peer_of,
-)
+from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
+from fumi_core.runtime.listening import ListenAddress, ListenError, check_listen, name_of, open_listeners, passed
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError, check_mode, given, read_again
 from fumi_core.server.metrics import CoreMetrics
 
-T = TypeVar("T")
 _THIS_HOST = Networks(THIS_HOST)
 _NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
 # Settings of sockets and processes, which a reload cannot change.
@@ -73,25 +61,17 @@ class CoreWork:
         self._take_over(ctx)
 
     def check(self) -> list[str]:
-        """Check that the addresses are this host's, that clients can send mail, and that the target can deliver.
+        """Check that clients can send mail, that the addresses can be listened on, and that the target can deliver.
 
         Returns remarks: addresses in use, most often by the server that is to be restarted, and the target's remark. Raises
         SettingError.
         """
         if self._settings["app"] and (problem := self.app.startup_problem()):
             raise SettingError(f"{self._settings['app']}: nobody could send mail: {problem}")
-        remarks: list[str] = []
-        addresses = [("listen", each) for each in self._settings["listen"]]
-        if self._settings["metrics"]:
-            addresses.append(("metrics", self._settings["metrics"]))
-        for flag, address in addresses:
-            if address.kind == "tcp":
-                for sock in _bind(flag, replace(address, port=0)):
-                    sock.close()
-            elif address.kind == "unix" and not os.access(os.path.dirname(address.path) or ".", os.W_OK | os.X_OK):
-                raise SettingError(f"--{flag} {address}: cannot write to its directory")
-            if is_taken(address):
-                remarks.append(f"{address} is already in use (by a running fumi-core or another program)")
+        listen_check = check_listen(self._places())
+        if listen_check.problems:
+            raise SettingError("; ".join(listen_check.problems))
+        remarks = [f"{each} is already in use (by a running fumi-core or another program)" for each in listen_check.in_use]
         try:
             remark = self._target.check() if self._target is not None else None
         except OSError as error:
@@ -103,21 +83,27 @@ class CoreWork:
         return self.app.options.close_timeout
 
     def bind(self) -> None:
-        addresses, inherited = self._settings["listen"], passed()
-        if inherited and "listen" not in given(self._ctx):
-            addresses = inherited
-        metrics = self._settings["metrics"]
-        for flag, each in [("listen", each) for each in addresses] + ([("metrics", metrics)] if metrics else []):
-            _at(flag, each, check_inherited)
-        for address in addresses:
-            bound = _bind("listen", address, self._settings["socket_mode"])
-            self._sockets += bound
-            for name in dict.fromkeys(name_of(address, sock) for sock in bound):
+        places = self._places()
+        try:
+            opened = open_listeners(places, self._settings["socket_mode"])
+        except ListenError as error:
+            raise SettingError(str(error)) from None
+        for place, sockets in zip(places, opened, strict=True):
+            if place.flag == "--metrics":
+                self.metrics_sockets = sockets
+                event(self.log, logging.INFO, "serving metrics", address=name_of(place.address, sockets[0]))
+                continue
+            self._sockets += sockets
+            for name in dict.fromkeys(name_of(place.address, sock) for sock in sockets):
                 event(self.log, logging.INFO, "listening", listener=name, proxy_protocol=self.app.options.proxy_protocol)
-        if metrics:
-            self.metrics_sockets = _bind("metrics", metrics, self._settings["socket_mode"])
-            event(self.log, logging.INFO, "serving metrics", address=name_of(metrics, self.metrics_sockets[0]))
         self._warn()
+
+    def _places(self) -> list[ListenAddress]:
+        """All addresses to listen on. Without --listen, those that systemd passes come before the default."""
+        listen, metrics = self._settings["listen"], self._settings["metrics"]
+        if "listen" not in given(self._ctx):
+            listen = passed() or listen
+        return [ListenAddress("--listen", each) for each in listen] + ([ListenAddress("--metrics", metrics)] if metrics else [])
 
     def _warn(self) -> None:
         """Log settings that are valid but probably not intended."""
@@ -293,17 +279,3 @@ def _state(settings: dict[str, Any]) -> Path | None:
     if settings["lmtp"]:
         return None
     return Path(settings["state"] or os.environ.get("STATE_DIRECTORY", "").split(":")[0] or "state")
-
-
-def _bind(flag: str, address: SocketAddress, mode: int | None = None) -> list[socket.socket]:
-    return _at(flag, address, lambda address: bind(address, mode))
-
-
-def _at(flag: str, address: SocketAddress, act: Callable[[SocketAddress], T]) -> T:
-    """Call ``act`` with the address; errors name the flag."""
-    try:
-        return act(address)
-    except OSError as error:
-        # The hints are about ports, and do not apply to a path.
-        problem = explain(error) if address.kind == "tcp" else error.strerror or error
-        raise SettingError(f"--{flag} {address}: {problem}") from None

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from fumi_core.runtime.addresses import BACKLOG
+from fumi_core.runtime.listening import BACKLOG
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
 

@@ -1,4 +1,4 @@
-"""Addresses as an operator writes them, and the sockets for them.
+"""Addresses as an operator writes them, and networks of addresses.
 
 ``HOST:PORT``, ``[V6]:PORT``, ``:PORT`` (every interface), ``unix:/path``, ``fd:N`` (a socket inherited from the parent),
 ``fd:NAME`` (the sockets that systemd passes under that name).
@@ -6,18 +6,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import re
 import socket
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any, Literal
-
-from fumi_core.runtime.systemd import descriptors
 
 _FD_NAME = re.compile(r"[!-9;-~]{1,255}")
 
@@ -25,13 +20,6 @@ _MAPPED = b"\0" * 10 + b"\xff\xff"  # the first 96 bits of an IPv4-mapped addres
 
 THIS_HOST = ("127.0.0.0/8", "::1/128", "unix")
 """The networks of peers on this host, for ``Networks``."""
-BACKLOG = 4096
-"""Connections the kernel may queue before accept; it caps this at net.core.somaxconn."""
-_HINTS = {
-    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
-    errno.EADDRINUSE: "another process has it; stop that one or choose another address",
-    errno.EADDRNOTAVAIL: "this machine has no such address",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,167 +70,6 @@ def parse_address(text: str) -> SocketAddress:
     except UnicodeError:
         raise ValueError(f"{text!r}: {host!r} is not a host name") from None
     return SocketAddress("tcp", host=host, port=int(port))
-
-
-def bind(address: SocketAddress, mode: int | None = None) -> list[socket.socket]:
-    """Return listening, non-blocking sockets for an address: one, or one for each address of a host name.
-
-    ``mode`` is the permissions of a Unix socket, as in chmod(2); None leaves them to the umask. Other sockets are not affected.
-    Raises OSError when the address is in use, unknown or not allowed.
-    """
-    if address.kind == "fd":
-        return [_inherited(fd) for fd in _descriptors(address)]
-    if address.kind == "unix":
-        return [_listen(socket.AF_UNIX, address.path, mode=mode)]
-    if not address.host:
-        return [_listen_everywhere(address.port)]
-    sockets: list[socket.socket] = []
-    with contextlib.ExitStack() as undo:
-        for family, name in resolve(address.host, address.port):
-            sockets.append(_listen(family, name))
-            undo.callback(sockets[-1].close)
-        undo.pop_all()
-    return sockets
-
-
-def resolve(host: str, port: int) -> list[tuple[int, Any]]:
-    """Return the family and socket name of each address to bind for a host. Raises OSError.
-
-    On a machine without IPv6, the IPv6 addresses of a name that also has others are left out: /etc/hosts has ::1 for localhost
-    anyway.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    names: list[tuple[int, Any]] = list(dict.fromkeys((family, name) for family, _, _, _, name in found))
-    others = [each for each in names if each[0] != socket.AF_INET6]
-    return others if len(names) > len(others) > 0 and not _has_ipv6() else names
-
-
-def is_taken(address: SocketAddress) -> bool:
-    """Whether some process listens there now, such as a server that is about to be restarted. Never listens itself."""
-    if address.kind == "fd":
-        return False
-    if address.kind == "unix":
-        with socket.socket(socket.AF_UNIX) as probe:
-            return probe.connect_ex(address.path) == 0
-    hosts = [address.host] if address.host else ["0.0.0.0", *(["::"] if _has_ipv6() else [])]
-    return any(_is_taken(family, name) for host in hosts for family, name in resolve(host, address.port))
-
-
-def _is_taken(family: int, name: Any) -> bool:
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            sock.bind(name)
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
-
-
-def _has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-def check_inherited(address: SocketAddress) -> None:
-    """Check that the descriptor was passed, if the address is one. Call it before opening a socket, which could get that number.
-
-    Raises OSError.
-    """
-    if address.kind == "fd":
-        for fd in _descriptors(address):
-            _inherited(fd).detach()
-
-
-def explain(error: OSError) -> str:
-    """Why an address cannot be bound, and what to do about it."""
-    hint = _HINTS.get(error.errno or 0)
-    return (error.strerror or str(error)) + (f" ({hint})" if hint else "")
-
-
-def name_of(address: SocketAddress, sock: socket.socket) -> str:
-    """The listener's name in logs and metrics: as it was written, except that a port chosen by the kernel replaces port 0."""
-    if address.kind == "tcp" and address.port == 0:
-        host, port = sock.getsockname()[:2]
-        return str(SocketAddress("tcp", host=host, port=port))
-    return str(address)
-
-
-def passed() -> list[SocketAddress]:
-    """The sockets that systemd passes to this process: the listeners when no address is given."""
-    return [SocketAddress("fd", fd=fd) for fd, _ in descriptors()]
-
-
-def _descriptors(address: SocketAddress) -> list[int]:
-    if not address.name:
-        return [address.fd]
-    if not (found := [fd for fd, name in descriptors() if name == address.name]):
-        raise OSError(errno.ENOENT, f"systemd passes no socket named {address.name}")
-    return found
-
-
-def _inherited(fd: int) -> socket.socket:
-    try:
-        sock = socket.socket(fileno=fd)
-        accepting = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise OSError(error.errno, f"descriptor {fd} is not an open socket") from None
-    if not accepting:
-        sock.detach()
-        raise OSError(errno.EINVAL, f"descriptor {fd} is not a listening socket")
-    sock.setblocking(False)
-    sock.set_inheritable(False)
-    return sock
-
-
-def _listen_everywhere(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        try:
-            return _listen(socket.AF_INET6, ("::", port), v6only=False)
-        except OSError as error:
-            # A kernel booted without IPv6 still claims it; then only IPv4 is available.
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                raise
-    return _listen(socket.AF_INET, ("0.0.0.0", port))
-
-
-def _listen(family: int, name: Any, v6only: bool = True, mode: int | None = None) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if family == socket.AF_UNIX:
-            _remove_stale(name)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
-        sock.bind(name)
-        if mode is not None:
-            os.chmod(name, mode)  # nobody can connect yet
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _remove_stale(path: str) -> None:
-    """Unlink a socket on which nobody listens any more; leave everything else for bind() to refuse."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
 
 
 def peer_of(name: Any) -> tuple[str, int]:

@@ -6,22 +6,16 @@ An address in use is not a problem: usually a running edge uses it, and this is 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import socket
-import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import click
 
-from fumi_core.runtime.addresses import SocketAddress, bind, resolve
+from fumi_core.runtime.listening import check_listen
 from fumi_core.runtime.privileges import find
 from fumi_core.runtime.settings import CONFIGURATION_OK, SettingError
 from fumi_edge.backends.health import dependency_problems, offering_starttls
-from fumi_edge.program.listen_addresses import ListenAddress
-from fumi_edge.program.settings import listen_addresses
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 
@@ -34,7 +28,7 @@ def check(settings: EdgeSettings, certificates: Certificates, user: str | None, 
     problems = [*certificates.validity_problems(now), *certificates.authority_problems(now)]
     if problem := certificates.startup_problem():
         problems.append(problem)
-    listen_check = check_listen(listen_addresses(settings))
+    listen_check = check_listen(settings.listen_addresses)
     problems += listen_check.problems
     if user:
         problems += [f"--user {user} cannot read {path}" for path in unreadable(user, certificates.files())]
@@ -43,7 +37,7 @@ def check(settings: EdgeSettings, certificates: Certificates, user: str | None, 
         problems += [f"backend {each.name}: {problem}" for each, problem in results if problem]
     for warning in _warnings(settings, probing):
         click.echo(f"warning: {warning}")
-    for address in listen_check.taken:
+    for address in listen_check.in_use:
         click.echo(f"{address} is already in use (by a running fumi-edge or another program)")
     if problems:
         raise SettingError("; ".join(problems))
@@ -54,61 +48,13 @@ def _warnings(settings: EdgeSettings, probing: bool) -> Iterator[str]:
     """Yield warnings about settings that work but may have unexpected effects."""
     backends = settings.backends
     if backends.proxy_protocol != "off":
-        for place in listen_addresses(settings):
+        for place in settings.listen_addresses:
             if place.address.kind == "unix" and place.flag != "--metrics":
                 yield f"{place}: Postfix, Exim and Dovecot reject the PROXY headers of its clients, which have no IP address"
     elif probing:
         for backend, offers in zip(backends.destinations, offering_starttls(backends), strict=True):
             if offers:
                 yield f"backend {backend.name} offers STARTTLS, inside TLS too, where RFC 3207 forbids it: turn it off there"
-
-
-class ListenCheck(NamedTuple):
-    """A line for each address that cannot be listened on, and the addresses that are in use now."""
-
-    problems: list[str]
-    taken: list[SocketAddress]
-
-
-def check_listen(places: Iterable[ListenAddress]) -> ListenCheck:
-    """Try to bind all addresses, without listening: a client would be accepted and then reset."""
-    result = ListenCheck([], [])
-    for flag, address in places:
-        try:
-            _try(address)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                result.taken.append(address)
-            else:
-                result.problems.append(f"cannot listen on {flag} {address}: {error.strerror or error}")
-    return result
-
-
-def _try(address: SocketAddress) -> None:
-    if address.kind == "fd":
-        for sock in bind(address):
-            sock.detach()
-    elif address.kind == "unix":
-        _try_path(os.path.abspath(address.path))
-    else:
-        for family, name in resolve(address.host or "0.0.0.0", address.port):
-            with socket.socket(family, socket.SOCK_STREAM) as sock:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind(name)
-
-
-def _try_path(path: str) -> None:
-    """Check the path of a Unix socket without binding it, which would leave a file or replace one. Raises OSError."""
-    directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
-        raise FileNotFoundError(errno.ENOENT, f"there is no directory {directory}")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"no permission to write to {directory}")
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "the file exists and is not a socket")
 
 
 def unreadable(name: str, paths: Iterable[str]) -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, parse_address, passed
+from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, parse_address
+from fumi_core.runtime.listening import passed
 from fumi_core.runtime.settings import SettingError, check_mode
 from fumi_edge.backends.dialing import Remote, is_destination
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.connection.limits import ClientLimits, Rate
 from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
-from fumi_edge.program.listen_addresses import ListenAddress, clash
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import CertificateError, Pair, Source
@@ -74,10 +74,7 @@ def edge_settings(flags: Flags) -> EdgeSettings:
         metrics=flags["metrics"],
         socket_mode=flags["socket_mode"],
     )
-    places = listen_addresses(settings)
-    check_mode(settings.socket_mode, [each.address for each in places])
-    if problem := clash(places):
-        raise SettingError(problem)
+    check_mode(settings.socket_mode, [each.address for each in settings.listen_addresses])
     return settings
 
 
@@ -87,12 +84,6 @@ def load_certificates(settings: EdgeSettings) -> Certificates:
         return Certificates(settings.certificates, settings.tls)
     except CertificateError as error:
         raise SettingError(str(error)) from None
-
-
-def listen_addresses(settings: EdgeSettings) -> list[ListenAddress]:
-    """All addresses to listen on, with their flags."""
-    clients = [ListenAddress("--starttls-listen" if each.starttls else "--listen", each.address) for each in settings.listeners]
-    return clients + ([ListenAddress("--metrics", settings.metrics)] if settings.metrics else [])
 
 
 def _tls_policy(flags: Flags) -> Policy:

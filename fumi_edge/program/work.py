@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import click
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.addresses import explain
 from fumi_core.runtime.lifecycle import Incomplete
+from fumi_core.runtime.listening import ListenError
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.privileges import PrivilegeError, become
@@ -59,8 +59,8 @@ class EdgeWork:
     def bind(self) -> None:
         try:
             self._edge.bind()
-        except OSError as error:
-            raise SettingError(explain(error)) from None
+        except ListenError as error:
+            raise SettingError(str(error)) from None
         self._tell_certificates()
         if self._user is not None:
             try:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from fumi_core.runtime.addresses import bind, parse_address
-from fumi_edge.program.check import check_listen
-from fumi_edge.program.listen_addresses import ListenAddress
+from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.listening import ListenAddress, bind, check_listen
 
 LOOPBACK = [
     (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),

@@ -18,8 +18,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import fumi_core.runtime.metrics_server
-from fumi_core.runtime.addresses import bind, parse_address
+from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.counting import Counter, Histogram, Tallied
+from fumi_core.runtime.listening import bind
 from fumi_core.runtime.metrics_server import CLIENTS, Answer, MetricsServer
 
 ASKED: queue.Queue[None] = queue.Queue()

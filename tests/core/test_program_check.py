@@ -57,3 +57,19 @@ def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
         (tmp_path / "maildir" / name).mkdir(parents=True)
     done = run("--check", "--listen", "127.0.0.1:0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "configuration OK\n")
+
+
+def test_check_fails_for_every_address_that_cannot_be_listened_on(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for addresses, problem in (
+        (["192.0.2.1:25"], "--listen 192.0.2.1:25: Cannot assign requested address (this machine has no such address)"),
+        ([f"unix:{tmp_path}/none/sock"], f"--listen unix:{tmp_path}/none/sock: there is no directory {tmp_path}/none"),
+        (["unix:file"], "--listen unix:file: the file exists and is not a socket"),
+        (["fd:77"], "--listen fd:77: descriptor 77 is not an open socket"),
+        (["127.0.0.1:2525"] * 2, "--listen 127.0.0.1:2525 is given twice: remove one"),
+        (["fd:77", "unix:file"], "not an open socket; --listen unix:file: the file exists"),
+    ):
+        flags = [each for address in addresses for each in ("--listen", address)]
+        done = run("--check", *flags, "--deliver", "discard:", cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert problem in done.stderr

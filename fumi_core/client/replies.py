@@ -16,7 +16,8 @@ MAX_REPLY_BYTES = 16 * 1024
 
 # Reply-line = Reply-code [ SP / "-" textstring ]; a code's first digit is 2 to 5 (§4.2.1).
 _LINE = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
-_STATUS = re.compile(r"([245]\.\d{1,3}\.\d{1,3}) ")
+STATUS = re.compile(r"([245]\.\d{1,3}\.\d{1,3}) ")
+"""An enhanced status code and the space after it, at the beginning of a text (RFC 2034 §4)."""
 
 
 class Malformed(Exception):
@@ -37,7 +38,7 @@ class ReceivedReply(NamedTuple):
     @property
     def text(self) -> str:
         """The lines; an enhanced status code that is repeated in each (RFC 2034 §4) appears once, at the beginning."""
-        status = _STATUS.match(self.lines[0])
+        status = STATUS.match(self.lines[0])
         rest = [line.removeprefix(status[0]) for line in self.lines[1:]] if status else self.lines[1:]
         return "\n".join([self.lines[0], *rest])
 

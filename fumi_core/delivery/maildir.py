@@ -29,6 +29,7 @@ from fumi_core.handlers.contexts import DataContext
 from fumi_core.handlers.middleware import Next
 from fumi_core.runtime.logs import event
 from fumi_core.server.observer import DeliveryResult
+from fumi_core.smtp import replies
 
 if TYPE_CHECKING:
     from fumi_core.app import Fumi
@@ -51,6 +52,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors that CIFS, FUSE and the like return for calls they do not support; a failing disk gives EIO.
 _CANNOT_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
+_STORE_ERROR = ("4.3.0 Mail store error", 451)
 _NOT_KEPT = frozenset({"BINARYMIME", "DSN"})
 """Extensions that a file with LF line ends cannot keep: binary content would change, and no notifications would be sent."""
 
@@ -146,7 +148,7 @@ class Maildir:
                 await self._in_thread(file, file.write, batch)
                 batch, size = [], 0
         if ctx.size_exceeded:
-            ctx.reject("5.3.4 Message too large", 552)
+            ctx.reject(*replies.TOO_LARGE)
         batch.append(traced.end())
         await self._in_thread(file, file.commit, batch)
 
@@ -161,7 +163,7 @@ class Maildir:
             problem = getattr(error, "strerror", None) or error
             event(_log, logging.ERROR, "cannot deliver", id=file.id, path=self.path, error=problem)
             full = isinstance(error, OSError) and error.errno in _FULL
-            raise SMTPError(*(("4.3.1 Insufficient system storage", 452) if full else ("4.3.0 Mail store error", 451))) from None
+            raise SMTPError(*(replies.INSUFFICIENT_STORAGE if full else _STORE_ERROR)) from None
 
     def _wait_for_withdrawals(self) -> None:
         # If the message stayed in new/ it would be there twice, since its client sends it again.

@@ -12,6 +12,7 @@ from typing import Any
 
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.handlers.spool import Spool
+from fumi_core.smtp.replies import INSUFFICIENT_STORAGE
 
 READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
@@ -135,7 +136,7 @@ class MessageStream:
         except OSError as error:
             spool.close()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise SMTPError("4.3.1 Insufficient system storage", 452) from error
+                raise SMTPError(*INSUFFICIENT_STORAGE) from error
             raise
         except BaseException:
             spool.close()

@@ -60,6 +60,10 @@ def from_text(code: int, message: str, status: str | None = None) -> Reply:
     return Reply(code, message, status or _DEFAULT_STATUS.get(code, f"{code // 100}.0.0"))
 
 
+# What handlers of this package raise: the arguments of SMTPError.
+INSUFFICIENT_STORAGE = ("4.3.1 Insufficient system storage", 452)
+TOO_LARGE = ("5.3.4 Message too large", 552)
+
 # 2yz and 3yz
 BYE = Reply(221, "Bye", "2.0.0")
 OK = Reply(250, "Ok", "2.0.0")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
+from fumi_core.client.replies import STATUS
 from fumi_core.errors import SMTPError
 
 MAX_QUOTED = 10
 """Replies that the joint reply quotes at most."""
-
-_STATUS = re.compile(r"([245]\.\d{1,3}\.\d{1,3}) ")
 
 
 def agree(errors: Iterable[SMTPError | None]) -> bool:
@@ -26,7 +24,7 @@ def joint_error(errors: Mapping[str, SMTPError]) -> SMTPError:
     distinct = list({(error.code, error.message): error for error in errors.values()}.values())
     if len(distinct) == 1:
         return distinct[0]
-    kinds = {(error.code, match[0] if (match := _STATUS.match(error.message)) else "") for error in distinct}
+    kinds = {(error.code, match[0] if (match := STATUS.match(error.message)) else "") for error in distinct}
     if len(kinds) == 1:
         ((code, status),) = kinds
         return SMTPError(status + "\n".join(error.message.removeprefix(status) for error in distinct[:MAX_QUOTED]), code)

@@ -10,16 +10,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from fumi_core.client.commands import CONVERSION
 from fumi_core.client.connection import DATA_TIMEOUT, Failure, NextHopConnection
+from fumi_core.client.hop import Hop
 from fumi_core.client.replies import ReceivedReply
+from fumi_core.delivery.next_hop.verdicts import Verdict
 from fumi_core.delivery.trace import Traced
 from fumi_core.handlers.contexts import DataContext
+from fumi_core.smtp import replies
 from fumi_core.smtp.data import DotWriter
 
 CHUNK_BYTES = 64 * 1024
 """Octets, at least, of each chunk but the last."""
-
-Verdict = ReceivedReply | Failure
-"""The result for a recipient or for all: the next hop's reply, or why there is no reply."""
 
 
 class Relay:
@@ -87,6 +87,22 @@ class Relay:
             await self.before_end()
 
 
+async def send(hop: Hop, relay: Relay, connection: NextHopConnection) -> list[Verdict]:
+    """Send the message, give the connection back to ``hop``, and return the verdicts.
+
+    Raises SMTPError and MessageAborted as ``Relay.run()`` does, after aborting the connection.
+    """
+    try:
+        verdicts = await relay.run(connection)
+    except Failure as failure:
+        verdicts = [failure.reply or failure] * relay.count
+    except BaseException:
+        connection.abort()
+        raise
+    hop.give_back(connection, clean=all(isinstance(each, ReceivedReply) and each.positive for each in verdicts))
+    return verdicts
+
+
 def reject_oversize(ctx: DataContext) -> None:
     if ctx.size_exceeded:
-        ctx.reject("5.3.4 Message too large", 552)
+        ctx.reject(*replies.TOO_LARGE)

@@ -21,7 +21,7 @@ from fumi_core.smtp.events import (
     Rcpt,
 )
 from fumi_core.smtp.greetings import Greetings
-from fumi_core.smtp.lines import MAX_AUTH_LINE
+from fumi_core.smtp.lines import MAX_AUTH_LINE_BYTES
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.protocol import Protocol
 from fumi_core.smtp.replies import Reply
@@ -105,7 +105,7 @@ class Conversation:
         """Feed a piece, and answer all that comes of it."""
         self.protocol.receive(piece)
         self._pump(len(piece))
-        assert self.protocol.buffered <= MAX_AUTH_LINE or self.protocol.state is State.CLOSED, (
+        assert self.protocol.buffered <= MAX_AUTH_LINE_BYTES or self.protocol.state is State.CLOSED, (
             f"{self.protocol.buffered} octets wait"
         )
 

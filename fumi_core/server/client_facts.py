@@ -27,7 +27,8 @@ class ClientFacts(NamedTuple):
     """``remote`` and ``local`` are the addresses and ports of the client and of the server that it connected to.
 
     ``secure`` tells whether the client uses TLS, ``tls`` with which parameters, where known. ``proxy_address`` is the TLS
-    proxy's, None without one. ``id`` is the session's; None if the server is to choose one.
+    proxy's, None without one. ``id`` is the session's; None if the server is to choose one. ``greeted`` tells that the client had
+    its banner before it upgraded with STARTTLS, and does not expect a second one (RFC 3207 §4.2).
     """
 
     remote: tuple[str, int]
@@ -37,6 +38,7 @@ class ClientFacts(NamedTuple):
     proxy_address: str | None = None
     id: str | None = None
     origin: Origin = Origin.CLIENT
+    greeted: bool = False
 
 
 def from_header(header: ProxyHeader, connection: ClientFacts) -> ClientFacts:

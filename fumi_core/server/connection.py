@@ -227,7 +227,7 @@ class Connection:
         self._origin = facts.origin
         session = _session(facts, server.options)
         anonymous = facts.origin is Origin.UNNAMED_CLIENT
-        self._dialogue = Dialogue(session, server.setup, self._regulate, anonymous=anonymous)
+        self._dialogue = Dialogue(session, server.setup, self._regulate, anonymous=anonymous, greeted=facts.greeted)
         self._watch(server.options.socket_timeout)
         self._dialogue.start()
         if server.draining:

@@ -56,8 +56,16 @@ _log = logging.getLogger("fumi.core")
 class Dialogue:
     """One connection's conversation. ``messages`` counts the accepted ones."""
 
-    def __init__(self, session: Session, setup: DialogueSetup, changed: Callable[[], None], anonymous: bool = False) -> None:
-        """``anonymous`` tells that the session's address is the proxy's own, and the client's is unknown."""
+    def __init__(
+        self,
+        session: Session,
+        setup: DialogueSetup,
+        changed: Callable[[], None],
+        *,
+        anonymous: bool = False,
+        greeted: bool = False,
+    ) -> None:
+        """``anonymous``: the session's address is the proxy's own, and the client's is unknown. ``greeted``: see Protocol."""
         self.session = session
         options = setup.options
         speaks_for_others = (options.use_xclient or options.use_xforward) and not anonymous
@@ -69,6 +77,7 @@ class Dialogue:
             setup.tally,
             authenticates=setup.chains["auth"] is not None,
             trusted=speaks_for_others and session.remote_address in setup.trusted,
+            greeted=greeted,
             at_end_failed=self._at_end_failed,
         )
         self.messages = 0

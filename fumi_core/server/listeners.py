@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from fumi_core.runtime.acceptor import Acceptor
@@ -15,6 +16,7 @@ from fumi_core.server.client_facts import ClientFacts
 from fumi_core.server.connection import Connection
 from fumi_core.server.setup import DialogueSetup
 from fumi_core.server.socket_transport import SocketTransport
+from fumi_core.server.transport import Transport, TransportOwner
 
 _log = logging.getLogger("fumi.core")
 
@@ -33,7 +35,7 @@ class Server:
         self.configure(setup, logger)
         self.connection_count = connection_count
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self._buffer = memoryview(bytearray(READ_BYTES))
+        self.buffer = memoryview(bytearray(READ_BYTES))
         self.connections: set[Connection] = set()
         self.draining = False
         self._acceptors: list[Acceptor] = []
@@ -55,11 +57,16 @@ class Server:
     def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
         """Serve a connected, non-blocking socket whose two ends have these addresses."""
         connection = Connection(self, ClientFacts(peer_of(peer), peer_of(own)))
-        transport = SocketTransport(self.loop, sock, self._buffer, connection)
+        transport = SocketTransport(self.loop, sock, self.buffer, connection)
         if self.options.proxy_protocol == "off":
             connection.start(transport)
         else:
             connection.expect_header(transport)
+
+    def serve(self, facts: ClientFacts, transport: Callable[[TransportOwner], Transport]) -> None:
+        """Serve a client that another part of this process has accepted; ``transport`` is called with the transport's owner."""
+        connection = Connection(self, facts)
+        connection.start(transport(connection))
 
     @property
     def sockets(self) -> list[socket.socket]:

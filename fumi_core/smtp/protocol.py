@@ -67,9 +67,14 @@ class Protocol:
         *,
         authenticates: bool = False,
         trusted: bool = False,
+        greeted: bool = False,
         at_end_failed: AtEndFailed | None = None,
     ) -> None:
-        """``authenticates``: AUTH has a handler. ``trusted``: the client may use XCLIENT and XFORWARD."""
+        """``authenticates``: AUTH has a handler. ``trusted``: the client may use XCLIENT and XFORWARD.
+
+        ``greeted``: the client had its banner before it upgraded with STARTTLS, and gets no second one (RFC 3207 §4.2). If it is
+        rejected now, the reply is that to its first command.
+        """
         self.session = session
         self.state = State.START
         self.pending: Event | None = Connect()
@@ -85,6 +90,9 @@ class Protocol:
         self._tally = tally
         self._authenticates = authenticates
         self._trusted = trusted
+        self._greeted = greeted
+        self._rejection: Reply | None = None
+        """The reply to the first command of a greeted client that was rejected."""
         self._at_end_failed = at_end_failed
         self._enhanced = not options.hide_enhancedstatuscodes
         self._input = Input()
@@ -140,6 +148,9 @@ class Protocol:
                 if ended is not None:
                     return ended
                 continue
+            if line is not None and self._rejection is not None:
+                self.close(self._rejection)
+                return None
             if line is None:
                 if self._input.begun:
                     self.line_begun = True
@@ -177,7 +188,9 @@ class Protocol:
         elif type(event) is ChunkEnd:
             self._reply(replies.CHUNK_OK)
         elif type(event) is Connect:
-            self._reply(self._greetings.banner)
+            if not self._greeted:
+                self._reply(self._greetings.banner)
+            self._greeted = False
         elif type(event) is MessageBroken:
             self._end_broken(event)
 
@@ -186,6 +199,9 @@ class Protocol:
         event, self.pending = self.pending, None
         if type(event) is Auth:
             self._refuse_authentication(event, reply)
+            return
+        if type(event) is Connect and self._greeted:
+            self._rejection = reply
             return
         if type(event) is Mail:
             self._reset("MAIL")

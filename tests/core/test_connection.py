@@ -54,12 +54,12 @@ class InMemory:
         asyncio.get_running_loop().call_soon(self.owner.lost)
 
 
-def serving(app: Fumi, talk: Callable[[Connection, InMemory], None]) -> InMemory:
-    """Begin a connection with FACTS, ``talk``, and return its transport when the connection has ended."""
+def serving(app: Fumi, talk: Callable[[Connection, InMemory], None], facts: ClientFacts = FACTS) -> InMemory:
+    """Begin a connection with these facts, ``talk``, and return its transport when the connection has ended."""
 
     async def run() -> InMemory:
         server = Server(app._dialogue_setup(), None, count_of_one_process())
-        connection = Connection(server, FACTS)
+        connection = Connection(server, facts)
         transport = InMemory(connection)
         seam: Transport = transport
         connection.start(seam)
@@ -106,6 +106,44 @@ def test_replies_wait_while_the_transport_is_blocked() -> None:
         connection.ended()
 
     assert serving(Fumi(auth_optional=True), talk).calls[-1] == "close"
+
+
+def test_a_client_that_upgraded_gets_no_second_banner() -> None:
+    def talk(connection: Connection, transport: InMemory) -> None:
+        assert transport.sent == b""
+        connection.received(b"EHLO client.example\r\nQUIT\r\n")
+
+    transport = serving(Fumi(auth_optional=True, name="mx.example"), talk, FACTS._replace(greeted=True))
+    assert transport.sent.startswith(b"250-mx.example")
+    assert transport.calls == ["close"]
+
+
+def test_a_client_that_upgraded_and_is_rejected_then_gets_the_rejection_as_the_reply_to_its_first_command() -> None:
+    app = Fumi(auth_optional=True)
+
+    @app.on_connect
+    async def reject(ctx: ConnectContext, next: Next) -> None:
+        ctx.reject("5.7.1 Not from there", 554)
+
+    def talk(connection: Connection, transport: InMemory) -> None:
+        assert transport.sent == b""
+        connection.received(b"EHLO client.exam")
+        assert transport.sent == b""
+        connection.received(b"ple\r\nMAIL FROM:<a@client.example>\r\n")
+        connection.ended()
+
+    transport = serving(app, talk, FACTS._replace(greeted=True))
+    assert transport.sent == b"554 5.7.1 Not from there\r\n"
+    assert transport.calls == ["write_eof", "close"]
+
+
+def test_xclient_restarts_at_the_banner_after_an_upgrade_too() -> None:
+    def talk(connection: Connection, transport: InMemory) -> None:
+        connection.received(b"EHLO proxy.example\r\nXCLIENT ADDR=192.0.2.9\r\nQUIT\r\n")
+
+    app = Fumi(auth_optional=True, name="mx.example", use_xclient=True, trusted_proxies=("192.0.2.1",))
+    transport = serving(app, talk, FACTS._replace(greeted=True))
+    assert [line[:4] for line in transport.sent.splitlines() if line[3:4] == b" "] == [b"250 ", b"220 ", b"221 "]
 
 
 def test_a_header_and_values_lead_to_the_same_facts() -> None:

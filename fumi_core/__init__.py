@@ -1,4 +1,4 @@
-"""Fumi: a Koa-style SMTP server. It speaks plaintext SMTP; ``fumi_edge`` puts TLS in front of it."""
+"""An SMTP server that is programmed by handlers, as Koa is for HTTP. It speaks plaintext; ``fumi_edge`` adds TLS."""
 
 from fumi_core import plugins, testing
 from fumi_core.app import Fumi

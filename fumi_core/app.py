@@ -1,4 +1,4 @@
-"""``Fumi``: options, handlers, listen, close."""
+"""``Fumi``, the SMTP server that apps are made of: its options, its handlers, ``listen()`` and ``close()``."""
 
 from __future__ import annotations
 
@@ -28,13 +28,17 @@ PHASES = ("connect", "auth", "mail_from", "rcpt_to", "data", "close")
 
 
 class Fumi:
-    """An SMTP server to which handlers are added, a phase at a time.
+    """An SMTP server. Add handlers, then call ``listen()``.
 
-    Each ``on_…`` takes a function ``(ctx, next)``, as decorator or call; several per phase run in order of registration.
+    There is one ``on_…`` method for each phase of a session. It adds a handler, a function of ``(ctx, next)``, and can be used as
+    a decorator. The handlers of a phase run in the order in which they were added.
     """
 
     def __init__(self, **options: Unpack[OptionArguments]) -> None:
-        """The options: see ``Options``. Raises TypeError for an unknown one or a wrong type, ValueError for what cannot be."""
+        """The options are declared in ``fumi_core.smtp.options``; fumi_core/README.md has a table of them.
+
+        Raises TypeError for an unknown option or a value of a wrong type, ValueError for an invalid value.
+        """
         self.options: Options = _options.read(options)
         self._observer = Observer()
         self.tally = Tally()
@@ -51,7 +55,7 @@ class Fumi:
 
     @property
     def observer(self) -> Observer:
-        """Who is told of what happens: an ``Observer`` that does nothing, until another one is assigned."""
+        """Its methods are called as things happen, for metrics. The default ``Observer`` does nothing; assign another one."""
         return self._observer
 
     @observer.setter
@@ -61,27 +65,30 @@ class Fumi:
     # Handlers
 
     def on_connect(self, handler: hooks.Connect) -> hooks.Connect:
-        """Before the banner; a refusal takes its place and closes the connection."""
+        """Add a handler that runs before the banner. A rejection is sent in place of the banner, and the connection is closed."""
         return self._on("connect", handler)
 
     def on_auth(self, handler: hooks.Auth) -> hooks.Auth:
-        """AUTH: ``ctx.accept(user)`` lets the client in; a chain that ends without it refuses."""
+        """Add a handler of AUTH. ``ctx.accept(user)`` authenticates the client; without it the client gets 535."""
         return self._on("auth", handler)
 
     def on_mail_from(self, handler: hooks.Mail) -> hooks.Mail:
-        """MAIL: ``ctx.address`` is the reverse-path."""
+        """Add a handler of MAIL. ``ctx.address`` is the reverse-path."""
         return self._on("mail_from", handler)
 
     def on_rcpt_to(self, handler: hooks.Rcpt) -> hooks.Rcpt:
-        """RCPT, once for each: ``ctx.address`` is the forward-path."""
+        """Add a handler of RCPT, which runs for each recipient. ``ctx.address`` is the forward-path."""
         return self._on("rcpt_to", handler)
 
     def on_data(self, handler: hooks.Data, *, first: bool = False) -> hooks.Data:
-        """The message: ``ctx.stream`` is its text. 250 is sent when the chain has ended. ``first`` puts it before the others."""
+        """Add a handler of the message, which ``ctx.stream`` contains. 250 is sent after the last handler has returned.
+
+        ``first`` puts it before the handlers that were added earlier.
+        """
         return self._on("data", handler, first)
 
     def on_close(self, handler: hooks.Close) -> hooks.Close:
-        """Once for each connection that reached ``on_connect``, when it has ended."""
+        """Add a handler that runs after a connection has ended, once for each that reached the ``on_connect`` phase."""
         return self._on("close", handler)
 
     def _on(self, phase: str, handler: H, first: bool = False) -> H:
@@ -91,48 +98,51 @@ class Fumi:
         return handler
 
     def forget(self, phase: str, handler: Callable[..., Any]) -> None:
-        """Take a handler out of its phase again. Raises ValueError when it is not there."""
+        """Remove a handler from a phase, such as ``"data"``. Raises ValueError if the phase does not have it."""
         self._handlers[phase].remove(handler)
         self._chains[phase] = compose(self._handlers[phase]) if self._handlers[phase] else None
 
     def use(self, plugin: Callable[[Self], None]) -> Self:
-        """Let a plugin, ``(app) -> None``, add its handlers. Returns the app. Raises TypeError for a coroutine function."""
+        """Call ``plugin`` with this app, so that it adds its handlers. Returns the app.
+
+        Raises TypeError for a coroutine function.
+        """
         if iscoroutinefunction(plugin):
             raise TypeError(f"{name_of(plugin)} is a coroutine function: a plugin is a plain function, so that use() runs it")
         plugin(self)
         return self
 
     def at_start(self, begin: Callable[[], object]) -> None:
-        """Have the first ``listen()`` call this in the event loop, in each process that serves."""
+        """Register a function that the first ``listen()`` calls in the event loop, in each process that serves."""
         self._at_start.append(begin)
 
     def at_close(self, release: Callable[[], object]) -> None:
-        """Have ``close()`` call this when the connections have ended: whoever holds something open lets it go there."""
+        """Register a function that ``close()`` calls after the connections have ended, to close what is still open."""
         self._at_close.append(release)
 
     def at_listen(self, prepare: Callable[[], Awaitable[object]]) -> None:
-        """Have ``listen()`` await this before the first connection is accepted."""
+        """Register a coroutine function that ``listen()`` awaits before the first connection is accepted."""
         self._at_listen.append(prepare)
 
     def withhold(self, extensions: Callable[[], frozenset[str]], *, take: bool = False) -> None:
-        """Do not offer, and do not take, the extensions that this returns: EHLO keywords such as ``DSN`` or ``BINARYMIME``.
+        """Neither offer nor accept the extensions that this function returns: EHLO keywords such as ``DSN`` or ``BINARYMIME``.
 
-        For a delivery target that cannot keep what an extension promises. It is called at every EHLO, and at every MAIL and
-        RCPT that has parameters, so the answer may change. With ``take`` parameters of these extensions are accepted
-        nevertheless: the target decides itself about clients that were offered them before.
+        It is for delivery targets that cannot support an extension. The function is called at every EHLO, and at every MAIL and
+        RCPT with parameters, so its result may change. With ``take``, parameters of these extensions are still accepted: the
+        target itself decides about a client to which they were offered earlier.
         """
         self._not_offered.append(extensions)
         if not take:
             self._withheld.append(extensions)
 
     def configure(self, **options: Unpack[OptionArguments]) -> None:
-        """Override options, before ``listen()``. Raises as the constructor does."""
+        """Change options before ``listen()``. Raises TypeError and ValueError as the constructor does."""
         self.options = _options.override(self.options, options)
 
     def adopt(self, other: Fumi) -> Self:
-        """Forget one's own options and handlers, and take over those of another app. Returns this app.
+        """Replace the options and handlers of this app by those of another app. Returns this app.
 
-        While it listens, too: connections that come from now on get the new ones, those that are open keep the old.
+        If it is listening, new connections get the new ones, and open connections keep the old ones.
         """
         self.options = other.options
         self._handlers = {phase: list(handlers) for phase, handlers in other._handlers.items()}
@@ -152,10 +162,10 @@ class Fumi:
     async def listen(
         self, port: int = 0, host: str = "127.0.0.1", *, path: str | None = None, sock: socket.socket | None = None
     ) -> None:
-        """Listen on a port (0 picks one), on a Unix socket's ``path``, or on a listening ``sock``; returns once bound.
+        """Listen on a TCP port (0 picks a free one), a Unix socket's ``path`` or a listening ``sock``. Returns once it is bound.
 
-        May be called several times. Logs a warning when no client could ever send mail. Raises OSError when the address cannot
-        be bound.
+        It may be called several times. The first call logs a warning if no client can ever send mail. Raises OSError if the
+        address cannot be bound.
         """
         if sock is not None:
             sockets = [sock]
@@ -175,7 +185,7 @@ class Fumi:
             self._listen(self._server, each)
 
     def startup_problem(self) -> str | None:
-        """Why no client could ever send mail, by the options and handlers as they are now; or None."""
+        """Return the reason why no client can ever send mail with the present options and handlers, or None."""
         options = self._dialogue_setup().options
         if not options.auth_required or options.use_xclient:
             return None  # XCLIENT can name a user
@@ -186,15 +196,15 @@ class Fumi:
         return None
 
     async def prepare(self) -> None:
-        """Await what ``at_listen()`` was given; after ``adopt()``, again. Does nothing in an app that does not listen."""
+        """Await the functions registered by ``at_listen()``, for use after ``adopt()``. Does nothing if it is not listening."""
         if self._server is not None:
             for prepare in self._at_listen:
                 await prepare()
 
     async def close(self) -> None:
-        """Stop accepting, let transactions end for ``close_timeout`` seconds, then cut what is left.
+        """Stop accepting, wait up to ``close_timeout`` seconds for transactions to end, then close all connections.
 
-        If this is cancelled, everything is cut at once. A second call waits until the first has ended.
+        If this is cancelled, all connections are closed at once. A second call waits until the first has ended.
         """
         server, self._server = self._server, None
         if server is None:
@@ -211,13 +221,13 @@ class Fumi:
 
     @property
     def addresses(self) -> list[tuple[str, int] | str]:
-        """Where it listens: (host, port), or a Unix socket's path."""
+        """The bound addresses: ``(host, port)`` of TCP, the path of a Unix socket."""
         names = [sock.getsockname() for sock in (self._sockets(self._server) if self._server else ())]
         return [name[:2] if isinstance(name, tuple) else name for name in names]
 
     @property
     def port(self) -> int:
-        """The first TCP port it listens on. Raises RuntimeError where there is none."""
+        """The first bound TCP port. Raises RuntimeError if there is none."""
         for address in self.addresses:
             if isinstance(address, tuple):
                 return address[1]
@@ -229,7 +239,7 @@ class Fumi:
         greetings = Greetings(options, _union(self._withheld), _union(self._not_offered))
         return DialogueSetup(options, self._chains, greetings, self.tally, self.observer, trusted)
 
-    # What fumi_edge.Fumi does otherwise
+    # Overridden by fumi_edge.Fumi
 
     def _listen(self, server: Server, sock: socket.socket) -> None:
         server.listen(sock)
@@ -247,7 +257,7 @@ class Fumi:
 
 
 def _release(release: Callable[[], object]) -> None:
-    """One that fails does not keep the others from being called."""
+    """Call a function registered by ``at_close()``. An exception is logged, so that the other functions are called too."""
     try:
         release()
     except Exception as error:

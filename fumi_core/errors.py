@@ -1,18 +1,18 @@
-"""The errors that a handler may raise or get, as types with the reply that each leads to."""
+"""The exceptions that handlers raise or get, and the replies to which they lead."""
 
 from __future__ import annotations
 
 
 class SMTPError(Exception):
-    """A reply other than success: ``code`` (400 to 599) and ``message``, which may begin with an enhanced status code.
+    """A rejection: the client gets ``code`` and ``message``. Raise it in a handler, or call ``ctx.reject()``, which raises it.
 
-    Raise it, or call ``ctx.reject``. A message of several lines becomes a multi-line reply.
+    ``message`` may begin with an enhanced status code; a message of several lines becomes a multi-line reply.
     """
 
     def __init__(self, message: str, code: int = 550) -> None:
-        """Raises ValueError for a code that is not a rejection (RFC 5321 §4.2.1: 4yz transient, 5yz permanent).
+        """``code`` is from 400 to 599 (RFC 5321 §4.2.1): with 4yz the client tries again later, with 5yz it gives up.
 
-        Raises TypeError for a code that is not a whole number, as when code and message are in the wrong order.
+        Raises ValueError for another number, TypeError for anything else, such as a message (it comes first).
         """
         if not isinstance(code, int):
             if isinstance(message, int):
@@ -26,4 +26,7 @@ class SMTPError(Exception):
 
 
 class MessageAborted(Exception):
-    """The message being read will never be complete: the client disconnected, sent invalid framing, or took too long."""
+    """The message will not arrive completely: the client disconnected, sent invalid framing or took too long.
+
+    Reading ``ctx.stream`` raises it. Handlers should let it propagate: the message is not accepted.
+    """

@@ -1,4 +1,4 @@
-"""For tests of programs that use Fumi: ``with running(app) as server:`` serves in a thread and records what was accepted.
+"""For tests of apps: ``with running(app) as server:`` serves an app in a thread and records the messages that it accepted.
 
 with running(Fumi(auth_optional=True)) as server:
     smtplib.SMTP("127.0.0.1", server.port).sendmail("a@example.com", ["b@example.com"], "Subject: hi\\r\\n\\r\\nhi\\r\\n")
@@ -32,7 +32,7 @@ class RecordedMessage:
 
 
 class RunningServer:
-    """A running server: its ``host`` and ``port``, and the ``messages`` accepted so far."""
+    """A running server: its ``host`` and ``port``, and the ``messages`` that it has accepted so far."""
 
     def __init__(self, app: Fumi, loop: asyncio.AbstractEventLoop, messages: list[RecordedMessage]) -> None:
         self.app = app
@@ -42,16 +42,16 @@ class RunningServer:
         self._loop = loop
 
     def run(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine function in the server's loop and wait for its result."""
+        """Call a coroutine function in the server's event loop. Returns its result; raises TimeoutError after 30 seconds."""
         return asyncio.run_coroutine_threadsafe(function(), self._loop).result(30)
 
 
 @contextmanager
 def running(app: Fumi, *, record: bool = True) -> Iterator[RunningServer]:
-    """Serve ``app`` on a free port of 127.0.0.1 until the block ends.
+    """Serve ``app`` on a free port of 127.0.0.1 until the ``with`` block ends.
 
-    To record messages, a handler before the app's own keeps their content; without ``record`` there is no such handler. Raises
-    OSError when it cannot listen.
+    Accepted messages are recorded by a handler that is added before those of the app; ``record=False`` adds none. Raises
+    OSError if it cannot listen.
     """
     messages: list[RecordedMessage] = []
     recorder = _record(app, messages) if record else None
@@ -81,7 +81,7 @@ def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def _record(app: Fumi, messages: list[RecordedMessage]) -> Callable[..., Any]:
-    """Record messages in a handler before the app's own, so that it sees the content whatever they do with it."""
+    """Add a handler before those of the app, so that it gets the content even if they replace it or do not read it."""
 
     async def recorder(ctx: DataContext, next: Next) -> None:
         envelope, pieces = ctx.session.envelope, list[bytes]()

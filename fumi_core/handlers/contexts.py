@@ -1,4 +1,4 @@
-"""What a handler gets, one class a phase. All have ``session`` and ``reject(message, code)``, which raises SMTPError."""
+"""The contexts that handlers get, one class for each phase. All have ``session`` and ``reject(message, code)``."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from fumi_core.smtp.session import Address, Session
 
 
 class Context:
-    """The connection's ``session``, and the way to reject."""
+    """What all contexts have: the connection's ``session``, and ``reject()``."""
 
     __slots__ = ("session",)
     hook: ClassVar[str]
-    """What its handlers are registered by, for the log."""
+    """The method of ``Fumi`` that adds its handlers, for the log."""
     command: str | None = None
-    """The SMTP command that the handlers decide about, for the log; None where there is none."""
+    """The SMTP command that the handlers decide about, for the log; None if there is none."""
     default_code: ClassVar[int] = 550
     default_status: ClassVar[str | None] = None
-    """The enhanced status code for ``default_code``, where the message has none; None is the usual one."""
+    """The enhanced status code that goes with ``default_code`` if the message has none; None means the usual one."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
 
     def reject(self, message: str, code: int | None = None) -> NoReturn:
-        """Reply with this rejection: ``message`` first, then ``code``. Raises SMTPError.
+        """Reject with this reply, by raising SMTPError.
 
-        Raises TypeError and ValueError for a code that is not a whole number from 400 to 599.
+        ``message`` may begin with an enhanced status code. ``code`` is from 400 to 599; each phase has its own default. Raises
+        TypeError and ValueError for another code.
         """
         raise SMTPError(message, self.default_code if code is None else code)
 
 
 class ConnectContext(Context):
-    """A client has connected, and the PROXY header, if one is required, was read; no banner was sent."""
+    """A client has connected. The PROXY header has been read, if one is required; the banner has not been sent yet."""
 
     __slots__ = ()
     hook = "on_connect"
 
 
 class AuthContext(Context):
-    """A client wants to authenticate: ``credentials`` says how and as whom. Accept it, or it is refused with 535."""
+    """A client authenticates with ``credentials``. Call ``accept()``, or the client gets 535."""
 
     __slots__ = ("accepted", "credentials", "user")
     hook = "on_auth"
@@ -60,7 +61,7 @@ class AuthContext(Context):
         self.user: Any = None
 
     def accept(self, user: Any) -> None:
-        """Let the client in; ``session.user`` is then ``user``. Raises ValueError for None, which is nobody."""
+        """Authenticate the client as ``user``, which ``session.user`` is from then on. Raises ValueError for None."""
         if user is None:
             raise ValueError("accept(user) needs a user: None is a client that did not authenticate")
         self.accepted = True
@@ -68,7 +69,7 @@ class AuthContext(Context):
 
 
 class AddressContext(Context):
-    """MAIL or RCPT. An ``Address`` assigned to ``address`` takes its place for later handlers, the envelope and the delivery."""
+    """MAIL or RCPT. Assigning ``address`` changes it for the later handlers, the envelope and the delivery target."""
 
     __slots__ = ("_address",)
 
@@ -78,12 +79,12 @@ class AddressContext(Context):
 
     @property
     def address(self) -> Address:
-        """The address and its parameters."""
+        """The address of the command, with its parameters."""
         return self._address
 
     @address.setter
     def address(self, address: Address) -> None:
-        """Raises TypeError for what is not an Address, ValueError for text that is no address (RFC 5321 §4.1.2)."""
+        """Raises TypeError for anything but an Address, ValueError for one that no client could send (RFC 5321 §4.1.2)."""
         if not isinstance(address, Address):
             raise TypeError(f"ctx.address is an Address, as in ctx.address._replace(address='joe@example.org'), not {address!r}")
         if not self._is_path(address.address):
@@ -91,14 +92,14 @@ class AddressContext(Context):
         self._address = address
 
     def _is_path(self, text: str) -> bool:
-        """Whether a client, too, could have sent this address."""
+        """Whether a client could have sent this address, with or without ``lenient_addresses``."""
         keyword, at = ("FROM", 0) if self.command == "MAIL" else ("TO", 1)
         parsed = [parse_path(paths(lenient)[at], f"{keyword}:<{text}>") for lenient in (False, True)]
         return any(each is not None and each.address == text for each in parsed)
 
 
 class MailContext(AddressContext):
-    """MAIL: ``address`` is the reverse-path, its address "" for ``<>``."""
+    """MAIL: ``address`` is the reverse-path. ``address.address`` is "" for the null sender, ``<>``."""
 
     __slots__ = ()
     hook = "on_mail_from"
@@ -115,15 +116,15 @@ class RcptContext(AddressContext):
 
 
 class DataContext(Context):
-    """The message: ``stream`` is its text. ``accept(text)`` chooses the words of the 250.
+    """A message arrives: ``stream`` is its content. ``accept(text)`` sets the text of the 250 reply.
 
-    In LMTP every recipient has a reply of its own: ``reject_recipient`` refuses it to one, and the rest get it.
+    In LMTP each recipient has its own reply: ``reject_recipient()`` rejects the message for one of them.
     """
 
     __slots__ = ("accepted", "command", "rejected", "stream")
     hook = "on_data"
     default_code = 552
-    default_status = "5.7.1"  # 5.3.4, the usual one, means too large
+    default_status = "5.7.1"  # the usual one, 5.3.4, means that the message is too large
 
     def __init__(self, session: Session, stream: MessageStream, command: str = "DATA") -> None:
         super().__init__(session)
@@ -137,32 +138,32 @@ class DataContext(Context):
         return self.stream.size_exceeded
 
     async def spool(self) -> None:
-        """Keep the whole message, so that this handler and those after it can read it any number of times.
+        """Receive the whole message and keep it, so that this handler and the later ones can read it several times.
 
         Up to 256 KiB are kept in memory, more in an unlinked temporary file, until the handlers have ended. Raises RuntimeError
-        when the message was read already, SMTPError 452 when the disk is full, MessageAborted.
+        if the message has already been read, SMTPError 452 if the disk is full, and MessageAborted if the message ends early.
         """
         await self.stream.spool()
 
     def replace(self, text: bytes | AsyncIterable[bytes]) -> None:
-        """Give the handlers after this one another message, as bytes or as what an async iterator of bytes yields.
+        """Replace the message for the later handlers, by bytes or by what an async iterator yields.
 
         The iterator may read ``ctx.stream``. Line ends become CRLF, unless the message has BODY=BINARYMIME (RFC 3030 §3).
         """
         self.stream = Replacement(self.stream, text, self.session.envelope.body == "BINARYMIME")
 
     async def message(self) -> EmailMessage:
-        """The message, parsed (RFC 5322). It is kept, so it can still be read. Raises as ``spool()`` does."""
+        """Return the parsed message (RFC 5322). Spools the message, so it can still be read. Raises as ``spool()`` does."""
         return await self.stream.message(SMTPUTF8 if self.session.envelope.smtputf8 else SMTP)
 
     def accept(self, text: str) -> None:
-        """Answer 250 with these words, once the chain has ended without a refusal."""
+        """Set the text of the 250 reply, which is sent if no handler rejects the message."""
         self.accepted = str(text)
 
     def reject_recipient(self, address: str, message: str, code: int = 550) -> None:
-        """LMTP alone: refuse the message for this recipient.
+        """Reject the message for this recipient, in LMTP only.
 
-        Raises ValueError for a code outside 400 to 599, LookupError for an address that is no recipient.
+        Raises ValueError for a code outside 400 to 599, LookupError for an address that is not a recipient.
         """
         if address not in [each.address for each in self.session.envelope.rcpt_to]:
             raise LookupError(f"{address!r} is not a recipient of this message")
@@ -170,7 +171,7 @@ class DataContext(Context):
 
 
 class CloseContext(Context):
-    """The connection is gone; there is nobody left to reject."""
+    """The connection has ended. No reply can be sent any more."""
 
     __slots__ = ()
     hook = "on_close"

@@ -1,7 +1,7 @@
-"""Composes the handlers of one phase, Koa-style: each gets the context and ``next``, which runs the rest.
+"""Composes the handlers of one phase, as Koa does: each gets the context and ``next``, which runs the later handlers.
 
-A handler is a coroutine function, or a plain function: what a plain one returns is awaited if it can be, and a ``next()`` that
-it called without returning it runs when it has returned.
+A handler is a coroutine function or a plain function. If a plain function returns an awaitable, it is awaited. If it calls
+``next()`` and does not return the result, the later handlers run after it has returned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Chain = Callable[[Any], Coroutine[Any, Any, None]]
 
 
 class Next:
-    """The rest of the chain, to be called and awaited once: ``await next()``."""
+    """The later handlers of the phase. Call and await it once, ``await next()``, to run them."""
 
     __slots__ = ("_called", "_context", "_handlers", "_index", "_started")
 
@@ -29,14 +29,14 @@ class Next:
         self._started = False
 
     def __call__(self) -> Next:
-        """Raises RuntimeError the second time."""
+        """Raises RuntimeError when it is called a second time."""
         if self._called:
             raise RuntimeError("next() called twice")
         self._called = True
         return self
 
     def __await__(self) -> Generator[Any, Any, None]:
-        """Raises RuntimeError the second time."""
+        """Raises RuntimeError when it is awaited a second time."""
         if self._started:
             raise RuntimeError("next() awaited twice")
         self._started = True
@@ -46,13 +46,13 @@ class Next:
 
     @property
     def owed(self) -> bool:
-        """Called, and then not awaited."""
+        """Whether the handler called it without awaiting it."""
         return self._called and not self._started
 
 
 _RETURNS = "a handler returns None, or what next() gave; call ctx.reject(message, code) to reject"
 
-# What nearly all handlers return, told apart faster than by asking for a method.
+# What nearly all handlers return. Comparing types is faster than isawaitable(), which looks for a method.
 _AWAITABLE = (CoroutineType, Next)
 
 
@@ -74,7 +74,7 @@ def name_of(handler: Callable[..., Any]) -> str:
 
 
 def check(handler: Handler, hook: str) -> None:
-    """Raises TypeError when no message could ever pass it: it cannot be called with (ctx, next), or is a generator."""
+    """Raises TypeError for a handler that cannot work: it cannot be called with (ctx, next), or it is a generator."""
     if not callable(handler):
         raise TypeError(f"{hook} takes a function of (ctx, next), not {reprlib.repr(handler)}")
     if any(kind(each) for each in (handler, type(handler).__call__) for kind in (isgeneratorfunction, isasyncgenfunction)):
@@ -82,7 +82,7 @@ def check(handler: Handler, hook: str) -> None:
     try:
         parameters = signature(handler)
     except ValueError:
-        return  # some functions of C have none
+        return  # some functions written in C have no signature
     try:
         parameters.bind(None, None)
     except TypeError:
@@ -90,7 +90,7 @@ def check(handler: Handler, hook: str) -> None:
 
 
 def compose(handlers: Sequence[Handler]) -> Chain:
-    """One function that runs the handlers, of which there is at least one, in order."""
+    """Return one function that runs the handlers in order. There must be at least one."""
     handlers = tuple(handlers)
 
     def chain(context: Any) -> Coroutine[Any, Any, None]:

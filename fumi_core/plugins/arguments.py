@@ -1,4 +1,4 @@
-"""Checks the arguments of plugins when these are created. Each error is a ValueError that says what to write."""
+"""Checks the arguments of a plugin when it is created. Each error is a ValueError that says what to write."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fumi_core.smtp.domains import canonical
 
 
 def networks(plugin: str, given: Iterable[str]) -> Networks:
-    """Addresses, CIDR blocks, ``unix``."""
+    """Return these addresses, CIDR blocks and ``unix``."""
     return Networks(texts(plugin, given, "192.0.2.0/24"))
 
 
 def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
-    """Mail domains, in the form that ``session.domain_of()`` returns."""
+    """Return these mail domains, in the form that ``session.domain_of()`` returns."""
     found = texts(plugin, given, "example.org")
     for text in found:
         if not text or "@" in text or text.startswith(".") or not text.isprintable() or " " in text:
@@ -24,21 +24,21 @@ def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
 
 
 def whole(plugin: str, name: str, given: int, least: int) -> int:
-    """A whole number not below ``least``."""
+    """Return a whole number of at least ``least``."""
     if type(given) is not int or given < least:
         raise ValueError(f"{plugin}: {name} is a whole number of at least {least}, not {given!r}")
     return given
 
 
 def positive(plugin: str, name: str, given: float) -> float:
-    """A finite number above 0."""
+    """Return a finite number above 0."""
     if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given) or given <= 0:
         raise ValueError(f"{plugin}: {name} is a number above 0, not {given!r}")
     return given
 
 
 def texts(plugin: str, given: Iterable[str], example: str) -> tuple[str, ...]:
-    """Several strings, and not a single one, whose letters would each be taken for a domain."""
+    """Return several strings. A single string is an error, since its letters would be taken for the strings."""
     if isinstance(given, Iterable) and not isinstance(given, str | bytes):
         found = tuple(given)
         if all(isinstance(each, str) for each in found):

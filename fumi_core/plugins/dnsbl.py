@@ -40,12 +40,12 @@ def dnsbl(
     resolve: Resolve = ipv4_addresses,
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[Fumi], None]:
-    """Query the zones in order, and answer a client that one of them lists with ``554 5.7.1`` in place of the banner.
+    """Query the zones in order, and answer clients that one of them lists with ``554 5.7.1`` in place of the banner.
 
     The reply names the zone, so the zone's name must not contain a secret key. Addresses that are not public are not looked up. A
-    zone that does not answer within ``timeout`` seconds, or not with valid addresses, is skipped with one line in the log: no
-    mail is lost when a resolver fails. After an error code, or three failures in a row, the zone is skipped for a minute, and
-    then queried for one client: a dead zone does not delay every banner. Raises ValueError for a string that is not a zone.
+    zone that does not answer within ``timeout`` seconds, or with invalid addresses, is skipped and logged, so that no mail is
+    lost when a resolver fails. After an error code or three failures in a row, the zone is skipped for a minute and then queried
+    for one client, so that a dead zone does not delay every banner. Raises ValueError for a string that is not a zone.
 
     ``resolve`` returns the IPv4 addresses of a name and is called in a thread; ``clock`` returns seconds.
     """

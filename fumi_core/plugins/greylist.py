@@ -25,10 +25,10 @@ SHARDS, SHARD_SIZE = 256, 1024
 def greylist(delay: float, *, clock: Callable[[], float] = time.monotonic) -> Callable[[Fumi], None]:
     """Answer RCPT with ``450 4.7.1`` until ``delay`` seconds have passed since the client, sender and recipient were first seen.
 
-    Clients are told apart by their /24 (IPv4) or /64 (IPv6): a mail server may retry from a neighbouring address. Authenticated
-    users are not deferred. Use it after the plugins that reject unknown recipients. Triplets are kept in memory, by each worker
-    for itself: after a restart, and on each further worker that it connects to, a sender is deferred again. Raises ValueError for
-    a delay beyond the time in which senders retry. ``clock`` returns seconds.
+    All addresses of a /24 (IPv4) or /64 (IPv6) are one client, since a mail server may retry from a neighbouring address.
+    Authenticated users are not deferred. Use it after the plugins that reject unknown recipients. Each worker keeps its own
+    triplets in memory: a sender is deferred again after a restart, and by each further worker that it connects to. Raises
+    ValueError for a delay of RETRY_WINDOW or more. ``clock`` returns seconds.
     """
     if arguments.positive("greylist", "delay", delay) >= RETRY_WINDOW:
         raise ValueError(f"greylist: delay is less than {RETRY_WINDOW:.0f} seconds, after which a first try is forgotten")

@@ -11,7 +11,7 @@ from fumi_core.plugins import arguments
 
 
 def max_size(n: int) -> Callable[[Fumi], None]:
-    """Answer a message that declares, or has, more than ``n`` octets with ``552 5.3.4``. Raises ValueError for less than 1."""
+    """Answer messages of more than ``n`` bytes, declared or actual, with ``552 5.3.4``. Raises ValueError if ``n`` is below 1."""
     arguments.whole("max_size", "n", n, 1)
 
     async def check_declared(ctx: MailContext, next: Next) -> None:

@@ -14,7 +14,7 @@ from fumi_core.runtime.token_buckets import TokenBuckets
 
 
 def rate_limit(per_minute: float, burst: int, *, clock: Callable[[], float] = time.monotonic) -> Callable[[Fumi], None]:
-    """Answer MAIL with ``450 4.7.1`` where a client, after ``burst`` messages at once, sends more than ``per_minute``.
+    """Answer MAIL with ``450 4.7.1`` when a client, after ``burst`` messages at once, sends more than ``per_minute``.
 
     A client is an IPv4 address, or the /64 of an IPv6 address; all Unix sockets are one client. Transactions are counted: each
     MAIL that reaches this plugin, whatever happens to its message; a MAIL that is deferred here is not counted. Each worker

@@ -23,7 +23,7 @@ def name_of(user: Any) -> str:
 
 
 def sender_login(domains: Iterable[str] = (), *, login: Callable[[Any], str] = name_of) -> Callable[[Fumi], None]:
-    """Answer MAIL of a logged-in user with ``553 5.7.1`` unless the sender is its login, or login@ one of ``domains``.
+    """Answer MAIL of a logged-in user with ``553 5.7.1`` unless the sender is the login, or the login @ one of ``domains``.
 
     Case is ignored, as in most mail systems, and so is the spelling of an internationalized domain: users whose logins differ
     only in these can send as each other. The null sender is allowed, since return receipts have it (RFC 8098 §3). Clients that

@@ -22,9 +22,11 @@ def build(
     observer: Observer | None = None,
     **options: Any,
 ) -> Fumi:
-    """``state`` is a directory where the target may store answers. It is created when it is needed.
+    """Return the built-in app, with the target that ``deliver`` names and with these options of ``Fumi``.
 
-    Raises ValueError for an unknown target, OSError when its directory cannot be created, TypeError for a bad option."""
+    ``state`` is a directory where the target may store answers; it is created when it is needed. Raises ValueError for an unknown
+    target or an invalid option, TypeError for an unknown option, OSError if a directory cannot be created.
+    """
     app = Fumi(**{"auth_optional": True, **options})
     if observer is not None:
         app.observer = observer
@@ -32,7 +34,7 @@ def build(
 
 
 def equip(app: Fumi, target: DeliveryTarget, domains: Sequence[str], *, own_senders: bool = False) -> Fumi:
-    """Turn an app without handlers into the built-in one. ``own_senders``: users may send only from their own addresses."""
+    """Add the built-in handlers to an app that has none. With ``own_senders``, users may send only from their own addresses."""
     if target.name != "discard":
         # Discarded messages are not logged: this target is for benchmarks.
         app.use(mail_log.transactions)

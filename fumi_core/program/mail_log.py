@@ -20,11 +20,11 @@ from fumi_core.smtp.session import Address, log_fields
 _log = logging.getLogger("fumi.core.mail")
 
 NAMED = 10
-"""Recipients of a message that its log line names; the line has the number of the others."""
+"""Recipients of a message that its log line names. The line gives only the number of the others."""
 
 
 def authentications(app: Fumi) -> None:
-    """Log each authentication, whatever its result; use it before the handler that accepts users.
+    """Log the result of each authentication. Use it before the handler that accepts users.
 
     A name that was not accepted is left out: people type passwords there. An AUTH that ends before there are credentials is
     logged by the dialogue.
@@ -51,7 +51,7 @@ def authentications(app: Fumi) -> None:
 
 
 def transactions(app: Fumi) -> None:
-    """Log messages, rejections (5xx) and deferrals (4xx); use it before all other handlers that may reject."""
+    """Log messages, rejections (5xx) and deferrals (4xx). Use it before all other handlers that may reject."""
 
     async def mail_from(ctx: MailContext, next: Next) -> None:
         try:

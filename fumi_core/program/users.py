@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from fumi_core.app import Fumi
 
 THREADS = 2
-"""Concurrent password checks; others wait."""
+"""Password checks that run at once; others wait."""
 MAX_MEMORY = 256 << 20
-"""Octets of memory that a password check may use; our own hashes use 16 MiB."""
+"""Bytes of memory that a password check may use. Hashes made by --hash-password use 16 MiB."""
 MAX_WORK = 1 << 22
-"""Blocks that it may compute (N·r·p): one or two seconds; our own hashes have 1 << 17."""
+"""Blocks that it may compute (N·r·p), which takes one or two seconds. Hashes made by --hash-password have 1 << 17."""
 
 _HASH = re.compile(r"\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,2}),p=([0-9]{1,2})\$([A-Za-z0-9+/]+)={0,2}\$([A-Za-z0-9+/]+)={0,2}")
-_LENGTH = 32  # octets of the hash
+_LENGTH = 32  # bytes of a hash
 
 
 class Cost(NamedTuple):
@@ -57,7 +57,7 @@ class Hash:
     digest: bytes
 
     def matches(self, password: str) -> bool:
-        """Whether this is the password, in any Unicode form."""
+        """Whether this is the password. Other Unicode forms of it match, too."""
         found = False
         for form in forms(password):
             found |= hmac.compare_digest(_scrypt(form, self.salt, *self.cost), self.digest)
@@ -65,7 +65,7 @@ class Hash:
 
 
 def hash_password(password: str) -> str:
-    """Return the second half of a line: ``$scrypt$ln=14,r=8,p=1$salt$hash``. Raises ValueError if no client can send it."""
+    """Return the password's hash for a line: ``$scrypt$ln=14,r=8,p=1$salt$hash``. Raises ValueError if no client can send it."""
     if "\0" in password:
         raise ValueError("a password cannot have a NUL character in it")
     salt = secrets.token_bytes(16)
@@ -74,7 +74,7 @@ def hash_password(password: str) -> str:
 
 
 def check_password(password: str, hashed: str) -> bool:
-    """Whether ``hashed`` is this password's hash."""
+    """Whether ``hashed`` is a hash of this password; False, too, for an invalid hash."""
     try:
         return parse(hashed).matches(password)
     except ValueError:
@@ -84,7 +84,7 @@ def check_password(password: str, hashed: str) -> bool:
 def parse(hashed: str) -> Hash:
     """Decode a hash, with or without base64 padding, which passlib leaves out.
 
-    Raises ValueError for another kind of hash, and for costs that are invalid or would keep the server busy.
+    Raises ValueError for another kind of hash, for invalid costs, and for costs above MAX_MEMORY or MAX_WORK.
     """
     found = _HASH.fullmatch(hashed)
     if found is None:
@@ -110,10 +110,10 @@ def _scrypt(password: str, salt: bytes, log_n: int, r: int, p: int) -> bytes:
 
 
 class Users:
-    """The users of a file, as a plugin: authenticates clients by user name and password."""
+    """The users of a file, as a plugin that authenticates clients by user name and password."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError when the file cannot be read, ValueError with the line's number when it is invalid."""
+        """Raises OSError if the file cannot be read, ValueError with the line's number if a line is invalid."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="users")
         self._hashes = read(path)
         self._nobodies = _nobodies(self._hashes.values())
@@ -123,7 +123,7 @@ class Users:
 
     @property
     def names(self) -> Collection[str]:
-        """The users' names, prepared."""
+        """The users' names, prepared by SASLprep (RFC 4013)."""
         return self._hashes.keys()
 
     def __call__(self, app: Fumi) -> None:

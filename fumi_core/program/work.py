@@ -1,4 +1,4 @@
-"""The work of ``fumi-core``: builds an app from the settings, between sockets and a delivery target; rebuilds it on reload."""
+"""The work of ``fumi-core``: builds an app from the settings, lets it serve, and rebuilds it on reload."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CoreWork:
     metric_prefix = "fumi_core"
 
     def __init__(self, ctx: click.Context, *, dry: bool = False) -> None:
-        """``dry`` is only for ``check()``: nothing permanent is created. Raises SettingError."""
+        """``dry`` is for ``check()`` only: no directories and files are created. Raises SettingError."""
         self._ctx = ctx
         self._dry = dry
         self._settings = ctx.params
@@ -151,7 +151,7 @@ class CoreWork:
         return self._target.dependency_problem() if self._target else None
 
     def _take_over(self, ctx: click.Context) -> None:
-        """Build an app from the settings, and have the running one adopt all of it, or nothing."""
+        """Build an app from the settings, which the running one then adopts. If a setting is invalid, nothing changes."""
         settings = ctx.params
         app, target = Fumi().adopt(self._own), None
         app.observer = self.app.observer
@@ -186,7 +186,7 @@ class CoreWork:
         self._target = target
 
     def _target_for(self, deliver: str, state: Path | None) -> DeliveryTarget:
-        """Return the present target if it is the same: its threads and connections are worth keeping."""
+        """Return the present target if its settings are the same, to keep its threads and connections."""
         same = deliver == self._settings["deliver"] and state == _state(self._settings)
         if self._target is not None and same:
             return self._target

@@ -58,6 +58,7 @@ def main() -> None:
         raise SystemExit(f"ops/bench: {error}") from error
     with environment.site() as site:
         results = [measured(row, site, asked.rounds) for row in rows]
+    print(environment.interpreter())
     print(report.table(results))
     if asked.json:
         report.write_json(asked.json, results, asked.rounds, environment.versions())

@@ -125,10 +125,11 @@ def digest_until_eof(connection: socket.socket) -> str:
 
 def idle(port: int) -> None:
     """Obey standard input, saying `done` to each line: `open n` opens n more connections, `ask` sends a message on every one."""
-    context, connections, transaction = tls_context(), [], dialogue(body(1024))
+    context, transaction = tls_context(), dialogue(body(1024))
+    connections: list[ssl.SSLSocket] = []
     for command, *count in map(str.split, sys.stdin):
         if command == "open":
-            connections += [open_idle(port, context) for _ in range(int(count[0]))]
+            connections += open_idle(port, context, int(count[0]))
         else:
             for connection in connections:
                 for said, code in transaction:
@@ -137,11 +138,12 @@ def idle(port: int) -> None:
         print("done", flush=True)
 
 
-def open_idle(port: int, context: ssl.SSLContext) -> ssl.SSLSocket:
-    """A TLS connection whose banner has been read."""
-    connection = connect_tls(port, context)
-    expect_at_once(connection, b"220")
-    return connection
+def open_idle(port: int, context: ssl.SSLContext, count: int) -> list[ssl.SSLSocket]:
+    """TLS connections whose banners have been read: after all are open, for smtp-server takes 100 ms for a banner."""
+    opened = [connect_tls(port, context) for _ in range(count)]
+    for connection in opened:
+        expect_at_once(connection, b"220")
+    return opened
 
 
 def expect_at_once(connection: ssl.SSLSocket, code: bytes) -> None:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .environment import INSTALLED, ROOT, Site, postfix_environment, postfix_program
+from .environment import INSTALLED, ROOT, Site, aiosmtpd_python, postfix_environment, postfix_program
 from .processes import Server, free_port, running
 
 Start = Callable[[Site], AbstractContextManager[Server]]
@@ -45,27 +45,45 @@ def fumi_core(*arguments: str) -> Start:
     return start
 
 
+@contextlib.contextmanager
+def all_in_one(site: Site) -> Iterator[Server]:
+    """`fumi_edge.Fumi` with a certificate: TLS and SMTP in one process."""
+    port = free_port()
+    argv = [sys.executable, "-m", "tests.bench.all_in_one", str(port), *certificate(site, tls=True)]
+    with running(argv, port, site.log("all-in-one"), FUMI) as pid:
+        yield Server(port, (pid,))
+
+
 def aiosmtpd(tls: bool = False) -> Start:
     """aiosmtpd with its own discarding handler."""
 
     @contextlib.contextmanager
     def start(site: Site) -> Iterator[Server]:
         port = free_port()
-        certificate = [str(site.certificate), str(site.key)] if tls else []
-        argv = [str(INSTALLED / "aiosmtpd/bin/python"), str(PEERS / "aiosmtpd_sink.py"), str(port), *certificate]
+        argv = [aiosmtpd_python(), str(PEERS / "aiosmtpd_sink.py"), str(port), *certificate(site, tls)]
         with running(argv, port, site.log("aiosmtpd")) as pid:
             yield Server(port, (pid,))
 
     return start
 
 
-@contextlib.contextmanager
-def smtp_server(site: Site) -> Iterator[Server]:
+def smtp_server(tls: bool = False) -> Start:
     """smtp-server on Node."""
-    port = free_port()
-    environment = {"NODE_PATH": str(INSTALLED / "node/node_modules")}
-    with running(["node", str(PEERS / "smtp_server_sink.js"), str(port)], port, site.log("smtp-server"), environment) as pid:
-        yield Server(port, (pid,))
+
+    @contextlib.contextmanager
+    def start(site: Site) -> Iterator[Server]:
+        port = free_port()
+        environment = {"NODE_PATH": str(INSTALLED / "node/node_modules")}
+        argv = ["node", str(PEERS / "smtp_server_sink.js"), str(port), *certificate(site, tls)]
+        with running(argv, port, site.log("smtp-server"), environment) as pid:
+            yield Server(port, (pid,))
+
+    return start
+
+
+def certificate(site: Site, tls: bool) -> list[str]:
+    """The certificate and key that a server with TLS is given; nothing for one without."""
+    return [str(site.certificate), str(site.key)] if tls else []
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What the benchmarks need besides Fumi: the peers, installed into `.bench/`, and a certificate for one run.
 
-aiosmtpd comes from PyPI into a virtual environment of its own, smtp-server from npm, HAProxy and stunnel from Debian. Postfix is
-unpacked from its Debian package and never installed: `smtp-sink` and `smtp-source` run where they lie, with their own libraries.
+aiosmtpd comes from PyPI into a virtual environment of its own for each interpreter, smtp-server from npm, HAProxy and stunnel
+from Debian. Postfix is unpacked from its Debian package and never installed: `smtp-sink` and `smtp-source` run where they lie,
+with their own libraries.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,12 +101,19 @@ def install_programs() -> None:
     run("apt-get", "install", "--yes", "--no-install-recommends", *missing)
 
 
+AIOSMTPD = INSTALLED / f"aiosmtpd-{Path(sys.prefix).name}"
+
+
+def aiosmtpd_python() -> str:
+    """The interpreter that has aiosmtpd: the one that Fumi runs on, in another virtual environment."""
+    return str(AIOSMTPD / "bin/python")
+
+
 def install_aiosmtpd() -> None:
     """PyPI's aiosmtpd, on the interpreter that Fumi runs on."""
-    home = INSTALLED / "aiosmtpd"
-    if not list(home.glob("lib/*/site-packages/aiosmtpd")):
-        run(sys.executable, "-m", "venv", str(home))
-        run(str(home / "bin/pip"), "install", "--quiet", "aiosmtpd")
+    if not list(AIOSMTPD.glob("lib/*/site-packages/aiosmtpd")):
+        run(sys.executable, "-m", "venv", str(AIOSMTPD))
+        run(str(AIOSMTPD / "bin/pip"), "install", "--quiet", "aiosmtpd")
 
 
 def install_smtp_server() -> None:
@@ -197,11 +206,26 @@ def run(*argv: str, cwd: Path | None = None) -> None:
         raise PeerMissing(f"{' '.join(argv)}: {(done.stderr or done.stdout).strip()[-2000:]}")
 
 
+def interpreter() -> str:
+    """The Python that runs Fumi and aiosmtpd: version, path, and whether it was built with profile-guided optimization.
+
+    Debian's Python was, and its CONFIG_ARGS do not say so, because `debian/rules` asks for it in another way.
+    """
+    path = Path(sys._base_executable)  # type: ignore[attr-defined]
+    if "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or ""):
+        build = "profile-guided optimization"
+    elif path.is_relative_to("/usr/bin"):
+        build = "the system's; its CONFIG_ARGS do not have --enable-optimizations, and Debian's never do"
+    else:
+        build = "NOT built with profile-guided optimization: not what users have"
+    return f"Python {sys.version.split()[0]}, {path} ({build})"
+
+
 def versions() -> dict[str, str]:
     """The peers' versions by name, as far as they tell."""
     return {
-        "python": sys.version.split()[0],
-        "aiosmtpd": first_line([str(INSTALLED / "aiosmtpd/bin/python"), "-c", "import aiosmtpd; print(aiosmtpd.__version__)"]),
+        "python": interpreter(),
+        "aiosmtpd": first_line([aiosmtpd_python(), "-c", "import aiosmtpd; print(aiosmtpd.__version__)"]),
         "node": first_line(["node", "--version"]),
         "smtp-server": json.loads((INSTALLED / "node/node_modules/smtp-server/package.json").read_text())["version"],
         "haproxy": first_line(["haproxy", "-v"]),

@@ -64,7 +64,7 @@ def compared(ours: Sequence[float], peer: str, theirs: Sequence[float], at_most:
 
 
 def table(results: Iterable[Result]) -> str:
-    """All comparisons as one table, and under it what failed."""
+    """All comparisons as one table, and under it what failed. A ratio is the median of the rounds' ratios."""
     results = list(results)
     lines = [COLUMNS, *(line for result in results for line in table_lines(result))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]

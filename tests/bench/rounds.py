@@ -1,12 +1,13 @@
 """The contestants' turns at a row.
 
-In each round every contestant starts afresh and warms up; then they take their turns, A B C A B C. So the figures of one round
-were all taken within the same few seconds, and those of two rounds never in the same process.
+In each round every contestant starts afresh and warms up; then they take their turns, A B C A B C, and C B A C B A in every other
+round. So the figures of one round were all taken within the same few seconds, those of two rounds never in the same process, and
+nobody always comes after the same neighbour.
 """
 
 import contextlib
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from statistics import mean
 
 from .contestants import Contestant
@@ -26,13 +27,18 @@ def measured(row: Row, site: Site, rounds: int) -> Result:
     rounds = min(rounds, row.rounds or rounds)
     for number in range(rounds):
         print(f"{row.name}: round {number + 1} of {rounds}", file=sys.stderr)
-        take_turns(result, site)
+        take_turns(result, in_order(row, number), site)
     return result
 
 
-def take_turns(result: Result, site: Site) -> None:
+def in_order(row: Row, number: int) -> tuple[Contestant, ...]:
+    """The contestants of a row in the order of their turns in round `number`: every other round from the last to the first."""
+    return row.contestants()[:: -1 if number % 2 else 1]
+
+
+def take_turns(result: Result, order: Sequence[Contestant], site: Site) -> None:
     """One round: everybody's figure, or the reason why there is none. One that has failed before takes part no more."""
-    fit = [contestant for contestant in result.row.contestants() if contestant.name not in result.errors]
+    fit = [contestant for contestant in order if contestant.name not in result.errors]
     with contextlib.ExitStack() as servers:
         playing = {it.name: servers.enter_context(contextlib.closing(turns(it, result.row.measure, site))) for it in fit}
         figures = played(playing, result.errors)

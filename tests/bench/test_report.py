@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from . import report
+from . import environment, report
 from .report import Result
+from .rounds import in_order
 from .rows import ROWS, Row
 
 KEPT = next(row for row in ROWS if row.name == "core-kept")
@@ -50,3 +51,31 @@ def test_json_holds_every_round() -> None:
     written = json.loads(report.as_json([result(KEPT, [10, 12], [100, 100], [50, 50], [30, 30])], 2, {}))
     assert written["rows"][0]["figures"]["fumi-core"] == {"median": 11, "rounds": [10, 12]}
     assert written["rows"][0]["comparisons"][0]["met"] is True
+
+
+def test_every_other_round_goes_from_the_last_contestant_to_the_first() -> None:
+    orders = [[contestant.name for contestant in in_order(KEPT, number)] for number in range(3)]
+    assert orders[0] == ["fumi-core", "aiosmtpd", "smtp-server", "smtp-sink"]
+    assert orders == [orders[0], orders[0][::-1], orders[0]]
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "build"),
+    [
+        ("/usr/bin/python3.11", "'--enable-shared'", "the system's"),
+        ("/opt/python/bin/python3.13", "'--enable-optimizations' '--with-lto'", "(profile-guided optimization)"),
+        ("/root/.pyenv/versions/3.11.7/bin/python3.11", "'--enable-shared'", "NOT built with profile-guided optimization"),
+        ("/opt/other/bin/python3", None, "NOT built with profile-guided optimization"),
+    ],
+)
+def test_the_interpreter_is_named_with_the_way_it_was_built(
+    monkeypatch: pytest.MonkeyPatch, path: str, arguments: str | None, build: str
+) -> None:
+    monkeypatch.setattr("sys._base_executable", path)
+    monkeypatch.setattr("sysconfig.get_config_var", {"CONFIG_ARGS": arguments}.get)
+    assert path in environment.interpreter()
+    assert build in environment.interpreter()
+
+
+def test_the_names_of_rows_are_different() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, SMTPError
-from fumi_core.server.observer import Observer
+from fumi_core.server.observer import DeliveryResult, Observer
 from fumi_core.testing import running
 
 LOCAL_ERROR = b"451 4.3.0 Local error in processing\r\n"
@@ -302,7 +302,7 @@ def test_an_observer_that_raises_changes_nothing(app: Fumi, send: Any, caplog: A
     @app.on_data
     async def deliver(ctx: Any, next: Any) -> None:
         await ctx.stream.skip()
-        app.observer.delivery("mine", "ok")
+        app.observer.delivery("mine", DeliveryResult.OK)
 
     with running(app) as server, caplog.at_level(logging.ERROR):
         assert send(server.port, "hi\r\n") == {}

@@ -64,19 +64,31 @@ class EdgeMetrics:
         self._connections = counter("connections", "Client connections accepted.", "listener")
         active = "Client connections open now."
         self._active = Gauge("fumi_edge_connections_active", active, ("listener",), registry, over_workers="sum")
-        self._handshakes = counter("handshakes", "TLS handshakes by result.", "listener", "result")
-        self.handshake_seconds = histogram("handshake_seconds", "Duration of TLS handshakes.", _HANDSHAKE_SECONDS).labels()
-        sessions = counter("tls_sessions", "TLS sessions by what was negotiated.", "version", "cipher", "resumed")
-        starttls = counter("starttls", "Connections to STARTTLS ports by what became of them.", "result")
-        moved = counter("bytes", "Bytes carried: in is from clients, out is to clients.", "direction")
-        self._connect_seconds = histogram("backend_connect_seconds", "Time to connect.", _CONNECT_SECONDS, "backend")
-        self._backend_errors = counter("backend_errors", "Connections to a backend that failed.", "backend", "reason")
-        self._backend_up = state("backend_up", "1 while the backend can be connected to and passes its checks.", "backend")
-        rejected = counter("rejected", "Connections turned away, by the limit or rule they ran into.", "reason")
-        self._not_after = state("certificate_not_after_timestamp_seconds", "When the certificate expires.", "name")
-        reloads = counter("certificate_reloads", "Times the certificates were read anew: all, not yet, or not all.", "result")
-        self.session_seconds = histogram("session_seconds", "Duration of client connections.", _SESSION_SECONDS).labels()
-        state("build_info", "Always 1.", "version").labels(version).set(1)
+        self._handshakes = counter("handshakes", "TLS handshakes, by result.", "listener", "result")
+        self.handshake_seconds = histogram(
+            "handshake_seconds", "Duration of successful TLS handshakes, in seconds.", _HANDSHAKE_SECONDS
+        ).labels()
+        sessions = counter("tls_sessions", "TLS sessions, by version, cipher and resumption.", "version", "cipher", "resumed")
+        starttls = counter("starttls", "Connections to STARTTLS ports, by outcome.", "result")
+        moved = counter("bytes", "Traffic in bytes: in from clients, out to clients.", "direction")
+        self._connect_seconds = histogram(
+            "backend_connect_seconds", "Time to connect to a backend, in seconds.", _CONNECT_SECONDS, "backend"
+        )
+        self._backend_errors = counter(
+            "backend_errors", "Failed connections to a backend and failed health checks, by reason.", "backend", "reason"
+        )
+        self._backend_up = state("backend_up", "1 while the backend is up.", "backend")
+        rejected = counter("rejected", "Rejected connections, by reason.", "reason")
+        self._not_after = state(
+            "certificate_not_after_timestamp_seconds", "Expiry of the certificate, in seconds since 1970.", "name"
+        )
+        reloads = counter(
+            "certificate_reloads", "Certificate reloads: ok, deferred (will retry), or failed (some files).", "result"
+        )
+        self.session_seconds = histogram(
+            "session_seconds", "Duration of client connections, in seconds.", _SESSION_SECONDS
+        ).labels()
+        state("build_info", "Always 1; the label is the running version.", "version").labels(version).set(1)
 
         self._sessions = {
             (tls, cipher, resumed): sessions.labels(tls, cipher, "true" if resumed else "false")

@@ -34,33 +34,33 @@ class CoreMetrics(Observer):
 
         self._tally = tally
         self._connections = counter("connections", "Connections accepted.").labels()
-        self._active = Gauge("fumi_core_connections_active", "Connections open.", (), registry, over_workers="sum").labels()
-        sessions = counter("sessions", "Sessions, by whether and how the client came over TLS.", ("secure", "tls_version"))
+        self._active = Gauge("fumi_core_connections_active", "Connections open now.", (), registry, over_workers="sum").labels()
+        sessions = counter("sessions", "Sessions, by TLS version.", ("secure", "tls_version"))
         self._sessions = {
             (secure, tls): sessions.labels(secure, tls)
             for secure in ("true", "false")
             for tls in _TLS_VERSIONS
             if (tls == "none") is (secure == "false")
         }
-        headers = counter("proxy_headers", "PROXY headers expected.", ("version", "result"))
+        headers = counter("proxy_headers", "PROXY headers expected, by version and result.", ("version", "result"))
         self._headers = {("1", "ok"): headers.labels("1", "ok"), ("2", "ok"): headers.labels("2", "ok")}
         for result in HeaderResult:
             if result is not HeaderResult.OK:
                 self._headers["none", result] = headers.labels("none", result)
-        Tallied("fumi_core_commands", "Commands received.", ("command",), registry, self._commands)
-        Tallied("fumi_core_replies", "Replies sent.", ("code",), registry, self._replies)
-        texts = "Authentications, by mechanism and how they ended."
-        Tallied("fumi_core_auth", texts, ("method", "result"), registry, lambda: list(tally.authentications.items()))
-        messages = counter("messages", "Messages, by how they ended.", ("result",))
+        Tallied("fumi_core_commands", "Commands received, by verb.", ("command",), registry, self._commands)
+        Tallied("fumi_core_replies", "Replies sent, by code.", ("code",), registry, self._replies)
+        text = "Authentications, by mechanism and result."
+        Tallied("fumi_core_auth", text, ("method", "result"), registry, lambda: list(tally.authentications.items()))
+        messages = counter("messages", "Messages, by result.", ("result",))
         self._messages = {result: messages.labels(result) for result in MessageResult}
-        sizes = Histogram("fumi_core_message_bytes", "Octets of messages, as received.", (), registry, _SIZES)
-        seconds = Histogram("fumi_core_data_seconds", "Seconds from DATA to its final reply.", (), registry, _SECONDS)
+        sizes = Histogram("fumi_core_message_bytes", "Size of received messages, in bytes.", (), registry, _SIZES)
+        seconds = Histogram("fumi_core_data_seconds", "Seconds from DATA to the final reply.", (), registry, _SECONDS)
         self._bytes, self._seconds = sizes.labels(), seconds.labels()
-        deliveries = counter("deliveries", "Deliveries, by target and how they ended.", ("target", "result"))
+        deliveries = counter("deliveries", "Deliveries, by target and result.", ("target", "result"))
         self._deliveries = {
             (target, result): deliveries.labels(target, result) for target in targets for result in DeliveryResult
         }
-        rejected = counter("rejected", "Connections turned away or cut.", ("reason",))
+        rejected = counter("rejected", "Connections rejected or closed by the server, by reason.", ("reason",))
         self._rejected = {reason: rejected.labels(reason) for reason in RejectReason}
         build = Gauge("fumi_core_build_info", "The running version.", ("version",), registry, over_workers="max")
         build.labels(VERSION).set(1)

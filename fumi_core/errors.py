@@ -17,9 +17,9 @@ class SMTPError(Exception):
         if not isinstance(code, int):
             if isinstance(message, int):
                 raise TypeError(f"the message comes first, then the code: write ({code!r}, {message!r})")
-            raise TypeError(f"the code of a rejection is a whole number between 400 and 599, not {code!r}")
+            raise TypeError(f"the reply code must be a whole number, 400 to 599, not {code!r}")
         if not 400 <= code <= 599:
-            raise ValueError(f"the code of a rejection is between 400 and 599, not {code}")
+            raise ValueError(f"the reply code must be 400 to 599, not {code}")
         super().__init__(message)
         self.message = str(message)
         self.code = int(code)

@@ -126,7 +126,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     "--balance",
     type=click.Choice(BALANCES),
     default="leastconn",
-    help="Choice among the backends that are up: fewest connections, each in turn, or the first.",
+    help="Choice among the backends that are up: fewest connections, round robin, or the first.",
 )
 @click.option(
     "--health-interval", type=SECONDS_OR_NONE, default=5, help="Interval between health checks of a backend. 0 turns them off."

@@ -116,8 +116,8 @@ class Maildir:
         if missing:
             above = next(each for each in missing[0].absolute().parents if each.exists())
             if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-                raise OSError(f"is not there, and {user} cannot make it in {above}")
-            return f"maildir:{self.path} is not there yet: {user} will make it"
+                raise OSError(f"does not exist, and {user} cannot create it in {above}")
+            return f"maildir:{self.path} does not exist yet: {user} will create it"
         if problem := self.dependency_problem():
             raise OSError(f"{user}: {problem}")
         return None

@@ -164,7 +164,7 @@ def read(path: str) -> dict[str, Hash]:
         try:
             name, found = _read_line(line)
             if name in hashes:
-                raise ValueError(f"{name} is there twice")
+                raise ValueError(f"{name} is given twice")
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         hashes[name] = found

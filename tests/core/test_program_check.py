@@ -44,12 +44,12 @@ def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:
     flags = ("--check", "--listen", "127.0.0.1:0", "--deliver", "maildir:mail/box")
     done = run(*flags, cwd=tmp_path)
     user = pwd.getpwuid(os.getuid()).pw_name
-    assert done.stdout == f"maildir:mail/box is not there yet: user {user} will make it\nconfiguration OK\n"
+    assert done.stdout == f"maildir:mail/box does not exist yet: user {user} will create it\nconfiguration OK\n"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mail").touch()
     done = run(*flags, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"--deliver maildir:mail/box: is not there, and user {user} cannot make it in {tmp_path / 'mail'}" in done.stderr
+    assert f"--deliver maildir:mail/box: does not exist, and user {user} cannot create it in {tmp_path / 'mail'}" in done.stderr
 
 
 def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:

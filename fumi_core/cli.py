@@ -11,8 +11,7 @@ from fumi_core.program.option_flags import option_flag
 from fumi_core.program.users import hash_password
 from fumi_core.program.work import CoreWork
 from fumi_core.runtime.flag_groups import heading
-from fumi_core.runtime.lifecycle import hold_reloads, ignore_user_signals, raise_descriptor_limit
-from fumi_core.runtime.logs import configure
+from fumi_core.runtime.lifecycle import prepare
 from fumi_core.runtime.settings import (
     ADDRESS,
     CONFIGURATION_OK,
@@ -133,10 +132,7 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
         except ValueError as error:
             raise SettingError(f"--hash-password: {error}") from None
         return
-    configure(settings["log_format"], settings["log_level"])
-    raise_descriptor_limit()
-    ignore_user_signals()
-    hold_reloads()
+    prepare(settings["log_format"], settings["log_level"])
     work = CoreWork(ctx, dry=settings["check"])
     if settings["check"]:
         for remark in work.check():

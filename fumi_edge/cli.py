@@ -9,8 +9,7 @@ from typing import Any, Unpack
 import click
 
 from fumi_core.runtime.flag_groups import heading
-from fumi_core.runtime.lifecycle import STOPS, hold_reloads, ignore_user_signals, raise_descriptor_limit
-from fumi_core.runtime.logs import configure
+from fumi_core.runtime.lifecycle import STOPS, prepare
 from fumi_core.runtime.privileges import PrivilegeError, find
 from fumi_core.runtime.settings import (
     ADDRESS,
@@ -174,10 +173,7 @@ def main(**flags: Unpack[Flags]) -> None:
     if flags["emit"]:
         click.echo(configuration(flags["emit"], click.get_current_context()), nl=False)
         return
-    configure(flags["log_format"], flags["log_level"])
-    raise_descriptor_limit()
-    ignore_user_signals()
-    hold_reloads()
+    prepare(flags["log_format"], flags["log_level"])
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(dev.directory(flags)) if flags["dev_mode"] else None
         settings = edge_settings(flags if directory is None else dev.defaults(flags, directory))

@@ -1,4 +1,4 @@
-"""Runs a slow function in a thread that the program does not wait for when it ends.
+"""Threads that the program does not wait for when it ends, for functions that may be slow.
 
 asyncio joins its own threads at the end, so a resolver or a file system that hangs would keep a program from stopping.
 """
@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -19,18 +19,14 @@ async def run_in_daemon_thread(function: Callable[[], T]) -> T:
     """Return what the function returns, or raise what it raises. Each call starts a thread, so callers must limit their number.
     Raises OSError if no thread can be started.
     """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
+    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
     def work() -> None:
-        outcome: T | None = None
-        failure: Exception | None = None
         try:
-            outcome = function()
+            outcome: T | Exception = function()
         except Exception as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
-            loop.call_soon_threadsafe(_settle, answer, outcome, failure)
+            outcome = error
+        settle(answer, outcome)
 
     start_thread(work, "background")
     return await answer
@@ -50,10 +46,16 @@ def start_thread(act: Callable[[], object], name: str) -> threading.Thread:
     return thread
 
 
-def _settle(answer: asyncio.Future[Any], outcome: Any, failure: Exception | None) -> None:
+def settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
+    """Give a future its result, or its error, from another thread. Does nothing when its loop is closed or nobody waits."""
+    with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
+        answer.get_loop().call_soon_threadsafe(_settle, answer, outcome)
+
+
+def _settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
     if answer.done():
         return
-    if failure is None:
-        answer.set_result(outcome)
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
     else:
-        answer.set_exception(failure)
+        answer.set_result(outcome)

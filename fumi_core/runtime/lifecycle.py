@@ -22,7 +22,7 @@ import click
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.daemon_thread import start_thread
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.metrics_server import MetricsServer, Page, Readiness
 from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
@@ -97,6 +97,14 @@ class Work(Protocol):
 
     def dependency_problem(self) -> str | None:
         """Why no worker could serve, or None. Asks the next hop or the backends, may take seconds, and is called in a thread."""
+
+
+def prepare(log_format: str, log_level: str) -> None:
+    """What both programs do before an app is imported or certificates are loaded: log, descriptors, signals."""
+    configure(log_format, log_level)
+    raise_descriptor_limit()
+    ignore_user_signals()
+    hold_reloads()
 
 
 def raise_descriptor_limit() -> None:

@@ -20,6 +20,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
 
+from fumi_core.runtime.daemon_thread import start_thread
+
 # A second series for each counter, with the time it was made: nothing here uses it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -84,7 +86,7 @@ class MetricsServer:
         self._servers = [_Server(sock) for sock in sockets]
         for server in self._servers:
             server.set_app(_with_head(application))
-            threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+            start_thread(server.serve_forever, "metrics")
 
     def close(self) -> None:
         for server in self._servers:

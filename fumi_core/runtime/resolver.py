@@ -7,11 +7,12 @@ threads at the end of the program, while these are daemons and are not joined.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+
+from fumi_core.runtime.daemon_thread import settle, start_thread
 
 THREADS = 8
 """Concurrent lookups."""
@@ -20,7 +21,7 @@ MAX_WAITING = 1024
 
 Resolve = Callable[[str], Sequence[str]]
 """Returns the addresses of a name, () if it has no address; raises OSError if the lookup fails. Called in a thread."""
-_Lookup = tuple[str, asyncio.AbstractEventLoop, "asyncio.Future[Sequence[str]]"]
+_Lookup = tuple[str, "asyncio.Future[Sequence[str]]"]
 
 
 def ipv4_addresses(name: str) -> Sequence[str]:
@@ -47,30 +48,29 @@ class Resolver:
         self._lock = threading.Lock()  # over the two above
 
     async def lookup(self, name: str) -> Sequence[str]:
-        """Return the addresses. Raises OSError when the resolver fails or too many lookups wait, TimeoutError after the limit."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Sequence[str]] = loop.create_future()
+        """Return the addresses. Raises OSError when the resolver fails, too many lookups wait or no thread can
+        be started, TimeoutError after the limit."""
+        answer: asyncio.Future[Sequence[str]] = asyncio.get_running_loop().create_future()
         with self._lock:
             if len(self._waiting) >= MAX_WAITING:
                 raise OSError("too many lookups are waiting")
             if self._running < self._threads:
-                threading.Thread(target=self._work, name="resolver", daemon=True).start()
+                start_thread(self._work, "resolver")
                 self._running += 1
-            self._waiting.append((name, loop, answer))
+            self._waiting.append((name, answer))
         async with asyncio.timeout(self._timeout):
             return await answer
 
     def _work(self) -> None:
         while (lookup := self._next()) is not None:
-            name, loop, answer = lookup
+            name, answer = lookup
             if answer.done():
                 continue  # nobody waits for it any more
             try:
                 outcome: Sequence[str] | Exception = self._resolve(name)
             except BaseException as error:  # SystemExit too: it would end the thread, and the caller would get no answer
                 outcome = error if isinstance(error, Exception) else RuntimeError(f"the lookup raised {type(error).__name__}")
-            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
-                loop.call_soon_threadsafe(_settle, answer, outcome)
+            settle(answer, outcome)
 
     def _next(self) -> _Lookup | None:
         with self._lock:
@@ -78,12 +78,3 @@ class Resolver:
                 return self._waiting.popleft()
             self._running -= 1
             return None
-
-
-def _settle(answer: asyncio.Future[Sequence[str]], outcome: Sequence[str] | Exception) -> None:
-    if answer.done():
-        return
-    if isinstance(outcome, Exception):
-        answer.set_exception(outcome)
-    else:
-        answer.set_result(outcome)

@@ -11,12 +11,13 @@ import asyncio
 import logging
 import os
 import signal
-import threading
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.lifecycle import (
     STOPS,
     TIDY_TIMEOUT,
@@ -120,7 +121,7 @@ def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
     work.unbind()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_reload_when_told, args=(work,), name="reload", daemon=True).start()
+    start_thread(partial(_reload_when_told, work), "reload")
     totals, registry = Totals(work.registry, board), CollectorRegistry()
     registry.register(totals)
     register_restarts(registry, work.metric_prefix, board)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from prometheus_client import Metric
 
+from fumi_core.runtime.daemon_thread import start_thread
+
 INTERVAL = 5.0
 """Seconds between two samples."""
 SPAN = 900.0
@@ -88,7 +90,7 @@ class History:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        threading.Thread(target=self._watch, name="history", daemon=True).start()
+        start_thread(self._watch, "history")
 
     def _watch(self) -> None:
         while True:

@@ -100,3 +100,15 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("too long\n", "")
+
+
+def test_without_a_thread_a_lookup_fails_with_an_oserror(monkeypatch: Any) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lookups = Resolver(lambda name: [name], timeout=30)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(OSError, match="can't start new thread"):
+            asyncio.run(lookups.lookup("a.example"))
+    assert asyncio.run(lookups.lookup("a.example")) == ["a.example"]

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fumi_core.runtime.daemon_thread import settle, start_thread
+
 T = TypeVar("T")
 
 KEEP_SECONDS = 5 * 86400
@@ -59,7 +61,6 @@ class Remembered(NamedTuple):
 class _Task(NamedTuple):
     job: Callable[[sqlite3.Connection], Any]
     writes: bool
-    loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
 
 
@@ -96,12 +97,10 @@ class ReplyStore:
             thread.join(CLOSE_TIMEOUT)
 
     def _submit(self, job: Callable[[sqlite3.Connection], T], writes: bool) -> asyncio.Future[T]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="replies", daemon=True)
-            self._thread.start()
-        self._tasks.put(_Task(job, writes, loop, future))
+            self._thread = start_thread(self._work, "replies")
+        self._tasks.put(_Task(job, writes, future))
         return future
 
     # Jobs; each future gets the result after the commit, or an OSError
@@ -180,8 +179,7 @@ class ReplyStore:
             _close(connection)
             connection = None
         for task, result in zip(tasks, results, strict=True):
-            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
-                task.loop.call_soon_threadsafe(_settle, task.future, result, failure)
+            settle(task.future, failure or result)
         return connection
 
     def _open(self) -> sqlite3.Connection:
@@ -221,12 +219,3 @@ def _close(connection: sqlite3.Connection | None) -> None:
     if connection is not None:
         with contextlib.suppress(sqlite3.Error):  # the connection is useless now, whatever the error is
             connection.close()
-
-
-def _settle(future: asyncio.Future[Any], result: Any, failure: OSError | None) -> None:
-    if future.done():
-        return
-    if failure is None:
-        future.set_result(result)
-    else:
-        future.set_exception(failure)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.logs import event, failure
-from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.metrics import EdgeMetrics, ReloadResult
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Certificate, date
 from fumi_edge.tls.sources import Stamp
@@ -113,7 +113,7 @@ class Reloader:
             return []
         except Exception as error:
             # Neither a system error nor a programming error must end the checks.
-            self._metrics.certificate_reloads["failed"].inc()
+            self._metrics.certificate_reloads[ReloadResult.FAILED].inc()
             if isinstance(error, OSError):
                 self._complain(logging.ERROR, "reload failed", [str(error)])
             else:
@@ -133,12 +133,12 @@ class Reloader:
                 stamp = await self._stamp()
                 if stamp == self._seen:
                     break
-            results["deferred"].inc()
+            results[ReloadResult.DEFERRED].inc()
             self._seen = stamp
             await asyncio.sleep(self._settle)
             stamp = await self._stamp()
         self._seen = stamp
-        results["failed" if complaints else "ok"].inc()
+        results[ReloadResult.FAILED if complaints else ReloadResult.OK].inc()
         self._complain(logging.WARNING, "certificate not loaded", complaints)
         return complaints
 

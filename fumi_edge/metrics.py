@@ -7,23 +7,59 @@ Series are looked up once. The tunnel counts in plain integers, which ``EdgeMetr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 
 from prometheus_client import CollectorRegistry
 
 from fumi_core.proxy_protocol import TLSInfo
 from fumi_core.runtime.counting import Counter, Gauge, Histogram
-from fumi_edge.tls.handshake import RESULTS
+from fumi_edge.tls.handshake import HandshakeResult
 
-STARTTLS_RESULTS = ("upgraded", "plaintext", "refused", "injection")
-BACKEND_ERRORS = ("refused", "timeout", "unreachable", "resolve", "banner", "other")
-LIMITS = ("max_clients", "max_clients_per_ip", "rate")
-REJECTIONS = (*LIMITS, "untrusted", "proxy_header", "injection", "not_smtp", "errors")
-RELOAD_RESULTS = ("ok", "deferred", "failed")
 TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
 
 _HANDSHAKE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _CONNECT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SESSION_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
+
+
+class StarttlsResult(StrEnum):
+    """What a client of a STARTTLS port did."""
+
+    UPGRADED = "upgraded"
+    PLAINTEXT = "plaintext"
+    REFUSED = "refused"
+    """It got nowhere, for example because it must upgrade."""
+    INJECTION = "injection"
+
+
+class BackendError(StrEnum):
+    """Why a connection to a backend or a health check failed."""
+
+    REFUSED = "refused"
+    TIMEOUT = "timeout"
+    UNREACHABLE = "unreachable"
+    RESOLVE = "resolve"
+    BANNER = "banner"
+    OTHER = "other"
+
+
+class RejectReason(StrEnum):
+    """Why a client was rejected."""
+
+    MAX_CLIENTS = "max_clients"
+    MAX_CLIENTS_PER_IP = "max_clients_per_ip"
+    RATE = "rate"
+    UNTRUSTED = "untrusted"
+    PROXY_HEADER = "proxy_header"
+    INJECTION = "injection"
+    NOT_SMTP = "not_smtp"
+    ERRORS = "errors"
+
+
+class ReloadResult(StrEnum):
+    OK = "ok"
+    DEFERRED = "deferred"
+    FAILED = "failed"
 
 
 class ListenerMetrics:
@@ -34,7 +70,7 @@ class ListenerMetrics:
     def __init__(self, connections: Counter, active: Gauge, handshakes: Counter, name: str) -> None:
         self.connections = connections.labels(name)
         self.active = active.labels(name)
-        self.handshakes = {result: handshakes.labels(name, result) for result in RESULTS}
+        self.handshakes = {result: handshakes.labels(name, result) for result in HandshakeResult}
 
 
 class BackendMetrics:
@@ -44,7 +80,7 @@ class BackendMetrics:
 
     def __init__(self, seconds: Histogram, errors: Counter, up: Gauge, name: str) -> None:
         self.connect_seconds = seconds.labels(name)
-        self.errors = {reason: errors.labels(name, reason) for reason in BACKEND_ERRORS}
+        self.errors = {reason: errors.labels(name, reason) for reason in BackendError}
         self.up = up.labels(name)
 
 
@@ -95,9 +131,9 @@ class EdgeMetrics:
             for tls, cipher in [*ciphers, *((each, "unknown") for each in TLS_VERSIONS)]
             for resumed in (False, True)
         }
-        self.starttls = {result: starttls.labels(result) for result in STARTTLS_RESULTS}
-        self.rejected = {reason: rejected.labels(reason) for reason in REJECTIONS}
-        self.certificate_reloads = {result: reloads.labels(result) for result in RELOAD_RESULTS}
+        self.starttls = {result: starttls.labels(result) for result in StarttlsResult}
+        self.rejected = {reason: rejected.labels(reason) for reason in RejectReason}
+        self.certificate_reloads = {result: reloads.labels(result) for result in ReloadResult}
         self._certificate_names: set[str] = set()
         self._bytes_in, self._bytes_out = moved.labels("in"), moved.labels("out")
 

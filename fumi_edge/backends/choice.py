@@ -16,7 +16,7 @@ from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, t
 from fumi_core.runtime.logs import event
 from fumi_edge.backends.dialing import OURS, Destination, Name, Opening, reason_of, words_of
 from fumi_edge.backends.settings import BackendSettings
-from fumi_edge.metrics import BackendMetrics, EdgeMetrics
+from fumi_edge.metrics import BackendError, BackendMetrics, EdgeMetrics
 
 log = logging.getLogger("fumi.edge.backends")
 
@@ -107,8 +107,8 @@ class Backend:
             self._failed_at = _NEVER
             self._judge()
 
-    def failed(self, now: float, reason: str, detail: object) -> None:
-        """Note a failed attempt to connect. ``reason`` is one of BACKEND_ERRORS."""
+    def failed(self, now: float, reason: BackendError, detail: object) -> None:
+        """Note a failed attempt to connect."""
         self.metrics.errors[reason].inc()
         self._failed_at = now
         self._judge(reason, detail)
@@ -118,17 +118,17 @@ class Backend:
         self._failed_at, self._checked, self._unhealthy = _NEVER, True, False
         self._judge()
 
-    def unhealthy(self, reason: str, detail: object) -> None:
-        """Note that the checks have failed. ``reason`` is one of BACKEND_ERRORS."""
+    def unhealthy(self, reason: BackendError, detail: object) -> None:
+        """Note that the checks have failed."""
         self._checked = self._unhealthy = True
         self._judge(reason, detail)
 
     def undecided(self, detail: str) -> None:
         """Note that a check could not be made because this process or this host lacks resources."""
-        self.metrics.errors["other"].inc()
+        self.metrics.errors[BackendError.OTHER].inc()
         self._problem = detail
 
-    def _judge(self, reason: str = "", detail: object = "") -> None:
+    def _judge(self, reason: BackendError | None = None, detail: object = "") -> None:
         self._problem = str(detail) or self._problem
         up = not self._unhealthy and self._failed_at == _NEVER
         if up is self.up:
@@ -205,7 +205,7 @@ class Backends:
             sock = await backend.destination.connect(loop, self.settings.connect_timeout, opening)
         except OSError as error:
             if error.errno in OURS:
-                backend.metrics.errors["other"].inc()
+                backend.metrics.errors[BackendError.OTHER].inc()
             else:
                 backend.failed(loop.time(), reason_of(error), words_of(error))
             raise

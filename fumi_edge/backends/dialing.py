@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.logs import event
+from fumi_edge.metrics import BackendError
 from fumi_edge.sockets.ending import reset_on_close
 from fumi_edge.sockets.readiness import receive, send_all, writable
 
@@ -259,13 +260,14 @@ def words_of(error: OSError) -> str:
     return error.strerror or str(error) or "timed out"
 
 
-def reason_of(error: OSError) -> str:
-    """An error of connect() as one of BACKEND_ERRORS."""
+def reason_of(error: OSError) -> BackendError:
+    """An error of connect() as a label of the metrics."""
     if isinstance(error, TimeoutError):
-        return "timeout"
+        return BackendError.TIMEOUT
     if isinstance(error, socket.gaierror):
-        return "resolve"
+        return BackendError.RESOLVE
     if isinstance(error, ConnectionRefusedError | FileNotFoundError):
-        return "refused"
+        return BackendError.REFUSED
     # EADDRNOTAVAIL: no local address of that family, or no free local port for this destination.
-    return "unreachable" if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL) else "other"
+    unreachable = error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL)
+    return BackendError.UNREACHABLE if unreachable else BackendError.OTHER

@@ -18,6 +18,7 @@ from fumi_edge.backends.choice import Backend, Backends, own_opening
 from fumi_edge.backends.dialing import CLOSE_SECONDS, OURS, Destination, quit_and_close, reason_of, words_of
 from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
 from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.metrics import BackendError
 from fumi_edge.sockets.readiness import receive, send_all
 
 log = logging.getLogger("fumi.edge.backends")
@@ -154,7 +155,7 @@ class Checks:
                 await health_check(backend.destination, self._settings)
             except BadBanner as error:
                 failures += 1
-                self._failed(backend, failures, "banner", str(error))
+                self._failed(backend, failures, BackendError.BANNER, str(error))
             except OSError as error:
                 detail = words_of(error)
                 if error.errno in OURS:
@@ -170,7 +171,7 @@ class Checks:
                 backend.healthy()
             await asyncio.sleep(self._pause(failures) * random.uniform(1 - JITTER, 1 + JITTER))
 
-    def _failed(self, backend: Backend, failures: int, reason: str, detail: str) -> None:
+    def _failed(self, backend: Backend, failures: int, reason: BackendError, detail: str) -> None:
         backend.metrics.errors[reason].inc()
         if failures >= FALL:
             backend.unhealthy(reason, detail)

@@ -21,6 +21,7 @@ from fumi_core.runtime.counting import Count
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.token_buckets import TokenBuckets
+from fumi_edge.metrics import RejectReason
 
 log = logging.getLogger("fumi.edge.listener")
 
@@ -79,16 +80,16 @@ class Limits:
         if before is not None and before._rate == rate:
             self._buckets = before._buckets
 
-    def enter(self, host: str | None) -> str | None:
+    def enter(self, host: str | None) -> RejectReason | None:
         """Count a new client. Returns None, or the limit that rejects it. ``host`` is None while its address is not known."""
         if self._max_clients is not None and self._connection_count.clients >= self._max_clients:
-            return "max_clients"
+            return RejectReason.MAX_CLIENTS
         reason = None if host is None else self.admit(host)
         if reason is None:
             self._connection_count.client_admitted()
         return reason
 
-    def admit(self, host: str) -> str | None:
+    def admit(self, host: str) -> RejectReason | None:
         """Count a new client for its address. Returns None, or the limit that rejects it."""
         if self._max_clients_per_ip is None and self._buckets is None:
             return None
@@ -96,9 +97,9 @@ class Limits:
         if key is None:
             return None
         if self._max_clients_per_ip is not None and self._clients_of[key] >= self._max_clients_per_ip:
-            return "max_clients_per_ip"
+            return RejectReason.MAX_CLIENTS_PER_IP
         if self._buckets is not None and not self._buckets.take(key):
-            return "rate"
+            return RejectReason.RATE
         if self._max_clients_per_ip is not None:
             self._clients_of[key] += 1
         return None
@@ -129,13 +130,13 @@ class Rejections:
     A line for each client would make a flood of connections a flood of log lines too.
     """
 
-    def __init__(self, counters: Mapping[str, Count]) -> None:
+    def __init__(self, counters: Mapping[RejectReason, Count]) -> None:
         self._counters = counters
-        self._unsaid: Counter[str] = Counter()
+        self._unsaid: Counter[RejectReason] = Counter()
         self._client = ""
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, reason: str, client: str, listener: str) -> None:
+    def add(self, reason: RejectReason, client: str, listener: str) -> None:
         self._counters[reason].inc()
         if self._timer is not None:
             self._unsaid[reason] += 1

@@ -14,7 +14,7 @@ from fumi_core.runtime.addresses import peer_of
 from fumi_edge.backends.dialing import Name
 from fumi_edge.connection.policy import ListenerPolicy
 from fumi_edge.connection.resources import Resources
-from fumi_edge.metrics import LIMITS
+from fumi_edge.metrics import RejectReason
 from fumi_edge.sockets.ending import TOO_MANY_CLIENTS
 
 Serve = Callable[["Listener", socket.socket, Name, Name], None]
@@ -64,15 +64,15 @@ class Listener:
         destination: Name = peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)
         self._serve(self, client, peer if isinstance(name, tuple) else "", destination)
 
-    def _refusal(self, host: str) -> str | None:
+    def _refusal(self, host: str) -> RejectReason | None:
         balancers, limits = self.policy.balancers, self.resources.limits
         if balancers is None:
             return limits.enter(host)
         # The client's address is not known before the header.
-        return limits.enter(None) if host in balancers else "untrusted"
+        return limits.enter(None) if host in balancers else RejectReason.UNTRUSTED
 
-    def _turn_away(self, client: socket.socket, reason: str) -> None:
-        if self.starttls and reason in LIMITS:
+    def _turn_away(self, client: socket.socket, reason: RejectReason) -> None:
+        if self.starttls and reason is not RejectReason.UNTRUSTED:
             with contextlib.suppress(OSError):
                 client.send(TOO_MANY_CLIENTS)
                 # Closing a socket with unread bytes sends RST, which would destroy the 421 on its way.

@@ -7,14 +7,16 @@ import contextlib
 import socket
 
 from fumi_edge.backends.replies import REPLY_LIMIT
+from fumi_edge.connection.ends import End, Ended, NoBanner
 from fumi_edge.connection.starttls import INJECTED, READY, Preamble, Step, Verdict
-from fumi_edge.sockets.ending import SHUTTING_DOWN, TIMED_OUT, Ended, NoBanner
+from fumi_edge.sockets.ending import SHUTTING_DOWN, TIMED_OUT
 from fumi_edge.sockets.readiness import HangupWatch, readable, send_all
 
 CHUNK = 4096
 CONTENT = 64 * 1024
 """The most bytes that are read at once while the client sends content."""
 _NOTHING = Step()
+_ENDS = {Verdict.INJECTION: End.INJECTION, Verdict.NOT_SMTP: End.NOT_SMTP, Verdict.ERRORS: End.ERRORS}
 
 
 class Negotiation:
@@ -50,7 +52,7 @@ class Negotiation:
                         await self._go_ahead()
                         return step
             except TimeoutError:
-                raise Ended("idle_timeout", TIMED_OUT) from None
+                raise Ended(End.IDLE_TIMEOUT, TIMED_OUT) from None
             except asyncio.CancelledError:
                 # The edge stops. A 421 may answer any command, but must not follow the 220 to STARTTLS.
                 if step.verdict is None:
@@ -58,7 +60,7 @@ class Negotiation:
                         self.sent += self._client.send(SHUTTING_DOWN)
                 raise
             if step.verdict is not None:
-                raise Ended(step.verdict.value)
+                raise Ended(_ENDS[step.verdict])
 
     async def _step(self) -> Step:
         preamble = self._preamble
@@ -68,7 +70,7 @@ class Negotiation:
             try:
                 await self._hangup_watch.readable(self._client, self._backend)
             except ConnectionResetError:
-                raise Ended("client_reset") from None
+                raise Ended(End.CLIENT_RESET) from None
             return self._from_backend()
         if preamble.in_content and preamble.held > REPLY_LIMIT:
             await readable(self._loop, self._client.fileno())
@@ -84,12 +86,12 @@ class Negotiation:
         except BlockingIOError:
             return _NOTHING
         except OSError:
-            raise self._backend_ended("backend_reset") from None
+            raise self._backend_ended(End.BACKEND_RESET) from None
         if not data:
-            raise self._backend_ended("backend_closed")
+            raise self._backend_ended(End.BACKEND_CLOSED)
         return self._preamble.backend_said(data)
 
-    def _backend_ended(self, reason: str) -> Exception:
+    def _backend_ended(self, reason: End) -> Exception:
         last = self._preamble.backend_ended()
         # The client is not read before it has got the banner, so another backend can still serve it.
         return Ended(reason, last) if last or self.sent else NoBanner()
@@ -100,9 +102,9 @@ class Negotiation:
         except BlockingIOError:
             return _NOTHING
         except OSError:
-            raise Ended("client_reset") from None
+            raise Ended(End.CLIENT_RESET) from None
         if not data:
-            raise Ended("client_closed")
+            raise Ended(End.CLIENT_CLOSED)
         self.received += len(data)
         return self._preamble.client_said(data)
 
@@ -112,7 +114,7 @@ class Negotiation:
         except TimeoutError:
             raise
         except OSError:
-            raise Ended("client_reset") from None
+            raise Ended(End.CLIENT_RESET) from None
         self.sent += len(reply)
 
     async def _forward(self, command: bytes) -> None:
@@ -132,8 +134,8 @@ class Negotiation:
             await self._say(READY)
             return
         except OSError:
-            raise Ended("client_reset") from None
+            raise Ended(End.CLIENT_RESET) from None
         if not early:
-            raise Ended("client_closed")
+            raise Ended(End.CLIENT_CLOSED)
         await self._say(INJECTED)
-        raise Ended("injection")
+        raise Ended(End.INJECTION)

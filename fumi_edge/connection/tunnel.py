@@ -24,6 +24,7 @@ import enum
 import socket
 import ssl
 
+from fumi_edge.connection.ends import End
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.records import ENDED, WANTS_WRITE, Ending, read_records, write_records
 
@@ -98,6 +99,7 @@ class Tunnel:
         "_moved_at",
         "_reason",
         "_up",
+        "unanswered",
     )
 
     def __init__(
@@ -119,9 +121,11 @@ class Tunnel:
         server = _End(backend)
         self._up = _Flow(self._client, server, upstream)
         self._down = _Flow(server, self._client, downstream)
-        self._done: asyncio.Future[str] = loop.create_future()
-        self._reason = ""
+        self._done: asyncio.Future[End] = loop.create_future()
+        self._reason: End | None = None
         self._expectant = expectant
+        self.unanswered = False
+        """Whether an expectant tunnel has ended because the backend closed without sending any bytes."""
         self._idle_timeout = idle_timeout
         self._deadline: float | None = None
         self._moved, self._moved_at = 0, loop.time()
@@ -136,11 +140,8 @@ class Tunnel:
         """Bytes from the backend for the client so far."""
         return self._down.total
 
-    async def run(self) -> str:
-        """Return why it ended: client_closed backend_closed client_reset backend_reset idle_timeout linger.
-
-        When expectant, also no_banner or, if the client had sent bytes, no_answer.
-        """
+    async def run(self) -> End:
+        """Carry bytes until the tunnel ends. Returns why it ended."""
         ends = (self._client, self._up.sink)
         for end in ends:
             # Replaces the handshake's reader, if it is still registered, without a system call.
@@ -171,13 +172,13 @@ class Tunnel:
                 self._deadline = now + LINGER_SECONDS
         if self._deadline is not None:
             if now >= self._deadline:
-                self._reason = "linger"
+                self._reason = End.LINGER
                 self._finish(self._reason)
         elif now - self._moved_at >= self._idle_timeout:
-            self._reason = "idle_timeout"
+            self._reason = End.IDLE_TIMEOUT
             self._finish(self._reason)
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: End) -> None:
         if not self._done.done():
             self._done.set_result(self._reason or reason)
 
@@ -278,7 +279,7 @@ class Tunnel:
         except OSError as error:
             if flow is self._up and isinstance(error, ConnectionResetError):
                 # The kernel reports a reset once: a later read of this socket would see only the end.
-                self._reason = self._reason or "backend_reset"
+                self._reason = self._reason or End.BACKEND_RESET
             self._sink_failed(flow)
             return len(data)
 
@@ -296,11 +297,11 @@ class Tunnel:
     def _source_ended(self, flow: _Flow) -> None:
         up, down = self._up, self._down
         if self._expectant and flow is down and up.state is _OPEN and not down.total:
-            # A client that has sent bytes cannot be moved to another backend, but can get a 421.
-            self._reason = "no_answer" if up.total else "no_banner"
+            self.unanswered = True
+            self._reason = End.BACKEND_CLOSED
             self._finish(self._reason)
             return
-        self._reason = self._reason or ("client_closed" if flow is self._up else "backend_closed")
+        self._reason = self._reason or (End.CLIENT_CLOSED if flow is self._up else End.BACKEND_CLOSED)
         if flow.state is _DISCARDING:
             flow.state = _CLOSED
             self._closed(flow)
@@ -313,15 +314,15 @@ class Tunnel:
     def _source_failed(self, flow: _Flow) -> None:
         """End the tunnel when the client was reset. After a reset of the backend the client still gets the bytes read so far."""
         if flow is self._up:
-            self._finish("client_reset")
+            self._finish(End.CLIENT_RESET)
             return
-        self._reason = self._reason or "backend_reset"
+        self._reason = self._reason or End.BACKEND_RESET
         self._source_ended(flow)
 
     def _sink_failed(self, flow: _Flow) -> None:
         """When the backend takes no more bytes, discard the client's, but go on sending it the backend's: they may say why."""
         if flow is self._down:
-            self._finish("client_reset")
+            self._finish(End.CLIENT_RESET)
         elif flow.state is _CLOSING:
             flow.state = _CLOSED
             self._closed(flow)
@@ -342,6 +343,7 @@ class Tunnel:
 
     def _closed(self, flow: _Flow) -> None:
         if self._up.state is _CLOSED and self._down.state is _CLOSED:
-            self._finish("closed")
+            assert self._reason is not None  # a source has ended
+            self._finish(self._reason)
         elif flow is self._down:
             self._deadline = self._loop.time() + LINGER_SECONDS

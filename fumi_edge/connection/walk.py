@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import enum
 import logging
-import os
-import secrets
 import socket
 import ssl
 import time
@@ -21,46 +19,52 @@ from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Name, Opening
-from fumi_edge.backends.replies import Replies
+from fumi_edge.connection.ends import End, Ended, NoBanner
+from fumi_edge.connection.ids import unique_id
 from fumi_edge.connection.inbound import HeaderError, receive_client
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.negotiation import Negotiation
+from fumi_edge.connection.second_banner import second_banner
 from fumi_edge.connection.starttls import Preamble, Step, Verdict
 from fumi_edge.connection.tunnel import Tunnel
-from fumi_edge.metrics import LIMITS
-from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, Ended, NoBanner, reset_on_close, take_leave
+from fumi_edge.metrics import BackendError, RejectReason, StarttlsResult
+from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, reset_on_close, take_leave
 from fumi_edge.sockets.readiness import received_since
-from fumi_edge.tls.handshake import HandshakeError, handshake
+from fumi_edge.tls.handshake import HandshakeError, HandshakeResult, handshake
 from fumi_edge.tls.policy import TLSSocket
 
 log = logging.getLogger("fumi.edge")
 
-BANNER = 300.0
-"""Seconds in which a backend must send its banner (RFC 5321 §4.5.3.2.1)."""
-_GONE = ("client_closed", "client_reset", "handshake_timeout", "handshake_reset", "proxy_header", *LIMITS)
+_GONE = (
+    *(End.CLIENT_CLOSED, End.CLIENT_RESET, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET),
+    *(End.PROXY_HEADER, End.MAX_CLIENTS_PER_IP, End.RATE),
+)
 """Ends without a reply after which the connection is closed at once: the client is gone, or must not cost any more time."""
-_SILENCES = ("client_closed", "client_reset", "idle_timeout", "handshake_timeout", "handshake_reset")
+_SILENCES = (End.CLIENT_CLOSED, End.CLIENT_RESET, End.IDLE_TIMEOUT, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET)
 """Ends that, if the client has sent no bytes, mean a check of the port."""
-_BROKEN_OFF = ("client_reset", "idle_timeout", "linger", "shutdown")
+_INCOMPLETE = (End.CLIENT_RESET, End.IDLE_TIMEOUT, End.LINGER, End.SHUTDOWN)
+"""Ends that the backend must see as a reset, because the client has not ended the connection."""
+_REJECTED = {
+    End.INJECTION: RejectReason.INJECTION,
+    End.NOT_SMTP: RejectReason.NOT_SMTP,
+    End.ERRORS: RejectReason.ERRORS,
+}
 
 T = TypeVar("T")
 
-_process = ""
-_numbers = itertools.count(1)
 
+class Role(enum.Enum):
+    """Who is at the other end, as far as it is known."""
 
-def _new_prefix() -> None:
-    global _process
-    _process = secrets.token_hex(5)
-
-
-_new_prefix()
-os.register_at_fork(after_in_child=_new_prefix)
-
-
-def unique_id() -> str:
-    """A short, printable id for a connection, unique over all processes: the UNIQUE_ID TLV, and the id in the logs."""
-    return f"{_process}-{next(_numbers):x}"
+    CLIENT = enum.auto()
+    BALANCER = enum.auto()
+    """The load balancer itself, with its own address in a header: a check, unless it sends bytes or does a handshake."""
+    BALANCER_CHECK = enum.auto()
+    """The load balancer itself, with LOCAL in its header, which the backend gets too."""
+    PORT_CHECK = enum.auto()
+    """A client or a load balancer that has sent no byte."""
+    REJECTED = enum.auto()
+    """A client that a limit rejects, which another line of the log reports."""
 
 
 class Connection:
@@ -72,17 +76,15 @@ class Connection:
         "_client",
         "_counted",
         "_destination",
-        "_level",
-        "_local",
         "_negotiation",
         "_policy",
         "_resources",
         "_resumed",
+        "_role",
         "_source",
         "_tunnel",
         "_undecided",
         "_unique_id",
-        "_unnamed",
         "admitted",
         "backend",
         "detail",
@@ -106,9 +108,7 @@ class Connection:
         self._tunnel: Tunnel | None = None
         self._undecided = listener.starttls
         self._counted = (0, 0)
-        self._level = logging.INFO
-        self._local = False
-        self._unnamed = False
+        self._role = Role.CLIENT
         self._before = 0
         self._resumed = False
         self.id = unique_id()
@@ -123,16 +123,16 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the client, from accept to the line in the log. Raises only CancelledError, when the edge shuts down."""
-        reason = "error"
+        reason = End.ERROR
         try:
             reason = await self._walk()
         except Ended as ended:
             reason = ended.reason
             if ended.reply or reason not in _GONE:
                 self.sent += len(ended.reply)
-                await take_leave(self._client, ended, self._policy.idle_timeout)
+                await take_leave(self._client, ended.reply, self._policy.idle_timeout if ended.when_asked else None)
         except asyncio.CancelledError:
-            reason = "shutdown"
+            reason = End.SHUTDOWN
             raise
         except Exception as error:
             # A programming error ends this connection and no other.
@@ -141,7 +141,7 @@ class Connection:
             self._close(reason)
             self._report(reason)
 
-    async def _walk(self) -> str:
+    async def _walk(self) -> End:
         """Go through all steps. Returns why the connection ended."""
         if self._policy.balancers is not None:
             await self._identify()
@@ -153,7 +153,7 @@ class Connection:
             self._retire()
             await self._handshake()
             return await self._carry(b"", await self._with_backend(self._swallow_banner))
-        self._decide("plaintext")
+        self._decide(StarttlsResult.PLAINTEXT)
         self.received -= len(step.backend)  # the tunnel counts it
         return await self._carry(step.backend, step.client)
 
@@ -164,12 +164,10 @@ class Connection:
         except HeaderError as error:
             self.detail = str(error)
             if error.silent:
-                # The load balancer only checks the port.
-                self._level = logging.DEBUG
-                self._unnamed = True
-                raise Ended("client_closed") from None
-            self._resources.metrics.rejected["proxy_header"].inc()
-            raise Ended("proxy_header") from None
+                self._role = Role.PORT_CHECK
+                raise Ended(End.CLIENT_CLOSED) from None
+            self._resources.metrics.rejected[RejectReason.PROXY_HEADER].inc()
+            raise Ended(End.PROXY_HEADER) from None
         self._before = client.length
         its_own = client.source in (None, self._source)
         self._source = client.source if client.source is not None else self._source
@@ -177,18 +175,15 @@ class Connection:
         if client.unique_id:
             self._unique_id = client.unique_id
             self.id = unique_id_text(client.unique_id)
-        if client.local:
-            self._local = True
-            self._level = logging.DEBUG
         if its_own:
-            # The load balancer's own connection, which version 1 cannot mark as such: there is no client to limit.
-            self._unnamed = True
+            # There is no client to limit. Version 1 of the PROXY protocol has no LOCAL.
+            self._role = Role.BALANCER_CHECK if client.local else Role.BALANCER
             return
         reason = self._resources.limits.admit(self._host())
         if reason is not None:
             self._resources.rejections.add(reason, self._host(), self.listener.name)
-            self._level = logging.DEBUG
-            raise Ended(reason, TOO_MANY_CLIENTS if self.listener.starttls else b"")
+            self._role = Role.REJECTED
+            raise Ended(End(reason), TOO_MANY_CLIENTS if self.listener.starttls else b"")
         self.admitted = self._host()
 
     async def _handshake(self) -> None:
@@ -199,24 +194,24 @@ class Connection:
         except OSError as error:
             # An SSLError means that the client has sent bytes, which are unread.
             if isinstance(error, ssl.SSLError) or self.listener.starttls:
-                metrics.handshakes["reset"].inc()
+                metrics.handshakes[HandshakeResult.RESET].inc()
             else:
-                self._probed()
-            raise Ended("handshake_reset") from None
+                self._role = Role.PORT_CHECK
+            raise Ended(End.HANDSHAKE_RESET) from None
         try:
             self.tls = await handshake(asyncio.get_running_loop(), client, self._policy.handshake_timeout)
         except HandshakeError as error:
-            reason = f"handshake_{error.result}"
+            reason = End(f"handshake_{error.result}")
             self.detail = str(error)
             if reason in _SILENCES and not received_since(client, self._before):
-                self._probed()
+                self._role = Role.PORT_CHECK
             else:
                 metrics.handshakes[error.result].inc()
             raise Ended(reason) from None
         self._resumed = bool(client.session_reused)
         if self.listener.starttls:
-            self._decide("upgraded")
-        metrics.handshakes["ok"].inc()
+            self._decide(StarttlsResult.UPGRADED)
+        metrics.handshakes[HandshakeResult.OK].inc()
         self._resources.metrics.handshake_seconds.observe(time.monotonic() - begun)
         self._resources.metrics.tls_session(self.tls, self._resumed)
 
@@ -228,7 +223,7 @@ class Connection:
             try:
                 return await talk()
             except NoBanner:
-                backend.metrics.errors["banner"].inc()
+                backend.metrics.errors[BackendError.BANNER].inc()
                 silent.append(backend)
                 self._leave_backend()
 
@@ -236,7 +231,7 @@ class Connection:
         """Connect to a backend, if possible to the same as before, with a header that holds all that is known of the client."""
         version = self._resources.backends.settings.proxy_protocol
         opening: Opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
-        if self._local:
+        if self._role is Role.BALANCER_CHECK:
             # A load balancer's own check is passed on to the backend as such.
             opening = own_opening(version)
         try:
@@ -245,7 +240,7 @@ class Connection:
         except NoBackend as error:
             self.detail = str(error)
             upgraded = self.listener.starttls and self.tls is not None
-            raise Ended("no_backend", NO_BACKEND, when_asked=upgraded) from None
+            raise Ended(End.NO_BACKEND, NO_BACKEND, when_asked=upgraded) from None
 
     async def _negotiate(self) -> Step:
         preamble = Preamble(self._policy.require_tls, self._policy.hide_starttls)
@@ -255,14 +250,14 @@ class Connection:
         try:
             return await negotiation.run()
         except Ended as ended:
-            if ended.reason in ("injection", "not_smtp", "errors"):
-                self._resources.metrics.rejected[ended.reason].inc()
-            if ended.reason == "injection":
-                self._decide("injection")
+            if ended.reason in _REJECTED:
+                self._resources.metrics.rejected[_REJECTED[ended.reason]].inc()
+            if ended.reason is End.INJECTION:
+                self._decide(StarttlsResult.INJECTION)
             elif ended.reason in _SILENCES and not negotiation.received and not received_since(self._client, self._before):
-                self._probed()
-            elif ended.reason != "not_smtp" and not preamble.refused:
-                self._decide("plaintext")
+                self._role = Role.PORT_CHECK
+            elif ended.reason is not End.NOT_SMTP and not preamble.refused:
+                self._decide(StarttlsResult.PLAINTEXT)
             if preamble.in_content:
                 # The backend would read a QUIT as a part of the message, and it might complete the message.
                 self._leave_backend()
@@ -273,21 +268,16 @@ class Connection:
             self.received, self.sent = negotiation.received, negotiation.sent
             self._negotiation = None
 
-    def _decide(self, result: str) -> None:
-        """Count the result of a STARTTLS port's client, once. The result of a client that gets nowhere is "refused".
+    def _decide(self, result: StarttlsResult) -> None:
+        """Count the result of a STARTTLS port's client, once.
 
-        A load balancer's check, which never upgrades, is not counted as plaintext or refused.
+        A check is not a client. A load balancer's own connection counts as one if it upgrades, or injects commands.
         """
         if self._undecided:
             self._undecided = False
-            if self._unnamed and result in ("plaintext", "refused"):
-                return
-            self._resources.metrics.starttls[result].inc()
-
-    def _probed(self) -> None:
-        """Treat a connection without a byte from the client as a check of the port: logged at level debug, not as refused."""
-        self._level = logging.DEBUG
-        self._undecided = False
+            without_tls = result in (StarttlsResult.PLAINTEXT, StarttlsResult.REFUSED)
+            if self._role in (Role.CLIENT, Role.REJECTED) or (self._role is not Role.PORT_CHECK and not without_tls):
+                self._resources.metrics.starttls[result].inc()
 
     def _retire(self) -> None:
         """End the backend connection that carried plaintext: the backend gets QUIT, and no SMTP state survives."""
@@ -304,41 +294,22 @@ class Connection:
 
     async def _swallow_banner(self) -> bytes:
         """Read the second banner, which the client must not get. Returns the bytes after it. Raises NoBanner or Ended."""
+        assert self._backend is not None
         assert self.backend is not None
-        replies = Replies()
-        banner: bytes | None = None
-        # A backend that sends no banner in time counts as a refusal too.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(BANNER, self._policy.idle_timeout)):
-                while banner is None and (data := await self._backend_said()):
-                    banner = replies.feed(data)
-                if banner is None and not replies.rest:
-                    raise NoBanner
+        hangup_watch, idle_timeout = self._resources.hangup_watch, self._policy.idle_timeout
+        banner, rest = await second_banner(self._client, self._backend, hangup_watch, idle_timeout)
         if banner is not None and banner.startswith(b"220"):
-            return replies.rest
-        self.backend.metrics.errors["banner"].inc()
+            return rest
+        # A backend that sends no banner in time counts as a refusal too.
+        self.backend.metrics.errors[BackendError.BANNER].inc()
         self._retire()
         self.detail = (banner or b"no banner in time").decode("ascii", "replace").strip()
-        raise Ended("backend_refused", banner or NO_BACKEND, when_asked=True)
+        raise Ended(End.BACKEND_REFUSED, banner or NO_BACKEND, when_asked=True)
 
-    async def _backend_said(self) -> bytes:
-        assert self._backend is not None
-        while True:
-            try:
-                await self._resources.hangup_watch.readable(self._client, self._backend)
-            except ConnectionResetError:
-                raise Ended("client_reset") from None
-            try:
-                return self._backend.recv(4096)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return b""
-
-    async def _carry_from_the_start(self) -> str:
+    async def _carry_from_the_start(self) -> End:
         return await self._carry(b"", b"", expectant=True)
 
-    async def _carry(self, upstream: bytes, downstream: bytes, expectant: bool = False) -> str:
+    async def _carry(self, upstream: bytes, downstream: bytes, expectant: bool = False) -> End:
         assert self._backend is not None
         loop = asyncio.get_running_loop()
         resources = self._resources
@@ -349,11 +320,10 @@ class Connection:
         self._tunnel = tunnel
         try:
             reason = await tunnel.run()
-            if reason == "no_banner":
-                raise NoBanner
-            if reason == "no_answer":
-                raise Ended("backend_closed", NO_BACKEND)
-            return reason
+            if not tunnel.unanswered:
+                return reason
+            # A client that has sent bytes cannot be moved to another backend, but can get a 421.
+            raise Ended(reason, NO_BACKEND) if tunnel.received else NoBanner
         finally:
             self.received += tunnel.received
             self.sent += tunnel.sent
@@ -372,14 +342,14 @@ class Connection:
         self._counted = received, sent
         self._resources.metrics.moved(received - counted[0], sent - counted[1])
 
-    def _close(self, reason: str) -> None:
+    def _close(self, reason: End) -> None:
         # First, so that a client that sees the close can connect again at once.
         self._resources.limits.leave(self.admitted)
         if self._backend is not None:
-            if reason in _BROKEN_OFF:
+            if reason in _INCOMPLETE:
                 reset_on_close(self._backend)
             self._leave_backend()
-        if isinstance(self._client, TLSSocket) and reason in ("idle_timeout", "shutdown"):
+        if isinstance(self._client, TLSSocket) and reason in (End.IDLE_TIMEOUT, End.SHUTDOWN):
             with contextlib.suppress(OSError, ValueError):
                 self._client.unwrap()
         if (fd := self._client.fileno()) >= 0:
@@ -388,25 +358,30 @@ class Connection:
             asyncio.get_running_loop().remove_reader(fd)
         self._client.close()
 
-    def _report(self, reason: str) -> None:
+    def _report(self, reason: End) -> None:
         seconds = time.monotonic() - self.started
         self._count(self.received, self.sent)
         metrics = self._resources.metrics
         metrics.session_seconds.observe(seconds)
-        self._decide("refused")
-        if self._unnamed and self.tls is None and not self.received:
-            self._level = logging.DEBUG  # a load balancer's check
-        if log.isEnabledFor(self._level):
+        self._decide(StarttlsResult.REFUSED)
+        level = self._log_level()
+        if log.isEnabledFor(level):
             tls = self.tls
             # The requested name is logged even if the handshake failed: that is when it is needed most.
             sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
             event(
-                log, self._level, "connection ended",
+                log, level, "connection ended",
                 id=self.id, client_ip=self._host(), client_port=self._port(), listener=self.listener.name,
                 tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
                 backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
                 seconds=round(seconds, 3), reason=reason, error=self.detail,
             )  # fmt: skip
+
+    def _log_level(self) -> int:
+        """Checks, and what another line reports, are logged at level debug."""
+        if self._role is Role.BALANCER:
+            return logging.INFO if self.tls is not None or self.received else logging.DEBUG
+        return logging.INFO if self._role is Role.CLIENT else logging.DEBUG
 
     def _host(self) -> str:
         return "unix" if isinstance(self._source, str) else self._source[0]

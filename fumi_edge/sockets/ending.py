@@ -1,4 +1,4 @@
-"""Ends of a connection outside its tunnel: the reason, the last reply, and a close that does not destroy the reply."""
+"""Ends of a connection outside its tunnel: the last reply, and a close that does not destroy it."""
 
 from __future__ import annotations
 
@@ -22,39 +22,25 @@ TIMED_OUT = b"421 4.4.2 Error: timeout exceeded\r\n"
 _RESET = struct.pack("ii", 1, 0)
 
 
-class Ended(Exception):
-    """Ends the connection. ``reason`` is logged, ``reply`` is the last reply to the client.
-
-    With ``when_asked`` the reply is sent after the client's first command, because the client does not expect one before.
-    """
-
-    def __init__(self, reason: str, reply: bytes = b"", when_asked: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.reply = reply
-        self.when_asked = when_asked
-
-
-class NoBanner(Exception):
-    """The backend closed before its banner, and the client has sent nothing yet: another backend can be tried."""
-
-
 def reset_on_close(sock: socket.socket) -> None:
     """Make close() reset the connection (SO_LINGER 0): the peer sees that it is incomplete, and no TIME_WAIT remains."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
-async def take_leave(sock: socket.socket, ended: Ended, idle_timeout: float) -> None:
-    """Send the last reply, end our side, then read until the client closes: a RST would destroy the reply on its way."""
+async def take_leave(sock: socket.socket, reply: bytes, command_timeout: float | None) -> None:
+    """Send the last reply, end our side, then read until the client closes: a RST would destroy the reply on its way.
+
+    With ``command_timeout`` (seconds), the client's first command is awaited before the reply.
+    """
     loop = asyncio.get_running_loop()
     # The client may be gone, silent or sending invalid TLS: the connection ends anyway.
     with contextlib.suppress(OSError, ValueError):
-        if ended.when_asked:
-            async with asyncio.timeout(idle_timeout):
+        if command_timeout is not None:
+            async with asyncio.timeout(command_timeout):
                 await _first_command(loop, sock)
         async with asyncio.timeout(LAST_WORDS):
-            await send_all(loop, sock, ended.reply)
+            await send_all(loop, sock, reply)
             if isinstance(sock, ssl.SSLSocket):
                 with contextlib.suppress(OSError):
                     sock.unwrap()

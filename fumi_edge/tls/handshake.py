@@ -11,12 +11,12 @@ import contextlib
 import socket
 import ssl
 import time
+from enum import StrEnum
 
 from fumi_core.proxy_protocol import TLSInfo
 from fumi_edge.tls.pem import common_names
 from fumi_edge.tls.policy import TLSSocket
 
-RESULTS = ("ok", "timeout", "protocol", "certificate", "reset")
 HELLO = 4096
 """The maximum number of bytes of a ClientHello that are examined."""
 CN_LIMIT = 1024
@@ -24,10 +24,19 @@ CN_LIMIT = 1024
 _CERTIFICATE_REASONS = ("CERTIFICATE", "UNKNOWN_CA")
 
 
-class HandshakeError(Exception):
-    """A failed handshake: ``result`` is one of RESULTS, the message the error text of OpenSSL or the kernel."""
+class HandshakeResult(StrEnum):
+    OK = "ok"
+    TIMEOUT = "timeout"
+    PROTOCOL = "protocol"
+    CERTIFICATE = "certificate"
+    """A certificate was rejected: the client's by the edge, or the edge's by the client."""
+    RESET = "reset"
 
-    def __init__(self, result: str, detail: str) -> None:
+
+class HandshakeError(Exception):
+    """A failed handshake; the message is the error text of OpenSSL or the kernel."""
+
+    def __init__(self, result: HandshakeResult, detail: str) -> None:
         super().__init__(detail)
         self.result = result
 
@@ -35,12 +44,13 @@ class HandshakeError(Exception):
 def classify(error: OSError) -> HandshakeError:
     """Classify an error: the client disconnected, a certificate was rejected, or the TLS protocol failed."""
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError) or not isinstance(error, ssl.SSLError):
-        return HandshakeError("reset", "the client went away")
+        return HandshakeError(HandshakeResult.RESET, "the client disconnected")
     reason = error.reason or "unknown"
     detail = reason.lower().replace("_", " ")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return HandshakeError("certificate", f"{detail}: {error.verify_message}")
-    return HandshakeError("certificate" if any(part in reason for part in _CERTIFICATE_REASONS) else "protocol", detail)
+        return HandshakeError(HandshakeResult.CERTIFICATE, f"{detail}: {error.verify_message}")
+    of_certificate = any(part in reason for part in _CERTIFICATE_REASONS)
+    return HandshakeError(HandshakeResult.CERTIFICATE if of_certificate else HandshakeResult.PROTOCOL, detail)
 
 
 def server_name(hello: bytes) -> str | None:
@@ -112,7 +122,7 @@ class _Handshake:
 
     def expire(self) -> None:
         if not self.done.done():
-            self.done.set_exception(HandshakeError("timeout", "the client fell silent"))
+            self.done.set_exception(HandshakeError(HandshakeResult.TIMEOUT, "the client sent nothing more in time"))
 
     def abandon(self) -> None:
         self._loop.remove_reader(self._fd)
@@ -159,7 +169,7 @@ def _check_session(sock: TLSSocket) -> None:
     with contextlib.suppress(ValueError):
         facts = sock.getpeercert()
         if facts and ssl.cert_time_to_seconds(str(facts["notAfter"])) < time.time():
-            raise HandshakeError("certificate", "certificate of the resumed session has expired")
+            raise HandshakeError(HandshakeResult.CERTIFICATE, "certificate of the resumed session has expired")
 
 
 def _client_certificate(sock: TLSSocket) -> tuple[bool, str | None]:

@@ -18,6 +18,7 @@ import pytest
 
 import fumi_edge
 from fumi_core.proxy_protocol import ProxyHeader
+from fumi_edge.connection.ends import End
 from fumi_edge.connection.tunnel import LINGER_SECONDS
 from tests.edge.backends import smtp
 from tests.support.waiting import until
@@ -310,7 +311,9 @@ def test_the_end_of_a_connection_is_one_line_that_says_all(scene, reason, provok
 def test_the_readme_explains_every_reason():
     section = (Path(fumi_edge.__file__).with_name("README.md")).read_text().partition("\n## The log\n")[2]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(ENDS)
+    explained = re.findall(r"`(\w+)`", "".join(rows))
+    assert [*explained, End.ERROR] == list(End)  # a bug has a sentence of its own
+    assert sorted(explained) == sorted(ENDS)
 
 
 def test_a_connection_that_is_not_let_in_is_a_line_too(scene):

@@ -1,0 +1,47 @@
+"""Why a connection ended, and the exceptions by which a step of its walk ends it early."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class End(StrEnum):
+    """The ``reason`` of the line ``connection ended``; the README describes each, in this order."""
+
+    BACKEND_CLOSED = "backend_closed"
+    CLIENT_CLOSED = "client_closed"
+    BACKEND_RESET = "backend_reset"
+    CLIENT_RESET = "client_reset"
+    IDLE_TIMEOUT = "idle_timeout"
+    LINGER = "linger"
+    SHUTDOWN = "shutdown"
+    HANDSHAKE_TIMEOUT = "handshake_timeout"
+    HANDSHAKE_PROTOCOL = "handshake_protocol"
+    HANDSHAKE_CERTIFICATE = "handshake_certificate"
+    HANDSHAKE_RESET = "handshake_reset"
+    NO_BACKEND = "no_backend"
+    BACKEND_REFUSED = "backend_refused"
+    INJECTION = "injection"
+    NOT_SMTP = "not_smtp"
+    ERRORS = "errors"
+    PROXY_HEADER = "proxy_header"
+    MAX_CLIENTS_PER_IP = "max_clients_per_ip"
+    RATE = "rate"
+    ERROR = "error"
+
+
+class Ended(Exception):
+    """Ends the connection. ``reply`` is the last reply to the client.
+
+    With ``when_asked`` the reply is sent after the client's first command, because the client does not expect one before.
+    """
+
+    def __init__(self, reason: End, reply: bytes = b"", when_asked: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.reply = reply
+        self.when_asked = when_asked
+
+
+class NoBanner(Exception):
+    """The backend closed before its banner, and the client has sent nothing yet: another backend can be tried."""

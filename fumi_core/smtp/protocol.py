@@ -391,8 +391,9 @@ class Protocol:
         envelope = self.session.envelope
         if not envelope.smtputf8 and not recipient.address.isascii():
             return self._excuse(replies.NEED_SMTPUTF8)
-        if len(envelope.rcpt_to) >= self._options.max_recipients and recipient.address not in (
-            each.address for each in envelope.rcpt_to
+        # In SMTP a repeated recipient takes no place of its own.
+        if len(envelope.rcpt_to) >= self._options.max_recipients and (
+            self._options.lmtp or recipient.address not in (each.address for each in envelope.rcpt_to)
         ):
             return replies.TOO_MANY_RECIPIENTS
         self.pending = event = Rcpt(recipient)

@@ -261,6 +261,9 @@ class Dialogue:
                 done(context, error)
             except Exception as failed:
                 self._fail(failed)
+            if error is not None:
+                # An app may raise one exception again and again, and each time Python makes its traceback longer.
+                BaseException.with_traceback(error, None)
             if self._gone is not None:
                 if not isinstance(context, CloseContext):
                     self._after_gone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -273,6 +274,22 @@ def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
         assert replies[-1] == b"421 4.3.0 Local error, closing connection\r\n"
         connect(server.port).say("NOOP")
     assert "dialogue failed" in caplog.text
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_error_that_an_app_raises_again_and_again_takes_no_more_memory(app: Fumi, connect: Any, late: bool) -> None:
+    refusal = SMTPError("5.1.1 No such user", 550)
+    app.on_rcpt_to(raises(lambda: refusal, late=late))
+    with running(app) as server:
+        client = connect(server.port)
+        client.say("EHLO client.example")
+        client.say("MAIL FROM:<a@b.example>")
+        lengths = []
+        for _ in range(3):
+            assert client.say("RCPT TO:<c@d.example>") == b"550 5.1.1 No such user\r\n"
+            client.say("NOOP")
+            lengths.append(len(traceback.extract_tb(refusal.__traceback__)))
+        assert lengths[0] == lengths[-1]
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)

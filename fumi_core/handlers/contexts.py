@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Sequence
 from email.message import EmailMessage
 from email.policy import SMTP, SMTPUTF8
 from typing import Any, ClassVar, NoReturn
@@ -121,13 +121,17 @@ class DataContext(Context):
     In LMTP each recipient has its own reply: ``reject_recipient()`` rejects the message for one of them.
     """
 
-    __slots__ = ("accepted", "command", "rejected", "stream")
+    __slots__ = ("_recipients", "accepted", "command", "rejected", "stream")
     hook = "on_data"
     default_code = 552
     default_status = "5.7.1"  # the usual one, 5.3.4, means that the message is too large
 
-    def __init__(self, session: Session, stream: MessageStream, command: str = "DATA") -> None:
+    def __init__(
+        self, session: Session, stream: MessageStream, command: str = "DATA", recipients: Sequence[Address] | None = None
+    ) -> None:
+        """``recipients`` are those that get a reply of their own: all of them in LMTP; None in SMTP."""
         super().__init__(session)
+        self._recipients = recipients
         self.stream = stream
         self.command = command
         self.accepted: str | None = None
@@ -163,9 +167,14 @@ class DataContext(Context):
     def reject_recipient(self, address: str, message: str, code: int = 550) -> None:
         """Reject the message for this recipient, in LMTP only.
 
-        Raises ValueError for a code outside 400 to 599, LookupError for an address that is not a recipient.
+        Raises ValueError for a code outside 400 to 599, LookupError for an address that is not a recipient. In SMTP it raises
+        RuntimeError: there one reply is for all recipients, and would accept the message for this one too.
         """
-        if address not in [each.address for each in self.session.envelope.rcpt_to]:
+        if self._recipients is None:
+            raise RuntimeError(
+                "reject_recipient() is for LMTP: in SMTP call ctx.reject(message, code), which is for all recipients"
+            )
+        if address not in [each.address for each in self._recipients]:
             raise LookupError(f"{address!r} is not a recipient of this message")
         self.rejected[address] = SMTPError(message, code)
 

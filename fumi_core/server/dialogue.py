@@ -209,7 +209,9 @@ class Dialogue:
         self._run(phase, context, done)
 
     def _message_start(self, event: MessageStart) -> None:
-        self._message = ArrivingMessage(self.session, MessageStream(self._setup.options.size, self._changed), event.command)
+        options = self._setup.options
+        recipients = self.protocol.recipients if options.lmtp else None
+        self._message = ArrivingMessage(self.session, MessageStream(options.size, self._changed), event.command, recipients)
 
     def _message_data(self, event: MessageData) -> None:
         assert self._message is not None
@@ -331,7 +333,7 @@ class Dialogue:
 
     def _answer_message(self, message: ArrivingMessage) -> None:
         self._message = None
-        answers = self.protocol.settle(message.replies(self._setup.options.lmtp))
+        answers = self.protocol.settle(message.replies())
         best = min([reply.code for reply in answers])
         result = verdict(best)
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from enum import Enum
 
 from fumi_core.handlers.contexts import DataContext
@@ -30,13 +31,17 @@ class Stage(Enum):
 
 
 class ArrivingMessage:
-    """The message of one transaction, and its handlers' result. ``started`` is in seconds, by the monotonic clock."""
+    """The message of one transaction, and its handlers' result. ``started`` is in seconds, by the monotonic clock.
 
-    __slots__ = ("_error", "_rejection", "context", "reception", "stage", "started", "stream")
+    ``recipients`` are those that are each owed a reply, in LMTP; None in SMTP, where there is one reply.
+    """
 
-    def __init__(self, session: Session, stream: MessageStream, command: str) -> None:
+    __slots__ = ("_error", "_recipients", "_rejection", "context", "reception", "stage", "started", "stream")
+
+    def __init__(self, session: Session, stream: MessageStream, command: str, recipients: Sequence[Address] | None) -> None:
         self.stream = stream
-        self.context = DataContext(session, stream, command)
+        self.context = DataContext(session, stream, command, recipients)
+        self._recipients = recipients
         self.started = time.monotonic()
         self.reception = Reception.ARRIVING
         self.stage = Stage.WAITING
@@ -59,12 +64,12 @@ class ArrivingMessage:
             self.fail(error)
         return replies.SIZE_EXCEEDED if self.context.size_exceeded else self._rejection
 
-    def replies(self, lmtp: bool) -> list[Reply]:
+    def replies(self) -> list[Reply]:
         """The replies to the whole message: one or, in LMTP, one for each recipient."""
         common = self.rejection_so_far() or acceptance(self.context)
-        if not lmtp:
+        if self._recipients is None:
             return [common]
-        return [self._reply_for(each, common) for each in self.context.session.envelope.rcpt_to]
+        return [self._reply_for(each, common) for each in self._recipients]
 
     def _reply_for(self, recipient: Address, common: Reply) -> Reply:
         error = self.context.rejected.get(recipient.address) if common.code == 250 else None

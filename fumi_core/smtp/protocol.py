@@ -38,7 +38,7 @@ from fumi_core.smtp.options import Options
 from fumi_core.smtp.replies import Reply, verdict
 from fumi_core.smtp.results import AuthResult, MessageResult
 from fumi_core.smtp.sasl import Credentials
-from fumi_core.smtp.session import Envelope, Session
+from fumi_core.smtp.session import Address, Envelope, Session
 from fumi_core.smtp.states import ALWAYS, BEFORE_MAIL, ORDER, State
 from fumi_core.smtp.tally import Tally
 
@@ -85,6 +85,8 @@ class Protocol:
         """Whether the last octets received were an incomplete command."""
         self.last: Reply | None = None
         """The reply that closed the dialogue."""
+        self.recipients: tuple[Address, ...] = ()
+        """In LMTP, the recipients of the message that is arriving: each is owed a reply, whatever an app does to the envelope."""
         self._options = options
         self._greetings = greetings
         self._tally = tally
@@ -526,6 +528,7 @@ class Protocol:
             return replies.NEED_BDAT
         self.state = State.DATA
         self._message_reader.begin()
+        self._note_recipients()
         self._reply(replies.START_DATA)
         return _DATA_START
 
@@ -543,7 +546,14 @@ class Protocol:
             return _CHUNK_DROPPED
         first = self._message_reader.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
         self.state = State.DATA if last else State.CHUNKS
-        return _BDAT_START if first else None
+        if not first:
+            return None
+        self._note_recipients()
+        return _BDAT_START
+
+    def _note_recipients(self) -> None:
+        if self._options.lmtp:
+            self.recipients = tuple(self.session.envelope.rcpt_to)
 
     def _refusals_of_chunk(self, refusal: Reply, last: bool) -> tuple[Reply, ...]:
         """The replies to a chunk without a transaction: one or, for a failed LMTP message's last chunk, one per recipient."""
@@ -565,7 +575,6 @@ class Protocol:
         """The handlers of an aborted message have ended."""
         if event.command is None or event.reply is None:
             return
-        recipients = len(self.session.envelope.rcpt_to)
         error = self._reset(event.command)
         if event.command != "BDAT":
             self._answer(error or event.reply)
@@ -573,7 +582,7 @@ class Protocol:
         # A chunk was rejected and has its reply. The rest of the message in the pipeline gets replies all the same.
         self._excuse(event.reply)
         if self._options.lmtp:
-            self._failed = (event.reply,) * recipients
+            self._failed = (event.reply,) * len(self.recipients)
 
     def _read_message(self) -> Event | None:
         reader = self._message_reader
@@ -583,9 +592,8 @@ class Protocol:
         try:
             text = reader.read()
         except BareNewline:
-            if self._options.lmtp:
-                for _ in self.session.envelope.rcpt_to[1:]:
-                    self._reply(replies.BARE_NEWLINE)
+            for _ in self.recipients[1:]:
+                self._reply(replies.BARE_NEWLINE)
             self.close(replies.BARE_NEWLINE)
             return MessageBroken("bare newline in the message", MessageResult.REJECTED)
         if text:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import smtplib
 from typing import Any
 
+import pytest
+
 from fumi_core import Fumi
 from fumi_core.testing import running
 
@@ -44,3 +46,39 @@ def test_the_standard_library_delivers_by_it() -> None:
         with smtplib.LMTP("127.0.0.1", server.port) as lmtp:
             assert lmtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n") == {}
         assert server.messages[0].session.transmission_type == "LMTP"
+
+
+def test_a_recipient_cannot_be_rejected_alone_in_smtp(connect: Any, caplog: Any) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2)
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        await ctx.stream.read()
+        ctx.reject_recipient("e@d.example", "Mailbox full", 452)
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope("a@b.example", "c@d.example", "e@d.example")
+        client.say("DATA")
+        assert client.say("hi\r\n.") == b"451 4.3.0 Local error in processing\r\n"
+        assert not server.messages
+    assert "reject_recipient() is for LMTP" in caplog.text
+
+
+@pytest.mark.parametrize("change", [list.clear, list.pop, lambda rcpt_to: rcpt_to.append(rcpt_to[0])])
+@pytest.mark.parametrize("ending", ["hi\r\n.", "a bare\nnewline"])
+def test_each_recipient_gets_a_reply_whatever_an_app_does_to_the_envelope(connect: Any, change: Any, ending: str) -> None:
+    app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
+
+    @app.on_data
+    async def data(ctx: Any, next: Any) -> None:
+        change(ctx.session.envelope.rcpt_to)
+
+    with running(app, record=False) as server:
+        client = connect(server.port)
+        for line in ("LHLO x", "MAIL FROM:<>", "RCPT TO:<c@d.example>", "RCPT TO:<e@d.example>", "DATA"):
+            client.say(line)
+        replies = [client.say(f"text\r\n{ending}"), client.reply()]
+        assert replies == [replies[0]] * 2
+        assert replies[0][:3] == (b"250" if ending[-1] == "." else b"550")
+        assert client.say("NOOP")[:3] == (b"250" if ending[-1] == "." else b"")

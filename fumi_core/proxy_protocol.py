@@ -44,8 +44,7 @@ PP2_SUBTYPE_SSL_GROUP = 0x26
 PP2_SUBTYPE_SSL_SIG_SCHEME = 0x27
 PP2_SUBTYPE_SSL_CLIENT_CERT = 0x28
 PP2_TYPE_NETNS = 0x30
-PP2_TYPE_MIN_CUSTOM = 0xE0  # to 0xEF: application-specific, kept raw (0xE0 Google, 0xEA Amazon, 0xEE Azure)
-PP2_TYPE_MAX_CUSTOM = 0xEF
+# 0xE0 to 0xEF are application-specific, and kept raw: 0xE0 is Google's, 0xEA Amazon's, 0xEE Azure's.
 
 PP2_CLIENT_SSL = 0x01
 PP2_CLIENT_CERT_CONN = 0x02

@@ -493,12 +493,13 @@ class Protocol:
 
     # XCLIENT and XFORWARD
 
-    def _xclient(self, argument: bytes) -> Event | Reply:
-        if not self._options.use_xclient:
+    def _attributes(self, enabled: bool, command: str, argument: bytes) -> xclient.Attributes | Reply:
+        if not enabled:
             return replies.NOT_IMPLEMENTED
-        if not self._trusted:
-            return replies.NOT_AUTHORIZED
-        attributes = xclient.read("XCLIENT", xclient.XCLIENT, argument)
+        return xclient.read(command, argument) if self._trusted else replies.NOT_AUTHORIZED
+
+    def _xclient(self, argument: bytes) -> Event | Reply:
+        attributes = self._attributes(self._options.use_xclient, "XCLIENT", argument)
         if isinstance(attributes, Reply):
             return attributes
         introduced = xclient.impersonate(self.session, attributes)
@@ -509,11 +510,7 @@ class Protocol:
         return event
 
     def _xforward(self, argument: bytes) -> Reply:
-        if not self._options.use_xforward:
-            return replies.NOT_IMPLEMENTED
-        if not self._trusted:
-            return replies.NOT_AUTHORIZED
-        attributes = xclient.read("XFORWARD", xclient.XFORWARD, argument)
+        attributes = self._attributes(self._options.use_xforward, "XFORWARD", argument)
         if isinstance(attributes, Reply):
             return attributes
         self.session.xforward = {**self.session.xforward, **attributes}

@@ -58,9 +58,12 @@ XCLIENT: dict[str, _Check] = {**_COMMON, "LOGIN": _is_text, "DESTADDR": _is_addr
 XFORWARD: dict[str, _Check] = {**_COMMON, "IDENT": _is_text, "SOURCE": _is_source}
 
 
-def read(command: str, known: dict[str, _Check], argument: bytes) -> Attributes | Reply:
+_KNOWN = {"XCLIENT": XCLIENT, "XFORWARD": XFORWARD}
+
+
+def read(command: str, argument: bytes) -> Attributes | Reply:
     """Parse the arguments of the command; returns the attributes or the rejection."""
-    words = argument.split()
+    words, known = argument.split(), _KNOWN[command]
     if not words:
         return Reply(501, f"Syntax: {command} attribute=value...", "5.5.4")
     attributes: Attributes = {}

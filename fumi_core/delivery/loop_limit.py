@@ -50,7 +50,7 @@ def loop_limit(app: Fumi) -> None:
         def look(piece: bytes) -> None:
             hops.feed(piece)
             if hops.count > MAX_HOPS:
-                ctx.stream.refuse(SMTPError("5.4.6 Too many hops", 554))
+                ctx.stream.refuse(SMTPError("5.4.6 Error: too many hops", 554))
 
         ctx.stream.tap(look)
         return next()

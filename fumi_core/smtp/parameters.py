@@ -66,8 +66,11 @@ def read_rcpt(given: Mapping[str, Value], options: Options, withheld: frozenset[
     for keyword, value in given.items():
         if keyword not in ("NOTIFY", "ORCPT") or options.hide_dsn or "DSN" in withheld:
             return replies.UNSUPPORTED_PARAMETER
-        if value is True or not (_is_notify(str(value)) if keyword == "NOTIFY" else _is_orcpt(str(value))):
-            return replies.BAD_PARAMETER
+        if keyword == "NOTIFY":
+            if value is True or not _is_notify(str(value)):
+                return replies.BAD_NOTIFY
+        elif value is True or not _is_orcpt(str(value)):
+            return replies.BAD_ORCPT
     return None
 
 
@@ -143,7 +146,7 @@ def _ret(envelope: Envelope, value: Value, session: Session, options: Options) -
     if options.hide_dsn:
         return replies.UNSUPPORTED_PARAMETER
     if value is True or str(value).upper() not in ("FULL", "HDRS"):
-        return replies.BAD_PARAMETER
+        return replies.BAD_RET
     envelope.dsn = envelope.dsn._replace(ret=str(value).upper())
     return None
 
@@ -154,7 +157,7 @@ def _envid(envelope: Envelope, value: Value, session: Session, options: Options)
         return replies.UNSUPPORTED_PARAMETER
     text = None if value is True or len(str(value)) > 100 else read_xtext(str(value))
     if text is None or not text.isascii():
-        return replies.BAD_PARAMETER
+        return replies.BAD_ENVID
     envelope.dsn = envelope.dsn._replace(envid=text)
     return None
 

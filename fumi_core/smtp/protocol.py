@@ -403,7 +403,7 @@ class Protocol:
 
     def _rset(self, argument: bytes) -> Event | Reply:
         if argument:
-            return replies.SYNTAX_NO_ARGUMENT
+            return replies.SYNTAX_RSET
         return self._end_transaction("RSET", replies.OK) if self.state is not State.START else replies.OK
 
     def _noop(self, argument: bytes) -> Reply:
@@ -425,7 +425,7 @@ class Protocol:
 
     def _quit(self, argument: bytes) -> Reply:
         if argument:
-            return replies.SYNTAX_NO_ARGUMENT
+            return replies.SYNTAX_QUIT
         return replies.BYE
 
     # AUTH (RFC 4954)
@@ -520,7 +520,7 @@ class Protocol:
 
     def _data(self, argument: bytes) -> Event | Reply:
         if argument:
-            return replies.SYNTAX_NO_ARGUMENT
+            return replies.SYNTAX_DATA
         if self.session.envelope.body == "BINARYMIME":
             return replies.NEED_BDAT
         self.state = State.DATA

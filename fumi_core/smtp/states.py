@@ -21,14 +21,22 @@ class State(Enum):
 
 
 # The reply to a verb that comes in the wrong state; in every other state it is allowed.
-_CHUNKED = {State.CHUNKS: replies.IN_CHUNKS}
 BEFORE_MAIL = {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, State.MAIL: replies.NEED_RCPT}
-_IN_TRANSACTION = {State.MAIL: replies.IN_TRANSACTION, State.RCPT: replies.IN_TRANSACTION, **_CHUNKED}
+_IN_TRANSACTION = dict.fromkeys([State.MAIL, State.RCPT, State.CHUNKS], replies.IN_TRANSACTION)
 ORDER: dict[bytes, dict[State, Reply]] = {
     b"AUTH": {State.START: replies.HELO_FIRST, **_IN_TRANSACTION},
-    b"MAIL": {State.START: replies.HELO_FIRST, State.MAIL: replies.NESTED_MAIL, State.RCPT: replies.NESTED_MAIL, **_CHUNKED},
-    b"RCPT": {State.START: replies.HELO_FIRST, State.READY: replies.NEED_MAIL, **_CHUNKED},
-    b"DATA": {**BEFORE_MAIL, **_CHUNKED},
+    b"MAIL": {
+        State.START: replies.HELO_FIRST,
+        State.MAIL: replies.NESTED_MAIL,
+        State.RCPT: replies.NESTED_MAIL,
+        State.CHUNKS: replies.MAIL_AFTER_BDAT,
+    },
+    b"RCPT": {
+        State.START: replies.HELO_FIRST,
+        State.READY: replies.NEED_MAIL,
+        State.CHUNKS: replies.RCPT_AFTER_BDAT,
+    },
+    b"DATA": {**BEFORE_MAIL, State.CHUNKS: replies.DATA_AFTER_BDAT},
     b"XCLIENT": _IN_TRANSACTION,
     b"XFORWARD": _IN_TRANSACTION,
 }

@@ -73,13 +73,13 @@ def read(command: str, argument: bytes) -> Attributes | Reply:
         if not equals:
             return Reply(501, "Error: attribute=value expected", "5.5.4")
         if name not in known:
-            return Reply(501, "Error: bad attribute name", "5.5.4")
+            return Reply(501, f"Bad {command} attribute name", "5.5.4")
         if coded.upper() in _UNAVAILABLE:
             attributes[name] = None
             continue
         value = read_xtext(coded)
         if value is None or not known[name](value):
-            return Reply(501, f"Error: bad {name} syntax", "5.5.4")
+            return Reply(501, f"Bad {name} syntax", "5.5.4")
         attributes[name] = _without_tag(value) if known[name] is _is_address else value
     return attributes
 

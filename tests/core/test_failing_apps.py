@@ -111,7 +111,7 @@ def test_exits_while_connecting_and_closing_end_one_connection_each(
     app.on_close(raises(ERRORS["exit"]))
     with running(app) as server, caplog.at_level(logging.INFO):
         client = connect(server.port)
-        assert client.banner == b"421 4.3.0 Local error, closing connection\r\n"
+        assert client.banner == b"421 4.3.0 Server local error\r\n"
         assert client.reply() == b""
         client.close()
         eventually(lambda: "hook=on_close" in caplog.text and "session ended" in caplog.text)
@@ -271,7 +271,7 @@ def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
         replies = []
         while reply := client.reply():
             replies.append(reply)
-        assert replies[-1] == b"421 4.3.0 Local error, closing connection\r\n"
+        assert replies[-1] == b"421 4.3.0 Server local error\r\n"
         connect(server.port).say("NOOP")
     assert "dialogue failed" in caplog.text
 

@@ -12,7 +12,7 @@ from fumi_core.program import builtin
 from fumi_core.testing import running
 
 FIELD = b"Received: from a.example\r\n\tby b.example; now\r\n"
-TOO_MANY = b"554 5.4.6 Too many hops\r\n"
+TOO_MANY = b"554 5.4.6 Error: too many hops\r\n"
 
 
 def deliver(target: str, text: bytes, connect: Any, **options: Any) -> bytes:

@@ -102,7 +102,7 @@ def test_a_message_over_the_size_leaves_nothing(box: Path, connect: Any) -> None
         client = connect(server.port)
         client.envelope()
         client.say("DATA")
-        assert client.say((b"x" * 70 + b"\r\n") * 5000 + b".") == b"552 5.3.4 Error: message too large\r\n"
+        assert client.say((b"x" * 70 + b"\r\n") * 5000 + b".") == b"552 5.3.4 Error: message file too big\r\n"
         assert list((box / "tmp").iterdir()) == []
     assert stored(box) == []
 

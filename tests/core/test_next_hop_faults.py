@@ -275,7 +275,7 @@ def test_a_message_that_breaks_off_here_breaks_off_there(
     elif how == "bare newline":
         assert client.say(b"x\n.").startswith(b"550 5.6.11 ")
     else:
-        assert client.say((b"x" * 70 + b"\r\n") * 20_000 + b".") == b"552 5.3.4 Error: message too large\r\n"
+        assert client.say((b"x" * 70 + b"\r\n") * 20_000 + b".") == b"552 5.3.4 Error: message file too big\r\n"
     eventually(lambda: hop.open == 0)
     assert hop.messages == []
     assert len(hop.broken) == 1

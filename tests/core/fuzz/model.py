@@ -23,7 +23,7 @@ FOREIGN = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT|TRACE|
 BINARY = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")
 BEGINNING = 16
 TOO_MANY = b"too many errors"
-TOO_LARGE = b"message too large"
+TOO_LARGE = b"message file too big"
 # What follows from an earlier refusal in a pipeline.
 NEED = (b"need MAIL command", b"need RCPT command")
 

@@ -120,7 +120,7 @@ class NextHopConnection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(lost(f"it closed the connection: {exc}" if exc else "it closed the connection"))
+        self._fail(lost(f"connection lost: {exc}" if exc else "connection closed"))
 
     def pause_writing(self) -> None:
         self._blocked = True
@@ -135,7 +135,7 @@ class NextHopConnection(asyncio.Protocol):
         """Read the banner and send LHLO, or EHLO and, if that is rejected, HELO. Raises Failure."""
         banner = await self.receive_reply(MAIL_TIMEOUT)
         if banner.code != 220:
-            raise unreachable(f"it greeted with {banner}")
+            raise unreachable(f"unexpected banner: {banner}")
         hello = b"LHLO" if protocol == "lmtp" else b"EHLO"
         reply = await self.send_command(b"%b %b" % (hello, name.encode()), MAIL_TIMEOUT)
         if reply.positive:
@@ -143,7 +143,7 @@ class NextHopConnection(asyncio.Protocol):
         elif protocol == "smtp" and reply.code >= 500:
             reply = await self.send_command(b"HELO %b" % name.encode(), MAIL_TIMEOUT)
         if not reply.positive:
-            raise unreachable(f"it replied to the greeting with {reply}")
+            raise unreachable(f"unexpected reply to EHLO: {reply}")
 
     async def send_command(self, line: bytes, seconds: float, good: int = 2) -> ReceivedReply:
         """Send a command, given without its CRLF, and return its reply. Raises Failure."""
@@ -218,12 +218,12 @@ class NextHopConnection(asyncio.Protocol):
         """Send QUIT and close; the reply is not needed."""
         if self.usable:
             self._transport.write(b"QUIT\r\n")
-            self._failure = lost("the connection was closed")
+            self._failure = lost("connection closed")
             self._transport.close()
 
     def abort(self) -> None:
         """Abort the connection: a transaction in progress must not be completed."""
-        self._fail(lost("the connection was aborted"))
+        self._fail(lost("connection aborted"))
 
     def _fail(self, failure: Failure) -> None:
         if self._failure is None:

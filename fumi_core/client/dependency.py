@@ -25,7 +25,7 @@ def dependency_problem(address: SocketAddress) -> str | None:
         return error.strerror or str(error)
     except Malformed as error:
         return str(error)
-    return None if banner.code == 220 else f"it greets with {banner}"
+    return None if banner.code == 220 else f"unexpected banner: {banner}"
 
 
 def _connect(address: SocketAddress) -> socket.socket:
@@ -50,6 +50,6 @@ def _banner(sock: socket.socket, deadline: float) -> ReceivedReply:
         sock.settimeout(left)
         data = sock.recv(4096)
         if not data:
-            raise ConnectionResetError("it closed the connection")
+            raise ConnectionResetError("connection closed without a banner")
         for reply in reader.feed(data):
             return reply

@@ -17,7 +17,7 @@ def allowlist(cidrs: Iterable[str]) -> Callable[[Fumi], None]:
     """
     given = arguments.texts("allowlist", cidrs, "192.0.2.0/24")
     if not given:
-        raise ValueError("allowlist([]) would turn everybody away: write the networks that may connect")
+        raise ValueError("allowlist([]) would reject every client: write the networks that may connect")
     allowed = arguments.networks("allowlist", given)
 
     async def check(ctx: ConnectContext, next: Next) -> None:

@@ -131,9 +131,9 @@ def _means_listed(answers: Iterable[str]) -> bool:
     if any(each in _LISTED and each not in _ERROR for each in found):
         return True
     if found and found[0] in _ERROR:
-        raise ErrorCode(f"it answers {found[0]}, which is an error code")
+        raise ErrorCode(f"error code {found[0]}")
     if found:
-        raise ValueError(f"it answers {found[0]}, which no blocklist does")
+        raise ValueError(f"{found[0]} is not an answer of a blocklist")
     return False
 
 
@@ -154,7 +154,7 @@ def _reversed(address: IPv4Address | IPv6Address) -> str:
 def _zones(given: Iterable[str]) -> list[str]:
     zones = [zone.removesuffix(".").lower() for zone in arguments.texts("dnsbl", given, "zen.spamhaus.org")]
     if not zones:
-        raise ValueError("dnsbl([]) would ask nobody: write the zones, as in 'zen.spamhaus.org'")
+        raise ValueError("dnsbl([]) has no effect: write the zones, as in 'zen.spamhaus.org'")
     for zone in zones:
         if not _ZONE.fullmatch(zone) or len(zone) > _MAX_ZONE:
             raise ValueError(f"dnsbl: {zone!r} is not a zone: write its domain, as in 'zen.spamhaus.org'")

@@ -92,7 +92,7 @@ def parse(hashed: str) -> Hash:
     cost = Cost(*(int(found[number]) for number in (1, 2, 3)))
     # RFC 7914 §6: N is more than 1 and less than 2 to the power of 128·r/8.
     if not (0 < cost.log_n < 16 * cost.r and cost.p):
-        raise ValueError("its cost is none that scrypt has")
+        raise ValueError("its cost is not valid for scrypt")
     if 128 * cost.r << cost.log_n > MAX_MEMORY or cost.r * cost.p << cost.log_n > MAX_WORK:
         raise ValueError(f"its cost is too high: at most {MAX_MEMORY >> 20} MiB, and N*r*p at most {MAX_WORK}")
     try:
@@ -100,7 +100,7 @@ def parse(hashed: str) -> Hash:
     except binascii.Error:
         raise ValueError("its salt or hash is not base64") from None
     if len(digest) != _LENGTH:
-        raise ValueError(f"the hash has {len(digest)} octets instead of {_LENGTH}: is the line whole?")
+        raise ValueError(f"the hash has {len(digest)} bytes instead of {_LENGTH}: is the line complete?")
     return Hash(cost, salt, digest)
 
 

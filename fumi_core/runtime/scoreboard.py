@@ -127,7 +127,7 @@ class Slot:
     def write(self, report: bytes) -> None:
         """Store a report. Raises ValueError for a report of more than REPORT_BYTES bytes."""
         if len(report) > REPORT_BYTES:
-            raise ValueError(f"a report of {len(report)} octets")
+            raise ValueError(f"a report of {len(report)} bytes")
         number = self._board.reports[self._number] + 1
         place = self._place(number)
         self._board.memory[place * REPORT_BYTES : place * REPORT_BYTES + len(report)] = report

@@ -166,7 +166,7 @@ SECONDS = SecondsType(min=0.001)
 SECONDS_OR_NONE = SecondsType(min=0)
 MODE = ModeType()
 COUNT = CountType("a whole number", 100, min=1)
-OCTETS = CountType("a number of octets", 25_000_000, min=1)
+OCTETS = CountType("a number of bytes", 25_000_000, min=1)
 WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 
 
@@ -359,7 +359,7 @@ def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
         # For example min-tls = 1.3.
         good, wanted = isinstance(value, str) or str(value) in param.type.choices, "text, in quotes"
     else:
-        good, wanted = isinstance(value, str), "text, in quotes, or a list of texts" if many else "text, in quotes"
+        good, wanted = isinstance(value, str), "text, in quotes, or a list of strings" if many else "text, in quotes"
     if not good or (isinstance(value, int) and abs(value) >= _TOO_LARGE):
         raise click.BadParameter(f"write {wanted}")
 

@@ -147,7 +147,7 @@ class Dialogue:
         """The client has disconnected: stop the handlers, run those of the close phase, then call ``closed``."""
         self.protocol.abandon()
         self._auth_ended(self.protocol.break_off_exchange())
-        self._abort_message("client went away")
+        self._abort_message("client disconnected")
         self._gone = closed  # from now on, the end of a running handler leads to the close phase
         if self._running is None:
             self._after_gone()

@@ -564,7 +564,7 @@ class Protocol:
     def _end_transaction(self, command: str, reply: Reply) -> Event | Reply:
         """Reset, then reply. A message that is arriving in chunks is aborted first, and its handlers end."""
         if self.state is State.CHUNKS:
-            self.pending = event = MessageBroken("the client gave it up", MessageResult.ABORTED, command, reply)
+            self.pending = event = MessageBroken("client aborted the transaction", MessageResult.ABORTED, command, reply)
             return event
         return self._reset(command) or reply
 

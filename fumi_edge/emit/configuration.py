@@ -36,14 +36,16 @@ def configuration(program: str, context: click.Context) -> str:
         if value is not False and context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     if "dev_mode" in given:
-        raise SettingError("--emit: name a certificate and a backend; those of --dev end with it")
+        raise SettingError("--emit: name a certificate and a backend; those of --dev are temporary")
     if named := [flag for flag, value in flags.items() if any("\n" in str(each) for each in _each(value))]:
-        raise SettingError(f"--emit: --{named[0].replace('_', '-')} has a line end in it, which no configuration file can hold")
+        raise SettingError(
+            f"--emit: --{named[0].replace('_', '-')} contains a line end, which a configuration file cannot express"
+        )
     listeners = tuple(flags.get("listen") or ()) or (() if flags.get("starttls_listen") else (parse_address(":465"),))
     name, sign, write = _PROGRAMS[program]
     if not listeners:
         raise SettingError(
-            f"--emit {program}: STARTTLS is for fumi-edge alone; name a --listen for implicit TLS, or see haproxy/layer4.cfg"
+            f"--emit {program}: only fumi-edge supports STARTTLS; name a --listen for implicit TLS, or see haproxy/layer4.cfg"
         )
     _refuse_what_no_edge_would_take(flags)
     notes, body = write(flags, given, listeners, _pairs(flags))
@@ -61,7 +63,7 @@ def _refuse_what_no_edge_would_take(flags: Flags) -> None:
         raise SettingError(f"--ciphers: {error}") from None
     for address in flags.get("backend") or ():
         if not is_destination(address):
-            raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
+            raise SettingError(f"{address} is not a backend: write HOST:PORT or unix:/path")
 
 
 def _pairs(flags: Flags) -> list[Pair]:

@@ -44,7 +44,7 @@ _CARRIES = {
 _REASONS = {
     "require_tls": "applies to STARTTLS listeners only.",
     "hide_starttls": "applies to STARTTLS listeners only.",
-    "cert_reload_interval": "certificates are read again on a reload only (SIGUSR2 with -W).",
+    "cert_reload_interval": "certificates are reloaded only on SIGUSR2, with -W.",
     "log_format": "write your own log-format.",
 }
 
@@ -57,7 +57,7 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
     unfit = of_kind(listeners, "fd")
     listeners = [each for each in listeners if each not in unfit]
     if not listeners:
-        raise SettingError(f"--emit haproxy: nobody hands {unfit[0]} to HAProxy; name HOST:PORT or unix:/path")
+        raise SettingError(f"--emit haproxy: HAProxy is started without the descriptor {unfit[0]}; name HOST:PORT or unix:/path")
     if flags.get("metrics") and of_kind([flags["metrics"]], "fd"):
         unfit.append(flags["metrics"])
         flags = {**flags, "metrics": None}

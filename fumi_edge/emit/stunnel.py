@@ -21,8 +21,8 @@ _REASONS = {
     "trusted_proxy": "see --accept-proxy.",
     "alpn": "stunnel does not negotiate ALPN.",
     "max_clients": "the limit is half of ulimit -n.",
-    "max_clients_per_ip": "stunnel has no limits by client address; a packet filter has.",
-    "rate_per_ip": "stunnel has no limits by client address; a packet filter has.",
+    "max_clients_per_ip": "stunnel has no limits by client address; use a packet filter.",
+    "rate_per_ip": "stunnel has no limits by client address; use a packet filter.",
     "health_timeout": "see --health-interval.",
     "health_interval": "stunnel has no health checks; it finds that a core is down when it connects a client.",
     "metrics": "stunnel has no metrics.",
@@ -30,7 +30,7 @@ _REASONS = {
     "drain_timeout": "SIGTERM ends all sessions at once.",
     "require_tls": "applies to STARTTLS listeners only.",
     "hide_starttls": "applies to STARTTLS listeners only.",
-    "cert_reload_interval": "certificates are read again on a reload only (SIGHUP).",
+    "cert_reload_interval": "certificates are reloaded only on SIGHUP.",
     "log_format": "stunnel has its own format.",
 }
 
@@ -40,7 +40,7 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
     proxying = flags.get("proxy_protocol", "v2") != "off"
     unfit = of_kind(listeners, "fd", *(["unix"] if proxying else []))
     if len(unfit) == len(listeners):
-        raise SettingError(f"--emit stunnel: {unfit[0]} is no listener for stunnel with a PROXY header; name HOST:PORT")
+        raise SettingError(f"--emit stunnel: {unfit[0]} cannot be a listener of stunnel with a PROXY header; name HOST:PORT")
     general, service = stunnel_template()
     body = _set(general, _general_settings(flags))
     for number, address in enumerate((each for each in listeners if each not in unfit), 1):
@@ -56,7 +56,7 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
             " and no id. Start the core with --assume-tls, and make sure that only stunnel can reach its port."
         )
     if len(flags.get("backend") or ()) > 1 and flags.get("balance", "leastconn") == "leastconn":
-        notes.append("--balance leastconn: stunnel uses the cores in turn.")
+        notes.append("--balance leastconn: stunnel balances round robin.")
     notes += [
         f"--cert {label(cert)}: left out. Add a service for each name, with sni = smtps:NAME and cert = {label(cert)}."
         for cert, _ in pairs[1:]

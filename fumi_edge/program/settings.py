@@ -110,7 +110,7 @@ def _backends(flags: Flags) -> BackendSettings:
         raise SettingError("no backend: name one with --backend, for example --backend 127.0.0.1:2525")
     for address in flags["backend"]:
         if not is_destination(address):
-            raise SettingError(f"{address} is no backend: write HOST:PORT or unix:/path")
+            raise SettingError(f"{address} is not a backend: write HOST:PORT or unix:/path")
     return BackendSettings(
         destinations=tuple(Remote(address) for address in dict.fromkeys(flags["backend"])),
         proxy_protocol=flags["proxy_protocol"],

@@ -86,7 +86,7 @@ def test_an_address_that_is_not_public_is_not_asked_about(banner: Any, address: 
     [
         ("127.255.255.254", "error code"),
         ("127.255.255.252 127.255.255.255", "error code"),
-        ("203.0.113.9", "no blocklist"),
+        ("203.0.113.9", "not an answer of a blocklist"),
         ("nonsense", "nonsense"),
         (OSError("the resolver is ill"), "the resolver is ill"),
     ],

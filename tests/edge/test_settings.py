@@ -75,7 +75,7 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certi
             (("--cert", str(tmp_path / "none"), "--backend", "127.0.0.1:9"), "cannot read the certificate"),
             ((*flags, "--cert", str(cert)), "2 --cert but 1 --key"),
             ((*flags, "--backend", "nonsense"), "is not an address"),
-            ((*flags, "--backend", "127.0.0.1:0"), "is no backend"),
+            ((*flags, "--backend", "127.0.0.1:0"), "is not a backend"),
             (
                 (*flags, "--listen", f"127.0.0.1:{port}"),
                 f"--listen 127.0.0.1:{port}: Address already in use (another",

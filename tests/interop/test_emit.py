@@ -331,11 +331,11 @@ def test_what_the_other_program_cannot_do_is_said_at_the_top(program: str, emit:
 BAD = {
     "starttls alone": (["--starttls-listen", ":587"], "name a --listen for implicit TLS"),
     "dev": (["--dev"], "name a certificate and a backend"),
-    "a line end": (["--cert", "a\nuser = root", "--backend", ":2525"], "--cert has a line end in it"),
+    "a line end": (["--cert", "a\nuser = root", "--backend", ":2525"], "--cert contains a line end"),
     "keys": (["--cert", "a.pem", "--key", "a.key", "--key", "b.key"], "a.pem"),
     "ciphers": (["--ciphers", "NOPE"], "--ciphers: 'NOPE' selects no TLS 1.2 cipher"),
     "a descriptor": (["--listen", "fd:smtps"], "name HOST:PORT"),
-    "a backend that is none": (["--backend", "fd:3"], "fd:3 is no backend"),
+    "a backend that is none": (["--backend", "fd:3"], "fd:3 is not a backend"),
     "a program nobody knows": (["--emit", "nginx"], "nginx"),
 }
 

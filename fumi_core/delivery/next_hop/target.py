@@ -53,7 +53,7 @@ class NextHop:
         Raises ValueError for an address that cannot be connected to.
         """
         if address.kind == "fd" or (address.kind == "tcp" and not (address.host and address.port)):
-            raise ValueError(f"{address} is no next hop: write HOST:PORT, [V6]:PORT or unix:/path")
+            raise ValueError(f"{address} is not a next hop: write HOST:PORT, [V6]:PORT or unix:/path")
         self.name: str = protocol
         self.protocol = protocol
         self.address = address

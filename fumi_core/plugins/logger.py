@@ -85,7 +85,7 @@ class _Lines:
         if isinstance(failure, MessageAborted):
             _tell(ctx, "message aborted", **fields, error=failure)
         elif ctx.size_exceeded:
-            _tell(ctx, "message rejected", **fields, code=552, reply="too large")
+            _tell(ctx, "message rejected", **fields, code=552)
         elif failure is not None:
             _tell(ctx, f"message {_verdict(failure)}", **fields, **_refusal(failure))
         else:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core.delivery import maildir
+from fumi_core.delivery import maildir, maildir_files
 from fumi_core.program import builtin
 from fumi_core.testing import running
 
@@ -136,12 +136,12 @@ def test_a_failing_disk_is_a_4yz_and_leaves_nothing(
 def test_the_directories_that_had_to_be_made_are_safe_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost directory is lost mail: each is synced in the one above it."""
     synced: list[Path] = []
-    monkeypatch.setattr(maildir, "_sync_directory", synced.append)
+    monkeypatch.setattr(maildir_files, "_sync_directory", synced.append)
     box = tmp_path / "not" / "there" / "box"
-    maildir.Maildir(box).create()
+    maildir_files.MaildirDirectory(box).create()
     assert set(synced) == {box, *list(box.parents)[:3]}
     synced.clear()
-    maildir.Maildir(box).create()
+    maildir_files.MaildirDirectory(box).create()
     assert set(synced) == {box, box.parent}
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from fumi_core.delivery import maildir
+from fumi_core.delivery import maildir, maildir_files
 from fumi_core.program import builtin
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
 
-LONG_AGO = time.time() - maildir.STALE_SECONDS - 60
+LONG_AGO = time.time() - maildir_files.STALE_SECONDS - 60
 
 
 class Deliveries(Observer):
@@ -152,7 +152,7 @@ def test_a_delivery_that_waits_for_a_thread_when_it_is_cancelled_never_starts(
 def test_a_name_that_exists_is_not_used_again(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     names = iter(["one", "one", "two", "three"])
     with running(build(box)) as server:
-        monkeypatch.setattr(maildir.Maildir, "_unique_name", lambda self: next(names))
+        monkeypatch.setattr(maildir_files.MaildirDirectory, "unique_name", lambda self: next(names))
         (box / folder / "one").write_bytes(b"somebody's")
         reply = deliver(connect(server.port))
     assert reply == b"250 2.0.0 Ok: queued as two\r\n"
@@ -162,7 +162,7 @@ def test_a_name_that_exists_is_not_used_again(box: Path, connect: Any, monkeypat
 
 def test_where_every_name_exists_the_message_is_deferred(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(build(box)) as server:
-        monkeypatch.setattr(maildir.Maildir, "_unique_name", lambda self: "one")
+        monkeypatch.setattr(maildir_files.MaildirDirectory, "unique_name", lambda self: "one")
         client = connect(server.port)
         assert deliver(client, "Subject: first") == b"250 2.0.0 Ok: queued as one\r\n"
         assert deliver(client, "Subject: second") == b"451 4.3.0 Mail store error\r\n"
@@ -193,7 +193,7 @@ def test_without_hard_links_a_message_is_renamed_but_over_nothing(
         raise OSError(number, os.strerror(number))
 
     with running(build(box)) as server:
-        monkeypatch.setattr(maildir.Maildir, "_unique_name", lambda self: next(names))
+        monkeypatch.setattr(maildir_files.MaildirDirectory, "unique_name", lambda self: next(names))
         monkeypatch.setattr("fumi_core.delivery.maildir.os.link", link)
         client = connect(server.port)
         assert deliver(client, "Subject: first") == b"250 2.0.0 Ok: queued as one\r\n"
@@ -257,7 +257,7 @@ def test_directories_that_cannot_be_fsynced_are_one_warning(
     def sync(path: Path) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(maildir, "_sync_directory", sync)
+    monkeypatch.setattr(maildir_files, "_sync_directory", sync)
     with running(build(box)) as server:
         client = connect(server.port)
         assert deliver(client).startswith(b"250")
@@ -274,7 +274,7 @@ def test_a_directory_that_the_disk_does_not_sync_is_an_error_all_the_same(
         def sync(path: Path) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        monkeypatch.setattr(maildir, "_sync_directory", sync)
+        monkeypatch.setattr(maildir_files, "_sync_directory", sync)
         assert deliver(connect(server.port)) == b"451 4.3.0 Mail store error\r\n"
     assert files(box) == []
 

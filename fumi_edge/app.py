@@ -1,23 +1,28 @@
 """``fumi_edge.Fumi``: the app of fumi_core with TLS, all in one process.
 
-It runs the edge in front of the core and is not a second TLS implementation: each client's tunnel ends in a socket pair, and at
-its other end the core reads the same PROXY header as from the program fumi-edge.
+It is the edge and the core in one process, not a second TLS implementation. The edge accepts, applies the limits and does the
+handshake; then the core serves the client on its TLS socket, with the facts that a PROXY header would carry. A client that begins
+in plaintext is served through a socket pair and a PROXY header until it upgrades.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Unpack
 
 from fumi_core import app as core
 from fumi_core.runtime.addresses import Networks
 from fumi_core.runtime.scoreboard import count_of_one_process
+from fumi_core.server.client_facts import ClientFacts, Origin, address_of
 from fumi_core.server.listeners import Server
 from fumi_core.server.setup import DialogueSetup
+from fumi_core.server.transport import Transport, TransportOwner
 from fumi_core.smtp.options import OptionArguments, override
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.connection.direct import DirectClient
 from fumi_edge.connection.limits import ClientLimits
 from fumi_edge.connection.policy import ListenerPolicy
 from fumi_edge.edge import Edge
@@ -92,16 +97,18 @@ class Fumi(core.Fumi):
         self._edge.listen(sock, str(sock.getsockname()), starttls=not self._secure, policy=policy)
 
     def _start_edge(self, certificates: Certificates, server: Server) -> Edge:
+        core = LocalCore(server, starttls=not self._secure)
         edge = Edge(
             EdgeSettings(
                 certificates=tuple(certificates.sources),
                 tls=certificates.policy,
                 cert_reload_interval=0,
-                backends=BackendSettings((LocalCore(server),), health_interval=0),
+                backends=BackendSettings((core,), health_interval=0),
                 limits=ClientLimits(self.options.max_clients),
                 drain_timeout=self.options.close_timeout,
             ),
             certificates,
+            direct=core,
         )
         # Clients are counted once, by the edge.
         edge.begin(self.connection_count)
@@ -121,13 +128,27 @@ class Fumi(core.Fumi):
 
 
 class LocalCore:
-    """The core in this process, as a backend."""
+    """The core in this process: it serves clients over TLS directly, and is the backend of those that begin in plaintext."""
 
     name = "core"
-    descriptors = 2
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, starttls: bool) -> None:
         self._server = server
+        self.buffer = server.buffer
+        self.descriptors = 2 if starttls else 0
+
+    def serve(self, client: DirectClient, transport: Callable[[TransportOwner], Transport]) -> None:
+        facts = ClientFacts(
+            address_of(client.source),
+            address_of(client.destination),
+            secure=True,
+            tls=client.tls,
+            proxy_address=None if client.balancer is None else address_of(client.balancer)[0],
+            id=client.id,
+            origin=Origin.HEALTH_CHECK if client.check else Origin.CLIENT,
+            greeted=client.upgraded,
+        )
+        self._server.serve(facts, transport)
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """Return one end of a socket pair; the core serves the other. It never waits. Raises OSError."""

@@ -22,6 +22,7 @@ from fumi_edge.backends.dialing import Name
 from fumi_edge.backends.health import Checks, dependency_problems
 from fumi_edge.backends.retiring import Retiring
 from fumi_edge.certificate_reload import Reloader
+from fumi_edge.connection.direct import DirectCore
 from fumi_edge.connection.limits import Limits, Rejections
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
@@ -50,8 +51,17 @@ class _Bound(NamedTuple):
 class Edge:
     """A TLS proxy in the running event loop: ``await start()``, ``await close()``."""
 
-    def __init__(self, settings: EdgeSettings, certificates: Certificates, registry: CollectorRegistry | None = None) -> None:
-        """``certificates`` are those of the settings, loaded. ``registry`` gets the metrics."""
+    def __init__(
+        self,
+        settings: EdgeSettings,
+        certificates: Certificates,
+        registry: CollectorRegistry | None = None,
+        direct: DirectCore | None = None,
+    ) -> None:
+        """``certificates`` are those of the settings, loaded. ``registry`` gets the metrics.
+
+        ``direct`` is a core in this process, which serves the clients over TLS; the backends then get the others alone.
+        """
         self.settings = settings
         self.certificates = certificates
         self.listeners: list[Listener] = []
@@ -72,6 +82,7 @@ class Edge:
             buffer=memoryview(bytearray(BUFFER)),
             connection_count=connection_count,
             descriptor_limit=DescriptorLimit(2),
+            direct=direct,
         )
         self._reloader = Reloader(certificates, metrics, settings.cert_reload_interval)
         self._reloads: set[asyncio.Task[list[str]]] = set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from fumi_core.proxy_protocol import ProxyHeader, TLSInfo, unique_id_text
+from fumi_core.proxy_protocol import Endpoint, ProxyHeader, TLSInfo, unique_id_text
 from fumi_core.runtime.addresses import peer_of
 
 
@@ -47,8 +47,8 @@ def from_header(header: ProxyHeader, connection: ClientFacts) -> ClientFacts:
     if header.command == "LOCAL":
         return proxied._replace(origin=Origin.HEALTH_CHECK)
     return proxied._replace(
-        remote=connection.remote if header.source is None else _address(header.source),
-        local=connection.local if header.destination is None else _address(header.destination),
+        remote=connection.remote if header.source is None else address_of(header.source),
+        local=connection.local if header.destination is None else address_of(header.destination),
         secure=connection.secure or header.tls is not None,
         tls=header.tls,
         id=unique_id_text(header.unique_id) if header.unique_id else None,
@@ -56,7 +56,8 @@ def from_header(header: ProxyHeader, connection: ClientFacts) -> ClientFacts:
     )
 
 
-def _address(place: tuple[str, int] | str) -> tuple[str, int]:
+def address_of(place: Endpoint) -> tuple[str, int]:
+    """The address and port of one end, for the session; a Unix socket's path is its address, and its port is 0."""
     if isinstance(place, str):
         # The client may choose a Unix socket's path: it must not look like an address, nor break a log line.
         return "unix:" + "".join(each if each.isascii() and each.isprintable() else "?" for each in place), 0

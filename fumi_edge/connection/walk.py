@@ -19,6 +19,7 @@ from fumi_core.proxy_protocol import TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Name, Opening
+from fumi_edge.connection.direct import DirectClient, DirectCore
 from fumi_edge.connection.ends import End, Ended, NoBanner
 from fumi_edge.connection.ids import unique_id
 from fumi_edge.connection.inbound import HeaderError, receive_client
@@ -32,6 +33,7 @@ from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, reset_on_clos
 from fumi_edge.sockets.readiness import received_since
 from fumi_edge.tls.handshake import HandshakeError, HandshakeResult, handshake
 from fumi_edge.tls.policy import TLSSocket
+from fumi_edge.tls.transport import TLSTransport, TransportEnd, TransportOwner
 
 log = logging.getLogger("fumi.edge")
 
@@ -72,6 +74,7 @@ class Connection:
 
     __slots__ = (
         "_backend",
+        "_balancer",
         "_before",
         "_client",
         "_counted",
@@ -103,9 +106,10 @@ class Connection:
         self._client = client
         self._source = source
         self._destination = destination
+        self._balancer: Name | None = None
         self._backend: socket.socket | None = None
         self._negotiation: Negotiation | None = None
-        self._tunnel: Tunnel | None = None
+        self._tunnel: Tunnel | TLSTransport | None = None
         self._undecided = listener.starttls
         self._counted = (0, 0)
         self._role = Role.CLIENT
@@ -147,11 +151,15 @@ class Connection:
             await self._identify()
         if not self.listener.starttls:
             await self._handshake()
+            if self._resources.direct is not None:
+                return await self._serve_directly(self._resources.direct)
             return await self._with_backend(self._carry_from_the_start)
         step = await self._with_backend(self._negotiate)
         if step.verdict is Verdict.UPGRADE:
             self._retire()
             await self._handshake()
+            if self._resources.direct is not None:
+                return await self._serve_directly(self._resources.direct)
             return await self._carry(b"", await self._with_backend(self._swallow_banner))
         self._decide(StarttlsResult.PLAINTEXT)
         self.received -= len(step.backend)  # the tunnel counts it
@@ -169,6 +177,7 @@ class Connection:
             self._resources.metrics.rejected[RejectReason.PROXY_HEADER].inc()
             raise Ended(End.PROXY_HEADER) from None
         self._before = client.length
+        self._balancer = self._source
         its_own = client.source in (None, self._source)
         self._source = client.source if client.source is not None else self._source
         self._destination = client.destination if client.destination is not None else self._destination
@@ -327,6 +336,33 @@ class Connection:
         finally:
             self.received += tunnel.received
             self.sent += tunnel.sent
+            self._tunnel = None
+
+    async def _serve_directly(self, core: DirectCore) -> End:
+        client, tls, loop, close_notify = self._client, self.tls, asyncio.get_running_loop(), self._resources.close_notify
+        assert isinstance(client, TLSSocket)
+        assert tls is not None
+        finished: asyncio.Future[TransportEnd] = loop.create_future()
+
+        def finish(end: TransportEnd) -> None:
+            if not finished.done():
+                finished.set_result(end)
+
+        def make(owner: TransportOwner) -> TLSTransport:
+            self._tunnel = made = TLSTransport(loop, client, core.buffer, owner, close_notify, finish)
+            return made
+
+        upgraded, check = self.listener.starttls, self._role is Role.BALANCER_CHECK
+        self.backend = self._resources.backends.all[0]  # for the log
+        core.serve(DirectClient(self.id, self._source, self._destination, tls, self._balancer, upgraded, check), make)
+        transport = self._tunnel
+        assert isinstance(transport, TLSTransport)
+        try:
+            return End(await finished)
+        finally:
+            transport.abort()
+            self.received += transport.received
+            self.sent += transport.sent
             self._tunnel = None
 
     def tick(self, now: float) -> None:

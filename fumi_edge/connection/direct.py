@@ -1,0 +1,36 @@
+"""The direct path: a core in this process serves a client over TLS on the client's own socket, without a backend connection.
+
+The core gets what a PROXY header would tell it as values, and a transport that decrypts and encrypts where it reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from fumi_core.proxy_protocol import Endpoint, TLSInfo
+from fumi_edge.tls.transport import TLSTransport, TransportOwner
+
+
+class DirectClient(NamedTuple):
+    """A client after its handshake. ``balancer`` is the address of the load balancer through which it came, None without one.
+
+    ``upgraded`` tells that it had a banner before TLS (RFC 3207 §4.2), ``check`` that it is the load balancer's own check.
+    """
+
+    id: str
+    source: Endpoint
+    destination: Endpoint
+    tls: TLSInfo
+    balancer: Endpoint | None
+    upgraded: bool
+    check: bool
+
+
+class DirectCore(Protocol):
+    """A core in this process. ``buffer`` is where the clients' records are decrypted, one read after the other."""
+
+    buffer: memoryview
+
+    def serve(self, client: DirectClient, transport: Callable[[TransportOwner], TLSTransport]) -> None:
+        """Begin a dialogue with the client. ``transport`` is called once, at once, with the receiver of its events."""

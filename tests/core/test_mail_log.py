@@ -20,6 +20,7 @@ import pytest
 from fumi_core import Fumi, plugins
 from fumi_core.program import mail_log
 from fumi_core.testing import running
+from tests.support.readme import ROOT
 
 PROGRAM = Path(sys.executable).with_name("fumi-core")
 Log = Callable[[str], list[dict[str, Any]]]
@@ -198,6 +199,36 @@ def test_an_authentication_has_one_line_however_it_ends(
         client.close()
         eventually(lambda: "session ended" in caplog.text)
     assert _authentications(caplog) == told
+
+
+@pytest.mark.parametrize("page", ["ops/README.md", "fumi_core/PROGRAM.md"])
+@pytest.mark.parametrize("log", [mail_log.authentications, plugins.logger()], ids=["the built-in app", "the plugin"])
+def test_fail2ban_finds_the_clients_with_wrong_passwords_and_no_others(
+    connect: Any, eventually: Any, caplog: pytest.LogCaptureFixture, log: Callable[[Fumi], None], page: str
+) -> None:
+    (failregex,) = re.findall(r"failregex = ([^`]+)`", (ROOT / page).read_text())
+    app = Fumi(allow_insecure_auth=True, close_timeout=0.2, logger=True).use(log)
+
+    def decide(ctx: Any, next: Any) -> None:
+        if ctx.credentials.password == "broken":
+            ctx.reject("4.7.0 The users' database is down", 454)
+        if ctx.credentials.validate_password("right"):
+            ctx.accept("joe")
+
+    app.on_auth(decide)
+    found = {}
+    for password in ("right", "wrong", "broken"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO), running(app) as server:
+            client = connect(server.port)
+            client.say("EHLO client.example")
+            client.say(f"AUTH PLAIN {_plain(password)}")
+            client.close()
+            eventually(lambda: "session ended" in caplog.text)
+        lines = [record.getMessage() for record in caplog.records]
+        found[password] = [re.findall(failregex.replace("<HOST>", r"(\S+)"), line) for line in lines]
+        found[password] = [hosts for hosts in found[password] if hosts]
+    assert found == {"right": [], "wrong": [["127.0.0.1"]], "broken": []}
 
 
 @pytest.mark.parametrize("ending", ["a half-close", "a reset", "the end of the server"])

@@ -43,7 +43,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
                 f"{text!r} is not one domain: repeat the flag, or separate several by spaces in the environment", param, ctx
             )
         if len(text) > MAX_DOMAIN or not DOMAIN.fullmatch(text):
-            self.fail(f"{text!r} is not a domain: write what is behind the @, such as example.org", param, ctx)
+            self.fail(f"{text!r} is not a domain: write what follows the @, such as example.org", param, ctx)
         return text
 
 

@@ -307,7 +307,7 @@ def _v1_line(line: bytes) -> ProxyHeader:
     if family is None:
         raise ProxyProtocolError("unknown protocol in a version 1 line")
     if len(words) != 5:
-        raise ProxyProtocolError("a version 1 line has two addresses and two ports, each behind one space")
+        raise ProxyProtocolError("a version 1 line has two addresses and two ports, each after one space")
     source = _v1_address(family, words[1]), _v1_port(words[3])
     destination = _v1_address(family, words[2]), _v1_port(words[4])
     return ProxyHeader(1, "PROXY", words[0].decode(), source, destination)

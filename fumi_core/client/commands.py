@@ -3,7 +3,7 @@
 A message that the server cannot carry unchanged is rejected here:
 
 - BINARYMIME needs the server's BINARYMIME and CHUNKING (RFC 3030 §3): else 554 5.6.3.
-- 8BITMIME is declared by many clients for plain ASCII, so a server without it still gets the message, as long as no octet has the
+- 8BITMIME is declared by many clients for plain ASCII, so a server without it still gets the message, as long as no byte has the
   eighth bit set; the first one that has ends the transfer with 554 5.6.3 (RFC 6152 §3: convert, or reject).
 - SMTPUTF8 is rejected with 550 5.6.7 (RFC 6531 §3.5).
 - REQUIRETLS (RFC 8689 §4.2.1) is rejected with 550 5.7.30: this client has no TLS. A Unix socket and the loopback interface need

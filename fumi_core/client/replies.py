@@ -10,9 +10,9 @@ import re
 from typing import NamedTuple
 
 MAX_LINE_BYTES = 2048
-"""Octets of a line, its end included. RFC 5321 §4.5.3.1.5 requires 512; some servers put a whole policy into one line."""
+"""Bytes of a line, its end included. RFC 5321 §4.5.3.1.5 requires 512; some servers put a whole policy into one line."""
 MAX_REPLY_BYTES = 16 * 1024
-"""Octets of all the lines of one reply."""
+"""Bytes of all the lines of one reply."""
 
 # Reply-line = Reply-code [ SP / "-" textstring ]; a code's first digit is 2 to 5 (§4.2.1).
 _LINE = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)

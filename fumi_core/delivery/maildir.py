@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fumi_core.app import Fumi
 
 BATCH_BYTES = 64 * 1024
-"""Octets gathered before a thread writes them."""
+"""Bytes gathered before a thread writes them."""
 THREADS = 16
 """Messages written at once; each thread mostly waits for fsync."""
 WITHDRAW_TIMEOUT = 4.0

@@ -7,7 +7,7 @@ import re
 from fumi_core.smtp.session import Session
 
 MAX_LINE_BYTES = 998
-"""Octets of a line, without CRLF (RFC 5322 §2.1.1). A line without a colon by then does not count as a header field."""
+"""Bytes of a line, without CRLF (RFC 5322 §2.1.1). A line without a colon by then does not count as a header field."""
 
 # field-name, and the space that RFC 5322 §4.5 (obs-optional) still allows before the colon
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")

@@ -19,18 +19,18 @@ from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 
 T = TypeVar("T")
 MEMORY_BYTES = 256 * 1024
-"""Octets of a message that are kept in memory, and octets read from the file at once."""
+"""Bytes of a message that are kept in memory, and bytes read from the file at once."""
 
 
 class Spool:
-    """Written once, then read any number of times. ``size`` is in octets. ``close()`` frees memory and disk."""
+    """Written once, then read any number of times. ``size`` is in bytes. ``close()`` frees memory and disk."""
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         """``directory`` is where the temporary file goes; None is the system's default."""
         self.size = 0
         self._directory = None if directory is None else Path(directory)
         self._pieces: list[bytes] = []  # not yet in the file
-        self._waiting = 0  # octets in ``_pieces``
+        self._waiting = 0  # bytes in ``_pieces``
         self._file: IO[bytes] | None = None
         self._jobs = 0  # threads that are using the file
         self._closed = False

@@ -17,13 +17,13 @@ from fumi_core.smtp.replies import INSUFFICIENT_STORAGE
 READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
 HIGH_WATER_BYTES = 64 * 1024
-"""When more octets than this wait for the handler, the socket is not read; one more read may already be on its way."""
+"""When more bytes than this wait for the handler, the socket is not read; one more read may already be on its way."""
 
 
 class MessageStream:
     """An async iterator of ``bytes``: dot-unstuffed, CRLF kept, the terminating dot left out.
 
-    ``size`` counts the octets received so far; ``size_exceeded`` tells that they are more than the ``size`` option allows: the
+    ``size`` counts the bytes received so far; ``size_exceeded`` tells that they are more than the ``size`` option allows: the
     content then ends early, and the server answers 552 whatever the handler decides. ``refusal`` is an error that becomes the
     reply whatever the handlers decide: the argument of ``refuse()``, or an exception from a function given to ``tap()``.
     """
@@ -194,7 +194,7 @@ class MessageStream:
         self._listeners += (listener,)
 
     def restrict(self, limit: int) -> None:
-        """Lower the limit to ``limit`` octets, if it is higher."""
+        """Lower the limit to ``limit`` bytes, if it is higher."""
         self._limit = limit if self._limit is None else min(limit, self._limit)
 
     def refuse(self, error: SMTPError) -> None:
@@ -240,7 +240,7 @@ class MessageStream:
                 self._refuse(_exception(error))
 
     def exceed(self) -> None:
-        """The client has declared more octets than are allowed: treat them as received."""
+        """The client has declared more bytes than are allowed: treat them as received."""
         self._limit = -1
         self._wake()
 

@@ -19,7 +19,7 @@ def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
     found = texts(plugin, given, "example.org")
     for text in found:
         if not text or "@" in text or text.startswith(".") or not text.isprintable() or " " in text:
-            raise ValueError(f"{plugin}: {text!r} is not a domain: write what is behind the @, as in 'example.org'")
+            raise ValueError(f"{plugin}: {text!r} is not a domain: write what follows the @, as in 'example.org'")
     return frozenset(map(canonical, found))
 
 

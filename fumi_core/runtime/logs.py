@@ -106,7 +106,7 @@ class NonBlockingStreamHandler(logging.Handler):
         self.fd = fd
         self._try = _without_waiting(fd)
         self._waiting: deque[bytes] = deque()  # the line that the thread is writing is first
-        self._octets = 0
+        self._queued = 0
         self._lost = 0
         self._writer: threading.Thread | None = None
         self._changed = threading.Condition(self.lock)
@@ -117,7 +117,7 @@ class NonBlockingStreamHandler(logging.Handler):
         line = self._line(record)
         if not self._waiting:
             self._write(line)
-        elif self._lost or self._octets + len(line) > WAITING:
+        elif self._lost or self._queued + len(line) > WAITING:
             self._lost += 1
         else:
             self._wait(line)
@@ -162,7 +162,7 @@ class NonBlockingStreamHandler(logging.Handler):
                 self._lost += 1  # the system has no more threads
                 return
         self._waiting.append(line)
-        self._octets += len(line)
+        self._queued += len(line)
         self._changed.notify_all()
 
     def _write_waiting(self) -> None:
@@ -173,7 +173,7 @@ class NonBlockingStreamHandler(logging.Handler):
                 line = self._waiting[0]
             whole = _write_all(self.fd, line)
             with self._changed:
-                self._octets -= len(self._waiting.popleft())
+                self._queued -= len(self._waiting.popleft())
                 if not whole:
                     self._lost += 1
                 elif self._lost and not self._waiting:
@@ -187,7 +187,7 @@ class NonBlockingStreamHandler(logging.Handler):
     def _forked(self) -> None:
         """In a forked child: queued lines, and the thread that writes them, are the parent's."""
         self._waiting.clear()
-        self._octets = self._lost = 0
+        self._queued = self._lost = 0
         self._writer = None
         self._changed = threading.Condition(self.lock)
 

@@ -69,11 +69,11 @@ class Connection:
     state                         deadline                        postponed by                  when it has passed
     ============================  ==============================  ============================  =====================
     a PROXY header is expected    proxy_timeout                   nothing                       closed
-    a command is expected         socket_timeout                  octets received, replies      421, lingering
+    a command is expected         socket_timeout                  bytes received, replies       421, lingering
                                                                   taken by the kernel
     a command has begun           socket_timeout                  nothing: it must be complete  421, lingering
-                                  from its first octets on
-    a message or chunk arrives    socket_timeout, and             octets received;              421, lingering
+                                  from its first bytes on
+    a message or chunk arrives    socket_timeout, and             bytes received;               421, lingering
                                   data_timeout in all             nothing
     a handler is running          none: the client waits for us   -                             -
     replies wait for the client   socket_timeout                  all of them taken by the      closed without a reply

@@ -85,7 +85,7 @@ class ChunkReader:
         """What followed the end of the chunk; None until the end was seen."""
 
     def begin(self, size: int, last: bool) -> None:
-        """A chunk of ``size`` octets follows; ``last`` tells that it is the message's last."""
+        """A chunk of ``size`` bytes follows; ``last`` tells that it is the message's last."""
         self._left, self._last, self.rest = size, last, None
 
     def feed(self, data: bytes) -> bytes:
@@ -130,7 +130,7 @@ class DotWriter:
     __slots__ = ("_last",)
 
     def __init__(self) -> None:
-        self._last = b"\r\n"  # the last two octets sent
+        self._last = b"\r\n"  # the last two bytes sent
 
     def feed(self, text: bytes) -> bytes:
         """Return what to send for ``text``, which may be any part of the content. Its line ends are CRLF."""

@@ -12,9 +12,9 @@ import unicodedata
 from functools import cache
 from typing import NamedTuple
 
-MAX_PATH = 256  # RFC 5321 §4.5.3.1.3, octets, angle brackets included
-# A local part may fill the path. §4.5.3.1.1 has 64 octets, but SRS, VERP and forwarders write more, and no one can shorten them.
-MAX_LABEL = 63  # RFC 1035 §2.3.4, octets, of an internationalized label's A-label
+MAX_PATH = 256  # RFC 5321 §4.5.3.1.3, bytes, angle brackets included
+# A local part may fill the path. §4.5.3.1.1 has 64 bytes, but SRS, VERP and forwarders write more, and no one can shorten them.
+MAX_LABEL = 63  # RFC 1035 §2.3.4, bytes, of an internationalized label's A-label
 MAX_DOMAIN = 255  # §4.5.3.1.2
 
 # Classes that take UTF8-non-ascii (RFC 6531 §3.3) list the ASCII characters that are not in them: `re` takes ten milliseconds to
@@ -182,7 +182,7 @@ def _is_foreign_letter(character: str) -> bool:
 
 
 def is_client_hostname(text: str) -> bool:
-    """EHLO's argument: ``Domain / address-literal`` in the RFC, any printable words of up to 255 octets in practice."""
+    """EHLO's argument: ``Domain / address-literal`` in the RFC, any printable words of up to 255 bytes in practice."""
     return text.isprintable() and 1 <= len(text.encode()) <= 255
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 MAX_LINE_BYTES = 4096
-"""Octets of a command line, CRLF included; RFC 5321 §4.5.3.1.4 requires 512, and more with extensions."""
+"""Bytes of a command line, CRLF included; RFC 5321 §4.5.3.1.4 requires 512, and more with extensions."""
 MAX_AUTH_LINE_BYTES = 12288
-"""Octets of an AUTH command and of its responses (RFC 4954 §4)."""
+"""Bytes of an AUTH command and of its responses (RFC 4954 §4)."""
 
 
 BEGINNING_BYTES = 16
-"""Octets at the beginning of a line that are enough to recognize another protocol."""
+"""Bytes at the beginning of a line that are enough to recognize another protocol."""
 
 
 class LineTooLong(Exception):

@@ -48,7 +48,7 @@ class MessageReader:
         self.arrival = Arrival.DATA
 
     def begin_chunk(self, size: int, last: bool, binary: bool) -> bool:
-        """A chunk of ``size`` octets follows; it is dropped if it makes the message too large.
+        """A chunk of ``size`` bytes follows; it is dropped if it makes the message too large.
 
         Returns whether it is the message's first.
         """

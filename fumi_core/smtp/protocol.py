@@ -82,7 +82,7 @@ class Protocol:
         self.throttled = False
         """Too many replies wait to be sent, so no command is processed until they are."""
         self.line_begun = False
-        """Whether the last octets received were an incomplete command."""
+        """Whether the last bytes received were an incomplete command."""
         self.last: Reply | None = None
         """The reply that closed the dialogue."""
         self.recipients: tuple[Address, ...] = ()

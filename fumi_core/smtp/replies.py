@@ -9,7 +9,7 @@ import re
 
 from fumi_core.smtp.results import MessageResult
 
-MAX_TEXT = 496  # octets of text in a line, so that code, the longest enhanced code and CRLF fit into 512 (RFC 5321 §4.5.3.1.5)
+MAX_TEXT = 496  # bytes of text in a line, so that code, the longest enhanced code and CRLF fit into 512 (RFC 5321 §4.5.3.1.5)
 
 _ENHANCED = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: +|$)(.*)", re.DOTALL)
 _UNSENDABLE = re.compile(r"[^\x20-\x7e]")

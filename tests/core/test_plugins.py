@@ -59,8 +59,8 @@ def test_allowlist(app: Fumi, connect: Any, cidrs: list[str], banner: bytes) -> 
         (lambda: plugins.denylist("10.0.0.1"), r"write denylist\(\["),
         (lambda: plugins.denylist([1]), r"write denylist\(\["),  # type: ignore[list-item]
         (lambda: plugins.rcpt_filter("ours.example"), r"write rcpt_filter\(\["),
-        (lambda: plugins.rcpt_filter(["@ours.example"]), "write what is behind the @"),
-        (lambda: plugins.sender_block(["a@b.example"]), "write what is behind the @"),
+        (lambda: plugins.rcpt_filter(["@ours.example"]), "write what follows the @"),
+        (lambda: plugins.sender_block(["a@b.example"]), "write what follows the @"),
         (lambda: plugins.sender_block(None), r"write sender_block\(\["),  # type: ignore[arg-type]
         (lambda: plugins.max_size(0), "of at least 1"),
         (lambda: plugins.max_size("10"), "of at least 1"),  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Which messages are being delivered at this moment, by all workers: a byte of a file is locked for each (fcntl(2), F_SETLK).
 
-The kernel frees the locks of a process that dies. The first 8 octets of the file change with every reply that is remembered, so
+The kernel frees the locks of a process that dies. The first 8 bytes of the file change with every reply that is remembered, so
 that a worker can tell without a query of the database that nothing was added.
 """
 

@@ -19,7 +19,7 @@ from fumi_core.smtp import replies
 from fumi_core.smtp.data import DotWriter
 
 CHUNK_BYTES = 64 * 1024
-"""Octets, at least, of each chunk but the last."""
+"""Bytes, at least, of each chunk but the last."""
 
 
 class Relay:

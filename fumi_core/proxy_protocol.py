@@ -235,12 +235,12 @@ class ProxyHeader:
         TLVs are a ValueError. An IPv6 scope ("%eth0") cannot be encoded and is left out.
         """
         if self.command not in ("PROXY", "LOCAL") or self.transport not in _FAMILY_BYTES:
-            raise ValueError(f"no such command or transport: {self.command!r}, {self.transport!r}")
+            raise ValueError(f"unknown command or transport: {self.command!r}, {self.transport!r}")
         if self.version == 2:
             return _v2_to_bytes(self)
         if self.version == 1:
             return _v1_to_bytes(self)
-        raise ValueError(f"no such version of the PROXY protocol: {self.version!r}")
+        raise ValueError(f"unknown version of the PROXY protocol: {self.version!r}")
 
 
 def parse(data: bytes) -> tuple[ProxyHeader, int] | None:
@@ -307,7 +307,7 @@ def _v1_line(line: bytes) -> ProxyHeader:
     if family is None:
         raise ProxyProtocolError("unknown protocol in a version 1 line")
     if len(words) != 5:
-        raise ProxyProtocolError("a version 1 line has two addresses and two ports, each after one space")
+        raise ProxyProtocolError("a version 1 line has two addresses and two ports, separated by single spaces")
     source = _v1_address(family, words[1]), _v1_port(words[3])
     destination = _v1_address(family, words[2]), _v1_port(words[4])
     return ProxyHeader(1, "PROXY", words[0].decode(), source, destination)

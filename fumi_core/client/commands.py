@@ -52,7 +52,7 @@ def mail_command(sender: Address, envelope: Envelope, connection: NextHopConnect
         words.append("BODY=8BITMIME")
     if envelope.smtputf8:
         if "SMTPUTF8" not in offered:
-            raise SMTPError("5.6.7 The next hop does not take internationalized mail", 550)
+            raise SMTPError("5.6.7 SMTPUTF8 is required, but was not offered by the next hop", 550)
         words.append("SMTPUTF8")
     if envelope.require_tls:
         if not connection.local or not ("REQUIRETLS" in offered or protocol == "lmtp"):

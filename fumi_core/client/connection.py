@@ -58,7 +58,7 @@ def timed_out(detail: str) -> Failure:
 
 
 def protocol_error(detail: str) -> Failure:
-    return Failure("4.5.0 Next hop broke the protocol", detail)
+    return Failure("4.5.0 Next hop protocol error", detail)
 
 
 async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextHopConnection:

@@ -65,16 +65,18 @@ class ReplyReader:
         """Return the replies that ``data`` completes. Raises Malformed; do not call it after that."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
-            raise Malformed("a line without end")
+            raise Malformed(f"a line of more than {MAX_LINE_BYTES} bytes")
         return [reply for line in lines if (reply := self._line(line)) is not None]
 
     def _line(self, line: bytes) -> ReceivedReply | None:
         match = _LINE.fullmatch(line.removesuffix(b"\r"))
         if match is None or self._code not in (None, match[1]):
-            raise Malformed(f"{line[:80]!r} is not a line of a reply")
+            raise Malformed(f"malformed reply line {line[:80]!r}")
         self._size += len(line) + 1
-        if len(line) >= MAX_LINE_BYTES or self._size > MAX_REPLY_BYTES:
-            raise Malformed("a reply without end")
+        if len(line) >= MAX_LINE_BYTES:
+            raise Malformed(f"a line of more than {MAX_LINE_BYTES} bytes")
+        if self._size > MAX_REPLY_BYTES:
+            raise Malformed(f"a reply of more than {MAX_REPLY_BYTES} bytes")
         self._lines.append((match[3] or b"").decode("ascii", "replace"))
         if match[2] == b"-":
             self._code = match[1]

@@ -102,7 +102,7 @@ class Spool:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("the message is kept no longer: its handlers have ended")
+            raise RuntimeError("the message is no longer available: its handlers have ended")
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         """Run ``job`` in a thread, which uses the file until it returns, even if the caller is cancelled."""

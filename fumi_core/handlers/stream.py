@@ -14,7 +14,7 @@ from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.handlers.spool import Spool
 from fumi_core.smtp.replies import INSUFFICIENT_STORAGE
 
-READ_ALREADY = "the message was read already: await ctx.spool() before it is read more than once"
+READ_ALREADY = "the message was read already: await ctx.spool() before reading it more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
 HIGH_WATER_BYTES = 64 * 1024
 """When more bytes than this wait for the handler, the socket is not read; one more read may already be on its way."""
@@ -188,7 +188,7 @@ class MessageStream:
         RuntimeError when part of the message was read, or dropped, already.
         """
         if self._reader is not None or self._lost or self._spool is not None:
-            raise RuntimeError("tap() comes before the message is read")
+            raise RuntimeError("tap() must be called before the message is read")
         for piece in self._pieces:
             listener(piece)
         self._listeners += (listener,)

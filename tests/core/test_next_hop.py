@@ -349,7 +349,7 @@ def test_what_was_offered_a_moment_ago_is_deferred_and_not_rejected(
     client = connect(serve(front(f"smtp:{hop.address}")).port)
     assert offered(client) == {"SMTPUTF8"}
     hop.answers["EHLO"] = greeting()
-    assert client.say("MAIL FROM:<> SMTPUTF8") == b"451 4.6.7 The next hop does not take internationalized mail\r\n"
+    assert client.say("MAIL FROM:<> SMTPUTF8") == b"451 4.6.7 SMTPUTF8 is required, but was not offered by the next hop\r\n"
     monkeypatch.setattr(client_hop, "EHLO_VALID_SECONDS", 0.0)
     assert client.say("MAIL FROM:<> SMTPUTF8").startswith(b"550 5.6.7 ")
 

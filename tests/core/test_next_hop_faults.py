@@ -20,7 +20,7 @@ from fumi_core.testing import RunningServer, running
 DOWN = b"451 4.4.1 Next hop is not available, try again later\r\n"
 LOST = b"451 4.4.2 Lost connection to the next hop\r\n"
 LATE = b"451 4.4.2 Next hop timed out\r\n"
-NONSENSE = b"451 4.5.0 Next hop broke the protocol\r\n"
+NONSENSE = b"451 4.5.0 Next hop protocol error\r\n"
 
 
 @pytest.fixture

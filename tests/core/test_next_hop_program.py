@@ -66,7 +66,7 @@ def check(target: str, directory: Path) -> subprocess.CompletedProcess[str]:
         (b"220 hop\r\n", None),
         ([b"220-hop\r\n", b"220 hop\r\n"], None),
         (b"554 5.3.2 no\r\n", "unexpected banner: 554 5.3.2 no"),
-        (b"hello\r\n", "b'hello\\r' is not a line of a reply"),
+        (b"hello\r\n", "malformed reply line b'hello\\r'"),
         (b"", "no banner in time"),
         (None, "connection closed without a banner"),
     ],

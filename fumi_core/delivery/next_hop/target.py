@@ -281,7 +281,7 @@ class NextHop:
     def _bypassed(self, session: Session) -> SMTPError:
         """A handler accepted, or rejected, something that the next hop was not asked about, or has accepted."""
         event(_log, logging.ERROR, "next hop bypassed: handlers must call next(), and reject before that", id=session.id)
-        return SMTPError("4.3.5 Error: recipients and next hop do not agree", 451)
+        return SMTPError("4.3.5 Error: recipients differ from those that the next hop accepted", 451)
 
     def _count(self, error: SMTPError | None) -> None:
         self._observer.delivery(self.name, DeliveryResult.of(error))

@@ -14,11 +14,11 @@ from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.lifecycle import prepare
 from fumi_core.runtime.settings import (
     ADDRESS,
+    BYTES,
     CONFIGURATION_OK,
     COUNT,
     MODE,
     NETWORK,
-    OCTETS,
     WORKERS,
     Program,
     SettingError,
@@ -71,7 +71,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     show_default="all",
     help="Accepts recipients of this domain only, without wildcards. Repeatable.",
 )
-@option_flag("--size", type=OCTETS, show_default="no limit")
+@option_flag("--size", type=BYTES, show_default="no limit")
 @option_flag("--lmtp")
 @option_flag("--name", show_default="this host's")
 @option_flag("--banner")

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import click
 
 from fumi_core.runtime.flag_groups import heading
-from fumi_core.runtime.lifecycle import STOPS, prepare
+from fumi_core.runtime.lifecycle import STOP_SIGNALS, prepare
 from fumi_core.runtime.privileges import PrivilegeError, find
 from fumi_core.runtime.settings import (
     ADDRESS,
@@ -18,7 +18,7 @@ from fumi_core.runtime.settings import (
     NAME,
     NETWORK,
     SECONDS,
-    SECONDS_OR_NONE,
+    SECONDS_OR_ZERO,
     WORKERS,
     Program,
     SettingError,
@@ -100,7 +100,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option(
     "--cert-reload-interval",
-    type=SECONDS_OR_NONE,
+    type=SECONDS_OR_ZERO,
     default=10,
     help="Interval for checking certificate files. With 0 they are reloaded on SIGHUP only.",
 )
@@ -128,7 +128,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     help="Choice among the backends that are up: fewest connections, round robin, or the first.",
 )
 @click.option(
-    "--health-interval", type=SECONDS_OR_NONE, default=5, help="Interval between health checks of a backend. 0 turns them off."
+    "--health-interval", type=SECONDS_OR_ZERO, default=5, help="Interval between health checks of a backend. 0 turns them off."
 )
 @click.option("--health-timeout", type=SECONDS, default=10, help="Time limit for the 220 banner in a health check.")
 @click.option(
@@ -143,7 +143,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     default=900,
     help="Time after which a connection without traffic in either direction is closed.",
 )
-@click.option("--drain-timeout", type=SECONDS_OR_NONE, default=30, help="Time that connections get to end after SIGTERM.")
+@click.option("--drain-timeout", type=SECONDS_OR_ZERO, default=30, help="Time that connections get to end after SIGTERM.")
 @heading("Operation")
 @config_option("edge")
 @click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz, /readyz and, at /, the status page.")
@@ -186,7 +186,7 @@ def main(**flags: Unpack[Flags]) -> None:
         edge = Edge(settings, certificates)
         if directory is not None:
             # Closing the terminal sends SIGHUP, which must stop the trial.
-            run(EdgeWork(edge, dev.DevCore(edge, directory)), 1, stops=(*STOPS, signal.SIGHUP))
+            run(EdgeWork(edge, dev.DevCore(edge, directory)), 1, stops=(*STOP_SIGNALS, signal.SIGHUP))
         else:
             if flags["workers"] > 1:
                 certificates.share_ticket_keys()

@@ -26,7 +26,7 @@ from fumi_core.runtime.scoreboard import ConnectionCount
 Admit = Callable[[socket.socket, Any, Any], None]
 """Takes a connected, non-blocking socket, the peer's name and our own, as getpeername() and getsockname() return them."""
 
-BURST = 32
+MAX_ACCEPTS_AT_ONCE = 32
 """Connections accepted before other callbacks of the loop run."""
 YIELD_SECONDS = 0.001
 """Seconds for which the other workers accept first."""
@@ -36,7 +36,7 @@ QUIET_SECONDS = 60.0
 """Seconds without a pause after which the next pause is logged again."""
 QUEUE_TIMEOUT = 1.0
 """Seconds that a stop may spend on accepting the connections in the kernel's queue."""
-SPARE = 64
+SPARE_DESCRIPTORS = 64
 """Descriptors reserved for everything except connections; one eighth of the limit where that is less."""
 _TCPI_UNACKED = struct.Struct("24xI")
 """Of struct tcp_info (linux/tcp.h), up to this field."""
@@ -61,7 +61,7 @@ class DescriptorLimit:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit == resource.RLIM_INFINITY:
             return False
-        free = limit - self._others - min(SPARE, limit // 8) - self._closing()
+        free = limit - self._others - min(SPARE_DESCRIPTORS, limit // 8) - self._closing()
         return connections >= max(1, free // self._each)
 
 
@@ -107,7 +107,7 @@ class Acceptor:
         end = self._loop.time() + QUEUE_TIMEOUT
         waiting = _queued(self.sock)
         while waiting > 0 and self._loop.time() < end:
-            for _ in range(min(BURST, waiting)):
+            for _ in range(min(MAX_ACCEPTS_AT_ONCE, waiting)):
                 if not self._take():
                     waiting = 0
                     break
@@ -123,7 +123,7 @@ class Acceptor:
         self.sock.close()
 
     def _accept(self) -> None:
-        for _ in range(BURST):
+        for _ in range(MAX_ACCEPTS_AT_ONCE):
             if self._connection_count.ahead:
                 self._rest(YIELD_SECONDS)
                 return

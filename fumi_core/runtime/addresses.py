@@ -53,10 +53,10 @@ def parse_address(text: str) -> SocketAddress:
     if scheme == "fd":
         if not rest.isdecimal():
             if not _FD_NAME.fullmatch(rest):
-                raise ValueError(f"{text!r} names no descriptor: write fd:3, or fd:NAME for one that systemd passes")
+                raise ValueError(f"{text!r} is not a descriptor: write fd:3, or fd:NAME for a socket that systemd passes")
             return SocketAddress("fd", name=rest)
         if int(rest) > 2**31 - 1:
-            raise ValueError(f"{text!r} is no descriptor: the number is too great")
+            raise ValueError(f"{text!r} is not a descriptor: the number is too large")
         return SocketAddress("fd", fd=int(rest))
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
@@ -84,10 +84,10 @@ def unmapped(host: str) -> str:
     if ":" not in host:
         return host
     try:
-        octets = socket.inet_pton(socket.AF_INET6, host)
+        packed = socket.inet_pton(socket.AF_INET6, host)
     except (OSError, ValueError):
         return host
-    return socket.inet_ntop(socket.AF_INET, octets[12:]) if octets[:12] == _MAPPED else host
+    return socket.inet_ntop(socket.AF_INET, packed[12:]) if packed[:12] == _MAPPED else host
 
 
 def block_of(host: str, *, ipv4: int, ipv6: int) -> str:

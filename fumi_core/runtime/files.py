@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 FILE_TIMEOUT = 5.0
 """Seconds that a file system has to answer."""
-LARGEST_FILE = 4 << 20
+MAX_FILE_BYTES = 4 << 20
 """Size limit of a file, in bytes. The certificates of all public CAs together take a quarter of a megabyte."""
-MOST_HANGING = 16
+MAX_HANGING_THREADS = 16
 """Threads that may hang at once."""
 
 _hanging: dict[str, threading.Thread] = {}
@@ -64,23 +64,23 @@ def _refuse_hanging(place: str) -> None:
     with _lock:
         for each in [each for each, thread in _hanging.items() if not thread.is_alive()]:
             del _hanging[each]
-        if place in _hanging or len(_hanging) >= MOST_HANGING:
+        if place in _hanging or len(_hanging) >= MAX_HANGING_THREADS:
             raise _timeout()
 
 
 def _timeout() -> TimeoutError:
-    return TimeoutError(errno.ETIMEDOUT, f"no answer within {FILE_TIMEOUT:g} seconds, as when a file system hangs")
+    return TimeoutError(errno.ETIMEDOUT, f"no answer within {FILE_TIMEOUT:g} seconds; the file system may hang")
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
-    # ListenCheck at before it is opened: to open a FIFO or a device may have an effect of its own.
+    # Checked before it is opened: to open a FIFO or a device may have an effect of its own.
     _check_regular(os.stat(path))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         _check_regular(os.fstat(fd))
-        data = file.read(LARGEST_FILE + 1)
-    if len(data) > LARGEST_FILE:
-        raise OSError(errno.EFBIG, f"it has more than {LARGEST_FILE >> 20} MiB")
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
     return data
 
 

@@ -28,12 +28,12 @@ from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, WorkerStat
 from fumi_core.runtime.systemd import Notifier
 from fumi_core.runtime.totals import register_restarts
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-TIDY_TIMEOUT = 2.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CLEANUP_TIMEOUT = 2.0
 """Seconds that a process may take to end after it has drained, or after it was told to end at once."""
 _ending = threading.Event()
-"""Set when the process has begun to clean up; it then ends within TIDY_TIMEOUT."""
-HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
+"""Set when the process has begun to clean up; it then ends within CLEANUP_TIMEOUT."""
+HELD_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
 
 class Incomplete(Exception):
@@ -125,7 +125,7 @@ def ignore_user_signals() -> None:
 
 
 def hold_reloads() -> None:
-    """Block SIGHUP until ``heed()``: while an app is imported or certificates are loaded it would end the process.
+    """Block SIGHUP until ``handle_signals()``: while an app is imported or certificates are loaded it would end the process.
 
     Stop signals are not blocked: nothing is served yet.
     """
@@ -133,16 +133,16 @@ def hold_reloads() -> None:
 
 
 def hold_signals() -> None:
-    """Block signals until ``heed()``."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    """Block signals until ``handle_signals()``."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
 
 
-def heed(handlers: Mapping[signal.Signals, Callable[[], object]]) -> None:
+def handle_signals(handlers: Mapping[signal.Signals, Callable[[], object]]) -> None:
     """Have the running loop call these handlers, then unblock signals, so that blocked ones are delivered."""
     loop = asyncio.get_running_loop()
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
 
 
 async def reload(work: Work, quiet: bool = False) -> Outcome:
@@ -206,14 +206,14 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
     notifier.ready()
     for each in stops:
         signal.signal(each, stop)
-    heed({} if signal.SIGHUP in stops else {signal.SIGHUP: in_turn(take_over)})
+    handle_signals({} if signal.SIGHUP in stops else {signal.SIGHUP: in_turn(take_over)})
     with every(notifier.interval, notifier.alive):
         number = await stopped
         event(work.log, logging.INFO, "stopping", signal=number.name)
         slot.state = WorkerState.DRAINING
         notifier.stopping()
         await work.close()
-    end_within(TIDY_TIMEOUT, 0)
+    end_within(CLEANUP_TIMEOUT, 0)
     if endpoint is not None:
         await asyncio.to_thread(endpoint.close)
 
@@ -273,7 +273,7 @@ def leave(number: int, frame: object) -> NoReturn:
     """End at once: by an exception, so that cleanup runs, within a time limit; without one if cleanup has begun already."""
     if _ending.is_set():
         os._exit(128 + number)
-    end_within(TIDY_TIMEOUT, 128 + number)
+    end_within(CLEANUP_TIMEOUT, 128 + number)
     raise Left(128 + number)
 
 

@@ -89,7 +89,7 @@ def clash(places: Iterable[ListenAddress]) -> str | None:
             return f"{one} and {other}: one address cannot serve both"
         for whole, part in ((one, other), (other, one)):
             if _is_part(part.address, whole.address):
-                return f"{whole} is every address of this machine, and {part} one of them: remove one"
+                return f"{part} is part of {whole}, which is every address of this machine: remove one"
     return None
 
 
@@ -242,7 +242,7 @@ def _is_path_in_use(path: str) -> bool:
     """The same of a Unix socket without binding it, which would leave a file or replace one."""
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
-        raise FileNotFoundError(errno.ENOENT, f"there is no directory {directory}")
+        raise FileNotFoundError(errno.ENOENT, f"the directory {directory} does not exist")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, f"no permission to write to {directory}")
     if _is_socket(path):

@@ -25,9 +25,9 @@ from typing import Any
 from fumi_core.runtime.daemon_thread import start_thread
 
 STDERR = 2
-WAITING = 1 << 20
+MAX_QUEUED_BYTES = 1 << 20
 """Bytes of lines that may be queued while stderr is full."""
-FLUSH = 1.0
+FLUSH_TIMEOUT = 1.0
 """Seconds to write queued lines at exit; less than a master gives its workers to end at once."""
 _PLAIN = re.compile(r"[!#-~]+")
 _PLAIN_LINES = re.compile(r"[!#-~]+(?:\n[!#-~]+)*")
@@ -70,11 +70,11 @@ def failure(logger: logging.Logger, message: str, error: BaseException, /, **fie
 
 def _cannot_log(message: str, error: Exception) -> None:
     """Report the failure of a filter or handler that an app has added to a logger, by the stderr handler alone."""
-    outlet = next(
+    handler = next(
         (each for each in logging.getLogger().handlers if isinstance(each, NonBlockingStreamHandler)), logging.lastResort
     )
-    if outlet is not None:
-        outlet.handle(_record(logging.ERROR, LogMessage("cannot log", {"message": message}), error))
+    if handler is not None:
+        handler.handle(_record(logging.ERROR, LogMessage("cannot log", {"message": message}), error))
 
 
 def configure(form: str, level: str) -> None:
@@ -98,15 +98,15 @@ class NonBlockingStreamHandler(logging.Handler):
 
     The thread that logs a line also writes it, if there is room: handing each line to another thread costs more. When the
     descriptor is full, that line and all later ones are queued, and a background thread writes them as room appears. Once more
-    than WAITING bytes are queued, new lines are dropped until the queue is empty; then one line reports the number.
+    than MAX_QUEUED_BYTES are queued, new lines are dropped until the queue is empty; then one line reports the number.
     """
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self.fd = fd
-        self._try = _without_waiting(fd)
-        self._waiting: deque[bytes] = deque()  # the line that the thread is writing is first
-        self._queued = 0
+        self._write_some = _without_blocking(fd)
+        self._queued: deque[bytes] = deque()  # the line that the thread is writing is first
+        self._queued_bytes = 0
         self._lost = 0
         self._writer: threading.Thread | None = None
         self._changed = threading.Condition(self.lock)
@@ -115,17 +115,17 @@ class NonBlockingStreamHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Called with the lock held."""
         line = self._line(record)
-        if not self._waiting:
+        if not self._queued:
             self._write(line)
-        elif self._lost or self._queued + len(line) > WAITING:
+        elif self._lost or self._queued_bytes + len(line) > MAX_QUEUED_BYTES:
             self._lost += 1
         else:
-            self._wait(line)
+            self._queue(line)
 
     def flush(self) -> None:
         """Wait a moment for queued lines to be written; called at exit."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, FLUSH)
+            self._changed.wait_for(lambda: not self._queued, FLUSH_TIMEOUT)
 
     def _line(self, record: logging.LogRecord) -> bytes:
         try:
@@ -142,7 +142,7 @@ class NonBlockingStreamHandler(logging.Handler):
         if self._lost:
             line = self._loss() + line
         try:
-            written = self._try(line)
+            written = self._write_some(line)
         except BlockingIOError:
             written = 0
         except OSError:
@@ -151,33 +151,33 @@ class NonBlockingStreamHandler(logging.Handler):
             return
         self._lost = 0
         if written < len(line):
-            self._wait(line[written:])
+            self._queue(line[written:])
 
-    def _wait(self, line: bytes) -> None:
+    def _queue(self, line: bytes) -> None:
         if self._writer is None:
             # Started only now: a thread does not survive a fork.
             try:
-                self._writer = start_thread(self._write_waiting, "log")
+                self._writer = start_thread(self._write_queued, "log")
             except OSError:
                 self._lost += 1  # the system has no more threads
                 return
-        self._waiting.append(line)
-        self._queued += len(line)
+        self._queued.append(line)
+        self._queued_bytes += len(line)
         self._changed.notify_all()
 
-    def _write_waiting(self) -> None:
+    def _write_queued(self) -> None:
         """The background thread: write queued lines until the queue is empty."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
-                line = self._waiting[0]
+                self._changed.wait_for(lambda: self._queued)
+                line = self._queued[0]
             whole = _write_all(self.fd, line)
             with self._changed:
-                self._queued -= len(self._waiting.popleft())
+                self._queued_bytes -= len(self._queued.popleft())
                 if not whole:
                     self._lost += 1
-                elif self._lost and not self._waiting:
-                    self._wait(self._loss())
+                elif self._lost and not self._queued:
+                    self._queue(self._loss())
                     self._lost = 0
                 self._changed.notify_all()
 
@@ -186,8 +186,8 @@ class NonBlockingStreamHandler(logging.Handler):
 
     def _forked(self) -> None:
         """In a forked child: queued lines, and the thread that writes them, are the parent's."""
-        self._waiting.clear()
-        self._queued = self._lost = 0
+        self._queued.clear()
+        self._queued_bytes = self._lost = 0
         self._writer = None
         self._changed = threading.Condition(self.lock)
 
@@ -197,7 +197,7 @@ def _record(level: int, event: LogMessage, error: BaseException | None = None) -
     return logging.LogRecord("fumi.logs", level, "", 0, event, (), info)
 
 
-def _without_waiting(fd: int) -> Callable[[bytes], int]:
+def _without_blocking(fd: int) -> Callable[[bytes], int]:
     """Return a function that writes as much as there is room for, and raises BlockingIOError when there is no room.
 
     O_NONBLOCK on the descriptor itself would affect every process that shares it: the shell, the other program in a pipeline.

@@ -5,7 +5,7 @@ reload their settings; SIGCHLD reports a child that ended.
 
 New settings are tried here first, and kept for workers forked later. That may take half a minute, as with a thousand
 certificates, and is done in a thread, so that neither a stop nor the watchdog waits for it. No worker is forked in the meantime;
-a thread that has not returned after READING seconds is abandoned. Otherwise there is no event loop and no thread, except the
+a thread that has not returned after READ_TIMEOUT seconds is abandoned. Otherwise there is no event loop and no thread, except the
 log's, which starts once stderr is full, and only ever writes.
 """
 
@@ -23,27 +23,27 @@ from dataclasses import dataclass
 from functools import partial
 
 from fumi_core.runtime.daemon_thread import start_thread
-from fumi_core.runtime.lifecycle import HELD, Outcome, Work, reload
+from fumi_core.runtime.lifecycle import HELD_SIGNALS, Outcome, Work, reload
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 
-METRICS = -1
+METRICS_ROLE = -1
 """The role of the process that serves the metrics; the workers' are the numbers of their slots."""
 
-LOOK = 1.0
+CHECK_SECONDS = 1.0
 """Seconds between two checks of the workers when no signal arrives."""
-SHORT_LOOK = 0.02
+SETTLING_CHECK_SECONDS = 0.02
 """The same while the master waits for all workers to finish a step."""
 EARLY_DEATH_SECONDS = 10.0
 """A worker that dies within this many seconds of its start counts as unable to start."""
-LONGEST_PAUSE = 30.0
+MAX_PAUSE_SECONDS = 30.0
 """The longest pause, in seconds, before such a worker is started again."""
-DRAIN_GRACE = 5.0
+DRAIN_GRACE_SECONDS = 5.0
 """Seconds that draining may take beyond the drain timeout."""
-KILL_AFTER = 2.0
+KILL_TIMEOUT = 2.0
 """Seconds that a worker may take to end when told to end at once."""
-READING = 60.0
+READ_TIMEOUT = 60.0
 """Seconds that reading new settings may take; after that the file system counts as hung."""
 HANG_SECONDS = 3.0
 """Seconds beyond the watchdog's own that a worker may go without a sign of life."""
@@ -62,7 +62,7 @@ class _Child:
     @property
     def pause(self) -> float:
         """Seconds to wait before it is started again: 0 after the first failure."""
-        return min(LONGEST_PAUSE, 0.1 * 2 ** min(self.failures, 10)) if self.failures > 1 else 0.0
+        return min(MAX_PAUSE_SECONDS, 0.1 * 2 ** min(self.failures, 10)) if self.failures > 1 else 0.0
 
 
 class Master:
@@ -74,7 +74,7 @@ class Master:
         self._notifier = notifier
         self._master_alive_w = master_alive_w
         self._workers = [_Child(number) for number in range(len(board.slots))]
-        self._children = [*self._workers, *([_Child(METRICS)] if work.metrics_sockets else [])]
+        self._children = [*self._workers, *([_Child(METRICS_ROLE)] if work.metrics_sockets else [])]
         self._settled = False
         """All workers serve with the newest settings, and systemd has been notified."""
         self._has_served = False
@@ -110,7 +110,7 @@ class Master:
             for child in self._due():
                 if not self._fork(child):
                     return child.role
-            awaited = HELD if self._reading is None else set(HELD) - {signal.SIGHUP}
+            awaited = HELD_SIGNALS if self._reading is None else set(HELD_SIGNALS) - {signal.SIGHUP}
             received = signal.sigtimedwait(awaited, self._patience())
             if received is not None:
                 self._heed(signal.Signals(received.si_signo))
@@ -136,7 +136,7 @@ class Master:
     def _fork(self, child: _Child) -> bool:
         """Returns False in the child."""
         now = time.monotonic()
-        if child.role != METRICS:
+        if child.role != METRICS_ROLE:
             self._board.slots[child.role].reloads = self._board.reloads
         # Both processes would write what is still buffered.
         sys.stdout.flush()
@@ -150,7 +150,7 @@ class Master:
             return True
         if child.pid == 0:
             return False
-        if child.started and child.role != METRICS:
+        if child.started and child.role != METRICS_ROLE:
             self._board.restarts += 1
         child.started = now
         return True
@@ -167,7 +167,7 @@ class Master:
 
     def _ended(self, child: _Child, code: int) -> None:
         pid, child.pid = child.pid, 0
-        if child.role != METRICS:
+        if child.role != METRICS_ROLE:
             self._board.slots[child.role].clear()
         if self._stopping and (code == 0 or self._status):
             return
@@ -177,8 +177,8 @@ class Master:
         event(
             self._work.log,
             logging.ERROR,
-            "metrics process died" if child.role == METRICS else "worker died",
-            worker=None if child.role == METRICS else child.role,
+            "metrics process died" if child.role == METRICS_ROLE else "worker died",
+            worker=None if child.role == METRICS_ROLE else child.role,
             pid=pid,
             reason=f"exit status {code}" if code >= 0 else signal.Signals(-code).name,
             seconds=round(now - child.started, 3),
@@ -187,11 +187,11 @@ class Master:
 
     def _end_metrics(self) -> None:
         os.close(self._master_alive_w)
-        deadline = time.monotonic() + KILL_AFTER
+        deadline = time.monotonic() + KILL_TIMEOUT
         while any(child.pid for child in self._children):
             if signal.sigtimedwait([signal.SIGCHLD], max(0.0, deadline - time.monotonic())) is None:
                 self._tell(signal.SIGKILL)
-                deadline += KILL_AFTER
+                deadline += KILL_TIMEOUT
             self._reap()
 
     # Signals
@@ -200,7 +200,7 @@ class Master:
         """Seconds until there is something to do without a signal."""
         now = time.monotonic()
         quiet = self._stopping or (self._settled and self._reading is None)
-        moments = [now + (LOOK if quiet else SHORT_LOOK), self._deadline]
+        moments = [now + (CHECK_SECONDS if quiet else SETTLING_CHECK_SECONDS), self._deadline]
         moments += [child.due for child in self._missing()]
         if self._notifier.interval is not None:
             moments.append(self._next_sign)
@@ -221,13 +221,13 @@ class Master:
         self._notifier.stopping()
         self._work.unbind()
         self._tell(signal.SIGTERM)
-        self._deadline = time.monotonic() + self._work.drain_timeout + DRAIN_GRACE
+        self._deadline = time.monotonic() + self._work.drain_timeout + DRAIN_GRACE_SECONDS
 
     def _hurry(self, number: signal.Signals) -> None:
         self._stopping = True
         self._status = 128 + number
         self._tell(signal.SIGQUIT)
-        self._deadline = time.monotonic() + KILL_AFTER
+        self._deadline = time.monotonic() + KILL_TIMEOUT
 
     def _reload(self) -> None:
         self._notifier.reloading()
@@ -240,7 +240,7 @@ class Master:
         except OSError as error:
             self._not_reloaded(str(error))
         else:
-            self._reading_until = time.monotonic() + READING
+            self._reading_until = time.monotonic() + READ_TIMEOUT
 
     def _not_reloaded(self, error: str) -> None:
         event(self._work.log, logging.ERROR, "reload failed: the old settings stay in use", error=error)
@@ -257,7 +257,7 @@ class Master:
         self._hanging, self._reading = self._reading, None
         # The result of an abandoned thread does not matter.
         self._good = threading.Event()
-        self._not_reloaded(f"the files were not read within {READING:g} seconds")
+        self._not_reloaded(f"the files were not read within {READ_TIMEOUT:g} seconds")
 
     def _have_read(self) -> None:
         self._reading = None

@@ -2,8 +2,8 @@
 
 It runs in a thread of its own, so that a slow scraper never delays mail. wsgiref serves, prometheus_client writes the metrics.
 
-At most CLIENTS requests are served at once. A newcomer always gets a place, so that idle connections cannot lock out a health
-check: the connection that has been silent longest is closed or, if all have sent their request, the oldest.
+At most MAX_REQUESTS are served at once. A newcomer always gets a place, so that idle connections cannot lock out a health check:
+the connection that has been silent longest is closed or, if all have sent their request, the oldest.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ Page = Callable[[], Answer]
 Readiness = Callable[[], str | None]
 """Returns None when ready, else the reason in a few words. Called in the server's thread."""
 
-CLIENTS = 16
+MAX_REQUESTS = 16
 """Requests served at once."""
 PAUSE_SECONDS = 0.5
 """Seconds without accepting when descriptors have run out."""
-ROOM = 2.0
+PLACE_TIMEOUT = 2.0
 """Seconds to wait for a place; a client that finds no place by then is closed."""
-HEAD = 2.0
+HEAD_TIMEOUT = 2.0
 """Seconds for the head of a request. It fits one packet, and a lost packet is retransmitted within a second."""
-REQUEST = 10.0
+REQUEST_TIMEOUT = 10.0
 """Seconds for one request from connection to response, however slow its client is."""
 
 
@@ -155,7 +155,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         name = sock.getsockname()
         self.server_name, self.server_port = (name[0], name[1]) if isinstance(name, tuple) else ("unix", 0)
         self.setup_environ()
-        self._free = threading.BoundedSemaphore(CLIENTS)
+        self._free = threading.BoundedSemaphore(MAX_REQUESTS)
         # When each request has to be finished, the oldest first.
         self._heads: dict[Any, float] = {}
         self._requests: dict[Any, float] = {}
@@ -174,10 +174,10 @@ class _Server(ThreadingMixIn, WSGIServer):
         if not self._free.acquire(blocking=False):
             self._make_room()
             # A thread that is not at its socket at this moment notices later.
-            if not self._free.acquire(timeout=ROOM):
+            if not self._free.acquire(timeout=PLACE_TIMEOUT):
                 self.shutdown_request(request)
                 return
-        self._heads[request] = time.monotonic() + HEAD
+        self._heads[request] = time.monotonic() + HEAD_TIMEOUT
         try:
             super().process_request(request, client_address or ("unix", 0))
         except RuntimeError:
@@ -188,7 +188,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def heard(self, request: Any) -> None:
         """The head of a request has been received, whether it is valid or not."""
         if (due := self._heads.pop(request, None)) is not None:
-            self._requests[request] = due - HEAD + REQUEST
+            self._requests[request] = due - HEAD_TIMEOUT + REQUEST_TIMEOUT
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:

@@ -21,7 +21,7 @@ def become(name: str) -> None:
         os.setgid(user.pw_gid)
         os.setuid(user.pw_uid)
     except PermissionError:
-        raise PrivilegeError(f"cannot become {name}: start as root, or as {name}") from None
+        raise PrivilegeError(f"cannot switch to user {name}: start as root or as {name}") from None
 
 
 def find(name: str) -> pwd.struct_passwd:
@@ -29,4 +29,4 @@ def find(name: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(name)
     except KeyError:
-        raise PrivilegeError(f"there is no user {name!r}") from None
+        raise PrivilegeError(f"user {name!r} does not exist") from None

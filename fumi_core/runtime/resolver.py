@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 from fumi_core.runtime.daemon_thread import settle, start_thread
 
-THREADS = 8
+MAX_THREADS = 8
 """Concurrent lookups."""
-MAX_WAITING = 1024
+MAX_QUEUED_LOOKUPS = 1024
 """Lookups that may wait for a thread; any more fail with OSError at once."""
 
 Resolve = Callable[[str], Sequence[str]]
@@ -39,7 +39,7 @@ def ipv4_addresses(name: str) -> Sequence[str]:
 class Resolver:
     """Answers within a time limit, even if the lookup hangs. Its threads end when there is nothing to look up."""
 
-    def __init__(self, resolve: Resolve = ipv4_addresses, *, timeout: float, threads: int = THREADS) -> None:
+    def __init__(self, resolve: Resolve = ipv4_addresses, *, timeout: float, threads: int = MAX_THREADS) -> None:
         self._resolve = resolve
         self._timeout = timeout
         self._threads = threads
@@ -52,7 +52,7 @@ class Resolver:
         be started, TimeoutError after the limit."""
         answer: asyncio.Future[Sequence[str]] = asyncio.get_running_loop().create_future()
         with self._lock:
-            if len(self._waiting) >= MAX_WAITING:
+            if len(self._waiting) >= MAX_QUEUED_LOOKUPS:
                 raise OSError("too many lookups are waiting")
             if self._running < self._threads:
                 start_thread(self._work, "resolver")

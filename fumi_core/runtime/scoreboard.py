@@ -16,9 +16,9 @@ from collections.abc import MutableSequence
 from enum import IntEnum
 from typing import TypeAlias
 
-REPORT_BYTES = 4 << 20
+MAX_REPORT_BYTES = 4 << 20
 """Largest report, in bytes. The kernel allocates only the memory that is written."""
-LEAD = 2
+MAX_LEAD = 2
 """How many connections a worker may be ahead of the least loaded one before it lets the others accept first."""
 _FIELDS = 8
 """Numbers in a worker's slot."""
@@ -72,8 +72,8 @@ class ConnectionCount:
 
     @property
     def ahead(self) -> bool:
-        """Whether this worker has over LEAD connections more than some other worker that serves."""
-        enough = self._connections[self._number] - LEAD
+        """Whether this worker has over MAX_LEAD connections more than some other worker that serves."""
+        enough = self._connections[self._number] - MAX_LEAD
         if enough <= 0:
             return False
         workers = zip(self._states, self._connections, strict=True)
@@ -125,12 +125,12 @@ class Slot:
         self._board.connections[self._number] = self._board.clients[self._number] = 0
 
     def write(self, report: bytes) -> None:
-        """Store a report. Raises ValueError for a report of more than REPORT_BYTES bytes."""
-        if len(report) > REPORT_BYTES:
-            raise ValueError(f"a report of {len(report)} bytes")
+        """Store a report. Raises ValueError for a report of more than MAX_REPORT_BYTES bytes."""
+        if len(report) > MAX_REPORT_BYTES:
+            raise ValueError(f"a report of {len(report)} bytes; the maximum is {MAX_REPORT_BYTES}")
         number = self._board.reports[self._number] + 1
         place = self._place(number)
-        self._board.memory[place * REPORT_BYTES : place * REPORT_BYTES + len(report)] = report
+        self._board.memory[place * MAX_REPORT_BYTES : place * MAX_REPORT_BYTES + len(report)] = report
         self._board.lengths[place] = len(report)
         self._board.reports[self._number] = number
 
@@ -139,7 +139,7 @@ class Slot:
         while True:
             number = self._board.reports[self._number]
             place = self._place(number)
-            report = bytes(self._board.memory[place * REPORT_BYTES : place * REPORT_BYTES + self._board.lengths[place]])
+            report = bytes(self._board.memory[place * MAX_REPORT_BYTES : place * MAX_REPORT_BYTES + self._board.lengths[place]])
             if self._board.reports[self._number] == number:
                 return report
 
@@ -152,7 +152,7 @@ class Scoreboard:
 
     def __init__(self, workers: int) -> None:
         size = 8 * (_FIELDS * workers + 2)
-        memory = memoryview(mmap.mmap(-1, size + workers * 2 * REPORT_BYTES))
+        memory = memoryview(mmap.mmap(-1, size + workers * 2 * MAX_REPORT_BYTES))
         numbers, self.memory = memory[:size].cast("q"), memory[size:]
         fields = [numbers[at * workers : (at + 1) * workers] for at in range(_FIELDS)]
         self.states, self.signs, self.reloads_seen, self.connections, self.clients, self.reports = fields[:6]

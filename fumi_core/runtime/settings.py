@@ -28,19 +28,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 _ARGUMENTS = "fumi.arguments"
 _ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--version"))
 """Flags that choose an action for one run. They are not settings, so neither a variable nor a configuration key can give them."""
-_TAG = "VERSION"
+_IMAGE_TAG = "VERSION"
 """FUMI_EDGE_VERSION commonly holds an image's tag, so it is ignored and not an unknown variable."""
 
 CONFIGURATION_OK = "configuration OK"
 """Printed by --check when everything is valid."""
-_LINK = re.compile(
+_KUBERNETES_VARIABLE = re.compile(
     r"(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_[A-Z]+=\w+://.*|PORT_\d+_[A-Z]+_(ADDR|PORT|PROTO)=.*)"
 )
 """Variables that Kubernetes sets for a Service with the program's name. FUMI_EDGE_PORT=465 is not one of them."""
 _MODE = re.compile(r"0?[0-7]{3}")
-_TOO_LARGE = 1 << 63
+_TOO_LARGE_FOR_TOML = 1 << 63
 """The first integer too large for TOML."""
-_LONG = 100
+_MAX_SHOWN_CHARACTERS = 100
 """Characters of a value that are shown in an error."""
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
 """What both programs tell click; the width is that of ``--help``, in characters."""
@@ -49,7 +49,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 def _refuse_comma(param_type: click.ParamType, text: str, what: str, *where: Any) -> None:  # type: ignore[type-arg]
     """Refuse several values separated by commas, which other programs accept as a list."""
     if "," in text:
-        param_type.fail(f"{text!r} has a comma in it: repeat the flag, or in a variable separate {what} by spaces", *where)
+        param_type.fail(f"{text!r} contains a comma: repeat the flag, or separate {what} by spaces in a variable", *where)
 
 
 class AddressType(click.ParamType):  # type: ignore[type-arg]
@@ -75,7 +75,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not value:
-            self.fail("the value is empty", param, ctx)
+            self.fail("must not be empty", param, ctx)
         return str(value)
 
 
@@ -163,10 +163,10 @@ ADDRESS = AddressType()
 NAME = NameType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
-SECONDS_OR_NONE = SecondsType(min=0)
+SECONDS_OR_ZERO = SecondsType(min=0)
 MODE = ModeType()
 COUNT = CountType("a whole number", 100, min=1)
-OCTETS = CountType("a number of bytes", 25_000_000, min=1)
+BYTES = CountType("a number of bytes", 25_000_000, min=1)
 WORKERS = WorkersType('a number of processes or "auto"', 4, min=1, max=1024)
 
 
@@ -218,15 +218,15 @@ class Program(GroupedCommand):
         for variable in sorted(each for each in os.environ if each.startswith(prefix)):
             name, value = variable.removeprefix(prefix), os.environ[variable]
             if name in actions:
-                if name != _TAG:
+                if name != _IMAGE_TAG:
                     flag = actions[name].opts[-1]
-                    raise SettingError(f"the variable {variable} is no setting: {flag} is an action, for the command line only")
+                    raise SettingError(f"variable {variable}: {flag} is not a setting; give it on the command line")
             elif name in known:
                 if "\r" in value:
-                    raise SettingError(f"the variable {variable} has a carriage return in it: save its file with Unix line ends")
-            elif not _LINK.fullmatch(f"{name}={value}"):
-                hint = _nearest(name, known, prefix) or "--help lists the flags, and each can be one"
-                raise SettingError(f"the variable {variable} is no setting: {hint}")
+                    raise SettingError(f"variable {variable} contains a carriage return: save its file with Unix line ends")
+            elif not _KUBERNETES_VARIABLE.fullmatch(f"{name}={value}"):
+                hint = _nearest(name, known, prefix) or "every flag in --help can be a variable"
+                raise SettingError(f"unknown variable {variable}: {hint}")
 
     def main(self, *args: Any, **extra: Any) -> Any:
         complete()
@@ -269,7 +269,7 @@ class SettingError(click.ClickException):
 def check_mode(mode: int | None, addresses: Iterable[SocketAddress]) -> None:
     """Raises SettingError for a --socket-mode if this program creates no Unix socket."""
     if mode is not None and all(each.kind != "unix" for each in addresses):
-        raise SettingError("--socket-mode is for Unix listeners: listen on unix:/path, or leave it out")
+        raise SettingError("--socket-mode is for Unix listeners: listen on unix:/path, or remove it")
 
 
 def config_option(section: str) -> Callable[[F], F]:
@@ -294,7 +294,7 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
     try:
         document = tomllib.loads(read_file(path).decode())
     except OSError as error:
-        raise click.BadParameter(f"{path}: cannot read it: {error.strerror}") from None
+        raise click.BadParameter(f"{path}: cannot read the file: {error.strerror}") from None
     except ValueError as error:  # not TOML, not UTF-8, or a number with more digits than Python reads
         raise click.BadParameter(f"{path}: {error}") from None
     except RecursionError:
@@ -309,10 +309,10 @@ def _read(ctx: click.Context, path: str, section: str) -> dict[str, Any]:
         param = known.get(flag)
         if param is None or not param.name:
             keys = sorted(each for each in known if f"--{each}" not in {*_ACTIONS, "--config"})
-            hint = _nearest(flag, keys) or "the keys are the flags without dashes in front"
+            hint = _nearest(flag, keys) or "keys are the flags without the leading dashes"
             raise click.BadParameter(f"{path}: unknown key {key!r}: {hint}")
         if f"--{flag}" in {*_ACTIONS, "--config"}:
-            raise click.BadParameter(f"{path}: {key} is not a setting: say --{flag} on the command line")
+            raise click.BadParameter(f"{path}: {key} is not a setting; give --{flag} on the command line")
         try:
             settings[param.name] = _value(ctx, param, value)
         except click.BadParameter as error:
@@ -357,10 +357,10 @@ def _check_type(param: click.Parameter, value: Any, many: bool) -> None:
         wanted = getattr(param.type, "wanted", "a number")
     elif isinstance(param.type, click.Choice):
         # For example min-tls = 1.3.
-        good, wanted = isinstance(value, str) or str(value) in param.type.choices, "text, in quotes"
+        good, wanted = isinstance(value, str) or str(value) in param.type.choices, "a string, in quotes"
     else:
-        good, wanted = isinstance(value, str), "text, in quotes, or a list of strings" if many else "text, in quotes"
-    if not good or (isinstance(value, int) and abs(value) >= _TOO_LARGE):
+        good, wanted = isinstance(value, str), "a string, in quotes, or a list of strings" if many else "a string, in quotes"
+    if not good or (isinstance(value, int) and abs(value) >= _TOO_LARGE_FOR_TOML):
         raise click.BadParameter(f"write {wanted}")
 
 
@@ -370,4 +370,4 @@ def _shown(value: Any) -> str:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except ValueError:
         return "…"  # a number with thousands of digits, written in hexadecimal
-    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[:_MAX_SHOWN_CHARACTERS]}…"

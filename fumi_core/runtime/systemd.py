@@ -16,7 +16,7 @@ from fumi_core.runtime.logs import event
 
 log = logging.getLogger("fumi.systemd")
 
-FIRST = 3
+FIRST_DESCRIPTOR = 3
 """The first descriptor that is passed, SD_LISTEN_FDS_START."""
 NOTIFY_TIMEOUT = 1.0
 """Seconds to wait while systemd is busy with other services: a handful of datagrams fills its queue."""
@@ -29,7 +29,7 @@ def descriptors() -> tuple[tuple[int, str], ...]:
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdecimal():
         return ()
-    passed = range(FIRST, FIRST + int(count))
+    passed = range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count))
     return tuple((fd, names[at] if at < len(names) else "") for at, fd in enumerate(passed))
 
 

@@ -19,14 +19,14 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.lifecycle import (
-    STOPS,
-    TIDY_TIMEOUT,
+    CLEANUP_TIMEOUT,
+    STOP_SIGNALS,
     Left,
     Work,
     alone,
     end_within,
     every,
-    heed,
+    handle_signals,
     hold_signals,
     in_turn,
     leave,
@@ -35,7 +35,7 @@ from fumi_core.runtime.lifecycle import (
 )
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.loop import Loop
-from fumi_core.runtime.master import METRICS, Master
+from fumi_core.runtime.master import METRICS_ROLE, Master
 from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 from fumi_core.runtime.totals import Reporter, Totals, register_restarts
@@ -45,7 +45,7 @@ REPORT_SECONDS = 1.0
 """Seconds between two reports of a worker, and so the maximum age of the metrics."""
 
 
-def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> None:
+def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
     """Bind, and work until told to stop; returns in each process when that process is to end. Raises SettingError, and
     SystemExit.
 
@@ -64,7 +64,7 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOPS) -> No
     if role is None:
         return
     os.close(master_alive_w)  # only the master keeps it, so reading master_alive_r returns when the master ends, however it ends
-    if role == METRICS:
+    if role == METRICS_ROLE:
         _serve_metrics(work, board, master_alive_r)
     else:
         _run(_serve(work, board, role, master_alive_r))
@@ -106,13 +106,13 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
     slot.state = WorkerState.SERVING
     # A stop may arrive several times: from the terminal or systemd, which signal all processes, and from the master.
     signal.signal(signal.SIGQUIT, leave)
-    heed({signal.SIGTERM: stopped.set, signal.SIGINT: stopped.set, signal.SIGHUP: in_turn(take_over)})
+    handle_signals({signal.SIGTERM: stopped.set, signal.SIGINT: stopped.set, signal.SIGHUP: in_turn(take_over)})
     loop.add_reader(master_alive_r, orphaned)
     with every(REPORT_SECONDS, report):
         await stopped.wait()
         slot.state = WorkerState.DRAINING
         await work.close()
-    end_within(TIDY_TIMEOUT, 0)
+    end_within(CLEANUP_TIMEOUT, 0)
     report()
 
 

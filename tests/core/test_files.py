@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fumi_core.runtime import files
-from fumi_core.runtime.files import LARGEST_FILE, in_time, read_file
+from fumi_core.runtime.files import MAX_FILE_BYTES, in_time, read_file
 
 
 def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:
@@ -36,10 +36,10 @@ def test_what_is_no_regular_file_is_an_error_and_never_waited_for(tmp_path: Path
 def test_a_file_that_is_too_large_is_an_error_before_it_is_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
-    os.truncate(path, LARGEST_FILE)
-    assert len(read_file(path)) == LARGEST_FILE
+    os.truncate(path, MAX_FILE_BYTES)
+    assert len(read_file(path)) == MAX_FILE_BYTES
     os.truncate(path, 1 << 40)
-    with pytest.raises(OSError, match="it has more than 4 MiB"):
+    with pytest.raises(OSError, match="it is larger than 4 MiB"):
         read_file(path)
 
 
@@ -52,7 +52,7 @@ def test_what_hangs_is_given_up_and_not_tried_again_until_it_has_returned(monkey
         answer.wait()
 
     for _ in range(3):
-        with pytest.raises(TimeoutError, match="as when a file system hangs"):
+        with pytest.raises(TimeoutError, match="the file system may hang"):
             in_time("/nfs", hang)
     assert len(calls) == 1
     assert in_time("/elsewhere", lambda: 1) == 1
@@ -65,7 +65,7 @@ def test_what_hangs_is_given_up_and_not_tried_again_until_it_has_returned(monkey
 def test_so_many_may_hang_and_no_more(monkeypatch: Any) -> None:
     monkeypatch.setattr(files, "FILE_TIMEOUT", 0.01)
     answer = threading.Event()
-    for number in range(files.MOST_HANGING):
+    for number in range(files.MAX_HANGING_THREADS):
         with pytest.raises(TimeoutError):
             in_time(f"/nfs/{number}", answer.wait)
     before = threading.active_count()

@@ -127,7 +127,7 @@ def test_lines_that_there_is_no_room_for_are_counted_where_they_are_missing(
     outlet: Outlets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger, reader, _ = outlet
-    monkeypatch.setattr(logs, "WAITING", 10_000)
+    monkeypatch.setattr(logs, "MAX_QUEUED_BYTES", 10_000)
     for number in range(20_000):
         event(logger, logging.INFO, "line", number=number)
     next_one, losses = 0, 0
@@ -146,9 +146,9 @@ def test_what_waits_has_a_moment_at_the_end_and_no_more(outlet: Outlets, monkeyp
     logger, reader, handler = outlet
     for _ in range(6000):
         event(logger, logging.INFO, "line")
-    monkeypatch.setattr(logs, "FLUSH", 0.01)
+    monkeypatch.setattr(logs, "FLUSH_TIMEOUT", 0.01)
     handler.flush()
-    monkeypatch.setattr(logs, "FLUSH", 60)
+    monkeypatch.setattr(logs, "FLUSH_TIMEOUT", 60)
     lines: list[bytes] = []
     thread = threading.Thread(target=lambda: lines.extend(reader.readline() for _ in range(6000)))
     thread.start()
@@ -161,7 +161,7 @@ def test_what_waits_has_a_moment_at_the_end_and_no_more(outlet: Outlets, monkeyp
 
 def test_what_waits_at_a_fork_is_written_once(outlet: Outlets, monkeypatch: pytest.MonkeyPatch) -> None:
     logger, reader, handler = outlet
-    monkeypatch.setattr(logs, "FLUSH", 60)
+    monkeypatch.setattr(logs, "FLUSH_TIMEOUT", 60)
     for _ in range(6000):
         event(logger, logging.INFO, "parent")
     if (pid := os.fork()) == 0:

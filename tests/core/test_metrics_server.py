@@ -21,16 +21,16 @@ import fumi_core.runtime.metrics_server
 from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.counting import Counter, Histogram, Tallied
 from fumi_core.runtime.listening import bind
-from fumi_core.runtime.metrics_server import CLIENTS, Answer, MetricsServer
+from fumi_core.runtime.metrics_server import MAX_REQUESTS, Answer, MetricsServer
 
 ASKED: queue.Queue[None] = queue.Queue()
-HELD: queue.Queue[Answer] = queue.Queue()
+HELD_SIGNALS: queue.Queue[Answer] = queue.Queue()
 
 
 def held() -> Answer:
     """A page that says when it is asked for, and waits for its answer."""
     ASKED.put(None)
-    return HELD.get(timeout=60)
+    return HELD_SIGNALS.get(timeout=60)
 
 
 BIG = Answer("x" * 6_000_000)
@@ -52,10 +52,10 @@ def endpoint() -> Iterator[int]:
 
 @pytest.mark.parametrize("drip", [b"", b"GET /healthz HTTP/1.0\r\nX: y", b"GET /metrics HTTP/1.0\r\n\r\n"])
 def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatch: Any, eventually: Any, drip: bytes) -> None:
-    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD", 0.5)
-    monkeypatch.setattr(fumi_core.runtime.metrics_server, "REQUEST", 0.5)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "REQUEST_TIMEOUT", 0.5)
     over = threading.Event()
-    slow = [socket.create_connection(("127.0.0.1", endpoint), 30) for _ in range(CLIENTS)]
+    slow = [socket.create_connection(("127.0.0.1", endpoint), 30) for _ in range(MAX_REQUESTS)]
     for sock in slow:
         sock.sendall(drip)
 
@@ -83,14 +83,14 @@ def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatc
 def test_silent_clients_make_room_for_one_that_comes_and_for_no_other_reason(
     endpoint: int, monkeypatch: Any, eventually: Any, said: bytes
 ) -> None:
-    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD", 1000)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD_TIMEOUT", 1000)
     with contextlib.ExitStack() as stack:
         # Older than the silent ones, and not silent.
         asking = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30))
         asking.sendall(b"GET /held HTTP/1.0\r\n\r\n")
         ASKED.get(timeout=60)
         silent = []
-        for _ in range(CLIENTS - 1):
+        for _ in range(MAX_REQUESTS - 1):
             silent.append(stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30)))
             silent[-1].sendall(said)
         assert healthy(endpoint)
@@ -98,13 +98,13 @@ def test_silent_clients_make_room_for_one_that_comes_and_for_no_other_reason(
         assert healthy(endpoint)
         silent[-1].sendall(b"GET /healthz HTTP/1.0\r\n\r\n" if not said else b"\r\n\r\n")
         assert silent[-1].recv(1000).startswith(b"HTTP/1.0 200")
-        HELD.put(Answer("at last"))
+        HELD_SIGNALS.put(Answer("at last"))
         with asking.makefile("rb") as answer:
             assert answer.read().endswith(b"at last")
 
 
 def test_a_request_without_an_end_has_its_time(endpoint: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD", 0.1)
+    monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD_TIMEOUT", 0.1)
     with socket.create_connection(("127.0.0.1", endpoint), 30) as sock:
         sock.sendall(b"GET /healthz HTTP/1.0\r\n")
         assert ended(sock)
@@ -112,7 +112,7 @@ def test_a_request_without_an_end_has_its_time(endpoint: int, monkeypatch: Any) 
 
 def test_where_all_clients_have_asked_the_oldest_makes_room(endpoint: int) -> None:
     with contextlib.ExitStack() as stack:
-        for _ in range(CLIENTS):
+        for _ in range(MAX_REQUESTS):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30))
             sock.sendall(b"GET /big HTTP/1.0\r\n\r\n")
         assert healthy(endpoint)

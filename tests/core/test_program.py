@@ -120,7 +120,7 @@ def test_a_unix_socket_gets_the_mode_that_was_asked_for(start: Any, tmp_path: Pa
     done = run("--listen", "127.0.0.1:0", "--socket-mode", "0660", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "Error: --socket-mode is for Unix listeners: listen on unix:/path, or leave it out\n",
+        "Error: --socket-mode is for Unix listeners: listen on unix:/path, or remove it\n",
     )
 
 

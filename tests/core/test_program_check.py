@@ -63,7 +63,7 @@ def test_check_fails_for_every_address_that_cannot_be_listened_on(tmp_path: Path
     (tmp_path / "file").touch()
     for addresses, problem in (
         (["192.0.2.1:25"], "--listen 192.0.2.1:25: Cannot assign requested address (this machine has no such address)"),
-        ([f"unix:{tmp_path}/none/sock"], f"--listen unix:{tmp_path}/none/sock: there is no directory {tmp_path}/none"),
+        ([f"unix:{tmp_path}/none/sock"], f"--listen unix:{tmp_path}/none/sock: the directory {tmp_path}/none does not exist"),
         (["unix:file"], "--listen unix:file: the file exists and is not a socket"),
         (["fd:77"], "--listen fd:77: descriptor 77 is not an open socket"),
         (["127.0.0.1:2525"] * 2, "--listen 127.0.0.1:2525 is given twice: remove one"),

@@ -25,7 +25,7 @@ def test_an_error_of_the_resolver_is_the_callers() -> None:
 
 
 def test_too_many_waiting_lookups_are_refused_at_once(monkeypatch: Any) -> None:
-    monkeypatch.setattr(resolver, "MAX_WAITING", 3)
+    monkeypatch.setattr(resolver, "MAX_QUEUED_LOOKUPS", 3)
     taken, release = threading.Event(), threading.Event()
 
     def hang(name: str) -> Sequence[str]:

@@ -36,15 +36,15 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
         ("fumi-core", "workers = true", 'a number of processes or "auto", such as 4'),
         ("fumi-core", "drain-timeout = true", "a number of seconds, such as 5"),
         ("fumi-core", f"drain-timeout = 1{'0' * 400}", "a number of seconds"),
-        ("fumi-core", "users = 5", "text, in quotes"),
-        ("fumi-core", "name = ['a', 'b']", "text, in quotes"),
-        ("fumi-core", "listen = 2525", "text, in quotes"),
+        ("fumi-core", "users = 5", "a string, in quotes"),
+        ("fumi-core", "name = ['a', 'b']", "a string, in quotes"),
+        ("fumi-core", "listen = 2525", "a string, in quotes"),
         ("fumi-core", "domain = ['a.example', 5]", "a list of strings"),
-        ("fumi-core", "banner = 2020-01-01", "text, in quotes"),
+        ("fumi-core", "banner = 2020-01-01", "a string, in quotes"),
         ("fumi-core", "listen = ['nonsense']", "is not an address"),
-        ("fumi-edge", "cert = true", "text, in quotes"),
+        ("fumi-edge", "cert = true", "a string, in quotes"),
         ("fumi-edge", "idle-timeout = true", "a number of seconds, such as 5"),
-        ("fumi-edge", "min-tls = true", "text, in quotes"),
+        ("fumi-edge", "min-tls = true", "a string, in quotes"),
         ("fumi-edge", "max-clients = 20.5", "a whole number"),
     ],
 )
@@ -82,7 +82,7 @@ def test_an_action_is_no_setting_of_a_file(program: str, keys: tuple[str, ...], 
     for key in keys:
         (tmp_path / "f.toml").write_text(f"{key} = true")
         flag = key.replace("_", "-")
-        assert f"f.toml: {key} is not a setting: say --{flag} on the command line" in refusal(
+        assert f"f.toml: {key} is not a setting; give --{flag} on the command line" in refusal(
             run(program, "--config", "f.toml", cwd=tmp_path)
         )
 
@@ -128,7 +128,7 @@ def test_a_variable_that_names_an_action_is_an_error_and_starts_nothing(
 ) -> None:
     variable = f"{program.upper().replace('-', '_')}_{name}"
     said = refusal(run(program, cwd=tmp_path, **{variable: "1"}))
-    assert f"the variable {variable} is no setting: {flag} is an action, for the command line only" in said
+    assert f"variable {variable}: {flag} is not a setting; give it on the command line" in said
 
 
 def test_a_variable_for_the_tag_of_an_image_is_left_alone(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_carriage_return_in_a_variable_is_named(tmp_path: Path) -> None:
         ("FUMI_EDGE_LISTEN", ":465 :25"),
     ):
         said = refusal(run("fumi-edge", cwd=tmp_path, **{variable: value + "\r"}))
-        assert f"the variable {variable} has a carriage return in it: save its file with Unix line ends" in said
+        assert f"variable {variable} contains a carriage return: save its file with Unix line ends" in said
 
 
 def test_a_list_with_commas_is_named_as_that(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_list_with_commas_is_named_as_that(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("lisen", "is it listen?"), ("require_tsl", "is it require-tls?"), ("chek", "the keys are"), ("xyzzy", "the keys are")],
+    [("lisen", "is it listen?"), ("require_tsl", "is it require-tls?"), ("chek", "keys are"), ("xyzzy", "keys are")],
 )
 def test_an_unknown_key_is_an_error_that_names_the_nearest(key: str, hint: str, tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text(f"{key} = 1\n")
@@ -175,11 +175,11 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key: str, hint: str, 
     [
         ("fumi-edge", "FUMI_EDGE_REQIRE_TLS", "is it FUMI_EDGE_REQUIRE_TLS?"),
         ("fumi-edge", "FUMI_EDGE_MAX_CLIENT", "is it FUMI_EDGE_MAX_CLIENTS?"),
-        ("fumi-edge", "FUMI_EDGE_XYZZY", "--help lists the flags"),
-        ("fumi-edge", "FUMI_EDGE_PORT", "is no setting"),
+        ("fumi-edge", "FUMI_EDGE_XYZZY", "every flag in --help can be a variable"),
+        ("fumi-edge", "FUMI_EDGE_PORT", "unknown variable"),
         ("fumi-core", "FUMI_CORE_REQUIRE-TLS", "is it FUMI_CORE_REQUIRE_TLS?"),
-        ("fumi-core", "FUMI_CORE_APP", "is no setting"),
-        ("fumi-core", "FUMI_CORE_", "is no setting"),
+        ("fumi-core", "FUMI_CORE_APP", "unknown variable"),
+        ("fumi-core", "FUMI_CORE_", "unknown variable"),
     ],
 )
 def test_a_variable_that_is_no_setting_is_refused_and_the_nearest_named(
@@ -187,7 +187,7 @@ def test_a_variable_that_is_no_setting_is_refused_and_the_nearest_named(
 ) -> None:
     for more in ((), ("--check",)):
         said = refusal(run(program, *more, cwd=tmp_path, **{variable: "1"}))
-        assert f"{variable} is no setting: " in said
+        assert f"unknown variable {variable}: " in said
         assert hint in said
     for flag in ("--help", "--version"):
         assert run(program, flag, cwd=tmp_path, **{variable: "1"}).returncode == 0
@@ -217,8 +217,8 @@ def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["user", "cert", "key", "client-ca"])
 def test_what_has_a_name_has_some(flag: str, check: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text(f"{flag} = ''")
-    assert f"'--{flag}': the value is empty" in refusal(run("fumi-edge", f"--{flag}", "", *check, cwd=tmp_path))
-    assert f'f.toml: {flag} = "": the value is empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
+    assert f"'--{flag}': must not be empty" in refusal(run("fumi-edge", f"--{flag}", "", *check, cwd=tmp_path))
+    assert f'f.toml: {flag} = "": must not be empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
 
 
 @pytest.mark.parametrize(

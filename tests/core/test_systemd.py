@@ -217,7 +217,7 @@ def test_a_watchdog_without_a_serving_worker_starves(systemd: Systemd, slow: Any
 def test_settings_that_cannot_be_read_in_time_are_given_up_and_workers_are_replaced(
     systemd: Systemd, slow: Any, eventually: Any, tmp_path: Path
 ) -> None:
-    program = slow(SLOW + "fumi_core.runtime.master.READING = 0.3\n")
+    program = slow(SLOW + "fumi_core.runtime.master.READ_TIMEOUT = 0.3\n")
     eventually(lambda: "reload failed" in program.log.read_text())
     assert "ERROR fumi.core reload failed: the old settings stay in use" in program.log.read_text()
     while systemd.hear() != "READY=1":

@@ -156,14 +156,14 @@ def test_a_file_that_is_too_large_is_not_read(make_certificate, tmp_path):
     os.truncate(large, 1 << 40)
     cert, key = make_certificate("localhost")
     for pair in (Pair(large), Pair(cert, large)):
-        with pytest.raises(CertificateError, match=r"large\.pem: cannot read the (certificate|key): it has more than 4 MiB"):
+        with pytest.raises(CertificateError, match=r"large\.pem: cannot read the (certificate|key): it is larger than 4 MiB"):
             load(pair)
     both = tmp_path / "certs" / "both.pem"
     both.parent.mkdir()
     both.write_text(cert.read_text() + key.read_text())
     certificates = Certificates([(both.parent, None)], Policy(client_ca=cert))
     large.rename(both.parent / "large.pem")
-    assert certificates.read().complaints == [f"{both.parent}/large.pem: cannot read the certificate: it has more than 4 MiB"]
+    assert certificates.read().complaints == [f"{both.parent}/large.pem: cannot read the certificate: it is larger than 4 MiB"]
 
 
 def test_blocks_on_one_line_are_named_as_that(authority, make_certificate, tmp_path):

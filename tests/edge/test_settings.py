@@ -193,7 +193,10 @@ def test_check_looks_at_the_listeners(flags, backend, tmp_path):
                 "--listen 192.0.2.1:25: Cannot assign requested address (this machine has no",
             ),
             (("--starttls-listen", "no.such.invalid:25"), "--starttls-listen no.such.invalid:25: "),
-            (("--metrics", f"unix:{tmp_path}/none/sock"), f"unix:{tmp_path}/none/sock: there is no directory {tmp_path}/none"),
+            (
+                ("--metrics", f"unix:{tmp_path}/none/sock"),
+                f"unix:{tmp_path}/none/sock: the directory {tmp_path}/none does not exist",
+            ),
             (("--listen", f"unix:{tmp_path}/file"), "the file exists and is not a socket"),
             (("--listen", "fd:77"), "descriptor 77 is not an open socket"),
             (("--listen", f"fd:{mute.fileno()}"), f"descriptor {mute.fileno()} is not a"),
@@ -221,7 +224,7 @@ def test_an_address_that_is_given_twice_is_an_error_that_says_so(flags, check):
         ),
         (
             ("--starttls-listen", "127.0.0.1:4465", "--metrics", ":4465"),
-            "--metrics :4465 is every address of this machine, and --starttls-listen 127.0.0.1:4465 one of them: remove one",
+            "--starttls-listen 127.0.0.1:4465 is part of --metrics :4465, which is every address of this machine: remove one",
         ),
     ):
         status, lines = run(*flags, *more, *check)
@@ -244,4 +247,4 @@ def test_check_says_what_the_user_cannot_read(flags, backend, public):
 
 def test_a_user_that_is_not_there_is_an_error(flags):
     status, output = run(*flags, "--user", "no-such-user")
-    assert (status, output) == (2, ["Error: --user: there is no user 'no-such-user'"])
+    assert (status, output) == (2, ["Error: --user: user 'no-such-user' does not exist"])

@@ -1,6 +1,6 @@
 """fumi-edge's flags as a configuration of HAProxy or stunnel: a file of haproxy/ or stunnel/ with the values of the flags.
 
-Comments at the top name the differences. Settings that no flag gives stay as they are in the file. Only certificate paths are
+Comments at the top name the differences. Settings without a flag keep the values of the file. Only certificate paths are
 read on this machine, so the configuration may be for another one.
 """
 
@@ -27,7 +27,7 @@ PROGRAMS = tuple(_PROGRAMS)
 
 
 def configuration(program: str, context: click.Context) -> str:
-    """The text of a configuration for fumi-edge's flags. Raises SettingError for bad flags, and when no listener is left."""
+    """The text of a configuration for fumi-edge's flags. Raises SettingError for bad flags, and if no listener is supported."""
     flags = context.params
     # A switch that is off may have been given, to override a file that turns it on.
     given = {
@@ -47,7 +47,7 @@ def configuration(program: str, context: click.Context) -> str:
         raise SettingError(
             f"--emit {program}: only fumi-edge supports STARTTLS; name a --listen for implicit TLS, or see haproxy/layer4.cfg"
         )
-    _refuse_what_no_edge_would_take(flags)
+    _check(flags)
     notes, body = write(flags, given, listeners, _pairs(flags))
     notes = [*missing(flags), *notes]
     notes += shortened(flags, given, name)
@@ -56,7 +56,8 @@ def configuration(program: str, context: click.Context) -> str:
     return "".join(f"{sign} {line}".rstrip() + "\n" for line in wrapped) + "\n" + body
 
 
-def _refuse_what_no_edge_would_take(flags: Flags) -> None:
+def _check(flags: Flags) -> None:
+    """Raises SettingError for values that fumi-edge would reject, too."""
     try:
         Policy(ciphers=flags.get("ciphers") or CIPHERS)
     except ValueError as error:

@@ -19,28 +19,20 @@ from fumi_edge.emit.notes import (
     Flags,
     group_of,
     header_notes,
-    lost,
+    not_applied,
     of_kind,
     starttls,
 )
 from fumi_edge.emit.template import Line, haproxy_template, without
 from fumi_edge.tls.pem import Pair, label
 
-_CARRIES = {
+_APPLIED = {
     *("listen", "starttls_listen", "cert", "key", "backend", "balance", "health_interval", "proxy_protocol", "accept_proxy"),
     *("trusted_proxy", "client_ca", "client_cert", "min_tls", "ciphers", "alpn", "metrics", "connect_timeout", "idle_timeout"),
-    *(
-        "handshake_timeout",
-        "health_timeout",
-        "max_clients",
-        "max_clients_per_ip",
-        "rate_per_ip",
-        "drain_timeout",
-        "socket_mode",
-        "log_level",
-        "user",
-    ),
+    *("handshake_timeout", "health_timeout", "max_clients", "max_clients_per_ip", "rate_per_ip", "drain_timeout"),
+    *("socket_mode", "log_level", "user"),
 }
+"""The flags that have an equivalent in HAProxy."""
 _REASONS = {
     "require_tls": "applies to STARTTLS listeners only.",
     "hide_starttls": "applies to STARTTLS listeners only.",
@@ -50,27 +42,33 @@ _REASONS = {
 
 
 def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
-    """The notes and the configuration. Raises SettingError when HAProxy can have none of the listeners."""
+    """The notes and the configuration. Raises SettingError if HAProxy supports none of the listeners."""
     if "drain_timeout" not in given:
         # fumi-edge's default is for a stop; in HAProxy the same limit would cut sessions off at every reload.
         flags = {**flags, "drain_timeout": None}
-    unfit = of_kind(listeners, "fd")
-    listeners = [each for each in listeners if each not in unfit]
+    unsupported = of_kind(listeners, "fd")
+    listeners = [each for each in listeners if each not in unsupported]
     if not listeners:
-        raise SettingError(f"--emit haproxy: HAProxy is started without the descriptor {unfit[0]}; name HOST:PORT or unix:/path")
+        raise SettingError(
+            f"--emit haproxy: HAProxy is started without the descriptor {unsupported[0]}; name HOST:PORT or unix:/path"
+        )
     if flags.get("metrics") and of_kind([flags["metrics"]], "fd"):
-        unfit.append(flags["metrics"])
+        unsupported.append(flags["metrics"])
         flags = {**flags, "metrics": None}
-    return _notes(flags, given, listeners, unfit, pairs), _filled_in(flags, listeners, pairs)
+    return _notes(flags, given, listeners, unsupported, pairs), _filled_in(flags, listeners, pairs)
 
 
 def _notes(
-    flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], unfit: Sequence[SocketAddress], pairs: list[Pair]
+    flags: Flags,
+    given: Collection[str],
+    listeners: Sequence[SocketAddress],
+    unsupported: Sequence[SocketAddress],
+    pairs: list[Pair],
 ) -> list[str]:
     notes = starttls(
         flags, "HAProxy does not support STARTTLS for SMTP. haproxy/layer4.cfg puts HAProxy in front of fumi-edge --accept-proxy."
     )
-    notes += [f"{address}: left out; HAProxy is started without this descriptor." for address in unfit]
+    notes += [f"{address}: omitted; HAProxy is started without this descriptor." for address in unsupported]
     notes += header_notes(flags)
     notes += _key_notes(pairs)
     local = of_kind(listeners, "unix")
@@ -81,7 +79,7 @@ def _notes(
     if flags.get("drain_timeout") is not None:
         notes.append("--drain-timeout: also limits the sessions that continue after a reload.")
     notes.append("--handshake-timeout: HAProxy before 3.0 uses --idle-timeout for handshakes.")
-    return notes + lost(flags, given, _CARRIES, _REASONS)
+    return notes + not_applied(flags, given, _APPLIED, _REASONS)
 
 
 def _key_notes(pairs: Iterable[Pair]) -> list[str]:
@@ -95,14 +93,14 @@ def _key_notes(pairs: Iterable[Pair]) -> list[str]:
 
 
 def _filled_in(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> str:
-    """The template without the lines that the flags leave out, and with the flags' values."""
-    lines = without(haproxy_template(), _left_out(flags).__contains__)
+    """The template with the flags' values, without the lines that the flags do not need."""
+    lines = without(haproxy_template(), _unneeded(flags).__contains__)
     text = "\n".join(new for line in lines for new in _rewritten(line, flags, pairs))
     text = _Variables(text).safe_substitute(_values(flags, listeners, pairs))
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
-def _left_out(flags: Flags) -> set[str]:
+def _unneeded(flags: Flags) -> set[str]:
     """The marks of the lines that these flags do not need."""
     names = {"other-backends"}
     names |= {
@@ -167,8 +165,8 @@ def _trust(flags: Flags) -> list[str]:
         return []
     trusted = flags.get("trusted_proxy") or THIS_HOST
     networks = " ".join(each for each in trusted if each != "unix")
-    strangers = ["{ src -m found }"] * ("unix" in trusted) + [f"!{{ src {networks} }}"] * bool(networks)
-    return [f"    tcp-request connection reject if {' '.join(strangers)}"]
+    untrusted = ["{ src -m found }"] * ("unix" in trusted) + [f"!{{ src {networks} }}"] * bool(networks)
+    return [f"    tcp-request connection reject if {' '.join(untrusted)}"]
 
 
 def _values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> dict[str, str]:

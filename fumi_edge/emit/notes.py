@@ -1,4 +1,4 @@
-"""What both writers need: the notes on what the other program does differently, and what its settings can hold."""
+"""What both writers need: notes on what the other program does differently, and limits of its settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fumi_core.runtime.addresses import SocketAddress
 
 TIMES = ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval", "health_timeout")
 LONGEST = (2**31 - 1) // 1000
-"""Seconds, about 24.8 days: the longest time, which both programs store as milliseconds in 31 bits."""
+"""Seconds, about 24.8 days: the longest time. Both programs store times as milliseconds in 31 bits."""
 
 Flags = Mapping[str, Any]
 Emitted = tuple[list[str], str]
@@ -22,7 +22,7 @@ _NOT_SETTINGS = {"emit", "check", "dev_mode", "config", "version"}
 
 
 def missing(flags: Flags) -> list[str]:
-    """A note for each flag that fumi-edge needs and a template has a default for."""
+    """A note for each flag that fumi-edge requires and for which the template has a default."""
     needed = ("cert", "certificate"), ("backend", "backend")
     return [f"--{flag}: no {what} was named; the one below is an example." for flag, what in needed if not flags.get(flag)]
 
@@ -38,16 +38,16 @@ def starttls(flags: Flags, why: str) -> list[str]:
     return [f"--starttls-listen {listeners}: {why}"] if listeners else []
 
 
-def lost(flags: Flags, given: Collection[str], carried: Collection[str], reasons: Mapping[str, str]) -> list[str]:
+def not_applied(flags: Flags, given: Collection[str], applied: Collection[str], reasons: Mapping[str, str]) -> list[str]:
     """A note for each flag that was given and has no effect on the configuration."""
-    names = [name for name in flags if name in given and name not in carried and name not in _NOT_SETTINGS]
-    return [f"--{name.replace('_', '-')}: {reasons.get(name, 'not carried over.')}" for name in names]
+    names = [name for name in flags if name in given and name not in applied and name not in _NOT_SETTINGS]
+    return [f"--{name.replace('_', '-')}: {reasons.get(name, 'has no equivalent.')}" for name in names]
 
 
 def shortened(flags: Flags, given: Collection[str], program: str) -> list[str]:
     """A note for each time that is shortened."""
     long = [name for name in TIMES if name in given and (flags.get(name) or 0) > LONGEST]
-    return [f"--{name.replace('_', '-')}: {LONGEST} seconds, the longest that {program} takes." for name in long]
+    return [f"--{name.replace('_', '-')}: {LONGEST} seconds, the longest that {program} accepts." for name in long]
 
 
 def group_of(user: str) -> str:

@@ -8,14 +8,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.emit.notes import LONGEST, Emitted, Flags, group_of, header_notes, lost, of_kind, starttls
+from fumi_edge.emit.notes import LONGEST, Emitted, Flags, group_of, header_notes, not_applied, of_kind, starttls
 from fumi_edge.emit.template import Line, stunnel_template, without
 from fumi_edge.tls.pem import Pair, label
 
-_CARRIES = {
+_APPLIED = {
     *("listen", "starttls_listen", "cert", "key", "backend", "balance", "proxy_protocol", "client_ca", "client_cert"),
     *("min_tls", "ciphers", "connect_timeout", "idle_timeout", "handshake_timeout", "log_level", "user"),
 }
+"""The flags that have an equivalent in stunnel."""
 _REASONS = {
     "accept_proxy": "stunnel reads no PROXY headers, so it cannot run behind such a load balancer.",
     "trusted_proxy": "see --accept-proxy.",
@@ -36,19 +37,21 @@ _REASONS = {
 
 
 def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
-    """The notes and the configuration. Raises SettingError when stunnel can have none of the listeners."""
+    """The notes and the configuration. Raises SettingError if stunnel supports none of the listeners."""
     proxying = flags.get("proxy_protocol", "v2") != "off"
-    unfit = of_kind(listeners, "fd", *(["unix"] if proxying else []))
-    if len(unfit) == len(listeners):
-        raise SettingError(f"--emit stunnel: {unfit[0]} cannot be a listener of stunnel with a PROXY header; name HOST:PORT")
+    unsupported = of_kind(listeners, "fd", *(["unix"] if proxying else []))
+    if len(unsupported) == len(listeners):
+        raise SettingError(
+            f"--emit stunnel: {unsupported[0]} cannot be a listener of stunnel with a PROXY header; name HOST:PORT"
+        )
     general, service = stunnel_template()
     body = _set(general, _general_settings(flags))
-    for number, address in enumerate((each for each in listeners if each not in unfit), 1):
+    for number, address in enumerate((each for each in listeners if each not in unsupported), 1):
         own = {"accept": [f"accept = {_bare(address, '::')}"], **_service_settings(flags, pairs)}
         name = f"[smtps-{number}]" if number > 1 else "[smtps]"
         body += [name, *_set(service, own), *_client_certificates(flags), ""]
     notes = starttls(flags, "stunnel cannot combine STARTTLS (protocol = smtp) with a PROXY header; use fumi-edge.")
-    notes += [f"--listen {address}: left out." for address in unfit]
+    notes += [f"--listen {address}: omitted." for address in unsupported]
     notes += header_notes(flags)
     if proxying:
         notes.append(
@@ -58,15 +61,15 @@ def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddres
     if len(flags.get("backend") or ()) > 1 and flags.get("balance", "leastconn") == "leastconn":
         notes.append("--balance leastconn: stunnel balances round robin.")
     notes += [
-        f"--cert {label(cert)}: left out. Add a service for each name, with sni = smtps:NAME and cert = {label(cert)}."
+        f"--cert {label(cert)}: omitted. Add a service for each name, with sni = smtps:NAME and cert = {label(cert)}."
         for cert, _ in pairs[1:]
     ]
-    notes += lost(flags, given, _CARRIES, _REASONS)
+    notes += not_applied(flags, given, _APPLIED, _REASONS)
     return notes, "\n".join(body).rstrip() + "\n"
 
 
 def _set(lines: Iterable[Line], settings: Mapping[str, Sequence[str]]) -> list[str]:
-    """The lines, with those of some options replaced; an option that is replaced by nothing takes its comment along."""
+    """The lines, with those of some options replaced. An option that is replaced by no line is removed with its comment."""
     kept = without(lines, lambda option: settings.get(option) == [])
     return [new for line in kept for new in settings.get(line.name, [line.text])]
 

@@ -94,10 +94,10 @@ class History:
 
     def _watch(self) -> None:
         while True:
-            self.look()
+            self.sample()
             time.sleep(INTERVAL)
 
-    def look(self) -> None:
+    def sample(self) -> None:
         """Add a sample of all series, and drop samples older than SPAN."""
         figures = self._read()
         row = array("d", (figures.total(each) for each in self._columns))
@@ -107,7 +107,7 @@ class History:
     def levels(self, wanted: Series) -> list[Point]:
         """The values at each sample, the oldest first."""
         column, now = self._columns[wanted], self._clock()
-        return [Point(now - at, row[column]) for at, row in self._looks()]
+        return [Point(now - at, row[column]) for at, row in self._samples()]
 
     def rates(self, counter: Series) -> list[Point]:
         """The rates per second between each two samples."""
@@ -131,6 +131,6 @@ class History:
             return 0.0
         return max(0.0, recent[-1].value - recent[0].value) / (recent[0].ago - recent[-1].ago)
 
-    def _looks(self) -> list[tuple[float, array[float]]]:
+    def _samples(self) -> list[tuple[float, array[float]]]:
         with self._lock:
             return list(self._rows)

@@ -196,7 +196,7 @@ def measured():
 
     def pass_by(seconds=INTERVAL):
         clock.now += seconds
-        history.look()
+        history.sample()
 
     return history, counter, gauge, histogram, pass_by
 

@@ -119,7 +119,9 @@ def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_ce
 def test_a_time_that_is_too_long_is_shortened_and_said_at_the_top(program: str, emit: Emit, both: Path) -> None:
     text = emit(program, "--cert", both, "--backend", ":2525", "--idle-timeout", "2592000", "--connect-timeout", "2147483")
     said = notes(text, "#" if program == "haproxy" else ";")
-    assert f"--idle-timeout: 2147483 seconds, the longest that {'HAProxy' if program == 'haproxy' else 'stunnel'} takes." in said
+    assert (
+        f"--idle-timeout: 2147483 seconds, the longest that {'HAProxy' if program == 'haproxy' else 'stunnel'} accepts." in said
+    )
     assert "--connect-timeout" not in said
 
 
@@ -179,8 +181,8 @@ def test_the_user_is_carried_over_with_its_group(emit: Emit, both: Path) -> None
 def test_descriptors_are_left_out_and_said_to_be(emit: Emit, both: Path) -> None:
     flags = ("--cert", both, "--backend", ":2525", "--listen", "fd:3", "--listen", ":4465", "--metrics", "fd:metrics")
     text = emit("haproxy", *flags)
-    assert "fd:3: left out" in notes(text)
-    assert "fd:metrics: left out" in notes(text)
+    assert "fd:3: omitted" in notes(text)
+    assert "fd:metrics: omitted" in notes(text)
     assert "fd@" not in text
 
 

@@ -54,7 +54,8 @@ V1_MAX_LENGTH = 107
 V2_MAX_LENGTH = 4096  # the format allows 65,551; nobody sends that much, and a receiver has to buffer it
 UNIQUE_ID_MAX_LENGTH = 128
 
-Endpoint = tuple[str, int] | str | None
+Endpoint = tuple[str, int] | str
+"""A host and a port, or the path of a Unix socket, which is empty for a socket without a name."""
 TLV = tuple[int, bytes]
 
 _V1_SIGNATURE = b"PROXY "
@@ -173,8 +174,8 @@ class ProxyHeader:
     version: int
     command: str
     transport: str = "UNKNOWN"
-    source: Endpoint = None
-    destination: Endpoint = None
+    source: Endpoint | None = None
+    destination: Endpoint | None = None
     tlvs: tuple[TLV, ...] = ()
 
     @property
@@ -465,7 +466,7 @@ def _split_ssl(data: bytes, offset: int, end: int) -> tuple[TLV, ...]:
     return tuple(tlvs)
 
 
-def _v2_addresses(transport: str, data: bytes) -> tuple[Endpoint, Endpoint]:
+def _v2_addresses(transport: str, data: bytes) -> tuple[Endpoint | None, Endpoint | None]:
     if transport in _INET:
         family, layout = _INET[transport]
         source, destination, source_port, destination_port = layout.unpack_from(data, _FIXED_LENGTH)
@@ -540,7 +541,7 @@ def _packed(family: int, address: str) -> bytes:
         raise ValueError(f"not an address of that family: {address!r}") from error
 
 
-def _unix_field(path: Endpoint) -> bytes:
+def _unix_field(path: Endpoint | None) -> bytes:
     if not isinstance(path, str):
         raise ValueError("UNIX needs a path for source and destination")
     field = os.fsencode(path)

@@ -31,7 +31,7 @@ from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Source
 from fumi_edge.tls.policy import Policy
 
-SILENCE_BEYOND_CORE = 30.0
+EXTRA_IDLE_SECONDS = 30.0
 """Seconds by which a tunnel's idle timeout exceeds ``socket_timeout``, so that the core sends its 421 first."""
 
 
@@ -92,7 +92,7 @@ class Fumi(core.Fumi):
         policy = ListenerPolicy(
             balancers=Networks(options.trusted_proxies) if options.proxy_protocol == "required" else None,
             hide_starttls=options.hide_starttls,
-            idle_timeout=options.socket_timeout + SILENCE_BEYOND_CORE,
+            idle_timeout=options.socket_timeout + EXTRA_IDLE_SECONDS,
         )
         self._edge.listen(sock, str(sock.getsockname()), starttls=not self._secure, policy=policy)
 

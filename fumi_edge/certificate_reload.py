@@ -17,11 +17,11 @@ from fumi_edge.tls.sources import Stamp
 
 log = logging.getLogger("fumi.edge.certificates")
 
-SETTLE = 1.0
+SETTLE_SECONDS = 1.0
 """Seconds in which errors of changed files are not reported: a certificate and its key are two files, written in turn."""
-CLOCK = 10.0
+CLOCK_CHECK_SECONDS = 10.0
 """Maximum seconds between two checks for expired certificates: the system clock may be set."""
-FIRST_LOOK = 5.0
+FIRST_CHECK_TIMEOUT = 5.0
 """Maximum seconds for which the start waits for the first check of the files; the check continues after that."""
 
 
@@ -32,22 +32,22 @@ class Reloader:
         self._certificates = certificates
         self._metrics = metrics
         self._interval = interval
-        self._settle = min(SETTLE, interval or SETTLE)
+        self._settle = min(SETTLE_SECONDS, interval or SETTLE_SECONDS)
         self._seen = certificates.stamp_read
         self._reported: set[str] = set()
-        self._told: list[str] = []
+        self._logged_authority_problems: list[str] = []
         """The problems of CA certificates that were logged last."""
         self._lock = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
         self._choosing: asyncio.Task[None] | None = None
-        self._looked = asyncio.Event()
+        self._checked = asyncio.Event()
         self._publish()
 
     def start(self) -> None:
         for entry in self._certificates.entries:
             self._warn(entry)
-        self._tell_authorities()
-        self._tell_skipped(())
+        self._log_authority_problems()
+        self._log_skipped(())
         if problem := self._certificates.startup_problem():
             event(log, logging.WARNING, "no cipher for the certificates", error=problem)
         loop = asyncio.get_running_loop()
@@ -55,12 +55,12 @@ class Reloader:
             self._watching = loop.create_task(self._watch())
         self._choosing = loop.create_task(self._choose())
 
-    async def first_look(self) -> None:
+    async def first_check(self) -> None:
         """Wait for the first check of the files: a worker that replaces another has the certificates that the master read."""
         if self._watching is not None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FIRST_LOOK):
-                    await self._looked.wait()
+                async with asyncio.timeout(FIRST_CHECK_TIMEOUT):
+                    await self._checked.wait()
 
     async def close(self) -> None:
         for task in (self._watching, self._choosing):
@@ -73,21 +73,24 @@ class Reloader:
         """Read all files, changed or not, and log all errors again. Returns a line for each error."""
         async with self._lock:
             self._reported = set()
-            return await self._look(always=True)
+            return await self._check_files(always=True)
 
     async def _watch(self) -> None:
         while True:
             async with self._lock:
-                await self._look()
-            self._looked.set()
+                await self._check_files()
+            self._checked.set()
             await asyncio.sleep(self._interval)
 
     async def _choose(self) -> None:
-        """Make a new selection when a certificate expires or becomes valid. The clock may be set, so check it every CLOCK s."""
+        """Make a new selection when a certificate expires or becomes valid.
+
+        The clock may be set, so it is checked every CLOCK_CHECK_SECONDS.
+        """
         while True:
             until = self._certificates.selection.until
             if (now := time.time()) <= until:
-                await asyncio.sleep(min(CLOCK, until - now + 0.001))
+                await asyncio.sleep(min(CLOCK_CHECK_SECONDS, until - now + 0.001))
                 continue
             async with self._lock:
                 await self._choose_again(now)
@@ -99,13 +102,13 @@ class Reloader:
             self._certificates.install(await run_in_daemon_thread(lambda: self._certificates.choose(now)))
         except Exception as error:
             failure(log, "certificate selection failed", error)
-            await asyncio.sleep(CLOCK)
+            await asyncio.sleep(CLOCK_CHECK_SECONDS)
         self._publish()
         for entry in self._certificates.entries:
             if any(moment <= now for moment in entry.changes(before.chosen_at)):
                 self._warn(entry)
 
-    async def _look(self, always: bool = False) -> list[str]:
+    async def _check_files(self, always: bool = False) -> list[str]:
         try:
             stamp = await self._stamp()
             if always or stamp != self._seen:
@@ -115,7 +118,7 @@ class Reloader:
             # Neither a system error nor a programming error must end the checks.
             self._metrics.certificate_reloads[ReloadResult.FAILED].inc()
             if isinstance(error, OSError):
-                self._complain(logging.ERROR, "reload failed", [str(error)])
+                self._log_complaints(logging.ERROR, "reload failed", [str(error)])
             else:
                 failure(log, "reload failed", error)
             return [str(error)]
@@ -139,10 +142,10 @@ class Reloader:
             stamp = await self._stamp()
         self._seen = stamp
         results[ReloadResult.FAILED if complaints else ReloadResult.OK].inc()
-        self._complain(logging.WARNING, "certificate not loaded", complaints)
+        self._log_complaints(logging.WARNING, "certificate not loaded", complaints)
         return complaints
 
-    def _complain(self, level: int, words: str, complaints: Sequence[str]) -> None:
+    def _log_complaints(self, level: int, words: str, complaints: Sequence[str]) -> None:
         """Log the complaints that were not logged last time."""
         for complaint in complaints:
             if complaint not in self._reported:
@@ -158,21 +161,21 @@ class Reloader:
         for entry in [each for each in now if each not in before]:
             event(log, logging.INFO, "certificate loaded", name=entry.name, file=str(entry.pair), expires=date(entry.not_after))
             self._warn(entry)
-        self._tell_authorities()
-        self._tell_skipped(skipped)
+        self._log_authority_problems()
+        self._log_skipped(skipped)
         kept = {each.pair for each in now}
         for entry in [each for each in before if each.pair not in kept]:
             event(log, logging.INFO, "certificate removed", name=entry.name, file=str(entry.pair))
         return reading.complaints
 
-    def _tell_authorities(self) -> None:
+    def _log_authority_problems(self) -> None:
         problems = self._certificates.authority_problems(time.time())
         for problem in problems:
-            if problem not in self._told:
+            if problem not in self._logged_authority_problems:
                 event(log, logging.WARNING, "CA certificate is not valid", error=problem)
-        self._told = problems
+        self._logged_authority_problems = problems
 
-    def _tell_skipped(self, before: Sequence[str]) -> None:
+    def _log_skipped(self, before: Sequence[str]) -> None:
         for line in [each for each in self._certificates.skipped if each not in before]:
             event(log, logging.INFO, "certificate skipped", error=line)
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
+from fumi_core.proxy_protocol import Endpoint
 from fumi_core.runtime.acceptor import DescriptorLimit
 from fumi_core.runtime.listening import name_of, open_listeners
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
 from fumi_core.version import VERSION
 from fumi_edge.backends.choice import Backends
-from fumi_edge.backends.dialing import Name
 from fumi_edge.backends.health import Checks, dependency_problems
 from fumi_edge.backends.retiring import Retiring
 from fumi_edge.certificate_reload import Reloader
@@ -27,7 +27,7 @@ from fumi_edge.connection.limits import Limits, Rejections
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
 from fumi_edge.connection.resources import Resources
-from fumi_edge.connection.tunnel import BUFFER
+from fumi_edge.connection.tunnel import BUFFER_SIZE
 from fumi_edge.connection.walk import Connection
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.settings import EdgeSettings
@@ -79,7 +79,7 @@ class Edge:
             metrics=metrics,
             hangup_watch=HangupWatch(),
             close_notify=CloseNotify(),
-            buffer=memoryview(bytearray(BUFFER)),
+            buffer=memoryview(bytearray(BUFFER_SIZE)),
             connection_count=connection_count,
             descriptor_limit=DescriptorLimit(2),
             direct=direct,
@@ -122,7 +122,7 @@ class Edge:
         if self._bound is None:
             self.bind()
         self.begin(connection_count)
-        await self._reloader.first_look()
+        await self._reloader.first_check()
         for sock, name, settings in self._bound or ():
             self._serve_at(sock, name, settings.starttls, settings.policy)
 
@@ -208,9 +208,9 @@ class Edge:
                 event(log, logging.INFO, "draining", connections=len(self._connections))
                 await asyncio.wait(self._connections, timeout=self.settings.drain_timeout)
         finally:
-            await self._break_off()
+            await self._close_connections()
 
-    async def _break_off(self) -> None:
+    async def _close_connections(self) -> None:
         for task in list(self._connections):
             task.cancel()
         if self._connections:
@@ -225,7 +225,7 @@ class Edge:
         self._resources.hangup_watch.close()
         self._resources.close_notify.close()
 
-    def _serve(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
+    def _serve(self, listener: Listener, client: socket.socket, source: Endpoint, destination: Endpoint) -> None:
         """Start an accepted connection on its walk."""
         connection = Connection(listener, client, source, destination)
         task = asyncio.get_running_loop().create_task(connection.run())

@@ -12,15 +12,15 @@ import socket
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
-from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
+from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
-from fumi_edge.backends.dialing import OURS, Destination, Name, Opening, reason_of, words_of
+from fumi_edge.backends.dialing import LOCAL_ERRORS, Destination, Opening, error_text, reason_of
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.metrics import BackendError, BackendMetrics, EdgeMetrics
 
 log = logging.getLogger("fumi.edge.backends")
 
-AVOID = 5.0
+AVOID_SECONDS = 5.0
 """Seconds for which a backend is tried only after the others when a connection to it has failed."""
 
 _NEVER = float("-inf")
@@ -30,7 +30,9 @@ class NoBackend(Exception):
     """No backend could be reached; the message is the error of the last attempt."""
 
 
-def header(version: str, source: Name, destination: Name, unique_id: bytes, tls: TLSInfo | None, resumed: bool = False) -> bytes:
+def header(
+    version: str, source: Endpoint, destination: Endpoint, unique_id: bytes, tls: TLSInfo | None, resumed: bool = False
+) -> bytes:
     """The PROXY header for one client connection; ``version`` is v2, v1 or off. Without ``tls`` it has no SSL TLV.
 
     ``resumed``: the TLS session, and with it the client certificate, is from an earlier connection.
@@ -89,8 +91,8 @@ class Backend:
         metrics.up.set(1)
 
     def usable(self, now: float) -> bool:
-        """Whether to try it before doubtful ones: it is up, or failed to connect AVOID seconds before ``now`` (loop time)."""
-        return self.up or (not self._unhealthy and now - self._failed_at >= AVOID)
+        """Whether to try it before doubtful ones: it is up, or failed to connect AVOID_SECONDS before ``now`` (loop time)."""
+        return self.up or (not self._unhealthy and now - self._failed_at >= AVOID_SECONDS)
 
     def local_problem(self) -> str | None:
         """Why it is down or not checked yet, or None when it is up; from memory."""
@@ -193,7 +195,7 @@ class Backends:
                 try:
                     return await self._connect(loop, backend, opening), backend
                 except OSError as error:
-                    failure = words_of(error)
+                    failure = error_text(error)
         raise NoBackend(failure)
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: Opening) -> socket.socket:
@@ -204,10 +206,10 @@ class Backends:
         try:
             sock = await backend.destination.connect(loop, self.settings.connect_timeout, opening)
         except OSError as error:
-            if error.errno in OURS:
+            if error.errno in LOCAL_ERRORS:
                 backend.metrics.errors[BackendError.OTHER].inc()
             else:
-                backend.failed(loop.time(), reason_of(error), words_of(error))
+                backend.failed(loop.time(), reason_of(error), error_text(error))
             raise
         finally:
             if sock is None:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
+from fumi_core.proxy_protocol import Endpoint
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.logs import event
@@ -20,26 +21,24 @@ from fumi_edge.sockets.readiness import receive, send_all, writable
 
 log = logging.getLogger("fumi.edge.backends")
 
-RESOLVE = 30.0
+RESOLVE_INTERVAL = 30.0
 """Seconds after which a host name is resolved again, while one of its addresses can be connected to."""
-RESOLVE_AGAIN = 1.0
+MIN_RESOLVE_INTERVAL = 1.0
 """The minimum of seconds between two lookups when none of the addresses can be connected to."""
-AVOID_ADDRESS = 30.0
+AVOID_ADDRESS_SECONDS = 30.0
 """Seconds for which an address is tried after the others of the same name when a connection to it has failed."""
 CLOSE_SECONDS = 5.0
 """Seconds that a backend gets to close its side after QUIT."""
-LAST_ANSWER = 64 * 1024
+LAST_REPLY_LIMIT = 64 * 1024
 """The maximum number of bytes that a backend may still send after QUIT."""
-_BUSY = 0.02  # seconds until the next attempt to connect to a Unix socket with a full queue
+_CONNECT_RETRY_SECONDS = 0.02  # for a Unix socket with a full queue
 
-OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors that are not the backend's: this process or this host has no more resources."""
 
-Target = tuple[int, Any]
+ResolvedAddress = tuple[int, Any]
 """Address family, and the address as connect() takes it."""
-Name = tuple[str, int] | str
-"""A host and a port, or the path of a Unix socket, which is empty for an unnamed socket."""
-Opening = bytes | Callable[[Name, Name], bytes]
+Opening = bytes | Callable[[Endpoint, Endpoint], bytes]
 """The bytes that are sent first on a connection, or a function that makes them from its local address and the backend's."""
 
 
@@ -59,101 +58,103 @@ class Destination(Protocol):
 class Remote:
     """A TCP or Unix address. The addresses of a host name take turns.
 
-    A host name is resolved again every RESOLVE seconds in the background, and at once when none of its addresses can be
+    A host name is resolved again every RESOLVE_INTERVAL seconds in the background, and at once when none of its addresses can be
     connected to.
     """
 
     descriptors = 1
 
-    __slots__ = ("_asked_at", "_asking", "_failed", "_targets", "_turn", "_unresolved", "address", "name")
+    __slots__ = ("_addresses", "_failed", "_failure_logged", "_lookup", "_resolved_at", "_turn", "address", "name")
 
     def __init__(self, address: SocketAddress) -> None:
         self.address = address
         self.name = str(address)
-        self._targets = _literal(address)
-        self._failed: dict[Target, float] = {}
+        self._addresses = _literal(address)
+        self._failed: dict[ResolvedAddress, float] = {}
         """When a connection to an address failed, in the loop's time; kept when the name is resolved again."""
         self._turn = -1
-        self._unresolved = False
+        self._failure_logged = False
         """Whether it has been logged that the name can no longer be resolved."""
-        self._asked_at = float("-inf") if not self._targets else float("inf")
-        self._asking: asyncio.Task[OSError | None] | None = None
+        self._resolved_at = float("-inf") if not self._addresses else float("inf")
+        self._lookup: asyncio.Task[OSError | None] | None = None
 
-    async def targets(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[Target]:
+    async def addresses(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[ResolvedAddress]:
         """The addresses in the order in which to try them. Waits only for the first lookup. Raises OSError, or TimeoutError."""
-        if self._asking is None and (not self._targets or loop.time() - self._asked_at >= RESOLVE):
-            self._ask(loop)
-        if not self._targets and (failure := await self._answer(timeout)) is not None:
+        if self._lookup is None and (not self._addresses or loop.time() - self._resolved_at >= RESOLVE_INTERVAL):
+            self._start_lookup(loop)
+        if not self._addresses and (failure := await self._lookup_error(timeout)) is not None:
             raise failure
-        if len(self._targets) == 1:
-            return self._targets
-        turn = self._turn = (self._turn + 1) % len(self._targets)
+        if len(self._addresses) == 1:
+            return self._addresses
+        turn = self._turn = (self._turn + 1) % len(self._addresses)
         now = loop.time()
-        return sorted(self._targets[turn:] + self._targets[:turn], key=lambda target: self._avoided(target, now))
+        return sorted(self._addresses[turn:] + self._addresses[:turn], key=lambda address: self._avoided(address, now))
 
-    def _avoided(self, target: Target, now: float) -> bool:
-        return now - self._failed.get(target, float("-inf")) < AVOID_ADDRESS
+    def _avoided(self, address: ResolvedAddress, now: float) -> bool:
+        return now - self._failed.get(address, float("-inf")) < AVOID_ADDRESS_SECONDS
 
-    def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _start_lookup(self, loop: asyncio.AbstractEventLoop) -> None:
         # One lookup at a time, because each takes a thread; all that wait share its result.
-        self._asking = self._asking or loop.create_task(self._resolve(loop))
+        self._lookup = self._lookup or loop.create_task(self._resolve(loop))
 
-    async def _answer(self, timeout: float) -> OSError | None:
+    async def _lookup_error(self, timeout: float) -> OSError | None:
         """Wait up to ``timeout`` seconds for a running lookup, and return its error or None. Raises TimeoutError."""
-        if self._asking is None:
+        if self._lookup is None:
             return None
         async with asyncio.timeout(timeout):
-            return await asyncio.shield(self._asking)
+            return await asyncio.shield(self._lookup)
 
     async def _resolve(self, loop: asyncio.AbstractEventLoop) -> OSError | None:
         try:
             found = await run_in_daemon_thread(
                 lambda: socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
             )
-            self._targets = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
-            self._failed = {target: at for target, at in self._failed.items() if target in self._targets}
-            self._unresolved = False
+            self._addresses = tuple(dict.fromkeys((int(family), name) for family, _, _, _, name in found))
+            self._failed = {address: at for address, at in self._failed.items() if address in self._addresses}
+            self._failure_logged = False
         except OSError as error:
-            if self._targets and not self._unresolved:
-                self._unresolved = True
+            if self._addresses and not self._failure_logged:
+                self._failure_logged = True
                 event(log, logging.WARNING, "cannot resolve, keeping the old addresses", backend=self.name, error=error)
             return error
         finally:
-            self._asked_at = loop.time()
-            self._asking = None
+            self._resolved_at = loop.time()
+            self._lookup = None
         return None
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """See Destination. The lookup may take ``timeout`` seconds, and then each address."""
-        tried: set[Target] = set()
+        tried: set[ResolvedAddress] = set()
         failure: OSError = OSError("no address")
-        targets = await self.targets(loop, timeout)
-        while targets:
-            for target in targets:
-                if target in self._failed:
+        addresses = await self.addresses(loop, timeout)
+        while addresses:
+            for address in addresses:
+                if address in self._failed:
                     # This attempt tests it again; until it ends, other connections avoid the address.
-                    self._failed[target] = loop.time()
+                    self._failed[address] = loop.time()
                 try:
-                    sock = await _connect(loop, target, timeout, opening)
+                    sock = await _connect(loop, address, timeout, opening)
                 except OSError as error:
                     failure = error
-                    if error.errno in OURS:
+                    if error.errno in LOCAL_ERRORS:
                         raise
-                    self._failed[target] = loop.time()
+                    self._failed[address] = loop.time()
                 else:
-                    self._failed.pop(target, None)
+                    self._failed.pop(address, None)
                     return sock
-            tried.update(targets)
-            targets = await self._others(loop, timeout, tried)
+            tried.update(addresses)
+            addresses = await self._others(loop, timeout, tried)
         raise failure
 
-    async def _others(self, loop: asyncio.AbstractEventLoop, timeout: float, tried: Collection[Target]) -> Sequence[Target]:
+    async def _others(
+        self, loop: asyncio.AbstractEventLoop, timeout: float, tried: Collection[ResolvedAddress]
+    ) -> Sequence[ResolvedAddress]:
         """The addresses that the name has now, without those in ``tried``: the host may have moved."""
-        if loop.time() - self._asked_at >= RESOLVE_AGAIN:
-            self._ask(loop)
+        if loop.time() - self._resolved_at >= MIN_RESOLVE_INTERVAL:
+            self._start_lookup(loop)
         with contextlib.suppress(TimeoutError):
-            await self._answer(timeout)
-        return [target for target in self._targets if target not in tried]
+            await self._lookup_error(timeout)
+        return [address for address in self._addresses if address not in tried]
 
     def copy_for_other_loop(self) -> Remote:
         return Remote(self.address)
@@ -164,8 +165,8 @@ def is_destination(address: SocketAddress) -> bool:
     return address.kind == "unix" or (address.kind == "tcp" and bool(address.port))
 
 
-def _literal(address: SocketAddress) -> tuple[Target, ...]:
-    """The target of an address that needs no lookup: a path, an IP address, or no host, which means this host; else ()."""
+def _literal(address: SocketAddress) -> tuple[ResolvedAddress, ...]:
+    """The address of an address that needs no lookup: a path, an IP address, or no host, which means this host; else ()."""
     if address.kind == "unix":
         return ((socket.AF_UNIX, address.path),)
     host = address.host or "127.0.0.1"
@@ -177,8 +178,8 @@ def _literal(address: SocketAddress) -> tuple[Target, ...]:
     return ((family, (host, address.port)),)
 
 
-async def _connect(loop: asyncio.AbstractEventLoop, target: Target, timeout: float, opening: Opening) -> socket.socket:
-    family, name = target
+async def _connect(loop: asyncio.AbstractEventLoop, address: ResolvedAddress, timeout: float, opening: Opening) -> socket.socket:
+    family, name = address
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         rest = _begin(sock, family, name, opening)
@@ -201,7 +202,7 @@ def _begin(sock: socket.socket, family: int, name: Any, opening: Opening) -> byt
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     code = sock.connect_ex(name)
     if not isinstance(opening, bytes):
-        opening = opening(_name(sock.getsockname()), _name(name))
+        opening = opening(_endpoint(sock.getsockname()), _endpoint(name))
     if code == errno.EAGAIN and family == socket.AF_UNIX:
         return opening
     if code not in (0, errno.EINPROGRESS):
@@ -214,7 +215,7 @@ def _begin(sock: socket.socket, family: int, name: Any, opening: Opening) -> byt
         return opening
 
 
-def _name(address: Any) -> Name:
+def _endpoint(address: Any) -> Endpoint:
     return (address[0], address[1]) if isinstance(address, tuple) else os.fsdecode(address)
 
 
@@ -222,7 +223,7 @@ async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: 
     if isinstance(name, str):
         # A Unix socket with a full queue returns EAGAIN, and no event reports free space.
         while (code := sock.connect_ex(name)) == errno.EAGAIN:
-            await asyncio.sleep(_BUSY)
+            await asyncio.sleep(_CONNECT_RETRY_SECONDS)
     else:
         await writable(loop, sock.fileno())
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -234,8 +235,9 @@ async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: 
 async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) -> bytes:
     """Send QUIT and wait for the backend to close first, so that TIME_WAIT (RFC 9293 §3.6) uses none of our ports.
 
-    If it has not closed after ``timeout`` seconds, or sends more than LAST_ANSWER bytes, the connection is reset, which leaves
-    no TIME_WAIT either; a backend that never stops sending would keep the event loop busy. Returns the bytes that it sent.
+    If it has not closed after ``timeout`` seconds, or sends more than LAST_REPLY_LIMIT bytes, the connection is reset, which
+    leaves no TIME_WAIT either; a backend that never stops sending would keep the event loop busy. Returns the bytes that it
+    sent.
     """
     loop = asyncio.get_running_loop()
     said = b""
@@ -244,7 +246,7 @@ async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) ->
             await send_all(loop, sock, b"QUIT\r\n")
             while data := await receive(loop, sock, 4096):
                 said += data
-                if len(said) > LAST_ANSWER:
+                if len(said) > LAST_REPLY_LIMIT:
                     raise TimeoutError
     except TimeoutError:
         reset_on_close(sock)
@@ -255,7 +257,7 @@ async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) ->
     return said
 
 
-def words_of(error: OSError) -> str:
+def error_text(error: OSError) -> str:
     """The text of a connection's error, for logs."""
     return error.strerror or str(error) or "timed out"
 

@@ -15,7 +15,7 @@ import socket
 
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends.choice import Backend, Backends, own_opening
-from fumi_edge.backends.dialing import CLOSE_SECONDS, OURS, Destination, quit_and_close, reason_of, words_of
+from fumi_edge.backends.dialing import CLOSE_SECONDS, LOCAL_ERRORS, Destination, error_text, quit_and_close, reason_of
 from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.metrics import BackendError
@@ -27,12 +27,12 @@ FALL = 2
 """Consecutive failed checks after which a backend is marked down: a single failure may be a delay of this process."""
 RETRY_SECONDS = 1.0
 """Seconds until a failed check is repeated."""
-RECOVERY = 5.0
+DOWN_INTERVAL = 5.0
 """Seconds between checks of a backend that is down, unless the interval is shorter."""
 JITTER = 0.1
 
-_EXPECTANT = "; or it waits for a PROXY header"
-_IGNORANT = "the PROXY header; does it know the PROXY protocol? else --proxy-protocol off"
+_HINT_HEADER_AWAITED = "; or it waits for a PROXY header"
+_HINT_HEADER_UNKNOWN = "the PROXY header; does it know the PROXY protocol? else --proxy-protocol off"
 
 
 class BadBanner(Exception):
@@ -56,13 +56,15 @@ async def health_check(destination: Destination, settings: BackendSettings) -> N
         sock.close()
         if not isinstance(error, TimeoutError):
             raise BadBanner(error.strerror or str(error)) from None
-        raise BadBanner(f"did not greet within {settings.health_timeout:g} s" + ("" if opening else _EXPECTANT)) from None
+        raise BadBanner(
+            f"did not greet within {settings.health_timeout:g} s" + ("" if opening else _HINT_HEADER_AWAITED)
+        ) from None
     except BaseException:
         sock.close()
         raise
     answer = behind + await quit_and_close(sock, min(settings.health_timeout, CLOSE_SECONDS))
     if answer.startswith((b"4", b"5")):
-        raise BadBanner(f"answered {_quoted(answer)} to {_IGNORANT if opening else 'QUIT'}")
+        raise BadBanner(f"answered {_quoted(answer)} to {_HINT_HEADER_UNKNOWN if opening else 'QUIT'}")
 
 
 async def _banner(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> tuple[bytes, bytes]:
@@ -129,7 +131,7 @@ async def _dependency_problem(destination: Destination, settings: BackendSetting
     try:
         await health_check(destination, settings)
     except OSError as error:
-        return words_of(error)
+        return error_text(error)
     except BadBanner as error:
         return str(error)
     return None
@@ -157,8 +159,8 @@ class Checks:
                 failures += 1
                 self._failed(backend, failures, BackendError.BANNER, str(error))
             except OSError as error:
-                detail = words_of(error)
-                if error.errno in OURS:
+                detail = error_text(error)
+                if error.errno in LOCAL_ERRORS:
                     backend.undecided(detail)
                 else:
                     failures += 1
@@ -179,4 +181,4 @@ class Checks:
     def _pause(self, failures: int) -> float:
         if not failures:
             return self._settings.health_interval
-        return min(self._settings.health_interval, RETRY_SECONDS if failures < FALL else RECOVERY)
+        return min(self._settings.health_interval, RETRY_SECONDS if failures < FALL else DOWN_INTERVAL)

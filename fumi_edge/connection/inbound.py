@@ -9,12 +9,11 @@ import asyncio
 import socket
 from typing import NamedTuple
 
-from fumi_core.proxy_protocol import V2_MAX_LENGTH, ProxyHeader, ProxyProtocolError, parse
+from fumi_core.proxy_protocol import V2_MAX_LENGTH, Endpoint, ProxyHeader, ProxyProtocolError, parse
 from fumi_core.runtime.addresses import peer_of
-from fumi_edge.backends.dialing import Name
 from fumi_edge.sockets.readiness import readable
 
-TIMEOUT = 5.0
+HEADER_TIMEOUT = 5.0
 """Seconds in which a load balancer must send its header."""
 
 
@@ -32,8 +31,8 @@ class Client(NamedTuple):
     ``length`` is the length of the header in bytes.
     """
 
-    source: Name | None
-    destination: Name | None
+    source: Endpoint | None
+    destination: Endpoint | None
     unique_id: bytes
     local: bool
     length: int
@@ -43,7 +42,7 @@ async def receive_client(loop: asyncio.AbstractEventLoop, sock: socket.socket) -
     """Read the header. Raises HeaderError."""
     received = bytearray()
     try:
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(HEADER_TIMEOUT):
             return _client(*await _receive(loop, sock, received))
     except TimeoutError:
         raise HeaderError("no PROXY header in time", silent=not received) from None

@@ -25,7 +25,7 @@ from fumi_edge.metrics import RejectReason
 
 log = logging.getLogger("fumi.edge.listener")
 
-SUMMARY = 1.0
+SUMMARY_INTERVAL = 1.0
 """Seconds between log lines that sum up the rejections after the first one."""
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -125,38 +125,38 @@ def _key(host: str) -> bytes | None:
 
 
 class Rejections:
-    """Counts and logs rejected clients. The first is logged at once; later ones are summed up every SUMMARY seconds.
+    """Counts and logs rejected clients. The first is logged at once; later ones are summed up every SUMMARY_INTERVAL seconds.
 
     A line for each client would make a flood of connections a flood of log lines too.
     """
 
     def __init__(self, counters: Mapping[RejectReason, Count]) -> None:
         self._counters = counters
-        self._unsaid: Counter[RejectReason] = Counter()
+        self._unlogged: Counter[RejectReason] = Counter()
         self._client = ""
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, reason: RejectReason, client: str, listener: str) -> None:
         self._counters[reason].inc()
         if self._timer is not None:
-            self._unsaid[reason] += 1
+            self._unlogged[reason] += 1
             self._client = client
             return
         event(log, logging.INFO, "rejected", client_ip=client, listener=listener, reason=reason)
-        self._timer = asyncio.get_running_loop().call_later(SUMMARY, self._sum_up)
+        self._timer = asyncio.get_running_loop().call_later(SUMMARY_INTERVAL, self._log_summary)
 
-    def _sum_up(self) -> None:
+    def _log_summary(self) -> None:
         self._timer = None
-        if self._unsaid:
-            for reason, count in self._unsaid.items():
+        if self._unlogged:
+            for reason, count in self._unlogged.items():
                 event(log, logging.INFO, "rejected, more suppressed", reason=reason, count=count, last_client_ip=self._client)
-            self._unsaid.clear()
-            self._timer = asyncio.get_running_loop().call_later(SUMMARY, self._sum_up)
+            self._unlogged.clear()
+            self._timer = asyncio.get_running_loop().call_later(SUMMARY_INTERVAL, self._log_summary)
 
     def close(self) -> None:
         """Log the rejections that are not logged yet."""
         if self._timer is not None:
             self._timer.cancel()
-            self._sum_up()
+            self._log_summary()
         if self._timer is not None:
             self._timer.cancel()

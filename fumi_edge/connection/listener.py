@@ -9,15 +9,15 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from fumi_core.proxy_protocol import Endpoint
 from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.addresses import peer_of
-from fumi_edge.backends.dialing import Name
 from fumi_edge.connection.policy import ListenerPolicy
 from fumi_edge.connection.resources import Resources
 from fumi_edge.metrics import RejectReason
 from fumi_edge.sockets.ending import TOO_MANY_CLIENTS
 
-Serve = Callable[["Listener", socket.socket, Name, Name], None]
+Serve = Callable[["Listener", socket.socket, Endpoint, Endpoint], None]
 """Serves an accepted connection; the arguments after the socket are the client's address and the local one."""
 
 log = logging.getLogger("fumi.edge.listener")
@@ -41,7 +41,7 @@ class Listener:
         self._serve = serve
         own = sock.getsockname()
         # The path of an abstract Unix socket is bytes.
-        self.address: Name = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
+        self.address: Endpoint = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
         self._acceptor = Acceptor(sock, name, log, self._admit, resources.connection_count, resources.descriptor_limit)
 
     def use(self, resources: Resources, policy: ListenerPolicy) -> None:
@@ -61,7 +61,7 @@ class Listener:
             self.resources.rejections.add(reason, peer[0], self.name)
             self._turn_away(client, reason)
             return
-        destination: Name = peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)
+        destination: Endpoint = peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)
         self._serve(self, client, peer if isinstance(name, tuple) else "", destination)
 
     def _refusal(self, host: str) -> RejectReason | None:

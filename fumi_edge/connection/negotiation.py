@@ -12,8 +12,8 @@ from fumi_edge.connection.starttls import INJECTED, READY, Preamble, Step, Verdi
 from fumi_edge.sockets.ending import SHUTTING_DOWN, TIMED_OUT
 from fumi_edge.sockets.readiness import HangupWatch, readable, send_all
 
-CHUNK = 4096
-CONTENT = 64 * 1024
+READ_SIZE = 4096
+CONTENT_READ_SIZE = 64 * 1024
 """The most bytes that are read at once while the client sends content."""
 _NOTHING = Step()
 _ENDS = {Verdict.INJECTION: End.INJECTION, Verdict.NOT_SMTP: End.NOT_SMTP, Verdict.ERRORS: End.ERRORS}
@@ -46,10 +46,10 @@ class Negotiation:
                     step = await self._step()
                     if step.verdict is Verdict.PLAINTEXT:
                         return step
-                    await self._say(step.client)
+                    await self._reply(step.client)
                     await self._forward(step.backend)
                     if step.verdict is Verdict.UPGRADE:
-                        await self._go_ahead()
+                        await self._accept_starttls()
                         return step
             except TimeoutError:
                 raise Ended(End.IDLE_TIMEOUT, TIMED_OUT) from None
@@ -65,7 +65,7 @@ class Negotiation:
     async def _step(self) -> Step:
         preamble = self._preamble
         if not preamble.wants_client:
-            if preamble.held and (step := preamble.backend_said(b"")) != _NOTHING:
+            if preamble.held and (step := preamble.receive_from_backend(b"")) != _NOTHING:
                 return step
             try:
                 await self._hangup_watch.readable(self._client, self._backend)
@@ -82,14 +82,14 @@ class Negotiation:
 
     def _from_backend(self) -> Step:
         try:
-            data = self._backend.recv(CHUNK)
+            data = self._backend.recv(READ_SIZE)
         except BlockingIOError:
             return _NOTHING
         except OSError:
             raise self._backend_ended(End.BACKEND_RESET) from None
         if not data:
             raise self._backend_ended(End.BACKEND_CLOSED)
-        return self._preamble.backend_said(data)
+        return self._preamble.receive_from_backend(data)
 
     def _backend_ended(self, reason: End) -> Exception:
         last = self._preamble.backend_ended()
@@ -98,7 +98,7 @@ class Negotiation:
 
     def _from_client(self) -> Step:
         try:
-            data = self._client.recv(CONTENT if self._preamble.in_content else CHUNK)
+            data = self._client.recv(CONTENT_READ_SIZE if self._preamble.in_content else READ_SIZE)
         except BlockingIOError:
             return _NOTHING
         except OSError:
@@ -106,9 +106,9 @@ class Negotiation:
         if not data:
             raise Ended(End.CLIENT_CLOSED)
         self.received += len(data)
-        return self._preamble.client_said(data)
+        return self._preamble.receive_from_client(data)
 
-    async def _say(self, reply: bytes) -> None:
+    async def _reply(self, reply: bytes) -> None:
         try:
             await send_all(self._loop, self._client, reply)
         except TimeoutError:
@@ -126,16 +126,16 @@ class Negotiation:
             # The backend has closed. Its last reply and its end will be read next.
             pass
 
-    async def _go_ahead(self) -> None:
+    async def _accept_starttls(self) -> None:
         """Send the 220, or the 554 if bytes followed STARTTLS: they came in plaintext, and may have been injected."""
         try:
             early = self._client.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
-            await self._say(READY)
+            await self._reply(READY)
             return
         except OSError:
             raise Ended(End.CLIENT_RESET) from None
         if not early:
             raise Ended(End.CLIENT_CLOSED)
-        await self._say(INJECTED)
+        await self._reply(INJECTED)
         raise Ended(End.INJECTION)

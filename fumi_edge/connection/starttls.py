@@ -39,10 +39,12 @@ MAX_ERRORS = 20
 _CHUNK = re.compile(rb"BDAT (\d{1,18})( LAST)?\r\n", re.IGNORECASE)
 """Exactly RFC 3030 §2, so that every correct backend reads the same chunk size."""
 _END_OF_TEXT = b"\r\n.\r\n"
-_LONG = frozenset((b"AUTH", b"BDAT"))
+_LONG_COMMANDS = frozenset((b"AUTH", b"BDAT"))
 """Commands whose line may be longer (RFC 4954 §4); the backend enforces its own limit."""
-_BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
-_REJECTED = frozenset((b"AUTH", b"CHUNKING", b"BINARYMIME", b"ETRN", b"ATRN", b"BURL", b"VRFY", b"EXPN", b"XCLIENT", b"XFORWARD"))
+_COMMANDS_BEFORE_TLS = frozenset((b"EHLO", b"HELO", b"NOOP", b"RSET", b"HELP", b"QUIT"))
+_WITHHELD_KEYWORDS = frozenset(
+    (b"AUTH", b"CHUNKING", b"BINARYMIME", b"ETRN", b"ATRN", b"BURL", b"VRFY", b"EXPN", b"XCLIENT", b"XFORWARD")
+)
 """EHLO keywords of commands that are answered 530 before TLS. A client that sees AUTH may send its password at once."""
 _LINE = re.compile(rb"[^\n]*\n")
 _KEYWORD = re.compile(rb"[^ \t\r\n=]*")
@@ -120,7 +122,7 @@ class Preamble:
         """Number of backend bytes that are held until the reply is complete or the client's content has ended."""
         return len(self._replies.rest)
 
-    def backend_said(self, data: bytes) -> Step:
+    def receive_from_backend(self, data: bytes) -> Step:
         """Take bytes from the backend. A whole reply goes to the client; then the client's next waiting command is acted on."""
         if self._await is _Await.COMMAND:
             # A reply without a command, such as a 421 when the backend shuts down.
@@ -140,7 +142,7 @@ class Preamble:
                 return Step(reply + rest, self._commands, Verdict.PLAINTEXT)
         else:
             self._await = _Await.COMMAND
-        step = self.client_said(b"")
+        step = self.receive_from_client(b"")
         return step._replace(client=reply + rest + step.client)
 
     def _expect_content(self) -> bool:
@@ -181,7 +183,7 @@ class Preamble:
         rest, self._replies.rest = self._replies.rest, b""
         return rest
 
-    def client_said(self, data: bytes) -> Step:
+    def receive_from_client(self, data: bytes) -> Step:
         """Take bytes from the client and act on its complete commands, up to the first one that the backend has to answer."""
         self._commands += data
         if self._await in _CONTENT:
@@ -192,7 +194,7 @@ class Preamble:
             if line is None:
                 step = self._unfinished()
             elif not line:
-                step = self._mistake(LINE_TOO_LONG)
+                step = self._protocol_error(LINE_TOO_LONG)
             else:
                 step = self._command(line)
             answers += step.client
@@ -224,9 +226,9 @@ class Preamble:
         return Step()
 
     def _may_be_long(self, line: bytes) -> bool:
-        return not self._require_tls and _verb(line) in _LONG
+        return not self._require_tls and _verb(line) in _LONG_COMMANDS
 
-    def _mistake(self, reply: bytes) -> Step:
+    def _protocol_error(self, reply: bytes) -> Step:
         """Answer an error without the backend; after MAX_ERRORS of them the connection ends."""
         self._errors += 1
         return Step(reply) if self._errors <= MAX_ERRORS else Step(TOO_MANY_ERRORS, verdict=Verdict.ERRORS)
@@ -237,9 +239,9 @@ class Preamble:
             return Step(NOT_SMTP, verdict=Verdict.NOT_SMTP)
         if verb == b"STARTTLS" and line.endswith(b"\r\n"):
             return self._starttls(line)
-        if self._require_tls and (verb not in _BEFORE_TLS or b"\r" in line.rstrip(b"\r\n")):
+        if self._require_tls and (verb not in _COMMANDS_BEFORE_TLS or b"\r" in line.rstrip(b"\r\n")):
             self.refused = True
-            return self._mistake(MUST_STARTTLS)
+            return self._protocol_error(MUST_STARTTLS)
         if verb == b"BDAT":
             return self._bdat(line)
         self._await = _REPLY_TO.get(verb, _Await.REPLY)
@@ -255,7 +257,7 @@ class Preamble:
 
     def _starttls(self, line: bytes) -> Step:
         if line[len(b"STARTTLS") : -2].strip(b" \t"):
-            return self._mistake(NO_ARGUMENT)
+            return self._protocol_error(NO_ARGUMENT)
         if self._commands:
             return Step(INJECTED, verdict=Verdict.INJECTION)
         return Step(verdict=Verdict.UPGRADE)
@@ -265,7 +267,7 @@ class Preamble:
 
         The first line holds the server's name and is never a keyword.
         """
-        withheld = (_REJECTED if self._require_tls else frozenset()) | ({b"STARTTLS"} if self._hide else frozenset())
+        withheld = (_WITHHELD_KEYWORDS if self._require_tls else frozenset()) | ({b"STARTTLS"} if self._hide else frozenset())
         name, *lines = [_text(line) for line in _LINE.findall(reply)]
         kept = [line for line in lines if _keyword(line) not in withheld]
         self._offered = not self._hide

@@ -28,7 +28,7 @@ from fumi_edge.connection.ends import End
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.records import ENDED, WANTS_WRITE, Ending, read_records, write_records
 
-BUFFER = 128 * 1024
+BUFFER_SIZE = 128 * 1024
 LINGER_SECONDS = 30.0
 """Seconds after which a client that does not close, although the backend has closed, is disconnected.
 

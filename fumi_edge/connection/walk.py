@@ -15,10 +15,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from fumi_core.proxy_protocol import TLSInfo, unique_id_text
+from fumi_core.proxy_protocol import Endpoint, TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
-from fumi_edge.backends.dialing import Name, Opening
+from fumi_edge.backends.dialing import Opening
 from fumi_edge.connection.direct import DirectClient, DirectCore
 from fumi_edge.connection.ends import End, Ended, NoBanner
 from fumi_edge.connection.ids import unique_id
@@ -29,7 +29,7 @@ from fumi_edge.connection.second_banner import second_banner
 from fumi_edge.connection.starttls import Preamble, Step, Verdict
 from fumi_edge.connection.tunnel import Tunnel
 from fumi_edge.metrics import BackendError, RejectReason, StarttlsResult
-from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, reset_on_close, take_leave
+from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, reset_on_close, send_last_reply
 from fumi_edge.sockets.readiness import received_since
 from fumi_edge.tls.handshake import HandshakeError, HandshakeResult, handshake
 from fumi_edge.tls.policy import TLSSocket
@@ -99,14 +99,14 @@ class Connection:
         "tls",
     )
 
-    def __init__(self, listener: Listener, client: socket.socket, source: Name, destination: Name) -> None:
+    def __init__(self, listener: Listener, client: socket.socket, source: Endpoint, destination: Endpoint) -> None:
         self._resources = listener.resources
         self._policy = listener.policy
         self.listener = listener
         self._client = client
         self._source = source
         self._destination = destination
-        self._balancer: Name | None = None
+        self._balancer: Endpoint | None = None
         self._backend: socket.socket | None = None
         self._negotiation: Negotiation | None = None
         self._tunnel: Tunnel | TLSTransport | None = None
@@ -134,7 +134,7 @@ class Connection:
             reason = ended.reason
             if ended.reply or reason not in _GONE:
                 self.sent += len(ended.reply)
-                await take_leave(self._client, ended.reply, self._policy.idle_timeout if ended.when_asked else None)
+                await send_last_reply(self._client, ended.reply, self._policy.idle_timeout if ended.when_asked else None)
         except asyncio.CancelledError:
             reason = End.SHUTDOWN
             raise

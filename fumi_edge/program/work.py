@@ -20,13 +20,13 @@ from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.certificate_reload import SETTLE
+from fumi_edge.certificate_reload import SETTLE_SECONDS
 from fumi_edge.edge import Edge
 from fumi_edge.program.dev import DevCore
 from fumi_edge.status.page import Facts, Status
 from fumi_edge.tls.pem import date
 
-NAMED = 50
+MAX_LOGGED_CERTIFICATES = 50
 """The maximum number of certificates that are logged at the start with a line each."""
 
 
@@ -61,7 +61,7 @@ class EdgeWork:
             self._edge.bind()
         except ListenError as error:
             raise SettingError(str(error)) from None
-        self._tell_certificates()
+        self._log_certificates()
         if self._user is not None:
             try:
                 become(self._user)
@@ -70,13 +70,13 @@ class EdgeWork:
             if unreadable := [path for path in self._edge.certificates.files() if not os.access(path, os.R_OK)]:
                 event(self.log, logging.WARNING, "renewals need a restart", user=self._user, unreadable=",".join(unreadable))
 
-    def _tell_certificates(self) -> None:
+    def _log_certificates(self) -> None:
         served = self._edge.certificates.served
-        for entry in served[:NAMED]:
+        for entry in served[:MAX_LOGGED_CERTIFICATES]:
             expires = date(entry.not_after)
             event(self.log, logging.INFO, "serving certificate", name=entry.name, file=str(entry.pair), expires=expires)
-        if len(served) > NAMED:
-            event(self.log, logging.INFO, "serving more certificates", count=len(served) - NAMED)
+        if len(served) > MAX_LOGGED_CERTIFICATES:
+            event(self.log, logging.INFO, "serving more certificates", count=len(served) - MAX_LOGGED_CERTIFICATES)
 
     def unbind(self) -> None:
         self._edge.unbind()
@@ -86,7 +86,7 @@ class EdgeWork:
             await self._dev_core.start()
         await self._edge.start(connection_count)
         self._serving = True
-        _tune_collector()
+        _tune_garbage_collector()
         if self._dev_core is not None:
             click.echo(self._dev_core.instructions())
 
@@ -112,7 +112,7 @@ class EdgeWork:
         certificates = self._edge.certificates
         certificates.install(reading := certificates.read())
         if reading.complaints:
-            await asyncio.sleep(SETTLE)
+            await asyncio.sleep(SETTLE_SECONDS)
             certificates.install(reading := certificates.read())
         return reading.complaints
 
@@ -131,7 +131,7 @@ class EdgeWork:
         return self._edge.dependency_problem()
 
 
-def _tune_collector() -> None:
+def _tune_garbage_collector() -> None:
     """Let the garbage collector run rarely, and examine new objects only.
 
     The objects of the start live as long as the process, and a connection leaves no reference cycles.

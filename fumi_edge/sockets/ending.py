@@ -10,9 +10,9 @@ import struct
 
 from fumi_edge.sockets.readiness import readable, receive, send_all
 
-LAST_WORDS = 5.0
+LAST_REPLY_TIMEOUT = 5.0
 """Seconds that a client gets to receive the last reply and to close its side."""
-COMMAND_LIMIT = 4096
+FIRST_COMMAND_LIMIT = 4096
 
 NO_BACKEND = b"421 4.3.2 Service not available, closing connection\r\n"
 SHUTTING_DOWN = b"421 4.3.2 Service shutting down, closing connection\r\n"
@@ -28,7 +28,7 @@ def reset_on_close(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
-async def take_leave(sock: socket.socket, reply: bytes, command_timeout: float | None) -> None:
+async def send_last_reply(sock: socket.socket, reply: bytes, command_timeout: float | None) -> None:
     """Send the last reply, end our side, then read until the client closes: a RST would destroy the reply on its way.
 
     With ``command_timeout`` (seconds), the client's first command is awaited before the reply.
@@ -39,7 +39,7 @@ async def take_leave(sock: socket.socket, reply: bytes, command_timeout: float |
         if command_timeout is not None:
             async with asyncio.timeout(command_timeout):
                 await _first_command(loop, sock)
-        async with asyncio.timeout(LAST_WORDS):
+        async with asyncio.timeout(LAST_REPLY_TIMEOUT):
             await send_all(loop, sock, reply)
             if isinstance(sock, ssl.SSLSocket):
                 with contextlib.suppress(OSError):
@@ -54,8 +54,8 @@ async def take_leave(sock: socket.socket, reply: bytes, command_timeout: float |
 
 async def _first_command(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
     received = 0
-    while data := await receive(loop, sock, COMMAND_LIMIT):
+    while data := await receive(loop, sock, FIRST_COMMAND_LIMIT):
         received += len(data)
-        if b"\n" in data or received > COMMAND_LIMIT:
+        if b"\n" in data or received > FIRST_COMMAND_LIMIT:
             return
     raise ConnectionResetError

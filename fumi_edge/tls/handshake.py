@@ -17,7 +17,7 @@ from fumi_core.proxy_protocol import TLSInfo
 from fumi_edge.tls.pem import common_names
 from fumi_edge.tls.policy import TLSSocket
 
-HELLO = 4096
+HELLO_LIMIT = 4096
 """The maximum number of bytes of a ClientHello that are examined."""
 CN_LIMIT = 1024
 """The maximum number of bytes of a common name in the PROXY header; X.520 (annex C) allows 64 characters."""
@@ -81,7 +81,7 @@ class _Handshake:
         self._writing = False
         self.done: asyncio.Future[None] = loop.create_future()
         self.hello: bytes | None = None
-        """The first record, up to HELLO bytes."""
+        """The first record, up to HELLO_LIMIT bytes."""
 
     def start(self) -> None:
         self._loop.add_reader(self._fd, self.step)
@@ -94,7 +94,7 @@ class _Handshake:
         try:
             if self.hello is None:
                 # SSLSocket.recv() does not allow flags.
-                self.hello = socket.socket.recv(self._sock, HELLO, socket.MSG_PEEK)
+                self.hello = socket.socket.recv(self._sock, HELLO_LIMIT, socket.MSG_PEEK)
             self._sock.do_handshake()
         except BlockingIOError:
             pass

@@ -12,9 +12,9 @@ import ssl
 
 from fumi_edge.tls.close_notify import CloseNotify
 
-RECORD = 16 * 1024
+RECORD_SIZE = 16 * 1024
 """The maximum number of bytes in one TLS record (RFC 8446 §5.1)."""
-COMMAND = 1024
+COMMAND_SIZE = 1024
 """Bytes. A shorter first record is taken for a command or a reply: a second read at once would find nothing."""
 
 
@@ -32,18 +32,18 @@ MORE, ENDED, WANTS_WRITE = After
 def read_records(sock: ssl.SSLSocket, buffer: memoryview) -> tuple[int, After]:
     """Decrypt records until there are no more, the buffer is full, or the first one is short. Returns (bytes, what follows).
 
-    A read of RECORD bytes takes a whole record, so OpenSSL holds back no decrypted bytes that the event loop would not know of.
+    A read of RECORD_SIZE bytes takes a whole record, so OpenSSL holds back no decrypted bytes unknown to the event loop.
     Raises OSError when the connection or its TLS has failed; the bytes read until then are lost.
     """
     read = sock.read
-    last = len(buffer) - RECORD
+    last = len(buffer) - RECORD_SIZE
     count: int = 0
     got: int
     try:
         # With a buffer, read() returns the number of bytes.
-        count = got = read(RECORD, buffer)  # type: ignore[assignment]
-        while got and COMMAND <= count <= last:
-            got = read(RECORD, buffer[count:])  # type: ignore[assignment]
+        count = got = read(RECORD_SIZE, buffer)  # type: ignore[assignment]
+        while got and COMMAND_SIZE <= count <= last:
+            got = read(RECORD_SIZE, buffer[count:])  # type: ignore[assignment]
             count += got
     except ssl.SSLWantReadError:
         return count, MORE

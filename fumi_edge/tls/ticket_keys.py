@@ -1,10 +1,10 @@
 """Renews the keys of TLS session tickets (RFC 5077, RFC 8446 §4.6.1), with the same keys in all workers.
 
 OpenSSL makes the keys together with an SSL context, and Python can neither read nor set them. New keys therefore need a new
-context. The contexts for LIFETIMES lifetimes are made before the workers are forked, so that all workers have them; the number
-of the one in use is in shared memory. The first worker that finds the keys too old, or made for other client CA certificates,
-takes the next number, and the others follow. A context is never used again after its number has passed. When all contexts are
-used up, each worker makes its own, and resumes only its own sessions.
+context. PREPARED_CONTEXTS contexts, each for one lifetime, are made before the workers are forked, so that all workers have
+them; the number of the one in use is in shared memory. The first worker that finds the keys too old, or made for other client
+CA certificates, takes the next number, and the others follow. A context is never used again after its number has passed. When
+all contexts are used up, each worker makes its own, and resumes only its own sessions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 
-LIFETIME = 86400.0
+KEY_LIFETIME_SECONDS = 86400.0
 """Seconds for which ticket keys are used."""
-LIFETIMES = 100
+PREPARED_CONTEXTS = 100
 """Number of contexts made in advance for several workers; each takes about 11 KiB and 0.25 ms."""
 
 _NUMBER = 8
@@ -45,11 +45,11 @@ class TicketKeys:
     def share(self) -> None:
         """Make the contexts that the workers share; to be called before the fork, after the first context. Raises OSError."""
         self._lock = os.memfd_create("fumi-ticket-keys")
-        self._prepared = {number: self._make() for number in range(2, 2 + LIFETIMES)}
+        self._prepared = {number: self._make() for number in range(2, 2 + PREPARED_CONTEXTS)}
 
     def context(self, client_ca: str | None, now: float) -> ssl.SSLContext:
         """The context for handshakes that begin ``now`` (seconds since 1970), with these client CA certificates."""
-        purpose = hashlib.sha256(f"{(now - self._began) // LIFETIME} {client_ca}".encode()).digest()
+        purpose = hashlib.sha256(f"{(now - self._began) // KEY_LIFETIME_SECONDS} {client_ca}".encode()).digest()
         number = self._agree(purpose)
         if number != self._number or self._context is None:
             self._number = number

@@ -11,7 +11,7 @@ from fumi_core.crc32c import crc32c
 from fumi_core.proxy_protocol import ProxyHeader, SSLValue, TLSInfo, parse
 from tests.core.proxy_headers import parsed, v2
 
-ENDPOINTS: dict[str, tuple[pp.Endpoint, pp.Endpoint]] = {
+ENDPOINTS: dict[str, tuple[pp.Endpoint | None, pp.Endpoint | None]] = {
     "TCP4": (("192.0.2.1", 12345), ("198.51.100.2", 25)),
     "UDP4": (("192.0.2.1", 0), ("198.51.100.2", 65535)),
     "TCP6": (("2001:db8::1", 12345), ("::ffff:192.0.2.1", 465)),

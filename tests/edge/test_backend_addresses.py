@@ -13,19 +13,19 @@ import pytest
 import fumi_edge.backends.choice
 import fumi_edge.backends.dialing
 import fumi_edge.backends.health
-from fumi_edge.backends.choice import AVOID
+from fumi_edge.backends.choice import AVOID_SECONDS
 
 
 def test_a_backend_that_failed_is_tried_again_after_a_while_by_one_client_at_a_time(pool):
     backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
     first, second = backends.all
     first.failed(100.0, "refused", "no")
-    assert list(backends.candidates(100.0 + AVOID * 0.9)) == [second, first]
-    assert list(backends.candidates(100.0 + AVOID)) == [first, second]
-    first.trying(100.0 + AVOID)
-    assert list(backends.candidates(100.0 + AVOID)) == [second, first]
+    assert list(backends.candidates(100.0 + AVOID_SECONDS * 0.9)) == [second, first]
+    assert list(backends.candidates(100.0 + AVOID_SECONDS)) == [first, second]
+    first.trying(100.0 + AVOID_SECONDS)
+    assert list(backends.candidates(100.0 + AVOID_SECONDS)) == [second, first]
     first.connected(0.1)
-    assert list(backends.candidates(100.0 + AVOID)) == [first, second]
+    assert list(backends.candidates(100.0 + AVOID_SECONDS)) == [first, second]
 
 
 def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool):
@@ -63,7 +63,7 @@ def test_addresses_are_kept_when_the_resolver_fails_later(pool, monkeypatch, lis
         resolver = Resolver(monkeypatch, "127.0.0.1")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
-        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
         for number in range(1, 4):
             while resolver.asked < number:  # a connection does not ask while the one before is still asking
                 sock, backend = await backends.connect(b"")
@@ -115,7 +115,7 @@ def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(poo
         resolver.install()
         backends = pool(f"mail.test:{listening}")
         (await backends.connect(b""))[0].close()
-        targets = await backends.all[0].destination.targets(asyncio.get_running_loop(), 1.0)
+        targets = await backends.all[0].destination.addresses(asyncio.get_running_loop(), 1.0)
         assert [name[0] for _, name in targets] == ["127.0.0.1", "127.0.0.3"]
 
     asyncio.run(scenario())
@@ -135,7 +135,7 @@ def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_a
             return connect(loop, target, *rest)
 
         monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
-        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
         backends = pool(f"mail.test:{listening}")
         while resolver.asked < 5:
             (await backends.connect(b""))[0].close()
@@ -178,7 +178,7 @@ def test_the_addresses_of_a_name_take_turns(pool, monkeypatch, listening_everywh
 
 def test_an_address_that_failed_is_used_again_after_a_while(pool, monkeypatch, listening_everywhere):
     port, connected = listening_everywhere
-    monkeypatch.setattr(fumi_edge.backends.dialing, "AVOID_ADDRESS", 0.05)
+    monkeypatch.setattr(fumi_edge.backends.dialing, "AVOID_ADDRESS_SECONDS", 0.05)
 
     async def scenario():
         Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
@@ -211,13 +211,13 @@ def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(po
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
-        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 3600.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 3600.0)
         for _ in range(5):
             with pytest.raises(fumi_edge.backends.choice.NoBackend):
                 await backends.connect(b"")
         assert resolver.asked == 1  # so long ago is a second
         resolver.answer = ["127.0.0.1"]
-        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 0.0)
         results = await asyncio.gather(*(backends.connect(b"") for _ in range(10)))
         assert resolver.asked == 2
         assert backends.all[0].up
@@ -231,7 +231,7 @@ def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(pool, mo
     async def scenario():
         resolver = Resolver(monkeypatch, "127.0.0.3")
         resolver.install()
-        monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_AGAIN", 0.0)
+        monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 0.0)
         backends = pool("mail.test:9")
         for _ in range(5):
             with pytest.raises(fumi_edge.backends.choice.NoBackend):

@@ -240,7 +240,7 @@ def test_without_accept_proxy_a_header_is_nonsense(edge, backend, clients):
 
 def test_a_header_that_never_ends_is_given_up(monkeypatch):
     """In one process, because the limit is five seconds."""
-    monkeypatch.setattr(fumi_edge.connection.inbound, "TIMEOUT", 0.2)
+    monkeypatch.setattr(fumi_edge.connection.inbound, "HEADER_TIMEOUT", 0.2)
 
     async def scenario():
         near, far = socket.socketpair()

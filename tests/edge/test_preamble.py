@@ -12,18 +12,18 @@ BANNER = b"220 hi\r\n"
 
 def started(**options) -> Preamble:
     preamble = Preamble(**options)
-    assert preamble.backend_said(BANNER) == Step(client=BANNER)
+    assert preamble.receive_from_backend(BANNER) == Step(client=BANNER)
     assert preamble.wants_client
     return preamble
 
 
 def test_a_command_is_forwarded_and_the_next_waits_for_the_reply():
     preamble = started()
-    assert preamble.client_said(b"NOOP\r\nRSET\r\nHELP") == Step(backend=b"NOOP\r\n")
+    assert preamble.receive_from_client(b"NOOP\r\nRSET\r\nHELP") == Step(backend=b"NOOP\r\n")
     assert not preamble.wants_client
-    assert preamble.backend_said(b"250 o") == Step()
-    assert preamble.backend_said(b"k\r\n") == Step(b"250 ok\r\n", b"RSET\r\n")
-    assert preamble.backend_said(b"250 ok\r\n") == Step(b"250 ok\r\n")
+    assert preamble.receive_from_backend(b"250 o") == Step()
+    assert preamble.receive_from_backend(b"k\r\n") == Step(b"250 ok\r\n", b"RSET\r\n")
+    assert preamble.receive_from_backend(b"250 ok\r\n") == Step(b"250 ok\r\n")
     assert preamble.wants_client
 
 
@@ -45,15 +45,15 @@ def test_a_command_is_forwarded_and_the_next_waits_for_the_reply():
 def test_starttls_is_offered_once(reply, offered):
     for cut in range(len(reply)):
         preamble = started()
-        assert preamble.client_said(b"ehlo me\r\n") == Step(backend=b"ehlo me\r\n")
-        first, second = preamble.backend_said(reply[:cut]), preamble.backend_said(reply[cut:])
+        assert preamble.receive_from_client(b"ehlo me\r\n") == Step(backend=b"ehlo me\r\n")
+        first, second = preamble.receive_from_backend(reply[:cut]), preamble.receive_from_backend(reply[cut:])
         assert first.client + second.client == offered
 
 
 def test_hidden_starttls_is_taken_out_of_the_backends_own_offer():
     preamble = started(hide_starttls=True)
-    preamble.client_said(b"EHLO me\r\n")
-    assert preamble.backend_said(b"250-hi\r\n250-SIZE\r\n250 STARTTLS\r\n").client == b"250-hi\r\n250 SIZE\r\n"
+    preamble.receive_from_client(b"EHLO me\r\n")
+    assert preamble.receive_from_backend(b"250-hi\r\n250-SIZE\r\n250 STARTTLS\r\n").client == b"250-hi\r\n250 SIZE\r\n"
 
 
 @pytest.mark.parametrize(
@@ -67,39 +67,39 @@ def test_hidden_starttls_is_taken_out_of_the_backends_own_offer():
 )
 def test_a_list_that_holds_nothing_besides_starttls_can_be_hidden(reply, rest):
     preamble = started(hide_starttls=True)
-    preamble.client_said(b"EHLO me\r\n")
-    assert preamble.backend_said(reply).client == rest
+    preamble.receive_from_client(b"EHLO me\r\n")
+    assert preamble.receive_from_backend(reply).client == rest
 
 
 def test_with_require_tls_a_command_that_would_get_530_is_not_offered_in_plaintext():
     preamble = started(require_tls=True)
-    preamble.client_said(b"EHLO me\r\n")
+    preamble.receive_from_client(b"EHLO me\r\n")
     offer = (
         b"250-AUTH\r\n250-PIPELINING\r\n250-auth PLAIN LOGIN\r\n250-AUTH=LOGIN\r\n250-CHUNKING\r\n250-BINARYMIME\r\n"
         b"250-ETRN\r\n250-XCLIENT NAME ADDR\r\n250-AUTHENTIC\r\n250 AUTH CRAM-MD5\r\n"
     )
     expected = b"250-AUTH\r\n250-PIPELINING\r\n250-AUTHENTIC\r\n250 STARTTLS\r\n"
-    assert preamble.backend_said(offer).client == expected
+    assert preamble.receive_from_backend(offer).client == expected
 
 
 def test_without_require_tls_everything_is_offered_in_plaintext_too():
     preamble = started()
-    preamble.client_said(b"EHLO me\r\n")
+    preamble.receive_from_client(b"EHLO me\r\n")
     offer = b"250-hi\r\n250-AUTH PLAIN\r\n250-CHUNKING\r\n250 STARTTLS\r\n"
-    assert preamble.backend_said(offer).client == offer
+    assert preamble.receive_from_backend(offer).client == offer
 
 
 def test_helo_is_offered_nothing():
     preamble = started()
-    preamble.client_said(b"HELO me\r\n")
-    assert preamble.backend_said(b"250 hi\r\n").client == b"250 hi\r\n"
+    preamble.receive_from_client(b"HELO me\r\n")
+    assert preamble.receive_from_backend(b"250 hi\r\n").client == b"250 hi\r\n"
 
 
 def offered(**options) -> Preamble:
     """A preamble in which STARTTLS was offered."""
     preamble = started(**options)
-    preamble.client_said(b"EHLO me\r\n")
-    assert preamble.backend_said(b"250 hi\r\n").client.endswith(b"250 STARTTLS\r\n")
+    preamble.receive_from_client(b"EHLO me\r\n")
+    assert preamble.receive_from_backend(b"250 hi\r\n").client.endswith(b"250 STARTTLS\r\n")
     return preamble
 
 
@@ -108,17 +108,17 @@ def offered(**options) -> Preamble:
 )
 def test_a_chunk_whose_end_nobody_knows_ends_the_preamble_with_all_that_is_there(line):
     preamble = offered()
-    step = preamble.client_said(line + b"STARTTLS\r\nhalf a li")
+    step = preamble.receive_from_client(line + b"STARTTLS\r\nhalf a li")
     assert step == Step(backend=line + b"STARTTLS\r\nhalf a li", verdict=Verdict.PLAINTEXT)
 
 
 @pytest.mark.parametrize("hide", [False, True])
 def test_where_starttls_was_not_offered_content_ends_the_preamble(hide):
     preamble = started(hide_starttls=hide)
-    assert preamble.client_said(b"BDAT 5\r\nhel") == Step(backend=b"BDAT 5\r\nhel", verdict=Verdict.PLAINTEXT)
+    assert preamble.receive_from_client(b"BDAT 5\r\nhel") == Step(backend=b"BDAT 5\r\nhel", verdict=Verdict.PLAINTEXT)
     preamble = started(hide_starttls=hide)
-    preamble.client_said(b"DATA\r\n")
-    assert preamble.backend_said(b"354 go\r\n") == Step(b"354 go\r\n", verdict=Verdict.PLAINTEXT)
+    preamble.receive_from_client(b"DATA\r\n")
+    assert preamble.receive_from_backend(b"354 go\r\n") == Step(b"354 go\r\n", verdict=Verdict.PLAINTEXT)
 
 
 CONTENTS = {
@@ -136,117 +136,117 @@ def test_starttls_is_answered_after_content_however_that_is_cut(command):
     asked, content = CONTENTS[command]
     for cut in range(len(content) + 1):
         preamble = offered()
-        step = preamble.client_said(command + (b"" if asked else content[:cut]))
+        step = preamble.receive_from_client(command + (b"" if asked else content[:cut]))
         forwarded = step.backend
         if asked:
-            assert preamble.backend_said(asked).client == asked
-            forwarded += preamble.client_said(content[:cut]).backend
+            assert preamble.receive_from_backend(asked).client == asked
+            forwarded += preamble.receive_from_client(content[:cut]).backend
         assert preamble.in_content == (cut < len(content))
-        forwarded += preamble.client_said(content[cut:]).backend if cut < len(content) else b""
+        forwarded += preamble.receive_from_client(content[cut:]).backend if cut < len(content) else b""
         assert forwarded == command + content
         assert not preamble.wants_client
-        assert preamble.backend_said(b"250 ok\r\n") == Step(b"250 ok\r\n")
-        assert preamble.client_said(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
+        assert preamble.receive_from_backend(b"250 ok\r\n") == Step(b"250 ok\r\n")
+        assert preamble.receive_from_client(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
 
 
 @pytest.mark.parametrize("command", [b"DATA\r\n", b"BDAT 21\r\n"])
 def test_commands_pipelined_after_content_wait_for_its_reply(command):
     asked, content = CONTENTS[command]
     preamble = offered()
-    step = preamble.client_said(command + content + b"STARTTLS\r\n")
+    step = preamble.receive_from_client(command + content + b"STARTTLS\r\n")
     assert step == Step(backend=command + (b"" if asked else content))
     if asked:
-        assert preamble.backend_said(asked) == Step(asked, content)
-    assert preamble.backend_said(b"250 ok\r\n") == Step(b"250 ok\r\n", verdict=Verdict.UPGRADE)
+        assert preamble.receive_from_backend(asked) == Step(asked, content)
+    assert preamble.receive_from_backend(b"250 ok\r\n") == Step(b"250 ok\r\n", verdict=Verdict.UPGRADE)
 
 
 def test_a_reply_that_comes_before_the_end_of_the_content_is_the_reply_to_it():
     """Servers that refuse a chunk do not always wait for all of it."""
     preamble = offered()
-    assert preamble.client_said(b"BDAT 5\r\nab") == Step(backend=b"BDAT 5\r\nab")
-    assert preamble.backend_said(b"503 no\r\n") == Step()
+    assert preamble.receive_from_client(b"BDAT 5\r\nab") == Step(backend=b"BDAT 5\r\nab")
+    assert preamble.receive_from_backend(b"503 no\r\n") == Step()
     assert preamble.held
-    assert preamble.client_said(b"cdeNOOP\r\n") == Step(backend=b"cde")
-    assert preamble.backend_said(b"") == Step(b"503 no\r\n", b"NOOP\r\n")
+    assert preamble.receive_from_client(b"cdeNOOP\r\n") == Step(backend=b"cde")
+    assert preamble.receive_from_backend(b"") == Step(b"503 no\r\n", b"NOOP\r\n")
 
 
 def test_auth_goes_on_until_the_backend_asks_for_nothing_more():
     preamble = offered()
-    preamble.client_said(b"AUTH LOGIN\r\n")
+    preamble.receive_from_client(b"AUTH LOGIN\r\n")
     for _ in range(2):
-        assert preamble.backend_said(b"334 more\r\n") == Step(b"334 more\r\n")
-        assert preamble.client_said(b"x" * 12000) == Step(backend=b"x" * 12000)
-        assert preamble.client_said(b"\r\n") == Step(backend=b"\r\n")
-    assert preamble.backend_said(b"535 no\r\n") == Step(b"535 no\r\n")
-    assert preamble.client_said(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
+        assert preamble.receive_from_backend(b"334 more\r\n") == Step(b"334 more\r\n")
+        assert preamble.receive_from_client(b"x" * 12000) == Step(backend=b"x" * 12000)
+        assert preamble.receive_from_client(b"\r\n") == Step(backend=b"\r\n")
+    assert preamble.receive_from_backend(b"535 no\r\n") == Step(b"535 no\r\n")
+    assert preamble.receive_from_client(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
 
 
 @pytest.mark.parametrize("command", [b"MAIL FROM:<>", b"mail from:<>", b"RCPT TO:<a@b>", b"AUTH PLAIN", b"DATA"])
 def test_a_client_whose_command_was_refused_can_still_upgrade(command):
     preamble = started()
-    assert preamble.client_said(command + b"\r\n") == Step(backend=command + b"\r\n")
-    assert preamble.backend_said(b"530 first\r\n") == Step(b"530 first\r\n")
-    assert preamble.client_said(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
+    assert preamble.receive_from_client(command + b"\r\n") == Step(backend=command + b"\r\n")
+    assert preamble.receive_from_backend(b"530 first\r\n") == Step(b"530 first\r\n")
+    assert preamble.receive_from_client(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
 
 
 def test_a_reply_that_asks_for_more_ends_the_preamble():
     preamble = started()
-    preamble.client_said(b"XYZZY\r\nwhatever")
-    assert preamble.backend_said(b"354 go on\r\n") == Step(b"354 go on\r\n", b"whatever", Verdict.PLAINTEXT)
+    preamble.receive_from_client(b"XYZZY\r\nwhatever")
+    assert preamble.receive_from_backend(b"354 go on\r\n") == Step(b"354 go on\r\n", b"whatever", Verdict.PLAINTEXT)
 
 
 @pytest.mark.parametrize("line", [b"STARTTLS\r\n", b"starttls\r\n", b"StartTLS \r\n"])
 def test_starttls_cut_anywhere_is_an_upgrade(line):
     for cut in range(len(line)):
         preamble = started()
-        assert preamble.client_said(line[:cut]) == Step()
-        assert preamble.client_said(line[cut:]) == Step(verdict=Verdict.UPGRADE)
+        assert preamble.receive_from_client(line[:cut]) == Step()
+        assert preamble.receive_from_client(line[cut:]) == Step(verdict=Verdict.UPGRADE)
 
 
 def test_starttls_that_waited_for_a_reply_is_an_upgrade_too():
     preamble = started()
-    preamble.client_said(b"EHLO me\r\nSTARTTLS\r\n")
-    assert preamble.backend_said(b"250 hi\r\n") == Step(b"250-hi\r\n250 STARTTLS\r\n", verdict=Verdict.UPGRADE)
+    preamble.receive_from_client(b"EHLO me\r\nSTARTTLS\r\n")
+    assert preamble.receive_from_backend(b"250 hi\r\n") == Step(b"250-hi\r\n250 STARTTLS\r\n", verdict=Verdict.UPGRADE)
 
 
 def test_anything_behind_starttls_is_an_injection():
     for behind in (b"E", b"\r\n", b"RSET\r\n", b"\x16\x03\x01"):
-        assert started().client_said(b"STARTTLS\r\n" + behind).verdict is Verdict.INJECTION
+        assert started().receive_from_client(b"STARTTLS\r\n" + behind).verdict is Verdict.INJECTION
         preamble = started()
-        preamble.client_said(b"EHLO me\r\nSTARTTLS\r\n" + behind)
-        assert preamble.backend_said(b"250 hi\r\n").verdict is Verdict.INJECTION
+        preamble.receive_from_client(b"EHLO me\r\nSTARTTLS\r\n" + behind)
+        assert preamble.receive_from_backend(b"250 hi\r\n").verdict is Verdict.INJECTION
 
 
 def test_a_bare_newline_does_not_start_tls():
-    assert started().client_said(b"STARTTLS\n") == Step(backend=b"STARTTLS\n")
+    assert started().receive_from_client(b"STARTTLS\n") == Step(backend=b"STARTTLS\n")
 
 
 def test_a_line_too_long_leaves_nothing_behind_in_memory():
     preamble = started()
     for _ in range(100):
-        assert preamble.client_said(b"x" * 4096) == Step()
+        assert preamble.receive_from_client(b"x" * 4096) == Step()
         assert len(preamble._commands) <= LINE_LIMIT
-    assert preamble.client_said(b"\nNOOP\r\n") == Step(b"500 5.5.2 Error: line too long\r\n", b"NOOP\r\n")
+    assert preamble.receive_from_client(b"\nNOOP\r\n") == Step(b"500 5.5.2 Error: line too long\r\n", b"NOOP\r\n")
 
 
 def test_the_longest_line_is_forwarded_and_one_byte_more_is_not():
     line = b"NOOP " + b"x" * (LINE_LIMIT - 7) + b"\r\n"
-    assert started().client_said(line).backend == line
-    assert started().client_said(line[:-2] + b"y\r\n") == Step(b"500 5.5.2 Error: line too long\r\n")
+    assert started().receive_from_client(line).backend == line
+    assert started().receive_from_client(line[:-2] + b"y\r\n") == Step(b"500 5.5.2 Error: line too long\r\n")
 
 
 def test_with_require_tls_even_a_long_mail_line_is_refused():
     preamble = started(require_tls=True)
-    assert preamble.client_said(b"MAIL FROM:<a@b> " + b"x" * 5000) == Step()
-    assert preamble.client_said(b"\r\nMAIL FROM:<a@b>\r\n") == Step(b"500 5.5.2 Error: line too long\r\n" + MUST_STARTTLS)
+    assert preamble.receive_from_client(b"MAIL FROM:<a@b> " + b"x" * 5000) == Step()
+    assert preamble.receive_from_client(b"\r\nMAIL FROM:<a@b>\r\n") == Step(b"500 5.5.2 Error: line too long\r\n" + MUST_STARTTLS)
     assert preamble.refused
 
 
 def test_what_comes_unasked_from_the_backend_is_relayed():
     preamble = started()
-    assert preamble.backend_said(b"421 bye") == Step(b"421 bye")
-    preamble.client_said(b"NOOP\r\n")
-    assert preamble.backend_said(b"250 half") == Step()
+    assert preamble.receive_from_backend(b"421 bye") == Step(b"421 bye")
+    preamble.receive_from_client(b"NOOP\r\n")
+    assert preamble.receive_from_backend(b"250 half") == Step()
     assert preamble.backend_ended() == b"250 half"
 
 

@@ -158,7 +158,7 @@ def test_what_is_renewed_while_the_edge_starts_is_noticed(authority, tmp_path, m
     async def scenario():
         reloader = Reloader(certificates, EdgeMetrics(CollectorRegistry(), [], "1"), 3600)
         reloader.start()
-        await reloader.first_look()
+        await reloader.first_check()
         await reloader.close()
 
     asyncio.run(scenario())

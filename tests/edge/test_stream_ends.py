@@ -13,7 +13,7 @@ import threading
 import pytest
 
 import fumi_edge.connection.tunnel
-from fumi_edge.connection.tunnel import BUFFER, LINGER_SECONDS, Tunnel
+from fumi_edge.connection.tunnel import BUFFER_SIZE, LINGER_SECONDS, Tunnel
 from fumi_edge.tls.close_notify import CloseNotify
 from tests.edge.backends import opening
 from tests.edge.buffers import settled, waiting
@@ -27,7 +27,7 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
     async def trickle(ends):
         loop = asyncio.get_running_loop()
         client, ours, theirs, backend = ends
-        buffer = memoryview(bytearray(fumi_edge.connection.tunnel.BUFFER))
+        buffer = memoryview(bytearray(fumi_edge.connection.tunnel.BUFFER_SIZE))
         tunnel = fumi_edge.connection.tunnel.Tunnel(loop, buffer, CloseNotify(), ours, theirs, 900.0)
         running = loop.create_task(tunnel.run())
         backend.shutdown(socket.SHUT_WR)
@@ -56,7 +56,7 @@ def test_a_client_that_goes_on_sending_to_a_backend_that_is_gone_is_disconnected
     async def trickle(ends):
         loop = asyncio.get_running_loop()
         client, ours, theirs, backend = ends
-        buffer = memoryview(bytearray(BUFFER))
+        buffer = memoryview(bytearray(BUFFER_SIZE))
         tunnel = Tunnel(loop, buffer, CloseNotify(), ours, theirs, 900.0)
         running = loop.create_task(tunnel.run())
         backend.close()
@@ -143,7 +143,7 @@ def test_what_the_client_sends_at_the_moment_of_its_close_notify_still_reaches_t
         loop = asyncio.get_running_loop()
         close_notify = CloseNotify()
         close_notify.open()
-        tunnel = Tunnel(loop, memoryview(bytearray(BUFFER)), close_notify, ours, theirs, 900.0)
+        tunnel = Tunnel(loop, memoryview(bytearray(BUFFER_SIZE)), close_notify, ours, theirs, 900.0)
         running = loop.create_task(tunnel.run())
         client.sendall(b"before ")
         backend.shutdown(socket.SHUT_WR)

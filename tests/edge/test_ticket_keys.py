@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 import fumi_edge.tls.ticket_keys
-from fumi_edge.tls.ticket_keys import LIFETIME, TicketKeys
+from fumi_edge.tls.ticket_keys import KEY_LIFETIME_SECONDS, TicketKeys
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def test_all_workers_renew_their_keys_together_once_in_a_lifetime(workers):
     workers, now = workers
     used = []
     for day in range(5):
-        for moment in (0.0, LIFETIME * 0.99):
-            contexts = {keys.context("CA", now + day * LIFETIME + moment) for keys in workers}
+        for moment in (0.0, KEY_LIFETIME_SECONDS * 0.99):
+            contexts = {keys.context("CA", now + day * KEY_LIFETIME_SECONDS + moment) for keys in workers}
             assert len(contexts) == 1
         used += contexts
     assert len(set(used)) == 5
@@ -52,8 +52,8 @@ def test_a_worker_that_comes_later_with_an_old_client_ca_does_not_part_the_other
 
 def test_when_the_prepared_keys_are_used_up_each_worker_has_its_own(workers, monkeypatch):
     workers, now = workers
-    after = now + LIFETIME * (fumi_edge.tls.ticket_keys.LIFETIMES + 1)
-    for day in range(fumi_edge.tls.ticket_keys.LIFETIMES + 1):
-        contexts = {keys.context("CA", now + day * LIFETIME) for keys in workers}
+    after = now + KEY_LIFETIME_SECONDS * (fumi_edge.tls.ticket_keys.PREPARED_CONTEXTS + 1)
+    for day in range(fumi_edge.tls.ticket_keys.PREPARED_CONTEXTS + 1):
+        contexts = {keys.context("CA", now + day * KEY_LIFETIME_SECONDS) for keys in workers}
         assert len(contexts) == 1
     assert len({keys.context("CA", after) for keys in workers}) == 3

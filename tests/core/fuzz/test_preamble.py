@@ -137,10 +137,10 @@ class Dialogue(campaign.Case):
         server = Server()
         while waiting:
             if preamble.wants_client:
-                step = preamble.client_said(waiting.pop(0))
+                step = preamble.receive_from_client(waiting.pop(0))
             else:
                 said, answer = _some(chance, answer)
-                step = preamble.backend_said(said)
+                step = preamble.receive_from_backend(said)
             client, forwarded = client + step.client, forwarded + step.backend
             if step.verdict is not None:
                 return self._end(step, client, forwarded, waiting)

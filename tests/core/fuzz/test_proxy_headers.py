@@ -25,7 +25,7 @@ VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "proxy_headers.jso
 RECORDED = [bytes.fromhex(vector["header_hex"]) for vector in VECTORS.values()]
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 PROPERTIES = ("tls", "ssl", "alpn", "authority", "unique_id", "crc32c", "noop", "netns")
-PLACES: dict[str, tuple[Endpoint, Endpoint]] = {
+PLACES: dict[str, tuple[Endpoint | None, Endpoint | None]] = {
     "TCP4": (("192.0.2.1", 1), ("198.51.100.2", 65535)),
     "UDP4": (("0.0.0.0", 0), ("255.255.255.255", 25)),
     "TCP6": (("2001:db8::1", 1), ("::ffff:192.0.2.1", 25)),

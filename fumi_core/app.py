@@ -108,7 +108,9 @@ class Fumi:
         Raises TypeError for a coroutine function.
         """
         if iscoroutinefunction(plugin):
-            raise TypeError(f"{name_of(plugin)} is a coroutine function: a plugin is a plain function, so that use() runs it")
+            raise TypeError(
+                f"{name_of(plugin)} is a coroutine function: a plugin must be a plain function, since use() does not await it"
+            )
         plugin(self)
         return self
 

@@ -1,4 +1,4 @@
-"""``fumi-core``, the program."""
+"""The program ``fumi-core``: its flags, and what it does with them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from fumi_core.version import VERSION
 
 
 class DomainType(click.ParamType):  # type: ignore[type-arg]
-    """A recipient's domain, after the @; stays a string, in the form used in addresses."""
+    """The domain of recipients, which follows the @. The value stays a string, as in addresses."""
 
     name = "domain"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value)
         if "*" in text:
-            self.fail(f"{text!r}: there are no wildcards: name each domain", param, ctx)
+            self.fail(f"{text!r}: wildcards are not supported: name each domain", param, ctx)
         if "," in text or " " in text:
             self.fail(
                 f"{text!r} is not one domain: repeat the flag, or separate several by spaces in the environment", param, ctx
@@ -109,23 +109,23 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @click.version_option(VERSION, help="Prints the version and exits.")
 @click.pass_context
 def main(ctx: click.Context, /, **settings: Any) -> None:
-    """A plaintext SMTP server, to stand behind fumi-edge, HAProxy or stunnel.
+    """An SMTP server in plaintext, for use behind fumi-edge, HAProxy or stunnel.
 
-    Without MODULE:APP it takes mail for anyone and delivers it: into ./maildir, unless told otherwise.
+    Runs the app APP of the Python module MODULE. Without an app, it accepts mail and delivers it, to ./maildir by default.
 
     \b
       fumi-core --deliver maildir:/var/mail/inbox
       fumi-core --deliver lmtp:unix:/run/dovecot/lmtp
       fumi-core --proxy-protocol off --listen 127.0.0.1:2525 myapp:app
 
-    Every setting can be an environment variable too: FUMI_CORE_LISTEN and so on. SIGHUP has --config and --users
-    read again; SIGTERM lets transactions end.
+    Each setting can also be an environment variable, such as FUMI_CORE_LISTEN, or a key in the file of --config. SIGHUP reloads
+    that file and --users. SIGTERM stops the server when all transactions have ended, after --drain-timeout at the latest.
     """
     if settings["hash_password"]:
         try:
             password = _ask_password()
             if not password:
-                raise SettingError("--hash-password: there is no password to read")
+                raise SettingError("--hash-password: the password is empty")
             click.echo(hash_password(password))
         except UnicodeError:
             raise SettingError("--hash-password: the password is not UTF-8 text") from None

@@ -63,7 +63,7 @@ class AuthContext(Context):
     def accept(self, user: Any) -> None:
         """Authenticate the client as ``user``, which ``session.user`` is from then on. Raises ValueError for None."""
         if user is None:
-            raise ValueError("accept(user) needs a user: None is a client that did not authenticate")
+            raise ValueError("accept() needs a user: None means that the client has not authenticated")
         self.accepted = True
         self.user = user
 
@@ -88,7 +88,7 @@ class AddressContext(Context):
         if not isinstance(address, Address):
             raise TypeError(f"ctx.address is an Address, as in ctx.address._replace(address='joe@example.org'), not {address!r}")
         if not self._is_path(address.address):
-            raise ValueError(f"{address.address!r} is not an address that {self.command} can have")
+            raise ValueError(f"{address.address!r} is not a valid address for {self.command}")
         self._address = address
 
     def _is_path(self, text: str) -> bool:

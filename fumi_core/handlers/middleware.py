@@ -50,7 +50,7 @@ class Next:
         return self._called and not self._started
 
 
-_RETURNS = "a handler returns None, or what next() gave; call ctx.reject(message, code) to reject"
+_RETURNS = "a handler returns None or the result of next(); to reject, call ctx.reject(message, code)"
 
 # What nearly all handlers return. Comparing types is faster than isawaitable(), which looks for a method.
 _AWAITABLE = (CoroutineType, Next)
@@ -78,7 +78,7 @@ def check(handler: Handler, hook: str) -> None:
     if not callable(handler):
         raise TypeError(f"{hook} takes a function of (ctx, next), not {reprlib.repr(handler)}")
     if any(kind(each) for each in (handler, type(handler).__call__) for kind in (isgeneratorfunction, isasyncgenfunction)):
-        raise TypeError(f"{hook}: {name_of(handler)} is a generator: a handler does not yield")
+        raise TypeError(f"{hook}: {name_of(handler)} is a generator: a handler must not yield")
     try:
         parameters = signature(handler)
     except ValueError:
@@ -86,7 +86,7 @@ def check(handler: Handler, hook: str) -> None:
     try:
         parameters.bind(None, None)
     except TypeError:
-        raise TypeError(f"{hook}: {name_of(handler)} is called with (ctx, next), and takes {parameters}") from None
+        raise TypeError(f"{hook}: handlers are called with (ctx, next), but {name_of(handler)} takes {parameters}") from None
 
 
 def compose(handlers: Sequence[Handler]) -> Chain:

@@ -31,7 +31,7 @@ def greylist(delay: float, *, clock: Callable[[], float] = time.monotonic) -> Ca
     ValueError for a delay of RETRY_WINDOW or more. ``clock`` returns seconds.
     """
     if arguments.positive("greylist", "delay", delay) >= RETRY_WINDOW:
-        raise ValueError(f"greylist: delay is less than {RETRY_WINDOW:.0f} seconds, after which a first try is forgotten")
+        raise ValueError(f"greylist: delay must be less than {RETRY_WINDOW:.0f} seconds, after which the first try is forgotten")
     waiting, known = Triplets(), Triplets()
 
     def is_known(block: str, sender: str, recipient: str) -> bool:

@@ -67,7 +67,7 @@ class Hash:
 def hash_password(password: str) -> str:
     """Return the password's hash for a line: ``$scrypt$ln=14,r=8,p=1$salt$hash``. Raises ValueError if no client can send it."""
     if "\0" in password:
-        raise ValueError("a password cannot have a NUL character in it")
+        raise ValueError("a password cannot contain a NUL character")
     salt = secrets.token_bytes(16)
     digest = _scrypt(prepare(password), salt, *_OURS)
     return f"$scrypt$ln={_OURS.log_n},r={_OURS.r},p={_OURS.p}${b64encode(salt).decode()}${b64encode(digest).decode()}"
@@ -88,7 +88,7 @@ def parse(hashed: str) -> Hash:
     """
     found = _HASH.fullmatch(hashed)
     if found is None:
-        raise ValueError("not a hash by scrypt")
+        raise ValueError("not a scrypt hash")
     cost = Cost(*(int(found[number]) for number in (1, 2, 3)))
     # RFC 7914 §6: N is more than 1 and less than 2 to the power of 128·r/8.
     if not (0 < cost.log_n < 16 * cost.r and cost.p):
@@ -176,9 +176,9 @@ def _read_line(line: str) -> tuple[str, Hash]:
     if not colon or not name:
         raise ValueError("not NAME:HASH; make a hash with fumi-core --hash-password")
     if name != name.strip() or hashed != hashed.strip():
-        raise ValueError("a space at the beginning, at the end or beside the colon")
+        raise ValueError("there is a space at the beginning, at the end or beside the colon")
     if not name.isprintable():
-        raise ValueError(f"{name!r} has a character that is invisible")
+        raise ValueError(f"{name!r} contains an invisible character")
     try:
         return prepare(name), parse(hashed)
     except ValueError as error:

@@ -67,7 +67,7 @@ class CoreWork:
         SettingError.
         """
         if self._settings["app"] and (problem := self.app.startup_problem()):
-            raise SettingError(f"{self._settings['app']}: nobody could send mail: {problem}")
+            raise SettingError(f"{self._settings['app']}: no client can send mail: {problem}")
         listen_check = check_listen(self._places())
         if listen_check.problems:
             raise SettingError("; ".join(listen_check.problems))
@@ -169,7 +169,7 @@ class CoreWork:
             if settings["sender_login"]:
                 _refuse_senders_of_nobody(settings, users)
         elif settings["auth_required"] and not settings["app"]:
-            raise SettingError("--auth-required needs --users FILE: nobody could send mail")
+            raise SettingError("--auth-required needs --users FILE; otherwise no client can send mail")
         elif settings["sender_login"]:
             raise SettingError("--sender-login needs --users FILE: without logins it has no effect")
         if settings["proxy_protocol"] == "off" and not settings["app"]:
@@ -239,9 +239,9 @@ def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
 def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
     """Refuse flags that have no effect without PROXY headers, or that would keep every client from sending mail."""
     if settings["trusted_proxy"]:
-        raise SettingError("--trusted-proxy says who may send a PROXY header: leave it out, or --proxy-protocol off")
+        raise SettingError("--trusted-proxy has no effect with --proxy-protocol off: remove one of them")
     if settings["require_tls"] and not settings["assume_tls"]:
-        raise SettingError("--require-tls without PROXY headers needs --assume-tls: nobody could send mail")
+        raise SettingError("--require-tls needs PROXY headers or --assume-tls; otherwise no client can send mail")
 
 
 def _users(path: str) -> Users:
@@ -260,7 +260,7 @@ def _users(path: str) -> Users:
 
 def _refuse_senders_of_nobody(settings: dict[str, Any], users: Users) -> None:
     if len(users) and not settings["domain"] and not any("@" in name for name in users.names):
-        words = "nobody could send mail: name the users by their addresses (joe@example.org), or add --domain"
+        words = "no user can send mail: name the users by their addresses (joe@example.org), or add --domain"
         raise SettingError(f"--sender-login: {words}")
 
 

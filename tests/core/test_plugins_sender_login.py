@@ -109,7 +109,7 @@ def test_the_flag_holds_the_users_to_their_addresses(start: Any, connect: Any, t
     ("flags", "reason"),
     [
         ([], "--sender-login needs --users FILE"),
-        (["--users", "plain"], "--sender-login: nobody could send mail: name the users by their addresses"),
+        (["--users", "plain"], "--sender-login: no user can send mail: name the users by their addresses"),
         (["--users", "plain", "--domain", "example.org"], ""),
         (["--users", "full"], ""),
         (["--users", "full", "app:app"], "--sender-login belongs to the built-in app"),

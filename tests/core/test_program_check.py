@@ -34,7 +34,7 @@ def test_check_fails_for_an_app_that_can_never_take_mail(tmp_path: Path) -> None
     for name, problem in (("app", "there is no on_auth handler"), ("plaintext", "needs TLS, which no client can have")):
         done = run(*check, f"never:{name}", cwd=tmp_path)
         assert done.returncode == 2
-        assert done.stderr.startswith(f"Error: never:{name}: nobody could send mail: authentication is required")
+        assert done.stderr.startswith(f"Error: never:{name}: no client can send mail: authentication is required")
         assert problem in done.stderr
     assert run(*check, "never:open_to_all", cwd=tmp_path).returncode == 0
     assert run(*check, "--assume-tls", "never:plaintext", cwd=tmp_path).returncode == 0

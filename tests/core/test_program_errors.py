@@ -65,8 +65,8 @@ def test_users_that_are_no_text_are_blamed_on_their_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (("--trusted-proxy", "192.0.2.1"), "--trusted-proxy says who may send a PROXY header"),
-        (("--require-tls",), "--require-tls without PROXY headers needs --assume-tls"),
+        (("--trusted-proxy", "192.0.2.1"), "--trusted-proxy has no effect with --proxy-protocol off"),
+        (("--require-tls",), "--require-tls needs PROXY headers or --assume-tls"),
     ],
 )
 def test_flags_that_need_a_proxy_header_are_refused_without_one(flags: tuple[str, ...], problem: str, tmp_path: Path) -> None:
@@ -148,10 +148,9 @@ def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, p
 
 
 @pytest.mark.parametrize(("name", "warned"), [("localhost", True), ("localhost.localdomain.", True), ("mx.example.org", False)])
-def test_a_server_that_calls_itself_localhost_is_told_of_name(
-    start: Any, free_port: Any, eventually: Any, name: str, warned: bool
-) -> None:
-    program = start("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--deliver", "discard:", "--name", name)
+def test_a_server_that_calls_itself_localhost_is_told_of_name(start: Any, free_port: Any, name: str, warned: bool) -> None:
+    flags = ("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--deliver", "discard:", "--name", name)
+    program = start(*flags, wait="starting")  # which is logged after the warnings
     text = program.log.read_text()
     assert (f"WARNING fumi.core the banner is 220 localhost: set --name name={name}" in text) is warned
 
@@ -163,7 +162,7 @@ def test_a_server_that_calls_itself_localhost_is_told_of_name(
         ("plugins.max_size(0)", "max_size: n is"),
         ("raise SystemExit('enough')", "SystemExit: enough"),
         ("app = (", "SyntaxError"),
-        ("Fumi().on_data(len)", "on_data: len() is called with (ctx, next)"),
+        ("Fumi().on_data(len)", "on_data: handlers are called with (ctx, next), but len()"),
     ],
 )
 def test_an_app_that_cannot_be_loaded_is_an_error_at_its_own_line(tmp_path: Path, line: str, problem: str) -> None:

@@ -284,7 +284,7 @@ def test_a_socket_of_ones_own_was_not_passed(program: str, metrics: bool, tmp_pa
     [
         ("a.org,b.org", "separate several by spaces in the environment"),
         ("a.org b.org", "separate several by spaces in the environment"),
-        ("*.example.org", "no wildcards"),
+        ("*.example.org", "wildcards are not supported"),
         ("", "'' is not a domain"),
         ("joe@example.org", "is not a domain"),
         (".example.org", "is not a domain"),
@@ -318,5 +318,5 @@ def test_domains_are_names_as_they_stand_in_addresses(tmp_path: Path) -> None:
 def test_there_is_no_hash_of_no_password(tmp_path: Path) -> None:
     for typed in ("", "\n"):
         done = finished("fumi-core", "--hash-password", cwd=tmp_path, given=typed)
-        assert "no password" in refusal(done)
+        assert "the password is empty" in refusal(done)
         assert done.stdout == ""

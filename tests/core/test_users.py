@@ -161,14 +161,14 @@ def test_where_no_password_is_sent_an_empty_one_is_not_taken_for_it(tmp_path: Pa
 SALT_AND_HASH = hashed("x", log_n=4).split("p=1$")[1]
 WRONG_LINES = {
     "joe": "not NAME:HASH",
-    "joe:plaintext": "not a hash by scrypt",
+    "joe:plaintext": "not a scrypt hash",
     ":" + hashed("x", log_n=4): "not NAME:HASH",
-    "joe:$scrypt$ln=14,r=8,p=1$$": "not a hash by scrypt",
+    "joe:$scrypt$ln=14,r=8,p=1$$": "not a scrypt hash",
     "joe :" + hashed("x", log_n=4): "a space",
     " joe:" + hashed("x", log_n=4): "a space",
     "joe: " + hashed("x", log_n=4): "a space",
-    "jo\0e:" + hashed("x", log_n=4): "'jo\\x00e' has a character that is invisible",
-    "jo\u200be:" + hashed("x", log_n=4): "'jo\\u200be' has a character that is invisible",
+    "jo\0e:" + hashed("x", log_n=4): "'jo\\x00e' contains an invisible character",
+    "jo\u200be:" + hashed("x", log_n=4): "'jo\\u200be' contains an invisible character",
     f"joe:$scrypt$ln=0,r=8,p=1${SALT_AND_HASH}": "its cost is not valid for scrypt",
     f"joe:$scrypt$ln=14,r=0,p=1${SALT_AND_HASH}": "its cost is not valid for scrypt",
     f"joe:$scrypt$ln=14,r=8,p=0${SALT_AND_HASH}": "its cost is not valid for scrypt",
@@ -223,9 +223,9 @@ def test_a_byte_order_mark_and_other_line_ends_do_no_harm(tmp_path: Path, end: s
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (b"\n", "there is no password to read"),
+        (b"\n", "the password is empty"),
         (b"secr\xe9t\n", "the password is not UTF-8 text"),
-        (b"a\0b\n", "a password cannot have a NUL character in it"),
+        (b"a\0b\n", "a password cannot contain a NUL character"),
     ],
 )
 def test_hash_password_refuses_what_no_client_can_send(given: bytes, reason: str) -> None:
@@ -242,7 +242,7 @@ def test_hash_password_reads_a_line(tmp_path: Path) -> None:
 def test_hash_password_without_an_input_is_one_line() -> None:
     done = subprocess.run(["bash", "-c", 'exec "$0" --hash-password 0<&-', PROGRAM], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: --hash-password: there is no password to read\n"
+    assert done.stderr == "Error: --hash-password: the password is empty\n"
 
 
 def test_hash_password_asks_on_a_terminal() -> None:

@@ -10,20 +10,11 @@ import click
 from fumi_core.program.option_flags import option_flag
 from fumi_core.program.users import hash_password
 from fumi_core.program.work import CoreWork
+from fumi_core.runtime.config_file import config_option
 from fumi_core.runtime.flag_groups import heading
+from fumi_core.runtime.flag_types import ADDRESS, BYTES, COUNT, MODE, NETWORK, WORKERS
 from fumi_core.runtime.lifecycle import prepare
-from fumi_core.runtime.settings import (
-    ADDRESS,
-    BYTES,
-    CONFIGURATION_OK,
-    COUNT,
-    MODE,
-    NETWORK,
-    WORKERS,
-    Program,
-    SettingError,
-    config_option,
-)
+from fumi_core.runtime.settings import CONFIGURATION_OK, Program, SettingError
 from fumi_core.runtime.workers import run
 from fumi_core.smtp.grammar import DOMAIN, MAX_DOMAIN
 from fumi_core.version import VERSION

@@ -8,22 +8,12 @@ from typing import Any, Unpack
 
 import click
 
+from fumi_core.runtime.config_file import config_option
 from fumi_core.runtime.flag_groups import heading
+from fumi_core.runtime.flag_types import ADDRESS, COUNT, MODE, NAME, NETWORK, SECONDS, SECONDS_OR_ZERO, WORKERS
 from fumi_core.runtime.lifecycle import STOP_SIGNALS, prepare
 from fumi_core.runtime.privileges import PrivilegeError, find
-from fumi_core.runtime.settings import (
-    ADDRESS,
-    COUNT,
-    MODE,
-    NAME,
-    NETWORK,
-    SECONDS,
-    SECONDS_OR_ZERO,
-    WORKERS,
-    Program,
-    SettingError,
-    config_option,
-)
+from fumi_core.runtime.settings import Program, SettingError
 from fumi_core.runtime.workers import run
 from fumi_core.version import VERSION
 from fumi_edge.backends.settings import BALANCES

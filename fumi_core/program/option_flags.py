@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fumi_core.runtime.settings import SECONDS
+from fumi_core.runtime.flag_types import SECONDS
 from fumi_core.smtp.option_values import Choice
 from fumi_core.smtp.options import DECLARATIONS
 

@@ -159,7 +159,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.version_option(VERSION, help="Prints the version and exits.")
 def main(**flags: Unpack[Flags]) -> None:
-    """Terminate TLS and STARTTLS in front of an SMTP server."""
+    """Terminates TLS and STARTTLS in front of an SMTP server."""
     if flags["emit"]:
         click.echo(configuration(flags["emit"], click.get_current_context()), nl=False)
         return

@@ -103,7 +103,7 @@ class DevCore:
         message = r"From: a@example.org\nTo: b@example.org\nSubject: test\n\nhello\n"
         crlf = message.replace(r"\n", r"\r\n")
         return f"""
-fumi-edge takes mail for everyone and keeps it in ./maildir/new. To send some, from another shell:
+This server accepts mail for every address and stores it in ./maildir/new. Each of these sends a message, from another terminal:
 
   swaks --server {tls} --tls-on-connect --from a@example.org --to b@example.org
   swaks --server {starttls} --tls --from a@example.org --to b@example.org

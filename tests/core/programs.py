@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Protocol
 
+from tests.support import starter
 from tests.support.starter import finished
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
@@ -29,3 +33,29 @@ def reachable(port: int) -> bool:
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return finished("fumi-core", *arguments, cwd=cwd)
+
+
+class Program:
+    """A running fumi-core; ``log`` is what it says."""
+
+    def __init__(self, directory: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self.log = directory / "log"
+        with self.log.open("w") as log:
+            environment = {**os.environ, **(environment or {})}
+            self.process = starter.start("fumi-core", *flags, stdout=log, stderr=log, cwd=directory, env=environment)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        """End whatever is left of it, workers too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Start(Protocol):
+    """Starts fumi-core in the test's directory and returns when ``wait`` is in its log; it ends with the test."""
+
+    def __call__(self, *flags: str, environment: dict[str, str] | None = None, wait: str = "listening") -> Program: ...

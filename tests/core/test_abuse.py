@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, plugins
+from fumi_core import CloseContext, DataContext, Fumi, MailContext, Next, RcptContext, plugins
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.support.waiting import until
 
 
 class Counting(Observer):
@@ -35,18 +37,18 @@ def connections(app: Fumi) -> int:
 
 def refuses_slowly(app: Fumi, code: int = 421) -> None:
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(0.1)
         ctx.reject("Enough", code)
 
 
-def test_a_client_that_resets_while_it_is_refused_is_forgotten(connect: Any, eventually: Any, caplog: Any) -> None:
+def test_a_client_that_resets_while_it_is_refused_is_forgotten(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     closed: list[Any] = []
     refuses_slowly(app)
 
     @app.on_close
-    async def on_close(ctx: Any, next: Any) -> None:
+    async def on_close(ctx: CloseContext, next: Next) -> None:
         await asyncio.sleep(0.01)
         closed.append(ctx)
 
@@ -58,20 +60,20 @@ def test_a_client_that_resets_while_it_is_refused_is_forgotten(connect: Any, eve
             time.sleep(0.02)  # so that the next line comes while the handler sleeps, and reading rests
             client.sock.sendall(b"RCPT TO:<a@b.example>\r\n")
             client.close()
-        eventually(lambda: len(closed) == 5 and connections(app) == 0)
+        until(lambda: len(closed) == 5 and connections(app) == 0)
     assert "Traceback" not in caplog.text
 
 
-def test_port_scans_leave_no_traceback(connect: Any, reset: Any, eventually: Any, caplog: Any) -> None:
+def test_port_scans_leave_no_traceback(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, max_clients=1, close_timeout=0.2).use(plugins.denylist(["127.0.0.1"]))
     with running(app) as server:
         for _ in range(50):
-            reset(connect(server.port, banner=False))
-        eventually(lambda: connections(app) == 0)
+            connect(server.port, banner=False).reset()
+        until(lambda: connections(app) == 0)
     assert "Traceback" not in caplog.text
 
 
-def test_a_client_that_never_reads_is_timed_out(connect: Any, eventually: Any) -> None:
+def test_a_client_that_never_reads_is_timed_out(connect: Connect) -> None:
     app = Fumi(auth_optional=True, socket_timeout=2, close_timeout=0.2)
     app.observer = observer = Counting()
     with running(app) as server:
@@ -79,12 +81,12 @@ def test_a_client_that_never_reads_is_timed_out(connect: Any, eventually: Any) -
         client.sock.settimeout(0.1)
         with pytest.raises(TimeoutError):
             client.sock.sendall(b"HELP\r\n" * 5_000_000)
-        eventually(lambda: "timeout" in observer.reasons)
+        until(lambda: "timeout" in observer.reasons)
         # Lingering is for clients that read.
-        eventually(lambda: connections(app) == 0)
+        until(lambda: connections(app) == 0)
 
 
-def test_lingering_ends_though_reading_had_rested(connect: Any, eventually: Any, monkeypatch: Any) -> None:
+def test_lingering_ends_though_reading_had_rested(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fumi_core.server.connection.LINGER_SECONDS", 0.1)
     app = Fumi(auth_optional=True, close_timeout=0.2)
     refuses_slowly(app)
@@ -95,7 +97,7 @@ def test_lingering_ends_though_reading_had_rested(connect: Any, eventually: Any,
         time.sleep(0.02)
         client.sock.sendall(b"RCPT TO:<a@b.example>\r\n")
         assert client.reply().startswith(b"421")
-        eventually(lambda: connections(app) == 0)
+        until(lambda: connections(app) == 0)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_lingering_ends_though_reading_had_rested(connect: Any, eventually: Any,
         b"\x16\x03\x01" + b"\xff" * 5000,
     ],
 )
-def test_another_protocol_cannot_carry_commands(connect: Any, first: bytes) -> None:
+def test_another_protocol_cannot_carry_commands(connect: Connect, first: bytes) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     app.observer = observer = Counting()
     with running(app) as server:
@@ -119,7 +121,7 @@ def test_another_protocol_cannot_carry_commands(connect: Any, first: bytes) -> N
     assert observer.reasons == ["not_smtp"]
 
 
-def test_thousands_of_pipelined_commands_wait_their_turn(connect: Any) -> None:
+def test_thousands_of_pipelined_commands_wait_their_turn(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     with running(app) as server:
         client, other = connect(server.port), connect(server.port)
@@ -131,7 +133,7 @@ def test_thousands_of_pipelined_commands_wait_their_turn(connect: Any) -> None:
 
 
 @pytest.mark.parametrize("path", ["/a\r\n\r\nX-Forged: yes", "127.0.0.1", "unix", "/caf\udce9", "\0abstract", ""])
-def test_the_path_of_a_unix_client_is_neither_an_address_nor_a_header(connect: Any, path: str) -> None:
+def test_the_path_of_a_unix_client_is_neither_an_address_nor_a_header(connect: Connect, path: str) -> None:
     app = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2)
     app.use(plugins.denylist(["127.0.0.1", "unix"]))
     with running(app) as server:
@@ -146,13 +148,13 @@ def test_the_path_of_a_unix_client_is_neither_an_address_nor_a_header(connect: A
     assert session.received_header().count("\r\n") == session.received_header().count("\r\n\t") + 1
 
 
-def test_what_is_not_text_is_made_text(connect: Any) -> None:
+def test_what_is_not_text_is_made_text(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
 
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(0)
-        ctx.reject(ValueError("oops"))
+        ctx.reject(ValueError("oops"))  # type: ignore[arg-type]
 
     with running(app) as server:
         client = connect(server.port)
@@ -160,11 +162,11 @@ def test_what_is_not_text_is_made_text(connect: Any) -> None:
         assert client.say("MAIL FROM:<>") == b"550 5.7.1 oops\r\n"
 
 
-def test_after_a_slow_answer_the_client_has_its_whole_time_again(connect: Any) -> None:
+def test_after_a_slow_answer_the_client_has_its_whole_time_again(connect: Connect) -> None:
     app = Fumi(auth_optional=True, socket_timeout=2, close_timeout=0.2)
 
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(1.8)
 
     with running(app) as server:
@@ -195,12 +197,12 @@ asyncio.run(main())
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_close_cancels_handlers_that_do_not_end(connect: Any) -> None:
+def test_close_cancels_handlers_that_do_not_end(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.05)
     seen: list[str] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         try:
             await asyncio.sleep(1000)
         except asyncio.CancelledError:
@@ -219,13 +221,15 @@ def test_close_cancels_handlers_that_do_not_end(connect: Any) -> None:
         assert client.reply().startswith(b"421 4.3.2")
 
 
-def test_a_delivery_that_is_cancelled_leaves_nothing_behind(connect: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_delivery_that_is_cancelled_leaves_nothing_behind(
+    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fumi_core.delivery import maildir
 
     app = Fumi(auth_optional=True, close_timeout=0.2)
 
     @app.on_data
-    async def impatient(ctx: Any, next: Any) -> None:
+    async def impatient(ctx: DataContext, next: Next) -> None:
         async with asyncio.timeout(0.05):
             await next()
 
@@ -245,13 +249,13 @@ def test_a_delivery_that_is_cancelled_leaves_nothing_behind(connect: Any, tmp_pa
     assert not [*(tmp_path / "box" / "tmp").iterdir(), *(tmp_path / "box" / "new").iterdir()]
 
 
-def test_a_failing_handler_is_logged_though_its_client_is_gone(connect: Any, caplog: Any, eventually: Any) -> None:
+def test_a_failing_handler_is_logged_though_its_client_is_gone(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     closed: list[Any] = []
     app.on_close(lambda ctx, next: closed.append(ctx))
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.stream.__anext__()
         raise KeyError("lost?")
 
@@ -262,16 +266,16 @@ def test_a_failing_handler_is_logged_though_its_client_is_gone(connect: Any, cap
         client.sock.sendall(b"some text\r\n")
         time.sleep(0.05)
         client.close()
-        eventually(lambda: len(closed) == 1)
+        until(lambda: len(closed) == 1)
     assert "KeyError: 'lost?'" in caplog.text
 
 
-def test_rset_between_chunks_ends_the_reader_before_the_next_transaction_begins(connect: Any) -> None:
+def test_rset_between_chunks_ends_the_reader_before_the_next_transaction_begins(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     seen: list[str] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         try:
             await ctx.stream.read()
         finally:
@@ -279,7 +283,7 @@ def test_rset_between_chunks_ends_the_reader_before_the_next_transaction_begins(
             seen.append("reader ended")
 
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(0)
         seen.append("mail")
 
@@ -294,7 +298,7 @@ def test_rset_between_chunks_ends_the_reader_before_the_next_transaction_begins(
     assert seen == ["mail", "reader ended", "mail", "reader ended"]
 
 
-def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Any, eventually: Any, caplog: Any) -> None:
+def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     import random
 
     chance = random.Random(2821)
@@ -304,7 +308,7 @@ def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Any, eventual
 
     @app.on_mail_from
     @app.on_rcpt_to
-    async def slow(ctx: Any, next: Any) -> None:
+    async def slow(ctx: MailContext | RcptContext, next: Next) -> None:
         await asyncio.sleep(chance.random() * 0.004)
 
     app.on_connect(lambda ctx, next: opened.append(ctx))
@@ -320,14 +324,14 @@ def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Any, eventual
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
             sock.close()
         # Until then the last of them may not have been accepted yet.
-        eventually(lambda: len(closed) == 300 and connections(app) == 0)
+        until(lambda: len(closed) == 300 and connections(app) == 0)
         assert app.connection_count.clients == 0
     assert len(opened) == 300
     assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["my own pc", 'a" (x)\\ <y@z>;', "Büro", "x" * 255])
-def test_whatever_a_client_calls_itself_the_trace_line_is_one(connect: Any, name: str) -> None:
+def test_whatever_a_client_calls_itself_the_trace_line_is_one(connect: Connect, name: str) -> None:
     app = Fumi(auth_optional=True, name="mx.example", close_timeout=0.2)
     with running(app) as server:
         client = connect(server.port)

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import socket
 from functools import partial
-from typing import Any
 
 from fumi_core.runtime.acceptor import Acceptor
 from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState, count_of_one_process
@@ -31,7 +30,7 @@ def test_connections_that_stay_are_shared_out() -> None:
                 await asyncio.sleep(0.001)
             return list(board.connections)
 
-    def admit(slot: Slot, stack: contextlib.ExitStack, sock: socket.socket, peer: Any, own: Any) -> None:
+    def admit(slot: Slot, stack: contextlib.ExitStack, sock: socket.socket, peer: object, own: object) -> None:
         stack.enter_context(sock)
         slot.connection_count.opened()
 
@@ -51,7 +50,7 @@ def test_a_stop_in_a_flood_accepts_what_has_come_and_serves_meanwhile() -> None:
             listener.setblocking(False)
             address = listener.getsockname()
 
-            def admit(sock: socket.socket, peer: Any, own: Any) -> None:
+            def admit(sock: socket.socket, peer: object, own: object) -> None:
                 nonlocal accepted
                 accepted += 1
                 stack.enter_context(sock)

@@ -29,7 +29,7 @@ class NoIPv6(socket.socket):
 
 
 @pytest.fixture
-def found(monkeypatch: Any) -> list[Any]:
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What every name resolves to."""
     found = list(LOOPBACK)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: found)
@@ -45,13 +45,13 @@ def test_a_name_is_listened_on_at_each_of_its_addresses(found: list[Any]) -> Non
     assert families("localhost:0") == [socket.AF_INET6, socket.AF_INET]
 
 
-def test_without_ipv6_a_name_is_listened_on_at_its_ipv4_addresses(found: list[Any], monkeypatch: Any) -> None:
+def test_without_ipv6_a_name_is_listened_on_at_its_ipv4_addresses(found: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "socket", NoIPv6)
     assert families("localhost:0") == [socket.AF_INET]
     assert check_listen([ListenAddress("--listen", parse_address("localhost:0"))]) == ([], [])
 
 
-def test_an_address_that_this_machine_has_not_is_an_error_all_the_same(found: list[Any], monkeypatch: Any) -> None:
+def test_an_address_that_this_machine_has_not_is_an_error_all_the_same(found: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found[0] = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))
     with pytest.raises(OSError, match=os.strerror(errno.EADDRNOTAVAIL)):
         families("mail.example:0")

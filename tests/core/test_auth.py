@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hmac
 from base64 import b64decode, b64encode
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import AuthContext, Fumi, Next
 from fumi_core.testing import running
+from tests.core.client import Connect
 
 
 def b64(text: str) -> str:
     return b64encode(text.encode()).decode()
 
 
+Make = Callable[..., tuple[Fumi, list[Any]]]
+
+
 @pytest.fixture
-def make() -> Any:
+def make() -> Make:
     """An app that knows one user, and the sessions and credentials that it saw."""
 
     def build(**options: Any) -> tuple[Fumi, list[Any]]:
@@ -28,7 +33,7 @@ def make() -> Any:
         seen: list[Any] = []
 
         @app.on_auth
-        async def auth(ctx: Any, next: Any) -> None:
+        async def auth(ctx: AuthContext, next: Next) -> None:
             seen.append(ctx.credentials)
             if ctx.credentials.username == "joe" and (
                 ctx.credentials.validate_password("secret") or ctx.credentials.access_token == "token"
@@ -72,7 +77,7 @@ BEARER = "user=joe\x01auth=Bearer %s\x01\x01"
         (["AUTH XOAUTH2 " + b64("user=joe\x01auth=Basic x\x01\x01")], [b"501 5.5.2 Cannot decode response\r\n"]),
     ],
 )
-def test_an_exchange_is_answered(make: Any, connect: Any, said: list[str], heard: list[bytes]) -> None:
+def test_an_exchange_is_answered(make: Make, connect: Connect, said: list[str], heard: list[bytes]) -> None:
     app, _ = make()
     with running(app) as server:
         client = connect(server.port)
@@ -82,7 +87,7 @@ def test_an_exchange_is_answered(make: Any, connect: Any, said: list[str], heard
 
 
 @pytest.mark.parametrize(("password", "answer"), [("secret", OK), ("wrong", FAILED)])
-def test_cram_md5_proves_a_password_without_showing_it(make: Any, connect: Any, password: str, answer: bytes) -> None:
+def test_cram_md5_proves_a_password_without_showing_it(make: Make, connect: Connect, password: str, answer: bytes) -> None:
     app, seen = make()
     with running(app) as server:
         client = connect(server.port)
@@ -93,7 +98,9 @@ def test_cram_md5_proves_a_password_without_showing_it(make: Any, connect: Any, 
     assert (seen[0].method, seen[0].username, seen[0].password) == ("CRAM-MD5", "joe", "")
 
 
-def test_a_cram_md5_digest_that_is_no_digest_is_a_wrong_password(make: Any, connect: Any, caplog: Any) -> None:
+def test_a_cram_md5_digest_that_is_no_digest_is_a_wrong_password(
+    make: Make, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     app, _ = make()
     with running(app) as server:
         client = connect(server.port)
@@ -103,7 +110,7 @@ def test_a_cram_md5_digest_that_is_no_digest_is_a_wrong_password(make: Any, conn
     assert caplog.text == ""
 
 
-def test_a_refused_xoauth2_client_is_told_why_first(make: Any, connect: Any) -> None:
+def test_a_refused_xoauth2_client_is_told_why_first(make: Make, connect: Connect) -> None:
     app, _ = make()
     with running(app) as server:
         client = connect(server.port)
@@ -114,14 +121,14 @@ def test_a_refused_xoauth2_client_is_told_why_first(make: Any, connect: Any) -> 
         assert client.say("") == FAILED
 
 
-def test_it_is_offered_where_it_would_be_heard(make: Any, connect: Any) -> None:
+def test_it_is_offered_where_it_would_be_heard(make: Make, connect: Connect) -> None:
     for insecure, tls, offered in ((True, False, True), (False, False, False), (False, True, True)):
         app, _ = make(allow_insecure_auth=insecure, assume_tls=tls)
         with running(app) as server:
             assert (b"AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2" in connect(server.port).say("EHLO x")) is offered
 
 
-def test_without_tls_it_is_not_accepted(make: Any, connect: Any) -> None:
+def test_without_tls_it_is_not_accepted(make: Make, connect: Connect) -> None:
     app, seen = make(allow_insecure_auth=False)
     with running(app) as server:
         client = connect(server.port)
@@ -130,7 +137,7 @@ def test_without_tls_it_is_not_accepted(make: Any, connect: Any) -> None:
     assert seen == []
 
 
-def test_require_tls_comes_first(make: Any, connect: Any) -> None:
+def test_require_tls_comes_first(make: Make, connect: Connect) -> None:
     app, _ = make(require_tls=True)
     with running(app) as server:
         client = connect(server.port)
@@ -138,7 +145,7 @@ def test_require_tls_comes_first(make: Any, connect: Any) -> None:
         assert client.say("AUTH PLAIN") == b"530 5.7.0 Must issue a STARTTLS command first\r\n"
 
 
-def test_the_session_knows_its_user_and_may_send(make: Any, connect: Any) -> None:
+def test_the_session_knows_its_user_and_may_send(make: Make, connect: Connect) -> None:
     app, _ = make()
     sessions: list[Any] = []
     app.on_rcpt_to(lambda ctx, next: sessions.append((ctx.session.user, ctx.session.transmission_type)))
@@ -155,7 +162,7 @@ def test_the_session_knows_its_user_and_may_send(make: Any, connect: Any) -> Non
     assert sessions == [({"name": "joe"}, "ESMTPA")]
 
 
-def test_guessing_passwords_ends_with_421(make: Any, connect: Any) -> None:
+def test_guessing_passwords_ends_with_421(make: Make, connect: Connect) -> None:
     app, seen = make(max_errors=3)
     with running(app) as server:
         client = connect(server.port)
@@ -166,7 +173,7 @@ def test_guessing_passwords_ends_with_421(make: Any, connect: Any) -> None:
     assert len(seen) == 4
 
 
-def test_long_responses_are_taken_and_too_long_ones_end_the_exchange(make: Any, connect: Any) -> None:
+def test_long_responses_are_taken_and_too_long_ones_end_the_exchange(make: Make, connect: Connect) -> None:
     app, _ = make()
     with running(app) as server:
         client = connect(server.port)
@@ -177,11 +184,11 @@ def test_long_responses_are_taken_and_too_long_ones_end_the_exchange(make: Any, 
         assert client.say("AUTH PLAIN " + b64("\0joe\0secret")) == OK
 
 
-def test_a_handler_that_fails_is_451_and_nobody_is_let_in(connect: Any) -> None:
+def test_a_handler_that_fails_is_451_and_nobody_is_let_in(connect: Connect) -> None:
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2)
 
     @app.on_auth
-    async def auth(ctx: Any, next: Any) -> None:
+    async def auth(ctx: AuthContext, next: Next) -> None:
         ctx.accept("joe")
         raise KeyError
 
@@ -192,7 +199,7 @@ def test_a_handler_that_fails_is_451_and_nobody_is_let_in(connect: Any) -> None:
         assert client.say("MAIL FROM:<>").startswith(b"530")
 
 
-def test_credentials_do_not_show_their_secrets(make: Any, connect: Any) -> None:
+def test_credentials_do_not_show_their_secrets(make: Make, connect: Connect) -> None:
     app, seen = make()
     with running(app) as server:
         client = connect(server.port)
@@ -203,7 +210,7 @@ def test_credentials_do_not_show_their_secrets(make: Any, connect: Any) -> None:
     assert "token'" not in repr(seen)
 
 
-def test_a_user_who_is_none_is_nobody(connect: Any) -> None:
+def test_a_user_who_is_none_is_nobody(connect: Connect) -> None:
     app = Fumi(auth_optional=True, allow_insecure_auth=True, close_timeout=0.2)
     app.on_auth(lambda ctx, next: ctx.accept(None))
     with running(app) as server:

@@ -8,31 +8,35 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, MessageAborted
+from fumi_core import DataContext, Fumi, MailContext, MessageAborted, Next
 from fumi_core.program.builtin import build
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.core.scripted_hop import StartHop
 
 ENDINGS = [b"RSET", b"EHLO again", b"HELO again"]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("chunk", [b"BDAT 0\r\n", b"BDAT 5\r\nhello"])
-def test_handlers_of_a_message_that_is_given_up_have_its_envelope(connect: Any, caplog: Any, ending: bytes, chunk: bytes) -> None:
+def test_handlers_of_a_message_that_is_given_up_have_its_envelope(
+    connect: Connect, caplog: pytest.LogCaptureFixture, ending: bytes, chunk: bytes
+) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     seen: list[Any] = []
 
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         ctx.session.envelope.at_end += (lambda: seen.append("at_end"),)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         try:
             await ctx.stream.read()
         except MessageAborted:
             await asyncio.sleep(0.02)
             envelope = ctx.session.envelope
-            seen.append((envelope.mail_from.address, [each.address for each in envelope.rcpt_to]))
+            seen.append((envelope.mail_from and envelope.mail_from.address, [each.address for each in envelope.rcpt_to]))
             raise
 
     with running(app, record=False) as server, caplog.at_level(logging.INFO):
@@ -44,12 +48,12 @@ def test_handlers_of_a_message_that_is_given_up_have_its_envelope(connect: Any, 
     assert "Traceback" not in caplog.text
 
 
-def test_a_rejected_chunk_leaves_the_envelope_to_the_handlers(connect: Any) -> None:
+def test_a_rejected_chunk_leaves_the_envelope_to_the_handlers(connect: Connect) -> None:
     app = Fumi(auth_optional=True, size=10, close_timeout=0.2)
     seen: list[Any] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.stream.read()
         await asyncio.sleep(0.02)
         seen.append(ctx.session.envelope.mail_from)
@@ -63,7 +67,7 @@ def test_a_rejected_chunk_leaves_the_envelope_to_the_handlers(connect: Any) -> N
 
 
 def test_a_next_hop_is_not_blamed_on_the_app_when_a_client_gives_a_message_up(
-    scripted_hop: Any, connect: Any, caplog: Any
+    scripted_hop: StartHop, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = build(f"smtp:{scripted_hop().address}")
     with running(app) as server, caplog.at_level(logging.INFO):

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-from typing import Any
 
 import pytest
 
@@ -25,7 +24,7 @@ def test_it_gives_what_the_function_gives_or_raises() -> None:
     asyncio.run(both())
 
 
-def test_without_a_thread_it_is_an_oserror(monkeypatch: Any) -> None:
+def test_without_a_thread_it_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 

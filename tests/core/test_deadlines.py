@@ -7,14 +7,15 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import Fumi, MailContext, Next
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.server.observer import Observer
 from fumi_core.testing import RunningServer, running
+from tests.core.client import Connect
+from tests.support.waiting import until
 
 ENVELOPE = b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<c@d.example>\r\n"
 
@@ -69,7 +70,7 @@ def dripping(sock: socket.socket, piece: bytes) -> Iterator[None]:
 
 def answers_slowly(app: Fumi) -> None:
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(0.05)
 
 
@@ -80,7 +81,7 @@ def connections(app: Fumi) -> int:
 
 @pytest.mark.parametrize("half_closes", [True, False])
 @pytest.mark.parametrize("first", [b"EHLO x\r\nMAIL FROM:<>\r\n", b""], ids=["behind a handler", "at once"])
-def test_a_client_that_never_reads_loses_its_place(first: bytes, half_closes: bool, eventually: Any) -> None:
+def test_a_client_that_never_reads_loses_its_place(first: bytes, half_closes: bool) -> None:
     app = Fumi(auth_optional=True, max_clients=3, socket_timeout=1, close_timeout=0.2)
     app.observer = observer = Reasons()
     answers_slowly(app)
@@ -90,18 +91,18 @@ def test_a_client_that_never_reads_loses_its_place(first: bytes, half_closes: bo
             sock.sendall(first + b"EHLO x\r\n" * 6000)
             if half_closes:
                 sock.shutdown(socket.SHUT_WR)
-        eventually(lambda: connections(app) == 0)
+        until(lambda: connections(app) == 0)
         assert observer.reasons == ["timeout"] * 3
         client()
 
 
-def test_a_client_that_never_reads_loses_its_place_though_each_reply_comes_late(eventually: Any) -> None:
+def test_a_client_that_never_reads_loses_its_place_though_each_reply_comes_late() -> None:
     """What a handler says later is no reason to wait longer for a client that reads none of it."""
     app = Fumi(auth_optional=True, socket_timeout=0.5, close_timeout=0.2)
     answers_slowly(app)
     with little_room(app) as (_, client):
         client().sendall(b"EHLO x\r\n" * 300 + b"MAIL FROM:<>\r\nRSET\r\n" * 3000)
-        eventually(lambda: connections(app) == 0)
+        until(lambda: connections(app) == 0)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_a_client_that_never_reads_loses_its_place_though_each_reply_comes_late(
         (ENVELOPE + b"DATA\r\n", b"x\r\n"),
     ],
 )
-def test_a_few_octets_now_and_then_keep_no_place(connect: Any, before: bytes, piece: bytes) -> None:
+def test_a_few_octets_now_and_then_keep_no_place(connect: Connect, before: bytes, piece: bytes) -> None:
     app = Fumi(auth_optional=True, allow_insecure_auth=True, size=10**11, socket_timeout=0.5, data_timeout=0.5, close_timeout=0.2)
     app.on_auth(lambda ctx, next: None)
     with running(app) as server:
@@ -133,7 +134,7 @@ def test_a_few_octets_now_and_then_keep_no_place(connect: Any, before: bytes, pi
         assert replies[-1] == b"421 4.4.2 Error: timeout exceeded\r\n"
 
 
-def test_a_proxy_header_is_waited_for_no_longer_because_it_has_begun(connect: Any) -> None:
+def test_a_proxy_header_is_waited_for_no_longer_because_it_has_begun(connect: Connect) -> None:
     app = Fumi(auth_optional=True, proxy_protocol="required", proxy_timeout=0.2, close_timeout=0.2)
     header = ProxyHeader(2, "PROXY", "UNIX", "/a", "/b").to_bytes()
     with running(app) as server:
@@ -142,7 +143,7 @@ def test_a_proxy_header_is_waited_for_no_longer_because_it_has_begun(connect: An
             assert client.reply() == b""
 
 
-def test_a_command_that_came_whole_gives_the_next_one_its_whole_time(connect: Any) -> None:
+def test_a_command_that_came_whole_gives_the_next_one_its_whole_time(connect: Connect) -> None:
     app = Fumi(auth_optional=True, socket_timeout=2, close_timeout=0.2)
     with running(app) as server:
         client = connect(server.port)
@@ -154,7 +155,7 @@ def test_a_command_that_came_whole_gives_the_next_one_its_whole_time(connect: An
             assert client.reply().startswith(b"250")
 
 
-def test_lingering_is_short_for_a_client_that_had_replies_to_read(eventually: Any, monkeypatch: Any) -> None:
+def test_lingering_is_short_for_a_client_that_had_replies_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fumi_core.server.connection.LINGER_SECONDS", 0.1)
     app = Fumi(auth_optional=True, max_errors=0, close_timeout=0.2)
     with little_room(app) as (_, client):
@@ -162,10 +163,10 @@ def test_lingering_is_short_for_a_client_that_had_replies_to_read(eventually: An
         sock.sendall(b"EHLO x\r\n" * 300 + b"BOGUS\r\n")
         while b"421" not in sock.recv(65536):
             pass
-        eventually(lambda: connections(app) == 0)
+        until(lambda: connections(app) == 0)
 
 
-def test_a_client_that_half_closes_gets_all_replies_however_many_wait(connect: Any) -> None:
+def test_a_client_that_half_closes_gets_all_replies_however_many_wait(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     answers_slowly(app)
     with running(app) as server:
@@ -177,7 +178,7 @@ def test_a_client_that_half_closes_gets_all_replies_however_many_wait(connect: A
     assert replies == [b"250"] * 3003 + [b"503"]
 
 
-def test_a_client_that_reads_late_gets_all_replies_and_the_end(connect: Any) -> None:
+def test_a_client_that_reads_late_gets_all_replies_and_the_end(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     answers_slowly(app)
     with little_room(app) as (_, client):

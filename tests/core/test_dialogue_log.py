@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from base64 import b64encode
-from typing import Any
 
 import pytest
 
 from fumi_core import Fumi
 from fumi_core.server.dialogue_log import shown
 from fumi_core.testing import running
+from tests.core.client import Connect
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_of_a_line_what_has_the_form_of_a_command_is_shown(line: bytes, text: st
     assert shown(line) == text
 
 
-def dialogue(connect: Any, level: int, caplog: Any) -> list[str]:
+def dialogue(connect: Connect, level: int, caplog: pytest.LogCaptureFixture) -> list[str]:
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2)
     app.on_auth(lambda ctx, next: ctx.accept("joe") if ctx.credentials.password == "secret" else None)
     plain, name, password = (b64encode(each).decode() for each in (b"\0joe\0wrong", b"joe", b"secret"))
@@ -52,7 +52,9 @@ def dialogue(connect: Any, level: int, caplog: Any) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "fumi.core.dialogue"]
 
 
-def test_at_debug_the_dialogue_is_there_without_credentials_and_content(connect: Any, caplog: Any) -> None:
+def test_at_debug_the_dialogue_is_there_without_credentials_and_content(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     lines = dialogue(connect, logging.DEBUG, caplog)
     together = "\n".join(lines)
     for wanted in (
@@ -71,5 +73,5 @@ def test_at_debug_the_dialogue_is_there_without_credentials_and_content(connect:
     assert all(" id=" in line for line in lines)
 
 
-def test_above_debug_it_is_not(connect: Any, caplog: Any) -> None:
+def test_above_debug_it_is_not(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     assert dialogue(connect, logging.INFO, caplog) == []

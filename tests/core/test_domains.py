@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from fumi_core import Fumi, plugins
 from fumi_core.smtp.domains import canonical
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.core.programs import Start
+from tests.support.ports import free_port
 
 U_LABEL, A_LABEL = "münchen.example", "xn--mnchen-3ya.example"
 
@@ -45,7 +46,7 @@ def test_two_domains_are_two(one: str, other: str) -> None:
 
 @pytest.mark.parametrize("given", [U_LABEL, A_LABEL])
 @pytest.mark.parametrize("named", [U_LABEL, A_LABEL])
-def test_plugins_know_a_domain_by_both_spellings(connect: Any, given: str, named: str) -> None:
+def test_plugins_know_a_domain_by_both_spellings(connect: Connect, given: str, named: str) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     app.use(plugins.sender_block([given])).use(plugins.rcpt_filter([given]))
     with running(app) as server:
@@ -58,7 +59,7 @@ def test_plugins_know_a_domain_by_both_spellings(connect: Any, given: str, named
 
 
 @pytest.mark.parametrize("given", [U_LABEL, A_LABEL])
-def test_the_program_knows_its_domains_by_both_spellings(start: Any, connect: Any, free_port: Any, given: str) -> None:
+def test_the_program_knows_its_domains_by_both_spellings(start: Start, connect: Connect, given: str) -> None:
     port = free_port()
     start("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--deliver", "discard:", "--domain", given)
     client = connect(port)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, SMTPError
+from fumi_core import ConnectContext, DataContext, Fumi, MailContext, Next, SMTPError
 from fumi_core.server.observer import DeliveryResult, Observer
 from fumi_core.testing import running
+from tests.core.client import Connect, Send
+from tests.support.waiting import until
 
 LOCAL_ERROR = b"451 4.3.0 Local error in processing\r\n"
 
@@ -67,7 +69,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "after waiting"])
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 def test_whatever_a_hook_raises_is_451_and_the_server_goes_on(
-    app: Fumi, connect: Any, caplog: Any, error: Any, late: bool
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, error: Any, late: bool
 ) -> None:
     app.on_rcpt_to(raises(error, late=late))
     with running(app) as server, caplog.at_level(logging.ERROR):
@@ -82,7 +84,7 @@ def test_whatever_a_hook_raises_is_451_and_the_server_goes_on(
 
 
 @pytest.mark.parametrize("hook", ["on_auth", "on_mail_from", "on_rcpt_to", "on_data"])
-def test_the_log_names_the_hook_and_the_command(connect: Any, caplog: Any, hook: str) -> None:
+def test_the_log_names_the_hook_and_the_command(connect: Connect, caplog: pytest.LogCaptureFixture, hook: str) -> None:
     app = Fumi(auth_optional=True, allow_insecure_auth=True, close_timeout=0.2)
     getattr(app, hook)(raises(ERRORS["exit"]))
     with running(app, record=False) as server, caplog.at_level(logging.ERROR):
@@ -98,12 +100,12 @@ def test_the_log_names_the_hook_and_the_command(connect: Any, caplog: Any, hook:
 
 
 def test_exits_while_connecting_and_closing_end_one_connection_each(
-    app: Fumi, connect: Any, caplog: Any, eventually: Any
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     connects: list[int] = []
 
     @app.on_connect
-    async def connected(ctx: Any, next: Any) -> None:
+    async def connected(ctx: ConnectContext, next: Next) -> None:
         connects.append(1)
         if len(connects) == 1:
             raise SystemExit
@@ -114,7 +116,7 @@ def test_exits_while_connecting_and_closing_end_one_connection_each(
         assert client.banner == b"421 4.3.0 Server local error\r\n"
         assert client.reply() == b""
         client.close()
-        eventually(lambda: "hook=on_close" in caplog.text and "session ended" in caplog.text)
+        until(lambda: "hook=on_close" in caplog.text and "session ended" in caplog.text)
         assert connect(server.port).say("NOOP") == b"250 2.0.0 Ok\r\n"
 
 
@@ -125,7 +127,7 @@ def raise_it(error: BaseException) -> None:
 @pytest.mark.parametrize("how", ["reads", "skips", "leaves", "swallows"])
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
 def test_a_tap_that_raises_leaves_no_hole_in_an_accepted_message(
-    app: Fumi, connect: Any, caplog: Any, error: type[BaseException], how: str
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, error: type[BaseException], how: str
 ) -> None:
     tapped: list[bytes] = []
     read: list[bytes] = []
@@ -136,7 +138,7 @@ def test_a_tap_that_raises_leaves_no_hole_in_an_accepted_message(
         tapped.append(piece)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         ctx.stream.tap(tap)
         if how == "skips":
             await ctx.stream.skip()
@@ -162,9 +164,9 @@ def test_a_tap_that_raises_leaves_no_hole_in_an_accepted_message(
     assert "broken tap" in caplog.text
 
 
-def test_a_tap_may_reject(app: Fumi, connect: Any) -> None:
+def test_a_tap_may_reject(app: Fumi, connect: Connect) -> None:
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         ctx.stream.tap(lambda piece: ctx.reject("5.7.1 Virus", 554))
 
     with running(app, record=False) as server:
@@ -185,13 +187,13 @@ class Noted(Observer):
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
 @pytest.mark.parametrize("ending", ["message", "RSET", "EHLO x", "HELO x"])
 def test_an_at_end_function_that_raises_is_451_and_the_others_are_called(
-    app: Fumi, connect: Any, caplog: Any, error: type[BaseException], ending: str
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, error: type[BaseException], ending: str
 ) -> None:
     called: list[int] = []
     app.observer = noted = Noted()
 
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         ctx.session.envelope.at_end += (lambda: raise_it(error("broken end")), lambda: called.append(1))
 
     with running(app, record=False) as server, caplog.at_level(logging.ERROR):
@@ -210,11 +212,11 @@ def test_an_at_end_function_that_raises_is_451_and_the_others_are_called(
     assert "broken end" in caplog.text
 
 
-def test_lmtp_answers_each_recipient_when_an_at_end_function_raises(connect: Any) -> None:
+def test_lmtp_answers_each_recipient_when_an_at_end_function_raises(connect: Connect) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         ctx.session.envelope.at_end += (lambda: raise_it(ValueError()),)
         ctx.reject_recipient("b@d.example", "No", 550)
 
@@ -228,13 +230,13 @@ def test_lmtp_answers_each_recipient_when_an_at_end_function_raises(connect: Any
 
 
 @pytest.mark.parametrize("what", ["accepted", "rejected"])
-def test_a_reply_to_a_message_that_cannot_be_made_is_451(connect: Any, caplog: Any, what: str) -> None:
+def test_a_reply_to_a_message_that_cannot_be_made_is_451(connect: Connect, caplog: pytest.LogCaptureFixture, what: str) -> None:
     app = Fumi(auth_optional=True, lmtp=what == "rejected")
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         if what == "accepted":
-            ctx.accepted = Mute()
+            ctx.accepted = Mute()  # type: ignore[assignment]
         else:
             ctx.rejected["c@d.example"] = changed(code="550")
 
@@ -247,7 +249,7 @@ def test_a_reply_to_a_message_that_cannot_be_made_is_451(connect: Any, caplog: A
     assert "hook=on_data command=DATA" in caplog.text
 
 
-def test_surrogates_and_line_ends_cannot_break_a_reply(app: Fumi, connect: Any) -> None:
+def test_surrogates_and_line_ends_cannot_break_a_reply(app: Fumi, connect: Connect) -> None:
     app.on_mail_from(raises(lambda: SMTPError("\udcff\r\n\x85\u2028250 forged", 550)))
     with running(app) as server:
         client = connect(server.port)
@@ -259,7 +261,7 @@ def test_surrogates_and_line_ends_cannot_break_a_reply(app: Fumi, connect: Any) 
 
 @pytest.mark.parametrize("phase", ["on_mail_from", "on_data"])
 def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
-    app: Fumi, connect: Any, caplog: Any, phase: str
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, phase: str
 ) -> None:
     async def breaks(ctx: Any, next: Any) -> None:
         ctx.session.envelope = None
@@ -277,7 +279,7 @@ def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_error_that_an_app_raises_again_and_again_takes_no_more_memory(app: Fumi, connect: Any, late: bool) -> None:
+def test_an_error_that_an_app_raises_again_and_again_takes_no_more_memory(app: Fumi, connect: Connect, late: bool) -> None:
     refusal = SMTPError("5.1.1 No such user", 550)
     app.on_rcpt_to(raises(lambda: refusal, late=late))
     with running(app) as server:
@@ -293,7 +295,7 @@ def test_an_error_that_an_app_raises_again_and_again_takes_no_more_memory(app: F
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-def test_a_client_that_is_silent_after_an_error_is_timed_out(connect: Any, error: Any) -> None:
+def test_a_client_that_is_silent_after_an_error_is_timed_out(connect: Connect, error: Any) -> None:
     app = Fumi(auth_optional=True, socket_timeout=0.3, close_timeout=0.2)
     app.on_mail_from(raises(error, late=True))
     with running(app) as server:
@@ -313,19 +315,21 @@ class Failing(Observer):
         return lambda *arguments: raise_it(SystemExit(name) if name == "message" else ValueError(name))
 
 
-def test_an_observer_that_raises_changes_nothing(app: Fumi, send: Any, caplog: Any, connect: Any, eventually: Any) -> None:
+def test_an_observer_that_raises_changes_nothing(
+    app: Fumi, send: Send, caplog: pytest.LogCaptureFixture, connect: Connect
+) -> None:
     app.observer = Failing()
 
     @app.on_data
-    async def deliver(ctx: Any, next: Any) -> None:
+    async def deliver(ctx: DataContext, next: Next) -> None:
         await ctx.stream.skip()
         app.observer.delivery("mine", DeliveryResult.OK)
 
     with running(app) as server, caplog.at_level(logging.ERROR):
         assert send(server.port, "hi\r\n") == {}
         connect(server.port).say("GET / HTTP/1.1")
-        eventually(lambda: "method=rejected" in caplog.text)
-        eventually(lambda: caplog.text.count("method=connection_closed") == 2)
+        until(lambda: "method=rejected" in caplog.text)
+        until(lambda: caplog.text.count("method=connection_closed") == 2)
     for name in ("connection_opened", "session_started", "message", "delivery"):
         assert f"method={name}" in caplog.text
 
@@ -337,7 +341,7 @@ def test_an_observer_keeps_what_else_it_has(app: Fumi) -> None:
     assert noted.results == ["accepted"]
 
 
-def test_a_logger_that_raises_changes_nothing(connect: Any, capfd: Any) -> None:
+def test_a_logger_that_raises_changes_nothing(connect: Connect, capfd: pytest.CaptureFixture[str]) -> None:
     class Broken(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
             raise ValueError("broken filter")
@@ -358,7 +362,7 @@ def test_a_logger_that_raises_changes_nothing(connect: Any, capfd: Any) -> None:
     assert "broken filter" in capfd.readouterr().err
 
 
-def test_what_at_close_calls_is_called_though_another_one_raises(app: Fumi, caplog: Any) -> None:
+def test_what_at_close_calls_is_called_though_another_one_raises(app: Fumi, caplog: pytest.LogCaptureFixture) -> None:
     called: list[int] = []
     app.at_close(lambda: raise_it(ValueError("broken release")))
     app.at_close(lambda: called.append(1))

@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -43,7 +42,7 @@ def test_a_file_that_is_too_large_is_an_error_before_it_is_in_memory(tmp_path: P
         read_file(path)
 
 
-def test_what_hangs_is_given_up_and_not_tried_again_until_it_has_returned(monkeypatch: Any) -> None:
+def test_what_hangs_is_given_up_and_not_tried_again_until_it_has_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "FILE_TIMEOUT", 0.05)
     answer, calls = threading.Event(), []
 
@@ -62,7 +61,7 @@ def test_what_hangs_is_given_up_and_not_tried_again_until_it_has_returned(monkey
     assert in_time("/nfs", lambda: 2) == 2
 
 
-def test_so_many_may_hang_and_no_more(monkeypatch: Any) -> None:
+def test_so_many_may_hang_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "FILE_TIMEOUT", 0.01)
     answer = threading.Event()
     for number in range(files.MAX_HANGING_THREADS):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, MessageAborted, SMTPError
+from fumi_core import CloseContext, ConnectContext, DataContext, Fumi, MailContext, MessageAborted, Next, RcptContext, SMTPError
 from fumi_core.testing import running
+from tests.core.client import Connect, Send
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -18,21 +21,21 @@ def app() -> Fumi:
     return Fumi(auth_optional=True, name="mx.example", close_timeout=0.2)
 
 
-def test_every_phase_can_refuse_with_its_own_default_code(app: Fumi, connect: Any) -> None:
+def test_every_phase_can_refuse_with_its_own_default_code(app: Fumi, connect: Connect) -> None:
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         if ctx.address.address == "bad@b.example":
             ctx.reject("Sender refused")
         await next()
 
     @app.on_rcpt_to
-    async def rcpt(ctx: Any, next: Any) -> None:
+    async def rcpt(ctx: RcptContext, next: Next) -> None:
         if ctx.address.address == "bad@d.example":
             ctx.reject("No such user")
         await next()
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         if b"bad" in await ctx.stream.read():
             ctx.reject("Too much")
         await next()
@@ -55,9 +58,9 @@ def test_every_phase_can_refuse_with_its_own_default_code(app: Fumi, connect: An
         assert server.messages[0].envelope.rcpt_to[0].address == "c@d.example"
 
 
-def test_a_refused_connection_hears_the_refusal_in_place_of_the_banner(app: Fumi, connect: Any) -> None:
+def test_a_refused_connection_hears_the_refusal_in_place_of_the_banner(app: Fumi, connect: Connect) -> None:
     @app.on_connect
-    def connected(ctx: Any, next: Any) -> None:
+    def connected(ctx: ConnectContext, next: Next) -> None:
         ctx.reject("Go away")
 
     with running(app) as server:
@@ -66,9 +69,9 @@ def test_a_refused_connection_hears_the_refusal_in_place_of_the_banner(app: Fumi
         assert client.reply() == b""
 
 
-def test_an_enhanced_code_of_the_message_is_kept(app: Fumi, connect: Any) -> None:
+def test_an_enhanced_code_of_the_message_is_kept(app: Fumi, connect: Connect) -> None:
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         raise SMTPError("4.7.1 Later\nin two lines\r\nand three", 450)
 
     with running(app) as server:
@@ -77,9 +80,9 @@ def test_an_enhanced_code_of_the_message_is_kept(app: Fumi, connect: Any) -> Non
         assert client.say("MAIL FROM:<>") == b"450-4.7.1 Later\r\n450-4.7.1 in two lines\r\n450 4.7.1 and three\r\n"
 
 
-def test_what_cannot_be_sent_in_a_reply_is_not(app: Fumi, connect: Any) -> None:
+def test_what_cannot_be_sent_in_a_reply_is_not(app: Fumi, connect: Connect) -> None:
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         ctx.reject("\x00é\r\n250 2.0.0 forged" + "x" * 2000, 554)
 
     with running(app) as server:
@@ -90,9 +93,11 @@ def test_what_cannot_be_sent_in_a_reply_is_not(app: Fumi, connect: Any) -> None:
         assert client.say("NOOP") == b"250 2.0.0 Ok\r\n"
 
 
-def test_an_exception_is_451_and_logged_and_the_server_goes_on(app: Fumi, connect: Any, caplog: Any) -> None:
+def test_an_exception_is_451_and_logged_and_the_server_goes_on(
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(0)
         raise KeyError("oops")
 
@@ -104,9 +109,9 @@ def test_an_exception_is_451_and_logged_and_the_server_goes_on(app: Fumi, connec
     assert "KeyError: 'oops'" in caplog.text
 
 
-def test_an_exception_in_on_connect_is_421_and_the_end(app: Fumi, connect: Any) -> None:
+def test_an_exception_in_on_connect_is_421_and_the_end(app: Fumi, connect: Connect) -> None:
     @app.on_connect
-    async def connected(ctx: Any, next: Any) -> None:
+    async def connected(ctx: ConnectContext, next: Next) -> None:
         raise KeyError("oops")
 
     with running(app) as server:
@@ -115,9 +120,9 @@ def test_an_exception_in_on_connect_is_421_and_the_end(app: Fumi, connect: Any) 
         assert client.reply() == b""
 
 
-def test_a_421_from_a_handler_closes(app: Fumi, connect: Any) -> None:
+def test_a_421_from_a_handler_closes(app: Fumi, connect: Connect) -> None:
     @app.on_rcpt_to
-    async def rcpt(ctx: Any, next: Any) -> None:
+    async def rcpt(ctx: RcptContext, next: Next) -> None:
         ctx.reject("Enough", 421)
 
     with running(app) as server:
@@ -128,9 +133,9 @@ def test_a_421_from_a_handler_closes(app: Fumi, connect: Any) -> None:
         assert client.reply() == b""
 
 
-def test_data_may_choose_the_words_of_the_250(app: Fumi, connect: Any) -> None:
+def test_data_may_choose_the_words_of_the_250(app: Fumi, connect: Connect) -> None:
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         ctx.accept("queued as X")
 
     with running(app) as server:
@@ -140,11 +145,11 @@ def test_data_may_choose_the_words_of_the_250(app: Fumi, connect: Any) -> None:
         assert client.say("hi\r\n.") == b"250 2.0.0 queued as X\r\n"
 
 
-def test_a_slow_handler_keeps_the_order_and_stalls_nobody_else(app: Fumi, connect: Any) -> None:
+def test_a_slow_handler_keeps_the_order_and_stalls_nobody_else(app: Fumi, connect: Connect) -> None:
     release = threading.Event()
 
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         if ctx.address.address == "slow@b.example":
             await asyncio.to_thread(release.wait, 20)
         await next()
@@ -158,9 +163,9 @@ def test_a_slow_handler_keeps_the_order_and_stalls_nobody_else(app: Fumi, connec
         assert [slow.reply()[:3] for _ in range(3)] == [b"250", b"250", b"500"]
 
 
-def test_a_handler_that_reads_nothing_is_fine(app: Fumi, connect: Any) -> None:
+def test_a_handler_that_reads_nothing_is_fine(app: Fumi, connect: Connect) -> None:
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         pass
 
     with running(app) as server:
@@ -171,11 +176,11 @@ def test_a_handler_that_reads_nothing_is_fine(app: Fumi, connect: Any) -> None:
             assert client.say((b"x" * 70 + b"\r\n") * 40000 + b".") == b"250 2.0.0 Ok\r\n"
 
 
-def test_a_refusal_after_a_little_text_waits_for_the_end_and_keeps_nothing(app: Fumi, connect: Any) -> None:
+def test_a_refusal_after_a_little_text_waits_for_the_end_and_keeps_nothing(app: Fumi, connect: Connect) -> None:
     streams: list[Any] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         streams.append(ctx.stream)
         await ctx.stream.__anext__()
         ctx.reject("Enough", 554)
@@ -190,12 +195,12 @@ def test_a_refusal_after_a_little_text_waits_for_the_end_and_keeps_nothing(app: 
 
 
 def test_a_message_that_breaks_off_raises_in_the_reader_and_on_close_follows(
-    app: Fumi, connect: Any, eventually: Any, caplog: Any
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[Any] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         try:
             await ctx.stream.read()
         except MessageAborted:
@@ -203,8 +208,11 @@ def test_a_message_that_breaks_off_raises_in_the_reader_and_on_close_follows(
             raise
 
     @app.on_close
-    async def closed(ctx: Any, next: Any) -> None:
+    async def closed(ctx: CloseContext, next: Next) -> None:
         seen.append("closed")
+
+    def ended(connections: int) -> bool:
+        return seen.count("closed") == connections
 
     with running(app, record=False) as server, caplog.at_level(logging.INFO):
         for count, text in enumerate((b"", b"half a message\r\n"), 1):
@@ -213,17 +221,17 @@ def test_a_message_that_breaks_off_raises_in_the_reader_and_on_close_follows(
             client.say("DATA")
             client.sock.sendall(text)
             client.close()
-            eventually(lambda count=count: seen.count("closed") == count)
+            until(partial(ended, count))
     assert seen == ["aborted", "closed"] * 2
     assert "Traceback" not in caplog.text
     assert caplog.text.count("message aborted") == 2
 
 
-def test_a_message_cut_off_by_the_servers_end_is_one_line(app: Fumi, connect: Any, eventually: Any, caplog: Any) -> None:
+def test_a_message_cut_off_by_the_servers_end_is_one_line(app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     reading: list[bool] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         reading.append(True)
         await ctx.stream.read()
 
@@ -232,14 +240,12 @@ def test_a_message_cut_off_by_the_servers_end_is_one_line(app: Fumi, connect: An
         client.envelope()
         client.say("DATA")
         client.sock.sendall(b"half a message\r\n")
-        eventually(lambda: reading == [True])
+        until(lambda: reading == [True])
     assert "Traceback" not in caplog.text
     assert caplog.text.count("message aborted") == 1
 
 
-def test_on_close_comes_once_for_each_connection_that_reached_on_connect(
-    app: Fumi, connect: Any, eventually: Any, reset: Any
-) -> None:
+def test_on_close_comes_once_for_each_connection_that_reached_on_connect(app: Fumi, connect: Connect) -> None:
     opened: list[str] = []
     closed: list[str] = []
     app.on_connect(lambda ctx, next: opened.append(ctx.session.id))
@@ -247,23 +253,21 @@ def test_on_close_comes_once_for_each_connection_that_reached_on_connect(
     with running(app) as server:
         connect(server.port).say("QUIT")
         connect(server.port).close()
-        reset(connect(server.port))
+        connect(server.port).reset()
         browser = connect(server.port)
         browser.say("GET / HTTP/1.0")
         browser.close()
-        eventually(lambda: len(closed) == 4)
+        until(lambda: len(closed) == 4)
     assert sorted(opened) == sorted(closed)
     assert len(set(closed)) == 4
 
 
 @pytest.mark.parametrize("ahead", [b"", b"DATA\r\n"])
-def test_a_handler_is_cancelled_when_its_client_is_gone(
-    app: Fumi, connect: Any, eventually: Any, reset: Any, ahead: bytes
-) -> None:
+def test_a_handler_is_cancelled_when_its_client_is_gone(app: Fumi, connect: Connect, ahead: bytes) -> None:
     seen: list[str] = []
 
     @app.on_rcpt_to
-    async def rcpt(ctx: Any, next: Any) -> None:
+    async def rcpt(ctx: RcptContext, next: Next) -> None:
         seen.append("waiting")
         try:
             await asyncio.sleep(60)
@@ -277,14 +281,14 @@ def test_a_handler_is_cancelled_when_its_client_is_gone(
         client.say("EHLO x")
         client.say("MAIL FROM:<>")
         client.sock.sendall(b"RCPT TO:<a@b.example>\r\n" + ahead)
-        eventually(lambda: seen == ["waiting"])
-        reset(client)
-        eventually(lambda: seen == ["waiting", "cancelled", "closed"])
+        until(lambda: seen == ["waiting"])
+        client.reset()
+        until(lambda: seen == ["waiting", "cancelled", "closed"])
 
 
-def test_a_client_that_says_all_and_half_closes_hears_all(app: Fumi, connect: Any) -> None:
+def test_a_client_that_says_all_and_half_closes_hears_all(app: Fumi, connect: Connect) -> None:
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(0.01)
 
     with running(app) as server:
@@ -294,11 +298,11 @@ def test_a_client_that_says_all_and_half_closes_hears_all(app: Fumi, connect: An
         assert [client.reply()[:3] for _ in range(5)] == [b"250", b"250", b"250", b"250", b""]
 
 
-def test_a_skipped_stream_ends_with_the_message(app: Fumi, connect: Any) -> None:
+def test_a_skipped_stream_ends_with_the_message(app: Fumi, connect: Connect) -> None:
     ended: list[int] = []
 
     @app.on_data
-    async def skip(ctx: Any, next: Any) -> None:
+    async def skip(ctx: DataContext, next: Next) -> None:
         await ctx.stream.skip()
         ended.append(ctx.stream.size)
 
@@ -311,11 +315,11 @@ def test_a_skipped_stream_ends_with_the_message(app: Fumi, connect: Any) -> None
     assert ended == [300_002]
 
 
-def test_a_skipped_stream_that_breaks_off_raises(app: Fumi, connect: Any, eventually: Any) -> None:
+def test_a_skipped_stream_that_breaks_off_raises(app: Fumi, connect: Connect) -> None:
     aborted: list[bool] = []
 
     @app.on_data
-    async def skip(ctx: Any, next: Any) -> None:
+    async def skip(ctx: DataContext, next: Next) -> None:
         try:
             await ctx.stream.skip()
         except MessageAborted:
@@ -328,10 +332,10 @@ def test_a_skipped_stream_that_breaks_off_raises(app: Fumi, connect: Any, eventu
         client.say("DATA")
         client.sock.sendall(b"x\r\n")
         client.close()
-        eventually(lambda: aborted == [True])
+        until(lambda: aborted == [True])
 
 
-def test_an_app_may_run_again_and_records_each_message_once(app: Fumi, send: Any) -> None:
+def test_an_app_may_run_again_and_records_each_message_once(app: Fumi, send: Send) -> None:
     for _ in range(2):
         with running(app) as server:
             send(server.port, "Subject: hi\r\n\r\nhi\r\n")

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, MessageAborted
+from fumi_core import DataContext, Fumi, MessageAborted, Next
 from fumi_core.delivery.maildir import Maildir
 from fumi_core.testing import running
+from tests.core.client import Client, Connect
+from tests.support.waiting import until
 
 SMALL = b"Subject: hi\r\n\r\nsmall\r\n"
 LARGE = b"Subject: hi\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"0123456789" * 7 + b"\r\n") * 12_000
@@ -27,7 +29,7 @@ def app() -> Fumi:
     return Fumi(auth_optional=True, name="mx.example", close_timeout=0.2)
 
 
-def deliver(client: Any, text: bytes = SMALL) -> bytes:
+def deliver(client: Client, text: bytes = SMALL) -> bytes:
     client.envelope()
     client.say("DATA")
     return bytes(client.say(text + b"."))
@@ -43,19 +45,19 @@ async def read(ctx: Any) -> bytes:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_kept_message_is_read_any_number_of_times(app: Fumi, connect: Any, eventually: Any, text: bytes) -> None:
+def test_a_kept_message_is_read_any_number_of_times(app: Fumi, connect: Connect, text: bytes) -> None:
     found: list[bytes] = []
     before = open_temporary_files()
 
     @app.on_data
-    async def outer(ctx: Any, next: Any) -> None:
+    async def outer(ctx: DataContext, next: Next) -> None:
         await ctx.spool()
         found.append(await ctx.stream.read())
         await next()
         found.extend(await asyncio.gather(ctx.stream.read(), read(ctx)))
 
     @app.on_data
-    async def inner(ctx: Any, next: Any) -> None:
+    async def inner(ctx: DataContext, next: Next) -> None:
         async for _ in ctx.stream:
             break
         await ctx.spool()
@@ -67,13 +69,13 @@ def test_a_kept_message_is_read_any_number_of_times(app: Fumi, connect: Any, eve
         assert deliver(connect(server.port), text).startswith(b"250 ")
         assert found == [text] * 4
         assert server.messages[0].body == text
-        eventually(lambda: open_temporary_files() == before)
+        until(lambda: open_temporary_files() == before)
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_kept_message_is_delivered(app: Fumi, connect: Any, tmp_path: Path, text: bytes) -> None:
+def test_a_kept_message_is_delivered(app: Fumi, connect: Connect, tmp_path: Path, text: bytes) -> None:
     @app.on_data
-    async def scan(ctx: Any, next: Any) -> None:
+    async def scan(ctx: DataContext, next: Next) -> None:
         message = await ctx.message()
         assert message["Subject"] == "hi"
         assert message.get_content().encode() == text.removeprefix(b"Subject: hi\r\n\r\n")
@@ -86,9 +88,9 @@ def test_a_kept_message_is_delivered(app: Fumi, connect: Any, tmp_path: Path, te
     assert delivered.read_bytes().endswith(text.replace(b"\r\n", b"\n"))
 
 
-def test_a_message_that_was_read_cannot_be_kept(app: Fumi, connect: Any) -> None:
+def test_a_message_that_was_read_cannot_be_kept(app: Fumi, connect: Connect) -> None:
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.stream.read()
         await ctx.spool()
 
@@ -99,14 +101,14 @@ def test_a_message_that_was_read_cannot_be_kept(app: Fumi, connect: Any) -> None
 @pytest.mark.parametrize(
     ("number", "code"), [(errno.ENOSPC, b"452 4.3.1"), (errno.EDQUOT, b"452 4.3.1"), (errno.EIO, b"451 4.3.0")]
 )
-def test_a_full_disk_is_452(app: Fumi, connect: Any, monkeypatch: Any, number: int, code: bytes) -> None:
+def test_a_full_disk_is_452(app: Fumi, connect: Connect, monkeypatch: pytest.MonkeyPatch, number: int, code: bytes) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.spool()
 
     with running(app, record=False) as server:
@@ -115,12 +117,12 @@ def test_a_full_disk_is_452(app: Fumi, connect: Any, monkeypatch: Any, number: i
         assert deliver(client, SMALL).startswith(b"250 ")
 
 
-def test_a_client_that_goes_leaves_nothing_behind(app: Fumi, connect: Any, eventually: Any) -> None:
+def test_a_client_that_goes_leaves_nothing_behind(app: Fumi, connect: Connect) -> None:
     before = open_temporary_files()
     ended: list[str] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         try:
             await ctx.spool()
         except MessageAborted:
@@ -132,19 +134,19 @@ def test_a_client_that_goes_leaves_nothing_behind(app: Fumi, connect: Any, event
         client.envelope()
         client.say("DATA")
         client.sock.sendall(LARGE)
-        eventually(lambda: open_temporary_files() == before + 1)
+        until(lambda: open_temporary_files() == before + 1)
         client.close()
-        eventually(lambda: ended == ["aborted"])
-        eventually(lambda: open_temporary_files() == before)
+        until(lambda: ended == ["aborted"])
+        until(lambda: open_temporary_files() == before)
 
 
-def test_a_task_that_outlives_the_handlers_cannot_read_what_was_kept(app: Fumi, connect: Any, eventually: Any) -> None:
+def test_a_task_that_outlives_the_handlers_cannot_read_what_was_kept(app: Fumi, connect: Connect) -> None:
     errors: list[str] = []
     tasks: list[Any] = []
     ended = threading.Event()
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.spool()
 
         async def late() -> None:
@@ -159,7 +161,7 @@ def test_a_task_that_outlives_the_handlers_cannot_read_what_was_kept(app: Fumi, 
     with running(app, record=False) as server:
         assert deliver(connect(server.port)).startswith(b"250 ")
         ended.set()
-        eventually(lambda: bool(errors))
+        until(lambda: bool(errors))
 
 
 async def upper(stream: Any) -> AsyncIterator[bytes]:
@@ -184,17 +186,17 @@ async def torn() -> AsyncIterator[bytes]:
 )
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_handlers_after_get_the_replacement(
-    app: Fumi, connect: Any, tmp_path: Path, replacement: Any, expected: bytes, kept: bool
+    app: Fumi, connect: Connect, tmp_path: Path, replacement: Any, expected: bytes, kept: bool
 ) -> None:
     found: list[bytes] = []
 
     @app.on_data
-    async def replaces(ctx: Any, next: Any) -> None:
+    async def replaces(ctx: DataContext, next: Next) -> None:
         ctx.replace(replacement(ctx))
         await next()
 
     @app.on_data
-    async def looks(ctx: Any, next: Any) -> None:
+    async def looks(ctx: DataContext, next: Next) -> None:
         if kept:
             await ctx.spool()
             found.append(await ctx.stream.read())
@@ -211,18 +213,18 @@ def test_the_handlers_after_get_the_replacement(
     assert delivered.read_bytes().endswith(expected.replace(b"\r\n", b"\n"))
 
 
-def test_a_changed_message_replaces_the_clients(app: Fumi, connect: Any) -> None:
+def test_a_changed_message_replaces_the_clients(app: Fumi, connect: Connect) -> None:
     found: list[bytes] = []
 
     @app.on_data
-    async def marks(ctx: Any, next: Any) -> None:
+    async def marks(ctx: DataContext, next: Next) -> None:
         message = await ctx.message()
         message["X-Marked"] = "yes"
         ctx.replace(message.as_bytes())
         await next()
 
     @app.on_data
-    async def looks(ctx: Any, next: Any) -> None:
+    async def looks(ctx: DataContext, next: Next) -> None:
         found.append(await ctx.stream.read())
 
     with running(app, record=False) as server:
@@ -232,12 +234,12 @@ def test_a_changed_message_replaces_the_clients(app: Fumi, connect: Any) -> None
 
 @pytest.mark.parametrize("replacement", [lambda: b"other\r\n", torn])
 def test_a_replacement_of_a_message_that_breaks_off_is_not_delivered(
-    app: Fumi, connect: Any, eventually: Any, tmp_path: Path, replacement: Any
+    app: Fumi, connect: Connect, tmp_path: Path, replacement: Any
 ) -> None:
     closed: list[int] = []
 
     @app.on_data
-    async def replaces(ctx: Any, next: Any) -> None:
+    async def replaces(ctx: DataContext, next: Next) -> None:
         ctx.replace(replacement())
         await next()
 
@@ -249,7 +251,7 @@ def test_a_replacement_of_a_message_that_breaks_off_is_not_delivered(
         client.say("DATA")
         client.sock.sendall(b"half\r\n")
         client.close()
-        eventually(lambda: closed == [1])
+        until(lambda: closed == [1])
     assert list((tmp_path / "m" / "new").iterdir()) == []
 
 
@@ -263,9 +265,11 @@ async def text() -> AsyncIterator[Any]:
 
 
 @pytest.mark.parametrize("replacement", [fails, text, lambda: "text", lambda: [b"a"]])
-def test_a_replacement_that_fails_is_451(app: Fumi, connect: Any, caplog: Any, tmp_path: Path, replacement: Any) -> None:
+def test_a_replacement_that_fails_is_451(
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, tmp_path: Path, replacement: Any
+) -> None:
     @app.on_data
-    async def replaces(ctx: Any, next: Any) -> None:
+    async def replaces(ctx: DataContext, next: Next) -> None:
         ctx.replace(replacement())
         await next()
 
@@ -276,9 +280,9 @@ def test_a_replacement_that_fails_is_451(app: Fumi, connect: Any, caplog: Any, t
     assert "Traceback" in caplog.text
 
 
-def test_a_replacement_that_is_too_large_for_a_plugin_is_552(app: Fumi, connect: Any) -> None:
+def test_a_replacement_that_is_too_large_for_a_plugin_is_552(app: Fumi, connect: Connect) -> None:
     @app.on_data
-    async def replaces(ctx: Any, next: Any) -> None:
+    async def replaces(ctx: DataContext, next: Next) -> None:
         ctx.replace(b"x" * 100)
         ctx.stream.restrict(50)
         await next()
@@ -287,11 +291,11 @@ def test_a_replacement_that_is_too_large_for_a_plugin_is_552(app: Fumi, connect:
         assert deliver(connect(server.port)).startswith(b"552 5.3.4")
 
 
-def test_refusing_and_tapping_work_for_a_replacement(app: Fumi, connect: Any) -> None:
+def test_refusing_and_tapping_work_for_a_replacement(app: Fumi, connect: Connect) -> None:
     tapped: list[bytes] = []
 
     @app.on_data
-    async def replaces(ctx: Any, next: Any) -> None:
+    async def replaces(ctx: DataContext, next: Next) -> None:
         ctx.replace(upper(ctx.stream))
 
         def look(piece: bytes) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import smtplib
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import Address, DataContext, Fumi, Next
 from fumi_core.testing import running
+from tests.core.client import Connect
 
 
-def test_each_recipient_gets_its_own_answer(connect: Any) -> None:
+def test_each_recipient_gets_its_own_answer(connect: Connect) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.stream.read()
         ctx.reject_recipient("e@d.example", "Mailbox full", 452)
         ctx.accept("stored")
@@ -30,7 +31,7 @@ def test_each_recipient_gets_its_own_answer(connect: Any) -> None:
         assert client.say("NOOP").startswith(b"250")
 
 
-def test_one_refusal_is_said_to_every_recipient(connect: Any) -> None:
+def test_one_refusal_is_said_to_every_recipient(connect: Connect) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
     app.on_data(lambda ctx, next: ctx.reject("No", 554))
     with running(app) as server:
@@ -48,11 +49,11 @@ def test_the_standard_library_delivers_by_it() -> None:
         assert server.messages[0].session.transmission_type == "LMTP"
 
 
-def test_a_recipient_cannot_be_rejected_alone_in_smtp(connect: Any, caplog: Any) -> None:
+def test_a_recipient_cannot_be_rejected_alone_in_smtp(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.stream.read()
         ctx.reject_recipient("e@d.example", "Mailbox full", 452)
 
@@ -67,11 +68,13 @@ def test_a_recipient_cannot_be_rejected_alone_in_smtp(connect: Any, caplog: Any)
 
 @pytest.mark.parametrize("change", [list.clear, list.pop, lambda rcpt_to: rcpt_to.append(rcpt_to[0])])
 @pytest.mark.parametrize("ending", ["hi\r\n.", "a bare\nnewline"])
-def test_each_recipient_gets_a_reply_whatever_an_app_does_to_the_envelope(connect: Any, change: Any, ending: str) -> None:
+def test_each_recipient_gets_a_reply_whatever_an_app_does_to_the_envelope(
+    connect: Connect, change: Callable[[list[Address]], object], ending: str
+) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         change(ctx.session.envelope.rcpt_to)
 
     with running(app, record=False) as server:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_an_error_in_a_reader_is_told_and_the_others_are_called(loop: Loop) -> N
         loop.remove_writer(other)
 
 
-def test_what_cannot_be_waited_for_is_an_error(loop: Loop, tmp_path: Any) -> None:
+def test_what_cannot_be_waited_for_is_an_error(loop: Loop, tmp_path: Path) -> None:
     with (tmp_path / "file").open("w") as file, pytest.raises(PermissionError):
         loop.add_reader(file.fileno(), print)
     with pytest.raises(OSError, match="Bad file descriptor"):

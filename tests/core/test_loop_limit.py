@@ -10,12 +10,14 @@ import pytest
 from fumi_core.delivery.loop_limit import MAX_HEADER_BYTES, HopCounter
 from fumi_core.program import builtin
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.core.scripted_hop import StartHop
 
 FIELD = b"Received: from a.example\r\n\tby b.example; now\r\n"
 TOO_MANY = b"554 5.4.6 Error: too many hops\r\n"
 
 
-def deliver(target: str, text: bytes, connect: Any, **options: Any) -> bytes:
+def deliver(target: str, text: bytes, connect: Connect, **options: Any) -> bytes:
     with running(builtin.build(target, close_timeout=0.2, **options)) as server:
         client = connect(server.port)
         hello = "LHLO" if options.get("lmtp") else "EHLO"
@@ -30,7 +32,9 @@ def deliver(target: str, text: bytes, connect: Any, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("target", ["maildir", "discard", "smtp", "lmtp"])
 @pytest.mark.parametrize("lmtp", [False, True])
-def test_fifty_hops_pass_and_one_more_does_not(target: str, lmtp: bool, connect: Any, scripted_hop: Any, tmp_path: Path) -> None:
+def test_fifty_hops_pass_and_one_more_does_not(
+    target: str, lmtp: bool, connect: Connect, scripted_hop: StartHop, tmp_path: Path
+) -> None:
     hop = scripted_hop()
     address = {"maildir": str(tmp_path / "box"), "discard": ""}.get(target, hop.address)
     text = b"Subject: hi\r\n\r\nbody\r\n"
@@ -42,7 +46,7 @@ def test_fifty_hops_pass_and_one_more_does_not(target: str, lmtp: bool, connect:
         assert len(hop.messages) == 1
 
 
-def test_a_loop_in_a_large_message_is_noticed_before_its_end(connect: Any, tmp_path: Path) -> None:
+def test_a_loop_in_a_large_message_is_noticed_before_its_end(connect: Connect, tmp_path: Path) -> None:
     text = (
         FIELD.upper() * 30
         + b"X-Filler: "

@@ -17,17 +17,23 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, plugins
+from fumi_core import DataContext, Fumi, Next, plugins
 from fumi_core.program import mail_log
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.support.ports import free_port
 from tests.support.readme import ROOT
+from tests.support.waiting import until
 
 PROGRAM = Path(sys.executable).with_name("fumi-core")
 Log = Callable[[str], list[dict[str, Any]]]
 
 
+Core = Callable[..., tuple[int, Log]]
+
+
 @pytest.fixture
-def core(tmp_path: Path, free_port: Callable[[], int], eventually: Any) -> Iterator[Callable[..., tuple[int, Log]]]:
+def core(tmp_path: Path) -> Iterator[Core]:
     """Starts fumi-core with these flags; gives its port, and what gives the events of a name in its log."""
     running = []
 
@@ -41,7 +47,7 @@ def core(tmp_path: Path, free_port: Callable[[], int], eventually: Any) -> Itera
             return [entry for entry in map(json.loads, path.read_text().splitlines()) if entry["event"] == name]
 
         def found(name: str) -> list[dict[str, Any]]:
-            eventually(lambda: bool(log(name)))
+            until(lambda: bool(log(name)))
             return log(name)
 
         found("listening")
@@ -53,7 +59,7 @@ def core(tmp_path: Path, free_port: Callable[[], int], eventually: Any) -> Itera
         process.wait(30)
 
 
-def test_a_message_leaves_a_line_that_names_it(core: Any, tmp_path: Path) -> None:
+def test_a_message_leaves_a_line_that_names_it(core: Core, tmp_path: Path) -> None:
     port, log = core("--deliver", "maildir:inbox")
     with smtplib.SMTP("127.0.0.1", port) as client:
         client.sendmail("ann@example.com", ["joe@example.org", "eve@example.org"], "Subject: x\r\n\r\nsecret words\r\n")
@@ -68,7 +74,7 @@ def test_a_message_leaves_a_line_that_names_it(core: Any, tmp_path: Path) -> Non
     assert "secret" not in (tmp_path / "log").read_text()
 
 
-def test_who_is_refused_is_named_with_the_reason(core: Any) -> None:
+def test_who_is_refused_is_named_with_the_reason(core: Core) -> None:
     port, log = core("--deliver", "maildir:inbox", "--domain", "example.org", "--size", "1000")
     with smtplib.SMTP("127.0.0.1", port) as client:
         client.ehlo()
@@ -88,7 +94,7 @@ def test_who_is_refused_is_named_with_the_reason(core: Any) -> None:
     assert (line["to"], line["code"]) == ("joe@example.org", 552)
 
 
-def test_what_may_come_again_is_deferred_in_the_log(core: Any, tmp_path: Path) -> None:
+def test_what_may_come_again_is_deferred_in_the_log(core: Core, tmp_path: Path) -> None:
     port, log = core("--deliver", "maildir:inbox")
     (tmp_path / "inbox" / "tmp").rmdir()  # nothing can be written
     with smtplib.SMTP("127.0.0.1", port) as client, pytest.raises(smtplib.SMTPDataError):
@@ -98,7 +104,7 @@ def test_what_may_come_again_is_deferred_in_the_log(core: Any, tmp_path: Path) -
     assert isinstance(line["client_port"], int)
 
 
-def test_of_many_recipients_some_are_named(core: Any) -> None:
+def test_of_many_recipients_some_are_named(core: Core) -> None:
     port, log = core("--deliver", "maildir:inbox")
     with smtplib.SMTP("127.0.0.1", port) as client:
         client.sendmail("ann@example.com", [f"{number}@example.org" for number in range(13)], "x\r\n")
@@ -106,7 +112,7 @@ def test_of_many_recipients_some_are_named(core: Any) -> None:
     assert line["to"].endswith("9@example.org,and 3 more")
 
 
-def test_a_failed_login_is_told_with_its_client_and_nothing_that_was_typed(core: Any, tmp_path: Path) -> None:
+def test_a_failed_login_is_told_with_its_client_and_nothing_that_was_typed(core: Core, tmp_path: Path) -> None:
     done = subprocess.run([PROGRAM, "--hash-password"], input=b"secret\n", capture_output=True, check=True)
     (tmp_path / "users").write_text(f"joe:{done.stdout.decode().strip()}\n")
     port, log = core("--deliver", "discard:", "--users", "users", "--allow-insecure-auth")
@@ -120,7 +126,7 @@ def test_a_failed_login_is_told_with_its_client_and_nothing_that_was_typed(core:
     assert "typed-wrong" not in (tmp_path / "log").read_text()
 
 
-def test_a_message_that_is_too_large_with_a_chunk_leaves_a_line(core: Any) -> None:
+def test_a_message_that_is_too_large_with_a_chunk_leaves_a_line(core: Core) -> None:
     port, log = core("--deliver", "maildir:inbox", "--size", "10")
     for chunks in (b"BDAT 11 LAST\r\nhello world", b"BDAT 11\r\nhello world", b"BDAT 5\r\nhelloBDAT 6\r\n world"):
         with smtplib.SMTP("127.0.0.1", port) as client:
@@ -133,11 +139,13 @@ def test_a_message_that_is_too_large_with_a_chunk_leaves_a_line(core: Any) -> No
     assert [(line["to"], line["code"]) for line in log("message rejected")] == [("joe@example.org", 552)] * 3
 
 
-def test_a_recipient_named_twice_and_refused_leaves_no_line_of_an_accepted_message(connect: Any, caplog: Any) -> None:
+def test_a_recipient_named_twice_and_refused_leaves_no_line_of_an_accepted_message(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2).use(mail_log.transactions).use(plugins.logger())
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         ctx.reject_recipient("c@d.example", "Mailbox full", 452)
 
     with caplog.at_level("INFO"), running(app) as server:
@@ -179,7 +187,7 @@ def _plain(password: str) -> str:
     ],
 )
 def test_an_authentication_has_one_line_however_it_ends(
-    connect: Any, eventually: Any, caplog: pytest.LogCaptureFixture, lines: list[str], told: list[str]
+    connect: Connect, caplog: pytest.LogCaptureFixture, lines: list[str], told: list[str]
 ) -> None:
     app = Fumi(allow_insecure_auth=True, auth_methods=("PLAIN", "LOGIN", "XOAUTH2"), close_timeout=0.2, logger=True)
     app.use(mail_log.authentications)
@@ -197,14 +205,14 @@ def test_an_authentication_has_one_line_however_it_ends(
         for line in lines:
             client.say(line)
         client.close()
-        eventually(lambda: "session ended" in caplog.text)
+        until(lambda: "session ended" in caplog.text)
     assert _authentications(caplog) == told
 
 
 @pytest.mark.parametrize("page", ["ops/README.md", "fumi_core/PROGRAM.md"])
 @pytest.mark.parametrize("log", [mail_log.authentications, plugins.logger()], ids=["the built-in app", "the plugin"])
 def test_fail2ban_finds_the_clients_with_wrong_passwords_and_no_others(
-    connect: Any, eventually: Any, caplog: pytest.LogCaptureFixture, log: Callable[[Fumi], None], page: str
+    connect: Connect, caplog: pytest.LogCaptureFixture, log: Callable[[Fumi], None], page: str
 ) -> None:
     (failregex,) = re.findall(r"failregex = ([^`]+)`", (ROOT / page).read_text())
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2, logger=True).use(log)
@@ -224,7 +232,7 @@ def test_fail2ban_finds_the_clients_with_wrong_passwords_and_no_others(
             client.say("EHLO client.example")
             client.say(f"AUTH PLAIN {_plain(password)}")
             client.close()
-            eventually(lambda: "session ended" in caplog.text)
+            until(lambda: "session ended" in caplog.text)
         lines = [record.getMessage() for record in caplog.records]
         found[password] = [re.findall(failregex.replace("<HOST>", r"(\S+)"), line) for line in lines]
         found[password] = [hosts for hosts in found[password] if hosts]
@@ -233,7 +241,7 @@ def test_fail2ban_finds_the_clients_with_wrong_passwords_and_no_others(
 
 @pytest.mark.parametrize("ending", ["a half-close", "a reset", "the end of the server"])
 def test_an_authentication_has_its_line_when_the_connection_ends_during_the_check(
-    connect: Any, eventually: Any, reset: Any, caplog: pytest.LogCaptureFixture, ending: str
+    connect: Connect, caplog: pytest.LogCaptureFixture, ending: str
 ) -> None:
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2, logger=True)
     app.use(mail_log.authentications)
@@ -255,10 +263,10 @@ def test_an_authentication_has_its_line_when_the_connection_ends_during_the_chec
             client.close()
             checked.set()
         elif ending == "a reset":
-            reset(client)
+            client.reset()
         else:
             server.run(app.close)
-        eventually(lambda: "session ended" in caplog.text)
+        until(lambda: "session ended" in caplog.text)
     assert _authentications(caplog) == [
         "authentication accepted method=PLAIN user=joe"
         if ending == "a half-close"

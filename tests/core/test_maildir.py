@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from fumi_core import Fumi
 from fumi_core.delivery import maildir, maildir_files
 from fumi_core.program import builtin
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def box(tmp_path: Path) -> Path:
     return tmp_path / "box"
 
 
-def build(box: Path, **options: Any) -> Any:
+def build(box: Path, **options: Any) -> Fumi:
     return builtin.build(f"maildir:{box}", name="mx.example", close_timeout=0.2, **options)
 
 
@@ -38,7 +41,7 @@ def body_of(message: bytes) -> bytes:
     return b"\n".join(lines[at:])
 
 
-def test_a_message_is_one_file_with_trace_headers_and_lf(box: Path, connect: Any) -> None:
+def test_a_message_is_one_file_with_trace_headers_and_lf(box: Path, connect: Connect) -> None:
     with running(build(box)) as server:
         client = connect(server.port)
         client.envelope("a@b.example", "c@d.example", "e@f.example")
@@ -55,7 +58,7 @@ def test_a_message_is_one_file_with_trace_headers_and_lf(box: Path, connect: Any
 
 
 @pytest.mark.parametrize("size", [0, 1, maildir.BATCH_BYTES - 1, maildir.BATCH_BYTES, 3 * maildir.BATCH_BYTES + 7, 2_000_000])
-def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Any, size: int) -> None:
+def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Connect, size: int) -> None:
     lines = (b"%06d " % (size % 7) + b"x" * 60 + b"\r\n") * (size // 69)
     with running(build(box)) as server:
         client = connect(server.port)
@@ -65,7 +68,7 @@ def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Any, size
     assert body_of(stored(box)[0]) == b"\n" * bool(lines) + lines.replace(b"\r\n", b"\n")
 
 
-def test_what_a_maildir_cannot_keep_is_neither_offered_nor_taken(box: Path, connect: Any) -> None:
+def test_what_a_maildir_cannot_keep_is_neither_offered_nor_taken(box: Path, connect: Connect) -> None:
     with running(build(box)) as server:
         client = connect(server.port)
         offered = client.say("EHLO client.example").replace(b"250 ", b"250-").split(b"\r\n")
@@ -81,7 +84,7 @@ def test_what_a_maildir_cannot_keep_is_neither_offered_nor_taken(box: Path, conn
     assert [body_of(message) for message in stored(box)] == [b"A: b\n\n"]
 
 
-def test_a_message_that_breaks_off_leaves_nothing(box: Path, connect: Any, eventually: Any) -> None:
+def test_a_message_that_breaks_off_leaves_nothing(box: Path, connect: Connect) -> None:
     app = build(box)
     closed: list[Any] = []
     app.on_close(lambda ctx, next: closed.append(ctx))
@@ -90,14 +93,14 @@ def test_a_message_that_breaks_off_leaves_nothing(box: Path, connect: Any, event
         client.envelope()
         client.say("DATA")
         client.sock.sendall((b"x" * 70 + b"\r\n") * 5000)
-        eventually(lambda: bool(list((box / "tmp").iterdir())))
+        until(lambda: bool(list((box / "tmp").iterdir())))
         client.close()
-        eventually(lambda: len(closed) == 1)
+        until(lambda: len(closed) == 1)
     assert list((box / "tmp").iterdir()) == []
     assert stored(box) == []
 
 
-def test_a_message_over_the_size_leaves_nothing(box: Path, connect: Any) -> None:
+def test_a_message_over_the_size_leaves_nothing(box: Path, connect: Connect) -> None:
     with running(build(box, size=200_000)) as server:
         client = connect(server.port)
         client.envelope()
@@ -113,7 +116,7 @@ def test_a_message_over_the_size_leaves_nothing(box: Path, connect: Any) -> None
 )
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "link"])
 def test_a_failing_disk_is_a_4yz_and_leaves_nothing(
-    box: Path, connect: Any, monkeypatch: Any, number: int, reply: bytes, call: str
+    box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, number: int, reply: bytes, call: str
 ) -> None:
     with running(build(box)) as server:
         client = connect(server.port)
@@ -145,7 +148,9 @@ def test_the_directories_that_had_to_be_made_are_safe_too(tmp_path: Path, monkey
     assert set(synced) == {box, box.parent}
 
 
-def test_nothing_is_promised_before_file_and_directory_are_synced(box: Path, connect: Any, monkeypatch: Any) -> None:
+def test_nothing_is_promised_before_file_and_directory_are_synced(
+    box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[str] = []
     for call in ("write", "fsync", "link"):
         real = getattr(os, call)
@@ -164,7 +169,7 @@ def test_nothing_is_promised_before_file_and_directory_are_synced(box: Path, con
         assert steps == ["write", "fsync", "link", "fsync"]
 
 
-def test_a_killed_core_has_kept_what_it_promised_and_shows_nothing_half_written(tmp_path: Path, connect: Any) -> None:
+def test_a_killed_core_has_kept_what_it_promised_and_shows_nothing_half_written(tmp_path: Path, connect: Connect) -> None:
     box = tmp_path / "box"
     command = [str(Path(sys.executable).with_name("fumi-core")), "--proxy-protocol", "off", "--listen"]
     path = tmp_path / "s"

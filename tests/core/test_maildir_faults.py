@@ -8,14 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
+from fumi_core import Fumi
 from fumi_core.delivery import maildir, maildir_files
 from fumi_core.program import builtin
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
+from tests.core.client import Client, Connect
+from tests.support.waiting import until
 
 LONG_AGO = time.time() - maildir_files.STALE_SECONDS - 60
 
@@ -33,7 +36,7 @@ def box(tmp_path: Path) -> Path:
     return tmp_path / "box"
 
 
-def build(box: Path, observer: Observer | None = None, **options: Any) -> Any:
+def build(box: Path, observer: Observer | None = None, **options: Any) -> Fumi:
     return builtin.build(f"maildir:{box}", name="mx.example", observer=observer, **{"close_timeout": 0.2, **options})
 
 
@@ -41,11 +44,10 @@ def files(box: Path) -> list[str]:
     return sorted(f"{path.parent.name}/{path.name}" for path in box.glob("*/*"))
 
 
-def deliver(client: Any, text: str = "Subject: hi") -> bytes:
+def deliver(client: Client, text: str = "Subject: hi") -> bytes:
     client.envelope()
     assert client.say("DATA").startswith(b"354")
-    reply: bytes = client.say(f"{text}\r\n.")
-    return reply
+    return client.say(f"{text}\r\n.")
 
 
 class Held:
@@ -71,8 +73,14 @@ class Held:
         assert self.release.wait(60)
 
 
+class Hold(Protocol):
+    """Makes the call of ``os`` of this name wait, the ``turn``th time that it is called."""
+
+    def __call__(self, call: str, *, before: bool, turn: int = 1) -> Held: ...
+
+
 @pytest.fixture
-def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
+def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
     held: list[Held] = []
     monkeypatch.setattr(maildir, "WITHDRAW_TIMEOUT", 0.0)
 
@@ -89,7 +97,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(("call", "turn"), [("open", 1), ("write", 1), ("fsync", 1), ("link", 1), ("fsync", 2)])
 def test_a_delivery_that_is_cancelled_in_a_slow_call_is_taken_back(
-    box: Path, connect: Any, eventually: Any, hold: Any, call: str, turn: int, before: bool
+    box: Path, connect: Connect, hold: Hold, call: str, turn: int, before: bool
 ) -> None:
     observer = Deliveries()
     app = build(box, observer)
@@ -104,11 +112,13 @@ def test_a_delivery_that_is_cancelled_in_a_slow_call_is_taken_back(
         assert client.reply().startswith(b"421 ")
         assert client.reply() == b""
         slow.release.set()
-        eventually(lambda: files(box) == [])
+        until(lambda: files(box) == [])
         assert observer.results == ["deferred"]
 
 
-def test_a_stop_waits_until_a_delivery_is_taken_back(box: Path, connect: Any, hold: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_waits_until_a_delivery_is_taken_back(
+    box: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(build(box)) as server:
         client = connect(server.port)
         slow = hold("link", before=False)
@@ -128,7 +138,7 @@ def test_a_stop_waits_until_a_delivery_is_taken_back(box: Path, connect: Any, ho
 
 
 def test_a_delivery_that_waits_for_a_thread_when_it_is_cancelled_never_starts(
-    box: Path, connect: Any, eventually: Any, hold: Any, monkeypatch: pytest.MonkeyPatch
+    box: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maildir, "THREADS", 1)
     app = build(box)
@@ -145,11 +155,11 @@ def test_a_delivery_that_waits_for_a_thread_when_it_is_cancelled_never_starts(
         server.run(app.close)
         assert [client.reply()[:4] for client in (first, second)] == [b"421 "] * 2
         slow.release.set()
-        eventually(lambda: files(box) == [delivered])
+        until(lambda: files(box) == [delivered])
 
 
 @pytest.mark.parametrize("folder", ["tmp", "new"])
-def test_a_name_that_exists_is_not_used_again(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+def test_a_name_that_exists_is_not_used_again(box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     names = iter(["one", "one", "two", "three"])
     with running(build(box)) as server:
         monkeypatch.setattr(maildir_files.MaildirDirectory, "unique_name", lambda self: next(names))
@@ -160,7 +170,7 @@ def test_a_name_that_exists_is_not_used_again(box: Path, connect: Any, monkeypat
     assert files(box) == sorted([f"{folder}/one", "new/two"])
 
 
-def test_where_every_name_exists_the_message_is_deferred(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_every_name_exists_the_message_is_deferred(box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(build(box)) as server:
         monkeypatch.setattr(maildir_files.MaildirDirectory, "unique_name", lambda self: "one")
         client = connect(server.port)
@@ -170,7 +180,7 @@ def test_where_every_name_exists_the_message_is_deferred(box: Path, connect: Any
     assert b"first" in (box / "new" / "one").read_bytes()
 
 
-def test_a_link_whose_confirmation_was_lost_counts(box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_whose_confirmation_was_lost_counts(box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.link
 
     def link(source: Path, target: Path) -> None:
@@ -185,7 +195,7 @@ def test_a_link_whose_confirmation_was_lost_counts(box: Path, connect: Any, monk
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
 def test_without_hard_links_a_message_is_renamed_but_over_nothing(
-    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, number: int
+    box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     names = iter(["one", "one", "two"])
 
@@ -203,7 +213,7 @@ def test_without_hard_links_a_message_is_renamed_but_over_nothing(
 
 
 def test_a_remainder_that_cannot_be_removed_hides_neither_reason_nor_result(
-    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     observer = Deliveries()
 
@@ -227,7 +237,7 @@ def test_a_remainder_that_cannot_be_removed_hides_neither_reason_nor_result(
 
 
 def test_a_system_without_a_thread_to_spare_defers_the_message(
-    box: Path, connect: Any, hold: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    box: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -252,7 +262,7 @@ def test_a_system_without_a_thread_to_spare_defers_the_message(
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
 def test_directories_that_cannot_be_fsynced_are_one_warning(
-    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+    box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     def sync(path: Path) -> None:
         raise OSError(number, os.strerror(number))
@@ -267,7 +277,7 @@ def test_directories_that_cannot_be_fsynced_are_one_warning(
 
 
 def test_a_directory_that_the_disk_does_not_sync_is_an_error_all_the_same(
-    box: Path, connect: Any, monkeypatch: pytest.MonkeyPatch
+    box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(build(box)) as server:
 
@@ -279,7 +289,7 @@ def test_a_directory_that_the_disk_does_not_sync_is_an_error_all_the_same(
     assert files(box) == []
 
 
-def test_unfinished_deliveries_are_removed_after_36_hours(box: Path, eventually: Any) -> None:
+def test_unfinished_deliveries_are_removed_after_36_hours(box: Path) -> None:
     app = build(box)
     for folder, name, age in (
         ("tmp", "old", LONG_AGO), ("tmp", "young", LONG_AGO + 7200), ("tmp", ".nfs0001", LONG_AGO), ("new", "mail", LONG_AGO),
@@ -291,17 +301,15 @@ def test_unfinished_deliveries_are_removed_after_36_hours(box: Path, eventually:
     os.utime(box / "tmp" / "folder", (LONG_AGO, LONG_AGO))
     os.utime(box / "tmp" / "link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
     with running(app):
-        eventually(lambda: "tmp/old" not in files(box))
+        until(lambda: "tmp/old" not in files(box))
     assert files(box) == ["new/mail", "tmp/.nfs0001", "tmp/folder", "tmp/link", "tmp/young"]
 
 
-def test_unfinished_deliveries_are_looked_for_now_and_then(
-    box: Path, connect: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_deliveries_are_looked_for_now_and_then(box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maildir, "CLEAN_INTERVAL", 0.0)
     with running(build(box)) as server:
         (box / "tmp" / "old").touch()
         os.utime(box / "tmp" / "old", (LONG_AGO, LONG_AGO))
         assert deliver(connect(server.port)).startswith(b"250")
-        eventually(lambda: "tmp/old" not in files(box))
+        until(lambda: "tmp/old" not in files(box))
         assert len(files(box)) == 1

@@ -22,6 +22,7 @@ from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.counting import Counter, Histogram, Tallied
 from fumi_core.runtime.listening import bind
 from fumi_core.runtime.metrics_server import MAX_REQUESTS, Answer, MetricsServer
+from tests.support.waiting import until
 
 ASKED: queue.Queue[None] = queue.Queue()
 HELD_SIGNALS: queue.Queue[Answer] = queue.Queue()
@@ -51,7 +52,7 @@ def endpoint() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("drip", [b"", b"GET /healthz HTTP/1.0\r\nX: y", b"GET /metrics HTTP/1.0\r\n\r\n"])
-def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatch: Any, eventually: Any, drip: bytes) -> None:
+def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
     monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD_TIMEOUT", 0.5)
     monkeypatch.setattr(fumi_core.runtime.metrics_server, "REQUEST_TIMEOUT", 0.5)
     over = threading.Event()
@@ -71,7 +72,7 @@ def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatc
     thread = threading.Thread(target=dawdle)
     thread.start()
     try:
-        eventually(lambda: healthy(endpoint))
+        until(lambda: healthy(endpoint))
     finally:
         over.set()
         thread.join()
@@ -81,7 +82,7 @@ def test_clients_that_never_finish_do_not_keep_it_busy(endpoint: int, monkeypatc
 
 @pytest.mark.parametrize("said", [b"", b"GET /healthz HTTP/1.0\r\nX: y"], ids=["nothing", "half"])
 def test_silent_clients_make_room_for_one_that_comes_and_for_no_other_reason(
-    endpoint: int, monkeypatch: Any, eventually: Any, said: bytes
+    endpoint: int, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
     monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD_TIMEOUT", 1000)
     with contextlib.ExitStack() as stack:
@@ -103,7 +104,7 @@ def test_silent_clients_make_room_for_one_that_comes_and_for_no_other_reason(
             assert answer.read().endswith(b"at last")
 
 
-def test_a_request_without_an_end_has_its_time(endpoint: int, monkeypatch: Any) -> None:
+def test_a_request_without_an_end_has_its_time(endpoint: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fumi_core.runtime.metrics_server, "HEAD_TIMEOUT", 0.1)
     with socket.create_connection(("127.0.0.1", endpoint), 30) as sock:
         sock.sendall(b"GET /healthz HTTP/1.0\r\n")
@@ -141,7 +142,7 @@ def test_an_accept_header_that_makes_no_sense_gets_the_text_format(endpoint: int
 
 
 def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_time(
-    endpoint: int, monkeypatch: Any, eventually: Any
+    endpoint: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[float] = []
 
@@ -161,10 +162,10 @@ def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_t
         # Of this module alone: others sleep meanwhile.
         patch.setattr(fumi_core.runtime.metrics_server, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
         with socket.create_connection(("127.0.0.1", endpoint), 30):
-            eventually(lambda: len(tried) > 2)
+            until(lambda: len(tried) > 2)
         over.set()
     assert len(tried) - len(paused) <= 1
-    eventually(lambda: healthy(endpoint))
+    until(lambda: healthy(endpoint))
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/metrics?name[]=things_total", "/healthz", "/readyz", "/big", "/nowhere"])

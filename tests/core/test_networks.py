@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from fumi_core import Fumi, plugins
 from fumi_core.runtime.addresses import Networks, block_of, peer_of, unmapped
 from fumi_core.testing import running
+from tests.core.client import Connect
 
 SPELLINGS = ["::ffff:192.0.2.7", "::FFFF:192.0.2.7", "::ffff:c000:207", "0:0:0:0:0:ffff:192.0.2.7", "0:0:0:0:0:FFFF:C000:0207"]
 
@@ -47,7 +46,7 @@ def test_networks_of_ipv6_are_not_taken_for_others() -> None:
 
 @pytest.mark.parametrize("listed", ["::ffff:192.0.2.0/120", "192.0.2.0/24"])
 @pytest.mark.parametrize("address", ["TCP4 192.0.2.7 192.0.2.1", *(f"TCP6 {each} 2001:db8::1" for each in SPELLINGS)])
-def test_lists_know_a_client_however_the_proxy_writes_its_address(connect: Any, listed: str, address: str) -> None:
+def test_lists_know_a_client_however_the_proxy_writes_its_address(connect: Connect, listed: str, address: str) -> None:
     denied = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2).use(plugins.denylist([listed]))
     allowed = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2).use(plugins.allowlist([listed]))
     for app, code in ((denied, b"554 "), (allowed, b"220 ")):
@@ -56,14 +55,14 @@ def test_lists_know_a_client_however_the_proxy_writes_its_address(connect: Any, 
 
 
 @pytest.mark.parametrize("trusted", ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "127.0.0.1"])
-def test_a_trusted_proxy_may_be_written_either_way(connect: Any, trusted: str) -> None:
+def test_a_trusted_proxy_may_be_written_either_way(connect: Connect, trusted: str) -> None:
     app = Fumi(auth_optional=True, proxy_protocol="required", trusted_proxies=(trusted,), close_timeout=0.2)
     with running(app) as server:
         client = connect(server.port, b"PROXY TCP6 ::ffff:192.0.2.7 ::ffff:192.0.2.1 1 2\r\n")
         assert client.banner.startswith(b"220 ")
 
 
-def test_clients_behind_mapped_addresses_have_a_rate_each(connect: Any) -> None:
+def test_clients_behind_mapped_addresses_have_a_rate_each(connect: Connect) -> None:
     app = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2).use(plugins.rate_limit(1, 1))
     with running(app) as server:
         for host, code in (("::ffff:192.0.2.7", b"250"), ("::ffff:192.0.2.8", b"250"), ("::ffff:c000:207", b"450")):
@@ -72,7 +71,7 @@ def test_clients_behind_mapped_addresses_have_a_rate_each(connect: Any) -> None:
             assert client.say("MAIL FROM:<>").startswith(code)
 
 
-def test_xclient_may_name_a_mapped_address(connect: Any) -> None:
+def test_xclient_may_name_a_mapped_address(connect: Connect) -> None:
     app = Fumi(auth_optional=True, use_xclient=True, close_timeout=0.2).use(plugins.denylist(["192.0.2.7"]))
     with running(app) as server:
         client = connect(server.port)

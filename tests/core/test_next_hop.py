@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import DataContext, Fumi, MailContext, Next, RcptContext
 from fumi_core.client import hop as client_hop
 from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
+from tests.core.client import Client, Connect
+from tests.core.scripted_hop import StartHop
+from tests.support.waiting import until
 
 
 def front(target: str, **options: Any) -> Fumi:
     return builtin.build(target, name="front.example", close_timeout=0.2, **options)
 
 
+Serve = Callable[[Fumi], RunningServer]
+Chain = Callable[..., tuple[RunningServer, RunningServer]]
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[[Fumi], RunningServer]]:
+def serve() -> Iterator[Serve]:
     """Runs apps until the test ends, the last one first."""
     with ExitStack() as stack:
         yield lambda app: stack.enter_context(running(app))
 
 
 @pytest.fixture
-def chain(serve: Any) -> Callable[..., tuple[RunningServer, RunningServer]]:
+def chain(serve: Serve) -> Chain:
     """A next hop, which the test may have given handlers, and a server in front of it."""
 
     def make(hop: Fumi | None = None, protocol: str = "smtp", **options: Any) -> tuple[RunningServer, RunningServer]:
@@ -49,7 +57,7 @@ def without_trace(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 70_000, 3_000_000])
-def test_a_message_arrives_byte_for_byte_behind_our_received_line(chain: Any, connect: Any, size: int) -> None:
+def test_a_message_arrives_byte_for_byte_behind_our_received_line(chain: Chain, connect: Connect, size: int) -> None:
     text = (b"..dots\r\n.\r\nx.\r\n" + b"x" * 60 + b"\r\n") * (size // 76) + b"." * (size % 76) + b"\r\n" * (size > 0)
     behind, server = chain()
     client = connect(server.port)
@@ -58,12 +66,13 @@ def test_a_message_arrives_byte_for_byte_behind_our_received_line(chain: Any, co
     assert client.reply().startswith(b"250 ")
     (message,) = behind.messages
     assert without_trace(message.body) == b"\r\n" * (size > 0) + text
+    assert message.envelope.mail_from is not None
     assert message.envelope.mail_from.address == "a@b.example"
     assert [each.address for each in message.envelope.rcpt_to] == ["c@d.example", "e@f.example"]
     assert message.session.client_hostname == "front.example"
 
 
-def test_the_250_is_the_next_hops_with_its_words(chain: Any, connect: Any) -> None:
+def test_the_250_is_the_next_hops_with_its_words(chain: Chain, connect: Connect) -> None:
     hop = back()
     hop.on_data(lambda ctx, next: ctx.accept("2.6.0 Ok: queued as 4711\nand so on"))
     _, server = chain(hop)
@@ -73,11 +82,11 @@ def test_the_250_is_the_next_hops_with_its_words(chain: Any, connect: Any) -> No
     assert client.say("hi\r\n.") == b"250-2.6.0 Ok: queued as 4711\r\n250 2.6.0 and so on\r\n"
 
 
-def test_each_recipients_refusal_is_the_next_hops_and_the_others_get_the_message(chain: Any, connect: Any) -> None:
+def test_each_recipients_refusal_is_the_next_hops_and_the_others_get_the_message(chain: Chain, connect: Connect) -> None:
     hop = back()
 
     @hop.on_rcpt_to
-    def decide(ctx: Any, next: Any) -> Any:
+    def decide(ctx: RcptContext, next: Next) -> Any:
         local, _, _ = ctx.address.address.partition("@")
         if local == "full":
             ctx.reject("4.2.2 Mailbox full", 452)
@@ -101,17 +110,17 @@ def test_each_recipients_refusal_is_the_next_hops_and_the_others_get_the_message
 
 
 @pytest.mark.parametrize("code", [450, 554])
-def test_a_refused_sender_and_a_refused_message_are_refused_here(chain: Any, connect: Any, code: int) -> None:
+def test_a_refused_sender_and_a_refused_message_are_refused_here(chain: Chain, connect: Connect, code: int) -> None:
     hop = back()
 
     @hop.on_mail_from
-    def mail(ctx: Any, next: Any) -> Any:
+    def mail(ctx: MailContext, next: Next) -> Any:
         if ctx.address.address.startswith("bad"):
             ctx.reject(f"{code // 100}.7.1 Sender", code)
         return next()
 
     @hop.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.stream.read()
         ctx.reject(f"{code // 100}.7.1 Content", code)
 
@@ -126,7 +135,7 @@ def test_a_refused_sender_and_a_refused_message_are_refused_here(chain: Any, con
     assert behind.messages == []
 
 
-def test_parameters_go_on_as_they_came(chain: Any, connect: Any) -> None:
+def test_parameters_go_on_as_they_came(chain: Chain, connect: Connect) -> None:
     behind, server = chain()
     client = connect(server.port)
     client.say("EHLO client.example")
@@ -143,7 +152,7 @@ def test_parameters_go_on_as_they_came(chain: Any, connect: Any) -> None:
     assert envelope.rcpt_to == [("ö@d.example", {"NOTIFY": "SUCCESS,DELAY", "ORCPT": "rfc822;x+40y"})]
 
 
-def test_parameters_that_the_next_hop_does_not_offer_are_left_out(scripted_hop: Any, serve: Any, connect: Any) -> None:
+def test_parameters_that_the_next_hop_does_not_offer_are_left_out(scripted_hop: StartHop, serve: Serve, connect: Connect) -> None:
     hop = scripted_hop(EHLO=b"502 what\r\n")
     server = serve(front(f"smtp:{hop.address}"))
     client = connect(server.port)
@@ -153,7 +162,7 @@ def test_parameters_that_the_next_hop_does_not_offer_are_left_out(scripted_hop: 
     assert hop.lines == [b"EHLO front.example", b"HELO front.example", b"MAIL FROM:<a@b.example>", b"RCPT TO:<c@d.example>"]
 
 
-def test_what_the_next_hop_cannot_carry_is_refused_at_mail(scripted_hop: Any, serve: Any, connect: Any) -> None:
+def test_what_the_next_hop_cannot_carry_is_refused_at_mail(scripted_hop: StartHop, serve: Serve, connect: Connect) -> None:
     hop = scripted_hop(EHLO=b"250-hop\r\n250 CHUNKING\r\n")
     server = serve(front(f"smtp:{hop.address}"))
     client = connect(server.port)
@@ -163,7 +172,9 @@ def test_what_the_next_hop_cannot_carry_is_refused_at_mail(scripted_hop: Any, se
     assert hop.lines == [b"EHLO front.example"]
 
 
-def test_without_8bitmime_plain_text_goes_through_and_nothing_else(scripted_hop: Any, serve: Any, connect: Any) -> None:
+def test_without_8bitmime_plain_text_goes_through_and_nothing_else(
+    scripted_hop: StartHop, serve: Serve, connect: Connect
+) -> None:
     hop = scripted_hop(EHLO=b"250 hop\r\n")
     server = serve(front(f"smtp:{hop.address}"))
     client = connect(server.port)
@@ -176,7 +187,7 @@ def test_without_8bitmime_plain_text_goes_through_and_nothing_else(scripted_hop:
     assert [without_trace(text) for text in hop.messages] == [b"Subject: hi\r\n\r\nplain\r\n"]
 
 
-def test_a_binary_message_keeps_every_byte(chain: Any, connect: Any) -> None:
+def test_a_binary_message_keeps_every_byte(chain: Chain, connect: Connect) -> None:
     text = bytes(range(256)) * 1000 + b"\r\n.\r\n\n.\n\r.\r"
     behind, server = chain()
     client = connect(server.port)
@@ -196,7 +207,7 @@ def test_a_binary_message_keeps_every_byte(chain: Any, connect: Any) -> None:
     [("smtp", False, b"550 5.7.30 "), ("smtp", True, b"250 "), ("lmtp", False, b"250 ")],
 )
 def test_requiretls_goes_on_within_this_host_to_who_honours_it(
-    chain: Any, connect: Any, protocol: str, promises: bool, reply: bytes
+    chain: Chain, connect: Connect, protocol: str, promises: bool, reply: bytes
 ) -> None:
     hop = back(lmtp=protocol == "lmtp", assume_tls=promises)
     seen: list[bool] = []
@@ -208,7 +219,9 @@ def test_requiretls_goes_on_within_this_host_to_who_honours_it(
     assert seen == ([promises] if reply == b"250 " else [])
 
 
-def test_connections_are_used_again_across_transactions_and_sessions(scripted_hop: Any, serve: Any, connect: Any) -> None:
+def test_connections_are_used_again_across_transactions_and_sessions(
+    scripted_hop: StartHop, serve: Serve, connect: Connect
+) -> None:
     hop = scripted_hop()
     server = serve(front(f"smtp:{hop.address}"))
     for _ in range(3):
@@ -223,26 +236,26 @@ def test_connections_are_used_again_across_transactions_and_sessions(scripted_ho
 
 
 @pytest.mark.parametrize("how", ["RSET", "EHLO client.example", "QUIT", "vanish"])
-def test_a_transaction_given_up_is_reset_there_at_once(
-    scripted_hop: Any, serve: Any, connect: Any, eventually: Any, how: str
-) -> None:
+def test_a_transaction_given_up_is_reset_there_at_once(scripted_hop: StartHop, serve: Serve, connect: Connect, how: str) -> None:
     hop = scripted_hop()
     server = serve(front(f"smtp:{hop.address}"))
     client = connect(server.port)
     client.envelope()
     client.close() if how == "vanish" else client.say(how)
-    eventually(lambda: hop.lines[-1] == b"RSET")
+    until(lambda: hop.lines[-1] == b"RSET")
     other = connect(server.port)
     other.envelope()
     assert hop.connections == 1
 
 
-def test_what_a_handler_behind_refuses_the_next_hop_never_hears_of(scripted_hop: Any, serve: Any, connect: Any) -> None:
+def test_what_a_handler_behind_refuses_the_next_hop_never_hears_of(
+    scripted_hop: StartHop, serve: Serve, connect: Connect
+) -> None:
     hop = scripted_hop()
     app = front(f"smtp:{hop.address}")
 
     @app.on_rcpt_to
-    def refuse(ctx: Any, next: Any) -> None:
+    def refuse(ctx: RcptContext, next: Next) -> None:
         if ctx.address.address.startswith("no"):
             ctx.reject("No", 550)
 
@@ -252,7 +265,9 @@ def test_what_a_handler_behind_refuses_the_next_hop_never_hears_of(scripted_hop:
     assert hop.lines[-1] == b"RCPT TO:<c@d.example>"
 
 
-def test_a_recipient_refused_behind_the_next_hops_back_gets_nothing(scripted_hop: Any, serve: Any, connect: Any) -> None:
+def test_a_recipient_refused_behind_the_next_hops_back_gets_nothing(
+    scripted_hop: StartHop, serve: Serve, connect: Connect
+) -> None:
     hop = scripted_hop()
     app = front(f"smtp:{hop.address}")
 
@@ -270,7 +285,7 @@ def test_a_recipient_refused_behind_the_next_hops_back_gets_nothing(scripted_hop
     assert hop.messages == []
 
 
-def test_closing_says_goodbye_to_idle_next_hops(scripted_hop: Any, connect: Any, eventually: Any) -> None:
+def test_closing_says_goodbye_to_idle_next_hops(scripted_hop: StartHop, connect: Connect) -> None:
     hop = scripted_hop()
     with running(front(f"smtp:{hop.address}")) as server:
         client = connect(server.port)
@@ -279,11 +294,11 @@ def test_closing_says_goodbye_to_idle_next_hops(scripted_hop: Any, connect: Any,
         client.say("hi\r\n.")
         client.say("QUIT")
         assert hop.open == 1
-    eventually(lambda: hop.open == 0)
+    until(lambda: hop.open == 0)
     assert hop.lines[-1] == b"QUIT"
 
 
-def test_it_reaches_unix_sockets(scripted_hop: Any, serve: Any, connect: Any, tmp_path: Any) -> None:
+def test_it_reaches_unix_sockets(scripted_hop: StartHop, serve: Serve, connect: Connect, tmp_path: Path) -> None:
     hop = scripted_hop(str(tmp_path / "hop"))
     client = connect(serve(front(f"smtp:{hop.address}")).port)
     client.envelope()
@@ -295,7 +310,7 @@ def test_it_reaches_unix_sockets(scripted_hop: Any, serve: Any, connect: Any, tm
 CARRIED = {"8BITMIME", "BINARYMIME", "DSN", "REQUIRETLS", "SMTPUTF8"}
 
 
-def offered(client: Any) -> set[str]:
+def offered(client: Client) -> set[str]:
     lines = client.say("EHLO client.example").decode().splitlines()
     return {line[4:].split()[0] for line in lines[1:]} & CARRIED
 
@@ -320,7 +335,7 @@ def greeting(*keywords: str) -> bytes:
 )
 @pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
 def test_what_a_message_needs_all_the_way_is_offered_as_the_next_hop_offers_it(
-    scripted_hop: Any, serve: Any, connect: Any, protocol: str, keywords: tuple[str, ...], expected: set[str]
+    scripted_hop: StartHop, serve: Serve, connect: Connect, protocol: str, keywords: tuple[str, ...], expected: set[str]
 ) -> None:
     hop = scripted_hop(**{"EHLO" if protocol == "smtp" else "LHLO": greeting(*keywords)})
     client = connect(serve(front(f"{protocol}:{hop.address}", assume_tls=True)).port)
@@ -328,7 +343,7 @@ def test_what_a_message_needs_all_the_way_is_offered_as_the_next_hop_offers_it(
 
 
 def test_what_is_offered_changes_with_each_new_connection_to_the_next_hop(
-    scripted_hop: Any, serve: Any, connect: Any, eventually: Any
+    scripted_hop: StartHop, serve: Serve, connect: Connect
 ) -> None:
     hop = scripted_hop(EHLO=greeting("SMTPUTF8", "DSN"), dot=[b"250 Ok\r\n", None])
     client = connect(serve(front(f"smtp:{hop.address}")).port)
@@ -338,12 +353,12 @@ def test_what_is_offered_changes_with_each_new_connection_to_the_next_hop(
         client.envelope()
         client.say("DATA")
         assert client.say("hi\r\n.").startswith(b"250")
-        eventually(lambda: hop.open == 0)
+        until(lambda: hop.open == 0)
         assert offered(client) == expected
 
 
 def test_what_was_offered_a_moment_ago_is_deferred_and_not_rejected(
-    scripted_hop: Any, serve: Any, connect: Any, eventually: Any, monkeypatch: Any
+    scripted_hop: StartHop, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hop = scripted_hop(EHLO=greeting("SMTPUTF8"), MAIL=None)
     client = connect(serve(front(f"smtp:{hop.address}")).port)
@@ -355,7 +370,7 @@ def test_what_was_offered_a_moment_ago_is_deferred_and_not_rejected(
 
 
 def test_before_the_next_hop_has_answered_nothing_is_offered_that_it_may_lack(
-    serve: Any, scripted_hop: Any, connect: Any
+    serve: Serve, scripted_hop: StartHop, connect: Connect
 ) -> None:
     hop = scripted_hop(BANNER=b"421 busy\r\n", EHLO=greeting("DSN"))
     client = connect(serve(front(f"smtp:{hop.address}")).port)
@@ -365,7 +380,7 @@ def test_before_the_next_hop_has_answered_nothing_is_offered_that_it_may_lack(
     assert offered(client) == {"DSN"}
 
 
-def test_what_options_hide_stays_hidden(scripted_hop: Any, serve: Any, connect: Any) -> None:
+def test_what_options_hide_stays_hidden(scripted_hop: StartHop, serve: Serve, connect: Connect) -> None:
     hop = scripted_hop(EHLO=greeting(*CARRIED, "CHUNKING"))
     hidden = {"hide_dsn": True, "hide_smtputf8": True, "hide_chunking": True, "hide_8bitmime": True, "hide_requiretls": True}
     client = connect(serve(front(f"smtp:{hop.address}", assume_tls=True, **hidden)).port)
@@ -376,7 +391,13 @@ def test_what_options_hide_stays_hidden(scripted_hop: Any, serve: Any, connect: 
 @pytest.mark.parametrize("reply", [b"530 5.7.0 Must issue a STARTTLS command first", b"535 5.7.8 Authentication failed"])
 @pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
 def test_a_next_hop_that_wants_starttls_or_auth_is_451_and_an_error_in_the_log(
-    scripted_hop: Any, serve: Any, connect: Any, caplog: Any, protocol: str, reply: bytes, command: str
+    scripted_hop: StartHop,
+    serve: Serve,
+    connect: Connect,
+    caplog: pytest.LogCaptureFixture,
+    protocol: str,
+    reply: bytes,
+    command: str,
 ) -> None:
     hop = scripted_hop(**{command: reply + b"\r\n"})
     client = connect(serve(front(f"{protocol}:{hop.address}")).port)

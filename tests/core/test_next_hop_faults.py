@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -16,15 +16,20 @@ from fumi_core.client import hop as client_hop
 from fumi_core.delivery.next_hop import target as next_hop
 from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
+from tests.core.client import Client, Connect
+from tests.core.scripted_hop import StartHop
+from tests.support.waiting import until
 
 DOWN = b"451 4.4.1 Next hop is not available, try again later\r\n"
 LOST = b"451 4.4.2 Lost connection to the next hop\r\n"
 LATE = b"451 4.4.2 Next hop timed out\r\n"
 NONSENSE = b"451 4.5.0 Next hop protocol error\r\n"
 
+Front = Callable[..., RunningServer]
+
 
 @pytest.fixture
-def front() -> Iterator[Callable[..., RunningServer]]:
+def front() -> Iterator[Front]:
     with ExitStack() as stack:
 
         def make(address: str, protocol: str = "smtp", **options: Any) -> RunningServer:
@@ -34,7 +39,7 @@ def front() -> Iterator[Callable[..., RunningServer]]:
         yield make
 
 
-def talk(client: Any, text: str = "hi") -> bytes:
+def talk(client: Client, text: str = "hi") -> bytes:
     """A whole transaction; the first refusal, or the reply to the message."""
     client.say("EHLO client.example")
     for line in ("MAIL FROM:<a@b.example>", "RCPT TO:<c@d.example>"):
@@ -84,7 +89,13 @@ def talk(client: Any, text: str = "hi") -> bytes:
     ids=str,
 )
 def test_a_broken_next_hop_is_a_451_and_the_session_goes_on(
-    scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any, broken: Any, reply: bytes, protocol: str
+    scripted_hop: StartHop,
+    connect: Connect,
+    front: Front,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Any,
+    reply: bytes,
+    protocol: str,
 ) -> None:
     if reply is None:  # half a reply, and then silence
         monkeypatch.setattr(connection, "MAIL_TIMEOUT", 0.3)
@@ -98,10 +109,10 @@ def test_a_broken_next_hop_is_a_451_and_the_session_goes_on(
     assert client.say("NOOP").startswith(b"250")
     assert client.say("QUIT").startswith(b"221")
     server.run(server.app.close)
-    eventually(lambda: hop.open == 0)
+    until(lambda: hop.open == 0)
 
 
-def test_nobody_there_is_451(connect: Any, front: Any, tmp_path: Path) -> None:
+def test_nobody_there_is_451(connect: Connect, front: Front, tmp_path: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))  # and nobody listens
         assert talk(connect(front(f"127.0.0.1:{sock.getsockname()[1]}").port)) == DOWN
@@ -111,7 +122,7 @@ def test_nobody_there_is_451(connect: Any, front: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("silent", ["BANNER", "EHLO", "MAIL", "RCPT", "DATA", "."])
 def test_silence_is_451_and_the_connection_is_cut(
-    scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any, silent: str
+    scripted_hop: StartHop, connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch, silent: str
 ) -> None:
     for limit in ("EXTENSIONS_TIMEOUT", "MAIL_TIMEOUT", "RCPT_TIMEOUT", "DATA_TIMEOUT", "END_TIMEOUT"):
         for module in (connection, client_hop, next_hop):
@@ -119,10 +130,10 @@ def test_silence_is_451_and_the_connection_is_cut(
     monkeypatch.setattr("fumi_core.delivery.next_hop.relay.DATA_TIMEOUT", 0.3)
     hop = scripted_hop(**{silent: b""})
     assert talk(connect(front(hop.address).port)) == LATE
-    eventually(lambda: hop.open == 0)
+    until(lambda: hop.open == 0)
 
 
-def test_a_next_hop_that_stops_reading_is_given_up(connect: Any, front: Any, monkeypatch: Any) -> None:
+def test_a_next_hop_that_stops_reading_is_given_up(connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "BLOCK_TIMEOUT", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -141,7 +152,7 @@ def test_a_next_hop_that_stops_reading_is_given_up(connect: Any, front: Any, mon
             assert client.reply() == LATE
 
 
-def test_replies_that_come_byte_by_byte_are_replies(scripted_hop: Any, connect: Any, front: Any) -> None:
+def test_replies_that_come_byte_by_byte_are_replies(scripted_hop: StartHop, connect: Connect, front: Front) -> None:
     def drip(reply: bytes) -> list[bytes]:
         return [reply[at : at + 1] for at in range(len(reply))]
 
@@ -163,39 +174,41 @@ def test_replies_that_come_byte_by_byte_are_replies(scripted_hop: Any, connect: 
     ],
 )
 def test_a_verdict_before_the_end_refuses_the_message_or_is_nonsense(
-    scripted_hop: Any, connect: Any, front: Any, eventually: Any, early: bytes, reply: bytes
+    scripted_hop: StartHop, connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch, early: bytes, reply: bytes
 ) -> None:
     verdict: list[socket.socket] = []
     hop = scripted_hop()
     serve = hop._converse
 
-    def converse(sock: socket.socket, lines: Any) -> None:
+    def converse(sock: socket.socket, lines: BinaryIO) -> None:
         verdict.append(sock)
         serve(sock, lines)
 
-    hop._converse = converse
+    monkeypatch.setattr(hop, "_converse", converse)
     client = connect(front(hop.address).port)
     client.envelope()
     client.say("DATA")
     client.sock.sendall(b"Subject: hi\r\n\r\n")
-    eventually(lambda: hop.begun == 1)
+    until(lambda: hop.begun == 1)
     verdict[0].sendall(early)
-    eventually(lambda: hop.open == 0)
+    until(lambda: hop.open == 0)
     assert client.say(".") == reply
     assert hop.messages == []
 
 
-def test_an_idle_connection_that_died_is_replaced_unseen(scripted_hop: Any, connect: Any, front: Any, eventually: Any) -> None:
+def test_an_idle_connection_that_died_is_replaced_unseen(scripted_hop: StartHop, connect: Connect, front: Front) -> None:
     hop = scripted_hop(dot=[b"250 Ok\r\n", None])
     client = connect(front(hop.address).port)
     for number in (1, 2, 3):
         assert talk(client).startswith(b"250 ")
-        eventually(lambda: hop.open == 0)
+        until(lambda: hop.open == 0)
         assert (hop.connections, len(hop.messages)) == (number, number)
 
 
 @pytest.mark.parametrize("again", [b"421 4.4.2 idle for too long\r\n", None])
-def test_an_idle_connection_refused_at_mail_is_replaced_unseen(scripted_hop: Any, connect: Any, front: Any, again: Any) -> None:
+def test_an_idle_connection_refused_at_mail_is_replaced_unseen(
+    scripted_hop: StartHop, connect: Connect, front: Front, again: Any
+) -> None:
     used: set[int] = set()
 
     def mail(line: bytes) -> Any:
@@ -211,23 +224,25 @@ def test_an_idle_connection_refused_at_mail_is_replaced_unseen(scripted_hop: Any
     assert (hop.connections, len(hop.messages)) == (2, 2)
 
 
-def test_after_the_final_dot_nothing_is_tried_again(scripted_hop: Any, connect: Any, front: Any) -> None:
+def test_after_the_final_dot_nothing_is_tried_again(scripted_hop: StartHop, connect: Connect, front: Front) -> None:
     hop = scripted_hop(dot=None)
     client = connect(front(hop.address).port)
     assert talk(client) == LOST
     assert (hop.connections, len(hop.messages)) == (1, 1)
 
 
-def test_what_is_idle_too_long_is_left(scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any) -> None:
+def test_what_is_idle_too_long_is_left(
+    scripted_hop: StartHop, connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool, "IDLE_SECONDS", 0.1)
     hop = scripted_hop()
     assert talk(connect(front(hop.address).port)).startswith(b"250 ")
-    eventually(lambda: hop.open == 0)
+    until(lambda: hop.open == 0)
     assert hop.lines[-1] == b"QUIT"
 
 
 def test_no_more_than_so_many_are_kept_idle(
-    scripted_hop: Any, connect: Any, front: Any, monkeypatch: Any, eventually: Any
+    scripted_hop: StartHop, connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "MAX_IDLE", 2)
     hop = scripted_hop()
@@ -238,32 +253,32 @@ def test_no_more_than_so_many_are_kept_idle(
     assert hop.open == 5
     for client in clients:
         client.say("QUIT")
-    eventually(lambda: hop.open == 2)
+    until(lambda: hop.open == 2)
 
 
 @pytest.mark.parametrize("waiting", ["BANNER", "EHLO", "MAIL", "RCPT"])
 def test_a_client_that_vanishes_while_the_next_hop_thinks_leaves_nothing_open(
-    scripted_hop: Any, connect: Any, front: Any, eventually: Any, reset: Any, monkeypatch: Any, waiting: str
+    scripted_hop: StartHop, connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch, waiting: str
 ) -> None:
     monkeypatch.setattr(client_hop, "EXTENSIONS_TIMEOUT", 0.1)
     hop = scripted_hop(**{waiting: b""})
     server = front(hop.address)
     if waiting in ("BANNER", "EHLO"):
-        eventually(lambda: hop.connections == 1 and hop.open == 0)  # the question at the start went unanswered
+        until(lambda: hop.connections == 1 and hop.open == 0)  # the question at the start went unanswered
     client = connect(server.port)
     client.say("EHLO client.example")
     if waiting == "RCPT":
         client.say("MAIL FROM:<>")
     client.sock.sendall(b"RCPT TO:<c@d.example>\r\n" if waiting == "RCPT" else b"MAIL FROM:<>\r\n")
     said = hop.lines
-    eventually(lambda: bool(hop.open if waiting == "BANNER" else said and hop.open and said[-1].startswith(waiting.encode())))
-    reset(client)
-    eventually(lambda: hop.open == 0)
+    until(lambda: bool(hop.open if waiting == "BANNER" else said and hop.open and said[-1].startswith(waiting.encode())))
+    client.reset()
+    until(lambda: hop.open == 0)
 
 
 @pytest.mark.parametrize("how", ["vanish", "bare newline", "too large"])
 def test_a_message_that_breaks_off_here_breaks_off_there(
-    scripted_hop: Any, connect: Any, front: Any, eventually: Any, how: str
+    scripted_hop: StartHop, connect: Connect, front: Front, how: str
 ) -> None:
     hop = scripted_hop()
     client = connect(front(hop.address, size=1_000_000).port)
@@ -276,24 +291,24 @@ def test_a_message_that_breaks_off_here_breaks_off_there(
         assert client.say(b"x\n.").startswith(b"550 5.6.11 ")
     else:
         assert client.say((b"x" * 70 + b"\r\n") * 20_000 + b".") == b"552 5.3.4 Error: message file too big\r\n"
-    eventually(lambda: hop.open == 0)
+    until(lambda: hop.open == 0)
     assert hop.messages == []
     assert len(hop.broken) == 1
 
 
-def test_a_chunk_given_up_breaks_off_there(scripted_hop: Any, connect: Any, front: Any, eventually: Any) -> None:
+def test_a_chunk_given_up_breaks_off_there(scripted_hop: StartHop, connect: Connect, front: Front) -> None:
     hop = scripted_hop()
     client = connect(front(hop.address).port)
     client.envelope()
     client.sock.sendall(b"BDAT 4\r\nhi\r\n")
     assert client.reply().startswith(b"250")
     assert client.say("RSET").startswith(b"250")
-    eventually(lambda: len(hop.broken) == 1)
+    until(lambda: len(hop.broken) == 1)
     assert talk(client).startswith(b"250 ")
     assert len(hop.messages) == 1
 
 
-def test_a_server_that_closes_cuts_what_is_under_way(scripted_hop: Any, connect: Any, eventually: Any) -> None:
+def test_a_server_that_closes_cuts_what_is_under_way(scripted_hop: StartHop, connect: Connect) -> None:
     hop = scripted_hop(dot=b"")
     app: Fumi = builtin.build(f"smtp:{hop.address}", close_timeout=0.2)
     with running(app) as server:
@@ -301,6 +316,6 @@ def test_a_server_that_closes_cuts_what_is_under_way(scripted_hop: Any, connect:
         client.envelope()
         client.say("DATA")
         client.sock.sendall(b"hi\r\n.\r\n")
-        eventually(lambda: len(hop.messages) == 1)
-    eventually(lambda: hop.open == 0)
+        until(lambda: len(hop.messages) == 1)
+    until(lambda: hop.open == 0)
     assert not client.reply().startswith(b"250")

@@ -7,21 +7,23 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import DataContext, Fumi, Next
 from fumi_core.program import builtin
 from fumi_core.testing import running
+from tests.core.client import Client, Connect
+from tests.core.scripted_hop import StartHop
 
 
 def front(target: str, **options: Any) -> Fumi:
     return builtin.build(target, name="front.example", close_timeout=0.2, **options)
 
 
-def say_envelope(client: Any, hello: str, *recipients: str) -> None:
+def say_envelope(client: Client, hello: str, *recipients: str) -> None:
     for line in (f"{hello} client.example", "MAIL FROM:<>", *(f"RCPT TO:<{each}>" for each in recipients)):
         assert client.say(line).startswith(b"250"), line
 
 
-def send(client: Any, count: int) -> list[bytes]:
+def send(client: Client, count: int) -> list[bytes]:
     client.say("DATA")
     return [client.say("hi\r\n."), *(client.reply() for _ in range(count - 1))]
 
@@ -43,7 +45,7 @@ RECIPIENTS = ("a@d.example", "b@d.example", "c@d.example")
     ids=["mixed", "words of their own", "lost after the first", "shut down"],
 )
 def test_an_lmtp_client_hears_the_answer_for_each_recipient(
-    scripted_hop: Any, connect: Any, answers: list[bytes | None], replies: list[bytes]
+    scripted_hop: StartHop, connect: Connect, answers: list[bytes | None], replies: list[bytes]
 ) -> None:
     hop = scripted_hop(dot=answers)
     with running(front(f"lmtp:{hop.address}", lmtp=True)) as server:
@@ -54,7 +56,7 @@ def test_an_lmtp_client_hears_the_answer_for_each_recipient(
     assert hop.lines[0] == b"LHLO front.example"
 
 
-def test_an_lmtp_recipient_said_twice_is_one(scripted_hop: Any, connect: Any) -> None:
+def test_an_lmtp_recipient_said_twice_is_one(scripted_hop: StartHop, connect: Connect) -> None:
     hop = scripted_hop()
     with running(front(f"lmtp:{hop.address}", lmtp=True)) as server:
         client = connect(server.port)
@@ -65,7 +67,7 @@ def test_an_lmtp_recipient_said_twice_is_one(scripted_hop: Any, connect: Any) ->
 
 @pytest.mark.parametrize(("answer", "reply"), [(b"250 Saved\r\n", b"250 2.0.0 Saved\r\n"), (b"554 No\r\n", b"554 5.7.1 No\r\n")])
 def test_an_smtp_next_hops_one_answer_is_every_lmtp_recipients(
-    scripted_hop: Callable[..., Any], connect: Any, answer: bytes, reply: bytes
+    scripted_hop: Callable[..., Any], connect: Connect, answer: bytes, reply: bytes
 ) -> None:
     hop = scripted_hop(dot=answer)
     with running(front(f"smtp:{hop.address}", lmtp=True)) as server:
@@ -75,11 +77,11 @@ def test_an_smtp_next_hops_one_answer_is_every_lmtp_recipients(
     assert len(hop.messages) == 1
 
 
-def test_our_own_lmtp_server_takes_it_recipient_by_recipient(connect: Any) -> None:
+def test_our_own_lmtp_server_takes_it_recipient_by_recipient(connect: Connect) -> None:
     hop = Fumi(auth_optional=True, lmtp=True, name="hop.example", close_timeout=0.2)
 
     @hop.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         await ctx.stream.read()
         ctx.reject_recipient("b@d.example", "5.2.2 Full", 552)
 

@@ -14,8 +14,11 @@ import pytest
 
 from fumi_core.client import dependency
 from fumi_core.delivery import parse_target
+from tests.core.client import Connect
+from tests.core.scripted_hop import StartHop
 from tests.support.ports import free_port
 from tests.support.starter import finished
+from tests.support.waiting import until
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
@@ -47,7 +50,7 @@ def test_check_says_that_the_next_hop_is_not_there(target: str, tmp_path: Path) 
     assert done.stderr.startswith(f"Error: --deliver {target}: ")
 
 
-def test_check_says_what_a_next_hop_greets_with_and_wants_220(scripted_hop: Any, tmp_path: Path) -> None:
+def test_check_says_what_a_next_hop_greets_with_and_wants_220(scripted_hop: StartHop, tmp_path: Path) -> None:
     done = check(f"smtp:{scripted_hop().address}", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "configuration OK\n", "")
     done = check(f"smtp:{scripted_hop(BANNER=b'554 5.3.2 no' + bytes([13, 10])).address}", tmp_path)
@@ -73,7 +76,7 @@ def check(target: str, directory: Path) -> subprocess.CompletedProcess[str]:
 )
 @pytest.mark.parametrize("unix", [False, True])
 def test_a_next_hop_is_ready_when_it_greets(
-    scripted_hop: Any, monkeypatch: Any, tmp_path: Path, banner: Any, problem: str | None, unix: bool
+    scripted_hop: StartHop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, banner: Any, problem: str | None, unix: bool
 ) -> None:
     if banner == b"":
         monkeypatch.setattr(dependency, "TIMEOUT", 0.2)
@@ -98,7 +101,7 @@ def get(url: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_readiness_metrics_and_log_tell_of_the_next_hop(scripted_hop: Any, connect: Any, eventually: Any, tmp_path: Path) -> None:
+def test_readiness_metrics_and_log_tell_of_the_next_hop(scripted_hop: StartHop, connect: Connect, tmp_path: Path) -> None:
     answers = iter([b"250 Ok\r\n", b"452 4.2.2 full\r\n", b"550 5.7.1 spam\r\n", None])
     hop = scripted_hop(dot=lambda line: next(answers))
     log = tmp_path / "log"
@@ -107,7 +110,7 @@ def test_readiness_metrics_and_log_tell_of_the_next_hop(scripted_hop: Any, conne
         program = subprocess.Popen([PROGRAM, *flags, "--deliver", f"smtp:{hop.address}"], stderr=output, cwd=tmp_path)
     try:
         base = f"http://{flags[-1]}"
-        eventually(lambda: reachable(flags[-1]))
+        until(lambda: reachable(flags[-1]))
         assert get(f"{base}/readyz") == (200, "ready\n")
         replies = [deliver(tmp_path / "s")[:3] for _ in range(4)]
         assert replies == [b"250", b"452", b"550", b"451"]

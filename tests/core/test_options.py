@@ -20,6 +20,7 @@ from fumi_core.smtp.replies import OK, SIZE_EXCEEDED
 from fumi_core.smtp.session import Session
 from fumi_core.smtp.tally import Tally
 from fumi_core.testing import running
+from tests.core.client import Connect
 
 OPTIONS = list(DECLARATIONS)
 ENVELOPE = b"MAIL FROM:<>\r\nRCPT TO:<a@b.example>\r\n"
@@ -102,7 +103,7 @@ def test_size_holds_for_chunks() -> None:
     assert answer(ENVELOPE + b"BDAT 11 LAST\r\nhello wor\r\n", size=10).startswith("552 5.3.4")
 
 
-def test_max_clients_turns_away_one_more(connect: Any) -> None:
+def test_max_clients_turns_away_one_more(connect: Connect) -> None:
     with running(Fumi(max_clients=1, close_timeout=0.2)) as server:
         assert connect(server.port).banner.startswith(b"220")
         assert connect(server.port).banner.startswith(b"421 4.7.0")
@@ -204,7 +205,7 @@ def test_lmtp_wants_another_greeting() -> None:
     assert "LHLO" not in answer(b"HELP\r\n")
 
 
-def test_proxy_protocol_required_waits_for_a_header(connect: Any) -> None:
+def test_proxy_protocol_required_waits_for_a_header(connect: Connect) -> None:
     settings: tuple[tuple[Literal["off", "required"], bytes], ...] = (("required", b""), ("off", b"220"))
     for setting, banner in settings:
         with running(Fumi(proxy_protocol=setting, close_timeout=0.2)) as server:
@@ -213,7 +214,7 @@ def test_proxy_protocol_required_waits_for_a_header(connect: Any) -> None:
         assert connect(server.port, b"PROXY UNKNOWN\r\n").banner.startswith(b"220")
 
 
-def test_trusted_proxies_alone_may_send_a_header(connect: Any) -> None:
+def test_trusted_proxies_alone_may_send_a_header(connect: Connect) -> None:
     for trusted, banner in ((["192.0.2.0/24"], b""), (["127.0.0.1"], b"220")):
         with running(Fumi(proxy_protocol="required", trusted_proxies=trusted, close_timeout=0.2)) as server:
             client = connect(server.port, banner=False)
@@ -224,7 +225,7 @@ def test_trusted_proxies_alone_may_send_a_header(connect: Any) -> None:
                 assert banner == b""
 
 
-def test_assume_tls_makes_every_session_secure(connect: Any) -> None:
+def test_assume_tls_makes_every_session_secure(connect: Connect) -> None:
     for assumed in (False, True):
         with running(Fumi(assume_tls=assumed, close_timeout=0.2)) as server:
             assert (b"REQUIRETLS" in connect(server.port).say("EHLO x")) is assumed
@@ -258,12 +259,12 @@ def test_max_unauthenticated_commands_are_heard_and_no_more() -> None:
     assert [line[:3] for line in heard] == ["250", "250", "421"]
 
 
-def test_socket_timeout_ends_a_silence(connect: Any) -> None:
+def test_socket_timeout_ends_a_silence(connect: Connect) -> None:
     with running(Fumi(socket_timeout=0.1, close_timeout=0.2)) as server:
         assert connect(server.port).reply().startswith(b"421 4.4.2")
 
 
-def test_data_timeout_ends_a_message_that_goes_on_and_on(connect: Any) -> None:
+def test_data_timeout_ends_a_message_that_goes_on_and_on(connect: Connect) -> None:
     with running(Fumi(auth_optional=True, data_timeout=0.1, close_timeout=0.2)) as server:
         client = connect(server.port)
         client.envelope()
@@ -271,7 +272,7 @@ def test_data_timeout_ends_a_message_that_goes_on_and_on(connect: Any) -> None:
         assert client.reply().startswith(b"421 4.4.2")
 
 
-def test_proxy_timeout_ends_the_wait_for_a_header(connect: Any) -> None:
+def test_proxy_timeout_ends_the_wait_for_a_header(connect: Connect) -> None:
     patient, hasty = (Fumi(proxy_protocol="required", proxy_timeout=seconds, close_timeout=0.2) for seconds in (60, 0.1))
     with running(patient) as first, running(hasty) as second:
         waiting = connect(first.port, banner=False)
@@ -281,7 +282,7 @@ def test_proxy_timeout_ends_the_wait_for_a_header(connect: Any) -> None:
             waiting.sock.recv(1)
 
 
-def test_close_timeout_is_what_a_transaction_gets(connect: Any) -> None:
+def test_close_timeout_is_what_a_transaction_gets(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.0)
     with running(app) as server:
         client = connect(server.port)
@@ -290,7 +291,7 @@ def test_close_timeout_is_what_a_transaction_gets(connect: Any) -> None:
         assert client.reply().startswith(b"421 4.3.2")
 
 
-def test_logger_tells_of_sessions(connect: Any, caplog: Any) -> None:
+def test_logger_tells_of_sessions(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     own = logging.getLogger("own")
     for setting, name in ((False, None), (True, "fumi.core"), (own, "own")):
         caplog.clear()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from fumi_core import Fumi, plugins
 from fumi_core.testing import running
+from tests.core.client import Connect
 
 
 @pytest.fixture
@@ -15,14 +16,14 @@ def app() -> Fumi:
     return Fumi(auth_optional=True, close_timeout=0.2)
 
 
-def test_require_tls(app: Fumi, connect: Any) -> None:
+def test_require_tls(app: Fumi, connect: Connect) -> None:
     with running(app.use(plugins.require_tls())) as server:
         client = connect(server.port)
         client.say("EHLO x")
         assert client.say("MAIL FROM:<>") == b"530 5.7.0 Must issue a STARTTLS command first\r\n"
 
 
-def test_require_tls_is_content_with_it(connect: Any) -> None:
+def test_require_tls_is_content_with_it(connect: Connect) -> None:
     app = Fumi(auth_optional=True, assume_tls=True).use(plugins.require_tls())
     with running(app) as server:
         client = connect(server.port)
@@ -34,7 +35,7 @@ def test_require_tls_is_content_with_it(connect: Any) -> None:
 @pytest.mark.parametrize(
     ("ips", "banner"), [(["127.0.0.1"], b"554 5.7.1"), (["127.0.0.0/8"], b"554"), (["::1", "10.0.0.0/8"], b"220")]
 )
-def test_denylist(app: Fumi, connect: Any, ips: list[str], banner: bytes) -> None:
+def test_denylist(app: Fumi, connect: Connect, ips: list[str], banner: bytes) -> None:
     with running(app.use(plugins.denylist(ips))) as server:
         assert connect(server.port).banner.startswith(banner)
 
@@ -45,7 +46,7 @@ def test_denylist_wants_networks() -> None:
 
 
 @pytest.mark.parametrize(("cidrs", "banner"), [(["10.0.0.0/8", "::1"], b"554 5.7.1"), (["127.0.0.0/8"], b"220")])
-def test_allowlist(app: Fumi, connect: Any, cidrs: list[str], banner: bytes) -> None:
+def test_allowlist(app: Fumi, connect: Connect, cidrs: list[str], banner: bytes) -> None:
     with running(app.use(plugins.allowlist(cidrs))) as server:
         assert connect(server.port).banner.startswith(banner)
 
@@ -66,12 +67,12 @@ def test_allowlist(app: Fumi, connect: Any, cidrs: list[str], banner: bytes) -> 
         (lambda: plugins.max_size("10"), "of at least 1"),  # type: ignore[arg-type]
     ],
 )
-def test_a_plugin_that_cannot_work_is_not_made(make: Any, hint: str) -> None:
+def test_a_plugin_that_cannot_work_is_not_made(make: Callable[[], object], hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         make()
 
 
-def test_sender_block(app: Fumi, connect: Any) -> None:
+def test_sender_block(app: Fumi, connect: Connect) -> None:
     with running(app.use(plugins.sender_block(["Blocked.example"]))) as server:
         client = connect(server.port)
         client.say("EHLO x")
@@ -79,7 +80,7 @@ def test_sender_block(app: Fumi, connect: Any) -> None:
         assert client.say("MAIL FROM:<a@sub.blocked.example>").startswith(b"250")
 
 
-def test_rcpt_filter(app: Fumi, connect: Any) -> None:
+def test_rcpt_filter(app: Fumi, connect: Connect) -> None:
     with running(app.use(plugins.rcpt_filter(["ours.example"]))) as server:
         client = connect(server.port)
         client.say("EHLO x")
@@ -89,7 +90,7 @@ def test_rcpt_filter(app: Fumi, connect: Any) -> None:
         assert client.say("RCPT TO:<postmaster>").startswith(b"250")
 
 
-def test_max_size(app: Fumi, connect: Any) -> None:
+def test_max_size(app: Fumi, connect: Connect) -> None:
     with running(app.use(plugins.max_size(20))) as server:
         client = connect(server.port)
         client.say("EHLO x")

@@ -14,7 +14,9 @@ import pytest
 from fumi_core import Fumi, plugins
 from fumi_core.plugins.dnsbl import Blocklist
 from fumi_core.runtime.resolver import Resolver
-from fumi_core.testing import running
+from fumi_core.testing import RunningServer, running
+from tests.core.client import Connect, ConnectFrom
+from tests.core.clock import Clock
 
 HEADER = b"PROXY TCP4 8.8.4.%d 192.0.2.1 1234 25\r\n"
 
@@ -39,43 +41,45 @@ def app() -> Fumi:
     return Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2)
 
 
+Banner = Callable[..., bytes]
+
+
 @pytest.fixture
-def banner(app: Fumi, connect_from: Any) -> Callable[..., bytes]:
+def banner(app: Fumi, connect_from: ConnectFrom) -> Banner:
     """What a client hears from an app that asks bl.example and then other.example."""
 
     def hear(resolve: Any, address: str = "8.8.4.4", **options: Any) -> bytes:
         app.use(plugins.dnsbl(["bl.example", "other.example"], resolve=resolve, **options))
         with running(app) as server:
-            heard: bytes = connect_from(server.port, address).banner
-            return heard
+            return connect_from(server.port, address).banner
 
     return hear
 
 
-def test_a_listed_client_is_told_by_whom(banner: Any) -> None:
+def test_a_listed_client_is_told_by_whom(banner: Banner) -> None:
     assert banner(Zone({"4.4.8.8.bl.example": "127.0.0.2"})) == b"554 5.7.1 Client host [8.8.4.4] blocked using bl.example\r\n"
 
 
-def test_zones_are_asked_in_order_until_one_lists_it(banner: Any) -> None:
+def test_zones_are_asked_in_order_until_one_lists_it(banner: Banner) -> None:
     resolve = Zone({"4.4.8.8.other.example": "127.0.0.10"})
     assert b"blocked using other.example" in banner(resolve)
     assert resolve.asked == ["4.4.8.8.bl.example", "4.4.8.8.other.example"]
 
 
-def test_the_first_zone_that_lists_it_is_the_last_asked(banner: Any) -> None:
+def test_the_first_zone_that_lists_it_is_the_last_asked(banner: Banner) -> None:
     resolve = Zone({"4.4.8.8.bl.example": "127.0.0.2"})
     banner(resolve)
     assert resolve.asked == ["4.4.8.8.bl.example"]
 
 
-def test_an_ipv6_address_is_asked_for_by_nibbles(banner: Any) -> None:
+def test_an_ipv6_address_is_asked_for_by_nibbles(banner: Banner) -> None:
     resolve = Zone()
     assert banner(resolve, "2a00:1450:4001::1b").startswith(b"220")
     assert resolve.asked[0] == "b.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.1.0.0.4.0.5.4.1.0.0.a.2.bl.example"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "192.168.1.1", "169.254.1.1", "::1", "fe80::1", "fd00::1"])
-def test_an_address_that_is_not_public_is_not_asked_about(banner: Any, address: str) -> None:
+def test_an_address_that_is_not_public_is_not_asked_about(banner: Banner, address: str) -> None:
     resolve = Zone()
     assert banner(resolve, address).startswith(b"220")
     assert resolve.asked == []
@@ -91,7 +95,9 @@ def test_an_address_that_is_not_public_is_not_asked_about(banner: Any, address: 
         (OSError("the resolver is ill"), "the resolver is ill"),
     ],
 )
-def test_what_is_no_verdict_lets_in_with_one_line(banner: Any, caplog: Any, answer: Any, problem: str) -> None:
+def test_what_is_no_verdict_lets_in_with_one_line(
+    banner: Banner, caplog: pytest.LogCaptureFixture, answer: Any, problem: str
+) -> None:
     with caplog.at_level(logging.WARNING):
         assert banner(Zone({"4.4.8.8.bl.example": answer})).startswith(b"220")
     lines = [record.getMessage() for record in caplog.records]
@@ -100,18 +106,18 @@ def test_what_is_no_verdict_lets_in_with_one_line(banner: Any, caplog: Any, answ
     assert "zone=bl.example" in lines[0]
 
 
-def test_an_error_code_beside_a_verdict_does_not_void_it(banner: Any) -> None:
+def test_an_error_code_beside_a_verdict_does_not_void_it(banner: Banner) -> None:
     assert banner(Zone({"4.4.8.8.bl.example": "127.255.255.254 127.0.0.4"})).startswith(b"554")
 
 
-def test_a_failing_zone_does_not_silence_the_next(banner: Any) -> None:
+def test_a_failing_zone_does_not_silence_the_next(banner: Banner) -> None:
     resolve = Zone({"4.4.8.8.bl.example": OSError("down"), "4.4.8.8.other.example": "127.0.0.2"})
     assert b"blocked using other.example" in banner(resolve)
 
 
 @pytest.mark.parametrize("failure", [OSError("down"), "203.0.113.9"])
 def test_an_answer_is_remembered_for_a_while_and_a_failure_for_less(
-    app: Fumi, connect_from: Any, clock: Any, failure: Any
+    app: Fumi, connect_from: ConnectFrom, clock: Clock, failure: Any
 ) -> None:
     resolve = Zone({"4.4.8.8.bl.example": failure})
     app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
@@ -143,7 +149,7 @@ class DeadZone(Zone):
         return super().__call__(name)
 
 
-def asked_by(clients: int, server: Any, connect_from: Any, resolve: DeadZone) -> int:
+def asked_by(clients: int, server: RunningServer, connect_from: ConnectFrom, resolve: DeadZone) -> int:
     """How many of so many new clients, one after another, a zone is asked about; all are let in."""
     before = len(resolve.asked)
     for _ in range(clients):
@@ -156,7 +162,7 @@ def asked_by(clients: int, server: Any, connect_from: Any, resolve: DeadZone) ->
     ("failure", "needed"), [(OSError("down"), 3), (TimeoutError(), 3), ("203.0.113.9", 3), ("127.255.255.254", 1)]
 )
 def test_a_dead_zone_is_left_out_and_then_asked_by_one_client_a_minute(
-    app: Fumi, connect_from: Any, clock: Any, caplog: Any, failure: Any, needed: int
+    app: Fumi, connect_from: ConnectFrom, clock: Clock, caplog: pytest.LogCaptureFixture, failure: Any, needed: int
 ) -> None:
     resolve = DeadZone(failure)
     app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
@@ -171,7 +177,7 @@ def test_a_dead_zone_is_left_out_and_then_asked_by_one_client_a_minute(
         assert asked_by(5, server, connect_from, resolve) == 5
 
 
-def test_failures_that_are_not_in_a_row_leave_a_zone_in(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_failures_that_are_not_in_a_row_leave_a_zone_in(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     resolve = DeadZone(())
     app.use(plugins.dnsbl(["bl.example"], resolve=resolve, clock=clock))
     with running(app) as server:
@@ -180,7 +186,7 @@ def test_failures_that_are_not_in_a_row_leave_a_zone_in(app: Fumi, connect_from:
             assert asked_by(1, server, connect_from, resolve) == 1
 
 
-def test_a_zone_that_is_left_out_does_not_silence_the_next(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_a_zone_that_is_left_out_does_not_silence_the_next(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     dead = {f"{number}.4.8.8.bl.example": "127.255.255.254" for number in range(9)}
     resolve = Zone({**dead, **{f"{number}.4.8.8.other.example": "127.0.0.2" for number in range(9)}})
     app.use(plugins.dnsbl(["bl.example", "other.example"], resolve=resolve, clock=clock))
@@ -190,7 +196,7 @@ def test_a_zone_that_is_left_out_does_not_silence_the_next(app: Fumi, connect_fr
     assert sum(name.endswith("bl.example") for name in resolve.asked) == 1
 
 
-def test_memory_is_bounded_however_many_addresses_come(clock: Any) -> None:
+def test_memory_is_bounded_however_many_addresses_come(clock: Clock) -> None:
     blocklist = Blocklist("bl.example", Resolver(Zone(), timeout=30), clock, limit=8)
 
     async def ask() -> None:
@@ -202,7 +208,7 @@ def test_memory_is_bounded_however_many_addresses_come(clock: Any) -> None:
 
 
 def test_a_resolver_that_hangs_holds_up_neither_others_nor_more_threads(
-    app: Fumi, connect: Any, connect_from: Any, caplog: Any
+    app: Fumi, connect: Connect, connect_from: ConnectFrom, caplog: pytest.LogCaptureFixture
 ) -> None:
     release = threading.Event()
     hanging: set[threading.Thread] = set()

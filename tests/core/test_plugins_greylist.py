@@ -9,22 +9,24 @@ import pytest
 from fumi_core import Fumi, plugins
 from fumi_core.plugins.greylist import RETENTION, RETRY_WINDOW, Triplets
 from fumi_core.testing import running
+from tests.core.client import Client, ConnectFrom
+from tests.core.clock import Clock
 
 
 @pytest.fixture
-def app(clock: Any) -> Fumi:
+def app(clock: Clock) -> Fumi:
     app = Fumi(auth_optional=True, proxy_protocol="required", allow_insecure_auth=True, close_timeout=0.2)
     return app.use(plugins.greylist(300, clock=clock))
 
 
-def rcpt(client: Any, sender: str = "a@b.example", recipient: str = "c@d.example") -> bytes:
+def rcpt(client: Client, sender: str = "a@b.example", recipient: str = "c@d.example") -> bytes:
     client.say("EHLO x")
     client.say(f"MAIL FROM:<{sender}>")
     reply: bytes = client.say(f"RCPT TO:<{recipient}>")
     return reply
 
 
-def test_the_first_try_waits_and_one_after_the_delay_does_not(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_the_first_try_waits_and_one_after_the_delay_does_not(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     with running(app) as server:
         client = connect_from(server.port, "192.0.2.1")
         assert rcpt(client).startswith(b"450 4.7.1 ")
@@ -36,7 +38,7 @@ def test_the_first_try_waits_and_one_after_the_delay_does_not(app: Fumi, connect
         assert rcpt(client, "A@B.EXAMPLE", "C@d.example").startswith(b"250")
 
 
-def test_two_spellings_of_a_domain_are_one_recipient(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_two_spellings_of_a_domain_are_one_recipient(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     with running(app) as server:
         client = connect_from(server.port, "192.0.2.1")
         assert rcpt(client, recipient="c@xn--mnchen-3ya.example").startswith(b"450")
@@ -59,7 +61,7 @@ def test_two_spellings_of_a_domain_are_one_recipient(app: Fumi, connect_from: An
     ],
 )
 def test_known_is_a_block_with_a_sender_and_a_recipient(
-    app: Fumi, connect_from: Any, clock: Any, address: str, sender: str, recipient: str, known: bool
+    app: Fumi, connect_from: ConnectFrom, clock: Clock, address: str, sender: str, recipient: str, known: bool
 ) -> None:
     with running(app) as server:
         for first in ("192.0.2.1", "2001:db8:0:1::1"):
@@ -68,7 +70,7 @@ def test_known_is_a_block_with_a_sender_and_a_recipient(
         assert rcpt(connect_from(server.port, address), sender, recipient)[:3] == (b"250" if known else b"450")
 
 
-def test_a_try_long_after_the_first_is_a_first_one(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_a_try_long_after_the_first_is_a_first_one(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     with running(app) as server:
         client = connect_from(server.port, "192.0.2.1")
         rcpt(client)
@@ -78,7 +80,7 @@ def test_a_try_long_after_the_first_is_a_first_one(app: Fumi, connect_from: Any,
         assert rcpt(client).startswith(b"250")
 
 
-def test_who_passed_is_known_as_long_as_it_comes_again(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_who_passed_is_known_as_long_as_it_comes_again(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     with running(app) as server:
         client = connect_from(server.port, "192.0.2.1")
         rcpt(client)
@@ -90,7 +92,7 @@ def test_who_passed_is_known_as_long_as_it_comes_again(app: Fumi, connect_from: 
         assert rcpt(client).startswith(b"450")
 
 
-def test_authenticated_users_do_not_wait(app: Fumi, connect_from: Any) -> None:
+def test_authenticated_users_do_not_wait(app: Fumi, connect_from: ConnectFrom) -> None:
     app.on_auth(lambda ctx, next: ctx.accept("joe"))
     with running(app) as server:
         client = connect_from(server.port, "192.0.2.1")

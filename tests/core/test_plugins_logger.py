@@ -7,13 +7,17 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, plugins
+from fumi_core import AuthContext, ConnectContext, DataContext, Fumi, Next, plugins
 from fumi_core.proxy_protocol import ProxyHeader
+from fumi_core.runtime.logs import LogMessage
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.support.waiting import until
 
 Lines = Callable[[], list[str]]
 
@@ -25,7 +29,7 @@ def app() -> Fumi:
 
 
 @pytest.fixture
-def lines(caplog: Any) -> Lines:
+def lines(caplog: pytest.LogCaptureFixture) -> Lines:
     """What the plugin logged, without the connection's id and port, and times."""
     caplog.set_level(logging.INFO, "fumi.core.events")
 
@@ -39,14 +43,14 @@ def lines(caplog: Any) -> Lines:
     return read
 
 
-def test_a_session_is_a_line_an_event(app: Fumi, connect: Any, lines: Lines, eventually: Any) -> None:
+def test_a_session_is_a_line_an_event(app: Fumi, connect: Connect, lines: Lines) -> None:
     with running(app) as server:
         client = connect(server.port)
         client.envelope("a@b.example", "c@d.example", "e@f.example")
         client.say("DATA")
         client.say("hello\r\n.")
         client.say("QUIT")
-        eventually(lambda: len(lines()) == 6)
+        until(lambda: len(lines()) == 6)
     assert lines() == [
         "connection accepted client_ip=127.0.0.1",
         "sender accepted client_ip=127.0.0.1 from=a@b.example",
@@ -57,19 +61,21 @@ def test_a_session_is_a_line_an_event(app: Fumi, connect: Any, lines: Lines, eve
     ]
 
 
-def test_lines_have_the_id_and_lasting_things_their_seconds(app: Fumi, connect: Any, lines: Lines, caplog: Any) -> None:
+def test_lines_have_the_id_and_lasting_things_their_seconds(
+    app: Fumi, connect: Connect, lines: Lines, caplog: pytest.LogCaptureFixture
+) -> None:
     with running(app) as server:
         client = connect(server.port)
         client.envelope()
         client.say("DATA")
         client.say("hello\r\n.")
-        (message,) = server.messages
-    records = [record.msg for record in caplog.records if record.name == "fumi.core.events"]
-    assert {record.fields["id"] for record in records} == {message.session.id}
-    assert [record.words for record in records if "seconds" in record.fields] == ["message accepted", "connection closed"]
+        (received,) = server.messages
+    logged = [record.msg for record in caplog.records if record.name == "fumi.core.events" and isinstance(record.msg, LogMessage)]
+    assert {message.fields["id"] for message in logged} == {received.session.id}
+    assert [message.words for message in logged if "seconds" in message.fields] == ["message accepted", "connection closed"]
 
 
-def test_refusals_of_others_are_seen_with_code_and_words(app: Fumi, connect: Any, lines: Lines) -> None:
+def test_refusals_of_others_are_seen_with_code_and_words(app: Fumi, connect: Connect, lines: Lines) -> None:
     app.on_mail_from(lambda ctx, next: ctx.reject("Not you") if "bad" in ctx.address.address else next())
     app.on_rcpt_to(lambda ctx, next: ctx.reject("Nobody here\r\nforged", 551) if "bad" in ctx.address.address else next())
     app.on_data(lambda ctx, next: ctx.reject("4.2.2 Later", 450))
@@ -89,9 +95,9 @@ def test_refusals_of_others_are_seen_with_code_and_words(app: Fumi, connect: Any
     ]
 
 
-def test_a_refused_connection_and_a_failing_handler_are_seen(app: Fumi, connect: Any, lines: Lines) -> None:
+def test_a_refused_connection_and_a_failing_handler_are_seen(app: Fumi, connect: Connect, lines: Lines) -> None:
     @app.on_connect
-    async def connected(ctx: Any, next: Any) -> None:
+    async def connected(ctx: ConnectContext, next: Next) -> None:
         await asyncio.sleep(0)
         if refusing:
             ctx.reject("Go away", 554)
@@ -106,9 +112,11 @@ def test_a_refused_connection_and_a_failing_handler_are_seen(app: Fumi, connect:
     assert "connection deferred client_ip=127.0.0.1 error=KeyError" in lines()
 
 
-def test_how_an_authentication_ended_is_logged_and_no_credential(app: Fumi, connect: Any, lines: Lines, caplog: Any) -> None:
+def test_how_an_authentication_ended_is_logged_and_no_credential(
+    app: Fumi, connect: Connect, lines: Lines, caplog: pytest.LogCaptureFixture
+) -> None:
     @app.on_auth
-    async def auth(ctx: Any, next: Any) -> None:
+    async def auth(ctx: AuthContext, next: Next) -> None:
         if ctx.credentials.username == "blocked":
             ctx.reject("Blocked")
         if ctx.credentials.validate_password("secret"):
@@ -127,7 +135,7 @@ def test_how_an_authentication_ended_is_logged_and_no_credential(app: Fumi, conn
     assert not any(word in caplog.text for word in ("wrong", "secret", "AGpv", "AGJs"))
 
 
-def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, connect: Any, lines: Lines, eventually: Any) -> None:
+def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, connect: Connect, lines: Lines) -> None:
     with running(app) as server:
         client = connect(server.port)
         client.envelope()
@@ -137,17 +145,17 @@ def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, conne
         client.say("DATA")
         client.sock.sendall(b"half a message\r\n")
         client.close()
-        eventually(lambda: "connection closed" in lines()[-1])
+        until(lambda: "connection closed" in lines()[-1])
     messages = [line for line in lines() if line.startswith("message")]
     assert messages[0].startswith("message rejected client_ip=127.0.0.1 from=a@b.example recipients=1 size=2002 code=552")
     assert messages[1].startswith("message aborted client_ip=127.0.0.1 from=a@b.example recipients=1 ")
 
 
-def test_the_size_is_the_messages_though_nobody_reads_it(connect: Any, lines: Lines, tmp_path: Any) -> None:
+def test_the_size_is_the_messages_though_nobody_reads_it(connect: Connect, lines: Lines, tmp_path: Path) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2).use(plugins.logger())
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         ctx.reject("Not read")
 
     with running(app) as server:
@@ -159,11 +167,11 @@ def test_the_size_is_the_messages_though_nobody_reads_it(connect: Any, lines: Li
 
 
 @pytest.mark.parametrize(("refusing", "verdict"), [(["c@d.example"], "accepted"), (["c@d.example", "e@f.example"], "deferred")])
-def test_in_lmtp_the_refused_recipients_are_counted(connect: Any, lines: Lines, refusing: list[str], verdict: str) -> None:
+def test_in_lmtp_the_refused_recipients_are_counted(connect: Connect, lines: Lines, refusing: list[str], verdict: str) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2).use(plugins.logger())
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         for address in refusing:
             ctx.reject_recipient(address, "Full", 452)
 
@@ -179,14 +187,14 @@ def test_in_lmtp_the_refused_recipients_are_counted(connect: Any, lines: Lines, 
     assert next(line for line in lines() if line.startswith("message")) == expected
 
 
-def test_who_came_through_a_terminator_is_named_with_it(connect: Any, lines: Lines) -> None:
+def test_who_came_through_a_terminator_is_named_with_it(connect: Connect, lines: Lines) -> None:
     app = Fumi(auth_optional=True, proxy_protocol="required", assume_tls=True, close_timeout=0.2).use(plugins.logger())
     with running(app) as server:
         connect(server.port, ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.1", 1), ("192.0.2.2", 25)).to_bytes())
     assert lines()[0] == "connection accepted client_ip=192.0.2.1 proxy=127.0.0.1 tls=yes"
 
 
-def test_nothing_is_remembered_of_who_is_gone(connect: Any, reset: Any, eventually: Any) -> None:
+def test_nothing_is_remembered_of_who_is_gone(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2).use(plugins.logger())
     closed: list[Any] = []
     app.on_close(lambda ctx, next: closed.append(ctx))
@@ -194,8 +202,8 @@ def test_nothing_is_remembered_of_who_is_gone(connect: Any, reset: Any, eventual
     with running(app) as server:
         for _ in range(5):
             connect(server.port).say("QUIT")
-            reset(connect(server.port))
-        eventually(lambda: len(closed) == 10)
+            connect(server.port).reset()
+        until(lambda: len(closed) == 10)
         assert remembered == {}
 
 

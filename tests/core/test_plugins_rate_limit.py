@@ -8,6 +8,8 @@ import pytest
 
 from fumi_core import Fumi, plugins
 from fumi_core.testing import running
+from tests.core.client import Client, ConnectFrom
+from tests.core.clock import Clock
 
 
 @pytest.fixture
@@ -15,13 +17,13 @@ def app() -> Fumi:
     return Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2)
 
 
-def mail(client: Any) -> bytes:
+def mail(client: Client) -> bytes:
     client.say("RSET")
     reply: bytes = client.say("MAIL FROM:<a@b.example>")
     return reply
 
 
-def test_a_burst_is_taken_and_then_the_rate(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_a_burst_is_taken_and_then_the_rate(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     with running(app.use(plugins.rate_limit(6, 3, clock=clock))) as server:
         client = connect_from(server.port, "192.0.2.1")
         client.say("EHLO x")
@@ -34,7 +36,7 @@ def test_a_burst_is_taken_and_then_the_rate(app: Fumi, connect_from: Any, clock:
         assert [mail(client)[:3] for _ in range(4)] == [b"250"] * 3 + [b"450"]
 
 
-def test_a_client_is_an_address_whatever_its_connections(app: Fumi, connect_from: Any, clock: Any) -> None:
+def test_a_client_is_an_address_whatever_its_connections(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     with running(app.use(plugins.rate_limit(1, 1, clock=clock))) as server:
         for address, reply in {
             "192.0.2.1": b"250",

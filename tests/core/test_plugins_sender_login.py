@@ -11,6 +11,9 @@ import pytest
 from fumi_core import Fumi, plugins
 from fumi_core.program.users import hash_password
 from fumi_core.testing import running
+from tests.core.client import Client, Connect
+from tests.core.programs import Start
+from tests.support.ports import free_port
 from tests.support.starter import finished
 
 NOT_YOURS = b"553 5.7.1 Sender address rejected: not owned by your login\r\n"
@@ -22,15 +25,15 @@ def build(user: Any, *given: Any, **more: Any) -> Fumi:
     return app.use(plugins.sender_login(*given, **more))
 
 
-def logged_in(client: Any) -> Any:
+def logged_in(client: Client) -> Client:
     client.say("EHLO client.example")
     assert client.say("AUTH PLAIN " + base64.b64encode(b"\0x\0y").decode()).startswith(b"235")
     return client
 
 
-def answer(client: Any, sender: str) -> bytes:
+def answer(client: Client, sender: str) -> bytes:
     smtputf8 = "" if sender.isascii() else " SMTPUTF8"
-    reply: bytes = client.say(f"MAIL FROM:<{sender}>{smtputf8}")
+    reply = client.say(f"MAIL FROM:<{sender}>{smtputf8}")
     client.say("RSET")
     return reply
 
@@ -63,7 +66,7 @@ def answer(client: Any, sender: str) -> bytes:
     ],
 )  # fmt: skip
 def test_a_login_sends_under_its_own_addresses(
-    connect: Any, login: str, domains: list[str], own: list[str], others: list[str]
+    connect: Connect, login: str, domains: list[str], own: list[str], others: list[str]
 ) -> None:
     with running(build(login, domains)) as server:
         client = logged_in(connect(server.port))
@@ -73,14 +76,14 @@ def test_a_login_sends_under_its_own_addresses(
             assert answer(client, sender) == NOT_YOURS, sender
 
 
-def test_clients_that_have_not_logged_in_are_not_checked(connect: Any) -> None:
+def test_clients_that_have_not_logged_in_are_not_checked(connect: Connect) -> None:
     with running(build("joe", ["example.org"])) as server:
         client = connect(server.port)
         client.say("EHLO client.example")
         assert answer(client, "joe@example.org").startswith(b"250")
 
 
-def test_users_that_are_no_texts_need_a_function_that_names_them(connect: Any) -> None:
+def test_users_that_are_no_texts_need_a_function_that_names_them(connect: Connect) -> None:
     with running(build({"name": "joe"}, ["example.org"])) as server:
         assert answer(logged_in(connect(server.port)), "joe@example.org").startswith(b"451 4.3.0")
     with running(build({"name": "joe"}, ["example.org"], login=lambda user: user["name"])) as server:
@@ -94,7 +97,7 @@ def test_what_is_no_domain_is_refused() -> None:
         plugins.sender_login(["joe@example.org"])
 
 
-def test_the_flag_holds_the_users_to_their_addresses(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> None:
+def test_the_flag_holds_the_users_to_their_addresses(start: Start, connect: Connect, tmp_path: Path) -> None:
     (tmp_path / "users").write_text(f"x:{hash_password('y')}\n")
     port = free_port()
     flags = ["--proxy-protocol", "off", "--users", "users", "--allow-insecure-auth", "--domain", "example.org", "--sender-login"]

@@ -13,18 +13,18 @@ import urllib.error
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fumi_core
-from tests.core.programs import PROGRAM, get, reachable, run
+from tests.core.client import Connect
+from tests.core.programs import PROGRAM, Start, get, reachable, run
+from tests.support.ports import free_port
 from tests.support.starter import finished
+from tests.support.waiting import until
 
 
-def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(
-    start: Any, connect: Any, tmp_path: Path, free_port: Any
-) -> None:
+def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(start: Start, connect: Connect, tmp_path: Path) -> None:
     port = free_port()
     program = start("--listen", f"127.0.0.1:{port}", "--name", "mx.example", "--banner", "hello")
     client = connect(port, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
@@ -39,7 +39,7 @@ def test_the_built_in_app_requires_the_header_and_delivers_into_a_maildir(
     assert "session ended" in program.log.read_text()
 
 
-def test_settings_come_from_flags_then_environment_then_file(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> None:
+def test_settings_come_from_flags_then_environment_then_file(start: Start, connect: Connect, tmp_path: Path) -> None:
     port = free_port()
     config = tmp_path / "fumi.toml"
     config.write_text(
@@ -53,21 +53,21 @@ def test_settings_come_from_flags_then_environment_then_file(start: Any, connect
     assert lines[0]["event"] == "listening"
 
 
-def test_an_app_keeps_its_options_unless_a_flag_is_given(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> None:
+def test_an_app_keeps_its_options_unless_a_flag_is_given(start: Start, connect: Connect, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from fumi_core import Fumi\napp = Fumi(auth_optional=True, name='own', banner='own')\n")
     port = free_port()
     start("--listen", f"127.0.0.1:{port}", "--banner", "flag", "mine:app")
     assert connect(port).banner == b"220 own ESMTP flag\r\n"
 
 
-def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any, tmp_path: Path, free_port: Any) -> None:
+def test_metrics_count_what_happened(start: Start, connect: Connect, tmp_path: Path) -> None:
     port, metrics = free_port(), free_port()
     (tmp_path / "users").write_text("")
     flags = ["--proxy-protocol", "off", "--deliver", "discard:", "--metrics", f"127.0.0.1:{metrics}"]
     flags += ["--users", "users", "--allow-insecure-auth"]
     start("--listen", f"127.0.0.1:{port}", *flags)
     base = f"http://127.0.0.1:{metrics}"
-    eventually(lambda: reachable(metrics))
+    until(lambda: reachable(metrics))
     assert get(f"{base}/healthz") == (200, "ok\n")
     assert get(f"{base}/readyz") == (200, "ready\n")
     client = connect(port)
@@ -103,16 +103,16 @@ def test_metrics_count_what_happened(start: Any, connect: Any, eventually: Any, 
         get(f"{base}/nothing")
 
 
-def test_ports_that_the_kernel_chose_are_in_the_log(start: Any, connect: Any, eventually: Any) -> None:
+def test_ports_that_the_kernel_chose_are_in_the_log(start: Start, connect: Connect) -> None:
     flags = ("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--proxy-protocol", "off", "--deliver", "discard:")
     program = start(*flags, wait="serving metrics")
     listening, metrics = re.findall(r"(listening listener|serving metrics address)=127\.0\.0\.1:(\d+)", program.log.read_text())
     assert connect(int(listening[1])).banner.startswith(b"220")
-    eventually(lambda: reachable(int(metrics[1])))
+    until(lambda: reachable(int(metrics[1])))
 
 
 @pytest.mark.parametrize(("mode", "given"), [(0o660, "flag"), (0o606, "file")])
-def test_a_unix_socket_gets_the_mode_that_was_asked_for(start: Any, tmp_path: Path, mode: int, given: str) -> None:
+def test_a_unix_socket_gets_the_mode_that_was_asked_for(start: Start, tmp_path: Path, mode: int, given: str) -> None:
     (tmp_path / "f.toml").write_text(f'socket-mode = "{mode:o}"\n')
     flags = ("--socket-mode", f"0{mode:o}") if given == "flag" else ("--config", "f.toml")
     start("--listen", f"unix:{tmp_path}/sock", "--proxy-protocol", "off", "--deliver", "discard:", *flags, wait="starting")
@@ -124,7 +124,7 @@ def test_a_unix_socket_gets_the_mode_that_was_asked_for(start: Any, tmp_path: Pa
     )
 
 
-def test_it_listens_on_an_inherited_descriptor(tmp_path: Path, connect: Any) -> None:
+def test_it_listens_on_an_inherited_descriptor(tmp_path: Path, connect: Connect) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
@@ -149,7 +149,7 @@ def test_the_package_the_program_and_the_distribution_have_one_version() -> None
     assert finished(PROGRAM, "--version").stdout == f"fumi-core, version {fumi_core.__version__}\n"
 
 
-def test_lenient_flags_take_what_devices_send(start: Any, connect: Any, free_port: Any) -> None:
+def test_lenient_flags_take_what_devices_send(start: Start, connect: Connect) -> None:
     port = free_port()
     flags = ("--proxy-protocol", "off", "--deliver", "discard:", "--bare-newlines", "normalize", "--lenient-addresses")
     start("--listen", f"127.0.0.1:{port}", *flags)
@@ -160,9 +160,9 @@ def test_lenient_flags_take_what_devices_send(start: Any, connect: Any, free_por
     assert client.say("hi\nthere\r\n.").startswith(b"250")
 
 
-def test_debug_shows_the_dialogue_and_nothing_of_asyncio(start: Any, connect: Any, eventually: Any, free_port: Any) -> None:
+def test_debug_shows_the_dialogue_and_nothing_of_asyncio(start: Start, connect: Connect) -> None:
     port = free_port()
     program = start("--proxy-protocol", "off", "--deliver", "discard:", "--listen", f"127.0.0.1:{port}", "--log-level", "debug")
     connect(port).say("EHLO client.example")
-    eventually(lambda: 'received="EHLO client.example"' in program.log.read_text())
+    until(lambda: 'received="EHLO client.example"' in program.log.read_text())
     assert "asyncio" not in program.log.read_text()

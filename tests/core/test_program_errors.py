@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fumi_core.program.users import hash_password
-from tests.core.programs import run
+from tests.core.client import Connect
+from tests.core.programs import Start, run
+from tests.support.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_flags_that_need_a_proxy_header_are_refused_without_one(flags: tuple[str
     ],
 )
 def test_an_open_relay_says_once_that_it_is_one(
-    flags: tuple[str, ...], warnings: int, start: Any, connect: Any, tmp_path: Path, free_port: Any
+    flags: tuple[str, ...], warnings: int, start: Start, connect: Connect, tmp_path: Path
 ) -> None:
     (tmp_path / "users").write_text(f"joe:{hash_password('secret')}\n")
     program = start("--listen", f"127.0.0.1:{(port := free_port())}", "--proxy-protocol", "off", "--name", "mx.example", *flags)
@@ -111,7 +112,7 @@ def test_an_open_relay_says_once_that_it_is_one(
     [("127.0.0.1", ["--assume-tls"], False), ("", ["--assume-tls"], True), ("0.0.0.0", ["--assume-tls"], True), ("", [], False)],
 )
 def test_assume_tls_for_other_hosts_is_warned_of(
-    host: str, flags: list[str], warned: bool, start: Any, connect: Any, free_port: Any
+    host: str, flags: list[str], warned: bool, start: Start, connect: Connect
 ) -> None:
     program = start("--listen", f"{host}:{(port := free_port())}", "--deliver", "discard:", "--proxy-protocol", "off", *flags)
     assert connect(port).banner.startswith(b"220")
@@ -129,7 +130,7 @@ def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-def test_a_port_that_is_taken_on_ipv6_alone_is_taken(tmp_path: Path, free_port: Any) -> None:
+def test_a_port_that_is_taken_on_ipv6_alone_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("::1", free_port()), family=socket.AF_INET6) as sock:
         done = run("--listen", f":{sock.getsockname()[1]}", "--deliver", "discard:", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -148,7 +149,7 @@ def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, p
 
 
 @pytest.mark.parametrize(("name", "warned"), [("localhost", True), ("localhost.localdomain.", True), ("mx.example.org", False)])
-def test_a_server_that_calls_itself_localhost_is_told_of_name(start: Any, free_port: Any, name: str, warned: bool) -> None:
+def test_a_server_that_calls_itself_localhost_is_told_of_name(start: Start, name: str, warned: bool) -> None:
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--deliver", "discard:", "--name", name)
     program = start(*flags, wait="starting")  # which is logged after the warnings
     text = program.log.read_text()

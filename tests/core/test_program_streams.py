@@ -7,17 +7,19 @@ import os
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.core.client import Connect
 from tests.core.programs import PROGRAM, get, reachable
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"], ids=["stderr", "all"])
 def test_no_socket_takes_the_place_of_a_stream_that_is_closed_from_the_start(
-    connect: Any, eventually: Any, free_port: Any, tmp_path: Path, workers: str, closed: str
+    connect: Connect, tmp_path: Path, workers: str, closed: str
 ) -> None:
     port, metrics = free_port(), free_port()
     flags = ["--listen", f"127.0.0.1:{port}", "--metrics", f"127.0.0.1:{metrics}", "--workers", workers, "--deliver", "discard:"]
@@ -25,7 +27,7 @@ def test_no_socket_takes_the_place_of_a_stream_that_is_closed_from_the_start(
         ["bash", "-c", f'exec "$@" {closed}', "bash", PROGRAM, *flags, "--proxy-protocol", "off"], cwd=tmp_path
     )
     try:
-        eventually(lambda: process.poll() is not None or (reachable(port) and reachable(metrics)))
+        until(lambda: process.poll() is not None or (reachable(port) and reachable(metrics)))
         assert process.poll() is None
         client = connect(port)
         assert client.banner.startswith(b"220")
@@ -42,9 +44,7 @@ def test_no_socket_takes_the_place_of_a_stream_that_is_closed_from_the_start(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_mail_does_not_wait_for_who_reads_the_log(
-    connect: Any, eventually: Any, free_port: Any, tmp_path: Path, workers: str
-) -> None:
+def test_mail_does_not_wait_for_who_reads_the_log(connect: Connect, tmp_path: Path, workers: str) -> None:
     port, metrics = free_port(), free_port()
     flags = ["--listen", f"127.0.0.1:{port}", "--metrics", f"127.0.0.1:{metrics}", "--workers", workers, "--deliver", "discard:"]
     ours, theirs = os.pipe()
@@ -56,7 +56,7 @@ def test_mail_does_not_wait_for_who_reads_the_log(
         process = subprocess.Popen([PROGRAM, *flags, "--proxy-protocol", "off"], stderr=theirs, cwd=tmp_path)
         full.close()
         try:
-            eventually(lambda: reachable(port) and reachable(metrics))
+            until(lambda: reachable(port) and reachable(metrics))
             for _ in range(5):
                 client = connect(port)
                 client.envelope()
@@ -77,9 +77,7 @@ def test_mail_does_not_wait_for_who_reads_the_log(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_stop_does_not_wait_for_who_reads_the_log(
-    connect: Any, eventually: Any, free_port: Any, tmp_path: Path, workers: str
-) -> None:
+def test_a_stop_does_not_wait_for_who_reads_the_log(connect: Connect, tmp_path: Path, workers: str) -> None:
     port = free_port()
     with contextlib.ExitStack() as stack:
         ours, theirs = socket.socketpair()
@@ -94,7 +92,7 @@ def test_a_stop_does_not_wait_for_who_reads_the_log(
             process = subprocess.Popen([PROGRAM, *flags], stderr=theirs.fileno(), cwd=tmp_path)
         stack.callback(process.wait)
         stack.callback(process.kill)
-        eventually(lambda: reachable(port))
+        until(lambda: reachable(port))
         client = connect(port)
         assert client.banner.startswith(b"220")
         client.close()

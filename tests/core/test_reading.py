@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Address, Fumi
+from fumi_core import Address, DataContext, Fumi, MailContext, Next, RcptContext
 from fumi_core.testing import running
+from tests.core.client import Client, Connect
+from tests.support.waiting import until
 
 TEXT = b"first\r\nsecond\r\n"
 
@@ -19,7 +21,7 @@ def app() -> Fumi:
     return Fumi(auth_optional=True, name="mx.example", close_timeout=0.2)
 
 
-def deliver(client: Any) -> bytes:
+def deliver(client: Client) -> bytes:
     client.envelope()
     client.say("DATA")
     return bytes(client.say(TEXT + b"."))
@@ -53,16 +55,18 @@ async def taps(ctx: Any) -> None:
 
 @pytest.mark.parametrize("second", [reads, iterates, taps])
 @pytest.mark.parametrize("first", [reads, iterates, peeks, takes_one, skips])
-def test_a_handler_after_one_that_read_fails_with_451(app: Fumi, connect: Any, caplog: Any, first: Any, second: Any) -> None:
+def test_a_handler_after_one_that_read_fails_with_451(
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, first: Any, second: Any
+) -> None:
     delivered: list[int] = []
 
     @app.on_data
-    async def outer(ctx: Any, next: Any) -> None:
+    async def outer(ctx: DataContext, next: Next) -> None:
         await first(ctx)
         await next()
 
     @app.on_data
-    async def inner(ctx: Any, next: Any) -> None:
+    async def inner(ctx: DataContext, next: Next) -> None:
         await second(ctx)
         delivered.append(1)
 
@@ -72,11 +76,11 @@ def test_a_handler_after_one_that_read_fails_with_451(app: Fumi, connect: Any, c
     assert "RuntimeError" in caplog.text
 
 
-def test_one_reader_may_stop_and_go_on(app: Fumi, connect: Any) -> None:
+def test_one_reader_may_stop_and_go_on(app: Fumi, connect: Connect) -> None:
     got: list[bytes] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         pieces = aiter(ctx.stream)
         got.append(await anext(pieces))
         got.extend([piece async for piece in pieces])
@@ -86,15 +90,13 @@ def test_one_reader_may_stop_and_go_on(app: Fumi, connect: Any) -> None:
     assert b"".join(got) == TEXT
 
 
-def test_a_task_that_outlives_the_handlers_gets_an_error_and_not_a_short_message(
-    app: Fumi, connect: Any, eventually: Any
-) -> None:
+def test_a_task_that_outlives_the_handlers_gets_an_error_and_not_a_short_message(app: Fumi, connect: Connect) -> None:
     outcomes: list[Any] = []
     tasks: list[Any] = []
     reading = threading.Event()
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         async def read() -> None:
             try:
                 outcomes.append(await ctx.stream.read())
@@ -112,13 +114,13 @@ def test_a_task_that_outlives_the_handlers_gets_an_error_and_not_a_short_message
         client.sock.sendall(b"first\r\n")
         assert reading.wait(60)
         assert client.say(b"second\r\n.").startswith(b"250 ")
-        eventually(lambda: bool(outcomes))
+        until(lambda: bool(outcomes))
     assert "dropped" in outcomes[0]
 
 
-def test_of_two_readers_at_once_the_second_gets_an_error(app: Fumi, connect: Any) -> None:
+def test_of_two_readers_at_once_the_second_gets_an_error(app: Fumi, connect: Connect) -> None:
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         found = await asyncio.gather(ctx.stream.read(), ctx.stream.read(), return_exceptions=True)
         assert [type(each) for each in found] == [bytes, RuntimeError]
 
@@ -174,7 +176,9 @@ def plainly_returns_text(ctx: Any, next: Any) -> Any:
 
 @pytest.mark.parametrize("handler", [returns_text, returns_false, plainly_returns_text])
 @pytest.mark.parametrize("hook", ["on_mail_from", "on_rcpt_to", "on_data"])
-def test_a_handler_that_returns_a_reply_accepts_nothing(app: Fumi, connect: Any, caplog: Any, hook: str, handler: Any) -> None:
+def test_a_handler_that_returns_a_reply_accepts_nothing(
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, hook: str, handler: Any
+) -> None:
     getattr(app, hook)(handler)
     with running(app) as server:
         client = connect(server.port)
@@ -201,7 +205,7 @@ async def returns_what_next_gave(ctx: Any, next: Any) -> Any:
 
 
 @pytest.mark.parametrize("handler", [returns_next, returns_next_later, returns_what_next_gave])
-def test_a_handler_may_return_what_next_gave(app: Fumi, connect: Any, handler: Any) -> None:
+def test_a_handler_may_return_what_next_gave(app: Fumi, connect: Connect, handler: Any) -> None:
     app.on_data(handler)
     app.on_data(handler)
     with running(app) as server:
@@ -221,7 +225,9 @@ def test_a_handler_may_return_what_next_gave(app: Fumi, connect: Any, handler: A
         ({"authenticates": True, "assume_tls": True}, ""),
     ],
 )
-def test_an_app_that_no_client_can_send_mail_to_says_so(caplog: Any, options: dict[str, Any], warned: str) -> None:
+def test_an_app_that_no_client_can_send_mail_to_says_so(
+    caplog: pytest.LogCaptureFixture, options: dict[str, Any], warned: str
+) -> None:
     options = dict(options)
     authenticates = options.pop("authenticates", False)
     app = Fumi(**options)
@@ -233,7 +239,9 @@ def test_an_app_that_no_client_can_send_mail_to_says_so(caplog: Any, options: di
     assert warned in caplog.text
 
 
-def test_a_rejection_with_code_and_message_swapped_says_what_comes_first(app: Fumi, connect: Any, caplog: Any) -> None:
+def test_a_rejection_with_code_and_message_swapped_says_what_comes_first(
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     app.on_mail_from(lambda ctx, next: ctx.reject(550, "no"))
     with running(app) as server:
         client = connect(server.port)
@@ -242,16 +250,16 @@ def test_a_rejection_with_code_and_message_swapped_says_what_comes_first(app: Fu
     assert "the message comes first, then the code: write ('no', 550)" in caplog.text
 
 
-def test_an_assigned_address_is_what_later_handlers_and_the_envelope_get(app: Fumi, connect: Any) -> None:
+def test_an_assigned_address_is_what_later_handlers_and_the_envelope_get(app: Fumi, connect: Connect) -> None:
     seen: list[str] = []
 
     @app.on_mail_from
-    async def sender(ctx: Any, next: Any) -> None:
+    async def sender(ctx: MailContext, next: Next) -> None:
         ctx.address = Address("list@b.example", ctx.address.args)
         await next()
 
     @app.on_rcpt_to
-    async def alias(ctx: Any, next: Any) -> None:
+    async def alias(ctx: RcptContext, next: Next) -> None:
         ctx.address = ctx.address._replace(address="joe@d.example")
         await next()
 
@@ -268,9 +276,11 @@ def test_an_assigned_address_is_what_later_handlers_and_the_envelope_get(app: Fu
 @pytest.mark.parametrize(
     "address", ["", "joe@d.example> NOTIFY=NEVER", "joe@d.example>\r\nRSET", "a b@c.example", "@x.example:j@y"]
 )
-def test_text_that_is_no_address_cannot_be_assigned(app: Fumi, connect: Any, caplog: Any, address: str) -> None:
+def test_text_that_is_no_address_cannot_be_assigned(
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, address: str
+) -> None:
     @app.on_rcpt_to
-    async def alias(ctx: Any, next: Any) -> None:
+    async def alias(ctx: RcptContext, next: Next) -> None:
         ctx.address = Address(address, {})
 
     with running(app) as server:
@@ -281,7 +291,7 @@ def test_text_that_is_no_address_cannot_be_assigned(app: Fumi, connect: Any, cap
     assert "ValueError" in caplog.text
 
 
-def test_the_state_of_a_session_is_the_apps(app: Fumi, connect: Any) -> None:
+def test_the_state_of_a_session_is_the_apps(app: Fumi, connect: Connect) -> None:
     app.on_mail_from(lambda ctx, next: ctx.session.state.setdefault("sender", ctx.address) and None)
     with running(app) as server:
         deliver(connect(server.port))
@@ -290,11 +300,11 @@ def test_the_state_of_a_session_is_the_apps(app: Fumi, connect: Any) -> None:
         assert server.messages[1].session.state is not server.messages[0].session.state
 
 
-def test_only_accepted_messages_are_recorded(connect: Any) -> None:
+def test_only_accepted_messages_are_recorded(connect: Connect) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         ctx.reject_recipient("b@d.example", "No", 550)
 
     with running(app) as server:
@@ -306,7 +316,7 @@ def test_only_accepted_messages_are_recorded(connect: Any) -> None:
         assert len(server.messages) == 1
 
 
-def test_a_test_server_that_cannot_listen_leaves_nothing_behind(app: Fumi, monkeypatch: Any) -> None:
+def test_a_test_server_that_cannot_listen_leaves_nothing_behind(app: Fumi, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fails(*arguments: Any) -> None:
         raise OSError("no such port")
 

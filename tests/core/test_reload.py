@@ -8,12 +8,15 @@ import re
 import signal
 from base64 import b64encode
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fumi_core.program.users import hash_password
 from fumi_core.runtime.lifecycle import in_turn
+from tests.core.client import Client, Connect
+from tests.core.programs import Start
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 # An app whose settings are read as long as there is a file "hold"; "reading" is there when it has begun.
 SLOW = """
@@ -43,12 +46,11 @@ def users(*names: str) -> str:
 class Server:
     """A running fumi-core with a configuration file and a file of users."""
 
-    def __init__(self, directory: Path, start: Any, connect: Any, eventually: Any, port: int) -> None:
+    def __init__(self, directory: Path, start: Start, connect: Connect, port: int) -> None:
         self.port = port
         self._directory = directory
         self._start = start
         self._connect = connect
-        self._eventually = eventually
         self._reloads = 0
 
     def start(self, *flags: str) -> Server:
@@ -63,13 +65,13 @@ class Server:
     def reload(self, line: str = " reloaded") -> None:
         self._reloads += 1
         self.program.process.send_signal(signal.SIGHUP)
-        self._eventually(lambda: self.log.count(line) == self._reloads)
+        until(lambda: self.log.count(line) == self._reloads)
 
     @property
     def log(self) -> str:
         return str(self.program.log.read_text())
 
-    def client(self) -> Any:
+    def client(self) -> Client:
         return self._connect(self.port)
 
     def knows(self, name: str) -> bool:
@@ -90,8 +92,8 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path, start: Any, connect: Any, eventually: Any, free_port: Any) -> Server:
-    return Server(tmp_path, start, connect, eventually, free_port())
+def server(tmp_path: Path, start: Start, connect: Connect) -> Server:
+    return Server(tmp_path, start, connect, free_port())
 
 
 @pytest.fixture(params=["1", "2"])
@@ -184,7 +186,7 @@ def test_a_broken_file_leaves_everything_as_it_was(
     assert not server.knows("bob")
 
 
-def test_what_needs_a_restart_is_named(server: Server, workers: str, free_port: Any) -> None:
+def test_what_needs_a_restart_is_named(server: Server, workers: str) -> None:
     server.write("deliver = 'discard:'\nsize = 1\nbanner = 'b'\n", "ann")
     server.start("--workers", workers)
     server.write(f"workers = 5\nmetrics = '127.0.0.1:{free_port()}'\ndeliver = 'discard:'\nsize = 2\nbanner = 'b'\n", "ann")
@@ -193,7 +195,7 @@ def test_what_needs_a_restart_is_named(server: Server, workers: str, free_port: 
     assert server.settings() == {(b"b", b"2")}
 
 
-def test_a_worker_that_comes_later_has_the_new_settings(server: Server, eventually: Any) -> None:
+def test_a_worker_that_comes_later_has_the_new_settings(server: Server) -> None:
     server.write("size = 1000\nbanner = 'old'\ndeliver = 'discard:'\n", "ann")
     server.start("--workers", "2")
     server.write("size = 2000\nbanner = 'new'\ndeliver = 'discard:'\n", "bob")
@@ -203,14 +205,12 @@ def test_a_worker_that_comes_later_has_the_new_settings(server: Server, eventual
     before = set(children.read_text().split())
     for pid in before:
         os.kill(int(pid), signal.SIGKILL)
-    eventually(lambda: len(set(children.read_text().split()) - before) == 2)
+    until(lambda: len(set(children.read_text().split()) - before) == 2)
     assert server.settings() == {(b"new", b"2000")}
     assert server.knows("bob")
 
 
-def test_workers_that_die_while_the_master_reads_come_back_with_the_new_settings(
-    server: Server, tmp_path: Path, eventually: Any
-) -> None:
+def test_workers_that_die_while_the_master_reads_come_back_with_the_new_settings(server: Server, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     server.write("", "ann")
     server.start("--workers", "2", "slow:app")
@@ -218,17 +218,17 @@ def test_workers_that_die_while_the_master_reads_come_back_with_the_new_settings
     (tmp_path / "hold").touch()
     server.write("", "bob")
     server.program.process.send_signal(signal.SIGHUP)
-    eventually((tmp_path / "reading").exists)
+    until((tmp_path / "reading").exists)
     for pid in children.read_text().split():
         os.kill(int(pid), signal.SIGKILL)
-    eventually(lambda: server.log.count("worker died") == 2)
+    until(lambda: server.log.count("worker died") == 2)
     (tmp_path / "hold").unlink()
-    eventually(lambda: " reloaded" in server.log)
+    until(lambda: " reloaded" in server.log)
     assert all(server.knows("bob") for _ in range(4))
     assert server.program.stop() == 0
 
 
-def test_sighup_while_an_app_is_imported_is_a_reload(server: Server, tmp_path: Path, eventually: Any, workers: str) -> None:
+def test_sighup_while_an_app_is_imported_is_a_reload(server: Server, tmp_path: Path, workers: str) -> None:
     (tmp_path / "early.py").write_text(
         """
 import os, signal
@@ -240,7 +240,7 @@ app = Fumi(auth_optional=True)
     )
     server.write("", "ann")
     server.start("--workers", workers, "early:app")
-    eventually(lambda: " reloaded" in server.log)
+    until(lambda: " reloaded" in server.log)
     assert server.program.stop() == 0
 
 

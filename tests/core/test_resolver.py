@@ -14,6 +14,7 @@ import pytest
 
 from fumi_core.runtime import resolver
 from fumi_core.runtime.resolver import Resolver, ipv4_addresses
+from tests.support.waiting import until
 
 
 def test_an_error_of_the_resolver_is_the_callers() -> None:
@@ -24,7 +25,7 @@ def test_an_error_of_the_resolver_is_the_callers() -> None:
         asyncio.run(Resolver(fail, timeout=30).lookup("a.example"))
 
 
-def test_too_many_waiting_lookups_are_refused_at_once(monkeypatch: Any) -> None:
+def test_too_many_waiting_lookups_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolver, "MAX_QUEUED_LOOKUPS", 3)
     taken, release = threading.Event(), threading.Event()
 
@@ -47,7 +48,7 @@ def test_too_many_waiting_lookups_are_refused_at_once(monkeypatch: Any) -> None:
     assert isinstance(last, OSError)
 
 
-def test_its_threads_end_when_there_is_nothing_to_look_up(eventually: Any) -> None:
+def test_its_threads_end_when_there_is_nothing_to_look_up() -> None:
     names: set[str] = set()
 
     def note(name: str) -> Sequence[str]:
@@ -60,7 +61,7 @@ def test_its_threads_end_when_there_is_nothing_to_look_up(eventually: Any) -> No
 
     asyncio.run(ask())
     assert names == {"resolver"}
-    eventually(lambda: not any(thread.name == "resolver" for thread in threading.enumerate()))
+    until(lambda: not any(thread.name == "resolver" for thread in threading.enumerate()))
 
 
 def test_it_serves_one_loop_after_the_other() -> None:
@@ -69,7 +70,7 @@ def test_it_serves_one_loop_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("error", [socket.EAI_NONAME, socket.EAI_NODATA])
-def test_a_name_that_is_not_there_has_no_addresses(monkeypatch: Any, error: int) -> None:
+def test_a_name_that_is_not_there_has_no_addresses(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     def getaddrinfo(host: str, *rest: Any) -> Any:
         assert host == "a.example."
         raise socket.gaierror(error, "")
@@ -78,7 +79,7 @@ def test_a_name_that_is_not_there_has_no_addresses(monkeypatch: Any, error: int)
     assert ipv4_addresses("a.example") == ()
 
 
-def test_a_resolver_that_does_not_know_is_an_error(monkeypatch: Any) -> None:
+def test_a_resolver_that_does_not_know_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def getaddrinfo(*arguments: Any) -> Any:
         raise socket.gaierror(socket.EAI_AGAIN, "")
 
@@ -102,7 +103,7 @@ asyncio.run(main())
     assert (done.stdout, done.stderr) == ("too long\n", "")
 
 
-def test_without_a_thread_a_lookup_fails_with_an_oserror(monkeypatch: Any) -> None:
+def test_without_a_thread_a_lookup_fails_with_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 

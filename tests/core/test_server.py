@@ -7,13 +7,16 @@ import contextlib
 import logging
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fumi_core import Fumi, plugins
+from fumi_core import DataContext, Fumi, MailContext, Next, plugins
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.support.waiting import until
 
 
 class Reasons(Observer):
@@ -35,7 +38,7 @@ def send_until_blocked(sock: socket.socket, piece: bytes) -> int:
     raise AssertionError("nothing slows the sender down")
 
 
-def test_one_client_too_many_is_421(connect: Any, eventually: Any) -> None:
+def test_one_client_too_many_is_421(connect: Connect) -> None:
     app = Fumi(auth_optional=True, max_clients=2, close_timeout=0.2)
     with running(app) as server:
         first, _second = connect(server.port), connect(server.port)
@@ -44,10 +47,10 @@ def test_one_client_too_many_is_421(connect: Any, eventually: Any) -> None:
         assert third.reply() == b""
         first.say("QUIT")
         first.close()
-        eventually(lambda: connect(server.port).banner.startswith(b"220"))
+        until(lambda: connect(server.port).banner.startswith(b"220"))
 
 
-def test_silence_is_421(connect: Any) -> None:
+def test_silence_is_421(connect: Connect) -> None:
     app = Fumi(auth_optional=True, socket_timeout=0.05, close_timeout=0.2)
     with running(app) as server:
         client = connect(server.port)
@@ -55,12 +58,12 @@ def test_silence_is_421(connect: Any) -> None:
         assert client.reply() == b""
 
 
-def test_silence_in_a_message_is_421_and_the_handler_hears_of_it(connect: Any) -> None:
+def test_silence_in_a_message_is_421_and_the_handler_hears_of_it(connect: Connect) -> None:
     app = Fumi(auth_optional=True, socket_timeout=1, close_timeout=0.2)
     failures: list[BaseException] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         try:
             await ctx.stream.read()
         except Exception as error:
@@ -76,7 +79,7 @@ def test_silence_in_a_message_is_421_and_the_handler_hears_of_it(connect: Any) -
     assert [type(failure).__name__ for failure in failures] == ["MessageAborted"]
 
 
-def test_a_message_that_drips_in_is_cut_by_data_timeout(connect: Any) -> None:
+def test_a_message_that_drips_in_is_cut_by_data_timeout(connect: Connect) -> None:
     app = Fumi(auth_optional=True, data_timeout=0.1, close_timeout=0.2)
     with running(app) as server:
         client = connect(server.port)
@@ -98,11 +101,11 @@ def test_a_message_that_drips_in_is_cut_by_data_timeout(connect: Any) -> None:
         thread.join()
 
 
-def test_a_slow_handler_is_no_silence_of_the_client(connect: Any) -> None:
+def test_a_slow_handler_is_no_silence_of_the_client(connect: Connect) -> None:
     app = Fumi(auth_optional=True, socket_timeout=1, close_timeout=0.2)
 
     @app.on_mail_from
-    async def mail(ctx: Any, next: Any) -> None:
+    async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(1.5)
 
     with running(app) as server:
@@ -111,13 +114,13 @@ def test_a_slow_handler_is_no_silence_of_the_client(connect: Any) -> None:
         assert client.say("MAIL FROM:<>").startswith(b"250")
 
 
-def test_a_slow_reader_of_a_message_slows_the_client_down(connect: Any) -> None:
+def test_a_slow_reader_of_a_message_slows_the_client_down(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     go = threading.Event()
     streams: list[Any] = []
 
     @app.on_data
-    async def data(ctx: Any, next: Any) -> None:
+    async def data(ctx: DataContext, next: Next) -> None:
         streams.append(ctx.stream)
         await asyncio.to_thread(go.wait, 20)
         await next()
@@ -136,7 +139,7 @@ def test_a_slow_reader_of_a_message_slows_the_client_down(connect: Any) -> None:
         assert len(server.messages[0].body) == sent - sent % 1000 + 1000
 
 
-def test_a_client_that_does_not_read_its_replies_is_not_read_either(connect: Any) -> None:
+def test_a_client_that_does_not_read_its_replies_is_not_read_either(connect: Connect) -> None:
     app = Fumi(auth_optional=True, max_errors=10**9, close_timeout=0.2)
     with running(app) as server:
         client = connect(server.port)
@@ -150,7 +153,7 @@ def test_a_client_that_does_not_read_its_replies_is_not_read_either(connect: Any
         assert replies == sent // 6
 
 
-def test_an_endless_line_is_discarded_and_answered_once(connect: Any) -> None:
+def test_an_endless_line_is_discarded_and_answered_once(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     with running(app) as server:
         client = connect(server.port)
@@ -161,7 +164,7 @@ def test_an_endless_line_is_discarded_and_answered_once(connect: Any) -> None:
         assert client.say("NOOP " + "x" * 4090).startswith(b"500")
 
 
-def test_close_lets_a_transaction_end_and_says_421_to_the_idle(connect: Any) -> None:
+def test_close_lets_a_transaction_end_and_says_421_to_the_idle(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=20)
     with running(app) as server:
         idle, busy = connect(server.port), connect(server.port)
@@ -179,7 +182,7 @@ def test_close_lets_a_transaction_end_and_says_421_to_the_idle(connect: Any) -> 
         assert len(server.messages) == 1
 
 
-def test_close_cuts_what_does_not_end_in_time(connect: Any) -> None:
+def test_close_cuts_what_does_not_end_in_time(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.05)
     closed: list[str] = []
     app.on_close(lambda ctx, next: closed.append(ctx.session.id))
@@ -242,7 +245,7 @@ def test_a_close_that_is_cancelled_cuts_what_is_left() -> None:
     ("said", "level"), [(b"", "DEBUG"), (b"QUIT\r\n", "INFO"), (b"EHLO x\r\n", "INFO"), (b"BOGUS\r\n", "INFO"), (b"NO", "INFO")]
 )
 def test_a_client_that_closes_without_a_word_is_worth_a_line_only_to_those_who_debug(
-    connect: Any, caplog: Any, eventually: Any, said: bytes, level: str
+    connect: Connect, caplog: pytest.LogCaptureFixture, said: bytes, level: str
 ) -> None:
     """Load balancers look in this way whether a port is open."""
     app = Fumi(auth_optional=True, logger=True, close_timeout=0.2)
@@ -251,21 +254,23 @@ def test_a_client_that_closes_without_a_word_is_worth_a_line_only_to_those_who_d
         client = connect(server.port)
         client.sock.sendall(said)
         client.close()
-        eventually(lambda: "session ended" in caplog.text)
+        until(lambda: "session ended" in caplog.text)
     assert [record.levelname for record in caplog.records if "session ended" in record.message] == [level]
     assert observer.reasons == []
 
 
-def test_a_client_that_is_refused_is_worth_a_line_though_it_says_nothing(connect: Any, caplog: Any, eventually: Any) -> None:
+def test_a_client_that_is_refused_is_worth_a_line_though_it_says_nothing(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     app = Fumi(auth_optional=True, logger=True, close_timeout=0.2).use(plugins.denylist(["127.0.0.1"]))
     with caplog.at_level("DEBUG"), running(app) as server:
         assert connect(server.port).banner.startswith(b"554")
         connect(server.port).close()
-        eventually(lambda: "session ended" in caplog.text)
+        until(lambda: "session ended" in caplog.text)
     assert {record.levelname for record in caplog.records if "session ended" in record.message} == {"INFO"}
 
 
-def test_it_listens_on_a_unix_socket_too(tmp_path: Any) -> None:
+def test_it_listens_on_a_unix_socket_too(tmp_path: Path) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     path = str(tmp_path / "smtp.sock")
     with running(app) as server:
@@ -276,11 +281,11 @@ def test_it_listens_on_a_unix_socket_too(tmp_path: Any) -> None:
             assert client.recv(100).startswith(b"220")
 
 
-def test_a_session_is_logged_once_when_a_logger_is_wanted(connect: Any, caplog: Any, eventually: Any) -> None:
+def test_a_session_is_logged_once_when_a_logger_is_wanted(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, logger=True, close_timeout=0.2)
     with running(app) as server, caplog.at_level(logging.INFO):
         connect(server.port).say("QUIT")
-        eventually(lambda: caplog.text.count("session ended") == 1)
+        until(lambda: caplog.text.count("session ended") == 1)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import Fumi, Session
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.support.waiting import until
 
 TLS = TLSInfo(version="TLSv1.3", cipher="TLS_AES_256_GCM_SHA384", sni="mx.example")
 
@@ -23,20 +25,23 @@ def header(tls: TLSInfo | None = TLS, unique_id: bytes = b"conn-1", **changes: A
     return ProxyHeader(**{**fields, **changes}).to_bytes()
 
 
+Behind = Callable[..., tuple[Fumi, list[Session]]]
+
+
 @pytest.fixture
-def behind() -> Callable[..., tuple[Fumi, list[Any]]]:
+def behind() -> Behind:
     """An app behind a terminator, and the sessions its handlers saw."""
 
-    def make(**options: Any) -> tuple[Fumi, list[Any]]:
+    def make(**options: Any) -> tuple[Fumi, list[Session]]:
         app = Fumi(**{"auth_optional": True, "proxy_protocol": "required", "close_timeout": 0.2, **options})
-        sessions: list[Any] = []
+        sessions: list[Session] = []
         app.on_connect(lambda ctx, next: sessions.append(ctx.session))
         return app, sessions
 
     return make
 
 
-def test_the_header_says_who_the_client_is_and_how_it_came(behind: Any, connect: Any) -> None:
+def test_the_header_says_who_the_client_is_and_how_it_came(behind: Behind, connect: Connect) -> None:
     app, sessions = behind()
     with running(app) as server:
         client = connect(server.port, header())
@@ -55,7 +60,7 @@ def test_the_header_says_who_the_client_is_and_how_it_came(behind: Any, connect:
     assert " with ESMTPS id conn-1" in trace
 
 
-def test_the_header_may_come_byte_by_byte_with_commands_behind_it(behind: Any, connect: Any) -> None:
+def test_the_header_may_come_byte_by_byte_with_commands_behind_it(behind: Behind, connect: Connect) -> None:
     app, sessions = behind()
     with running(app) as server:
         client = connect(server.port, banner=False)
@@ -67,7 +72,7 @@ def test_the_header_may_come_byte_by_byte_with_commands_behind_it(behind: Any, c
     assert sessions[0].remote_address == "192.0.2.7"
 
 
-def test_without_the_ssl_tlv_a_session_is_not_secure(behind: Any, connect: Any) -> None:
+def test_without_the_ssl_tlv_a_session_is_not_secure(behind: Behind, connect: Connect) -> None:
     app, sessions = behind()
     with running(app) as server:
         connect(server.port, header(tls=None))
@@ -76,14 +81,14 @@ def test_without_the_ssl_tlv_a_session_is_not_secure(behind: Any, connect: Any) 
     assert sessions[1].remote_address == "2001:db8::1"
 
 
-def test_assume_tls_makes_every_session_secure(behind: Any, connect: Any) -> None:
+def test_assume_tls_makes_every_session_secure(behind: Behind, connect: Connect) -> None:
     app, sessions = behind(assume_tls=True)
     with running(app) as server:
         connect(server.port, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
     assert (sessions[0].secure, sessions[0].tls) == (True, None)
 
 
-def test_a_unique_id_that_cannot_be_printed_comes_as_hex(behind: Any, connect: Any) -> None:
+def test_a_unique_id_that_cannot_be_printed_comes_as_hex(behind: Behind, connect: Connect) -> None:
     app, sessions = behind()
     with running(app) as server:
         for unique_id in (b"a b", b"\x00\xff", b"ok"):
@@ -91,14 +96,16 @@ def test_a_unique_id_that_cannot_be_printed_comes_as_hex(behind: Any, connect: A
     assert [session.id for session in sessions] == ["612062", "00ff", "ok"]
 
 
-def test_a_local_header_is_greeted_by_the_connections_own_addresses(behind: Any, connect: Any) -> None:
+def test_a_local_header_is_greeted_by_the_connections_own_addresses(behind: Behind, connect: Connect) -> None:
     app, sessions = behind()
     with running(app) as server:
         assert connect(server.port, ProxyHeader(2, "LOCAL").to_bytes()).banner.startswith(b"220")
     assert (sessions[0].remote_address, sessions[0].secure) == ("127.0.0.1", False)
 
 
-def test_a_local_session_is_worth_a_line_only_to_those_who_debug(behind: Any, connect: Any, caplog: Any) -> None:
+def test_a_local_session_is_worth_a_line_only_to_those_who_debug(
+    behind: Behind, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     """A health check comes every few seconds."""
     app, _ = behind(logger=True)
     with caplog.at_level("DEBUG"), running(app) as server:
@@ -112,7 +119,7 @@ def test_a_local_session_is_worth_a_line_only_to_those_who_debug(behind: Any, co
 @pytest.mark.parametrize(
     "sent", [b"EHLO x\r\n", b"PROXY TCP4 1 2 3 4\r\n", header()[:-1] + b"\x00", b"\r\n\r\n\x00\r\nQUIT\n\x31"]
 )
-def test_a_bad_header_ends_the_connection_without_a_word(behind: Any, connect: Any, sent: bytes) -> None:
+def test_a_bad_header_ends_the_connection_without_a_word(behind: Behind, connect: Connect, sent: bytes) -> None:
     app, sessions = behind()
     with running(app) as server:
         client = connect(server.port, sent, banner=False)
@@ -120,7 +127,7 @@ def test_a_bad_header_ends_the_connection_without_a_word(behind: Any, connect: A
     assert sessions == []
 
 
-def test_a_peer_that_is_not_trusted_is_closed_at_once(behind: Any, connect: Any) -> None:
+def test_a_peer_that_is_not_trusted_is_closed_at_once(behind: Behind, connect: Connect) -> None:
     app, sessions = behind(trusted_proxies=["192.0.2.0/24"])
     with running(app) as server:
         client = connect(server.port, banner=False)
@@ -133,7 +140,7 @@ def test_a_peer_that_is_not_trusted_is_closed_at_once(behind: Any, connect: Any)
     assert sessions == []
 
 
-def test_a_header_that_does_not_come_is_not_waited_for(behind: Any, connect: Any) -> None:
+def test_a_header_that_does_not_come_is_not_waited_for(behind: Behind, connect: Connect) -> None:
     app, sessions = behind(proxy_timeout=0.05)
     with running(app) as server:
         client = connect(server.port, header()[:20], banner=False)
@@ -143,7 +150,7 @@ def test_a_header_that_does_not_come_is_not_waited_for(behind: Any, connect: Any
 
 @pytest.mark.parametrize("said", [b"", b"EHLO x\r\n"])
 def test_who_connects_without_a_proxy_is_told_of_the_option_in_the_log(
-    behind: Any, connect: Any, caplog: Any, said: bytes
+    behind: Behind, connect: Connect, caplog: pytest.LogCaptureFixture, said: bytes
 ) -> None:
     app, _ = behind(proxy_timeout=0.1)
     with running(app) as server:
@@ -152,11 +159,13 @@ def test_who_connects_without_a_proxy_is_told_of_the_option_in_the_log(
     assert "clients that connect without a proxy need --proxy-protocol off" in line
 
 
-def test_a_port_that_is_only_looked_at_is_no_missing_header(behind: Any, connect: Any, caplog: Any, eventually: Any) -> None:
+def test_a_port_that_is_only_looked_at_is_no_missing_header(
+    behind: Behind, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     app, _ = behind()
     with caplog.at_level("DEBUG"), running(app) as server:
         connect(server.port, banner=False).close()
-        eventually(lambda: "no valid PROXY header" in caplog.text)
+        until(lambda: "no valid PROXY header" in caplog.text)
     (record,) = [record for record in caplog.records if "no valid PROXY header" in record.message]
     assert record.levelname == "DEBUG"
     assert "--proxy-protocol" not in record.message

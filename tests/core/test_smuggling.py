@@ -11,7 +11,6 @@ import re
 import socket
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
 import pytest
 
@@ -45,7 +44,7 @@ REFUSED = b"550 5.6.11 Error: bare <LF> or <CR> received\r\n"
 
 
 @pytest.fixture(scope="module", params=["reject", "normalize"])
-def server(request: Any) -> Iterator[RunningServer]:
+def server(request: pytest.FixtureRequest) -> Iterator[RunningServer]:
     app = Fumi(auth_optional=True, name="mx.example", bare_newlines=request.param, close_timeout=0.2)
     with running(app) as server:
         yield server

@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.core.client import Connect
 
 PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
@@ -58,7 +59,7 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_passed_sockets_are_listened_on_when_nothing_else_is_said(
-    activate: Activate, listener: socket.socket, connect: Any, workers: str
+    activate: Activate, listener: socket.socket, connect: Connect, workers: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as second:
         process = activate({"a": listener, "b": second}, "--workers", workers)
@@ -67,7 +68,7 @@ def test_passed_sockets_are_listened_on_when_nothing_else_is_said(
         assert stop(process) == 0
 
 
-def test_sockets_are_chosen_by_their_names(activate: Activate, listener: socket.socket, connect: Any) -> None:
+def test_sockets_are_chosen_by_their_names(activate: Activate, listener: socket.socket, connect: Connect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as second, socket.create_server(("127.0.0.1", 0)) as third:
         process = activate({"smtp": listener, "other": second}, "--listen", "fd:other", "--banner", "chosen")
         assert b"chosen" in connect(second.getsockname()[1]).banner

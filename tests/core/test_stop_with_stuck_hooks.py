@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.core.client import Connect
+from tests.support.ports import free_port
 from tests.support.programs import listening
 from tests.support.starter import BIN
+from tests.support.waiting import until
 
 # The first MAIL leaves a thread in a call that does not return; "busy@" keeps the event loop itself.
 STUCK = """
@@ -30,8 +32,11 @@ async def stick(ctx, next):
 """
 
 
+Stuck = Callable[..., tuple[subprocess.Popen[bytes], Path]]
+
+
 @pytest.fixture
-def stuck(tmp_path: Path, connect: Any, free_port: Any, eventually: Any) -> Iterator[Any]:
+def stuck(tmp_path: Path, connect: Connect) -> Iterator[Stuck]:
     """The real program, whose interpreter waits for threads at its end, with one that does not end."""
     (tmp_path / "stuck.py").write_text(STUCK)
     running: list[subprocess.Popen[bytes]] = []
@@ -41,11 +46,11 @@ def stuck(tmp_path: Path, connect: Any, free_port: Any, eventually: Any) -> Iter
         command = [str(BIN / "fumi-core"), "--proxy-protocol", "off", "--listen", f"127.0.0.1:{port}", *flags, "stuck:app"]
         with log.open("wb") as stderr:
             running.append(subprocess.Popen(command, cwd=tmp_path, stderr=stderr))
-        eventually(lambda: listening(port))
+        until(lambda: listening(port))
         client = connect(port)
         client.say("EHLO client.example")
         client.sock.sendall(f"MAIL FROM:<{sender}>\r\n".encode())
-        eventually((tmp_path / "stuck").exists)
+        until((tmp_path / "stuck").exists)
         return running[-1], log
 
     yield run
@@ -55,7 +60,7 @@ def stuck(tmp_path: Path, connect: Any, free_port: Any, eventually: Any) -> Iter
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_program_ends_although_a_hook_sits_in_a_thread(stuck: Any, workers: str) -> None:
+def test_a_program_ends_although_a_hook_sits_in_a_thread(stuck: Stuck, workers: str) -> None:
     process, log = stuck("a@b.example", "--workers", workers)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
@@ -63,18 +68,18 @@ def test_a_program_ends_although_a_hook_sits_in_a_thread(stuck: Any, workers: st
 
 
 @pytest.mark.parametrize("sender", ["a@b.example", "busy@b.example"])
-def test_a_second_signal_ends_it_whatever_a_hook_does(stuck: Any, sender: str, eventually: Any) -> None:
+def test_a_second_signal_ends_it_whatever_a_hook_does(stuck: Stuck, sender: str) -> None:
     process, log = stuck(sender, "--drain-timeout", "1000")
     process.send_signal(signal.SIGTERM)
     if not sender.startswith("busy@"):
-        eventually(lambda: "stopping" in log.read_text())
+        until(lambda: "stopping" in log.read_text())
     process.send_signal(signal.SIGINT)
     # Where the first has not been handled yet, Python takes them by their numbers.
     assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     assert "Traceback" not in log.read_text()
 
 
-def test_two_stop_signals_in_one_turn_are_two(stuck: Any) -> None:
+def test_two_stop_signals_in_one_turn_are_two(stuck: Stuck) -> None:
     process, log = stuck("a@b.example", "--drain-timeout", "1000")
     for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
         process.send_signal(number)

@@ -12,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fumi_core.runtime.systemd
 from fumi_core.runtime.systemd import Notifier
+from tests.core.client import Connect
+from tests.core.programs import Program, Start
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 class Systemd:
@@ -62,7 +65,7 @@ def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_systemd_hears_of_start_reload_and_stop(systemd: Systemd, start: Any, free_port: Any, workers: str) -> None:
+def test_systemd_hears_of_start_reload_and_stop(systemd: Systemd, start: Start, workers: str) -> None:
     port = free_port()
     flags = ("--listen", f"127.0.0.1:{port}", "--deliver", "discard:", "--workers", workers)
     program = start(*flags, environment=systemd.environment)
@@ -79,9 +82,7 @@ def test_systemd_hears_of_start_reload_and_stop(systemd: Systemd, start: Any, fr
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_program_that_stops_does_not_reload(
-    systemd: Systemd, start: Any, connect: Any, free_port: Any, workers: str, eventually: Any
-) -> None:
+def test_a_program_that_stops_does_not_reload(systemd: Systemd, start: Start, connect: Connect, workers: str) -> None:
     port = free_port()
     flags = ("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--deliver", "discard:", "--workers", workers)
     program = start(*flags, environment=systemd.environment)
@@ -92,7 +93,7 @@ def test_a_program_that_stops_does_not_reload(
     program.process.send_signal(signal.SIGTERM)
     assert systemd.hear() == "STOPPING=1"
     program.process.send_signal(signal.SIGHUP)
-    eventually(lambda: not pending(program.process.pid, signal.SIGHUP))
+    until(lambda: not pending(program.process.pid, signal.SIGHUP))
     assert client.say(".").startswith(b"250")
     assert program.process.wait(60) == 0
     assert systemd.silent(0.1)
@@ -106,7 +107,7 @@ def pending(pid: int, number: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_reload_that_fails_ends_too(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, workers: str) -> None:
+def test_a_reload_that_fails_ends_too(systemd: Systemd, start: Start, tmp_path: Path, workers: str) -> None:
     (tmp_path / "users").write_text("")
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--users", "users", "--workers", workers)
     program = start(*flags, environment=systemd.environment)
@@ -118,7 +119,7 @@ def test_a_reload_that_fails_ends_too(systemd: Systemd, start: Any, free_port: A
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_watchdog_is_fed(systemd: Systemd, start: Any, free_port: Any, workers: str) -> None:
+def test_the_watchdog_is_fed(systemd: Systemd, start: Start, workers: str) -> None:
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:", "--workers", workers)
     start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
     while (heard := systemd.hear()) != "READY=1":
@@ -128,7 +129,7 @@ def test_the_watchdog_is_fed(systemd: Systemd, start: Any, free_port: Any, worke
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_watchdog_is_not_fed_by_a_program_that_hangs(
-    systemd: Systemd, start: Any, connect: Any, free_port: Any, tmp_path: Path, workers: str
+    systemd: Systemd, start: Start, connect: Connect, tmp_path: Path, workers: str
 ) -> None:
     (tmp_path / "hang.py").write_text(
         """
@@ -172,11 +173,14 @@ fumi_core.program.work.read_again = slowly
 """
 
 
+Slow = Callable[..., Program]
+
+
 @pytest.fixture
-def slow(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, eventually: Any) -> Callable[..., Any]:
+def slow(systemd: Systemd, start: Start, tmp_path: Path) -> Slow:
     """Start two workers, and a reload that lasts until the file "hold" is gone."""
 
-    def run(module: str = SLOW) -> Any:
+    def run(module: str = SLOW) -> Program:
         (tmp_path / "slow.py").write_text(module)
         flags = ("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--workers", "2", "slow:app")
         program = start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "100000"})
@@ -184,7 +188,7 @@ def slow(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, eventuall
             pass
         (tmp_path / "hold").touch()
         program.process.send_signal(signal.SIGHUP)
-        eventually((tmp_path / "reading").exists)
+        until((tmp_path / "reading").exists)
         while not systemd.hear().startswith("RELOADING=1"):
             pass
         return program
@@ -192,7 +196,7 @@ def slow(systemd: Systemd, start: Any, free_port: Any, tmp_path: Path, eventuall
     return run
 
 
-def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(systemd: Systemd, slow: Any) -> None:
+def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(systemd: Systemd, slow: Slow) -> None:
     program = slow()
     program.process.send_signal(signal.SIGHUP)
     assert [systemd.hear() for _ in range(5)] == ["WATCHDOG=1"] * 5
@@ -202,34 +206,34 @@ def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(systemd: Systemd
     assert program.process.wait(60) == 0
 
 
-def kill_workers(program: Any) -> None:
+def kill_workers(program: Program) -> None:
     children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children")
     for pid in children.read_text().split():
         os.kill(int(pid), signal.SIGKILL)
 
 
-def test_a_watchdog_without_a_serving_worker_starves(systemd: Systemd, slow: Any) -> None:
+def test_a_watchdog_without_a_serving_worker_starves(systemd: Systemd, slow: Slow) -> None:
     kill_workers(slow())
     while not systemd.silent(1):
         pass
 
 
 def test_settings_that_cannot_be_read_in_time_are_given_up_and_workers_are_replaced(
-    systemd: Systemd, slow: Any, eventually: Any, tmp_path: Path
+    systemd: Systemd, slow: Slow, tmp_path: Path
 ) -> None:
     program = slow(SLOW + "fumi_core.runtime.master.READ_TIMEOUT = 0.3\n")
-    eventually(lambda: "reload failed" in program.log.read_text())
+    until(lambda: "reload failed" in program.log.read_text())
     assert "ERROR fumi.core reload failed: the old settings stay in use" in program.log.read_text()
     while systemd.hear() != "READY=1":
         pass
     kill_workers(program)
-    eventually(lambda: program.log.read_text().count("worker died") == 2)
+    until(lambda: program.log.read_text().count("worker died") == 2)
     while systemd.hear() != "WATCHDOG=1":
         pass
     # As long as the first reload hangs there is no other beside it.
     program.process.send_signal(signal.SIGHUP)
     refused = "an earlier reload still waits for a file"
-    eventually(lambda: refused in program.log.read_text())
+    until(lambda: refused in program.log.read_text())
     (tmp_path / "hold").unlink()
     sent = 1
 
@@ -241,11 +245,11 @@ def test_settings_that_cannot_be_read_in_time_are_given_up_and_workers_are_repla
             program.process.send_signal(signal.SIGHUP)
         return "INFO fumi.core reloaded" in text
 
-    eventually(reloaded)
+    until(reloaded)
     assert program.process.poll() is None
 
 
-def test_a_watchdog_meant_for_another_process_is_none(start: Any, free_port: Any, tmp_path: Path) -> None:
+def test_a_watchdog_meant_for_another_process_is_none(start: Start, tmp_path: Path) -> None:
     with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
         flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:")
         start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"})
@@ -284,7 +288,7 @@ def test_a_systemd_that_hears_nothing_is_not_waited_for_for_long(
     assert "cannot notify systemd state=READY=1" in caplog.text
 
 
-def test_children_see_nothing_of_it(start: Any, connect: Any, free_port: Any, tmp_path: Path) -> None:
+def test_children_see_nothing_of_it(start: Start, connect: Connect, tmp_path: Path) -> None:
     (tmp_path / "env.py").write_text(
         """
 import os

@@ -6,13 +6,14 @@ import email
 import email.policy
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fumi_core.delivery.trace import MAX_LINE_BYTES, Traced
 from fumi_core.program import builtin
 from fumi_core.testing import running
+from tests.core.client import Connect
+from tests.core.scripted_hop import StartHop
 
 FIELDS = b"Received: from a\r\n\tby b\r\n"
 APART = [
@@ -59,7 +60,7 @@ def test_no_more_is_held_back_than_a_line_can_have() -> None:
     ],
 )
 def test_every_target_keeps_header_and_body_apart(
-    tmp_path: Path, connect: Any, scripted_hop: Any, target: str, by: str, text: bytes, subject: str | None, body: str
+    tmp_path: Path, connect: Connect, scripted_hop: StartHop, target: str, by: str, text: bytes, subject: str | None, body: str
 ) -> None:
     hop = scripted_hop() if target != "maildir" else None
     deliver = f"{target}:{hop.address}" if hop else f"maildir:{tmp_path}/box"

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from base64 import b64encode
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -70,7 +69,9 @@ def _refused(smtp: smtplib.SMTP) -> bool:
 
 
 @pytest.mark.parametrize("password", ["", "x", "p\u00e4sswort"])
-def test_every_check_costs_the_same_whether_there_is_such_a_user_or_not(tmp_path: Path, monkeypatch: Any, password: str) -> None:
+def test_every_check_costs_the_same_whether_there_is_such_a_user_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
     """What a check computes is what tells, in milliseconds, who is there."""
     path = write_users(tmp_path, strong=hashed("one", log_n=3), weak=hashed("two", log_n=2), other=hashed("three", log_n=2))
     app = Fumi(allow_insecure_auth=True, max_errors=100, close_timeout=0.2).use(users.Users(path))

@@ -8,12 +8,17 @@ import re
 import signal
 import socket
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fumi_core
+from tests.core.client import Client, Connect
+from tests.core.programs import Program, Start
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 # MAIL tells which worker it came to; "hang@" makes that worker hear nothing any more.
 WHO = """
@@ -34,7 +39,7 @@ async def who(ctx, next):
 class Set:
     """A running fumi-core with workers."""
 
-    def __init__(self, program: Any, port: int, connect: Any) -> None:
+    def __init__(self, program: Program, port: int, connect: Connect) -> None:
         self.program = program
         self.port = port
         self._connect = connect
@@ -60,8 +65,11 @@ class Set:
         return str(self.program.log.read_text())
 
 
+TwoWorkers = Callable[..., Set]
+
+
 @pytest.fixture
-def two_workers(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> Any:
+def two_workers(start: Start, connect: Connect, tmp_path: Path) -> TwoWorkers:
     def run(*flags: str, module: str = WHO) -> Set:
         (tmp_path / "who.py").write_text(module)
         port = free_port()
@@ -71,7 +79,7 @@ def two_workers(start: Any, connect: Any, tmp_path: Path, free_port: Any) -> Any
     return run
 
 
-def in_flight(client: Any) -> Any:
+def in_flight(client: Client) -> Client:
     """A client half-way through its message."""
     client.envelope()
     assert client.say("DATA").startswith(b"354")
@@ -86,7 +94,7 @@ def gone(pid: int) -> bool:
     return True
 
 
-def test_a_killed_worker_is_replaced_and_only_its_own_connections_suffer(two_workers: Any, connect: Any) -> None:
+def test_a_killed_worker_is_replaced_and_only_its_own_connections_suffer(two_workers: TwoWorkers, connect: Connect) -> None:
     workers = two_workers()
     (killed, victim), (other, bystander) = workers.clients().items()
     in_flight(bystander)
@@ -121,11 +129,11 @@ class Metrics:
         return False
 
 
-def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: Any, free_port: Any, eventually: Any) -> None:
+def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: TwoWorkers) -> None:
     port = free_port()
     metrics = Metrics(port)
     workers = two_workers("--metrics", f"127.0.0.1:{port}")
-    eventually(metrics.ready)
+    until(metrics.ready)
     before = metrics.values()
     assert before['fumi_core_commands_total{command="VRFY"}'] == 0
     assert before["fumi_core_worker_restarts_total"] == 0
@@ -135,8 +143,8 @@ def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: Any, f
     for client in clients.values():
         in_flight(client)
         assert client.say(b".").startswith(b"250")
-    eventually(lambda: metrics.values()["fumi_core_message_bytes_sum"] == 24)
-    eventually(lambda: metrics.values()['fumi_core_commands_total{command="DATA"}'] == 2)
+    until(lambda: metrics.values()["fumi_core_message_bytes_sum"] == 24)
+    until(lambda: metrics.values()['fumi_core_commands_total{command="DATA"}'] == 2)
     before = metrics.values()
     assert before['fumi_core_messages_total{result="accepted"}'] == 2
     assert before['fumi_core_message_bytes_bucket{le="+Inf"}'] == 2
@@ -148,29 +156,29 @@ def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: Any, f
     while (now := metrics.values())["fumi_core_worker_restarts_total"] == 0:
         fallen = [name for name, value in before.items() if now[name] < value and not name.endswith("_active")]
         assert fallen == []
-    eventually(lambda: metrics.values()["fumi_core_connections_active"] < open_before)
+    until(lambda: metrics.values()["fumi_core_connections_active"] < open_before)
     workers.clients()
-    eventually(lambda: metrics.values()["fumi_core_connections_total"] >= before["fumi_core_connections_total"] + 2)
+    until(lambda: metrics.values()["fumi_core_connections_total"] >= before["fumi_core_connections_total"] + 2)
     now = metrics.values()
     assert [name for name, value in before.items() if now[name] < value and not name.endswith("_active")] == []
     assert now['fumi_core_messages_total{result="accepted"}'] == 2
 
 
-def test_max_clients_counts_over_all_workers(two_workers: Any, connect: Any) -> None:
+def test_max_clients_counts_over_all_workers(two_workers: TwoWorkers, connect: Connect) -> None:
     workers = two_workers("--max-clients", "3")
     held = [connect(workers.port) for _ in range(3)]
     assert all(client.banner.startswith(b"220") for client in held)
     assert connect(workers.port).banner.startswith(b"421")
 
 
-def test_sigterm_drains_all_workers(two_workers: Any, free_port: Any, eventually: Any) -> None:
+def test_sigterm_drains_all_workers(two_workers: TwoWorkers) -> None:
     port = free_port()
     metrics = Metrics(port)
     workers = two_workers("--metrics", f"127.0.0.1:{port}")
     clients = [in_flight(client) for client in workers.clients().values()]
     workers.program.process.send_signal(signal.SIGTERM)
-    eventually(lambda: not accepts(workers.port))
-    eventually(lambda: not metrics.ready())
+    until(lambda: not accepts(workers.port))
+    until(lambda: not metrics.ready())
     for client in clients:
         assert client.say(b"the rest\r\n.").startswith(b"250")
         assert client.reply().startswith(b"421")
@@ -185,28 +193,28 @@ def accepts(port: int) -> bool:
     return False
 
 
-def test_sigterm_to_the_whole_group_is_one_stop_not_two(two_workers: Any, eventually: Any) -> None:
+def test_sigterm_to_the_whole_group_is_one_stop_not_two(two_workers: TwoWorkers) -> None:
     workers = two_workers()
     clients = {pid: in_flight(client) for pid, client in workers.clients().items()}
     for pid in (*clients, workers.program.process.pid, *clients):
         os.kill(pid, signal.SIGTERM)
-    eventually(lambda: not accepts(workers.port))
+    until(lambda: not accepts(workers.port))
     for client in clients.values():
         assert client.say(b".").startswith(b"250")
     assert workers.program.process.wait(60) == 0
 
 
-def test_a_second_sigterm_ends_all_at_once(two_workers: Any, eventually: Any) -> None:
+def test_a_second_sigterm_ends_all_at_once(two_workers: TwoWorkers) -> None:
     workers = two_workers()
     clients = {pid: in_flight(client) for pid, client in workers.clients().items()}
     workers.program.process.send_signal(signal.SIGTERM)
-    eventually(lambda: "stopping" in workers.log)
+    until(lambda: "stopping" in workers.log)
     workers.program.process.send_signal(signal.SIGTERM)
     assert workers.program.process.wait(60) == 128 + signal.SIGTERM
     assert all(gone(pid) for pid in clients)
 
 
-def test_a_worker_that_overstays_is_killed(two_workers: Any) -> None:
+def test_a_worker_that_overstays_is_killed(two_workers: TwoWorkers) -> None:
     workers = two_workers("--drain-timeout", "0.1")
     client, pid = workers.client()
     client.sock.sendall(b"MAIL FROM:<hang@b.example>\r\n")
@@ -214,22 +222,22 @@ def test_a_worker_that_overstays_is_killed(two_workers: Any) -> None:
     assert f"pid={pid} reason=SIGKILL" in workers.log
 
 
-def test_workers_end_with_a_master_that_is_killed(two_workers: Any, free_port: Any, eventually: Any) -> None:
+def test_workers_end_with_a_master_that_is_killed(two_workers: TwoWorkers) -> None:
     port = free_port()
     workers = two_workers("--metrics", f"127.0.0.1:{port}")
-    eventually(Metrics(port).ready)
+    until(Metrics(port).ready)
     clients = workers.clients()
     (busy, client), (idle, _) = clients.items()
     in_flight(client)
     workers.program.process.kill()
     workers.program.process.wait()
-    eventually(lambda: gone(idle))
-    eventually(lambda: not accepts(workers.port) and not accepts(port))
+    until(lambda: gone(idle))
+    until(lambda: not accepts(workers.port) and not accepts(port))
     assert client.say(b".").startswith(b"250")
-    eventually(lambda: gone(busy))
+    until(lambda: gone(busy))
 
 
-def test_workers_that_cannot_start_are_tried_at_longer_and_longer_intervals(two_workers: Any, eventually: Any) -> None:
+def test_workers_that_cannot_start_are_tried_at_longer_and_longer_intervals(two_workers: TwoWorkers) -> None:
     module = """
 import os
 from fumi_core import Fumi
@@ -241,7 +249,7 @@ class Broken(Fumi):
 app = Broken()
 """
     workers = two_workers(module=module)
-    eventually(lambda: workers.log.count('reason="exit status 3"') >= 8)
+    until(lambda: workers.log.count('reason="exit status 3"') >= 8)
     pauses = [float(pause) for pause in re.findall(r"worker=0 .*pause=(\S+)", workers.log)]
     assert pauses == sorted(set(pauses))
     assert len(pauses) >= 2
@@ -249,15 +257,13 @@ app = Broken()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_what_is_a_soft_stop_to_others_is_nothing(
-    start: Any, connect: Any, free_port: Any, workers: str, eventually: Any
-) -> None:
+def test_what_is_a_soft_stop_to_others_is_nothing(start: Start, connect: Connect, workers: str) -> None:
     port = free_port()
     listen = ("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--metrics", f"127.0.0.1:{free_port()}")
     program = start(*listen, "--deliver", "discard:", "--workers", workers)
     pid = program.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    eventually(lambda: len(children.read_text().split()) == (3 if workers == "2" else 0))
+    until(lambda: len(children.read_text().split()) == (3 if workers == "2" else 0))
     before = children.read_text()
     for each in (pid, *map(int, before.split())):
         os.kill(each, signal.SIGUSR1)
@@ -269,7 +275,7 @@ def test_what_is_a_soft_stop_to_others_is_nothing(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_stop_between_listening_and_serving_is_a_clean_one(start: Any, tmp_path: Path, free_port: Any, workers: str) -> None:
+def test_a_stop_between_listening_and_serving_is_a_clean_one(start: Start, tmp_path: Path, workers: str) -> None:
     (tmp_path / "early.py").write_text(
         """
 import os, signal

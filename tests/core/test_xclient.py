@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fumi_core import Fumi
+from fumi_core import ConnectContext, Fumi, Next
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.testing import running
 
@@ -65,7 +65,7 @@ def test_connect_handlers_judge_the_client_that_xclient_names() -> None:
     app = Fumi(auth_optional=True, use_xclient=True, close_timeout=0.2)
 
     @app.on_connect
-    def judge(ctx: Any, next: Any) -> Any:
+    def judge(ctx: ConnectContext, next: Next) -> Any:
         if ctx.session.remote_address == "192.0.2.66":
             ctx.reject("5.7.1 Go away", 554)
         return next()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from fumi_core.testing import RunningServer
+from tests.core.client import Client
+from tests.core.scripted_hop import StartHop
 
 MIXED = b"451-4.2.0 Delivered to "
 
@@ -16,11 +20,15 @@ TEXT = "Subject: hi\r\nMessage-ID: <1@b.example>\r\n\r\nhi\r\n"
 OTHER = TEXT.replace("<1@", "<2@")
 
 
+StoreAnswer = str | None | Callable[[], str | None]
+"""A reply without its recipient, None to close the connection, or a function that returns one of these."""
+
+
 class Store:
     """An LMTP server that delivers: ``copies`` counts by recipient and text, ``answers`` says what others get, by recipient."""
 
-    def __init__(self, scripted_hop: Any, **answers: Any) -> None:
-        self.answers: dict[str, Any] = answers
+    def __init__(self, scripted_hop: StartHop, **answers: StoreAnswer) -> None:
+        self.answers = answers
         self.copies: Counter[tuple[str, str]] = Counter()
         self.hop = scripted_hop(dot=self._deliver, MAIL=self._sender, RCPT=self._recipient)
         self.address = self.hop.address
@@ -54,14 +62,26 @@ class Store:
         return {name: count for (name, found), count in self.copies.items() if found == text.partition("Subject")[2]}
 
 
-def envelope(client: Any, *names: str, parameters: str = " SIZE=100") -> list[bytes]:
+class MakeStore(Protocol):
+    """Starts an LMTP server with these answers."""
+
+    def __call__(self, **answers: StoreAnswer) -> Store: ...
+
+
+class Front(Protocol):
+    """Starts a core that delivers to an LMTP server and has a state directory, each its own unless told otherwise."""
+
+    def __call__(self, hop: Store, state: Path | None = ..., **options: Any) -> RunningServer: ...
+
+
+def envelope(client: Client, *names: str, parameters: str = " SIZE=100") -> list[bytes]:
     """The replies to RCPT."""
     assert client.say("EHLO client.example").startswith(b"250")
     assert client.say(f"MAIL FROM:<a@b.example>{parameters}").startswith(b"250")
     return [client.say(f"RCPT TO:<{name}@d.example>") for name in names]
 
 
-def send(client: Any, *names: str, text: str = TEXT, parameters: str = " SIZE=100") -> bytes:
+def send(client: Client, *names: str, text: str = TEXT, parameters: str = " SIZE=100") -> bytes:
     """A transaction whose recipients are all accepted: the reply to the message."""
     for reply in envelope(client, *names, parameters=parameters):
         assert reply.startswith(b"250"), reply

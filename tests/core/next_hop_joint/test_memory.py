@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from fumi_core.delivery.next_hop import reply_store
-from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, rows, send
+from tests.core.client import Connect
+from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, Front, MakeStore, rows, send
 
 
 def test_no_room_for_a_message_that_must_be_kept_is_452(
-    store: Any, front: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+    store: MakeStore, front: Front, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any, **options: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -48,7 +49,7 @@ def spoil(state: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["a file", "no database", "another's", "a directory"])
 def test_without_a_memory_the_start_warns_and_answers_that_differ_are_451_for_all(
-    store: Any, front: Any, connect: Any, tmp_path: Path, caplog: Any, how: str
+    store: MakeStore, front: Front, connect: Connect, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     spoil(tmp_path / "state", how)
     hop = store(full=FULL)
@@ -64,7 +65,12 @@ def test_without_a_memory_the_start_warns_and_answers_that_differ_are_451_for_al
 
 
 def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
-    store: Any, front: Any, connect: Any, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+    store: MakeStore,
+    front: Front,
+    connect: Connect,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hop = store(full=FULL)
     client = connect(front(hop).port)
@@ -87,7 +93,7 @@ def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
 
 
 def test_old_answers_and_too_many_are_forgotten(
-    store: Any, front: Any, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: MakeStore, front: Front, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reply_store, "MAX_REPLIES", 10)
     hop = store(full=FULL)
@@ -105,6 +111,6 @@ def test_old_answers_and_too_many_are_forgotten(
     assert rows(tmp_path / "state") == 2
 
 
-def test_an_lmtp_client_needs_no_memory(store: Any, front: Any, connect: Any, tmp_path: Path) -> None:
+def test_an_lmtp_client_needs_no_memory(store: MakeStore, front: Front, connect: Connect, tmp_path: Path) -> None:
     front(store(), lmtp=True)
     assert not (tmp_path / "state").exists()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, envelope, rows, send
+from tests.core.client import Connect
+from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, Front, MakeStore, envelope, rows, send
+from tests.support.waiting import until
 
 
-def test_all_recipients_of_a_transaction_get_the_message_at_once(store: Any, front: Any, connect: Any) -> None:
+def test_all_recipients_of_a_transaction_get_the_message_at_once(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store()
     client = connect(front(hop).port)
     assert b"LIMITS RCPTMAX=100\r\n" in client.say("EHLO client.example")
@@ -35,14 +36,14 @@ def test_all_recipients_of_a_transaction_get_the_message_at_once(store: Any, fro
     ids=["rejected", "deferred", "rejected differently", "lost"],
 )
 def test_answers_that_agree_are_the_reply(
-    store: Any, front: Any, connect: Any, tmp_path: Path, answers: Any, reply: bytes
+    store: MakeStore, front: Front, connect: Connect, tmp_path: Path, answers: list[str | None], reply: bytes
 ) -> None:
     client = connect(front(store(a=answers[0], b=answers[1])).port)
     assert send(client, "a", "b") == reply
 
 
 def test_when_the_client_comes_again_each_recipient_gets_what_it_still_needs(
-    store: Any, front: Any, connect: Any, tmp_path: Path, eventually: Any
+    store: MakeStore, front: Front, connect: Connect, tmp_path: Path
 ) -> None:
     hop = store(full=FULL, slow="451 4.2.1 Later")
     client = connect(front(hop).port)
@@ -55,11 +56,11 @@ def test_when_the_client_comes_again_each_recipient_gets_what_it_still_needs(
     client.say("DATA")
     assert client.say(f"{TEXT}.").startswith(b"250 ")
     assert hop.copies_of(TEXT) == {"good": 1, "slow": 1, "fine": 1}
-    eventually(lambda: rows(tmp_path / "state") == 0)
+    until(lambda: rows(tmp_path / "state") == 0)
 
 
 def test_it_makes_no_difference_how_the_client_groups_recipients_the_second_time(
-    store: Any, front: Any, connect: Any, tmp_path: Path, eventually: Any
+    store: MakeStore, front: Front, connect: Connect, tmp_path: Path
 ) -> None:
     hop = store(full=FULL)
     client = connect(front(hop).port)
@@ -68,10 +69,10 @@ def test_it_makes_no_difference_how_the_client_groups_recipients_the_second_time
     assert send(client, "one").startswith(b"250 ")
     assert send(client, "new", "two").startswith(b"250 ")
     assert hop.copies_of(TEXT) == {"one": 1, "two": 1, "new": 1}
-    eventually(lambda: rows(tmp_path / "state") == 0)
+    until(lambda: rows(tmp_path / "state") == 0)
 
 
-def test_another_message_of_the_same_sender_and_size_is_another_message(store: Any, front: Any, connect: Any) -> None:
+def test_another_message_of_the_same_sender_and_size_is_another_message(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store(full=FULL)
     client = connect(front(hop).port)
     assert send(client, "good", "full").startswith(MIXED)
@@ -83,7 +84,7 @@ def test_another_message_of_the_same_sender_and_size_is_another_message(store: A
 
 @pytest.mark.parametrize("parameters", [" SIZE=101", " SIZE=100 ENVID=x", ""])
 def test_a_recipient_is_rejected_from_memory_only_if_what_clients_repeat_is_the_same(
-    store: Any, front: Any, connect: Any, parameters: str
+    store: MakeStore, front: Front, connect: Connect, parameters: str
 ) -> None:
     hop = store(full=FULL)
     client = connect(front(hop).port)
@@ -92,7 +93,7 @@ def test_a_recipient_is_rejected_from_memory_only_if_what_clients_repeat_is_the_
     assert len(hop.hop.messages) == 2
 
 
-def test_a_rejection_from_memory_is_used_once(store: Any, front: Any, connect: Any) -> None:
+def test_a_rejection_from_memory_is_used_once(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store(full=FULL)
     client = connect(front(hop).port)
     assert send(client, "good", "full").startswith(MIXED)
@@ -103,7 +104,7 @@ def test_a_rejection_from_memory_is_used_once(store: Any, front: Any, connect: A
     assert hop.copies_of(TEXT) == {"good": 1, "full": 1}
 
 
-def test_the_same_message_sent_again_after_250_is_delivered_again(store: Any, front: Any, connect: Any) -> None:
+def test_the_same_message_sent_again_after_250_is_delivered_again(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store()
     client = connect(front(hop).port)
     for _ in range(3):
@@ -111,7 +112,7 @@ def test_the_same_message_sent_again_after_250_is_delivered_again(store: Any, fr
     assert hop.copies_of(TEXT) == {"a": 3, "b": 3}
 
 
-def test_a_next_hop_that_dies_between_answers_gives_no_second_copy(store: Any, front: Any, connect: Any) -> None:
+def test_a_next_hop_that_dies_between_answers_gives_no_second_copy(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store(c=None)
     client = connect(front(hop).port)
     assert send(client, "a", "b", "c", "d").startswith(MIXED)
@@ -121,7 +122,7 @@ def test_a_next_hop_that_dies_between_answers_gives_no_second_copy(store: Any, f
 
 
 def test_a_next_hop_that_is_down_or_changes_its_mind_the_second_time_is_an_answer_too(
-    store: Any, front: Any, connect: Any
+    store: MakeStore, front: Front, connect: Connect
 ) -> None:
     hop = store(slow="451 4.2.1 Later")
     client = connect(front(hop).port)
@@ -140,7 +141,7 @@ def test_a_next_hop_that_is_down_or_changes_its_mind_the_second_time_is_an_answe
     assert hop.copies_of(TEXT) == {"good": 1}
 
 
-def test_another_worker_remembers_too(store: Any, front: Any, connect: Any) -> None:
+def test_another_worker_remembers_too(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store(full=FULL)
     one, other = front(hop), front(hop)
     assert send(connect(other.port), "x").startswith(b"250 ")  # it has looked, and knows that nothing is remembered
@@ -153,7 +154,7 @@ def test_another_worker_remembers_too(store: Any, front: Any, connect: Any) -> N
 
 
 @pytest.mark.parametrize("size", [10, 200_000, 3_000_000])
-def test_a_message_that_is_kept_is_passed_on_byte_for_byte(store: Any, front: Any, connect: Any, size: int) -> None:
+def test_a_message_that_is_kept_is_passed_on_byte_for_byte(store: MakeStore, front: Front, connect: Connect, size: int) -> None:
     text = TEXT + "..dots\r\n" + ("x" * 70 + "\r\n") * (size // 72)
     data = text.encode()
     hop = store(slow="451 4.2.1 Later")
@@ -174,7 +175,7 @@ def test_a_message_that_is_kept_is_passed_on_byte_for_byte(store: Any, front: An
     assert {name: count for (name, _), count in hop.copies.items()} == {"good": 1, "slow": 1}
 
 
-def test_a_client_that_pipelines_is_answered_in_order(store: Any, front: Any, connect: Any) -> None:
+def test_a_client_that_pipelines_is_answered_in_order(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store(full=FULL)
     client = connect(front(hop).port)
     transaction = "MAIL FROM:<a@b.example> SIZE=100\r\nRCPT TO:<good@d.example>\r\nRCPT TO:<full@d.example>\r\nDATA\r\n"

@@ -5,20 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fumi_core.delivery.next_hop import reply_memory
 from fumi_core.testing import RunningServer
-from tests.core.next_hop_joint.delivery import FULL, MIXED, TEXT, envelope, rows, send
+from tests.core.client import Connect
+from tests.core.next_hop_joint.delivery import FULL, MIXED, TEXT, Front, MakeStore, Store, envelope, rows, send
+from tests.core.programs import Start
+from tests.support.ports import free_port
+from tests.support.waiting import until
+
+StartPrograms = Callable[[Store, int], list[int]]
 
 
 @pytest.fixture
-def programs(start: Any, free_port: Any, tmp_path: Path) -> Callable[..., list[int]]:
+def programs(start: Start, tmp_path: Path) -> StartPrograms:
     """The ports of fumi-core processes that deliver to ``hop`` and share a state directory."""
 
-    def run(hop: Any, count: int) -> list[int]:
+    def run(hop: Store, count: int) -> list[int]:
         ports = [free_port() for _ in range(count)]
         for port in ports:
             listen = ["--proxy-protocol", "off", "--listen", f"127.0.0.1:{port}", "--name", "front.example"]
@@ -31,7 +36,7 @@ def programs(start: Any, free_port: Any, tmp_path: Path) -> Callable[..., list[i
 
 
 def test_a_core_that_is_killed_between_answers_has_remembered_those_that_came(
-    store: Any, start: Any, free_port: Any, connect: Any, eventually: Any, tmp_path: Path
+    store: MakeStore, start: Start, connect: Connect, tmp_path: Path
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
@@ -47,7 +52,7 @@ def test_a_core_that_is_killed_between_answers_has_remembered_those_that_came(
     client.say("DATA")
     client.sock.sendall(f"{TEXT}.\r\n".encode())
     assert entered.wait(60)
-    eventually(lambda: rows(tmp_path / "state") == 2)
+    until(lambda: rows(tmp_path / "state") == 2)
     program.close()
     assert client.reply() == b""
     go_on.set()
@@ -55,13 +60,13 @@ def test_a_core_that_is_killed_between_answers_has_remembered_those_that_came(
     start(*flags)
     assert send(connect(port), "a", "b", "c", "d").startswith(b"250 ")
     assert hop.copies_of(TEXT) == dict.fromkeys("abcd", 1)
-    eventually(lambda: rows(tmp_path / "state") == 0)
+    until(lambda: rows(tmp_path / "state") == 0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("again", [("good",), ("good", "other")])
 def test_the_same_message_waits_while_it_is_being_delivered(
-    store: Any, programs: Any, connect: Any, processes: int, again: tuple[str, ...]
+    store: MakeStore, programs: StartPrograms, connect: Connect, processes: int, again: tuple[str, ...]
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
@@ -89,7 +94,7 @@ def test_the_same_message_waits_while_it_is_being_delivered(
 
 
 def test_a_delivery_that_takes_too_long_defers_the_same_message(
-    store: Any, front: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+    store: MakeStore, front: Front, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reply_memory, "OTHER_DELIVERY_TIMEOUT", 0.1)
     entered, go_on = threading.Event(), threading.Event()
@@ -114,7 +119,7 @@ def test_a_delivery_that_takes_too_long_defers_the_same_message(
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")])
 def test_a_client_that_has_gone_before_its_250_gets_it_the_next_time(
-    store: Any, front: Any, connect: Any, reset: Any, eventually: Any, tmp_path: Path, names: tuple[str, ...]
+    store: MakeStore, front: Front, connect: Connect, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
@@ -130,12 +135,18 @@ def test_a_client_that_has_gone_before_its_250_gets_it_the_next_time(
     client.say("DATA")
     client.sock.sendall(f"{TEXT}.\r\n".encode())
     assert entered.wait(60)
-    reset(client)
-    eventually(lambda: gone(server))
+    client.reset()
+    until(lambda: gone(server))
     go_on.set()
-    eventually(lambda: rows(tmp_path / "state") == len(names))
+    until(lambda: rows(tmp_path / "state") == len(names))
     assert send(connect(server.port), *names).startswith(b"250 ")
     assert hop.copies_of(TEXT) == dict.fromkeys(names, 1)
+
+
+def connections(server: RunningServer) -> int:
+    """How many are open."""
+    assert server.app._server is not None
+    return len(server.app._server.connections)
 
 
 def gone(server: RunningServer) -> bool:
@@ -145,7 +156,7 @@ def gone(server: RunningServer) -> bool:
     return dialogue is not None and dialogue.closed
 
 
-def test_a_client_that_gives_up_the_second_time_changes_nothing(store: Any, front: Any, connect: Any, eventually: Any) -> None:
+def test_a_client_that_gives_up_the_second_time_changes_nothing(store: MakeStore, front: Front, connect: Connect) -> None:
     hop = store(slow="451 4.2.1 Later")
     server = front(hop)
     assert send(connect(server.port), "good", "slow").startswith(MIXED)
@@ -154,7 +165,7 @@ def test_a_client_that_gives_up_the_second_time_changes_nothing(store: Any, fron
     client.say("DATA")
     client.sock.sendall(TEXT.encode())
     client.close()
-    eventually(lambda: len(server.app._server.connections) == 1)
+    until(lambda: connections(server) == 1)
     del hop.answers["slow"]
     assert send(connect(server.port), "good", "slow").startswith(b"250 ")
     assert hop.copies_of(TEXT) == {"good": 1, "slow": 1}

@@ -1,14 +1,11 @@
 """The app of the row `core-hooks`: six hooks that do nothing but be called, one or two in every phase that a message passes."""
 
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-from fumi_core import Fumi
+from fumi_core import Fumi, Next
 
 app = Fumi(auth_optional=True)
 
 
-async def noop(ctx: Any, next: Callable[[], Awaitable[None]]) -> None:
+async def noop(ctx: object, next: Next) -> None:
     """Pass on."""
     await next()
 

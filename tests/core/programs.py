@@ -5,30 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Protocol
 
 from tests.support import starter
-from tests.support.starter import finished
+from tests.support.starter import BIN, finished
 
-PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
+PROGRAM = str(BIN / "fumi-core")
 
 
 def get(url: str) -> tuple[int, str]:
     with contextlib.closing(urllib.request.urlopen(url, timeout=60)) as answer:
         return answer.status, answer.read().decode()
-
-
-def reachable(port: int) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        return True
-    return False
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

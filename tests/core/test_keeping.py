@@ -40,7 +40,7 @@ def open_temporary_files() -> int:
     return sum("(deleted)" in os.readlink(link) for link in links if os.path.islink(link))
 
 
-async def read(ctx: Any) -> bytes:
+async def read(ctx: DataContext) -> bytes:
     return b"".join([piece async for piece in ctx.stream])
 
 

@@ -9,7 +9,6 @@ import logging
 import re
 import smtplib
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from fumi_core import DataContext, Fumi, Next, plugins
+from fumi_core import AuthContext, DataContext, Fumi, Next, plugins
 from fumi_core.program import mail_log
 from fumi_core.testing import running
 from tests.core.client import Connect
+from tests.core.programs import PROGRAM
 from tests.support.ports import free_port
 from tests.support.readme import ROOT
 from tests.support.waiting import until
 
-PROGRAM = Path(sys.executable).with_name("fumi-core")
 Log = Callable[[str], list[dict[str, Any]]]
 
 
@@ -39,7 +38,7 @@ def core(tmp_path: Path) -> Iterator[Core]:
 
     def start(*flags: str) -> tuple[int, Log]:
         port, path = free_port(), tmp_path / "log"
-        command = [str(PROGRAM), "--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--log-format", "json", *flags]
+        command = [PROGRAM, "--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--log-format", "json", *flags]
         with path.open("w") as output:
             running.append(subprocess.Popen(command, stderr=output, cwd=tmp_path))
 
@@ -192,7 +191,7 @@ def test_an_authentication_has_one_line_however_it_ends(
     app = Fumi(allow_insecure_auth=True, auth_methods=("PLAIN", "LOGIN", "XOAUTH2"), close_timeout=0.2, logger=True)
     app.use(mail_log.authentications)
 
-    def decide(ctx: Any, next: Any) -> None:
+    def decide(ctx: AuthContext, next: Next) -> None:
         if ctx.credentials.password == "broken":
             raise RuntimeError("on purpose")
         if ctx.credentials.validate_password("right"):
@@ -247,7 +246,7 @@ def test_an_authentication_has_its_line_when_the_connection_ends_during_the_chec
     app.use(mail_log.authentications)
     checking, checked = threading.Event(), threading.Event()
 
-    async def decide(ctx: Any, next: Any) -> None:
+    async def decide(ctx: AuthContext, next: Next) -> None:
         checking.set()
         while not checked.is_set():
             await asyncio.sleep(0.001)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fumi_core.delivery import maildir, maildir_files
 from fumi_core.program import builtin
 from fumi_core.testing import running
 from tests.core.client import Connect
+from tests.core.programs import PROGRAM
 from tests.support.waiting import until
 
 
@@ -171,7 +171,7 @@ def test_nothing_is_promised_before_file_and_directory_are_synced(
 
 def test_a_killed_core_has_kept_what_it_promised_and_shows_nothing_half_written(tmp_path: Path, connect: Connect) -> None:
     box = tmp_path / "box"
-    command = [str(Path(sys.executable).with_name("fumi-core")), "--proxy-protocol", "off", "--listen"]
+    command = [PROGRAM, "--proxy-protocol", "off", "--listen"]
     path = tmp_path / "s"
     process = subprocess.Popen([*command, f"unix:{path}", "--deliver", f"maildir:{box}"], stderr=subprocess.PIPE)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,12 +14,11 @@ import pytest
 from fumi_core.client import dependency
 from fumi_core.delivery import parse_target
 from tests.core.client import Connect
+from tests.core.programs import PROGRAM
 from tests.core.scripted_hop import StartHop
 from tests.support.ports import free_port
 from tests.support.starter import finished
 from tests.support.waiting import until
-
-PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
 
 @pytest.mark.parametrize(

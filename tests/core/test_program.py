@@ -18,8 +18,9 @@ import pytest
 
 import fumi_core
 from tests.core.client import Connect
-from tests.core.programs import PROGRAM, Start, get, reachable, run
+from tests.core.programs import PROGRAM, Start, get, run
 from tests.support.ports import free_port
+from tests.support.programs import listening
 from tests.support.starter import finished
 from tests.support.waiting import until
 
@@ -67,7 +68,7 @@ def test_metrics_count_what_happened(start: Start, connect: Connect, tmp_path: P
     flags += ["--users", "users", "--allow-insecure-auth"]
     start("--listen", f"127.0.0.1:{port}", *flags)
     base = f"http://127.0.0.1:{metrics}"
-    until(lambda: reachable(metrics))
+    until(lambda: listening(metrics))
     assert get(f"{base}/healthz") == (200, "ok\n")
     assert get(f"{base}/readyz") == (200, "ready\n")
     client = connect(port)
@@ -108,7 +109,7 @@ def test_ports_that_the_kernel_chose_are_in_the_log(start: Start, connect: Conne
     program = start(*flags, wait="serving metrics")
     listening, metrics = re.findall(r"(listening listener|serving metrics address)=127\.0\.0\.1:(\d+)", program.log.read_text())
     assert connect(int(listening[1])).banner.startswith(b"220")
-    until(lambda: reachable(int(metrics[1])))
+    until(lambda: listening(int(metrics[1])))
 
 
 @pytest.mark.parametrize(("mode", "given"), [(0o660, "flag"), (0o606, "file")])

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.core.client import Connect
-from tests.core.programs import PROGRAM, get, reachable
+from tests.core.programs import PROGRAM, get
 from tests.support.ports import free_port
+from tests.support.programs import listening
 from tests.support.waiting import until
 
 
@@ -27,7 +28,7 @@ def test_no_socket_takes_the_place_of_a_stream_that_is_closed_from_the_start(
         ["bash", "-c", f'exec "$@" {closed}', "bash", PROGRAM, *flags, "--proxy-protocol", "off"], cwd=tmp_path
     )
     try:
-        until(lambda: process.poll() is not None or (reachable(port) and reachable(metrics)))
+        until(lambda: process.poll() is not None or (listening(port) and listening(metrics)))
         assert process.poll() is None
         client = connect(port)
         assert client.banner.startswith(b"220")
@@ -56,7 +57,7 @@ def test_mail_does_not_wait_for_who_reads_the_log(connect: Connect, tmp_path: Pa
         process = subprocess.Popen([PROGRAM, *flags, "--proxy-protocol", "off"], stderr=theirs, cwd=tmp_path)
         full.close()
         try:
-            until(lambda: reachable(port) and reachable(metrics))
+            until(lambda: listening(port) and listening(metrics))
             for _ in range(5):
                 client = connect(port)
                 client.envelope()
@@ -92,7 +93,7 @@ def test_a_stop_does_not_wait_for_who_reads_the_log(connect: Connect, tmp_path: 
             process = subprocess.Popen([PROGRAM, *flags], stderr=theirs.fileno(), cwd=tmp_path)
         stack.callback(process.wait)
         stack.callback(process.kill)
-        until(lambda: reachable(port))
+        until(lambda: listening(port))
         client = connect(port)
         assert client.banner.startswith(b"220")
         client.close()

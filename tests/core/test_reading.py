@@ -27,29 +27,29 @@ def deliver(client: Client) -> bytes:
     return bytes(client.say(TEXT + b"."))
 
 
-async def reads(ctx: Any) -> None:
+async def reads(ctx: DataContext) -> None:
     assert await ctx.stream.read() == TEXT
 
 
-async def iterates(ctx: Any) -> None:
+async def iterates(ctx: DataContext) -> None:
     async for _ in ctx.stream:
         pass
 
 
-async def peeks(ctx: Any) -> None:
+async def peeks(ctx: DataContext) -> None:
     async for _ in ctx.stream:
         break
 
 
-async def takes_one(ctx: Any) -> None:
+async def takes_one(ctx: DataContext) -> None:
     await anext(ctx.stream)
 
 
-async def skips(ctx: Any) -> None:
+async def skips(ctx: DataContext) -> None:
     await ctx.stream.skip()
 
 
-async def taps(ctx: Any) -> None:
+async def taps(ctx: DataContext) -> None:
     ctx.stream.tap(len)
 
 

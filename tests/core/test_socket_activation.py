@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.client import Connect
-
-PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
-
+from tests.core.programs import PROGRAM
 
 Activate = Callable[..., "subprocess.Popen[bytes]"]
 

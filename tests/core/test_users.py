@@ -8,7 +8,6 @@ import os
 import pty
 import smtplib
 import subprocess
-import sys
 from base64 import b64encode
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from fumi_core import Fumi
 from fumi_core.program import users
 from fumi_core.smtp.sasl import Credentials
 from fumi_core.testing import running
+from tests.core.programs import PROGRAM
 from tests.support.starter import finished
-
-PROGRAM = str(Path(sys.executable).with_name("fumi-core"))
 
 
 def hashed(password: str, *, log_n: int) -> str:

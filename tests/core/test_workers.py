@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import fumi_core
 from tests.core.client import Client, Connect
 from tests.core.programs import Program, Start
 from tests.support.ports import free_port
+from tests.support.programs import listening
 from tests.support.waiting import until
 
 # MAIL tells which worker it came to; "hang@" makes that worker hear nothing any more.
@@ -177,7 +177,7 @@ def test_sigterm_drains_all_workers(two_workers: TwoWorkers) -> None:
     workers = two_workers("--metrics", f"127.0.0.1:{port}")
     clients = [in_flight(client) for client in workers.clients().values()]
     workers.program.process.send_signal(signal.SIGTERM)
-    until(lambda: not accepts(workers.port))
+    until(lambda: not listening(workers.port))
     until(lambda: not metrics.ready())
     for client in clients:
         assert client.say(b"the rest\r\n.").startswith(b"250")
@@ -186,19 +186,12 @@ def test_sigterm_drains_all_workers(two_workers: TwoWorkers) -> None:
     assert "died" not in workers.log
 
 
-def accepts(port: int) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), timeout=30).close()
-        return True
-    return False
-
-
 def test_sigterm_to_the_whole_group_is_one_stop_not_two(two_workers: TwoWorkers) -> None:
     workers = two_workers()
     clients = {pid: in_flight(client) for pid, client in workers.clients().items()}
     for pid in (*clients, workers.program.process.pid, *clients):
         os.kill(pid, signal.SIGTERM)
-    until(lambda: not accepts(workers.port))
+    until(lambda: not listening(workers.port))
     for client in clients.values():
         assert client.say(b".").startswith(b"250")
     assert workers.program.process.wait(60) == 0
@@ -232,7 +225,7 @@ def test_workers_end_with_a_master_that_is_killed(two_workers: TwoWorkers) -> No
     workers.program.process.kill()
     workers.program.process.wait()
     until(lambda: gone(idle))
-    until(lambda: not accepts(workers.port) and not accepts(port))
+    until(lambda: not listening(workers.port) and not listening(port))
     assert client.say(b".").startswith(b"250")
     until(lambda: gone(busy))
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from fumi_core import Fumi
+from fumi_core import Fumi, Next
 from fumi_core.proxy_protocol import ProxyHeader
 
 from . import campaign, speech
@@ -94,7 +94,7 @@ def _app(place: Place, chance: Random, talking: asyncio.Event) -> Fumi:
         allow_insecure_auth=True,
     )
 
-    async def slow(ctx: Any, next: Any) -> None:
+    async def slow(ctx: object, next: Next) -> None:
         if talking.is_set() and chance.random() < 0.3:
             await asyncio.sleep(chance.random() * SLOW)
         await next()

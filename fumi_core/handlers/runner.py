@@ -2,8 +2,13 @@
 
 Most handlers never suspend, and a task for each of them would cost more than the handler. So the caller runs a coroutine's first
 step, in the context and as the current task of the connection's one task: ``asyncio.timeout()`` and ``current_task()`` work in it
-as usual. Only a coroutine that suspends is handed to that task. (This is what ``eager_start`` does from Python 3.12 on, but works
-on 3.11, and makes no task for each call.)
+as usual. Only a coroutine that suspends is handed to that task.
+
+In place of a task for each chain of handlers, with which a message costs 103 µs and 0.45 of aiosmtpd's (0.45 … 0.45) instead of
+84 µs and 0.40 (0.35 … 0.45; bench row core-hooks, Python 3.11.2). Delete it when Python 3.12 is the oldest that is supported and
+``eager_start``, which also runs the first step at once but makes a task for each chain, costs about the same in that row.
+
+Private names of asyncio: ``_enter_task`` and ``_leave_task`` of asyncio.tasks, in ``_first_step()``.
 """
 
 from __future__ import annotations

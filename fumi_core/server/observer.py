@@ -1,4 +1,7 @@
-"""The events that a server reports. The default ignores them; ``fumi_core.server.metrics`` counts them."""
+"""The events that a server reports. The default ignores them; ``fumi_core.server.metrics`` counts them.
+
+Each costs a call or two, so what happens for every command is not among them: ``fumi_core.smtp.tally`` counts that.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,9 @@ Only <CRLF>.<CRLF> ends a message. A line feed without its carriage return, or t
 takes it for the end and the next does not, a second message can be smuggled inside the first. Such a byte is either rejected
 (``reject``) or made a line end of the message (``normalize``).
 
-The work is done by bytes.find, count and replace over whole reads, so that it costs about as much as copying them.
+The work is done by searches and replacements over whole reads, in place of a loop over the lines: ``DotReader`` alone takes
+1.7 ms of CPU for 5 MB, and the loop 16.7 ms (Python 3.11.2; bench row core-large, where the whole costs 5.3 ms). Go back to
+lines if they ever cost about the same: they are easier to read.
 """
 
 from __future__ import annotations

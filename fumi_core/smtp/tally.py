@@ -1,4 +1,9 @@
-"""Counts events that are too frequent for one call of the observer each."""
+"""Counts events that are too frequent for one call of the observer each: commands, replies and authentications.
+
+In place of a call to the observer and a counter of prometheus_client for each command and reply, with which a message costs 98 µs
+and 0.46 of aiosmtpd's (0.45 … 0.50) instead of 87 µs and 0.42 (0.41 … 0.46; bench row core-kept, Python 3.11.2). Delete it when
+counting by prometheus_client costs no more than adding to a dict.
+"""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from fumi_core.runtime.logs import event
 from fumi_core.smtp.session import Address, Session
 
 T = TypeVar("T")
+D = TypeVar("D")
 _log = logging.getLogger("fumi.core")
 
 DATABASE_TIMEOUT = 10.0
@@ -73,12 +74,9 @@ class ReplyMemory:
     def close(self) -> None:
         self._store.close()
 
-    async def replies(self, session: Session, sender: Address) -> MessageReplies:
-        """The known replies to the message that begins with this MAIL."""
-        found: list[Remembered] = []
-        if not self._is_empty():
-            found = await self._look_up(sender.address)
-        return MessageReplies(self, sender.address, attempt_of(session, sender), found)
+    def replies(self, session: Session, sender: Address) -> MessageReplies:
+        """The replies to the message that begins with this MAIL."""
+        return MessageReplies(self, sender.address, attempt_of(session, sender))
 
     def _is_empty(self) -> bool:
         """True if certainly nothing is remembered; makes no query of the database."""
@@ -87,17 +85,22 @@ class ReplyMemory:
         except OSError:
             return False
 
-    async def _look_up(self, sender: str) -> list[Remembered]:
+    async def of_recipient(self, sender: str, recipient: str) -> list[Remembered] | None:
+        """The replies to this recipient of all messages from ``sender``; None when the database fails."""
+        if self._is_empty():
+            return []
         try:
             stamp = self._locks.stamp()
         except OSError as error:
             self._failed(error)
-            return []
-        found, empty = self._store.of_sender(sender), self._store.is_empty()
-        rows = await self.result(found, [])
-        if await self.result(empty, False):
+            return None
+        result = await self.result(self._store.of_recipient(sender, recipient), None)
+        if result is None:
+            return None
+        found, empty = result
+        if empty:
             self._empty_at = stamp
-        return rows
+        return found
 
     async def of_message(self, sender: str, digest: bytes) -> list[Remembered]:
         return [] if self._is_empty() else await self.result(self._store.of_message(sender, digest), [])
@@ -130,7 +133,7 @@ class ReplyMemory:
     def release(self, digest: bytes) -> None:
         self._locks.release(digest)
 
-    async def result(self, future: asyncio.Future[T], otherwise: T) -> T:
+    async def result(self, future: asyncio.Future[T], otherwise: D) -> T | D:
         """The database's result; ``otherwise`` when it fails or takes too long."""
         try:
             async with asyncio.timeout(DATABASE_TIMEOUT):
@@ -163,14 +166,14 @@ class ReplyMemory:
 class MessageReplies:
     """The replies to the recipients of one message. Feed ``hash`` the message's content."""
 
-    def __init__(self, memory: ReplyMemory, sender: str, attempt: bytes, found: Iterable[Remembered]) -> None:
+    def __init__(self, memory: ReplyMemory, sender: str, attempt: bytes) -> None:
         self.hash = blake2b(digest_size=32)
         self._memory = memory
         self._sender = sender
         self._attempt = attempt
         self._found: dict[str, list[Remembered]] = {}
-        for each in found:
-            self._found.setdefault(each.recipient, []).append(each)
+        self._lookups_fail = False
+        """The database has failed once; the client does not wait for it again at each recipient."""
         self._digest = b""
         self._locked = False
         self._recorded: set[str] = set()
@@ -183,9 +186,14 @@ class MessageReplies:
         """Whether the message may already have a reply for one of these recipients."""
         return any(each in self._found for each in recipients)
 
-    def recall(self, recipient: str) -> ReceivedReply | None:
+    async def recall(self, recipient: str) -> ReceivedReply | None:
         """The reply that the message probably has for this recipient. A rejection is deleted by this call."""
-        likely = [each for each in self._found.get(recipient, ()) if each.attempt == self._attempt]
+        found = None if self._lookups_fail else await self._memory.of_recipient(self._sender, recipient)
+        self._lookups_fail = found is None
+        if not found:
+            return None
+        self._found[recipient] = found
+        likely = [each for each in found if each.attempt == self._attempt]
         if len(likely) != 1:
             return None  # several messages match, so the reply is ambiguous
         (reply,) = likely

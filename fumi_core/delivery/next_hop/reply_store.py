@@ -98,19 +98,25 @@ class ReplyStore:
 
     def _submit(self, job: Callable[[sqlite3.Connection], T], writes: bool) -> asyncio.Future[T]:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        if self._thread is None:
-            self._thread = start_thread(self._work, "replies")
-        self._tasks.put(_Task(job, writes, future))
+        try:
+            self._thread = self._thread or start_thread(self._work, "replies")
+        except OSError as error:
+            future.set_exception(error)
+        else:
+            self._tasks.put(_Task(job, writes, future))
         return future
 
     # Jobs; each future gets the result after the commit, or an OSError
 
-    def is_empty(self) -> asyncio.Future[bool]:
-        return self._submit(lambda connection: connection.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None, False)
+    def of_recipient(self, sender: str, recipient: str) -> asyncio.Future[tuple[list[Remembered], bool]]:
+        """The replies to this recipient of mail from ``sender``; and whether the store holds no reply at all."""
+        select = _selection("sender = ? AND recipient = ?", sender, recipient)
 
-    def of_sender(self, sender: str) -> asyncio.Future[list[Remembered]]:
-        """All replies to recipients of mail from ``sender``."""
-        return self._submit(_selection("sender = ?", sender), False)
+        def job(connection: sqlite3.Connection) -> tuple[list[Remembered], bool]:
+            found = select(connection)
+            return found, not found and connection.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None
+
+        return self._submit(job, False)
 
     def of_message(self, sender: str, digest: bytes) -> asyncio.Future[list[Remembered]]:
         """The replies to recipients of this message."""

@@ -124,19 +124,23 @@ class NextHop:
     def _make_memory(self) -> ReplyMemory | None:
         if self.state is None:
             return None
-        self._memory = self._memory or ReplyMemory(self.state)
+        if self._memory is not None:
+            # Prepared before this reload: to prepare it again would drop the locks of the messages that are being delivered.
+            return self._memory
+        memory = ReplyMemory(self.state)
         try:
-            self._memory.prepare()
+            memory.prepare()
         except OSError as error:
             words = "cannot store replies that differ: all recipients get 451, and some may get a message twice"
             event(_log, logging.WARNING, words, state=self.state, error=error.strerror or error)
             return None
-        return self._memory
+        self._memory = memory
+        return memory
 
     # MAIL
 
     async def _begin(self, session: Session, sender: Address, memory: ReplyMemory | None) -> Transaction:
-        replies = await memory.replies(session, sender) if memory is not None else None
+        replies = memory.replies(session, sender) if memory is not None else None
         try:
             connection, reply = await self._hop.mail(session, sender)
         except Failure as failure:
@@ -162,15 +166,15 @@ class NextHop:
             raise transaction.ended
         if recipient.address in transaction.recipients:
             return  # a repeated recipient is sent once: in LMTP the next hop would reply twice
-        if not self._recall(session, transaction, recipient.address):
+        if not await self._recall(session, transaction, recipient.address):
             await self._send_recipient(session, transaction, connection, recipient)
         transaction.recipients[recipient.address] = recipient
 
-    def _recall(self, session: Session, transaction: Transaction, recipient: str) -> bool:
+    async def _recall(self, session: Session, transaction: Transaction, recipient: str) -> bool:
         """Whether the recipient probably has the message. Raises SMTPError when it was probably rejected."""
         if recipient in transaction.rejected:
             raise transaction.rejected[recipient]
-        reply = transaction.replies.recall(recipient) if transaction.replies is not None else None
+        reply = await transaction.replies.recall(recipient) if transaction.replies is not None else None
         error = None if reply is None else self._judge(session, reply)
         if error is not None:
             transaction.rejected[recipient] = error

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fumi_core import Fumi
 from fumi_core.delivery.next_hop import reply_store
+from fumi_core.delivery.next_hop.target import NextHop
+from fumi_core.runtime.addresses import parse_address
 from tests.core.client import Connect
-from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, Front, MakeStore, rows, send
+from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, Front, MakeStore, envelope, rows, send
 
 
 def test_no_room_for_a_message_that_must_be_kept_is_452(
@@ -90,6 +96,57 @@ def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
     monkeypatch.undo()
     assert send(client, "good").startswith(b"250 ")
     assert hop.copies_of(TEXT)["good"] == 1
+
+
+def test_a_moment_without_threads_is_one_warning_and_the_memory_works_after_it(
+    store: MakeStore, front: Front, connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_threads(*arguments: Any) -> Any:
+        raise OSError("can't start new thread")
+
+    hop = store(full=FULL)
+    client = connect(front(hop).port)
+    with monkeypatch.context() as patched:
+        patched.setattr(reply_store, "start_thread", no_threads)
+        assert send(client, "good", "full").startswith(MIXED)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert "can't start new thread" in warning
+    assert send(client, "other", "full", text=OTHER).startswith(MIXED)
+    client.say("QUIT")
+    replies = envelope(connect(front(hop).port), "other", "full")
+    assert [reply[:9] for reply in replies] == [b"250 2.1.5", b"552 5.2.2"]
+
+
+def test_a_reload_keeps_the_locks_of_messages_that_are_being_delivered(tmp_path: Path) -> None:
+    target = NextHop("lmtp", parse_address("127.0.0.1:24"), tmp_path)
+    for _ in range(2):  # the start, and a reload
+        Fumi(auth_optional=True).use(target)
+        memory = target._memory
+        assert memory is not None
+        memory._locks.acquire(b"message!")
+        assert not _is_free(tmp_path / "locks", b"message!")
+
+
+def _is_free(path: Path, digest: bytes) -> bool:
+    """Whether another process could deliver this message."""
+    program = (
+        "import pathlib, sys; from fumi_core.delivery.next_hop.message_locks import MessageLocks;"
+        f"print(MessageLocks(pathlib.Path({str(path)!r})).is_free({digest!r}))"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_only_the_replies_of_one_recipient_are_read_for_it(tmp_path: Path) -> None:
+    async def read() -> tuple[list[str], bool]:
+        known = reply_store.ReplyStore(tmp_path)
+        known.prepare()
+        rows = [reply_store.Remembered(f"{n}@d.example", b"digest", b"attempt", 250, "Ok") for n in range(100)]
+        await known.record("a@b.example", rows)
+        found, empty = await known.of_recipient("a@b.example", "7@d.example")
+        known.close()
+        return [each.recipient for each in found], empty
+
+    assert asyncio.run(read()) == (["7@d.example"], False)
 
 
 def test_old_answers_and_too_many_are_forgotten(

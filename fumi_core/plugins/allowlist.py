@@ -15,7 +15,7 @@ def allowlist(cidrs: Iterable[str]) -> Callable[[Fumi], None]:
 
     Raises ValueError for other strings, and for an empty list.
     """
-    given = arguments.texts("allowlist", cidrs, "192.0.2.0/24")
+    given = arguments.strings("allowlist", cidrs, "192.0.2.0/24")
     if not given:
         raise ValueError("allowlist([]) would reject every client: write the networks that may connect")
     allowed = arguments.networks("allowlist", given)

@@ -6,17 +6,18 @@ import math
 from collections.abc import Iterable
 
 from fumi_core.runtime.addresses import Networks
+from fumi_core.smtp import option_values
 from fumi_core.smtp.domains import canonical
 
 
 def networks(plugin: str, given: Iterable[str]) -> Networks:
     """Return these addresses, CIDR blocks and ``unix``."""
-    return Networks(texts(plugin, given, "192.0.2.0/24"))
+    return Networks(strings(plugin, given, "192.0.2.0/24"))
 
 
 def domains(plugin: str, given: Iterable[str]) -> frozenset[str]:
     """Return these mail domains, in the form that ``session.domain_of()`` returns."""
-    found = texts(plugin, given, "example.org")
+    found = strings(plugin, given, "example.org")
     for text in found:
         if not text or "@" in text or text.startswith(".") or not text.isprintable() or " " in text:
             raise ValueError(f"{plugin}: {text!r} is not a domain: write what follows the @, as in 'example.org'")
@@ -37,10 +38,9 @@ def positive(plugin: str, name: str, given: float) -> float:
     return given
 
 
-def texts(plugin: str, given: Iterable[str], example: str) -> tuple[str, ...]:
-    """Return several strings. A single string is an error, since its letters would be taken for the strings."""
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        found = tuple(given)
-        if all(isinstance(each, str) for each in found):
-            return found
-    raise ValueError(f"{plugin} takes a list of strings, not {given!r}: write {plugin}([{example!r}])")
+def strings(plugin: str, given: Iterable[str], example: str) -> tuple[str, ...]:
+    """Return several strings. A single string is an error."""
+    found = option_values.strings(given)
+    if found is None:
+        raise ValueError(f"{plugin} takes a list of strings, not {given!r}: write {plugin}([{example!r}])")
+    return found

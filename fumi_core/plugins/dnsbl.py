@@ -15,13 +15,13 @@ from fumi_core.plugins import arguments
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.resolver import Resolve, Resolver, ipv4_addresses
 
-REMEMBERED = 300.0
+CACHE_SECONDS = 300.0
 """Seconds for which an answer is cached."""
-MAX_REMEMBERED = 16_384
+MAX_CACHED = 16_384
 """Cached answers of each zone."""
-RETRY = 60.0
+RETRY_SECONDS = 60.0
 """Seconds for which the failure of a lookup, or of a zone, is cached."""
-FAILURES = 3
+MAX_FAILURES = 3
 """Failed lookups in succession before the zone is skipped: a single one may be a lost packet."""
 
 _log = logging.getLogger("fumi.core")
@@ -70,7 +70,7 @@ def dnsbl(
 class Blocklist:
     """One zone, and its cached answers."""
 
-    def __init__(self, zone: str, resolver: Resolver, clock: Callable[[], float], limit: int = MAX_REMEMBERED) -> None:
+    def __init__(self, zone: str, resolver: Resolver, clock: Callable[[], float], limit: int = MAX_CACHED) -> None:
         self.zone = zone
         self._resolver = resolver
         self._clock = clock
@@ -88,7 +88,7 @@ class Blocklist:
         until, listed = self._answers.get(name, (0.0, False))
         if self._clock() < until:
             return listed
-        if self._left_out():
+        if self._is_skipped():
             return False
         try:
             answers = await self._resolver.lookup(name)
@@ -96,25 +96,25 @@ class Blocklist:
         except Exception as error:
             problem = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
             event(_log, logging.WARNING, "blocklist unavailable", id=id, zone=self.zone, client_ip=address, error=problem)
-            self._failures = FAILURES if isinstance(error, ErrorCode) else self._failures + 1
-            self._again = self._clock() + RETRY
-            self._remember(name, False, RETRY)
+            self._failures = MAX_FAILURES if isinstance(error, ErrorCode) else self._failures + 1
+            self._again = self._clock() + RETRY_SECONDS
+            self._cache(name, False, RETRY_SECONDS)
             return False
         self._failures = 0
-        self._remember(name, listed, REMEMBERED)
+        self._cache(name, listed, CACHE_SECONDS)
         return listed
 
-    def _left_out(self) -> bool:
-        """Whether the zone has failed too often to be queried now. Every RETRY seconds one caller gets False."""
+    def _is_skipped(self) -> bool:
+        """Whether the zone has failed too often to be queried now. Every RETRY_SECONDS seconds one caller gets False."""
         now = self._clock()
-        if self._failures < FAILURES:
+        if self._failures < MAX_FAILURES:
             return False
         if now < self._again:
             return True
-        self._again = now + RETRY
+        self._again = now + RETRY_SECONDS
         return False
 
-    def _remember(self, name: str, listed: bool, seconds: float) -> None:
+    def _cache(self, name: str, listed: bool, seconds: float) -> None:
         self._answers.pop(name, None)
         if len(self._answers) >= self._limit:
             del self._answers[next(iter(self._answers))]
@@ -152,7 +152,7 @@ def _reversed(address: IPv4Address | IPv6Address) -> str:
 
 
 def _zones(given: Iterable[str]) -> list[str]:
-    zones = [zone.removesuffix(".").lower() for zone in arguments.texts("dnsbl", given, "zen.spamhaus.org")]
+    zones = [zone.removesuffix(".").lower() for zone in arguments.strings("dnsbl", given, "zen.spamhaus.org")]
     if not zones:
         raise ValueError("dnsbl([]) has no effect: write the zones, as in 'zen.spamhaus.org'")
     for zone in zones:

@@ -14,9 +14,9 @@ from fumi_core.plugins import arguments
 from fumi_core.runtime.addresses import block_of
 from fumi_core.smtp.session import address_key
 
-RETRY_WINDOW = 2 * 86400.0
+RETRY_WINDOW_SECONDS = 2 * 86400.0
 """Seconds within which a deferred sender has to retry."""
-RETENTION = 35 * 86400.0
+RETENTION_SECONDS = 35 * 86400.0
 """Seconds for which a sender that has retried is known, from its last message."""
 SHARDS, SHARD_SIZE = 256, 1024
 """Triplets remembered: at most the product of the two."""
@@ -28,19 +28,21 @@ def greylist(delay: float, *, clock: Callable[[], float] = time.monotonic) -> Ca
     All addresses of a /24 (IPv4) or /64 (IPv6) are one client, since a mail server may retry from a neighbouring address.
     Authenticated users are not deferred. Use it after the plugins that reject unknown recipients. Each worker keeps its own
     triplets in memory: a sender is deferred again after a restart, and by each further worker that it connects to. Raises
-    ValueError for a delay of RETRY_WINDOW or more. ``clock`` returns seconds.
+    ValueError for a delay of two days or more. ``clock`` returns seconds.
     """
-    if arguments.positive("greylist", "delay", delay) >= RETRY_WINDOW:
-        raise ValueError(f"greylist: delay must be less than {RETRY_WINDOW:.0f} seconds, after which the first try is forgotten")
+    if arguments.positive("greylist", "delay", delay) >= RETRY_WINDOW_SECONDS:
+        raise ValueError(
+            f"greylist: delay must be less than {RETRY_WINDOW_SECONDS:.0f} seconds, after which the first try is forgotten"
+        )
     waiting, known = Triplets(), Triplets()
 
     def is_known(block: str, sender: str, recipient: str) -> bool:
         now = clock()
         triplet = (block, address_key(sender), address_key(recipient))
         passed = known.get(triplet)
-        if passed is None or now - passed > RETENTION:
+        if passed is None or now - passed > RETENTION_SECONDS:
             seen = waiting.get(triplet)
-            if seen is None or now - seen > RETRY_WINDOW:
+            if seen is None or now - seen > RETRY_WINDOW_SECONDS:
                 waiting.put(triplet, now)
                 return False
             if now - seen < delay:

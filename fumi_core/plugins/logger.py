@@ -56,15 +56,15 @@ class _Lines:
             await next()
         except Exception as error:
             words = "authentication deferred" if _verdict(error) == "deferred" else "authentication failed"
-            _tell(ctx, words, **fields, **_refusal(error))
+            _log_line(ctx, words, **fields, **_refusal(error))
             raise
         except asyncio.CancelledError:
-            _tell(ctx, "authentication failed", **fields, error="connection closed before the reply")
+            _log_line(ctx, "authentication failed", **fields, error="connection closed before the reply")
             raise
         if ctx.accepted:
-            _tell(ctx, "authentication accepted", **fields, user=ctx.credentials.username)
+            _log_line(ctx, "authentication accepted", **fields, user=ctx.credentials.username)
         else:
-            _tell(ctx, "authentication failed", **fields, code=ctx.default_code)
+            _log_line(ctx, "authentication failed", **fields, code=ctx.default_code)
 
     async def mail_from(self, ctx: MailContext, next: Next) -> None:
         await _outcome(ctx, next, "sender", {"from": ctx.address.address or "<>"})
@@ -83,23 +83,23 @@ class _Lines:
             "seconds": round(time.monotonic() - started, 3),
         }
         if isinstance(failure, MessageAborted):
-            _tell(ctx, "message aborted", **fields, error=failure)
+            _log_line(ctx, "message aborted", **fields, error=failure)
         elif ctx.size_exceeded:
-            _tell(ctx, "message rejected", **fields, code=552)
+            _log_line(ctx, "message rejected", **fields, code=552)
         elif failure is not None:
-            _tell(ctx, f"message {_verdict(failure)}", **fields, **_refusal(failure))
+            _log_line(ctx, f"message {_verdict(failure)}", **fields, **_refusal(failure))
         else:
             # In LMTP each recipient has its own reply.
             errors = [ctx.rejected.get(each.address) for each in envelope.rcpt_to]
             best = min((error.code if error else 250 for error in errors), default=250)
-            _tell(ctx, f"message {verdict(best)}", **fields, rejected=sum(error is not None for error in errors) or None)
+            _log_line(ctx, f"message {verdict(best)}", **fields, rejected=sum(error is not None for error in errors) or None)
         if failure is not None:
             raise failure
 
     async def close(self, ctx: CloseContext, next: Next) -> None:
         started = self._connected.pop(ctx.session, None)
         seconds = None if started is None else round(time.monotonic() - started, 3)
-        _tell(ctx, "connection closed", seconds=seconds, transactions=ctx.session.transaction)
+        _log_line(ctx, "connection closed", seconds=seconds, transactions=ctx.session.transaction)
         await next()
 
 
@@ -107,9 +107,9 @@ async def _outcome(ctx: Context, next: Next, what: str, fields: dict[str, Any]) 
     try:
         await next()
     except Exception as error:
-        _tell(ctx, f"{what} {_verdict(error)}", **fields, **_refusal(error))
+        _log_line(ctx, f"{what} {_verdict(error)}", **fields, **_refusal(error))
         raise
-    _tell(ctx, f"{what} accepted", **fields)
+    _log_line(ctx, f"{what} accepted", **fields)
 
 
 async def _failure_of(ctx: DataContext, next: Next) -> Exception | None:
@@ -137,5 +137,5 @@ def _refusal(error: Exception) -> dict[str, Any]:
     return {"error": type(error).__name__}
 
 
-def _tell(ctx: Context, words: str, **fields: Any) -> None:
+def _log_line(ctx: Context, words: str, **fields: Any) -> None:
     event(_log, logging.INFO, words, **log_fields(ctx.session), **fields)

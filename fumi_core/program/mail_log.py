@@ -19,7 +19,7 @@ from fumi_core.smtp.session import Address, log_fields
 
 _log = logging.getLogger("fumi.core.mail")
 
-NAMED = 10
+MAX_NAMED_RECIPIENTS = 10
 """Recipients of a message that its log line names. The line gives only the number of the others."""
 
 
@@ -35,17 +35,17 @@ def authentications(app: Fumi) -> None:
         try:
             await next()
         except asyncio.CancelledError:
-            _tell(ctx, "authentication failed", method=method, error="connection closed before the reply")
+            _log_line(ctx, "authentication failed", method=method, error="connection closed before the reply")
             raise
         except BaseException as error:
             # Only a wrong password is a failed login: whoever counts these must not block clients for an error of ours.
             rejected = isinstance(error, SMTPError) and error.code >= 500
-            _tell(ctx, "authentication failed" if rejected else "authentication deferred", method=method)
+            _log_line(ctx, "authentication failed" if rejected else "authentication deferred", method=method)
             raise
         if ctx.accepted:
-            _tell(ctx, "authentication accepted", method=method, user=ctx.user)
+            _log_line(ctx, "authentication accepted", method=method, user=ctx.user)
         else:
-            _tell(ctx, "authentication failed", method=method)
+            _log_line(ctx, "authentication failed", method=method)
 
     app.on_auth(auth)
 
@@ -57,7 +57,7 @@ def transactions(app: Fumi) -> None:
         try:
             await next()
         except SMTPError as error:
-            _tell(ctx, f"sender {verdict(error.code)}", error, **{"from": _path(ctx.address)})
+            _log_line(ctx, f"sender {verdict(error.code)}", error, **{"from": _path(ctx.address)})
             raise
 
     async def rcpt_to(ctx: RcptContext, next: Next) -> None:
@@ -65,7 +65,7 @@ def transactions(app: Fumi) -> None:
             await next()
         except SMTPError as error:
             sender = {"from": _path(ctx.session.envelope.mail_from)}
-            _tell(ctx, f"recipient {verdict(error.code)}", error, **sender, to=ctx.address.address)
+            _log_line(ctx, f"recipient {verdict(error.code)}", error, **sender, to=ctx.address.address)
             raise
 
     async def data(ctx: DataContext, next: Next) -> None:
@@ -77,24 +77,24 @@ def transactions(app: Fumi) -> None:
             # The client has disconnected; its session's line says so.
             raise
         except SMTPError as error:
-            _tell(ctx, f"message {verdict(error.code)}", error, **fields, size=ctx.stream.size)
+            _log_line(ctx, f"message {verdict(error.code)}", error, **fields, size=ctx.stream.size)
             raise
         if ctx.size_exceeded:
-            _tell(ctx, "message rejected", **fields, size=ctx.stream.size, code=552)
+            _log_line(ctx, "message rejected", **fields, size=ctx.stream.size, code=552)
         elif ctx.rejected and all(each.address in ctx.rejected for each in envelope.rcpt_to):
             # A client that may try again was deferred, not rejected.
             best = min(ctx.rejected.values(), key=lambda error: error.code)
-            _tell(ctx, f"message {verdict(best.code)}", best, **fields, size=ctx.stream.size)
+            _log_line(ctx, f"message {verdict(best.code)}", best, **fields, size=ctx.stream.size)
         else:
             rejected = _names([Address(each, {}) for each in ctx.rejected]) or None
-            _tell(ctx, "message accepted", **fields, size=ctx.stream.size, reply=ctx.accepted, rejected=rejected)
+            _log_line(ctx, "message accepted", **fields, size=ctx.stream.size, reply=ctx.accepted, rejected=rejected)
 
     app.on_mail_from(mail_from)
     app.on_rcpt_to(rcpt_to)
     app.on_data(data)
 
 
-def _tell(ctx: Context, words: str, error: SMTPError | None = None, /, **fields: object) -> None:
+def _log_line(ctx: Context, words: str, error: SMTPError | None = None, /, **fields: object) -> None:
     if error is not None:
         fields |= {"code": error.code, "reply": error.message}
     event(_log, logging.INFO, words, **log_fields(ctx.session), **fields)
@@ -105,5 +105,5 @@ def _path(address: Address | None) -> str:
 
 
 def _names(addresses: Sequence[Address]) -> str:
-    named = ",".join(each.address for each in addresses[:NAMED])
-    return named if len(addresses) <= NAMED else f"{named},and {len(addresses) - NAMED} more"
+    named = ",".join(each.address for each in addresses[:MAX_NAMED_RECIPIENTS])
+    return named if len(addresses) <= MAX_NAMED_RECIPIENTS else f"{named},and {len(addresses) - MAX_NAMED_RECIPIENTS} more"

@@ -45,7 +45,7 @@ class Cost(NamedTuple):
     p: int
 
 
-_OURS = Cost(14, 8, 1)
+_NEW_COST = Cost(14, 8, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ def hash_password(password: str) -> str:
     if "\0" in password:
         raise ValueError("a password cannot contain a NUL character")
     salt = secrets.token_bytes(16)
-    digest = _scrypt(prepare(password), salt, *_OURS)
-    return f"$scrypt$ln={_OURS.log_n},r={_OURS.r},p={_OURS.p}${b64encode(salt).decode()}${b64encode(digest).decode()}"
+    digest = _scrypt(prepare(password), salt, *_NEW_COST)
+    return f"$scrypt$ln={_NEW_COST.log_n},r={_NEW_COST.r},p={_NEW_COST.p}${b64encode(salt).decode()}${b64encode(digest).decode()}"
 
 
 def check_password(password: str, hashed: str) -> bool:
@@ -116,7 +116,7 @@ class Users:
         """Raises OSError if the file cannot be read, ValueError with the line's number if a line is invalid."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="users")
         self._hashes = read(path)
-        self._nobodies = _nobodies(self._hashes.values())
+        self._dummies = _dummies(self._hashes.values())
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -134,21 +134,21 @@ class Users:
             return  # the mechanism has no password to check
         name = prepare(ctx.credentials.username)
         loop = asyncio.get_running_loop()
-        if await loop.run_in_executor(self._threads, self._knows, name, ctx.credentials.password):
+        if await loop.run_in_executor(self._threads, self._has, name, ctx.credentials.password):
             ctx.accept(name)
 
-    def _knows(self, name: str, password: str) -> bool:
+    def _has(self, name: str, password: str) -> bool:
         """Whether there is a user with this password. Computes one hash for each cost in the file: the user's, or a dummy."""
         user = self._hashes.get(name)
         found = False
-        for nobody in self._nobodies:
-            found |= (user if user is not None and user.cost == nobody.cost else nobody).matches(password)
+        for dummy in self._dummies:
+            found |= (user if user is not None and user.cost == dummy.cost else dummy).matches(password)
         return found
 
 
-def _nobodies(hashes: Iterable[Hash]) -> list[Hash]:
+def _dummies(hashes: Iterable[Hash]) -> list[Hash]:
     """For each of the costs, a dummy hash that no password has."""
-    costs = sorted({each.cost for each in hashes} or {_OURS})
+    costs = sorted({each.cost for each in hashes} or {_NEW_COST})
     return [Hash(cost, secrets.token_bytes(16), secrets.token_bytes(_LENGTH)) for cost in costs]
 
 

@@ -29,9 +29,9 @@ from fumi_core.runtime.settings import SettingError, check_mode, given, read_aga
 from fumi_core.server.metrics import CoreMetrics
 
 _THIS_HOST = Networks(THIS_HOST)
-_NO_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
+_LOCALHOST_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
 # Settings of sockets and processes, which a reload cannot change.
-_ONCE = ("listen", "metrics", "socket_mode", "workers")
+_ONLY_AT_START = ("listen", "metrics", "socket_mode", "workers")
 
 
 class CoreWork:
@@ -108,7 +108,7 @@ class CoreWork:
     def _warn(self) -> None:
         """Log settings that are valid but probably not intended."""
         name = self.app.options.name
-        if name.lower().rstrip(".") in _NO_NAMES:
+        if name.lower().rstrip(".") in _LOCALHOST_NAMES:
             event(self.log, logging.WARNING, "the banner is 220 localhost: set --name", name=name)
         if self._settings["assume_tls"]:
             for name in [sock.getsockname() for sock in self._sockets]:
@@ -137,9 +137,9 @@ class CoreWork:
         ctx = read_again(self._ctx)
         self._take_over(ctx)
         await self.app.prepare()
-        old, self._settings = self._settings, {**ctx.params, **{name: self._settings[name] for name in _ONCE}}
+        old, self._settings = self._settings, {**ctx.params, **{name: self._settings[name] for name in _ONLY_AT_START}}
         configure(ctx.params["log_format"], ctx.params["log_level"])
-        return [name for name in _ONCE if ctx.params[name] != old[name]]
+        return [name for name in _ONLY_AT_START if ctx.params[name] != old[name]]
 
     def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
         return {}

@@ -85,13 +85,20 @@ class Choice:
         return self._check(option, given)
 
 
-def _strings(option: str, given: object, example: str) -> tuple[str, ...]:
-    # A string is an iterable of strings too, but nobody means its letters.
+def strings(given: object) -> tuple[str, ...] | None:
+    """The strings of an iterable, None for anything else. A single string counts as anything else: nobody means its letters."""
     if isinstance(given, Iterable) and not isinstance(given, str | bytes):
         found = tuple(given)
         if all(isinstance(each, str) for each in found):
             return found
-    raise TypeError(f"{option} is a list of strings, not {given!r}: write [{example!r}]")
+    return None
+
+
+def _strings(option: str, given: object, example: str) -> tuple[str, ...]:
+    found = strings(given)
+    if found is None:
+        raise TypeError(f"{option} is a list of strings, not {given!r}: write [{example!r}]")
+    return found
 
 
 def names_of(known: Collection[str], example: str) -> Check[tuple[str, ...]]:

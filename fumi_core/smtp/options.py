@@ -205,7 +205,7 @@ def _declaration(each: Field[Any]) -> Declaration:
 DECLARATIONS = {each.name: _declaration(each) for each in fields(Options) if each.init}
 """All options by name, in the order of the README's table."""
 
-Texts = list[str] | tuple[str, ...] | Set[str]
+Strings = list[str] | tuple[str, ...] | Set[str]
 """Several strings. ``Iterable[str]`` would accept a single string, which is a mistake."""
 
 
@@ -213,14 +213,14 @@ class OptionArguments(TypedDict, total=False):
     """The keyword arguments of ``Fumi(…)``, for type checkers: the options, with the types that a program may give."""
 
     require_tls: bool
-    auth_methods: Texts
+    auth_methods: Strings
     auth_optional: bool
     allow_insecure_auth: bool
     size: int | None
     max_clients: int | None
     name: str
     banner: str
-    disabled_commands: Texts
+    disabled_commands: Strings
     hide_starttls: bool
     hide_size: bool
     hide_pipelining: bool
@@ -234,7 +234,7 @@ class OptionArguments(TypedDict, total=False):
     use_xclient: bool
     use_xforward: bool
     proxy_protocol: Literal["off", "required"]
-    trusted_proxies: Texts
+    trusted_proxies: Strings
     assume_tls: bool
     bare_newlines: Literal["reject", "normalize"]
     max_recipients: int

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi, plugins
-from fumi_core.plugins.greylist import RETENTION, RETRY_WINDOW, Triplets
+from fumi_core.plugins.greylist import RETENTION_SECONDS, RETRY_WINDOW_SECONDS, Triplets
 from fumi_core.testing import running
 from tests.core.client import Client, ConnectFrom
 from tests.core.clock import Clock
@@ -74,7 +74,7 @@ def test_a_try_long_after_the_first_is_a_first_one(app: Fumi, connect_from: Conn
     with running(app) as server:
         client = connect_from(server.port, "192.0.2.1")
         rcpt(client)
-        clock.now += RETRY_WINDOW + 1
+        clock.now += RETRY_WINDOW_SECONDS + 1
         assert rcpt(client).startswith(b"450")
         clock.now += 300
         assert rcpt(client).startswith(b"250")
@@ -87,7 +87,7 @@ def test_who_passed_is_known_as_long_as_it_comes_again(app: Fumi, connect_from: 
         clock.now += 300
         for _ in range(3):
             assert rcpt(client).startswith(b"250")
-            clock.now += RETENTION - 1
+            clock.now += RETENTION_SECONDS - 1
         clock.now += 2
         assert rcpt(client).startswith(b"450")
 
@@ -127,7 +127,7 @@ def test_the_longest_untouched_is_forgotten_first(put: str, kept: str) -> None:
     assert "".join(sender for sender in "abc" if triplets.get(("block", sender, "x")) is not None) == kept
 
 
-@pytest.mark.parametrize("delay", [0, -1, float("nan"), float("inf"), "300", True, RETRY_WINDOW])
+@pytest.mark.parametrize("delay", [0, -1, float("nan"), float("inf"), "300", True, RETRY_WINDOW_SECONDS])
 def test_a_delay_that_cannot_be_is_refused(delay: Any) -> None:
     with pytest.raises(ValueError, match=r"delay (is|must be)"):
         plugins.greylist(delay)

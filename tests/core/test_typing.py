@@ -14,7 +14,7 @@ import fumi_core
 import fumi_edge
 from fumi_core import Fumi
 from fumi_core.smtp.option_values import Choice
-from fumi_core.smtp.options import DECLARATIONS, OptionArguments, Options, Texts
+from fumi_core.smtp.options import DECLARATIONS, OptionArguments, Options, Strings
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = get_type_hints(Options)
@@ -29,7 +29,7 @@ def test_the_option_arguments_are_the_options_in_the_same_order() -> None:
 @pytest.mark.parametrize("option", DECLARATIONS)
 def test_an_option_argument_has_the_type_of_its_option(option: str) -> None:
     kind: type | UnionType = ARGUMENTS[option]
-    if kind == Texts:
+    if kind == Strings:
         kind = tuple[str, ...]
     elif get_origin(kind) is Literal:
         kind = str
@@ -50,11 +50,11 @@ def test_an_option_argument_with_a_choice_has_the_values_that_are_accepted() -> 
         assert [read(option, value) for value in values] == list(values)
 
 
-def test_several_texts_may_be_a_list_a_tuple_or_a_set() -> None:
-    for option in (option for option, kind in ARGUMENTS.items() if kind == Texts):
+def test_several_strings_may_be_a_list_a_tuple_or_a_set() -> None:
+    for option in (option for option, kind in ARGUMENTS.items() if kind == Strings):
         default = getattr(Options(), option)
-        for texts in (list(default), tuple(default), set(default), frozenset(default)):
-            assert set(read(option, texts)) == set(default)
+        for strings in (list(default), tuple(default), set(default), frozenset(default)):
+            assert set(read(option, strings)) == set(default)
 
 
 def test_the_edge_exports_the_names_that_the_core_exports() -> None:

@@ -175,6 +175,15 @@ class Fumi:
             sockets = bind(SocketAddress("unix", path=path))
         else:
             sockets = bind(SocketAddress("tcp", host=host, port=port))
+        server = await self.start()
+        for each in sockets:
+            self._listen(server, each)
+
+    async def start(self) -> Server:
+        """Begin to serve without listening, for a program that accepts the connections itself; returns the server.
+
+        The first call logs a warning if no client can ever send mail. ``close()`` ends it.
+        """
         if self._server is None:
             self._server = Server(self._dialogue_setup(), self._logger(), self.connection_count)
             problem = self.startup_problem()
@@ -183,8 +192,7 @@ class Fumi:
             for begin in self._at_start:
                 begin()
             await self.prepare()
-        for each in sockets:
-            self._listen(self._server, each)
+        return self._server
 
     def startup_problem(self) -> str | None:
         """Return the reason why no client can ever send mail with the present options and handlers, or None."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import socket
-import sys
-import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, DeliveryTarget, parse_target
 from fumi_core.program import builtin, mail_log
+from fumi_core.program.loading import load_app
 from fumi_core.program.option_flags import OPTIONS
 from fumi_core.program.users import Users
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
@@ -52,7 +50,7 @@ class CoreWork:
         self.metrics_sockets: list[socket.socket] = []
         self.registry = CollectorRegistry()
         reference = self._settings["app"]
-        self.app = _load(reference) if reference else Fumi()
+        self.app = load_app(reference) if reference else Fumi()
         # A module is imported once; each reload starts from the app that it defined.
         self._own = Fumi().adopt(self.app)
         self._metrics: CoreMetrics | None = None
@@ -194,38 +192,6 @@ class CoreWork:
             return parse_target(deliver, state)
         except ValueError as error:
             raise SettingError(f"--deliver: {error}") from None
-
-
-def _load(reference: str) -> Fumi:
-    module, colon, name = reference.partition(":")
-    if not (module and colon and name):
-        raise SettingError(f"{reference!r} is not MODULE:APP, as in myapp:app")
-    if module.endswith(".py"):
-        written = ".".join(part for part in module.removesuffix(".py").split("/") if part not in ("", "."))
-        raise SettingError(f"{reference!r} names a file and not a module: write {written}:{name}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        loaded = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        raise SettingError(f"{reference}: {type(error).__name__}: {error} ({_place_of(error)})") from None
-    if not hasattr(loaded, name):
-        raise SettingError(f"{reference}: {module} has no {name}")
-    app = getattr(loaded, name)
-    if not isinstance(app, Fumi):
-        raise SettingError(f"{reference} is a {type(app).__name__}, not a Fumi")
-    return app
-
-
-def _place_of(error: BaseException) -> str:
-    """The file and line of the app's own code that raised the error, directly or in a function it called."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    above = Path(__file__).parents[2]
-    ours = tuple(os.path.join(above, package, "") for package in ("fumi_core", "fumi_edge"))
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [each for each in frames if not each.filename.startswith(("<frozen ", importlib.__file__, *ours))]
-    at = (theirs or frames)[-1]
-    return f"{at.filename}:{at.lineno}"
 
 
 def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:

@@ -3,6 +3,12 @@
 prometheus_client's own series take a lock and half a dozen calls for each change, because any thread may change them. Here only
 the event loop's thread counts, and any thread may read. A reader may see a connection counted in one metric and not yet in
 another.
+
+They replace ``prometheus_client.Counter``, ``Gauge`` and ``Histogram``: 0.03 instead of 0.24 µs to count, 0.10 instead of 1.7 µs
+to observe. In the row core-connect of ``ops/bench``, run with ``--metrics``, the CPU is 0.93 (0.89 … 0.98) of that with theirs,
+and in edge-handshake 1.00 (0.95 … 1.13): 7 rounds on a busy machine, Python 3.11.7. Delete them when core-connect is within 3 %;
+they have the same methods, but for ``over_workers``. No private names are used; ``prometheus_client.utils.floatToGoString`` is
+public but not documented.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def event(logger: logging.Logger, level: int, message: str, /, **fields: object)
     """Log one event with its fields; a field that is None is left out. Never raises, whatever logger an app supplies."""
     try:
         if logger.isEnabledFor(level):
-            # The same as log(), without the search for its caller.
+            # The same as log(), without the search for its caller, which no line shows: 2 µs less a line (Python 3.11.7).
             logger.handle(logger.makeRecord(logger.name, level, "", 0, LogMessage(message, fields), (), None))
     except Exception as unusable:
         _cannot_log(message, unusable)
@@ -99,6 +99,12 @@ class NonBlockingStreamHandler(logging.Handler):
     The thread that logs a line also writes it, if there is room: handing each line to another thread costs more. When the
     descriptor is full, that line and all later ones are queued, and a background thread writes them as room appears. Once more
     than MAX_QUEUED_BYTES are queued, new lines are dropped until the queue is empty; then one line reports the number.
+
+    It replaces ``logging.StreamHandler``, which waits for room with the event loop, and ``QueueHandler`` with ``QueueListener``,
+    whose queue is not bounded in bytes. It is not here for its speed: a line costs 8 µs with it, 12 µs with either of theirs; in
+    the row edge-handshake of ``ops/bench``, with a line a connection, its CPU is 1.02 (0.96 … 1.20) of StreamHandler's (7 rounds
+    on a busy machine, Python 3.11.7). Delete it when the standard library has a handler that never blocks. No private names are
+    used.
     """
 
     def __init__(self, fd: int) -> None:

@@ -3,6 +3,11 @@
 So a worker counts in plain memory, at the same cost as a single process, and nothing is left on the disk. Counters and histograms
 are added up, and a new worker continues the counts of the one it replaces, so that none ever falls. A gauge says by its
 ``over_workers`` whether it counts things, which are added up over the live workers, or is a state, of which the largest is shown.
+
+This replaces prometheus_client's multiprocess mode, which keeps each value in a file: 1.7 µs to count and 3.4 µs to observe,
+against 0.03 and 0.10 µs (runtime/counting.py). A report costs a worker 1 ms a second, and a scrape of four workers 5 ms (Python
+3.11.7, on a busy machine). No row of ``ops/bench`` scrapes; core-connect with ``--metrics`` shows what counting costs. Delete it
+when multiprocess mode counts in memory and its files can be given up with the process. No private names are used.
 """
 
 from __future__ import annotations

@@ -6,10 +6,27 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
+from fumi_edge.backends.choice import Backends
 from tests.support.peer import Peer
 from tests.support.ports import kept_port
 from tests.support.waiting import until
+
+Handler = Callable[[Peer], object]
+"""What a backend does with one connection."""
+
+
+class StartBackend(Protocol):
+    """The fixture ``backend``."""
+
+    def __call__(self, handler: Handler = ..., *, proxy: bool = True, path: str | None = None) -> Backend: ...
+
+
+class MakePool(Protocol):
+    """The fixture ``pool``."""
+
+    def __call__(self, *addresses: str, timeout: float = 20.0, balance: str = "leastconn") -> Backends: ...
 
 
 def smtp(peer: Peer) -> None:
@@ -35,7 +52,7 @@ def smtp(peer: Peer) -> None:
 class Backend:
     """A backend in threads: ``handler`` is run with a Peer for every connection; ``peers`` are those that came, probes apart."""
 
-    def __init__(self, handler: Callable[[Peer], None], proxy: bool = True, path: str | None = None) -> None:
+    def __init__(self, handler: Handler, proxy: bool = True, path: str | None = None) -> None:
         self._handler = handler
         self._proxy = proxy
         self._port = kept_port()
@@ -58,11 +75,10 @@ class Backend:
                 threading.Thread(target=self._serve, args=(Peer(sock),), daemon=True).start()
 
     def _serve(self, peer: Peer) -> None:
-        peer.heard = []
         try:
             if self._proxy:
                 peer.take_header()
-            if peer.header is None or peer.header.command == "PROXY":
+            if peer.received is None or peer.received.command == "PROXY":
                 self.peers.append(peer)
             self._handler(peer)
         except (OSError, EOFError):
@@ -89,46 +105,46 @@ class Backend:
         self._port.close()
 
 
-def opening(peer, tls):
+def opening(peer: Peer, tls: bool) -> None:
     """What a backend does to get a plaintext client out of the preamble."""
     if not tls:
         peer.say(b"220 ready\r\n")
         assert peer.line() == b"BDAT\r\n"
 
 
-def backend_flags(*backends):
+def backend_flags(*backends: Backend | Flapping) -> list[str]:
     return [word for each in backends for word in ("--backend", each.address)]
 
 
-def counts(*servers):
+def counts(*servers: Backend) -> list[int]:
     return [len(each.peers) for each in servers]
 
 
 class Flapping:
     """Stands before a backend, there one moment and gone the next."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._kept = kept_port()
         self.port = self._kept.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
-        self._listening = None
+        self._listening: socket.socket | None = None
 
-    def appear(self):
+    def appear(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", self.port), backlog=64)
         threading.Thread(target=self._accept, args=(self._listening,), daemon=True).start()
 
-    def vanish(self):
+    def vanish(self) -> None:
+        assert self._listening is not None
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
 
-    def _accept(self, listening):
+    def _accept(self, listening: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 threading.Thread(target=self._serve, args=(Peer(listening.accept()[0]),), daemon=True).start()
 
-    def _serve(self, peer):
-        peer.heard = []
+    def _serve(self, peer: Peer) -> None:
         with contextlib.suppress(OSError, EOFError):
             peer.take_header()
             smtp(peer)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import socket
 import struct
 import termios
 import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tests.edge.program import Program
+
+T = TypeVar("T")
 
 
-def waiting(sock, what=termios.FIONREAD):
+def waiting(sock: socket.socket, what: int = termios.FIONREAD) -> int:
     """Bytes received and not read yet; with TIOCOUTQ, those sent that the other side has not read."""
-    return struct.unpack("i", fcntl.ioctl(sock, what, b"\0\0\0\0"))[0]
+    (count,) = struct.unpack("i", fcntl.ioctl(sock, what, b"\0\0\0\0"))
+    return int(count)
 
 
-def settled(measure, program):
+def settled(measure: Callable[[], T], program: Program) -> T:
     """Poll until the measure has not changed for a while, the program being idle, and return it: nobody moves any more."""
     value, since = measure(), time.monotonic()
     deadline = since + 20

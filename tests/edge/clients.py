@@ -7,21 +7,33 @@ import socket
 import ssl
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
+from tests.edge.program import Program
 from tests.support.peer import Peer
 from tests.support.waiting import PATIENCE
+
+Greet = Callable[[Program], Peer]
+"""The fixture ``greeted``."""
+
+
+class Dial(Protocol):
+    """The fixture ``dial``."""
+
+    def __call__(self, path: Path, context: ssl.SSLContext | None = None) -> Peer: ...
 
 
 class Clients:
     """Makes clients of 127.0.0.1 and closes them in the end."""
 
     def __init__(self, authority: Path) -> None:
-        self._authority = authority
+        self.authority = authority
         self._peers: list[Peer] = []
 
     def context(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=str(self._authority))
+        return ssl.create_default_context(cafile=str(self.authority))
 
     def plain(self, port: int, buffer: int | None = None) -> Peer:
         sock = socket.socket()
@@ -47,6 +59,22 @@ class Clients:
     def close(self) -> None:
         for peer in self._peers:
             peer.close()
+
+
+class Connect:
+    """Connects through the tunnel, over TLS or on the STARTTLS port without upgrading."""
+
+    def __init__(self, clients: Clients, tls: bool) -> None:
+        self.tls = tls
+        self._clients = clients
+
+    def __call__(self, program: Program, buffer: int | None = None) -> Peer:
+        if self.tls:
+            return self._clients.tls(program.tls_port, buffer=buffer)
+        client = self._clients.plain(program.starttls_port, buffer=buffer)
+        assert client.line() == b"220 ready\r\n"
+        client.say(b"BDAT\r\n")
+        return client
 
 
 def s_client(port: int, *flags: str | Path, starttls: bool = False, say: str = "QUIT\r\n", letters: bool = False) -> str:

@@ -7,7 +7,6 @@ import ssl
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,48 +16,51 @@ from fumi_edge.backends.choice import Backends
 from fumi_edge.backends.dialing import Remote
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.metrics import EdgeMetrics
-from tests.edge.backends import Backend, smtp
-from tests.edge.clients import Clients
-from tests.edge.program import Program
-from tests.support.certificates import Authority, self_signed
+from tests.edge.backends import Backend, Handler, MakePool, StartBackend, smtp
+from tests.edge.clients import Clients, Connect, Dial, Greet
+from tests.edge.program import Program, StartEdge
+from tests.support.certificates import Authority, CertificateFiles, MakeAuthority, MakeCertificate, self_signed, shown_serial
 from tests.support.peer import Peer
 from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture(scope="session")
-def make_certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+def make_certificate(tmp_path_factory: pytest.TempPathFactory) -> MakeCertificate:
     """Makes a self-signed certificate for the names given; returns the paths of certificate and key."""
 
-    def make(*names: str, options: tuple[str, ...] = ("-days", "2")) -> tuple[Path, Path]:
+    def make(*names: str, options: tuple[str, ...] = ("-days", "2")) -> CertificateFiles:
         return self_signed(tmp_path_factory.mktemp("certificate"), *names, options=options)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Authority]:
-    return lambda name="Test CA": Authority(tmp_path_factory.mktemp("authority"), name)
+def make_authority(tmp_path_factory: pytest.TempPathFactory) -> MakeAuthority:
+    def make(name: str = "Test CA") -> Authority:
+        return Authority(tmp_path_factory.mktemp("authority"), name)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def authority(make_authority: Callable[..., Authority]) -> Authority:
+def authority(make_authority: MakeAuthority) -> Authority:
     return make_authority()
 
 
 @pytest.fixture
-def clients(certificate: tuple[Path, Path]) -> Iterator[Clients]:
+def clients(certificate: CertificateFiles) -> Iterator[Clients]:
     clients = Clients(certificate[0])
     yield clients
     clients.close()
 
 
 @pytest.fixture
-def backend() -> Iterator[Callable[..., Backend]]:
+def backend() -> Iterator[StartBackend]:
     """Starts backends; fails the test when a handler raised."""
     started: list[Backend] = []
 
-    def start(handler: Callable[[Peer], None] = smtp, **options: Any) -> Backend:
-        started.append(Backend(handler, **options))
+    def start(handler: Handler = smtp, *, proxy: bool = True, path: str | None = None) -> Backend:
+        started.append(Backend(handler, proxy, path))
         return started[-1]
 
     yield start
@@ -68,7 +70,7 @@ def backend() -> Iterator[Callable[..., Backend]]:
 
 
 @pytest.fixture
-def edge(certificate: tuple[Path, Path]) -> Iterator[Callable[..., Program]]:
+def edge(certificate: CertificateFiles) -> Iterator[StartEdge]:
     """Starts fumi-edge with a TLS listener, a STARTTLS listener and metrics; nothing but log lines may come from it."""
     started: list[Program] = []
     cert, key = certificate
@@ -94,11 +96,11 @@ def edge(certificate: tuple[Path, Path]) -> Iterator[Callable[..., Program]]:
 
 
 @pytest.fixture
-def dial():
+def dial() -> Iterator[Dial]:
     """Connects to a Unix socket."""
-    peers = []
+    peers: list[Peer] = []
 
-    def dial(path, context=None):
+    def dial(path: Path, context: ssl.SSLContext | None = None) -> Peer:
         sock = socket.socket(socket.AF_UNIX)
         peers.append(Peer(sock))
         sock.connect(str(path))
@@ -112,10 +114,10 @@ def dial():
 
 
 @pytest.fixture
-def greeted(clients):
+def greeted(clients: Clients) -> Greet:
     """A client that has the banner."""
 
-    def greeted(program):
+    def greeted(program: Program) -> Peer:
         client = clients.plain(program.starttls_port)
         assert client.reply()[-1].startswith(b"220")
         return client
@@ -124,7 +126,7 @@ def greeted(clients):
 
 
 @pytest.fixture
-def public(certificate):
+def public(certificate: CertificateFiles) -> Iterator[CertificateFiles]:
     """A certificate that everybody can read, and its key that only the owner can; pytest's directories are for nobody else."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
@@ -136,26 +138,16 @@ def public(certificate):
 
 
 @pytest.fixture(params=["tls", "plaintext"])
-def connect(request, clients):
+def connect(request: pytest.FixtureRequest, clients: Clients) -> Connect:
     """Connects through the tunnel, over TLS or on the STARTTLS port without upgrading."""
-
-    def connect(program, buffer=None):
-        if request.param == "tls":
-            return clients.tls(program.tls_port, buffer=buffer)
-        client = clients.plain(program.starttls_port, buffer=buffer)
-        assert client.line() == b"220 ready\r\n"
-        client.say(b"BDAT\r\n")
-        return client
-
-    connect.tls = request.param == "tls"
-    return connect
+    return Connect(clients, tls=request.param == "tls")
 
 
 @pytest.fixture
-def served(clients):
+def served(clients: Clients) -> Callable[[Program], None]:
     """One client's session, from the banner to the end."""
 
-    def served(program):
+    def served(program: Program) -> None:
         client = clients.tls(program.tls_port)
         assert client.line().startswith(b"220 ")
         assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
@@ -166,14 +158,17 @@ def served(clients):
 
 
 @pytest.fixture
-def listening():
+def listening() -> Iterator[int]:
+    """The port of a server that accepts connections into its backlog."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield server.getsockname()[1]
 
 
 @pytest.fixture
-def pool():
-    def pool(*addresses, timeout=20.0, balance="leastconn"):
+def pool() -> MakePool:
+    """Makes the Backends of an edge, in this process."""
+
+    def pool(*addresses: str, timeout: float = 20.0, balance: str = "leastconn") -> Backends:
         destinations = tuple(Remote(parse_address(each)) for each in addresses)
         settings = BackendSettings(
             destinations, "off", balance, connect_timeout=timeout, health_interval=0.01, health_timeout=1.0
@@ -184,13 +179,13 @@ def pool():
 
 
 @pytest.fixture
-def shown(authority, clients):
+def shown(authority: Authority, clients: Clients) -> Callable[..., str]:
     """The serial number of the certificate that a port shows now."""
     context = ssl.create_default_context(cafile=authority.path)
 
-    def ask(program, name="localhost"):
+    def ask(program: Program, name: str = "localhost") -> str:
         client = clients.tls(program.tls_port, name, context)
-        number = client.sock.getpeercert()["serialNumber"]
+        number = shown_serial(client.tls)
         assert client.line().startswith(b"220")
         client.close()
         return number
@@ -199,5 +194,6 @@ def shown(authority, clients):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path: Path) -> CertificateFiles:
+    """Where a certificate and its key are put, and replaced."""
     return tmp_path / "cert.pem", tmp_path / "key.pem"

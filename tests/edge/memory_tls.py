@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 import ssl
 
 
 class Engine:
     """A client's TLS apart from its socket: after the handshake, what it has to send stays in it until ``flush()``."""
 
-    def __init__(self, sock, context):
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
         self.sock = sock
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_hostname="localhost")
@@ -21,14 +22,14 @@ class Engine:
                 self.flush()
                 self._in.write(sock.recv(65536))
 
-    def flush(self):
+    def flush(self) -> None:
         self.sock.sendall(self._out.read())
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         for start in range(0, len(data), 16384):
             self._tls.write(data[start : start + 16384])
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
             try:
@@ -39,11 +40,12 @@ class Engine:
                 self._in.write(received)
         return data
 
-    def update_key(self):
+    def update_key(self) -> None:
         """Change our key, and ask the other side to change its own (RFC 8446 §4.6.3): ssl has no such call, OpenSSL has."""
         import _ssl
 
         openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
         # PyObject_HEAD, the socket, and then the SSL that Python wraps.
-        pointer = ctypes.c_void_p.from_address(id(self._tls._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p))
+        inner: object = self._tls._sslobj  # type: ignore[attr-defined]
+        pointer = ctypes.c_void_p.from_address(id(inner) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p))
         assert openssl.SSL_key_update(pointer, 1) == 1

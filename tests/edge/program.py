@@ -12,13 +12,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from tests.edge.backends import Backend
 from tests.support.starter import finished, start
 from tests.support.waiting import PATIENCE, until
 
 
-def run(*flags, environment=None):
+def run(*flags: str | Path, environment: dict[str, str] | None = None) -> tuple[int, list[str]]:
     """Run to the end; (status, lines of stderr but for the usage hint)."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
     done = finished("fumi-edge", *flags, env=clean | (environment or {}))
@@ -32,6 +33,18 @@ def open_files(pid: int) -> set[str]:
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             files.add(os.readlink(fd))
     return files
+
+
+class StartEdge(Protocol):
+    """The fixture ``edge``."""
+
+    def __call__(
+        self,
+        *flags: str,
+        backend: Backend | str,
+        certs: Sequence[str | Path] = ...,
+        inherited: Sequence[int] = (),
+    ) -> Program: ...
 
 
 class Program:
@@ -118,7 +131,9 @@ class Program:
     def memory(self) -> int:
         """Resident bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+        found = re.search(r"VmRSS:\s+(\d+)", status)
+        assert found
+        return int(found[1]) * 1024
 
     def rests(self) -> bool:
         """Whether its event loop sleeps: it has done all that there was to do, and does not just wait for the processor."""

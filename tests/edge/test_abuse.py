@@ -6,21 +6,28 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients, Dial, Greet
 from tests.edge.memory_tls import Engine
 from tests.edge.metrics import gone
+from tests.edge.program import StartEdge
 from tests.edge.replies import READY
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("ahead", [b"", b"EHLO ahead\r\n"])
 @pytest.mark.parametrize("hang", ["the second banner", "a reply to EHLO", "the first banner"])
-def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgotten(backend, edge, clients, hang, ahead):
+def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgotten(
+    backend: StartBackend, edge: StartEdge, clients: Clients, hang: str, ahead: bytes
+) -> None:
     waits = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         if hang == "the first banner" or (hang == "the second banner" and peer.header.tls):
             waits.append(peer)
             peer.rest()
@@ -51,8 +58,10 @@ def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgo
     assert {entry["reason"] for entry in program.ended(10)} == {"client_reset"}
 
 
-def test_a_client_that_never_reads_is_let_go_even_when_the_220_does_not_fit(backend, edge, dial, tmp_path):
-    def handler(peer):
+def test_a_client_that_never_reads_is_let_go_even_when_the_220_does_not_fit(
+    backend: StartBackend, edge: StartEdge, dial: Dial, tmp_path: Path
+) -> None:
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hi\r\n")
         while line := peer.line():
             peer.say(b"250 " + b"z" * 994 + b"\r\n" if line.startswith(b"NOOP") else b"221 bye\r\n")
@@ -83,7 +92,7 @@ def test_a_client_that_never_reads_is_let_go_even_when_the_220_does_not_fit(back
     assert "idle_timeout" in {entry["reason"] for entry in entries}
 
 
-def test_a_plaintext_clients_bytes_are_counted_once(backend, edge, greeted):
+def test_a_plaintext_clients_bytes_are_counted_once(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     program = edge(backend=backend())
     client = greeted(program)
     said = [b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b"text\r\n.\r\nQUIT\r\n"]
@@ -102,7 +111,7 @@ def test_a_plaintext_clients_bytes_are_counted_once(backend, edge, greeted):
     until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == total, "the count")
 
 
-def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients):
+def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge: StartEdge, clients: Clients) -> None:
     """Their descriptors pass to others. Many dead backends keep the edge busy, so that the reset comes before it has the 421."""
     dead = [f"127.0.0.{number}:9" for number in range(1, 255)]
     program = edge("--handshake-timeout", "20", *(f"--backend={address}" for address in dead[1:]), backend=dead[0])
@@ -113,9 +122,9 @@ def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients)
         time.sleep(0.002)
         client.reset()
     gone(program, f"127.0.0.1:{program.tls_port}")
-    answers = []
+    answers: list[bytes | OSError] = []
 
-    def well_behaved():
+    def well_behaved() -> None:
         try:
             client = clients.tls(program.tls_port)
             answers.append(client.rest()[:4])
@@ -131,7 +140,9 @@ def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge, clients)
     assert answers == [b"421 "] * 20
 
 
-def test_connections_that_wait_in_the_queue_at_sigterm_are_served(backend, edge, clients, greeted, tmp_path):
+def test_connections_that_wait_in_the_queue_at_sigterm_are_served(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet, tmp_path: Path
+) -> None:
     program = edge("--connect-timeout", "30", backend=backend(path=str(tmp_path / "backend.sock")))
     port = program.starttls_port
     greeted(program).close()
@@ -139,7 +150,7 @@ def test_connections_that_wait_in_the_queue_at_sigterm_are_served(backend, edge,
     peers = [clients.plain(port) for _ in range(200)]
     program.process.send_signal(signal.SIGTERM)
     program.process.send_signal(signal.SIGCONT)
-    answers = []
+    answers: list[bytes | OSError] = []
     for client in peers:
         try:
             answers.append(client.line()[:3])
@@ -150,7 +161,7 @@ def test_connections_that_wait_in_the_queue_at_sigterm_are_served(backend, edge,
     assert program.process.wait(30) == 0
 
 
-def test_an_edge_that_drains_is_not_ready(backend, edge, clients):
+def test_an_edge_that_drains_is_not_ready(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge(backend=backend())
     client = clients.tls(program.tls_port)
     client.line()

@@ -9,15 +9,19 @@ import smtplib
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fumi_core import plugins
+from fumi_core import AuthContext, Next, plugins
 from fumi_core.proxy_protocol import ProxyHeader
-from fumi_core.testing import running
+from fumi_core.testing import RunningServer, running
 from fumi_edge import Fumi
 from fumi_edge.tls.pem import CertificateError
+from tests.edge.clients import Clients
+from tests.support.certificates import Authority, CertificateFiles, MakeCertificate, shown_pem
 
 TEXT = "Subject: hello\r\n\r\nhello\r\n"
 
@@ -27,30 +31,36 @@ def pem(certificate: tuple[Path, Path]) -> dict[str, str]:
     return {"cert": certificate[0].read_text(), "key": certificate[1].read_text()}
 
 
+MakeApp = Callable[..., Fumi]
+
+
 @pytest.fixture
-def make(pem):
-    def app(**options):
+def make(pem: dict[str, str]) -> MakeApp:
+    def app(**options: Any) -> Fumi:
         return Fumi(**{"auth_optional": True, "name": "mx.example", "close_timeout": 0.2, **pem, **options})
 
     return app
 
 
 @pytest.fixture
-def context(clients):
+def context(clients: Clients) -> ssl.SSLContext:
     return clients.context()
 
 
-def upgraded(server, context, **options):
+def upgraded(server: RunningServer, context: ssl.SSLContext, **options: Any) -> smtplib.SMTP:
     smtp = smtplib.SMTP("127.0.0.1", server.port, timeout=30, **options)
     smtp.starttls(context=context)
     return smtp
 
 
-def serial(sock: ssl.SSLSocket) -> bytes:
-    return sock.getpeercert(binary_form=True)
+def tls_of(smtp: smtplib.SMTP_SSL) -> ssl.SSLSocket:
+    assert isinstance(smtp.sock, ssl.SSLSocket)
+    return smtp.sock
 
 
-def test_a_server_name_that_is_not_ascii_is_one_log_line(make, context, caplog, capsys):
+def test_a_server_name_that_is_not_ascii_is_one_log_line(
+    make: MakeApp, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = context.wrap_bio(incoming, outgoing, server_hostname="aaaaaaaa.example")
     with pytest.raises(ssl.SSLWantReadError):
@@ -65,7 +75,7 @@ def test_a_server_name_that_is_not_ascii_is_one_log_line(make, context, caplog, 
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_an_app_that_a_type_checker_accepts_takes_mail_over_tls(certificate, context):
+def test_an_app_that_a_type_checker_accepts_takes_mail_over_tls(certificate: CertificateFiles, context: ssl.SSLContext) -> None:
     app_file = Path(__file__).parents[1] / "typing" / "edge_app.py"
     app = runpy.run_path(str(app_file))["make"](certificate[0], certificate[1].read_bytes())
     with running(app) as server, smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
@@ -73,21 +83,24 @@ def test_an_app_that_a_type_checker_accepts_takes_mail_over_tls(certificate, con
         assert len(server.messages) == 1
 
 
-def test_implicit_tls_tells_handlers_all_that_the_program_tells_them(make, context):
+def test_implicit_tls_tells_handlers_all_that_the_program_tells_them(make: MakeApp, context: ssl.SSLContext) -> None:
     with running(make(secure=True)) as server:
         with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
             smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
-            cipher, local = smtp.sock.cipher()[0], smtp.sock.getsockname()
+            sock = tls_of(smtp)
+            agreed, local = sock.cipher(), sock.getsockname()
         session = server.messages[0].session
     assert session.secure
-    assert (session.tls.version, session.tls.cipher, session.tls.sni) == ("TLSv1.3", cipher, None)
+    assert session.tls
+    assert agreed
+    assert (session.tls.version, session.tls.cipher, session.tls.sni) == ("TLSv1.3", agreed[0], None)
     assert (session.remote_address, session.remote_port) == local
     assert (session.local_address, session.local_port) == ("127.0.0.1", server.port)
     assert session.transmission_type == "ESMTPS"
     assert server.messages[0].body == TEXT.encode()
 
 
-def test_without_secure_there_is_starttls_and_plaintext(make, context):
+def test_without_secure_there_is_starttls_and_plaintext(make: MakeApp, context: ssl.SSLContext) -> None:
     with running(make()) as server:
         with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
             smtp.ehlo()
@@ -100,7 +113,9 @@ def test_without_secure_there_is_starttls_and_plaintext(make, context):
         assert [each.session.secure for each in server.messages] == [False, True]
 
 
-def test_key_and_cert_are_text_bytes_or_paths(make, pem, certificate, context):
+def test_key_and_cert_are_text_bytes_or_paths(
+    make: MakeApp, pem: dict[str, str], certificate: CertificateFiles, context: ssl.SSLContext
+) -> None:
     whole = pem["cert"] + pem["key"]
     for given in (
         {name: text.encode() for name, text in pem.items()},
@@ -115,7 +130,7 @@ def test_key_and_cert_are_text_bytes_or_paths(make, pem, certificate, context):
             assert smtp.noop()[0] == 250
 
 
-def test_ca_asks_clients_for_a_certificate(make, clients, authority):
+def test_ca_asks_clients_for_a_certificate(make: MakeApp, clients: Clients, authority: Authority) -> None:
     names = []
     app = make(secure=True, ca=Path(authority.path).read_bytes())
     app.on_mail_from(lambda ctx, next: names.append((ctx.session.tls.client_cert_verified, ctx.session.tls.client_cn)))
@@ -129,7 +144,7 @@ def test_ca_asks_clients_for_a_certificate(make, clients, authority):
     assert names == [(False, None), (True, "the client")]
 
 
-def test_require_tls_answers_530_until_there_is_tls(make, context):
+def test_require_tls_answers_530_until_there_is_tls(make: MakeApp, context: ssl.SSLContext) -> None:
     for app in (make(require_tls=True), make().use(plugins.require_tls())):
         with running(app) as server:
             with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
@@ -140,11 +155,11 @@ def test_require_tls_answers_530_until_there_is_tls(make, context):
             assert len(server.messages) == 1
 
 
-def test_auth_is_there_only_inside_tls(make, context):
+def test_auth_is_there_only_inside_tls(make: MakeApp, context: ssl.SSLContext) -> None:
     app = make(auth_optional=False)
 
     @app.on_auth
-    async def authenticate(ctx, next):
+    async def authenticate(ctx: AuthContext, next: Next) -> None:
         if ctx.credentials.validate_password("secret"):
             ctx.accept(ctx.credentials.username)
 
@@ -161,16 +176,17 @@ def test_auth_is_there_only_inside_tls(make, context):
         assert server.messages[0].session.transmission_type == "ESMTPSA"
 
 
-def test_hide_starttls_hides_it_and_takes_it_all_the_same(make, context):
+def test_hide_starttls_hides_it_and_takes_it_all_the_same(make: MakeApp, context: ssl.SSLContext) -> None:
     with running(make(hide_starttls=True)) as server, smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
         smtp.ehlo()
         assert not smtp.has_extn("starttls")
         assert smtp.docmd("STARTTLS")[0] == 220
+        assert smtp.sock
         with context.wrap_socket(smtp.sock, server_hostname="localhost") as tls:
             assert tls.version() == "TLSv1.3"
 
 
-def test_hide_requiretls_takes_it_out_of_what_tls_clients_are_offered(make, context):
+def test_hide_requiretls_takes_it_out_of_what_tls_clients_are_offered(make: MakeApp, context: ssl.SSLContext) -> None:
     for hidden in (False, True):
         with (
             running(make(secure=True, hide_requiretls=hidden)) as server,
@@ -180,14 +196,16 @@ def test_hide_requiretls_takes_it_out_of_what_tls_clients_are_offered(make, cont
             assert smtp.has_extn("requiretls") is not hidden
 
 
-def test_one_client_too_many_is_421(make):
+def test_one_client_too_many_is_421(make: MakeApp) -> None:
     with running(make(max_clients=1)) as server, smtplib.SMTP("127.0.0.1", server.port, timeout=30) as first:
         assert first.noop()[0] == 250
         with pytest.raises(smtplib.SMTPConnectError, match="421"):
             smtplib.SMTP("127.0.0.1", server.port, timeout=30)
 
 
-def test_update_secure_context_is_for_new_connections(make, certificate, make_certificate, clients):
+def test_update_secure_context_is_for_new_connections(
+    make: MakeApp, certificate: CertificateFiles, make_certificate: MakeCertificate, clients: Clients
+) -> None:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     other = make_certificate("other.example")
@@ -196,15 +214,15 @@ def test_update_secure_context_is_for_new_connections(make, certificate, make_ce
         with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as old:
             app.update_secure_context(key=other[1], cert=other[0])
             with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as new:
-                assert serial(new.sock) == ssl.PEM_cert_to_DER_cert(other[0].read_text())
+                assert shown_pem(tls_of(new)).strip() == other[0].read_text().strip()
             assert old.noop()[0] == 250
         with pytest.raises(CertificateError):
             app.update_secure_context(key=certificate[1], cert=other[0])
         with smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as kept:
-            assert serial(kept.sock) == ssl.PEM_cert_to_DER_cert(other[0].read_text())
+            assert shown_pem(tls_of(kept)).strip() == other[0].read_text().strip()
 
 
-def test_a_balancers_header_comes_before_tls(make, context):
+def test_a_balancers_header_comes_before_tls(make: MakeApp, context: ssl.SSLContext) -> None:
     header = ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.7", 4711), ("198.51.100.1", 465)).to_bytes()
     with running(make(secure=True, proxy_protocol="required")) as server:
         sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
@@ -217,7 +235,7 @@ def test_a_balancers_header_comes_before_tls(make, context):
     assert session.secure
 
 
-def test_close_lets_a_message_end(make, context):
+def test_close_lets_a_message_end(make: MakeApp, context: ssl.SSLContext) -> None:
     app = make(secure=True, close_timeout=30)
     with running(app) as server, smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
         smtp.ehlo()
@@ -234,7 +252,7 @@ def test_close_lets_a_message_end(make, context):
         assert len(server.messages) == 1
 
 
-def test_without_a_certificate_it_is_the_core(context):
+def test_without_a_certificate_it_is_the_core(context: ssl.SSLContext) -> None:
     with running(Fumi(auth_optional=True, close_timeout=0.2)) as server:
         with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
             smtp.ehlo()
@@ -243,12 +261,13 @@ def test_without_a_certificate_it_is_the_core(context):
         assert not server.messages[0].session.secure
 
 
-def test_what_cannot_work_is_said_at_once(pem, make_certificate):
+def test_what_cannot_work_is_said_at_once(pem: dict[str, str], make_certificate: MakeCertificate) -> None:
     for wrong in ({"secure": True}, {"key": pem["key"]}, {"ca": pem["cert"]}):
         with pytest.raises(TypeError, match="needs a certificate"):
             Fumi(**wrong)
+    misspelt: dict[str, Any] = {"auth_optinal": True, **pem}
     with pytest.raises(TypeError, match="did you mean 'auth_optional'"):
-        Fumi(auth_optinal=True, **pem)
+        Fumi(**misspelt)
     with pytest.raises(CertificateError, match="does not belong"):
         Fumi(cert=pem["cert"], key=make_certificate("other.example")[1])
     with pytest.raises(CertificateError, match="holds no private key"):
@@ -257,7 +276,7 @@ def test_what_cannot_work_is_said_at_once(pem, make_certificate):
         Fumi().update_secure_context(**pem)
 
 
-def test_a_close_that_is_cancelled_breaks_off_what_is_left(make):
+def test_a_close_that_is_cancelled_breaks_off_what_is_left(make: MakeApp) -> None:
     async def main() -> None:
         app = make(close_timeout=1000)
         await app.listen(0)
@@ -265,7 +284,8 @@ def test_a_close_that_is_cancelled_breaks_off_what_is_left(make):
         writer.write(b"EHLO x\r\nMAIL FROM:<>\r\n")
         while b"250 2.1.0" not in await reader.readline():
             pass
-        with contextlib.suppress(TimeoutError):
+        # It waits for the transaction to end, and is cancelled meanwhile.
+        with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await app.close()
         with contextlib.suppress(ConnectionError):

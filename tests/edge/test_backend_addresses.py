@@ -7,6 +7,7 @@ import contextlib
 import errno
 import socket
 import threading
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
@@ -14,12 +15,17 @@ import fumi_edge.backends.choice
 import fumi_edge.backends.dialing
 import fumi_edge.backends.health
 from fumi_edge.backends.choice import AVOID_SECONDS
+from fumi_edge.backends.dialing import Opening, Remote, ResolvedAddress
+from fumi_edge.metrics import BackendError
+from tests.edge.backends import MakePool
+
+Loop = asyncio.AbstractEventLoop
 
 
-def test_a_backend_that_failed_is_tried_again_after_a_while_by_one_client_at_a_time(pool):
+def test_a_backend_that_failed_is_tried_again_after_a_while_by_one_client_at_a_time(pool: MakePool) -> None:
     backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
     first, second = backends.all
-    first.failed(100.0, "refused", "no")
+    first.failed(100.0, BackendError.REFUSED, "no")
     assert list(backends.candidates(100.0 + AVOID_SECONDS * 0.9)) == [second, first]
     assert list(backends.candidates(100.0 + AVOID_SECONDS)) == [first, second]
     first.trying(100.0 + AVOID_SECONDS)
@@ -28,10 +34,10 @@ def test_a_backend_that_failed_is_tried_again_after_a_while_by_one_client_at_a_t
     assert list(backends.candidates(100.0 + AVOID_SECONDS)) == [first, second]
 
 
-def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool):
+def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool: MakePool) -> None:
     backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
     first, second = backends.all
-    first.unhealthy("banner", "554")
+    first.unhealthy(BackendError.BANNER, "554")
     first.connected(0.1)
     assert list(backends.candidates(1e9)) == [second, first]
     first.healthy()
@@ -41,25 +47,30 @@ def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool):
 class Resolver:
     """Answers in the system's place; ``answer`` is a list of addresses, or an error, or empty for silence."""
 
-    def __init__(self, monkeypatch, *answer):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answer: str | Exception) -> None:
         self.answer = list(answer)
         self.asked = 0
         self._monkeypatch = monkeypatch
 
-    def install(self):
-        self._monkeypatch.setattr(fumi_edge.backends.dialing.socket, "getaddrinfo", self._resolve)
+    def install(self) -> None:
+        self._monkeypatch.setattr(socket, "getaddrinfo", self._resolve)
 
-    def _resolve(self, host, port, *, type):
+    def _resolve(self, host: str, port: int, *, type: int) -> list[tuple[socket.AddressFamily, int, int, str, tuple[str, int]]]:
         self.asked += 1
         if not self.answer:
             threading.Event().wait()
-        if isinstance(self.answer[0], Exception):
-            raise self.answer[0]
-        return [(socket.AF_INET, type, 6, "", (each, port)) for each in self.answer]
+        addresses = []
+        for each in self.answer:
+            if isinstance(each, Exception):
+                raise each
+            addresses.append((socket.AF_INET, type, 6, "", (each, port)))
+        return addresses
 
 
-def test_addresses_are_kept_when_the_resolver_fails_later(pool, monkeypatch, listening, caplog):
-    async def scenario():
+def test_addresses_are_kept_when_the_resolver_fails_later(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.1")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
@@ -77,8 +88,8 @@ def test_addresses_are_kept_when_the_resolver_fails_later(pool, monkeypatch, lis
     asyncio.run(scenario())
 
 
-def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool, monkeypatch):
-    async def scenario():
+def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
         resolver = Resolver(monkeypatch)
         resolver.install()
         backends = pool("mail.test:25", timeout=0.1)
@@ -90,11 +101,13 @@ def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool, monke
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
-def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
-    async def scenario():
+def test_a_fault_of_ours_is_not_the_last_check(
+    monkeypatch: pytest.MonkeyPatch, pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
         outcomes = [RuntimeError("can't start new thread"), None]
 
-        async def health_check(*_):
+        async def health_check(*_: object) -> None:
             if (outcome := outcomes.pop(0) if outcomes else None) is not None:
                 raise outcome
 
@@ -109,30 +122,38 @@ def test_a_fault_of_ours_is_not_the_last_check(monkeypatch, pool, caplog):
     assert "health check failed" in caplog.text
 
 
-def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(pool, monkeypatch, listening):
-    async def scenario():
+def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
+) -> None:
+    async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
         (await backends.connect(b""))[0].close()
-        targets = await backends.all[0].destination.addresses(asyncio.get_running_loop(), 1.0)
+        remote = backends.all[0].destination
+        assert isinstance(remote, Remote)
+        targets = await remote.addresses(asyncio.get_running_loop(), 1.0)
         assert [name[0] for _, name in targets] == ["127.0.0.1", "127.0.0.3"]
 
     asyncio.run(scenario())
 
 
-def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_at_each_question(pool, monkeypatch, listening):
+def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_at_each_question(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
+) -> None:
     """It stays behind those that answer, in whatever order the resolver names them."""
 
-    async def scenario():
+    async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
         resolver.install()
         connected = []
         connect = fumi_edge.backends.dialing._connect
 
-        def told(loop, target, *rest):
+        def told(
+            loop: asyncio.AbstractEventLoop, target: ResolvedAddress, timeout: float, opening: Opening
+        ) -> Awaitable[socket.socket]:
             connected.append(target[1][0])
-            return connect(loop, target, *rest)
+            return connect(loop, target, timeout, opening)
 
         monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
         monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
@@ -151,22 +172,27 @@ def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_a
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
+Everywhere = tuple[int, Callable[[], str]]
+
+
 @pytest.fixture
-def listening_everywhere():
+def listening_everywhere() -> Iterator[Everywhere]:
     """A port of all of this machine's addresses, and which of them were connected to."""
     with socket.create_server(("", 0), backlog=64) as server:
 
-        def connected():
+        def connected() -> str:
             with server.accept()[0] as sock:
-                return sock.getsockname()[0]
+                return str(sock.getsockname()[0])
 
         yield server.getsockname()[1], connected
 
 
-def test_the_addresses_of_a_name_take_turns(pool, monkeypatch, listening_everywhere):
+def test_the_addresses_of_a_name_take_turns(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening_everywhere: Everywhere
+) -> None:
     port, connected = listening_everywhere
 
-    async def scenario():
+    async def scenario() -> None:
         Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3").install()
         backends = pool(f"mail.test:{port}")
         for _ in range(6):
@@ -176,19 +202,23 @@ def test_the_addresses_of_a_name_take_turns(pool, monkeypatch, listening_everywh
     assert sorted(connected() for _ in range(6)) == [f"127.0.0.{n}" for n in (1, 1, 2, 2, 3, 3)]
 
 
-def test_an_address_that_failed_is_used_again_after_a_while(pool, monkeypatch, listening_everywhere):
+def test_an_address_that_failed_is_used_again_after_a_while(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening_everywhere: Everywhere
+) -> None:
     port, connected = listening_everywhere
     monkeypatch.setattr(fumi_edge.backends.dialing, "AVOID_ADDRESS_SECONDS", 0.05)
 
-    async def scenario():
+    async def scenario() -> None:
         Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
         backends = pool(f"mail.test:{port}")
         dial = fumi_edge.backends.dialing._connect
 
-        async def broken(loop, target, *rest):
+        async def broken(
+            loop: asyncio.AbstractEventLoop, target: ResolvedAddress, timeout: float, opening: Opening
+        ) -> socket.socket:
             if target[1][0] == "127.0.0.2":
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
-            return await dial(loop, target, *rest)
+            return await dial(loop, target, timeout, opening)
 
         with monkeypatch.context() as patch:
             patch.setattr(fumi_edge.backends.dialing, "_connect", broken)
@@ -204,10 +234,12 @@ def test_an_address_that_failed_is_used_again_after_a_while(pool, monkeypatch, l
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
-def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(pool, monkeypatch, listening):
+def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
+) -> None:
     """The client that finds out is served where the name has moved to."""
 
-    async def scenario():
+    async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
@@ -227,8 +259,10 @@ def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(po
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
-def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(pool, monkeypatch, caplog):
-    async def scenario():
+def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3")
         resolver.install()
         monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 0.0)
@@ -243,13 +277,15 @@ def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(pool, mo
     assert caplog.text.count("keeping the old addresses") == 1
 
 
-def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(pool, monkeypatch, caplog):
+def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """``[::1]`` without IPv6, or no port left: neither must look like a backend that is merely not busy."""
 
-    async def nowhere(*_):
+    async def nowhere(*_: object) -> None:
         raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
 
-    async def scenario():
+    async def scenario() -> None:
         monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", nowhere)
         backends = pool("[::1]:2525", "[::1]:2526")
         with pytest.raises(fumi_edge.backends.choice.NoBackend, match="Cannot assign requested address"):
@@ -260,11 +296,13 @@ def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(pool
     assert caplog.text.count("reason=unreachable") == 2
 
 
-def test_a_backend_that_cannot_be_connected_to_in_time_is_said_to_be(pool, monkeypatch, caplog):
-    async def nowhere(*_):
+def test_a_backend_that_cannot_be_connected_to_in_time_is_said_to_be(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def nowhere(*_: object) -> None:
         raise TimeoutError
 
-    async def scenario():
+    async def scenario() -> None:
         monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", nowhere)
         with pytest.raises(fumi_edge.backends.choice.NoBackend, match="timed out"):
             await pool("127.0.0.1:2525").connect(b"")
@@ -273,11 +311,11 @@ def test_a_backend_that_cannot_be_connected_to_in_time_is_said_to_be(pool, monke
     assert 'reason=timeout error="timed out"' in caplog.text
 
 
-def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
-    async def exhausted(*_):
+def test_a_check_that_could_not_be_made_says_why(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def exhausted(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    async def scenario():
+    async def scenario() -> None:
         monkeypatch.setattr(fumi_edge.backends.health, "health_check", exhausted)
         backends = pool("127.0.0.1:2525")
         checks = fumi_edge.backends.health.Checks(backends)
@@ -285,6 +323,6 @@ def test_a_check_that_could_not_be_made_says_why(pool, monkeypatch):
             await asyncio.sleep(0.01)
         await checks.close()
         assert backends.all[0].up
-        assert backends.all[0].metrics.errors["other"].value
+        assert backends.all[0].metrics.errors[BackendError.OTHER].value
 
     asyncio.run(asyncio.wait_for(scenario(), 30))

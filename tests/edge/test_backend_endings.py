@@ -14,13 +14,19 @@ import fumi_edge.backends.dialing
 import fumi_edge.backends.health
 import fumi_edge.backends.retiring
 from fumi_edge.backends.retiring import Retiring
+from fumi_edge.sockets.readiness import receive
+from tests.edge.backends import MakePool, StartBackend
+from tests.edge.clients import Clients
+from tests.edge.program import StartEdge
 from tests.edge.replies import READY
 
 
-def test_farewells_to_backends_that_do_not_answer_are_bounded(pool, monkeypatch, listening):
+def test_farewells_to_backends_that_do_not_answer_are_bounded(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
+) -> None:
     monkeypatch.setattr(fumi_edge.backends.retiring, "MAX_RETIRING", 5)
 
-    async def scenario():
+    async def scenario() -> None:
         backends, retiring = pool(f"127.0.0.1:{listening}"), Retiring()
         for _ in range(20):
             retiring.retire((await backends.connect(b""))[0])
@@ -32,20 +38,20 @@ def test_farewells_to_backends_that_do_not_answer_are_bounded(pool, monkeypatch,
     asyncio.run(scenario())
 
 
-def time_waits(port):
+def time_waits(port: int) -> int:
     """Sockets of ours, towards this port, that only wait for stragglers."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(row[2].endswith(f":{port:04X}") and row[3] == "06" for row in rows)
 
 
-def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clients):
+def test_thousands_of_short_connections_leave_no_port_behind(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     """With QUIT, with an upgrade, and without a word; it is the backend that closes first and keeps the TIME_WAIT."""
     server = backend()
     program = edge("--log-level", "debug", backend=server)
     each, threads = 50, 10
     failures = []
 
-    def visit(number):
+    def visit(number: int) -> None:
         try:
             if number % 2:
                 client = clients.plain(program.starttls_port)
@@ -64,7 +70,7 @@ def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clie
         except Exception as error:
             failures.append(error)
 
-    def visits(first):
+    def visits(first: int) -> None:
         for number in range(each):
             visit(first + number)
 
@@ -80,19 +86,19 @@ def test_thousands_of_short_connections_leave_no_port_behind(backend, edge, clie
     assert time_waits(port) < each * threads // 100
 
 
-def test_a_backend_that_goes_on_sending_after_quit_is_broken_off_and_holds_up_nobody(pool):
+def test_a_backend_that_goes_on_sending_after_quit_is_broken_off_and_holds_up_nobody(pool: MakePool) -> None:
     """Something to read is always there, so the event loop would never get a turn, nor a timeout its time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port, stop = server.getsockname()[1], threading.Event()
 
-        def flood():
+        def flood() -> None:
             with contextlib.suppress(OSError), server.accept()[0] as peer:
                 while not stop.is_set():
                     peer.send(b"x" * 65536)
 
-        async def scenario():
+        async def scenario() -> bytes:
             sock, _ = await pool(f"127.0.0.1:{port}").connect(b"")
-            await fumi_edge.backends.dialing.receive(asyncio.get_running_loop(), sock, 1)
+            await receive(asyncio.get_running_loop(), sock, 1)
             return await fumi_edge.backends.dialing.quit_and_close(sock, 3600.0)
 
         sender = threading.Thread(target=flood)
@@ -106,12 +112,12 @@ def test_a_backend_that_goes_on_sending_after_quit_is_broken_off_and_holds_up_no
         assert not sender.is_alive()
 
 
-def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool, monkeypatch):
+def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The port would be ours for a minute otherwise."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
-        async def scenario():
+        async def scenario() -> None:
             sock, _ = await pool(f"127.0.0.1:{port}").connect(b"")
             assert await fumi_edge.backends.dialing.quit_and_close(sock, 0.01) == b""
 

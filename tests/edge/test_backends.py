@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.edge.backends import Flapping, backend_flags, counts
+from tests.edge.backends import Backend, Flapping, StartBackend, backend_flags, counts
+from tests.edge.clients import Clients
 from tests.edge.metrics import errors, up
+from tests.edge.program import Program, StartEdge
 from tests.edge.replies import ENDED, READY
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
 @pytest.fixture
-def silent(backend):
+def silent(backend: StartBackend) -> Callable[..., Backend]:
     """A backend that accepts and hangs up; with ``reset`` it breaks off."""
 
-    def silent(reset=False, when=lambda peer: True):
-        def handler(peer):
+    def silent(reset: bool = False, when: Callable[[Peer], bool] = lambda peer: True) -> Backend:
+        def handler(peer: Peer) -> None:
             if when(peer):
                 if reset:
                     peer.reset()
@@ -31,15 +36,15 @@ def silent(backend):
     return silent
 
 
-def test_the_backend_with_the_fewest_connections_is_chosen(backend, edge, clients):
+def test_the_backend_with_the_fewest_connections_is_chosen(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     servers = [backend() for _ in range(3)]
     program = edge(*backend_flags(*servers[1:]), backend=servers[0])
     peers = [clients.tls(program.tls_port) for _ in range(9)]
     for client in peers:
         client.line()
     assert counts(*servers) == [3, 3, 3]
-    mine = {peer.header.source[1] for peer in servers[1].peers}
-    leaving = [client for client in peers if client.sock.getsockname()[1] in mine]
+    mine = {peer.header.source for peer in servers[1].peers}
+    leaving = [client for client in peers if client.sock.getsockname() in mine]
     for client in leaving:
         client.ask(b"QUIT\r\n")
         client.close()
@@ -49,7 +54,9 @@ def test_the_backend_with_the_fewest_connections_is_chosen(backend, edge, client
     assert counts(*servers) == [3, 6, 3]
 
 
-def test_roundrobin_takes_each_in_turn_but_those_that_are_down(backend, edge, served):
+def test_roundrobin_takes_each_in_turn_but_those_that_are_down(
+    backend: StartBackend, edge: StartEdge, served: Callable[[Program], None]
+) -> None:
     servers = [backend() for _ in range(3)]
     program = edge("--balance", "roundrobin", *backend_flags(*servers[1:]), backend=servers[0])
     for _ in range(6):
@@ -63,7 +70,9 @@ def test_roundrobin_takes_each_in_turn_but_those_that_are_down(backend, edge, se
     assert len(servers[0].peers) + len(servers[2].peers) == 11
 
 
-def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, clients):
+def test_first_sends_all_to_the_first_that_is_up(
+    backend: StartBackend, edge: StartEdge, served: Callable[[Program], None], clients: Clients
+) -> None:
     servers = [backend(), backend()]
     program = edge("--balance", "first", *backend_flags(servers[1]), backend=servers[0])
     for _ in range(3):
@@ -80,11 +89,14 @@ def test_first_sends_all_to_the_first_that_is_up(backend, edge, served, clients)
     servers[1].close()
     client = clients.tls(program.tls_port)
     assert client.rest().startswith(b"421 4.3.2")
-    (_, last) = until(lambda: len(lines := program.events("backend down")) == 2 and lines, "the last one")
+    until(lambda: len(program.events("backend down")) == 2, "the last one")
+    last = program.events("backend down")[1]
     assert (last["level"], last["backend"], last["backends_up"]) == ("error", servers[1].address, 0)
 
 
-def test_unix_sockets_are_balanced_like_any_other(backend, edge, clients, tmp_path):
+def test_unix_sockets_are_balanced_like_any_other(
+    backend: StartBackend, edge: StartEdge, clients: Clients, tmp_path: Path
+) -> None:
     servers = [backend(path=str(tmp_path / name)) for name in ("one.sock", "two.sock")]
     program = edge(*backend_flags(servers[1]), backend=servers[0])
     for _ in range(4):
@@ -93,7 +105,9 @@ def test_unix_sockets_are_balanced_like_any_other(backend, edge, clients, tmp_pa
 
 
 @pytest.mark.parametrize("balance", ["leastconn", "roundrobin"])
-def test_after_the_upgrade_the_client_keeps_its_backend(backend, edge, clients, balance):
+def test_after_the_upgrade_the_client_keeps_its_backend(
+    backend: StartBackend, edge: StartEdge, clients: Clients, balance: str
+) -> None:
     servers = [backend(), backend()]
     program = edge("--balance", balance, *backend_flags(servers[1]), backend=servers[0])
     for _ in range(4):
@@ -107,7 +121,7 @@ def test_after_the_upgrade_the_client_keeps_its_backend(backend, edge, clients, 
         assert len(set(ids)) == 2
 
 
-def test_after_the_upgrade_another_backend_will_do(backend, edge, clients):
+def test_after_the_upgrade_another_backend_will_do(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     servers = [backend(), backend()]
     program = edge("--balance", "first", *backend_flags(servers[1]), backend=servers[0])
     client = clients.plain(program.starttls_port)
@@ -119,7 +133,9 @@ def test_after_the_upgrade_another_backend_will_do(backend, edge, clients):
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
-def test_a_backend_that_hangs_up_without_a_word_is_passed_over_unnoticed(backend, silent, edge, clients, reset):
+def test_a_backend_that_hangs_up_without_a_word_is_passed_over_unnoticed(
+    backend: StartBackend, silent: Callable[..., Backend], edge: StartEdge, clients: Clients, reset: bool
+) -> None:
     bad, good = silent(reset), backend()
     program = edge("--balance", "first", *backend_flags(good), backend=bad)
     client = clients.tls(program.tls_port)
@@ -137,7 +153,9 @@ def test_a_backend_that_hangs_up_without_a_word_is_passed_over_unnoticed(backend
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
-def test_a_backend_that_hangs_up_after_the_upgrade_is_replaced_too(backend, silent, edge, clients, reset):
+def test_a_backend_that_hangs_up_after_the_upgrade_is_replaced_too(
+    backend: StartBackend, silent: Callable[..., Backend], edge: StartEdge, clients: Clients, reset: bool
+) -> None:
     bad, good = silent(reset, when=lambda peer: peer.header.tls), backend()
     program = edge("--balance", "first", *backend_flags(good), backend=bad)
     client = clients.plain(program.starttls_port)
@@ -149,7 +167,9 @@ def test_a_backend_that_hangs_up_after_the_upgrade_is_replaced_too(backend, sile
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
-def test_when_every_backend_hangs_up_it_is_as_if_there_were_none(silent, edge, clients, reset):
+def test_when_every_backend_hangs_up_it_is_as_if_there_were_none(
+    silent: Callable[..., Backend], edge: StartEdge, clients: Clients, reset: bool
+) -> None:
     servers = [silent(reset), silent(reset)]
     program = edge(*backend_flags(servers[1]), backend=servers[0])
     assert clients.tls(program.tls_port).rest() == ENDED
@@ -157,8 +177,10 @@ def test_when_every_backend_hangs_up_it_is_as_if_there_were_none(silent, edge, c
     assert counts(*servers) == [2, 2]
 
 
-def test_a_client_that_leaves_before_the_banner_is_not_the_backends_fault(backend, edge, clients):
-    def handler(peer):
+def test_a_client_that_leaves_before_the_banner_is_not_the_backends_fault(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
+    def handler(peer: Peer) -> None:
         peer.rest()  # no word before the client's end
 
     server = backend(handler)
@@ -173,11 +195,11 @@ def test_a_client_that_leaves_before_the_banner_is_not_the_backends_fault(backen
     assert len(server.peers) == 1
 
 
-def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend, edge, clients):
+def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     """What it said has gone to one backend, and is not said again to another; it is told."""
     heard = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         heard.append(peer.line())
 
     servers = [backend(handler), backend(handler)]
@@ -190,13 +212,15 @@ def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend, edge, clients):
     assert heard == [b"EHLO early\r\n"]
 
 
-def test_a_backend_that_comes_and_goes_harms_nobody(backend, edge, served):
+def test_a_backend_that_comes_and_goes_harms_nobody(
+    backend: StartBackend, edge: StartEdge, served: Callable[[Program], None]
+) -> None:
     """Two backends, one of them flapping, with and without checks; every client is served."""
     steady, flapping = backend(), Flapping()
     program = edge("--health-interval", "0.1", "--balance", "roundrobin", *backend_flags(flapping), backend=steady)
     over = threading.Event()
 
-    def flap():
+    def flap() -> None:
         while not over.is_set():
             flapping.appear()
             over.wait(0.07)

@@ -11,17 +11,18 @@ import pytest
 
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import CertificateError
+from tests.support.certificates import Authority
 
 
 @pytest.fixture
-def dev(tmp_path):
+def dev(tmp_path: Path) -> Path:
     """What ops/certs/dev-ca leaves: an authority with its key beside it, and a certificate with its key in it."""
     dev_ca = Path(__file__).parents[2] / "ops" / "certs" / "dev-ca"
     subprocess.run([dev_ca, tmp_path / "dev", "server", "mail.example.org"], check=True, capture_output=True)
     return tmp_path / "dev"
 
 
-def test_an_authority_in_a_directory_is_left_alone_and_said_to_be(dev, authority):
+def test_an_authority_in_a_directory_is_left_alone_and_said_to_be(dev: Path, authority: Authority) -> None:
     for key in (dev / "ca.key", None):
         certificates = Certificates([(dev, None)])
         assert [entry.name for entry in certificates.entries] == ["mail.example.org"]
@@ -34,7 +35,7 @@ def test_an_authority_in_a_directory_is_left_alone_and_said_to_be(dev, authority
         Certificates([(dev, None)])  # no authority: somebody has forgotten its key
 
 
-def test_what_holds_no_certificate_is_left_alone_in_a_directory_and_said_to_be(authority, tmp_path):
+def test_what_holds_no_certificate_is_left_alone_in_a_directory_and_said_to_be(authority: Authority, tmp_path: Path) -> None:
     cert, key = authority.issue("localhost")
     both = tmp_path / "localhost.pem"
     both.write_text(cert.read_text() + key.read_text())
@@ -64,7 +65,7 @@ def test_what_holds_no_certificate_is_left_alone_in_a_directory_and_said_to_be(a
 
 
 @pytest.mark.parametrize("bad", ["half", "broken", "trusted", "der", "keyless"])
-def test_a_certificate_that_is_bad_is_an_error_in_a_directory_too(authority, tmp_path, bad):
+def test_a_certificate_that_is_bad_is_an_error_in_a_directory_too(authority: Authority, tmp_path: Path, bad: str) -> None:
     (cert, key), (other, _) = authority.issue("localhost"), authority.issue("other.test")
     (tmp_path / "localhost.pem").write_text(cert.read_text() + key.read_text())
     text = other.read_text()
@@ -81,7 +82,7 @@ def test_a_certificate_that_is_bad_is_an_error_in_a_directory_too(authority, tmp
         Certificates([(tmp_path, None)])
 
 
-def test_a_file_that_loses_its_certificate_keeps_it_in_service(authority, tmp_path):
+def test_a_file_that_loses_its_certificate_keeps_it_in_service(authority: Authority, tmp_path: Path) -> None:
     for name in ("a", "b"):
         cert, key = authority.issue(f"{name}.test")
         (tmp_path / f"{name}.pem").write_text(cert.read_text() + key.read_text())
@@ -93,7 +94,7 @@ def test_a_file_that_loses_its_certificate_keeps_it_in_service(authority, tmp_pa
     assert [entry.name for entry in certificates.entries] == ["a.test", "b.test"]
 
 
-def test_an_authority_alone_or_by_its_name_is_an_error(dev):
+def test_an_authority_alone_or_by_its_name_is_an_error(dev: Path) -> None:
     with pytest.raises(CertificateError, match=r"ca.pem: not usable by a TLS server"):
         Certificates([(dev / "ca.pem", dev / "ca.key")])
     (dev / "mail.example.org.pem").unlink()

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from fumi_core.version import VERSION
+from tests.edge.backends import StartBackend
 from tests.edge.clients import s_client
+from tests.edge.program import StartEdge
+from tests.support.certificates import Authority, MakeAuthority
 from tests.support.starter import finished
 from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_start_is_logged_with_version_pid_and_certificates(backend, edge, authority, workers):
+def test_the_start_is_logged_with_version_pid_and_certificates(
+    backend: StartBackend, edge: StartEdge, authority: Authority, workers: str
+) -> None:
     (cert, key), more = authority.issue("localhost"), authority.issue("other.test", days=9)
     certs = ("--cert", cert, "--key", key, "--cert", more[0], "--key", more[1])
     program = edge("--workers", workers, backend=backend(), certs=certs)
@@ -25,7 +31,9 @@ def test_the_start_is_logged_with_version_pid_and_certificates(backend, edge, au
     assert all(re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", line["expires"]) for line in lines)
 
 
-def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(backend, edge, authority, tmp_path):
+def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(
+    backend: StartBackend, edge: StartEdge, authority: Authority, tmp_path: Path
+) -> None:
     cert, key = authority.issue("localhost", days=-1)
     server = backend()
     program = edge("--cert-reload-interval", "0.02", backend=server, certs=("--cert", cert, "--key", key))
@@ -39,7 +47,9 @@ def test_an_expired_certificate_is_served_with_a_warning_and_fails_the_check(bac
     assert len(program.events("certificate is not valid")) == 1
 
 
-def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(backend, edge, authority, tmp_path):
+def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(
+    backend: StartBackend, edge: StartEdge, authority: Authority, tmp_path: Path
+) -> None:
     (cert, key), (expired, _) = authority.issue("localhost"), authority.issue("Old CA", days=-1, is_ca=True)
     chain, server = tmp_path / "chain.pem", backend()
     chain.write_text(cert.read_text() + expired.read_text())
@@ -56,7 +66,9 @@ def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(backend, edg
     assert finished("fumi-edge", "--cert", cert, "--key", key, "--backend", server.address, "--check").returncode == 0
 
 
-def test_what_serves_nobody_is_said_at_the_start(backend, edge, make_authority, tmp_path):
+def test_what_serves_nobody_is_said_at_the_start(
+    backend: StartBackend, edge: StartEdge, make_authority: MakeAuthority, tmp_path: Path
+) -> None:
     authority = make_authority("An authority")
     both = tmp_path / "localhost.pem"
     both.write_text("".join(path.read_text() for path in authority.issue("localhost")))

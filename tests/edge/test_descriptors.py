@@ -7,16 +7,20 @@ import os
 import resource
 import threading
 
-from tests.edge.backends import smtp
+from tests.edge.backends import StartBackend, smtp
+from tests.edge.clients import Clients
+from tests.edge.program import StartEdge
+from tests.support.certificates import CertificateFiles
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, clients):
+def test_running_out_of_descriptors_is_not_the_backends_fault(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--log-level", "debug", backend=backend())
     pid = program.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
 
-    def came_too_late():
+    def came_too_late() -> bool:
         before_it = len(program.events("connection ended"))
         # One more descriptor is there for a client, and none for its backend; unless one that was counted went meanwhile.
         used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
@@ -35,7 +39,9 @@ def test_running_out_of_descriptors_is_not_the_backends_fault(backend, edge, cli
     assert clients.tls(program.tls_port).line().startswith(b"220")
 
 
-def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clients):
+def test_running_out_of_descriptors_is_survived(
+    backend: StartBackend, certificate: CertificateFiles, edge: StartEdge, clients: Clients
+) -> None:
     """With few descriptors, accept pauses, says so once, and resumes when some are free."""
     program = edge(backend=backend())
     most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
@@ -46,7 +52,7 @@ def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clie
         client.close()
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (most, most))
 
-    def answered():
+    def answered() -> bool:
         client = clients.tls(program.tls_port)
         return client.line().startswith(b"220")
 
@@ -54,7 +60,9 @@ def test_running_out_of_descriptors_is_survived(backend, certificate, edge, clie
     assert len(program.events("cannot accept, pausing")) == 1
 
 
-def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge, clients):
+def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     """A client takes two: where there is one left, it is not accepted, and the backend's are not missed."""
     program = edge("--health-interval", "0.2", backend=backend())
     most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]
@@ -71,11 +79,13 @@ def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(backend, edge,
     assert {entry["reason"] for entry in program.ended(60)} == {"backend_closed"}
 
 
-def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slow_to_close(backend, edge, clients):
+def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slow_to_close(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     """Each needs a second connection to the backend, and the first one is not closed yet."""
     go = threading.Event()
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         smtp(peer)
         go.wait(20)
 

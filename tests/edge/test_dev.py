@@ -5,14 +5,20 @@ from __future__ import annotations
 import signal
 import smtplib
 import ssl
+from pathlib import Path
 
+import pytest
+
+from tests.edge.clients import Clients
 from tests.edge.program import Program, run
 from tests.support.waiting import until
 
 PORTS = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
 
 
-def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(clients, monkeypatch, tmp_path):
+def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     program = Program("--dev", *PORTS, cwd=tmp_path)
     try:
@@ -27,13 +33,13 @@ def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(clients, mo
         program.kill()
 
 
-def test_dev_mode_can_be_checked(monkeypatch, tmp_path):
+def test_dev_mode_can_be_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert run("--dev", *PORTS, "--check") == (0, [])
     assert list(tmp_path.glob("fumi-dev-*")) == []
 
 
-def test_dev_mode_takes_a_message_over_both_ports(tmp_path):
+def test_dev_mode_takes_a_message_over_both_ports(tmp_path: Path) -> None:
     ports = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
     program = Program("--dev", *ports, cwd=tmp_path)
     try:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
 
 import pytest
 
 from fumi_edge.tls.handshake import server_name
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.edge.program import Program, StartEdge
+from tests.support.certificates import CertificateFiles
 
 
-def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend, edge, clients):
+def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend()
     program = edge("--alpn", "smtp", backend=server)
     context = clients.context()
@@ -18,25 +23,29 @@ def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend, edge, cl
     client = clients.tls(program.tls_port, context=context)
     name = client.sock.getsockname()
     assert client.line() == b"220 backend.test ESMTP\r\n"
-    header = server.peer().header
+    header, tls = server.peer().header, server.peer().client_tls
     assert (header.version, header.command, header.transport) == (2, "PROXY", "TCP4")
     assert header.source == name
     assert header.destination == ("127.0.0.1", program.tls_port)
-    assert header.tls.version == client.sock.version() == "TLSv1.3"
-    assert header.tls.cipher == client.sock.cipher()[0]
-    assert header.tls.sni == header.authority == "localhost"
-    assert header.tls.alpn == "smtp"
-    assert not header.tls.client_cert
+    assert tls.version == client.tls.version() == "TLSv1.3"
+    agreed = client.tls.cipher()
+    assert agreed
+    assert tls.cipher == agreed[0]
+    assert tls.sni == header.authority == "localhost"
+    assert tls.alpn == "smtp"
+    assert not tls.client_cert
     assert header.crc32c is not None
     assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
     client.close()
     ended = program.ended()[0]
-    assert ended["id"] == header.unique_id.decode("ascii")
+    assert ended["id"] == server.peer().unique_id
     assert (ended["tls"], ended["sni"], ended["backend"]) == ("TLSv1.3", "localhost", server.address)
     assert (ended["bytes_in"], ended["bytes_out"]) == (6, len(b"220 backend.test ESMTP\r\n221 2.0.0 bye\r\n"))
 
 
-def test_a_resumed_session_of_tls_1_2_names_the_server_that_is_asked_for_now(backend, edge, clients):
+def test_a_resumed_session_of_tls_1_2_names_the_server_that_is_asked_for_now(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     server = backend()
     program = edge(backend=server)
     context = clients.context()
@@ -45,7 +54,7 @@ def test_a_resumed_session_of_tls_1_2_names_the_server_that_is_asked_for_now(bac
     first = clients.tls(program.tls_port, "other.test", context)
     first.line()
     raw = clients.plain(program.tls_port)
-    with context.wrap_socket(raw.sock, server_hostname="localhost", session=first.sock.session) as second:
+    with context.wrap_socket(raw.sock, server_hostname="localhost", session=first.tls.session) as second:
         assert second.session_reused
         assert second.recv(3) == b"220"
     assert server.peer().header.authority == "other.test"
@@ -53,7 +62,7 @@ def test_a_resumed_session_of_tls_1_2_names_the_server_that_is_asked_for_now(bac
 
 
 @pytest.mark.parametrize("name", ["mail.test", None])
-def test_the_name_in_a_client_hello_is_found_unless_it_is_cut(name):
+def test_the_name_in_a_client_hello_is_found_unless_it_is_cut(name: str | None) -> None:
     context = ssl.create_default_context()
     context.check_hostname = False
     sent = ssl.MemoryBIO()
@@ -65,17 +74,17 @@ def test_the_name_in_a_client_hello_is_found_unless_it_is_cut(name):
     assert {server_name(hello[:length]) for length in range(len(hello))} <= {None, name}
 
 
-def test_unique_ids_are_unique_and_printable(backend, edge, clients):
+def test_unique_ids_are_unique_and_printable(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend()
     program = edge(backend=server)
     for _ in range(5):
         clients.tls(program.tls_port).line()
-    ids = {server.peer(number).header.unique_id for number in range(5)}
+    ids = {server.peer(number).unique_id for number in range(5)}
     assert len(ids) == 5
-    assert all(each.decode("ascii").isprintable() and b" " not in each for each in ids)
+    assert all(each.isascii() and each.isprintable() and " " not in each for each in ids)
 
 
-def test_version_1_names_the_client_in_a_line(backend, edge, clients):
+def test_version_1_names_the_client_in_a_line(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend()
     program = edge("--proxy-protocol", "v1", backend=server)
     client = clients.tls(program.tls_port)
@@ -83,7 +92,7 @@ def test_version_1_names_the_client_in_a_line(backend, edge, clients):
     assert (server.peer().header.version, server.peer().header.source) == (1, client.sock.getsockname())
 
 
-def test_without_the_proxy_protocol_the_backend_gets_plain_smtp(backend, edge, clients):
+def test_without_the_proxy_protocol_the_backend_gets_plain_smtp(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend(proxy=False)
     program = edge("--proxy-protocol", "off", backend=server)
     client = clients.tls(program.tls_port)
@@ -93,14 +102,14 @@ def test_without_the_proxy_protocol_the_backend_gets_plain_smtp(backend, edge, c
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_sessions_are_resumed(backend, edge, clients, version):
+def test_sessions_are_resumed(backend: StartBackend, edge: StartEdge, clients: Clients, version: ssl.TLSVersion) -> None:
     program = edge(backend=backend())
     context = clients.context()
     context.minimum_version = context.maximum_version = version
     first = clients.tls(program.tls_port, context=context)
     first.line()
     raw = clients.plain(program.tls_port)
-    second = context.wrap_socket(raw.sock, server_hostname="localhost", session=first.sock.session)
+    second = context.wrap_socket(raw.sock, server_hostname="localhost", session=first.tls.session)
     assert second.session_reused
     second.recv(100)
     name = version.name.replace("_", ".")
@@ -108,13 +117,13 @@ def test_sessions_are_resumed(backend, edge, clients, version):
     second.close()
 
 
-def _sessions(program, version, resumed):
+def _sessions(program: Program, version: str, resumed: str) -> Iterator[float]:
     for line in program.fetch("/metrics")[1].splitlines():
         if line.startswith("fumi_edge_tls_sessions_total{") and f'version="{version}"' in line and f'resumed="{resumed}"' in line:
             yield float(line.rpartition(" ")[2])
 
 
-def test_versions_before_the_minimum_are_refused(backend, edge, clients):
+def test_versions_before_the_minimum_are_refused(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--min-tls", "1.3", backend=backend())
     context = clients.context()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -123,7 +132,7 @@ def test_versions_before_the_minimum_are_refused(backend, edge, clients):
     assert program.ended()[0]["reason"] == "handshake_protocol"
 
 
-def test_ciphers_without_forward_secrecy_are_refused(backend, edge, clients):
+def test_ciphers_without_forward_secrecy_are_refused(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge(backend=backend())
     context = clients.context()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -132,7 +141,7 @@ def test_ciphers_without_forward_secrecy_are_refused(backend, edge, clients):
         clients.tls(program.tls_port, context=context)
 
 
-def test_the_backend_is_contacted_only_after_the_handshake(backend, edge, clients):
+def test_the_backend_is_contacted_only_after_the_handshake(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend()
     program = edge("--handshake-timeout", "2", "--log-level", "debug", backend=server)
     silent = clients.plain(program.tls_port)
@@ -154,7 +163,9 @@ def test_the_backend_is_contacted_only_after_the_handshake(backend, edge, client
     assert server.peers == []
 
 
-def test_a_client_that_distrusts_the_certificate_is_counted_as_such(backend, edge, clients):
+def test_a_client_that_distrusts_the_certificate_is_counted_as_such(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     program = edge(backend=backend())
     with pytest.raises(ssl.SSLCertVerificationError):
         clients.tls(program.tls_port, context=ssl.create_default_context())
@@ -166,7 +177,9 @@ def test_a_client_that_distrusts_the_certificate_is_counted_as_such(backend, edg
     assert [entry["reason"] for entry in program.ended(2)][-1] == "handshake_certificate"
 
 
-def test_a_server_name_that_is_not_ascii_is_one_log_line(backend, edge, clients, certificate):
+def test_a_server_name_that_is_not_ascii_is_one_log_line(
+    backend: StartBackend, edge: StartEdge, clients: Clients, certificate: CertificateFiles
+) -> None:
     program = edge(backend=backend())
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = clients.context().wrap_bio(incoming, outgoing, server_hostname="aaaaaaaa.example")
@@ -182,7 +195,9 @@ def test_a_server_name_that_is_not_ascii_is_one_log_line(backend, edge, clients,
     assert len(program.events("server name is not ASCII")) == 1
 
 
-def test_without_a_backend_the_client_gets_421_over_tls_and_a_clean_close(edge, clients, backend):
+def test_without_a_backend_the_client_gets_421_over_tls_and_a_clean_close(
+    edge: StartEdge, clients: Clients, backend: StartBackend
+) -> None:
     server = backend()
     server.close()
     program = edge(backend=server)
@@ -196,7 +211,7 @@ def test_without_a_backend_the_client_gets_421_over_tls_and_a_clean_close(edge, 
     assert program.metric("fumi_edge_backend_up", backend=server.address) == 0
 
 
-def test_a_backend_that_does_not_accept_is_a_421_after_the_connect_timeout(edge, clients):
+def test_a_backend_that_does_not_accept_is_a_421_after_the_connect_timeout(edge: StartEdge, clients: Clients) -> None:
     full = socket.socket()
     full.bind(("127.0.0.1", 0))
     full.listen(0)
@@ -212,7 +227,9 @@ def test_a_backend_that_does_not_accept_is_a_421_after_the_connect_timeout(edge,
         each.close()
 
 
-def test_the_next_backend_is_used_when_the_first_does_not_answer(backend, edge, clients):
+def test_the_next_backend_is_used_when_the_first_does_not_answer(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     dead, alive = backend(), backend()
     dead.close()
     program = edge("--backend", alive.address, backend=dead)
@@ -224,7 +241,7 @@ def test_the_next_backend_is_used_when_the_first_does_not_answer(backend, edge, 
     assert program.metric("fumi_edge_backend_errors_total", backend=dead.address, reason="refused") == 1
 
 
-def test_a_backend_may_be_named(backend, edge, clients):
+def test_a_backend_may_be_named(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend()
     program = edge(backend="localhost:" + server.address.rpartition(":")[2])
     assert clients.tls(program.tls_port).line() == b"220 backend.test ESMTP\r\n"

@@ -6,32 +6,51 @@ import asyncio
 import select
 import socket
 import ssl
+from typing import Protocol
 
 import pytest
 
 import fumi_edge.connection.inbound
-from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, ProxyHeader, TLSInfo, tls_tlvs
+from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_edge.connection.inbound import HeaderError, receive_client
+from tests.edge.backends import Backend, StartBackend
+from tests.edge.clients import Clients
+from tests.edge.metrics import rejected
+from tests.edge.program import Program, StartEdge
+from tests.edge.replies import READY
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
-READY = [b"220 2.0.0 Ready to start TLS\r\n"]
 SOURCE, DESTINATION = ("192.0.2.7", 40000), ("198.51.100.1", 25)
 SOURCE6, DESTINATION6 = ("2001:db8::7", 40000), ("2001:db8::1", 25)
 
 
-def v2(source=SOURCE, destination=DESTINATION, tlvs=(), transport="TCP4"):
+def v2(
+    source: Endpoint = SOURCE,
+    destination: Endpoint = DESTINATION,
+    tlvs: tuple[tuple[int, bytes], ...] = (),
+    transport: str = "TCP4",
+) -> bytes:
     return ProxyHeader(2, "PROXY", transport, source, destination, tlvs).to_bytes()
 
 
-def rejected(program, reason):
-    return program.metric("fumi_edge_rejected_total", reason=reason)
+class Behind(Protocol):
+    """The fixture ``behind``."""
+
+    def __call__(self, *flags: str) -> tuple[Program, Backend]: ...
+
+
+class Arrive(Protocol):
+    """The fixture ``arrive``."""
+
+    def __call__(self, program: Program, header: bytes, tls: bool = True) -> Peer: ...
 
 
 @pytest.fixture
-def behind(edge, backend):
+def behind(edge: StartEdge, backend: StartBackend) -> Behind:
     """An edge that takes clients from a balancer, and its backend."""
 
-    def behind(*flags):
+    def behind(*flags: str) -> tuple[Program, Backend]:
         server = backend()
         return edge("--accept-proxy", *flags, backend=server), server
 
@@ -39,10 +58,10 @@ def behind(edge, backend):
 
 
 @pytest.fixture
-def arrive(clients):
+def arrive(clients: Clients) -> Arrive:
     """A client that comes through a balancer: by TLS, or to the STARTTLS port."""
 
-    def arrive(program, header, tls=True):
+    def arrive(program: Program, header: bytes, tls: bool = True) -> Peer:
         client = clients.plain(program.tls_port if tls else program.starttls_port)
         client.say(header)
         return clients.upgrade(client) if tls else client
@@ -63,7 +82,9 @@ HEADERS = [
 
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "starttls"])
 @pytest.mark.parametrize(("header", "source", "destination"), HEADERS)
-def test_the_backend_and_the_log_are_told_of_the_original_client(behind, arrive, header, source, destination, tls):
+def test_the_backend_and_the_log_are_told_of_the_original_client(
+    behind: Behind, arrive: Arrive, header: bytes, source: Endpoint, destination: Endpoint, tls: bool
+) -> None:
     program, server = behind()
     client = arrive(program, header, tls)
     assert client.line() == b"220 backend.test ESMTP\r\n"
@@ -77,7 +98,7 @@ def test_the_backend_and_the_log_are_told_of_the_original_client(behind, arrive,
     assert (line["client_ip"], line.get("client_port")) == (("unix", None) if isinstance(source, str) else source)
 
 
-def test_the_client_stays_the_same_through_an_upgrade(behind, arrive, clients):
+def test_the_client_stays_the_same_through_an_upgrade(behind: Behind, arrive: Arrive, clients: Clients) -> None:
     program, server = behind()
     client = arrive(program, v2(), tls=False)
     client.line()
@@ -87,7 +108,7 @@ def test_the_client_stays_the_same_through_an_upgrade(behind, arrive, clients):
 
 
 @pytest.mark.parametrize(("given", "logged"), [(b"lb-17", "lb-17"), (b"\0" * 64 + b"\xff" * 64, "00" * 64 + "ff" * 64)])
-def test_the_balancers_unique_id_is_kept(behind, arrive, given, logged):
+def test_the_balancers_unique_id_is_kept(behind: Behind, arrive: Arrive, given: bytes, logged: str) -> None:
     program, server = behind()
     client = arrive(program, v2(tlvs=((PP2_TYPE_UNIQUE_ID, given),)))
     client.line()
@@ -97,19 +118,21 @@ def test_the_balancers_unique_id_is_kept(behind, arrive, given, logged):
     assert program.ended()[0]["id"] == logged
 
 
-def test_what_the_balancer_says_of_tls_is_not_passed_on(behind, arrive):
+def test_what_the_balancer_says_of_tls_is_not_passed_on(behind: Behind, arrive: Arrive) -> None:
     program, server = behind()
     lie = tls_tlvs(TLSInfo("TLSv1.3", "TLS_AES_128_GCM_SHA256", "liar.test", None, True, True, "liar"))
     arrive(program, v2(tlvs=lie), tls=False).line()
     assert server.peer().header.tls is None
     assert server.peer().header.authority is None
     arrive(program, v2(tlvs=lie)).line()
-    assert server.peer(1).header.tls.sni == "localhost"
-    assert not server.peer(1).header.tls.client_cert
+    assert server.peer(1).client_tls.sni == "localhost"
+    assert not server.peer(1).client_tls.client_cert
 
 
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "starttls"])
-def test_local_is_the_balancer_itself_and_nobodys_client_for_the_backend_either(behind, arrive, tls):
+def test_local_is_the_balancer_itself_and_nobodys_client_for_the_backend_either(
+    behind: Behind, arrive: Arrive, tls: bool
+) -> None:
     program, server = behind()
     client = arrive(program, ProxyHeader(2, "LOCAL").to_bytes(), tls=tls)
     assert client.line().startswith(b"220")
@@ -117,7 +140,7 @@ def test_local_is_the_balancer_itself_and_nobodys_client_for_the_backend_either(
     assert server.peers == []
 
 
-def test_unknown_is_the_balancer_itself(behind, arrive):
+def test_unknown_is_the_balancer_itself(behind: Behind, arrive: Arrive) -> None:
     program, server = behind()
     client = arrive(program, b"PROXY UNKNOWN\r\n")
     assert client.line().startswith(b"220")
@@ -125,7 +148,7 @@ def test_unknown_is_the_balancer_itself(behind, arrive):
     assert server.peer().header.unique_id
 
 
-def test_header_and_client_hello_may_come_in_one_packet(behind, clients):
+def test_header_and_client_hello_may_come_in_one_packet(behind: Behind, clients: Clients) -> None:
     program, server = behind()
     client = clients.plain(program.tls_port)
     client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
@@ -135,7 +158,7 @@ def test_header_and_client_hello_may_come_in_one_packet(behind, clients):
     assert server.peer().header.source == SOURCE
 
 
-def test_header_and_commands_may_come_in_one_packet_or_byte_by_byte(behind, clients):
+def test_header_and_commands_may_come_in_one_packet_or_byte_by_byte(behind: Behind, clients: Clients) -> None:
     program, server = behind()
     client = clients.plain(program.starttls_port)
     client.say(v2() + b"NOOP\r\n")
@@ -149,7 +172,7 @@ def test_header_and_commands_may_come_in_one_packet_or_byte_by_byte(behind, clie
     assert server.peer(1).header.source == SOURCE6
 
 
-def test_who_is_not_trusted_is_closed_at_once_and_counted(behind, clients):
+def test_who_is_not_trusted_is_closed_at_once_and_counted(behind: Behind, clients: Clients) -> None:
     program, server = behind("--trusted-proxy", "192.0.2.0/24")
     assert ended(clients.plain(program.starttls_port)) == b""
     with pytest.raises((ssl.SSLError, ConnectionError)):
@@ -160,12 +183,12 @@ def test_who_is_not_trusted_is_closed_at_once_and_counted(behind, clients):
     assert server.peers == []
 
 
-def test_trusted_proxies_may_be_named_one_by_one(behind, arrive):
+def test_trusted_proxies_may_be_named_one_by_one(behind: Behind, arrive: Arrive) -> None:
     program, _ = behind("--trusted-proxy", "192.0.2.0/24", "--trusted-proxy", "127.0.0.1")
     assert arrive(program, v2()).line().startswith(b"220")
 
 
-def ended(client):
+def ended(client: Peer) -> bytes:
     try:
         return client.rest()
     except ConnectionResetError:
@@ -177,7 +200,9 @@ def ended(client):
     [b"EHLO me\r\n", b"\x16\x03\x01\x02\x00\x01\x00", v2()[:12] + b"\xff", b"PROXY TCP4 1.2.3.4\r\n", b"PROXY " + b"x" * 200],
 )
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "starttls"])
-def test_anything_but_a_header_is_closed_without_a_word_and_counted(behind, clients, junk, tls):
+def test_anything_but_a_header_is_closed_without_a_word_and_counted(
+    behind: Behind, clients: Clients, junk: bytes, tls: bool
+) -> None:
     program, server = behind()
     client = clients.plain(program.tls_port if tls else program.starttls_port)
     client.say(junk)
@@ -187,7 +212,7 @@ def test_anything_but_a_header_is_closed_without_a_word_and_counted(behind, clie
     assert server.peers == []
 
 
-def test_a_header_that_is_cut_off_is_counted(behind, clients):
+def test_a_header_that_is_cut_off_is_counted(behind: Behind, clients: Clients) -> None:
     program, _ = behind()
     client = clients.plain(program.tls_port)
     client.say(v2()[:20])
@@ -197,7 +222,7 @@ def test_a_header_that_is_cut_off_is_counted(behind, clients):
     assert rejected(program, "proxy_header") == 1
 
 
-def test_a_balancer_that_only_looks_whether_the_port_is_open_is_no_news(behind, clients, arrive):
+def test_a_balancer_that_only_looks_whether_the_port_is_open_is_no_news(behind: Behind, clients: Clients, arrive: Arrive) -> None:
     program, _ = behind()
     for _ in range(3):
         clients.plain(program.tls_port).close()
@@ -208,7 +233,7 @@ def test_a_balancer_that_only_looks_whether_the_port_is_open_is_no_news(behind, 
     assert program.events("connection ended") == []
 
 
-def test_a_balancers_checks_are_no_clients_without_tls(behind, clients):
+def test_a_balancers_checks_are_no_clients_without_tls(behind: Behind, clients: Clients) -> None:
     program, _ = behind()
     own = clients.plain(program.starttls_port)
     source, destination = own.sock.getsockname(), own.sock.getpeername()
@@ -230,7 +255,7 @@ def test_a_balancers_checks_are_no_clients_without_tls(behind, clients):
     assert [program.metric("fumi_edge_starttls_total", result=result) for result in results] == [0, 1, 0, 0]
 
 
-def test_without_accept_proxy_a_header_is_nonsense(edge, backend, clients):
+def test_without_accept_proxy_a_header_is_nonsense(edge: StartEdge, backend: StartBackend, clients: Clients) -> None:
     program = edge(backend=backend())
     client = clients.plain(program.tls_port)
     client.say(v2())
@@ -238,11 +263,11 @@ def test_without_accept_proxy_a_header_is_nonsense(edge, backend, clients):
         clients.upgrade(client)
 
 
-def test_a_header_that_never_ends_is_given_up(monkeypatch):
+def test_a_header_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one process, because the limit is five seconds."""
     monkeypatch.setattr(fumi_edge.connection.inbound, "HEADER_TIMEOUT", 0.2)
 
-    async def scenario():
+    async def scenario() -> None:
         near, far = socket.socketpair()
         with near, far:
             near.setblocking(False)
@@ -254,8 +279,8 @@ def test_a_header_that_never_ends_is_given_up(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 7, len(v2()) - 1, len(v2()), len(v2()) + 1, 1000])
-def test_a_header_is_read_however_it_is_cut_and_nothing_behind_it(size):
-    async def scenario():
+def test_a_header_is_read_however_it_is_cut_and_nothing_behind_it(size: int) -> None:
+    async def scenario() -> None:
         near, far = socket.socketpair()
         with near, far:
             near.setblocking(False)

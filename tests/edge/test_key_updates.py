@@ -10,16 +10,24 @@ import sys
 import termios
 import threading
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
+from tests.edge.backends import StartBackend
 from tests.edge.buffers import settled, waiting
+from tests.edge.clients import Clients, Dial
 from tests.edge.memory_tls import Engine
+from tests.edge.program import StartEdge
+from tests.support.certificates import CertificateFiles
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="reaches into CPython's ssl objects")
-def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients, dial, tmp_path):
+def test_key_updates_that_meet_a_full_socket_lose_no_byte(
+    backend: StartBackend, edge: StartEdge, clients: Clients, dial: Dial, tmp_path: Path
+) -> None:
     """The answer to a key update has to wait for a client that does not read, while the backend does not read either."""
     with socket.socket(socket.AF_UNIX) as sock:
         room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
@@ -30,7 +38,7 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
     go = threading.Event()
     said, received = [], {}
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         size = int(peer.line())
         peer.say(b"x" * size)
         said.append(peer)
@@ -47,7 +55,7 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
         engine.write(begin)
         engine.flush()
 
-    def unread(which=termios.FIONREAD):
+    def unread(which: int = termios.FIONREAD) -> dict[int, int]:
         return {size: waiting(engine.sock, which) for size, engine in engines.items()}
 
     # Where the edge itself holds more to write, OpenSSL (here 3.0) gives up the connection at a second key update.
@@ -77,7 +85,9 @@ def test_key_updates_that_meet_a_full_socket_lose_no_byte(backend, edge, clients
     assert [size for size in engines if sha256(received[size]).digest() != whole] == []
 
 
-def test_a_key_update_in_mid_stream_loses_nothing(backend, edge, clients, certificate):
+def test_a_key_update_in_mid_stream_loses_nothing(
+    backend: StartBackend, edge: StartEdge, clients: Clients, certificate: CertificateFiles
+) -> None:
     """openssl's client rekeys at a line 'K'; the tunnel reads and answers the key update between two records."""
 
     program = edge(backend=backend())
@@ -88,6 +98,8 @@ def test_a_key_update_in_mid_stream_loses_nothing(backend, edge, clients, certif
     try:
         for command in (b"", b"NOOP", b"K", b"NOOP", b"k", b"NOOP"):
             answer = {b"": b"220 ", b"NOOP": b"250 "}.get(command, b"KEYUPDATE")
+            assert client.stdin
+            assert client.stdout
             client.stdin.write(command and command + b"\n")
             client.stdin.flush()
             while not (line := client.stdout.readline()).startswith(answer):

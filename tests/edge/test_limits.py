@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_edge.connection.limits import ClientLimits, Limits, Rate, parse_rate
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.edge.metrics import rejected
+from tests.edge.program import StartEdge
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
 TOO_MANY = b"421 4.7.0 Too many connections, try again later\r\n"
 
 
-def rejected(program, reason):
-    return program.metric("fumi_edge_rejected_total", reason=reason)
+class Come(Protocol):
+    """The fixture ``come``."""
+
+    def __call__(self, port: int, host: str = "127.0.0.1") -> Peer: ...
 
 
 @pytest.fixture
-def come():
+def come() -> Iterator[Come]:
     """A client with an address of this machine's own choosing: all of 127.0.0.0/8 is here."""
-    peers = []
+    peers: list[Peer] = []
 
-    def come(port, host="127.0.0.1"):
+    def come(port: int, host: str = "127.0.0.1") -> Peer:
         sock = socket.create_connection(("127.0.0.1", port), 30, source_address=(host, 0))
         peers.append(Peer(sock))
         return peers[-1]
@@ -35,7 +44,9 @@ def come():
         peer.close()
 
 
-def test_an_address_has_so_many_connections_and_others_have_their_own(backend, edge, clients, come):
+def test_an_address_has_so_many_connections_and_others_have_their_own(
+    backend: StartBackend, edge: StartEdge, clients: Clients, come: Come
+) -> None:
     program = edge("--max-clients-per-ip", "2", backend=backend())
     first, second = come(program.starttls_port), clients.tls(program.tls_port)
     first.line()
@@ -52,7 +63,7 @@ def test_an_address_has_so_many_connections_and_others_have_their_own(backend, e
     assert come(program.starttls_port).rest() == TOO_MANY
 
 
-def test_an_address_may_come_so_often(backend, edge, clients, come):
+def test_an_address_may_come_so_often(backend: StartBackend, edge: StartEdge, clients: Clients, come: Come) -> None:
     program = edge("--rate-per-ip", "3/h", backend=backend())
     for _ in range(2):
         client = come(program.starttls_port)
@@ -67,10 +78,12 @@ def test_an_address_may_come_so_often(backend, edge, clients, come):
 
 
 @pytest.mark.parametrize(("flag", "reason"), [("--max-clients-per-ip", "max_clients_per_ip"), ("--rate-per-ip", "rate")])
-def test_behind_a_balancer_it_is_the_clients_address_that_counts(backend, edge, clients, come, flag, reason):
+def test_behind_a_balancer_it_is_the_clients_address_that_counts(
+    backend: StartBackend, edge: StartEdge, clients: Clients, come: Come, flag: str, reason: str
+) -> None:
     program = edge("--accept-proxy", flag, "1" if flag.startswith("--max") else "1/h", backend=backend())
 
-    def arrive(host, port):
+    def arrive(host: str, port: int) -> Peer:
         client = come(port)
         transport, other = ("TCP6", "2001:db8::1") if ":" in host else ("TCP4", "192.0.2.1")
         client.say(ProxyHeader(2, "PROXY", transport, (host, 1), (other, 25)).to_bytes())
@@ -93,7 +106,7 @@ def test_behind_a_balancer_it_is_the_clients_address_that_counts(backend, edge, 
     assert rejected(program, reason) == 3
 
 
-def test_a_client_that_was_turned_away_does_not_count_as_open(backend, edge, come):
+def test_a_client_that_was_turned_away_does_not_count_as_open(backend: StartBackend, edge: StartEdge, come: Come) -> None:
     program = edge("--accept-proxy", "--max-clients", "2", "--max-clients-per-ip", "1", backend=backend())
     header = ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.7", 1), ("192.0.2.1", 25)).to_bytes()
     listener = f"127.0.0.1:{program.starttls_port}"
@@ -116,7 +129,9 @@ def test_a_client_that_was_turned_away_does_not_count_as_open(backend, edge, com
 
 
 @pytest.mark.parametrize("behind_a_balancer", [False, True])
-def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, behind_a_balancer):
+def test_a_flood_is_counted_whole_and_logged_in_few_lines(
+    backend: StartBackend, edge: StartEdge, come: Come, behind_a_balancer: bool
+) -> None:
     flags = ("--accept-proxy",) if behind_a_balancer else ()
     header = b"PROXY TCP4 192.0.2.7 192.0.2.1 1 25\r\n" if behind_a_balancer else b""
     program = edge("--max-clients-per-ip", "1", *flags, backend=backend())
@@ -125,13 +140,14 @@ def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, b
     first.line()
     for _ in range(300):
         client = come(program.starttls_port)
-        client.say(header) if header else None
+        client.say(header)
         assert client.rest() == TOO_MANY
         client.close()
     assert rejected(program, "max_clients_per_ip") == 300
 
-    def said():
-        return len(program.events("rejected")) + sum(entry["count"] for entry in program.events("rejected, more suppressed"))
+    def said() -> int:
+        suppressed: int = sum(entry["count"] for entry in program.events("rejected, more suppressed"))
+        return len(program.events("rejected")) + suppressed
 
     until(lambda: said() == 300, "the count in the log")
     assert len(program.events("rejected") + program.events("rejected, more suppressed")) < 60
@@ -139,7 +155,7 @@ def test_a_flood_is_counted_whole_and_logged_in_few_lines(backend, edge, come, b
     assert program.events("connection ended") == []
 
 
-def test_what_is_unsaid_at_the_end_is_said(backend, edge, come):
+def test_what_is_unsaid_at_the_end_is_said(backend: StartBackend, edge: StartEdge, come: Come) -> None:
     program = edge("--max-clients-per-ip", "1", "--drain-timeout", "0", backend=backend())
     come(program.starttls_port).line()
     for _ in range(5):
@@ -148,7 +164,7 @@ def test_what_is_unsaid_at_the_end_is_said(backend, edge, come):
     assert len(program.events("rejected")) + sum(entry["count"] for entry in program.events("rejected, more suppressed")) == 5
 
 
-def test_clients_on_a_unix_socket_have_no_address_to_limit(backend, edge, tmp_path):
+def test_clients_on_a_unix_socket_have_no_address_to_limit(backend: StartBackend, edge: StartEdge, tmp_path: Path) -> None:
     path = str(tmp_path / "edge.sock")
     edge("--starttls-listen", f"unix:{path}", "--max-clients-per-ip", "1", "--rate-per-ip", "1/h", backend=backend())
     for _ in range(3):
@@ -160,7 +176,7 @@ def test_clients_on_a_unix_socket_have_no_address_to_limit(backend, edge, tmp_pa
 # The counting itself, with a clock of our own
 
 
-def test_rates_are_read():
+def test_rates_are_read() -> None:
     assert parse_rate("10/s") == Rate(10, 1)
     assert parse_rate("600/m") == Rate(600, 60)
     assert parse_rate("1000/h") == Rate(1000, 3600)
@@ -172,16 +188,16 @@ def test_rates_are_read():
 class Clock:
     now = 1000.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.mark.parametrize("rate", [Rate(1, 1), Rate(3, 1), Rate(10, 1), Rate(600, 60), Rate(1000, 3600), Rate(7, 60)])
-def test_a_bucket_holds_so_many_and_fills_steadily(rate):
+def test_a_bucket_holds_so_many_and_fills_steadily(rate: Rate) -> None:
     clock = Clock()
     limits = Limits(ClientLimits(None, None, rate), count_of_one_process(), clock=clock)
 
-    def taken():
+    def taken() -> int:
         count = 0
         while limits.admit("192.0.2.1") is None:
             count += 1
@@ -196,7 +212,7 @@ def test_a_bucket_holds_so_many_and_fills_steadily(rate):
     assert taken() == rate.clients
 
 
-def test_those_who_are_refused_do_not_wait_longer_for_it():
+def test_those_who_are_refused_do_not_wait_longer_for_it() -> None:
     clock = Clock()
     limits = Limits(ClientLimits(None, None, Rate(1, 1)), count_of_one_process(), clock=clock)
     assert limits.admit("192.0.2.1") is None
@@ -207,7 +223,7 @@ def test_those_who_are_refused_do_not_wait_longer_for_it():
     assert limits.admit("192.0.2.1") is None
 
 
-def test_who_has_left_is_forgotten():
+def test_who_has_left_is_forgotten() -> None:
     limits = Limits(ClientLimits(10, 1, None), count_of_one_process(), clock=Clock())
     for number in range(200):
         host = f"10.0.0.{number}"
@@ -218,7 +234,7 @@ def test_who_has_left_is_forgotten():
     assert [limits.enter(f"10.0.1.{number}") for number in range(11)] == [None] * 10 + ["max_clients"]
 
 
-def test_an_ipv4_mapped_address_is_the_ipv4_address():
+def test_an_ipv4_mapped_address_is_the_ipv4_address() -> None:
     limits = Limits(ClientLimits(None, 1, None), count_of_one_process(), clock=Clock())
     assert limits.enter("::ffff:192.0.2.1") is None
     assert limits.enter("::ffff:192.0.2.2") is None

@@ -10,17 +10,23 @@ import re
 import signal
 import ssl
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 import fumi_edge
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_edge.connection.ends import End
 from fumi_edge.connection.tunnel import LINGER_SECONDS
-from tests.edge.backends import smtp
+from tests.edge.backends import Backend, Handler, StartBackend, smtp
+from tests.edge.clients import Clients
+from tests.edge.program import Program, StartEdge
+from tests.support.certificates import CertificateFiles
+from tests.support.peer import Peer
+from tests.support.starter import BIN
 from tests.support.waiting import until
 
 ALWAYS = {
@@ -39,12 +45,43 @@ ALWAYS = {
 }
 TLS = {"tls", "cipher", "sni"}
 BANNER, READY = len(b"220 backend.test ESMTP\r\n"), len(b"220 2.0.0 Ready to start TLS\r\n")
-ENDS = {}
+
+
+class Scene:
+    """One backend, the program before it, and clients."""
+
+    backend: Backend
+    program: Program
+
+    def __init__(self, backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+        self._start_backend, self._edge, self._clients = backend, edge, clients
+        self.upgrade = clients.upgrade
+
+    def start(self, *flags: str, handler: Handler = smtp) -> None:
+        self.backend = self._start_backend(handler)
+        self.program = self._edge("--log-level", "debug", *flags, backend=self.backend)
+
+    def over_tls(self) -> Peer:
+        client = self._clients.tls(self.program.tls_port)
+        assert client.line()
+        return client
+
+    def tls_port(self) -> Peer:
+        return self._clients.plain(self.program.tls_port)
+
+    def starttls_port(self) -> Peer:
+        return self._clients.plain(self.program.starttls_port)
+
+
+Provoked = tuple[Peer, dict[str, object]]
+"""The client whose connection ends, and what its line must say."""
+Provoke = Callable[[Scene], Provoked]
+ENDS: dict[str, ParameterSet] = {}
 """By the reason in the log: a function that makes it happen, and what the line has besides ``ALWAYS``."""
 
 
-def end(reason, *besides, marks=()):
-    def keep(provoke):
+def end(reason: str, *besides: str, marks: Sequence[pytest.MarkDecorator] = ()) -> Callable[[Provoke], Provoke]:
+    def keep(provoke: Provoke) -> Provoke:
         ENDS[reason] = pytest.param(reason, provoke, set(besides), id=reason, marks=marks)
         return provoke
 
@@ -52,32 +89,14 @@ def end(reason, *besides, marks=()):
 
 
 @pytest.fixture
-def scene(backend, edge, clients):
-    """What the functions below act on: ``start(*flags)`` runs the program before one backend."""
-
-    class Scene:
-        def start(self, *flags, handler=smtp):
-            self.backend = backend(handler)
-            self.program = edge("--log-level", "debug", *flags, backend=self.backend)
-
-        def over_tls(self):
-            client = clients.tls(self.program.tls_port)
-            assert client.line()
-            return client
-
-        def tls_port(self):
-            return clients.plain(self.program.tls_port)
-
-        def starttls_port(self):
-            return clients.plain(self.program.starttls_port)
-
-        upgrade = staticmethod(clients.upgrade)
-
-    return Scene()
+def scene(backend: StartBackend, edge: StartEdge, clients: Clients) -> Scene:
+    return Scene(backend, edge, clients)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(backend, edge, clients, balanced):
+def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(
+    backend: StartBackend, edge: StartEdge, clients: Clients, balanced: bool
+) -> None:
     """Somebody checks the port, and hangs up, breaks off or waits."""
     server = backend()
     accept = ("--accept-proxy",) if balanced else ()
@@ -85,7 +104,7 @@ def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(backend, e
     program = edge("--handshake-timeout", "0.3", "--idle-timeout", "0.5", *accept, backend=server)
     ports = (program.tls_port, program.starttls_port)
 
-    def active():
+    def active() -> float:
         listeners = [f"127.0.0.1:{port}" for port in ports]
         return sum(program.metric("fumi_edge_connections_active", listener=listener) for listener in listeners)
 
@@ -114,17 +133,17 @@ def test_a_client_that_sends_nothing_leaves_no_line_and_is_no_failure(backend, e
 
 
 @end("client_closed", *TLS, "backend")
-def a_client_leaves_without_quit(scene):
+def a_client_leaves_without_quit(scene: Scene) -> Provoked:
     scene.start()
     client = scene.over_tls()
     with contextlib.suppress(OSError):
-        client.sock.unwrap()
+        client.tls.unwrap()
     client.close()
     return client, {"bytes_in": 0, "bytes_out": BANNER}
 
 
 @end("backend_closed", *TLS, "backend")
-def a_client_says_quit(scene):
+def a_client_says_quit(scene: Scene) -> Provoked:
     scene.start()
     client = scene.over_tls()
     client.ask(b"QUIT\r\n")
@@ -133,7 +152,7 @@ def a_client_says_quit(scene):
 
 
 @end("client_reset", *TLS, "backend")
-def a_client_breaks_off(scene):
+def a_client_breaks_off(scene: Scene) -> Provoked:
     scene.start()
     client = scene.over_tls()
     client.reset()
@@ -141,8 +160,13 @@ def a_client_breaks_off(scene):
 
 
 @end("backend_reset", *TLS, "backend")
-def a_backend_breaks_off(scene):
-    scene.start(handler=lambda peer: (peer.say(b"220 hello\r\n"), peer.line(), peer.reset()))
+def a_backend_breaks_off(scene: Scene) -> Provoked:
+    def handler(peer: Peer) -> None:
+        peer.say(b"220 hello\r\n")
+        peer.line()
+        peer.reset()
+
+    scene.start(handler=handler)
     client = scene.over_tls()
     client.say(b"EHLO me\r\n")
     assert client.rest() == b""
@@ -150,7 +174,7 @@ def a_backend_breaks_off(scene):
 
 
 @end("idle_timeout", *TLS, "backend")
-def nobody_says_anything(scene):
+def nobody_says_anything(scene: Scene) -> Provoked:
     scene.start("--idle-timeout", "1")
     client = scene.over_tls()
     assert client.rest() == b""
@@ -158,7 +182,7 @@ def nobody_says_anything(scene):
 
 
 @end("linger", *TLS, "backend", marks=[pytest.mark.long])
-def a_client_does_not_end_what_the_backend_has_ended(scene):
+def a_client_does_not_end_what_the_backend_has_ended(scene: Scene) -> Provoked:
     scene.start(handler=lambda peer: peer.say(b"220 hello\r\n"))
     client = scene.over_tls()
     deadline = time.monotonic() + 4 * LINGER_SECONDS
@@ -169,7 +193,7 @@ def a_client_does_not_end_what_the_backend_has_ended(scene):
 
 
 @end("handshake_timeout", "error")
-def a_client_does_not_begin_tls(scene):
+def a_client_does_not_begin_tls(scene: Scene) -> Provoked:
     scene.start("--handshake-timeout", "0.2")
     client = scene.tls_port()
     assert client.rest() == b""
@@ -177,7 +201,7 @@ def a_client_does_not_begin_tls(scene):
 
 
 @end("handshake_protocol", "error")
-def a_client_does_not_speak_tls(scene):
+def a_client_does_not_speak_tls(scene: Scene) -> Provoked:
     scene.start()
     client = scene.tls_port()
     client.say(b"EHLO me\r\n")
@@ -186,7 +210,7 @@ def a_client_does_not_speak_tls(scene):
 
 
 @end("handshake_certificate", "sni", "error")
-def a_client_distrusts_the_certificate(scene):
+def a_client_distrusts_the_certificate(scene: Scene) -> Provoked:
     scene.start()
     client = scene.tls_port()
     with pytest.raises(ssl.SSLCertVerificationError):
@@ -195,7 +219,7 @@ def a_client_distrusts_the_certificate(scene):
 
 
 @end("handshake_reset", "error")
-def a_client_leaves_in_the_handshake(scene):
+def a_client_leaves_in_the_handshake(scene: Scene) -> Provoked:
     scene.start()
     client = scene.tls_port()
     client.close()
@@ -203,7 +227,7 @@ def a_client_leaves_in_the_handshake(scene):
 
 
 @end("no_backend", "error", *TLS)
-def there_is_no_backend(scene):
+def there_is_no_backend(scene: Scene) -> Provoked:
     scene.start()
     scene.backend.close()
     client = scene.over_tls()
@@ -212,9 +236,14 @@ def there_is_no_backend(scene):
 
 
 @end("backend_refused", *TLS, "backend", "error")
-def a_backend_refuses_after_the_upgrade(scene):
+def a_backend_refuses_after_the_upgrade(scene: Scene) -> Provoked:
     banners = [b"554 5.7.1 go away\r\n", b"220 hello\r\n"]
-    scene.start(handler=lambda peer: (peer.say(banners.pop()), peer.rest()))
+
+    def handler(peer: Peer) -> None:
+        peer.say(banners.pop())
+        peer.rest()
+
+    scene.start(handler=handler)
     client = scene.starttls_port()
     client.line()
     assert client.ask(b"STARTTLS\r\n")[0].startswith(b"220")
@@ -224,7 +253,7 @@ def a_backend_refuses_after_the_upgrade(scene):
 
 
 @end("injection", "backend")
-def a_client_says_more_behind_starttls(scene):
+def a_client_says_more_behind_starttls(scene: Scene) -> Provoked:
     scene.start()
     client = scene.starttls_port()
     client.line()
@@ -234,7 +263,7 @@ def a_client_says_more_behind_starttls(scene):
 
 
 @end("not_smtp", "backend")
-def a_client_begins_tls_on_a_starttls_port(scene):
+def a_client_begins_tls_on_a_starttls_port(scene: Scene) -> Provoked:
     scene.start()
     client = scene.starttls_port()
     client.say(b"\x16\x03\x01\x00\x05hello")
@@ -243,7 +272,7 @@ def a_client_begins_tls_on_a_starttls_port(scene):
 
 
 @end("errors", "backend")
-def a_client_never_says_starttls(scene):
+def a_client_never_says_starttls(scene: Scene) -> Provoked:
     scene.start("--require-tls")
     client = scene.starttls_port()
     client.line()
@@ -253,14 +282,14 @@ def a_client_never_says_starttls(scene):
 
 
 @end("proxy_header", "error")
-def a_balancer_sends_no_header(scene):
+def a_balancer_sends_no_header(scene: Scene) -> Provoked:
     scene.start("--accept-proxy")
     client = scene.starttls_port()
     client.say(b"EHLO me\r\n")
     return client, {"level": "info"}
 
 
-def one_too_many(scene, *flags):
+def one_too_many(scene: Scene, *flags: str) -> Provoked:
     scene.start("--accept-proxy", *flags)
     for _ in range(2):
         client = scene.starttls_port()
@@ -272,17 +301,17 @@ def one_too_many(scene, *flags):
 
 
 @end("max_clients_per_ip")
-def a_balancers_client_has_too_many_connections(scene):
+def a_balancers_client_has_too_many_connections(scene: Scene) -> Provoked:
     return one_too_many(scene, "--max-clients-per-ip", "1")
 
 
 @end("rate")
-def a_balancers_client_comes_too_often(scene):
+def a_balancers_client_comes_too_often(scene: Scene) -> Provoked:
     return one_too_many(scene, "--rate-per-ip", "1/h")
 
 
 @end("shutdown", *TLS, "backend")
-def the_edge_stops(scene):
+def the_edge_stops(scene: Scene) -> Provoked:
     scene.start("--drain-timeout", "0.1")
     client = scene.over_tls()
     scene.program.process.send_signal(signal.SIGTERM)
@@ -291,7 +320,9 @@ def the_edge_stops(scene):
 
 
 @pytest.mark.parametrize(("reason", "provoke", "besides"), ENDS.values())
-def test_the_end_of_a_connection_is_one_line_that_says_all(scene, reason, provoke, besides):
+def test_the_end_of_a_connection_is_one_line_that_says_all(
+    scene: Scene, reason: str, provoke: Provoke, besides: set[str]
+) -> None:
     client, facts = provoke(scene)
     client.close()
     (line,) = [entry for entry in scene.program.ended() if entry["reason"] == reason]
@@ -302,13 +333,12 @@ def test_the_end_of_a_connection_is_one_line_that_says_all(scene, reason, provok
     if "tls" in besides:
         assert (line["tls"], line["cipher"][:4], line["sni"]) == ("TLSv1.3", "TLS_", "localhost")
     if "backend" in besides:
-        header = scene.backend.peers[-1].header
-        assert (line["id"], line["backend"]) == (header.unique_id.decode(), scene.backend.address)
-        host, port = header.source
-        assert (line["client_ip"], line["client_port"]) == (host, port)
+        told = scene.backend.peers[-1]
+        assert (line["id"], line["backend"]) == (told.unique_id, scene.backend.address)
+        assert (line["client_ip"], line["client_port"]) == told.header.source
 
 
-def test_the_readme_explains_every_reason():
+def test_the_readme_explains_every_reason() -> None:
     section = (Path(fumi_edge.__file__).with_name("README.md")).read_text().partition("\n## The log\n")[2]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     explained = re.findall(r"`(\w+)`", "".join(rows))
@@ -316,7 +346,7 @@ def test_the_readme_explains_every_reason():
     assert sorted(explained) == sorted(ENDS)
 
 
-def test_a_connection_that_is_not_let_in_is_a_line_too(scene):
+def test_a_connection_that_is_not_let_in_is_a_line_too(scene: Scene) -> None:
     scene.start("--max-clients", "1")
     scene.over_tls()
     assert scene.starttls_port().rest()
@@ -325,15 +355,18 @@ def test_a_connection_that_is_not_let_in_is_a_line_too(scene):
     assert (line["client_ip"], line["reason"]) == ("127.0.0.1", "max_clients")
 
 
-def test_a_text_line_has_the_fields_of_the_json_line(backend, certificate, clients, tmp_path):
+def test_a_text_line_has_the_fields_of_the_json_line(
+    backend: StartBackend, certificate: CertificateFiles, clients: Clients, tmp_path: Path
+) -> None:
     cert, key = certificate
     log = tmp_path / "log"
-    command = [Path(sys.executable).with_name("fumi-edge"), "--cert", cert, "--key", key, "--backend", backend().address]
+    command: list[str | Path] = [BIN / "fumi-edge", "--cert", cert, "--key", key, "--backend", backend().address]
     with log.open("w") as output:
         process = subprocess.Popen([*command, "--listen", "127.0.0.1:0", "--health-interval", "0"], stderr=output)
     try:
         until(lambda: "listening" in log.read_text(), "the start")
-        client = clients.tls(int(re.search(r"listener=127\.0\.0\.1:(\d+)", log.read_text())[1]))
+        (port,) = re.findall(r"listener=127\.0\.0\.1:(\d+)", log.read_text())
+        client = clients.tls(int(port))
         client.line()
         client.ask(b"QUIT\r\n")
         assert client.rest() == b""
@@ -348,9 +381,9 @@ def test_a_text_line_has_the_fields_of_the_json_line(backend, certificate, clien
     assert named == (ALWAYS | TLS | {"backend"}) - {"time", "level", "logger", "event"}
 
 
-def test_a_server_name_cannot_forge_a_line(scene, clients):
+def test_a_server_name_cannot_forge_a_line(scene: Scene, clients: Clients) -> None:
     """A name that looks like a field, in a handshake that fails: it arrives quoted, in its own field."""
-    scene.start("--client-ca", clients._authority, "--client-cert", "required")
+    scene.start("--client-ca", str(clients.authority), "--client-cert", "required")
     name = 'a.example id=1 "\n2026-01-31T12:00:00.000Z'
     with contextlib.suppress(OSError):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

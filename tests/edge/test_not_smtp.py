@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.edge.metrics import rejected
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients, Greet
+from tests.edge.metrics import await_rejections
+from tests.edge.program import StartEdge
 from tests.edge.replies import READY
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def insists_on_tls(peer):
+def insists_on_tls(peer: Peer) -> None:
     """A backend that takes mail and AUTH only from clients who came by TLS, as the header tells."""
     peer.say(b"220 backend.test ESMTP\r\n")
     while line := peer.line():
@@ -27,7 +31,9 @@ def insists_on_tls(peer):
 
 
 @pytest.mark.parametrize("command", [b"MAIL FROM:<a@b>\r\n", b"AUTH PLAIN AGEAYg==\r\n"])
-def test_a_client_whose_backend_insists_on_tls_can_upgrade_then_and_send(backend, edge, clients, greeted, command):
+def test_a_client_whose_backend_insists_on_tls_can_upgrade_then_and_send(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet, command: bytes
+) -> None:
     server = backend(insists_on_tls)
     program = edge(backend=server)
     client = greeted(program)
@@ -43,7 +49,9 @@ def test_a_client_whose_backend_insists_on_tls_can_upgrade_then_and_send(backend
     until(lambda: program.metric("fumi_edge_starttls_total", result="upgraded") == 1, "the upgrade")
 
 
-def test_starttls_inside_a_message_that_comes_with_its_envelope_is_only_text(backend, edge, greeted):
+def test_starttls_inside_a_message_that_comes_with_its_envelope_is_only_text(
+    backend: StartBackend, edge: StartEdge, greeted: Greet
+) -> None:
     server = backend()
     client = greeted(edge(backend=server))
     envelope = [b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n"]
@@ -55,10 +63,10 @@ def test_starttls_inside_a_message_that_comes_with_its_envelope_is_only_text(bac
     assert len(server.peers) == 1
 
 
-def test_what_answers_an_auth_challenge_is_no_command(backend, edge, greeted):
+def test_what_answers_an_auth_challenge_is_no_command(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     """STARTTLS is good base64."""
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hi\r\n")
         for answer in (b"334 VXNlcm5hbWU6\r\n", b"334 UGFzc3dvcmQ6\r\n", b"235 2.7.0 welcome\r\n", b"250 ok\r\n"):
             peer.heard.append(peer.line())
@@ -74,7 +82,9 @@ def test_what_answers_an_auth_challenge_is_no_command(backend, edge, greeted):
 @pytest.mark.parametrize(
     "line", [b"STARTTLS\x0b\r\n", b"STARTTLS\x0c\r\n", b"STARTTLS\r\r\n", b"STARTTLS\xa0\r\n", b"STARTTLS\0\r\n"]
 )
-def test_what_only_looks_like_starttls_does_not_upgrade(backend, edge, greeted, line):
+def test_what_only_looks_like_starttls_does_not_upgrade(
+    backend: StartBackend, edge: StartEdge, greeted: Greet, line: bytes
+) -> None:
     program = edge(backend=backend())
     client = greeted(program)
     assert not client.ask(line)[0].startswith(b"220")
@@ -89,7 +99,9 @@ HTTP = [b"GET / HTTP/1.1\r\nHost: x\r\nAccept: y\r\n\r\n", b"POST /a HTTP/1.0\r\
 @pytest.mark.parametrize(
     ("flags", "hellos"), [((), NOT_SMTP), (("--require-tls",), NOT_SMTP + HTTP)], ids=["", "require-tls"]
 )  # fmt: skip
-def test_who_does_not_speak_smtp_gets_one_554_and_the_end(backend, edge, greeted, flags, hellos):
+def test_who_does_not_speak_smtp_gets_one_554_and_the_end(
+    backend: StartBackend, edge: StartEdge, greeted: Greet, flags: tuple[str, ...], hellos: list[bytes]
+) -> None:
     server = backend()
     program = edge(*flags, backend=server)
     for number, hello in enumerate(hellos, 1):
@@ -99,12 +111,12 @@ def test_who_does_not_speak_smtp_gets_one_554_and_the_end(backend, edge, greeted
         assert words.startswith(b"554 5.5.1 ")
         assert words.count(b"\n") == 1
         client.close()
-        until(lambda count=number: rejected(program, "not_smtp") == count, "the count")
+        await_rejections(program, "not_smtp", number)
     assert [entry["reason"] for entry in program.ended(len(hellos))] == ["not_smtp"] * len(hellos)
     assert not {line for peer in server.peers for line in peer.heard} - {b"QUIT\r\n"}
 
 
-def test_with_require_tls_junk_ends_after_some_errors_with_a_421(backend, edge, greeted):
+def test_with_require_tls_junk_ends_after_some_errors_with_a_421(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge("--require-tls", backend=server)
     client = greeted(program)
@@ -122,7 +134,9 @@ def test_with_require_tls_junk_ends_after_some_errors_with_a_421(backend, edge, 
 
 
 @pytest.mark.parametrize("hello", [b"\x16\x03\x01\x02\x00\x01\x00", b"\0\0\0\n", b"\x16\x03\x01\n\n"])
-def test_tls_and_other_binary_on_a_starttls_port_is_turned_away(backend, edge, greeted, hello):
+def test_tls_and_other_binary_on_a_starttls_port_is_turned_away(
+    backend: StartBackend, edge: StartEdge, greeted: Greet, hello: bytes
+) -> None:
     program = edge(backend=backend())
     client = greeted(program)
     client.say(hello)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import CertificateError, Pair, authorities, load
 from fumi_edge.tls.policy import Policy
+from tests.support.certificates import Authority, MakeCertificate
 
 
 @pytest.mark.parametrize("key_first", [False, True])
-def test_the_key_may_be_in_the_certificates_file(make_certificate, tmp_path, key_first):
+def test_the_key_may_be_in_the_certificates_file(make_certificate: MakeCertificate, tmp_path: Path, key_first: bool) -> None:
     texts = [path.read_text() for path in make_certificate("localhost")]
     both = tmp_path / "both.pem"
     both.write_text("".join(reversed(texts) if key_first else texts))
     assert load(Pair(both)).names == ("localhost",)
 
 
-def test_certificate_and_key_may_be_given_as_text(make_certificate):
+def test_certificate_and_key_may_be_given_as_text(make_certificate: MakeCertificate) -> None:
     cert, key = make_certificate("localhost")
     assert load(Pair(cert.read_text(), key.read_bytes())).names == ("localhost",)
     with pytest.raises(CertificateError, match=r"^\(PEM text\): holds no private key"):
@@ -32,7 +35,9 @@ def test_certificate_and_key_may_be_given_as_text(make_certificate):
     "case",
     ["missing", "directory", "no certificate", "no key", "other key", "encrypted", "no key file", "nonsense", "weak", "half"],
 )
-def test_what_cannot_be_used_is_one_line_that_names_the_file(make_certificate, tmp_path, case):
+def test_what_cannot_be_used_is_one_line_that_names_the_file(
+    make_certificate: MakeCertificate, tmp_path: Path, case: str
+) -> None:
     cert, key = make_certificate("localhost")
     other = make_certificate("other.test")[1]
     encrypted, nonsense, weak, half = (tmp_path / f"{name}.pem" for name in ("encrypted", "nonsense", "weak", "half"))
@@ -77,11 +82,11 @@ def test_what_cannot_be_used_is_one_line_that_names_the_file(make_certificate, t
     assert str(caught.value).startswith("/")
 
 
-def test_who_has_another_form_hears_how_to_convert_it(make_certificate, tmp_path):
+def test_who_has_another_form_hears_how_to_convert_it(make_certificate: MakeCertificate, tmp_path: Path) -> None:
     cert, key = make_certificate("localhost")
     made = {name: tmp_path / name for name in ("cert.der", "key.der", "both.p12", "new.pem")}
 
-    def openssl(*words):
+    def openssl(*words: str | Path) -> None:
         subprocess.run(["openssl", *words], check=True, capture_output=True)
 
     openssl("x509", "-in", cert, "-outform", "DER", "-out", made["cert.der"])
@@ -100,13 +105,16 @@ def test_who_has_another_form_hears_how_to_convert_it(make_certificate, tmp_path
         old, _, command = str(caught.value).partition(": is ")
         words = command.partition("with openssl ")[2].split()
         password = ["-passin", "pass:"] if "pkcs12" in words else []
-        openssl(*({"OLD": old, "NEW": new}.get(word, word) for word in words), *password)
+        files: dict[str, str | Path] = {"OLD": old, "NEW": new}
+        openssl(*(files.get(word, word) for word in words), *password)
         assert load(converted).names == ("localhost",)
     with pytest.raises(CertificateError, match=r"cert\.der: is DER and not PEM"):
         authorities(made["cert.der"])
 
 
-def test_who_has_put_the_authority_first_hears_of_it(authority, make_certificate, tmp_path):
+def test_who_has_put_the_authority_first_hears_of_it(
+    authority: Authority, make_certificate: MakeCertificate, tmp_path: Path
+) -> None:
     cert, key = authority.issue("localhost")
     chain = tmp_path / "chain.pem"
     complaint = r"certificate in .*chain\.pem, whose first certificate is an authority's: the server's own must come first$"
@@ -119,7 +127,9 @@ def test_who_has_put_the_authority_first_hears_of_it(authority, make_certificate
 
 
 @pytest.mark.parametrize("second", ["AAAA", "é", "bm9uc2Vuc2U=", None])
-def test_a_certificate_of_several_that_cannot_be_read_is_told_by_its_number(authority, tmp_path, second):
+def test_a_certificate_of_several_that_cannot_be_read_is_told_by_its_number(
+    authority: Authority, tmp_path: Path, second: str | None
+) -> None:
     cert, key = authority.issue("localhost")
     chain = tmp_path / "chain.pem"
     ended = "" if second is None else f"{second}\n-----END CERTIFICATE-----\n"
@@ -144,13 +154,13 @@ for data in (many, many + end, begin + end + many, bytes(room), b"-" * room, b"-
 """
 
 
-def test_a_strange_file_takes_no_longer_than_its_length(tmp_path):
+def test_a_strange_file_takes_no_longer_than_its_length(tmp_path: Path) -> None:
     """In a process of its own, to be ended: to look at every beginning for every end would take hours."""
     done = subprocess.run([sys.executable, "-c", STRANGE], capture_output=True, text=True, timeout=120, check=True)
     assert set(done.stdout.split()) == {"True"}
 
 
-def test_a_file_that_is_too_large_is_not_read(make_certificate, tmp_path):
+def test_a_file_that_is_too_large_is_not_read(make_certificate: MakeCertificate, tmp_path: Path) -> None:
     large = tmp_path / "large.pem"
     large.touch()
     os.truncate(large, 1 << 40)
@@ -166,7 +176,7 @@ def test_a_file_that_is_too_large_is_not_read(make_certificate, tmp_path):
     assert certificates.read().complaints == [f"{both.parent}/large.pem: cannot read the certificate: it is larger than 4 MiB"]
 
 
-def test_blocks_on_one_line_are_named_as_that(authority, make_certificate, tmp_path):
+def test_blocks_on_one_line_are_named_as_that(authority: Authority, make_certificate: MakeCertificate, tmp_path: Path) -> None:
     """As cat joins files of which one has no line break at its end; OpenSSL would blame the key."""
     cert, key = authority.issue("localhost")
     stripped = cert.read_text().rstrip("\n")
@@ -185,7 +195,7 @@ def test_blocks_on_one_line_are_named_as_that(authority, make_certificate, tmp_p
         authorities(glued)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_file(make_certificate, tmp_path):
+def test_a_byte_order_mark_is_no_part_of_a_file(make_certificate: MakeCertificate, tmp_path: Path) -> None:
     pair = []
     for path in make_certificate("localhost"):
         pair.append(tmp_path / path.name)
@@ -194,7 +204,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(make_certificate, tmp_path):
     assert "\ufeff" not in authorities(pair[0])
 
 
-def test_loading_leaves_no_descriptor_open(make_certificate):
+def test_loading_leaves_no_descriptor_open(make_certificate: MakeCertificate) -> None:
     cert, key = make_certificate("localhost")
     load(Pair(cert, key))
     before = os.listdir("/proc/self/fd")
@@ -204,11 +214,11 @@ def test_loading_leaves_no_descriptor_open(make_certificate):
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
-def test_a_key_that_may_not_be_read_is_said_so(make_certificate, monkeypatch):
+def test_a_key_that_may_not_be_read_is_said_so(make_certificate: MakeCertificate, monkeypatch: pytest.MonkeyPatch) -> None:
     cert, key = make_certificate("localhost")
     real = os.open
 
-    def refuse(path, *arguments, **options):
+    def refuse(path: Path, *arguments: Any, **options: Any) -> int:
         if path == key:
             raise PermissionError(13, "Permission denied")
         return real(path, *arguments, **options)

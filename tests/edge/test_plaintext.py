@@ -6,12 +6,16 @@ from hashlib import sha256
 
 import pytest
 
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients, Greet
 from tests.edge.metrics import starttls_total
+from tests.edge.program import StartEdge
 from tests.edge.replies import GREETED, READY
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def test_a_client_that_never_upgrades_is_passed_through_untouched(backend, edge, greeted):
+def test_a_client_that_never_upgrades_is_passed_through_untouched(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -28,7 +32,9 @@ def test_a_client_that_never_upgrades_is_passed_through_untouched(backend, edge,
     assert len(server.peers) == 1
 
 
-def test_a_client_may_upgrade_after_a_message_in_plaintext(backend, edge, clients, greeted):
+def test_a_client_may_upgrade_after_a_message_in_plaintext(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
     """STARTTLS is answered for as long as it was offered; what a message holds is no command."""
     server = backend()
     program = edge(backend=server)
@@ -44,7 +50,7 @@ def test_a_client_may_upgrade_after_a_message_in_plaintext(backend, edge, client
     starttls_total(program, "upgraded")
 
 
-def test_bytes_after_starttls_are_refused_after_a_message_too(backend, edge, greeted):
+def test_bytes_after_starttls_are_refused_after_a_message_too(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -57,12 +63,14 @@ def test_bytes_after_starttls_are_refused_after_a_message_too(backend, edge, gre
 
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("way", ["DATA", "BDAT"])
-def test_a_long_message_in_plaintext_arrives_as_it_is(backend, edge, greeted, way, slow):
+def test_a_long_message_in_plaintext_arrives_as_it_is(
+    backend: StartBackend, edge: StartEdge, greeted: Greet, way: str, slow: bool
+) -> None:
     text = b"".join(b"line %d \0\xff\n.\r\n..\r\n" % number for number in range(200_000))
     whole = text + b"\r\n.\r\n" if way == "DATA" else text
     received = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hi\r\n")
         peer.line()
         peer.say(b"250 hi\r\n")
@@ -92,11 +100,13 @@ def test_a_long_message_in_plaintext_arrives_as_it_is(backend, edge, greeted, wa
 
 @pytest.mark.parametrize("end", ["close", "reset", "end"])
 @pytest.mark.parametrize("opening", [b"DATA\r\n", b"BDAT 10 LAST\r\n"])
-def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(backend, edge, greeted, opening, end):
+def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(
+    backend: StartBackend, edge: StartEdge, greeted: Greet, opening: bytes, end: str
+) -> None:
     """A QUIT of the edge's would be the last six octets of this chunk."""
     heard = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hi\r\n")
         peer.line()
         peer.say(b"250 hi\r\n")
@@ -119,7 +129,7 @@ def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(backend, edge,
     assert until(lambda: heard, "the end")[0] in (b"text", b"" if end == "reset" else b"text")
 
 
-def test_a_whole_pipelined_message_in_plaintext_passes(backend, edge, greeted):
+def test_a_whole_pipelined_message_in_plaintext_passes(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -129,7 +139,7 @@ def test_a_whole_pipelined_message_in_plaintext_passes(backend, edge, greeted):
     assert client.rest() == b""
 
 
-def test_a_line_that_is_too_long_is_refused_and_forgotten(backend, edge, greeted):
+def test_a_line_that_is_too_long_is_refused_and_forgotten(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -143,7 +153,7 @@ def test_a_line_that_is_too_long_is_refused_and_forgotten(backend, edge, greeted
     assert server.peer().heard == [b"NOOP after\r\n"]
 
 
-def test_a_long_auth_line_is_left_to_the_backend(backend, edge, greeted):
+def test_a_long_auth_line_is_left_to_the_backend(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -152,7 +162,7 @@ def test_a_long_auth_line_is_left_to_the_backend(backend, edge, greeted):
     assert server.peer().heard == [line]
 
 
-def test_starttls_takes_no_argument(backend, edge, greeted, clients):
+def test_starttls_takes_no_argument(backend: StartBackend, edge: StartEdge, greeted: Greet, clients: Clients) -> None:
     program = edge(backend=backend())
     client = greeted(program)
     assert client.ask(b"STARTTLS now\r\n")[0].startswith(b"501 5.5.4 ")

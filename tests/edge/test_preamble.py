@@ -10,14 +10,14 @@ from fumi_edge.connection.starttls import LINE_LIMIT, MUST_STARTTLS, Preamble, S
 BANNER = b"220 hi\r\n"
 
 
-def started(**options) -> Preamble:
+def started(**options: bool) -> Preamble:
     preamble = Preamble(**options)
     assert preamble.receive_from_backend(BANNER) == Step(client=BANNER)
     assert preamble.wants_client
     return preamble
 
 
-def test_a_command_is_forwarded_and_the_next_waits_for_the_reply():
+def test_a_command_is_forwarded_and_the_next_waits_for_the_reply() -> None:
     preamble = started()
     assert preamble.receive_from_client(b"NOOP\r\nRSET\r\nHELP") == Step(backend=b"NOOP\r\n")
     assert not preamble.wants_client
@@ -42,7 +42,7 @@ def test_a_command_is_forwarded_and_the_next_waits_for_the_reply():
         (b"250-a\rb\r\n250 X\r\n", b"250-a\rb\r\n250-X\r\n250 STARTTLS\r\n"),
     ],
 )
-def test_starttls_is_offered_once(reply, offered):
+def test_starttls_is_offered_once(reply: bytes, offered: bytes) -> None:
     for cut in range(len(reply)):
         preamble = started()
         assert preamble.receive_from_client(b"ehlo me\r\n") == Step(backend=b"ehlo me\r\n")
@@ -50,7 +50,7 @@ def test_starttls_is_offered_once(reply, offered):
         assert first.client + second.client == offered
 
 
-def test_hidden_starttls_is_taken_out_of_the_backends_own_offer():
+def test_hidden_starttls_is_taken_out_of_the_backends_own_offer() -> None:
     preamble = started(hide_starttls=True)
     preamble.receive_from_client(b"EHLO me\r\n")
     assert preamble.receive_from_backend(b"250-hi\r\n250-SIZE\r\n250 STARTTLS\r\n").client == b"250-hi\r\n250 SIZE\r\n"
@@ -65,13 +65,13 @@ def test_hidden_starttls_is_taken_out_of_the_backends_own_offer():
         (b"250\r\n", b"250 \r\n"),
     ],
 )
-def test_a_list_that_holds_nothing_besides_starttls_can_be_hidden(reply, rest):
+def test_a_list_that_holds_nothing_besides_starttls_can_be_hidden(reply: bytes, rest: bytes) -> None:
     preamble = started(hide_starttls=True)
     preamble.receive_from_client(b"EHLO me\r\n")
     assert preamble.receive_from_backend(reply).client == rest
 
 
-def test_with_require_tls_a_command_that_would_get_530_is_not_offered_in_plaintext():
+def test_with_require_tls_a_command_that_would_get_530_is_not_offered_in_plaintext() -> None:
     preamble = started(require_tls=True)
     preamble.receive_from_client(b"EHLO me\r\n")
     offer = (
@@ -82,20 +82,20 @@ def test_with_require_tls_a_command_that_would_get_530_is_not_offered_in_plainte
     assert preamble.receive_from_backend(offer).client == expected
 
 
-def test_without_require_tls_everything_is_offered_in_plaintext_too():
+def test_without_require_tls_everything_is_offered_in_plaintext_too() -> None:
     preamble = started()
     preamble.receive_from_client(b"EHLO me\r\n")
     offer = b"250-hi\r\n250-AUTH PLAIN\r\n250-CHUNKING\r\n250 STARTTLS\r\n"
     assert preamble.receive_from_backend(offer).client == offer
 
 
-def test_helo_is_offered_nothing():
+def test_helo_is_offered_nothing() -> None:
     preamble = started()
     preamble.receive_from_client(b"HELO me\r\n")
     assert preamble.receive_from_backend(b"250 hi\r\n").client == b"250 hi\r\n"
 
 
-def offered(**options) -> Preamble:
+def offered(**options: bool) -> Preamble:
     """A preamble in which STARTTLS was offered."""
     preamble = started(**options)
     preamble.receive_from_client(b"EHLO me\r\n")
@@ -106,14 +106,14 @@ def offered(**options) -> Preamble:
 @pytest.mark.parametrize(
     "line", [b"BDAT 5 FIRST\r\n", b"BDAT\r\n", b"BDAT x\r\n", b"BDAT  5\r\n", b"BDAT 5\n", b"BDAT 1234567890123456789\r\n"]
 )
-def test_a_chunk_whose_end_nobody_knows_ends_the_preamble_with_all_that_is_there(line):
+def test_a_chunk_whose_end_nobody_knows_ends_the_preamble_with_all_that_is_there(line: bytes) -> None:
     preamble = offered()
     step = preamble.receive_from_client(line + b"STARTTLS\r\nhalf a li")
     assert step == Step(backend=line + b"STARTTLS\r\nhalf a li", verdict=Verdict.PLAINTEXT)
 
 
 @pytest.mark.parametrize("hide", [False, True])
-def test_where_starttls_was_not_offered_content_ends_the_preamble(hide):
+def test_where_starttls_was_not_offered_content_ends_the_preamble(hide: bool) -> None:
     preamble = started(hide_starttls=hide)
     assert preamble.receive_from_client(b"BDAT 5\r\nhel") == Step(backend=b"BDAT 5\r\nhel", verdict=Verdict.PLAINTEXT)
     preamble = started(hide_starttls=hide)
@@ -132,7 +132,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("command", CONTENTS)
-def test_starttls_is_answered_after_content_however_that_is_cut(command):
+def test_starttls_is_answered_after_content_however_that_is_cut(command: bytes) -> None:
     asked, content = CONTENTS[command]
     for cut in range(len(content) + 1):
         preamble = offered()
@@ -150,7 +150,7 @@ def test_starttls_is_answered_after_content_however_that_is_cut(command):
 
 
 @pytest.mark.parametrize("command", [b"DATA\r\n", b"BDAT 21\r\n"])
-def test_commands_pipelined_after_content_wait_for_its_reply(command):
+def test_commands_pipelined_after_content_wait_for_its_reply(command: bytes) -> None:
     asked, content = CONTENTS[command]
     preamble = offered()
     step = preamble.receive_from_client(command + content + b"STARTTLS\r\n")
@@ -160,7 +160,7 @@ def test_commands_pipelined_after_content_wait_for_its_reply(command):
     assert preamble.receive_from_backend(b"250 ok\r\n") == Step(b"250 ok\r\n", verdict=Verdict.UPGRADE)
 
 
-def test_a_reply_that_comes_before_the_end_of_the_content_is_the_reply_to_it():
+def test_a_reply_that_comes_before_the_end_of_the_content_is_the_reply_to_it() -> None:
     """Servers that refuse a chunk do not always wait for all of it."""
     preamble = offered()
     assert preamble.receive_from_client(b"BDAT 5\r\nab") == Step(backend=b"BDAT 5\r\nab")
@@ -170,7 +170,7 @@ def test_a_reply_that_comes_before_the_end_of_the_content_is_the_reply_to_it():
     assert preamble.receive_from_backend(b"") == Step(b"503 no\r\n", b"NOOP\r\n")
 
 
-def test_auth_goes_on_until_the_backend_asks_for_nothing_more():
+def test_auth_goes_on_until_the_backend_asks_for_nothing_more() -> None:
     preamble = offered()
     preamble.receive_from_client(b"AUTH LOGIN\r\n")
     for _ in range(2):
@@ -182,34 +182,34 @@ def test_auth_goes_on_until_the_backend_asks_for_nothing_more():
 
 
 @pytest.mark.parametrize("command", [b"MAIL FROM:<>", b"mail from:<>", b"RCPT TO:<a@b>", b"AUTH PLAIN", b"DATA"])
-def test_a_client_whose_command_was_refused_can_still_upgrade(command):
+def test_a_client_whose_command_was_refused_can_still_upgrade(command: bytes) -> None:
     preamble = started()
     assert preamble.receive_from_client(command + b"\r\n") == Step(backend=command + b"\r\n")
     assert preamble.receive_from_backend(b"530 first\r\n") == Step(b"530 first\r\n")
     assert preamble.receive_from_client(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
 
 
-def test_a_reply_that_asks_for_more_ends_the_preamble():
+def test_a_reply_that_asks_for_more_ends_the_preamble() -> None:
     preamble = started()
     preamble.receive_from_client(b"XYZZY\r\nwhatever")
     assert preamble.receive_from_backend(b"354 go on\r\n") == Step(b"354 go on\r\n", b"whatever", Verdict.PLAINTEXT)
 
 
 @pytest.mark.parametrize("line", [b"STARTTLS\r\n", b"starttls\r\n", b"StartTLS \r\n"])
-def test_starttls_cut_anywhere_is_an_upgrade(line):
+def test_starttls_cut_anywhere_is_an_upgrade(line: bytes) -> None:
     for cut in range(len(line)):
         preamble = started()
         assert preamble.receive_from_client(line[:cut]) == Step()
         assert preamble.receive_from_client(line[cut:]) == Step(verdict=Verdict.UPGRADE)
 
 
-def test_starttls_that_waited_for_a_reply_is_an_upgrade_too():
+def test_starttls_that_waited_for_a_reply_is_an_upgrade_too() -> None:
     preamble = started()
     preamble.receive_from_client(b"EHLO me\r\nSTARTTLS\r\n")
     assert preamble.receive_from_backend(b"250 hi\r\n") == Step(b"250-hi\r\n250 STARTTLS\r\n", verdict=Verdict.UPGRADE)
 
 
-def test_anything_behind_starttls_is_an_injection():
+def test_anything_behind_starttls_is_an_injection() -> None:
     for behind in (b"E", b"\r\n", b"RSET\r\n", b"\x16\x03\x01"):
         assert started().receive_from_client(b"STARTTLS\r\n" + behind).verdict is Verdict.INJECTION
         preamble = started()
@@ -217,11 +217,11 @@ def test_anything_behind_starttls_is_an_injection():
         assert preamble.receive_from_backend(b"250 hi\r\n").verdict is Verdict.INJECTION
 
 
-def test_a_bare_newline_does_not_start_tls():
+def test_a_bare_newline_does_not_start_tls() -> None:
     assert started().receive_from_client(b"STARTTLS\n") == Step(backend=b"STARTTLS\n")
 
 
-def test_a_line_too_long_leaves_nothing_behind_in_memory():
+def test_a_line_too_long_leaves_nothing_behind_in_memory() -> None:
     preamble = started()
     for _ in range(100):
         assert preamble.receive_from_client(b"x" * 4096) == Step()
@@ -229,20 +229,20 @@ def test_a_line_too_long_leaves_nothing_behind_in_memory():
     assert preamble.receive_from_client(b"\nNOOP\r\n") == Step(b"500 5.5.2 Error: line too long\r\n", b"NOOP\r\n")
 
 
-def test_the_longest_line_is_forwarded_and_one_byte_more_is_not():
+def test_the_longest_line_is_forwarded_and_one_byte_more_is_not() -> None:
     line = b"NOOP " + b"x" * (LINE_LIMIT - 7) + b"\r\n"
     assert started().receive_from_client(line).backend == line
     assert started().receive_from_client(line[:-2] + b"y\r\n") == Step(b"500 5.5.2 Error: line too long\r\n")
 
 
-def test_with_require_tls_even_a_long_mail_line_is_refused():
+def test_with_require_tls_even_a_long_mail_line_is_refused() -> None:
     preamble = started(require_tls=True)
     assert preamble.receive_from_client(b"MAIL FROM:<a@b> " + b"x" * 5000) == Step()
     assert preamble.receive_from_client(b"\r\nMAIL FROM:<a@b>\r\n") == Step(b"500 5.5.2 Error: line too long\r\n" + MUST_STARTTLS)
     assert preamble.refused
 
 
-def test_what_comes_unasked_from_the_backend_is_relayed():
+def test_what_comes_unasked_from_the_backend_is_relayed() -> None:
     preamble = started()
     assert preamble.receive_from_backend(b"421 bye") == Step(b"421 bye")
     preamble.receive_from_client(b"NOOP\r\n")
@@ -250,7 +250,7 @@ def test_what_comes_unasked_from_the_backend_is_relayed():
     assert preamble.backend_ended() == b"250 half"
 
 
-def test_replies_are_found_however_they_are_cut():
+def test_replies_are_found_however_they_are_cut() -> None:
     stream = b"220-one\r\n220 two\r\n250 x\r\nnonsense\r\n220-\r\n220\r\n"
     wanted = [b"220-one\r\n220 two\r\n", b"250 x\r\n", b"nonsense\r\n", b"220-\r\n220\r\n"]
     for size in range(1, len(stream)):

@@ -11,20 +11,31 @@ from pathlib import Path
 
 import pytest
 
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.edge.program import StartEdge
+from tests.support.certificates import CertificateFiles
 from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")])
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_root_becomes_the_user_for_good(backend, edge, clients, tmp_path, certificate, workers):
+def test_root_becomes_the_user_for_good(
+    backend: StartBackend,
+    edge: StartEdge,
+    clients: Clients,
+    tmp_path: Path,
+    certificate: CertificateFiles,
+    workers: tuple[str, ...],
+) -> None:
     program = edge("--user", "nobody", *workers, backend=backend())
     assert clients.tls(program.tls_port).line().startswith(b"220")
     pid = program.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    pids = [pid, *children]
+    pids = [str(pid), *children]
     assert len(pids) == (4 if workers else 1)
-    for pid in pids:
-        status = Path(f"/proc/{pid}/status").read_text()
+    for each in pids:
+        status = Path(f"/proc/{each}/status").read_text()
         ids = [line.split()[1:] for line in status.splitlines() if line.startswith(("Uid:", "Gid:"))]
         nobody = pwd.getpwnam("nobody")
         assert ids == [[str(nobody.pw_uid)] * 4, [str(nobody.pw_gid)] * 4]
@@ -32,7 +43,9 @@ def test_root_becomes_the_user_for_good(backend, edge, clients, tmp_path, certif
 
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")])
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, public, workers):
+def test_keys_that_the_user_cannot_read_are_said_at_once(
+    backend: StartBackend, edge: StartEdge, public: CertificateFiles, workers: tuple[str, ...]
+) -> None:
     server, (open_to_all, secret) = backend(), public
     program = edge("--user", "nobody", *workers, backend=server, certs=("--cert", open_to_all, "--key", secret))
     (line,) = until(lambda: program.events("renewals need a restart"), "the warning")
@@ -44,7 +57,9 @@ def test_keys_that_the_user_cannot_read_are_said_at_once(backend, edge, public, 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_threads_need_nothing_that_the_user_may_not_read(backend, edge, clients, certificate):
+def test_threads_need_nothing_that_the_user_may_not_read(
+    backend: StartBackend, edge: StartEdge, clients: Clients, certificate: CertificateFiles
+) -> None:
     """A name is resolved and files are looked at in threads, and asyncio imports what it needs for those when it has to."""
     server = backend()
     port = server.address.rpartition(":")[2]

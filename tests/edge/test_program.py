@@ -7,14 +7,18 @@ import socket
 import ssl
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.edge.program import StartEdge
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend, edge, clients):
+def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--max-clients", "2", backend=backend())
     first, second = clients.tls(program.tls_port), clients.plain(program.starttls_port)
     first.line()
@@ -29,7 +33,9 @@ def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend, edge, c
     assert clients.tls(program.tls_port).line().startswith(b"220")
 
 
-def test_one_too_many_that_talks_before_its_turn_hears_421_all_the_same(backend, edge, clients):
+def test_one_too_many_that_talks_before_its_turn_hears_421_all_the_same(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     program = edge("--max-clients", "1", backend=backend())
     first = clients.plain(program.starttls_port)
     first.line()
@@ -41,7 +47,9 @@ def test_one_too_many_that_talks_before_its_turn_hears_421_all_the_same(backend,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_accepting_and_lets_connections_end(backend, edge, clients, number):
+def test_a_signal_stops_accepting_and_lets_connections_end(
+    backend: StartBackend, edge: StartEdge, clients: Clients, number: signal.Signals
+) -> None:
     program = edge(backend=backend())
     ports = program.tls_port, program.starttls_port
     client = clients.tls(program.tls_port)
@@ -60,7 +68,9 @@ def test_a_signal_stops_accepting_and_lets_connections_end(backend, edge, client
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_what_is_a_soft_stop_to_others_is_nothing(backend, edge, clients, number, workers):
+def test_what_is_a_soft_stop_to_others_is_nothing(
+    backend: StartBackend, edge: StartEdge, clients: Clients, number: signal.Signals, workers: str
+) -> None:
     program = edge("--workers", workers, backend=backend())
     program.process.send_signal(number)
     client = clients.tls(program.tls_port)
@@ -69,7 +79,9 @@ def test_what_is_a_soft_stop_to_others_is_nothing(backend, edge, clients, number
     assert program.stop() == 0
 
 
-def test_what_has_not_ended_after_the_drain_timeout_is_broken_off(backend, edge, clients):
+def test_what_has_not_ended_after_the_drain_timeout_is_broken_off(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     program = edge("--drain-timeout", "0.2", backend=backend())
     client, plain = clients.tls(program.tls_port), clients.plain(program.starttls_port)
     client.line()
@@ -79,7 +91,7 @@ def test_what_has_not_ended_after_the_drain_timeout_is_broken_off(backend, edge,
     assert {entry["reason"] for entry in program.events("connection ended")} == {"shutdown"}
 
 
-def test_metrics_are_there_from_the_start_and_count(backend, edge, clients):
+def test_metrics_are_there_from_the_start_and_count(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend()
     program = edge(backend=server)
     status, text = program.fetch("/metrics")
@@ -114,7 +126,7 @@ def test_metrics_are_there_from_the_start_and_count(backend, edge, clients):
     assert before == after  # nothing a client did has made a new series
 
 
-def test_a_connection_that_lasts_counts_its_bytes_meanwhile(backend, edge, clients):
+def test_a_connection_that_lasts_counts_its_bytes_meanwhile(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--idle-timeout", "4", backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
@@ -122,7 +134,7 @@ def test_a_connection_that_lasts_counts_its_bytes_meanwhile(backend, edge, clien
     until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == 6, "the bytes")
 
 
-def test_ready_means_that_a_backend_answers(backend, edge):
+def test_ready_means_that_a_backend_answers(backend: StartBackend, edge: StartEdge) -> None:
     server = backend()
     program = edge(backend=server)
     assert program.fetch("/healthz") == (200, "ok\n")
@@ -134,7 +146,7 @@ def test_ready_means_that_a_backend_answers(backend, edge):
     assert program.fetch("/healthz")[0] == 200
 
 
-def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path):
+def test_a_listening_socket_may_be_a_unix_socket(backend: StartBackend, edge: StartEdge, tmp_path: Path) -> None:
     server = backend()
     path = str(tmp_path / "edge.sock")
     edge("--starttls-listen", f"unix:{path}", backend=server)
@@ -147,17 +159,19 @@ def test_a_listening_socket_may_be_a_unix_socket(backend, edge, tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_unix_sockets_get_the_mode_that_was_asked_for(backend, edge, tmp_path, workers):
+def test_unix_sockets_get_the_mode_that_was_asked_for(
+    backend: StartBackend, edge: StartEdge, tmp_path: Path, workers: str
+) -> None:
     paths = [tmp_path / name for name in ("a.sock", "b.sock")]
     listeners = ("--starttls-listen", f"unix:{paths[0]}", "--listen", f"unix:{paths[1]}")
     edge(*listeners, "--socket-mode", "0622", "--workers", workers, backend=backend())
     assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o622, 0o622]
 
 
-def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend, edge, clients):
+def test_a_client_that_vanishes_at_every_step_leaves_no_trace(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--log-level", "debug", backend=backend())
 
-    def vanish(step):
+    def vanish(step: int) -> None:
         client = clients.plain(program.starttls_port)
         if step > 0:
             client.line()

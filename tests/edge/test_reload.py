@@ -9,17 +9,28 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
-from tests.edge.clients import s_client
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients, s_client
 from tests.edge.metrics import reloads
+from tests.edge.program import Program, StartEdge
 from tests.edge.renewal import put
-from tests.support.certificates import serial
+from tests.support.certificates import Authority, CertificateFiles, serial, shown_serial
 from tests.support.waiting import until
 
 
-def test_sighup_puts_new_certificates_into_service_and_drops_no_connection(backend, edge, authority, clients, files, shown):
+def test_sighup_puts_new_certificates_into_service_and_drops_no_connection(
+    backend: StartBackend,
+    edge: StartEdge,
+    authority: Authority,
+    clients: Clients,
+    files: CertificateFiles,
+    shown: Callable[..., str],
+) -> None:
     old, new = authority.issue("localhost"), authority.issue("localhost", "more.test", kind="rsa", days=9)
     put(old, *files)
     program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
@@ -43,7 +54,9 @@ def test_sighup_puts_new_certificates_into_service_and_drops_no_connection(backe
     assert (loaded["name"], loaded["file"]) == ("localhost", str(files[0]))
 
 
-def test_a_change_is_noticed_without_a_signal(backend, edge, authority, files, shown):
+def test_a_change_is_noticed_without_a_signal(
+    backend: StartBackend, edge: StartEdge, authority: Authority, files: CertificateFiles, shown: Callable[..., str]
+) -> None:
     old, new = authority.issue("localhost"), authority.issue("localhost")
     put(old, *files)
     # So long may certificate and key be apart before it is a failure.
@@ -54,10 +67,12 @@ def test_a_change_is_noticed_without_a_signal(backend, edge, authority, files, s
     assert reloads(program, "failed") == 0
 
 
-def test_certbots_links_are_followed(backend, edge, authority, tmp_path, shown):
+def test_certbots_links_are_followed(
+    backend: StartBackend, edge: StartEdge, authority: Authority, tmp_path: Path, shown: Callable[..., str]
+) -> None:
     """A renewal writes new files into archive/ and puts new links into live/; a further name is a further directory."""
 
-    def renew(name, number, certificate):
+    def renew(name: str, number: int, certificate: CertificateFiles) -> None:
         live, archive = tmp_path / "live" / name, tmp_path / "archive" / name
         for directory in (live, archive):
             directory.mkdir(parents=True, exist_ok=True)
@@ -81,12 +96,14 @@ def test_certbots_links_are_followed(backend, edge, authority, tmp_path, shown):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_certificate_that_expires_at_run_time_gives_way_to_a_valid_one(backend, edge, authority, shown, workers):
+def test_a_certificate_that_expires_at_run_time_gives_way_to_a_valid_one(
+    backend: StartBackend, edge: StartEdge, authority: Authority, shown: Callable[..., str], workers: str
+) -> None:
     short, long = authority.issue("localhost", days=4 / 86400), authority.issue("localhost", kind="rsa", days=3)
     certs = ("--cert", short[0], "--key", short[1], "--cert", long[0], "--key", long[1])
     program = edge("--cert-reload-interval", "0", "--workers", workers, backend=backend(), certs=certs)
 
-    def served():
+    def served() -> set[str] | None:
         try:
             return {shown(program) for _ in range(4)}
         except ssl.SSLCertVerificationError:
@@ -95,13 +112,13 @@ def test_a_certificate_that_expires_at_run_time_gives_way_to_a_valid_one(backend
     until(lambda: served() == {serial(long[0])}, "the other certificate")
     until(lambda: program.fetch("/readyz") == (200, "ready\n"), "readiness")
 
-    def expiry():
+    def expiry() -> float:
         return program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost")
 
     until(lambda: expiry() > time.time() + 86400, "the expiry of the one that is served")
 
 
-def test_readiness_ends_when_the_last_certificate_expires(backend, edge, authority):
+def test_readiness_ends_when_the_last_certificate_expires(backend: StartBackend, edge: StartEdge, authority: Authority) -> None:
     cert, key = authority.issue("localhost", days=4 / 86400)
     program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", cert, "--key", key))
     until(lambda: program.fetch("/readyz")[0] == 503, "the expiry")
@@ -110,7 +127,15 @@ def test_readiness_ends_when_the_last_certificate_expires(backend, edge, authori
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_sighup_while_certificates_load_at_the_start_is_a_reload(backend, edge, authority, files, tmp_path, workers, monkeypatch):
+def test_sighup_while_certificates_load_at_the_start_is_a_reload(
+    backend: StartBackend,
+    edge: StartEdge,
+    authority: Authority,
+    files: CertificateFiles,
+    tmp_path: Path,
+    workers: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     put(authority.issue("localhost"), *files)
     (tmp_path / "sitecustomize.py").write_text(
         f"""
@@ -133,7 +158,9 @@ sys.addaudithook(told)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_log_says_reloaded_only_when_everything_was(backend, edge, authority, tmp_path, workers):
+def test_the_log_says_reloaded_only_when_everything_was(
+    backend: StartBackend, edge: StartEdge, authority: Authority, tmp_path: Path, workers: str
+) -> None:
     paths = [tmp_path / "a.pem", tmp_path / "b.pem"]
     for path in paths:
         path.write_text("".join(each.read_text() for each in authority.issue(f"{path.stem}.test")))
@@ -151,14 +178,16 @@ def test_the_log_says_reloaded_only_when_everything_was(backend, edge, authority
     until(lambda: program.events("reloaded"), "the reload")
 
 
-def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend, edge, authority, tmp_path, shown):
+def test_a_directory_gains_and_loses_certificates_but_never_the_default(
+    backend: StartBackend, edge: StartEdge, authority: Authority, tmp_path: Path, shown: Callable[..., str]
+) -> None:
     a, b, c = (authority.issue(f"{name}.test") for name in "abc")
 
-    def put_into_directory(name, certificate):
+    def put_into_directory(name: str, certificate: CertificateFiles) -> None:
         (tmp_path / f"{name}.tmp").write_text("".join(path.read_text() for path in certificate))
         (tmp_path / f"{name}.tmp").rename(tmp_path / f"{name}.pem")
 
-    def published():
+    def published() -> set[str]:
         return {
             line.partition('name="')[2].partition('"')[0]
             for line in program.fetch("/metrics")[1].splitlines()
@@ -185,7 +214,14 @@ def test_a_directory_gains_and_loses_certificates_but_never_the_default(backend,
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(backend, edge, authority, clients, files, version):
+def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(
+    backend: StartBackend,
+    edge: StartEdge,
+    authority: Authority,
+    clients: Clients,
+    files: CertificateFiles,
+    version: ssl.TLSVersion,
+) -> None:
     old, new = authority.issue("localhost", kind="rsa"), authority.issue("localhost")
     put(old, *files)
     program = edge("--cert-reload-interval", "0", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
@@ -197,7 +233,7 @@ def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(backe
     program.process.send_signal(signal.SIGHUP)
     until(lambda: reloads(program, "ok") == 1, "the reload")
     raw = clients.plain(program.tls_port)
-    with context.wrap_socket(raw.sock, server_hostname="localhost", session=client.sock.session) as resumed:
+    with context.wrap_socket(raw.sock, server_hostname="localhost", session=client.tls.session) as resumed:
         assert resumed.session_reused
         assert resumed.recv(3) == b"220"
     # The old kind is gone, and not only for clients that prefer the new one.
@@ -205,7 +241,15 @@ def test_sessions_are_resumed_across_a_reload_that_changes_the_kind_of_key(backe
     assert "alert handshake failure" in refused
 
 
-def swap_under_load(program, authority, files, pairs, seconds, every, pause):
+def swap_under_load(
+    program: Program,
+    authority: Authority,
+    files: CertificateFiles,
+    pairs: Sequence[CertificateFiles],
+    seconds: float,
+    every: float,
+    pause: float,
+) -> tuple[list[str], set[str], float]:
     """Handshakes without end by two clients while the files are swapped.
 
     Returns what failed, the serial numbers seen, and the most seconds for which certificate and key were apart.
@@ -213,12 +257,12 @@ def swap_under_load(program, authority, files, pairs, seconds, every, pause):
     seen, failures, stop, longest = set(), [], threading.Event(), 0.0
     context = ssl.create_default_context(cafile=authority.path)
 
-    def knock():
+    def knock() -> None:
         while not stop.wait(pause):
             try:
                 raw = socket.create_connection(("127.0.0.1", program.tls_port), 30)
                 with context.wrap_socket(raw, server_hostname="localhost") as client:
-                    seen.add(client.getpeercert()["serialNumber"])
+                    seen.add(shown_serial(client))
                     assert client.recv(3) == b"220"
             except Exception as error:
                 failures.append(repr(error))
@@ -239,7 +283,9 @@ def swap_under_load(program, authority, files, pairs, seconds, every, pause):
     return failures, seen, longest
 
 
-def test_no_handshake_fails_while_certificates_are_swapped(backend, edge, authority, files):
+def test_no_handshake_fails_while_certificates_are_swapped(
+    backend: StartBackend, edge: StartEdge, authority: Authority, files: CertificateFiles
+) -> None:
     """Also of two kinds of key, which must never mix."""
     pairs = [authority.issue("localhost"), authority.issue("localhost", kind="rsa")]
     put(pairs[0], *files)
@@ -252,7 +298,9 @@ def test_no_handshake_fails_while_certificates_are_swapped(backend, edge, author
 
 
 @pytest.mark.long
-def test_no_handshake_fails_in_a_minute_of_swaps(backend, edge, authority, files):
+def test_no_handshake_fails_in_a_minute_of_swaps(
+    backend: StartBackend, edge: StartEdge, authority: Authority, files: CertificateFiles
+) -> None:
     pairs = [authority.issue("localhost"), authority.issue("localhost")]
     put(pairs[0], *files)
     program = edge("--cert-reload-interval", "0.5", backend=backend(), certs=("--cert", files[0], "--key", files[1]))

@@ -8,7 +8,10 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -18,20 +21,26 @@ import fumi_edge.tls.certificates as certificates_module
 from fumi_edge.certificate_reload import Reloader
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.pem import Certificate, Pair
+from fumi_edge.tls.pem import load as load_pem
+from tests.edge.backends import StartBackend
 from tests.edge.metrics import reloads
+from tests.edge.program import StartEdge
 from tests.edge.renewal import put
-from tests.support.certificates import serial
+from tests.support.certificates import Authority, CertificateFiles, serial
 from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("case", ["half", "key missing", "other key", "gone", "expired"])
-def test_a_bad_file_leaves_the_old_certificate_in_service(backend, edge, authority, files, shown, case):
+def test_a_bad_file_leaves_the_old_certificate_in_service(
+    backend: StartBackend, edge: StartEdge, authority: Authority, files: CertificateFiles, shown: Callable[..., str], case: str
+) -> None:
     """It is counted and reported once, not at every look, and again when somebody asks; what comes next is taken."""
     old, new, expired = authority.issue("localhost"), authority.issue("localhost"), authority.issue("localhost", days=-1)
     put(old, *files)
     program = edge("--cert-reload-interval", "0.1", backend=backend(), certs=("--cert", files[0], "--key", files[1]))
 
-    def spoil():
+    def spoil() -> None:
         if case == "half":
             files[0].write_text(new[0].read_text()[:200])
         elif case == "key missing":
@@ -43,7 +52,7 @@ def test_a_bad_file_leaves_the_old_certificate_in_service(backend, edge, authori
         else:
             files[0].unlink()
 
-    def reports():
+    def reports() -> int:
         return len(program.events("certificate not loaded"))
 
     spoil()
@@ -61,7 +70,9 @@ def test_a_bad_file_leaves_the_old_certificate_in_service(backend, edge, authori
     assert reports() == 2
 
 
-def test_one_bad_file_does_not_hold_up_the_others(backend, edge, authority, tmp_path, shown):
+def test_one_bad_file_does_not_hold_up_the_others(
+    backend: StartBackend, edge: StartEdge, authority: Authority, tmp_path: Path, shown: Callable[..., str]
+) -> None:
     first, second, new = authority.issue("first.test"), authority.issue("second.test"), authority.issue("second.test")
     pairs = [(tmp_path / f"{number}.pem", tmp_path / f"{number}.key") for number in (1, 2)]
     put(first, *pairs[0])
@@ -76,7 +87,9 @@ def test_one_bad_file_does_not_hold_up_the_others(backend, edge, authority, tmp_
     assert shown(program, "second.test") == serial(new[0])
 
 
-def test_a_fifo_among_the_certificates_holds_up_no_renewal(backend, edge, authority, tmp_path, shown):
+def test_a_fifo_among_the_certificates_holds_up_no_renewal(
+    backend: StartBackend, edge: StartEdge, authority: Authority, tmp_path: Path, shown: Callable[..., str]
+) -> None:
     old, new, first, second = authority.issue("localhost"), authority.issue("localhost"), tmp_path / "a.pem", tmp_path / "b.pem"
     first.write_text("".join(path.read_text() for path in old))
     program = edge("--cert-reload-interval", "0.05", "--workers", "2", backend=backend(), certs=("--cert", tmp_path))
@@ -90,17 +103,19 @@ def test_a_fifo_among_the_certificates_holds_up_no_renewal(backend, edge, author
     until(lambda: program.events("reloaded"), "the reload")
 
 
-def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(authority, tmp_path, caplog, monkeypatch):
+def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(
+    authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files_module, "FILE_TIMEOUT", 0.05)
     hangs, answer, real = threading.Event(), threading.Event(), os.stat
     paths = [tmp_path / "local.pem", tmp_path / "nfs" / "far.pem"]
     (tmp_path / "nfs").mkdir()
 
-    def write(name, path):
+    def write(name: str, path: Path) -> None:
         (tmp_path / "new").write_text("".join(each.read_text() for each in authority.issue(name)))
         (tmp_path / "new").rename(path)
 
-    def stat(path, *arguments, **options):
+    def stat(path: str | Path, *arguments: Any, **options: Any) -> os.stat_result:
         if hangs.is_set() and str(path) == str(paths[1]):
             answer.wait()
         return real(path, *arguments, **options)
@@ -112,10 +127,10 @@ def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(authori
     metrics = EdgeMetrics(registry, [], "1")
     monkeypatch.setattr(os, "stat", stat)
 
-    def names():
+    def names() -> list[str]:
         return [entry.name for entry in certificates.entries]
 
-    async def scenario():
+    async def scenario() -> None:
         reloader = Reloader(certificates, metrics, 0.01)
         reloader.start()
         hangs.set()
@@ -137,16 +152,18 @@ def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(authori
     assert "no answer within" in line
 
 
-def test_what_is_renewed_while_the_edge_starts_is_noticed(authority, tmp_path, monkeypatch):
+def test_what_is_renewed_while_the_edge_starts_is_noticed(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the reading of a file and the first look at it there may be seconds, with a thousand certificates."""
     path = tmp_path / "a.pem"
     path.write_text("".join(each.read_text() for each in authority.issue("old.test")))
-    real, renewed = certificates_module.load, []
+    renewed: list[str] = []
 
-    def load(pair, previous=None):
-        certificate = real(pair, previous)
+    def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
+        certificate = load_pem(pair, previous)
         if not renewed:
-            renewed.append(1)
+            renewed.append("new.test")
             (tmp_path / "new").write_text("".join(each.read_text() for each in authority.issue("new.test")))
             (tmp_path / "new").rename(path)
         return certificate
@@ -155,7 +172,7 @@ def test_what_is_renewed_while_the_edge_starts_is_noticed(authority, tmp_path, m
     certificates = Certificates([(tmp_path, None)])
     assert [entry.name for entry in certificates.entries] == ["old.test"]
 
-    async def scenario():
+    async def scenario() -> None:
         reloader = Reloader(certificates, EdgeMetrics(CollectorRegistry(), [], "1"), 3600)
         reloader.start()
         await reloader.first_check()
@@ -171,27 +188,31 @@ class Troubled:
     entries = served = skipped = ()
     selection = SimpleNamespace(until=float("inf"))
     startup_problem = staticmethod(lambda: None)
-    authority_problems = staticmethod(lambda now: [])
+
+    @staticmethod
+    def authority_problems(now: float) -> list[str]:
+        return []
+
     stamp_read = ()
 
-    def __init__(self, *troubles):
+    def __init__(self, *troubles: Exception) -> None:
         self.troubles = list(troubles)
         self.looks = 0
 
-    def stamp(self):
+    def stamp(self) -> tuple[()]:
         self.looks += 1
         if self.troubles:
             raise self.troubles.pop(0)
         return ()
 
 
-def test_a_look_that_fails_is_counted_and_not_the_last(caplog):
+def test_a_look_that_fails_is_counted_and_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
     certificates = Troubled(*(PermissionError(13, "Permission denied", "/k") for _ in range(3)), KeyError("ours"))
     registry = CollectorRegistry()
     metrics = EdgeMetrics(registry, [], "1")
 
-    async def scenario():
-        reloader = Reloader(certificates, metrics, 0.001)
+    async def scenario() -> None:
+        reloader = Reloader(cast(Certificates, certificates), metrics, 0.001)
         reloader.start()
         while certificates.looks < 7:
             await asyncio.sleep(0.001)

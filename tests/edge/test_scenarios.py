@@ -45,17 +45,23 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.edge.metrics import gone
+from tests.edge.program import Program, StartEdge
+from tests.support.certificates import CertificateFiles
 from tests.support.peer import Peer
+from tests.support.starter import BIN
 from tests.support.waiting import until
 
 
-def test_every_test_named_above_is_there():
+def test_every_test_named_above_is_there() -> None:
     rows = re.findall(r"\| (\w+): (test_\w+) \|$", __doc__, re.MULTILINE)
     assert len(rows) > 30
     for module, name in rows:
@@ -66,10 +72,12 @@ def test_every_test_named_above_is_there():
 # Ends
 
 
-def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clients, tmp_path):
+def test_unix_sockets_on_both_sides_carry_tls_and_every_end(
+    backend: StartBackend, edge: StartEdge, clients: Clients, tmp_path: Path
+) -> None:
     heard = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hello\r\n")
         heard.append(peer.rest())
         peer.say(b"%d\r\n" % len(heard[0]))
@@ -91,25 +99,25 @@ def test_unix_sockets_on_both_sides_carry_tls_and_every_end(backend, edge, clien
             client.end()
             # With ragged ends not suppressed, this is a close_notify.
             assert client.rest() == b"500000\r\n"
-            header = server.peers[-1].header
-            assert (header.transport, header.tls.version) == ("UNIX", "TLSv1.3")
+            told = server.peers[-1]
+            assert (told.header.transport, told.client_tls.version) == ("UNIX", "TLSv1.3")
     assert {(entry["client_ip"], entry["reason"]) for entry in program.ended(2)} == {("unix", "client_closed")}
 
 
 # Numbers, and slowness
 
 
-def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, clients):
+def test_hundreds_of_short_connections_leave_no_descriptor(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     """Whatever becomes of them: by TLS, upgraded, in plaintext, broken off in the handshake, turned away."""
     program = edge("--health-interval", "0.05", "--log-level", "debug", backend=backend())
 
-    def over_tls():
+    def over_tls() -> Peer:
         client = clients.tls(program.tls_port)
         client.line()
         client.ask(b"QUIT\r\n")
         return client
 
-    def upgraded():
+    def upgraded() -> Peer:
         client = clients.plain(program.starttls_port)
         client.line()
         client.ask(b"STARTTLS\r\n")
@@ -117,34 +125,34 @@ def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, client
         client.ask(b"QUIT\r\n")
         return client
 
-    def in_plaintext():
+    def in_plaintext() -> Peer:
         client = clients.plain(program.starttls_port)
         client.line()
         client.ask(b"QUIT\r\n")
         return client
 
-    def not_tls():
+    def not_tls() -> Peer:
         client = clients.plain(program.tls_port)
         client.say(b"EHLO me\r\n")
         return client
 
-    def injected():
+    def injected() -> Peer:
         client = clients.plain(program.starttls_port)
         client.line()
         client.say(b"STARTTLS\r\nEHLO me\r\n")
         return client
 
-    def gone():
+    def silent() -> Peer:
         return clients.plain(program.tls_port)
 
-    ways = (over_tls, upgraded, in_plaintext, not_tls, injected, gone)
+    ways = (over_tls, upgraded, in_plaintext, not_tls, injected, silent)
     for way in ways:
         way().close()
     program.ended(len(ways))
     until(lambda: program.metric("fumi_edge_backend_up") == 1, "the checks")
     before = until(lambda: quiet(program), "a moment's rest")
 
-    def come(seed):
+    def come(seed: int) -> None:
         numbers = random.Random(seed)
         for _ in range(100):
             client = numbers.choice(ways)()
@@ -158,11 +166,11 @@ def test_hundreds_of_short_connections_leave_no_descriptor(backend, edge, client
     assert len(program.ended(600 + len(ways))) == 600 + len(ways)
     # A check may be under way at either look.
     until(lambda: program.descriptors() <= before, "the end of the last socket")
-    for mode, port in (("tls", program.tls_port), ("starttls", program.starttls_port)):
-        until(lambda port=port: program.metric("fumi_edge_connections_active", listener=f"127.0.0.1:{port}") == 0, mode)
+    for port in (program.tls_port, program.starttls_port):
+        gone(program, f"127.0.0.1:{port}")
 
 
-def quiet(program):
+def quiet(program: Program) -> int:
     """The fewest descriptors seen in a while; 0, which is no answer, as long as connections are open."""
     if program.metric("fumi_edge_connections_active") > 0:
         return 0
@@ -170,11 +178,13 @@ def quiet(program):
 
 
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "plaintext"])
-def test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory(backend, edge, clients, tls):
+def test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory(
+    backend: StartBackend, edge: StartEdge, clients: Clients, tls: bool
+) -> None:
     size = 64 << 20
     sent = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hello\r\n")
         peer.line()
         for _ in range(size >> 20):
@@ -202,7 +212,7 @@ def test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory(backe
 # Stopping and starting
 
 
-def test_a_second_signal_ends_a_drain_at_once(backend, edge, clients):
+def test_a_second_signal_ends_a_drain_at_once(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--drain-timeout", "600", backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
@@ -214,7 +224,7 @@ def test_a_second_signal_ends_a_drain_at_once(backend, edge, clients):
         assert client.rest() == b""
 
 
-def test_a_shutdown_meets_connections_at_every_step(backend, edge, clients):
+def test_a_shutdown_meets_connections_at_every_step(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     """Silent, before STARTTLS, behind its 220, in the handshake, or talking: all get their end."""
     silent = threading.Event()
     program = edge("--drain-timeout", "0.3", "--accept-proxy", backend=backend())
@@ -222,13 +232,14 @@ def test_a_shutdown_meets_connections_at_every_step(backend, edge, clients):
     other = edge("--drain-timeout", "0.3", backend=held)
     header = b"PROXY TCP4 192.0.2.1 192.0.2.2 7 25\r\n"
     peers = []
-    for words in ((), (b"EHLO me\r\n",), (b"STARTTLS\r\n",), (b"STARTTLS\r\n", b"\x16\x03\x01")):
+    for commands in ((), (b"EHLO me\r\n",), (b"STARTTLS\r\n",), (b"STARTTLS\r\n", b"\x16\x03\x01")):
         client = clients.plain(program.starttls_port)
         client.say(header)
         client.line()
-        for each in words:
-            client.say(each)
-            client.reply() if each.endswith(b"\n") else None
+        for command in commands:
+            client.say(command)
+            if command.endswith(b"\n"):
+                client.reply()
         peers.append(client)
     # Late, for whoever has not sent a header in time is given up.
     peers += [clients.plain(program.tls_port), clients.plain(program.starttls_port)]
@@ -252,13 +263,15 @@ def test_a_shutdown_meets_connections_at_every_step(backend, edge, clients):
     silent.set()
 
 
-def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(backend, edge, clients):
+def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     """The test is the service manager: it holds both listening sockets, and those who come meanwhile wait in their queue."""
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         ports = [each.getsockname()[1] for each in (first, second)]
         early = clients.plain(ports[1])
 
-        def start():
+        def start() -> Program:
             flags = ["--listen", f"fd:{first.fileno()}", "--starttls-listen", f"fd:{second.fileno()}"]
             return edge(*flags, backend=server, inherited=[first.fileno(), second.fileno()])
 
@@ -283,7 +296,7 @@ def test_an_inherited_socket_loses_no_client_while_the_edge_restarts(backend, ed
         assert program.metric("fumi_edge_connections_total", listener=f"fd:{second.fileno()}") == 1
 
 
-def test_an_inherited_abstract_unix_socket_is_listened_on(backend, edge):
+def test_an_inherited_abstract_unix_socket_is_listened_on(backend: StartBackend, edge: StartEdge) -> None:
     """systemd's ListenStream=@name."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("")  # the kernel chooses the name
@@ -297,7 +310,9 @@ def test_an_inherited_abstract_unix_socket_is_listened_on(backend, edge):
         assert program.ended()[0]["listener"] == f"fd:{listening.fileno()}"
 
 
-def test_a_stop_while_accepting_pauses_for_want_of_descriptors_is_a_stop(backend, edge, clients):
+def test_a_stop_while_accepting_pauses_for_want_of_descriptors_is_a_stop(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     program = edge("--drain-timeout", "0.2", backend=backend())
     resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (program.descriptors() + 6,) * 2)
     for _ in range(20):
@@ -310,8 +325,11 @@ def test_a_stop_while_accepting_pauses_for_want_of_descriptors_is_a_stop(backend
     ("kind", "complaint"),
     [("file", "is not an open socket"), ("connected", "is not a listening socket"), ("datagram", "is not a listening socket")],
 )
-def test_what_is_inherited_and_no_listening_socket_is_one_line(certificate, tmp_path, kind, complaint):
+def test_what_is_inherited_and_no_listening_socket_is_one_line(
+    certificate: CertificateFiles, tmp_path: Path, kind: str, complaint: str
+) -> None:
     with contextlib.ExitStack() as things:
+        thing: socket.socket | TextIO
         if kind == "file":
             thing = things.enter_context((tmp_path / "file").open("w"))
         elif kind == "connected":
@@ -319,7 +337,7 @@ def test_what_is_inherited_and_no_listening_socket_is_one_line(certificate, tmp_
             assert other
         else:
             thing = things.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        command = [Path(sys.executable).with_name("fumi-edge"), "--cert", certificate[0], "--key", certificate[1]]
+        command: list[str | Path] = [BIN / "fumi-edge", "--cert", certificate[0], "--key", certificate[1]]
         command += ["--backend", "127.0.0.1:9", "--listen", f"fd:{thing.fileno()}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, pass_fds=[thing.fileno()])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

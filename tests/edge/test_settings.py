@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+from pathlib import Path
 
 import pytest
 
-from tests.edge.backends import smtp
-from tests.edge.program import run
+from tests.edge.backends import StartBackend, smtp
+from tests.edge.clients import Clients
+from tests.edge.program import StartEdge, run
+from tests.support.certificates import CertificateFiles, MakeCertificate
+from tests.support.peer import Peer
 from tests.support.starter import finished
 
 
 @pytest.fixture
-def flags(certificate):
+def flags(certificate: CertificateFiles) -> list[str]:
     cert, key = certificate
     return ["--cert", str(cert), "--key", str(key), "--backend", "127.0.0.1:9", "--listen", "127.0.0.1:0"]
 
 
 @pytest.mark.parametrize("flag", ["--backend", "--listen", "--starttls-listen", "--metrics"])
 @pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
-def test_what_cannot_be_a_host_name_is_one_line(flags, flag, check):
+def test_what_cannot_be_a_host_name_is_one_line(flags: list[str], flag: str, check: tuple[str, ...]) -> None:
     status, lines = run(*flags, flag, "a..b:25", *check)
     assert status == 2
     assert len(lines) == 1
@@ -40,7 +44,7 @@ def test_what_cannot_be_a_host_name_is_one_line(flags, flag, check):
         ("--drain-timeout", "nan"),
     ],
 )
-def test_a_time_that_is_none_is_refused(flags, flag, value):
+def test_a_time_that_is_none_is_refused(flags: list[str], flag: str, value: str) -> None:
     # With --check it would end even if it took the value.
     status, lines = run(*flags, flag, value, "--check")
     assert status == 2
@@ -49,7 +53,7 @@ def test_a_time_that_is_none_is_refused(flags, flag, value):
     assert flag in lines[0]
 
 
-def test_a_key_that_cannot_be_read_is_named(flags, certificate, tmp_path):
+def test_a_key_that_cannot_be_read_is_named(flags: list[str], certificate: CertificateFiles, tmp_path: Path) -> None:
     broken = tmp_path / "broken.pem"
     lines = certificate[1].read_text().splitlines()
     lines[1] = "!" + lines[1][1:]
@@ -60,7 +64,9 @@ def test_a_key_that_cannot_be_read_is_named(flags, certificate, tmp_path):
     assert str(broken) in lines[0]
 
 
-def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certificate, tmp_path):
+def test_a_wrong_setting_is_one_line_and_status_2(
+    flags: list[str], certificate: CertificateFiles, make_certificate: MakeCertificate, tmp_path: Path
+) -> None:
     cert, _ = certificate
     other = make_certificate("other.test")[1]
     empty = tmp_path / "empty"
@@ -121,7 +127,9 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags, certificate, make_certi
             assert len([line for line in lines if not line.startswith(("Usage:", "Try ")) and line]) == 1, lines
 
 
-def test_settings_come_from_flags_then_environment_then_file(backend, clients, flags, tmp_path, edge):
+def test_settings_come_from_flags_then_environment_then_file(
+    backend: StartBackend, clients: Clients, flags: list[str], tmp_path: Path, edge: StartEdge
+) -> None:
     server = backend()
     config = tmp_path / "edge.toml"
     config.write_text("[edge]\nmax-clients = 1\nalpn = 'file'\n[core]\nlisten = ['127.0.0.1:1']\n")
@@ -129,14 +137,14 @@ def test_settings_come_from_flags_then_environment_then_file(backend, clients, f
     context = clients.context()
     context.set_alpn_protocols(["other", "file"])
     client = clients.tls(program.tls_port, context=context)
-    assert client.sock.selected_alpn_protocol() == "file"
+    assert client.tls.selected_alpn_protocol() == "file"
     assert client.line().startswith(b"220")
     assert clients.plain(program.starttls_port).rest().startswith(b"421 4.7.0")
     assert run(*flags, environment={"FUMI_EDGE_MIN_TLS": "1.1"})[0] == 2
     assert run(*flags, "--min-tls", "1.2", "--check", environment={"FUMI_EDGE_MIN_TLS": "1.1"})[1][0].startswith("Error: backend")
 
 
-def test_check_says_what_is_wrong_or_that_nothing_is(flags, backend):
+def test_check_says_what_is_wrong_or_that_nothing_is(flags: list[str], backend: StartBackend) -> None:
     status, lines = run(*flags, "--check")
     assert status == 2
     assert lines == ["Error: backend 127.0.0.1:9: Connection refused"]
@@ -149,10 +157,12 @@ def test_check_says_what_is_wrong_or_that_nothing_is(flags, backend):
     ]
 
 
-def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tls(flags, backend):
+def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tls(
+    flags: list[str], backend: StartBackend
+) -> None:
     """The edge only carries bytes there, and cannot take it out of the list."""
 
-    def offering(peer):
+    def offering(peer: Peer) -> None:
         peer.say(b"220 hi\r\n")
         while line := peer.line():
             peer.say(b"250-hi\r\n250-StartTLS\r\n250 SIZE\r\n" if line[:4] == b"EHLO" else b"221 bye\r\n")
@@ -168,8 +178,10 @@ def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tl
 
 
 @pytest.mark.parametrize(("version", "warned"), [("v2", True), ("v1", True), ("off", False)])
-def test_check_warns_of_clients_whose_header_other_servers_reject(flags, backend, tmp_path, version, warned):
-    def handler(peer):
+def test_check_warns_of_clients_whose_header_other_servers_reject(
+    flags: list[str], backend: StartBackend, tmp_path: Path, version: str, warned: bool
+) -> None:
+    def handler(peer: Peer) -> None:
         if version == "v1":
             peer.line()
         smtp(peer)
@@ -182,7 +194,7 @@ def test_check_warns_of_clients_whose_header_other_servers_reject(flags, backend
     assert done.stdout.count("warning") == warned
 
 
-def test_check_looks_at_the_listeners(flags, backend, tmp_path):
+def test_check_looks_at_the_listeners(flags: list[str], backend: StartBackend, tmp_path: Path) -> None:
     flags = [*flags[:4], "--backend", backend().address]
     (tmp_path / "file").write_text("")
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as mute:
@@ -215,7 +227,7 @@ def test_check_looks_at_the_listeners(flags, backend, tmp_path):
 
 
 @pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
-def test_an_address_that_is_given_twice_is_an_error_that_says_so(flags, check):
+def test_an_address_that_is_given_twice_is_an_error_that_says_so(flags: list[str], check: tuple[str, ...]) -> None:
     for more, complaint in (
         (("--listen", "127.0.0.1:4465", "--listen", "127.0.0.1:4465"), "--listen 127.0.0.1:4465 is given twice: remove one"),
         (
@@ -233,7 +245,7 @@ def test_an_address_that_is_given_twice_is_an_error_that_says_so(flags, check):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root has files that nobody can read")
-def test_check_says_what_the_user_cannot_read(flags, backend, public):
+def test_check_says_what_the_user_cannot_read(flags: list[str], backend: StartBackend, public: CertificateFiles) -> None:
     cert, key = public
     flags = ["--cert", str(cert), "--key", str(key), "--backend", backend().address, "--listen", "127.0.0.1:0", "--check"]
     assert run(*flags, "--user", "nobody") == (2, [f"Error: --user nobody cannot read {key}"])
@@ -245,6 +257,6 @@ def test_check_says_what_the_user_cannot_read(flags, backend, public):
     assert run(*flags, "--user", "root") == (0, [])
 
 
-def test_a_user_that_is_not_there_is_an_error(flags):
+def test_a_user_that_is_not_there_is_an_error(flags: list[str]) -> None:
     status, output = run(*flags, "--user", "no-such-user")
     assert (status, output) == (2, ["Error: --user: user 'no-such-user' does not exist"])

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from fumi_edge.tls.pem import CertificateError, Pair
 from fumi_edge.tls.sources import find, give_keys, stamp
+from tests.support.certificates import MakeCertificate
+from tests.support.waiting import until
 
 
-@pytest.fixture
-def letsencrypt(tmp_path):
-    """/etc/letsencrypt as certbot leaves it; ``renew(name, number)`` writes archive/ and swaps the links."""
-    (tmp_path / "live").mkdir()
-    (tmp_path / "live" / "README").write_text("[cert name]/privkey.pem: the private key for your certificate.\n")
+@dataclass
+class LetsEncrypt:
+    """/etc/letsencrypt as certbot leaves it."""
 
-    def renew(name, number, cert="", key=""):
-        live, archive = tmp_path / "live" / name, tmp_path / "archive" / name
+    path: Path
+
+    def renew(self, name: str, number: int, cert: str = "", key: str = "") -> None:
+        """Write files into archive/ and swap the links in live/."""
+        live, archive = self.path / "live" / name, self.path / "archive" / name
         for directory in (live, archive):
             directory.mkdir(parents=True, exist_ok=True)
         (live / "README").write_text("This directory contains your keys and certificates.\n")
@@ -26,15 +31,20 @@ def letsencrypt(tmp_path):
             (live / "new").symlink_to(f"../../archive/{name}/{each}{number}.pem")
             (live / "new").rename(live / f"{each}.pem")
 
-    return tmp_path, renew
+
+@pytest.fixture
+def letsencrypt(tmp_path: Path) -> LetsEncrypt:
+    (tmp_path / "live").mkdir()
+    (tmp_path / "live" / "README").write_text("[cert name]/privkey.pem: the private key for your certificate.\n")
+    return LetsEncrypt(tmp_path)
 
 
-def paths(pairs):
-    return [tuple(each and str(each) for each in pair) for pair in pairs]
+def paths(pairs: Iterable[Pair]) -> list[tuple[str | None, ...]]:
+    return [tuple(None if each is None else str(each) for each in pair) for pair in pairs]
 
 
-def test_certbots_tree_may_be_named_at_each_of_its_levels(letsencrypt):
-    top, renew = letsencrypt
+def test_certbots_tree_may_be_named_at_each_of_its_levels(letsencrypt: LetsEncrypt) -> None:
+    top, renew = letsencrypt.path, letsencrypt.renew
     renew("b.test", 1)
     renew("a.test", 1)
     a, b = (
@@ -45,7 +55,7 @@ def test_certbots_tree_may_be_named_at_each_of_its_levels(letsencrypt):
     assert paths(find(Pair(f"{top}/live/b.test/"))) == [b]
 
 
-def test_a_directory_gives_every_pem_file_with_the_key_beside_it(tmp_path):
+def test_a_directory_gives_every_pem_file_with_the_key_beside_it(tmp_path: Path) -> None:
     for name in ("b.pem", "a.pem", "a.key", "c.pem", "c.pem.key", ".hidden.pem", "README", "d.pem~", "e.crt"):
         (tmp_path / name).write_text("")
     directory = str(tmp_path)
@@ -56,7 +66,7 @@ def test_a_directory_gives_every_pem_file_with_the_key_beside_it(tmp_path):
     ]
 
 
-def test_a_directory_may_be_a_kubernetes_secret_or_hold_several(tmp_path):
+def test_a_directory_may_be_a_kubernetes_secret_or_hold_several(tmp_path: Path) -> None:
     for name in ("a", "b"):
         data = tmp_path / name / "..2026_01_31"
         data.mkdir(parents=True)
@@ -76,13 +86,13 @@ def test_a_directory_may_be_a_kubernetes_secret_or_hold_several(tmp_path):
     assert stamp([Pair(tmp_path)]) != before
 
 
-def test_a_directory_without_certificates_is_an_error(tmp_path):
+def test_a_directory_without_certificates_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("")
     with pytest.raises(CertificateError, match=r"neither \*\.pem, nor fullchain\.pem with privkey\.pem, tls\.crt with tls\.key"):
         find(Pair(tmp_path))
 
 
-def test_keys_go_to_the_files_in_their_order(make_certificate, tmp_path):
+def test_keys_go_to_the_files_in_their_order(make_certificate: MakeCertificate, tmp_path: Path) -> None:
     (a, a_key), (b, b_key) = make_certificate("a.test"), make_certificate("b.test")
     both = tmp_path / "both.pem"
     both.write_text(b.read_text() + b_key.read_text())
@@ -96,8 +106,23 @@ def test_keys_go_to_the_files_in_their_order(make_certificate, tmp_path):
             give_keys(certs, keys)
 
 
-def test_a_stamp_changes_with_the_files_and_not_otherwise(letsencrypt, tmp_path):
-    top, renew = letsencrypt
+def await_tick(path: Path) -> None:
+    """Wait until files get another time stamp: two changes within one tick of that clock would look like one."""
+    path.touch()
+    before = path.stat().st_mtime_ns
+
+    def ticked() -> bool:
+        path.touch()
+        return path.stat().st_mtime_ns != before
+
+    until(ticked, "the clock's tick")
+
+
+def test_a_stamp_changes_with_the_files_and_not_otherwise(
+    letsencrypt: LetsEncrypt, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("clock") / "tick"
+    top, renew = letsencrypt.path, letsencrypt.renew
     renew("a.test", 1)
     plain = tmp_path / "plain.pem"
     plain.write_text("x")
@@ -105,10 +130,9 @@ def test_a_stamp_changes_with_the_files_and_not_otherwise(letsencrypt, tmp_path)
     seen = [stamp(sources, ca)]
     assert stamp(sources, ca) == seen[0]
 
-    def changed():
+    def changed() -> bool:
         seen.append(stamp(sources, ca))
-        # Two changes within one tick of the clock that files are stamped by would look like one.
-        time.sleep(0.02)
+        await_tick(elsewhere)
         return seen[-1] not in seen[:-1]
 
     renew("a.test", 2)  # the same text under another link

@@ -7,12 +7,18 @@ import threading
 
 import pytest
 
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients, Greet
 from tests.edge.metrics import starttls_total
+from tests.edge.program import StartEdge
 from tests.edge.replies import GREETED, READY
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(backend, edge, clients, greeted):
+def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -24,8 +30,8 @@ def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(backend, 
     assert client.rest() == b""
     first, second = server.peer(0), server.peer(1)
     assert first.header.tls is None
-    assert second.header.tls.version == "TLSv1.3"
-    assert second.header.tls.sni == "localhost"
+    assert second.client_tls.version == "TLSv1.3"
+    assert second.client_tls.sni == "localhost"
     assert first.header.unique_id == second.header.unique_id
     assert first.header.source == second.header.source
     until(lambda: b"QUIT\r\n" in first.heard, "the first connection's QUIT")
@@ -36,7 +42,9 @@ def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(backend, 
 
 
 @pytest.mark.parametrize("behind", [b"EHLO x\r\n", b"MAIL FROM:<a@example.org>\r\n", b"\r\n", b"x"])
-def test_bytes_behind_starttls_are_refused_and_never_reach_the_backend(backend, edge, greeted, behind):
+def test_bytes_behind_starttls_are_refused_and_never_reach_the_backend(
+    backend: StartBackend, edge: StartEdge, greeted: Greet, behind: bytes
+) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -50,7 +58,9 @@ def test_bytes_behind_starttls_are_refused_and_never_reach_the_backend(backend, 
     assert len(server.peers) == 1
 
 
-def test_ehlo_and_starttls_may_come_in_one_packet(backend, edge, clients, greeted):
+def test_ehlo_and_starttls_may_come_in_one_packet(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
     program = edge(backend=backend())
     client = greeted(program)
     client.say(b"EHLO x\r\nSTARTTLS\r\n")
@@ -60,7 +70,7 @@ def test_ehlo_and_starttls_may_come_in_one_packet(backend, edge, clients, greete
     assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
-def test_ehlo_may_come_byte_by_byte(backend, edge, clients, greeted):
+def test_ehlo_may_come_byte_by_byte(backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet) -> None:
     program = edge(backend=backend())
     client = greeted(program)
     client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -73,8 +83,10 @@ def test_ehlo_may_come_byte_by_byte(backend, edge, clients, greeted):
     assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
-def test_a_backend_that_offers_starttls_itself_is_not_offered_twice(backend, edge, greeted):
-    def handler(peer):
+def test_a_backend_that_offers_starttls_itself_is_not_offered_twice(
+    backend: StartBackend, edge: StartEdge, greeted: Greet
+) -> None:
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hi\r\n")
         peer.line()
         peer.say(b"250-hi\r\n250-starttls\r\n250 SIZE\r\n")
@@ -84,7 +96,9 @@ def test_a_backend_that_offers_starttls_itself_is_not_offered_twice(backend, edg
     assert greeted(program).ask(b"EHLO x\r\n") == [b"250-hi\r\n", b"250-starttls\r\n", b"250 SIZE\r\n"]
 
 
-def test_hide_starttls_hides_it_and_takes_it_all_the_same(backend, edge, clients, greeted):
+def test_hide_starttls_hides_it_and_takes_it_all_the_same(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
     program = edge("--hide-starttls", backend=backend())
     client = greeted(program)
     assert client.ask(b"EHLO x\r\n") == [b"250-backend.test\r\n", b"250-PIPELINING\r\n", b"250 SIZE 1000\r\n"]
@@ -92,8 +106,10 @@ def test_hide_starttls_hides_it_and_takes_it_all_the_same(backend, edge, clients
     assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
-def test_banners_of_several_lines_are_relayed_and_then_swallowed_whole(backend, edge, clients):
-    def handler(peer):
+def test_banners_of_several_lines_are_relayed_and_then_swallowed_whole(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
+    def handler(peer: Peer) -> None:
         for part in (b"220-first\r\n22", b"0-second\r", b"\n220 third\r\n"):
             peer.say(part)
         while line := peer.line():
@@ -106,10 +122,10 @@ def test_banners_of_several_lines_are_relayed_and_then_swallowed_whole(backend, 
     assert clients.upgrade(client).ask(b"NOOP me\r\n") == [b"250 NOOP me\r\n"]
 
 
-def test_a_slow_banner_is_waited_for_and_commands_wait_with_it(backend, edge, clients):
+def test_a_slow_banner_is_waited_for_and_commands_wait_with_it(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     go = threading.Event()
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"220-wait\r\n220 f")
         go.wait(20)
         peer.say(b"or it\r\n")
@@ -128,8 +144,8 @@ def test_a_slow_banner_is_waited_for_and_commands_wait_with_it(backend, edge, cl
     assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 NOOP\r\n"]
 
 
-def test_a_banner_that_refuses_is_relayed_with_what_follows(backend, edge, clients):
-    def handler(peer):
+def test_a_banner_that_refuses_is_relayed_with_what_follows(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+    def handler(peer: Peer) -> None:
         peer.say(b"554-go\r\n554 away\r\n")
         while line := peer.line():
             peer.say(b"221 bye\r\n" if line.startswith(b"QUIT") else b"503 bad sequence\r\n")
@@ -141,7 +157,9 @@ def test_a_banner_that_refuses_is_relayed_with_what_follows(backend, edge, clien
 
 
 @pytest.mark.parametrize("last", [b"554 go away\r\n", b"421 4.7.0 busy\r\n", b"220 cut of", b"220-cut\r\n"])
-def test_a_backend_that_closes_behind_its_banner_has_its_words_relayed(backend, edge, clients, last):
+def test_a_backend_that_closes_behind_its_banner_has_its_words_relayed(
+    backend: StartBackend, edge: StartEdge, clients: Clients, last: bytes
+) -> None:
     server = backend(lambda peer: peer.say(last))
     program = edge(backend=server)
     client = clients.plain(program.starttls_port)
@@ -151,7 +169,9 @@ def test_a_backend_that_closes_behind_its_banner_has_its_words_relayed(backend, 
     assert len(server.peers) == 1
 
 
-def test_helo_will_do_before_starttls_and_ehlo_may_come_again(backend, edge, clients, greeted):
+def test_helo_will_do_before_starttls_and_ehlo_may_come_again(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
     program = edge(backend=backend())
     client = greeted(program)
     assert client.ask(b"HELO x\r\n") == [b"250 2.0.0 ok\r\n"]
@@ -162,7 +182,7 @@ def test_helo_will_do_before_starttls_and_ehlo_may_come_again(backend, edge, cli
     assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
-def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend, edge, greeted):
+def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge("--handshake-timeout", "0.3", backend=server)
     client = greeted(program)
@@ -174,8 +194,10 @@ def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend, edge, 
     assert len(server.peers) == 1
 
 
-def test_a_second_banner_that_refuses_answers_the_first_command(backend, edge, clients, greeted):
-    def handler(peer):
+def test_a_second_banner_that_refuses_answers_the_first_command(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
+    def handler(peer: Peer) -> None:
         if peer.header.tls:
             peer.say(b"554-go\r\n554 away\r\n")
             return
@@ -193,7 +215,9 @@ def test_a_second_banner_that_refuses_answers_the_first_command(backend, edge, c
     assert program.metric("fumi_edge_backend_errors_total", reason="banner") == 1
 
 
-def test_a_backend_that_is_gone_after_the_upgrade_is_a_421_to_the_first_command(backend, edge, clients, greeted):
+def test_a_backend_that_is_gone_after_the_upgrade_is_a_421_to_the_first_command(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -204,14 +228,16 @@ def test_a_backend_that_is_gone_after_the_upgrade_is_a_421_to_the_first_command(
     assert client.rest() == b""
 
 
-def test_without_a_backend_the_client_gets_421(edge, clients, backend):
+def test_without_a_backend_the_client_gets_421(edge: StartEdge, clients: Clients, backend: StartBackend) -> None:
     server = backend()
     server.close()
     program = edge(backend=server)
     assert clients.plain(program.starttls_port).rest().startswith(b"421 4.3.2 ")
 
 
-def test_require_tls_lets_nothing_through_but_what_leads_to_tls(backend, edge, clients, greeted):
+def test_require_tls_lets_nothing_through_but_what_leads_to_tls(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
     server = backend()
     program = edge("--require-tls", backend=server)
     client = greeted(program)
@@ -244,7 +270,7 @@ def test_require_tls_lets_nothing_through_but_what_leads_to_tls(backend, edge, c
     assert not any(line.upper().startswith((b"MAIL", b"RCPT")) for line in server.peer(0).heard + server.peer(2).heard)
 
 
-def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend, edge, greeted):
+def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     server = backend()
     program = edge(backend=server)
     client = greeted(program)
@@ -257,10 +283,10 @@ def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend, edge,
     assert len(server.peers) == 1
 
 
-def test_what_the_backend_says_when_it_closes_is_relayed(backend, edge, clients):
+def test_what_the_backend_says_when_it_closes_is_relayed(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     go = threading.Event()
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"220 hi\r\n")
         go.wait(20)
         peer.say(b"421 4.3.2 shutting down\r\n")
@@ -274,7 +300,7 @@ def test_what_the_backend_says_when_it_closes_is_relayed(backend, edge, clients)
     assert program.ended()[0]["reason"] == "backend_closed"
 
 
-def test_silence_before_the_upgrade_is_a_421(backend, edge, greeted):
+def test_silence_before_the_upgrade_is_a_421(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     program = edge("--idle-timeout", "1", "--log-level", "debug", backend=backend())
     client = greeted(program)
     assert client.rest() == b"421 4.4.2 Error: timeout exceeded\r\n"
@@ -282,7 +308,9 @@ def test_silence_before_the_upgrade_is_a_421(backend, edge, greeted):
     assert program.ended()[0]["reason"] == "idle_timeout"
 
 
-def test_commands_that_come_before_the_banner_are_answered_in_order(backend, edge, clients):
+def test_commands_that_come_before_the_banner_are_answered_in_order(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     program = edge(backend=backend())
     client = clients.plain(program.starttls_port)
     client.say(b"NOOP\r\nEHLO x\r\n")
@@ -291,11 +319,11 @@ def test_commands_that_come_before_the_banner_are_answered_in_order(backend, edg
     assert client.reply() == GREETED
 
 
-def test_many_clients_upgrade_at_once(backend, edge, clients):
+def test_many_clients_upgrade_at_once(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge(backend=backend())
     failures = []
 
-    def session():
+    def session() -> None:
         try:
             client = clients.plain(program.starttls_port)
             client.reply()

@@ -6,7 +6,10 @@ import base64
 import hashlib
 import re
 import urllib.request
+from collections.abc import Callable
+from email.message import Message
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -16,6 +19,10 @@ from fumi_edge.status import wording
 from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, series
 from fumi_edge.status.markup import document, element
 from fumi_edge.status.plot import HEIGHT, WIDTH, axis_maximum, plot
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.edge.program import Program, StartEdge
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 VOID = {"meta"}
@@ -24,14 +31,17 @@ VOID = {"meta"}
 class Reader(HTMLParser):
     """What stands on a page: the tables as rows of words, the plots' labels, and the tags with their attributes."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.tags, self.tables, self.words, self.style = [], [], {}, [], ""
-        self.title = ""
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.words: list[str] = []
+        self.style = self.title = ""
         self.feed(text)
         assert not self.open, "a tag that is not closed"
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attributes)))
         if tag not in VOID:
             self.open.append(tag)
@@ -40,10 +50,10 @@ class Reader(HTMLParser):
         if tag in ("td", "th"):
             self.tables[self.title][-1].append("")
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if "style" in self.open:
             self.style += data
             return
@@ -54,13 +64,16 @@ class Reader(HTMLParser):
         elif "table" in self.open:
             self.tables[self.title][-1][-1] += data
 
-    def row(self, title, name):
+    def row(self, title: str, name: str) -> list[str]:
         return next(row[1:] for row in self.tables[title] if row[0] == name)
 
 
+Look = Callable[[Program], tuple[Reader, Message]]
+
+
 @pytest.fixture
-def look():
-    def at(program):
+def look() -> Look:
+    def at(program: Program) -> tuple[Reader, Message]:
         port = program.events("serving metrics")[0]["port"]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
             return Reader(answer.read().decode()), answer.headers
@@ -68,9 +81,9 @@ def look():
     return at
 
 
-def test_it_counts_what_was_done(backend, edge, clients, look):
+def test_it_counts_what_was_done(backend: StartBackend, edge: StartEdge, clients: Clients, look: Look) -> None:
     program = edge(backend=backend())
-    ways = [(clients.tls, program.tls_port, b"QUIT\r\n")] * 3
+    ways: list[tuple[Callable[[int], Peer], int, bytes]] = [(clients.tls, program.tls_port, b"QUIT\r\n")] * 3
     ways += [(clients.plain, program.tls_port, b"EHLO me\r\n"), (clients.plain, program.starttls_port, b"QUIT\r\n")]
     ways += [(clients.plain, program.starttls_port, b"STARTTLS\r\nEHLO me\r\n")]
     for way, port, words in ways:
@@ -100,7 +113,7 @@ def test_it_counts_what_was_done(backend, edge, clients, look):
     assert all(each.endswith("s") for row in page.tables["Durations"][1:] for each in row[1:])
 
 
-def test_it_says_which_backend_is_down_and_why_nobody_is_served(backend, edge, look):
+def test_it_says_which_backend_is_down_and_why_nobody_is_served(backend: StartBackend, edge: StartEdge, look: Look) -> None:
     server = backend()
     program = edge("--backend", "127.0.0.1:9", "--health-interval", "0.1", backend=server)
     until(lambda: look(program)[0].row("Backends", "127.0.0.1:9")[0] == "down", "the verdict")
@@ -120,7 +133,7 @@ def test_it_says_which_backend_is_down_and_why_nobody_is_served(backend, edge, l
     assert any(word.startswith("backend ") for word in page.words)
 
 
-def test_it_needs_no_script_and_nothing_from_elsewhere(backend, edge, look):
+def test_it_needs_no_script_and_nothing_from_elsewhere(backend: StartBackend, edge: StartEdge, look: Look) -> None:
     page, headers = look(edge(backend=backend()))
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     directives = dict(each.split(" ", 1) for each in headers["Content-Security-Policy"].split("; "))
@@ -139,7 +152,7 @@ def test_it_needs_no_script_and_nothing_from_elsewhere(backend, edge, look):
     assert ("meta", {"http-equiv": "refresh", "content": f"{INTERVAL:.0f}"}) in page.tags
 
 
-def test_names_with_markup_in_them_are_text(backend, edge, tmp_path, look):
+def test_names_with_markup_in_them_are_text(backend: StartBackend, edge: StartEdge, tmp_path: Path, look: Look) -> None:
     path = str(tmp_path / "<b>&amp;\"'")
     program = edge(backend=backend(path=path))
     page, _ = look(program)
@@ -149,7 +162,7 @@ def test_names_with_markup_in_them_are_text(backend, edge, tmp_path, look):
     assert f"connect time of unix:{path}" in labels
 
 
-def test_workers_are_one_edge(backend, edge, clients, look):
+def test_workers_are_one_edge(backend: StartBackend, edge: StartEdge, clients: Clients, look: Look) -> None:
     program = edge("--workers", "2", backend=backend())
     until(lambda: program.fetch("/readyz")[0] == 200, "the workers")
     for _ in range(8):
@@ -160,17 +173,16 @@ def test_workers_are_one_edge(backend, edge, clients, look):
     until(lambda: look(program)[0].row("Listeners", name)[3] == "8", "the sum")
 
 
-def test_it_remembers_the_last_minutes(backend, edge, clients, look):
+def test_it_remembers_the_last_minutes(backend: StartBackend, edge: StartEdge, clients: Clients, look: Look) -> None:
     program = edge(backend=backend())
     client = clients.tls(program.tls_port)
     client.line()
-    labels = until(lambda: [label for label in plots(look(program)[0]) if label.startswith("Current connections: 1,")], "a look")
-    assert labels
+    until(lambda: [label for label in plots(look(program)[0]) if label.startswith("Current connections: 1,")], "a look")
     until(lambda: "Current connections: 1, maximum 1 in the last 15 minutes" in plots(look(program)[0]), "a second look")
 
 
-def plots(page):
-    return [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg" and "aria-label" in attributes]
+def plots(page: Reader) -> list[str]:
+    return [label for tag, attributes in page.tags if tag == "svg" and (label := attributes.get("aria-label"))]
 
 
 # Its parts
@@ -179,12 +191,15 @@ def plots(page):
 class Clock:
     now = 1000.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now
 
 
+Measured = tuple[History, Counter, Gauge, Histogram, Callable[..., None]]
+
+
 @pytest.fixture
-def measured():
+def measured() -> Measured:
     """A history of a counter, a gauge and a histogram, by a clock of ours."""
     registry, clock = CollectorRegistry(), Clock()
     counter = Counter("things", "", ["kind"], registry=registry)
@@ -194,14 +209,14 @@ def measured():
     kept += [series("seconds_sum"), series("seconds_count")]
     history = History(lambda: Figures(registry.collect()), kept, clock)
 
-    def pass_by(seconds=INTERVAL):
+    def pass_by(seconds: float = INTERVAL) -> None:
         clock.now += seconds
         history.sample()
 
     return history, counter, gauge, histogram, pass_by
 
 
-def test_rates_are_what_a_counter_grew_by_in_a_second(measured):
+def test_rates_are_what_a_counter_grew_by_in_a_second(measured: Measured) -> None:
     history, counter, _, _, pass_by = measured
     pass_by()
     for grown in (10, 0, 5):
@@ -216,7 +231,7 @@ def test_rates_are_what_a_counter_grew_by_in_a_second(measured):
     assert history.rate(series("things_total")) == 0
 
 
-def test_a_counter_that_begins_anew_is_no_negative_rate(measured):
+def test_a_counter_that_begins_anew_is_no_negative_rate(measured: Measured) -> None:
     history, counter, _, _, pass_by = measured
     counter.labels("a").inc(100)
     pass_by()
@@ -226,7 +241,7 @@ def test_a_counter_that_begins_anew_is_no_negative_rate(measured):
     assert history.rate(series("things_total")) == 0
 
 
-def test_what_is_too_old_is_forgotten(measured):
+def test_what_is_too_old_is_forgotten(measured: Measured) -> None:
     history, _, gauge, _, pass_by = measured
     for value in range(1000):
         gauge.set(value)
@@ -237,7 +252,7 @@ def test_what_is_too_old_is_forgotten(measured):
     assert len(levels) == SPAN / INTERVAL + 1
 
 
-def test_means_are_of_what_was_observed_in_between(measured):
+def test_means_are_of_what_was_observed_in_between(measured: Measured) -> None:
     history, _, _, histogram, pass_by = measured
     pass_by()
     histogram.observe(1)
@@ -247,7 +262,7 @@ def test_means_are_of_what_was_observed_in_between(measured):
     assert history.means(series("seconds")) == [Point(INTERVAL, 2)]
 
 
-def test_a_quantile_is_estimated_as_prometheus_does():
+def test_a_quantile_is_estimated_as_prometheus_does() -> None:
     registry = CollectorRegistry()
     histogram = Histogram("seconds", "", registry=registry, buckets=(1, 2, 4))
     assert Figures(registry.collect()).quantile(0.5, series("seconds")) is None
@@ -264,14 +279,14 @@ def test_a_quantile_is_estimated_as_prometheus_does():
 @pytest.mark.parametrize(
     ("most", "top"), [(0, 1), (0.3, 1), (1, 1), (1.2, 2), (2, 2), (3, 5), (6, 10), (10, 10), (99, 100), (101, 200), (4e9, 5e9)]
 )
-def test_a_plot_goes_up_to_a_round_number(most, top):
+def test_a_plot_goes_up_to_a_round_number(most: float, top: float) -> None:
     assert axis_maximum([[Point(0, most)], []], 1) == top
 
 
-def test_a_plot_has_a_line_for_each_run_of_points_and_stays_inside():
+def test_a_plot_has_a_line_for_each_run_of_points_and_stays_inside() -> None:
     points = [Point(ago, 5.0) for ago in (SPAN, SPAN - INTERVAL)] + [Point(INTERVAL, 0.0), Point(0.0, 100.0)]
     drawn = plot([points], SPAN, 10, "x")
-    lines = [each.get("d") for each in drawn if each.get("class") == "line n0"]
+    lines = [each.get("d", "") for each in drawn if each.get("class") == "line n0"]
     assert len(lines) == 2
     numbers = [float(number) for line in lines for number in re.findall(r"[\d.]+", line)]
     assert min(numbers) >= 0
@@ -280,13 +295,13 @@ def test_a_plot_has_a_line_for_each_run_of_points_and_stays_inside():
     ElementTree.fromstring(ElementTree.tostring(drawn))
 
 
-def test_a_plot_of_one_point_is_a_dot_and_of_none_a_base_line():
+def test_a_plot_of_one_point_is_a_dot_and_of_none_a_base_line() -> None:
     assert [each.get("class") for each in plot([[]], SPAN, 1, "x")] == ["base"]
     (line,) = [each.get("d") for each in plot([[Point(0, 1)]], SPAN, 1, "x") if each.get("class") == "line n0"]
     assert line == f"M{WIDTH}.0 0.0L{WIDTH}.0 0.0"
 
 
-def test_markup_escapes_text_and_attributes():
+def test_markup_escapes_text_and_attributes() -> None:
     text = document(element("p", "<i>&", element("b", "x"), "tail <", title='"<&', class_="y", data_head=None))
     assert text == '<!DOCTYPE html>\n<p title="&quot;<&amp;" class="y">&lt;i&gt;&amp;<b>x</b>tail &lt;</p>\n'
 
@@ -322,5 +337,5 @@ def test_markup_escapes_text_and_attributes():
         (wording.date(0), "1970-01-01"),
     ],
 )
-def test_numbers_are_said_for_people(said, meant):
+def test_numbers_are_said_for_people(said: str, meant: str) -> None:
     assert said == meant

@@ -9,22 +9,28 @@ import signal
 import socket
 import ssl
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 import fumi_edge.connection.tunnel
 from fumi_edge.connection.tunnel import BUFFER_SIZE, LINGER_SECONDS, Tunnel
 from fumi_edge.tls.close_notify import CloseNotify
-from tests.edge.backends import opening
+from tests.edge.backends import StartBackend, opening
 from tests.edge.buffers import settled, waiting
+from tests.edge.clients import Clients, Connect, Dial
 from tests.edge.metrics import gone
+from tests.edge.program import Program, StartEdge
+from tests.support.certificates import CertificateFiles
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_off():
+def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_off() -> None:
     """Only silence counts as lingering. The tunnel is told the time, so nobody has to wait."""
 
-    async def trickle(ends):
+    async def trickle(ends: Sequence[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
         client, ours, theirs, backend = ends
         buffer = memoryview(bytearray(fumi_edge.connection.tunnel.BUFFER_SIZE))
@@ -50,10 +56,10 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
         asyncio.run(asyncio.wait_for(trickle(ends), 20))
 
 
-def test_a_client_that_goes_on_sending_to_a_backend_that_is_gone_is_disconnected_in_time():
+def test_a_client_that_goes_on_sending_to_a_backend_that_is_gone_is_disconnected_in_time() -> None:
     """Nobody takes its bytes: each of them would otherwise keep its place for another LINGER_SECONDS."""
 
-    async def trickle(ends):
+    async def trickle(ends: Sequence[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
         client, ours, theirs, backend = ends
         buffer = memoryview(bytearray(BUFFER_SIZE))
@@ -79,11 +85,13 @@ def test_a_client_that_goes_on_sending_to_a_backend_that_is_gone_is_disconnected
         asyncio.run(asyncio.wait_for(trickle(ends), 20))
 
 
-def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_reply(backend, edge, clients, dial, tmp_path):
+def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_reply(
+    backend: StartBackend, edge: StartEdge, clients: Clients, dial: Dial, tmp_path: Path
+) -> None:
     sizes = range(100_000, 240_000, 2_000)
     said = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         peer.say(b"x" * int(peer.line()))
         said.append(peer)
 
@@ -95,11 +103,11 @@ def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_rep
         client.say(b"%d\r\n" % size)
     until(lambda: len(said) == len(sizes), "the last reply of every backend")
     settled(lambda: [waiting(client.sock) for client in peers.values()], program)
-    wrong = []
+    wrong: list[tuple[int, int | OSError]] = []
     for size, client in peers.items():
         # An end without close_notify is an error here.
         try:
-            got = len(client.rest())
+            got: int | OSError = len(client.rest())
         except OSError as error:
             got = error
         if got != size:
@@ -109,10 +117,12 @@ def test_close_notify_arrives_on_a_unix_socket_whatever_the_size_of_the_last_rep
     gone(program, f"unix:{path}")
 
 
-def test_a_backend_that_ends_its_side_still_gets_what_the_client_sends(backend, edge, connect):
+def test_a_backend_that_ends_its_side_still_gets_what_the_client_sends(
+    backend: StartBackend, edge: StartEdge, connect: Connect
+) -> None:
     heard = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         peer.say(b"last words\r\n")
         peer.end()
@@ -127,15 +137,17 @@ def test_a_backend_that_ends_its_side_still_gets_what_the_client_sends(backend, 
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_what_the_client_sends_at_the_moment_of_its_close_notify_still_reaches_the_backend(certificate, monkeypatch, version):
+def test_what_the_client_sends_at_the_moment_of_its_close_notify_still_reaches_the_backend(
+    certificate: CertificateFiles, monkeypatch: pytest.MonkeyPatch, version: ssl.TLSVersion
+) -> None:
     """unwrap() writes close_notify and then reads: whatever has arrived by then is the tunnel's, and must stay so."""
     server_context, client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=certificate[0])
     server_context.load_cert_chain(*certificate)
     server_context.maximum_version = version
     at_the_end = ssl.SSLSocket.unwrap
 
-    async def upload(client, ours, theirs, backend):
-        def unwrap(sock):
+    async def upload(client: ssl.SSLSocket, ours: ssl.SSLSocket, theirs: socket.socket, backend: socket.socket) -> bytes:
+        def unwrap(sock: ssl.SSLSocket) -> socket.socket:
             client.sendall(b"in between ")
             return at_the_end(sock)
 
@@ -160,12 +172,12 @@ def test_what_the_client_sends_at_the_moment_of_its_close_notify_still_reaches_t
         listening, (theirs, backend) = pairs
         for sock in (listening, theirs, backend):
             stack.enter_context(sock)
-        client = socket.create_connection(listening.getsockname())
+        raw = socket.create_connection(listening.getsockname())
         accepted, _ = listening.accept()
+        ends: list[ssl.SSLSocket] = []
         shaking = threading.Thread(target=lambda: ends.append(server_context.wrap_socket(accepted, server_side=True)))
-        ends = []
         shaking.start()
-        client = stack.enter_context(client_context.wrap_socket(client, server_hostname="localhost", suppress_ragged_eofs=False))
+        client = stack.enter_context(client_context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False))
         shaking.join()
         ours = stack.enter_context(ends[0])
         ours.setblocking(False)
@@ -174,8 +186,8 @@ def test_what_the_client_sends_at_the_moment_of_its_close_notify_still_reaches_t
         assert asyncio.run(asyncio.wait_for(upload(client, ours, theirs, backend), 20)) == b"before in between after"
 
 
-def test_a_client_that_ends_its_side_still_gets_the_replies(backend, edge, connect):
-    def handler(peer):
+def test_a_client_that_ends_its_side_still_gets_the_replies(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         heard = peer.rest()
         peer.say(b"y" * 3_000_000 + b"%d\r\n" % len(heard))
@@ -190,10 +202,10 @@ def test_a_client_that_ends_its_side_still_gets_the_replies(backend, edge, conne
     assert program.ended()[0]["reason"] == "client_closed"
 
 
-def test_a_close_notify_ends_the_clients_side_only(backend, edge, clients):
+def test_a_close_notify_ends_the_clients_side_only(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     go = threading.Event()
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         heard = peer.rest()
         go.wait(20)
         peer.say(b"seen: " + heard)
@@ -204,17 +216,19 @@ def test_a_close_notify_ends_the_clients_side_only(backend, edge, clients):
     # unwrap() sends close_notify and looks for the other's at once; a reply that it finds there would be an error, and lost.
     client.sock.setblocking(False)
     with contextlib.suppress(OSError):
-        client.sock.unwrap()
+        client.tls.unwrap()
     go.set()
     client.sock.settimeout(20)
     assert client.rest() == b"seen: all I have"
 
 
-def test_the_last_reply_arrives_although_the_backend_closes_with_bytes_unread(backend, edge, connect):
+def test_the_last_reply_arrives_although_the_backend_closes_with_bytes_unread(
+    backend: StartBackend, edge: StartEdge, connect: Connect
+) -> None:
     """Its end is then a reset, and it comes while the client goes on talking."""
     size = 2000
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         while len(peer._buffered) < 100_000 and peer.more():
             pass
@@ -223,7 +237,7 @@ def test_the_last_reply_arrives_although_the_backend_closes_with_bytes_unread(ba
     program = edge(backend=backend(handler))
     client = connect(program)
 
-    def talk():
+    def talk() -> None:
         try:
             for _ in range(400):
                 client.sock.sendall(b"x" * 10_000)
@@ -246,10 +260,12 @@ def test_the_last_reply_arrives_although_the_backend_closes_with_bytes_unread(ba
         talking.join()
 
 
-def test_a_long_last_reply_arrives_whole_although_the_client_goes_on_talking(backend, edge, connect):
+def test_a_long_last_reply_arrives_whole_although_the_client_goes_on_talking(
+    backend: StartBackend, edge: StartEdge, connect: Connect
+) -> None:
     size = 5_000_000
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         peer.say(b"z" * size)
         peer.end()
@@ -267,7 +283,7 @@ def test_a_long_last_reply_arrives_whole_although_the_client_goes_on_talking(bac
     assert client.rest() == b""
 
 
-def test_the_end_of_the_stream_is_a_close_notify(backend, edge, clients):
+def test_the_end_of_the_stream_is_a_close_notify(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge(backend=backend(lambda peer: peer.say(b"220 and gone\r\n")))
     client = clients.tls(program.tls_port)
     # The client raises at an end without close_notify.
@@ -276,10 +292,10 @@ def test_the_end_of_the_stream_is_a_close_notify(backend, edge, clients):
     assert program.ended()[0]["reason"] == "backend_closed"
 
 
-def test_a_client_that_breaks_off_breaks_the_backend_off(backend, edge, connect):
-    seen = []
+def test_a_client_that_breaks_off_breaks_the_backend_off(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
+    seen: list[bytes | str] = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         peer.say(b"hello\r\n")
         try:
@@ -295,7 +311,7 @@ def test_a_client_that_breaks_off_breaks_the_backend_off(backend, edge, connect)
     assert program.ended()[0]["reason"] == "client_reset"
 
 
-def pour_until_full(peer, program):
+def pour_until_full(peer: Peer, program: Program) -> None:
     """Send until nobody has taken any for a while, nor is about to: every buffer on the way is full then."""
     peer.sock.setblocking(False)
     data = bytes(1 << 16)
@@ -307,11 +323,13 @@ def pour_until_full(peer, program):
 
 @pytest.mark.parametrize("stream", ["up", "down"])
 @pytest.mark.parametrize("who", ["client", "backend"])
-def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, connect, who, stream):
+def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(
+    backend: StartBackend, edge: StartEdge, connect: Connect, who: str, stream: str
+) -> None:
     full, over = threading.Event(), threading.Event()
-    told = []
+    told: list[bytes | str] = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         peer.say(b"hello\r\n")
         if peer.line() == b"stay\r\n":
@@ -353,11 +371,11 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(backend, edge, 
     assert staying.line() == b"still there\r\n"
 
 
-def test_a_reset_is_one_whoever_moves_first(backend, edge, connect):
+def test_a_reset_is_one_whoever_moves_first(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
     """The kernel tells of it once: here to who writes, and not again to who reads."""
     go, gone = threading.Event(), threading.Event()
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         peer.say(b"hello\r\n")
         go.wait(30)

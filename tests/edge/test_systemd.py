@@ -1,5 +1,7 @@
 """fumi-edge as a service of systemd: which socket is for which clients, and who hears that it is ready."""
 
+from __future__ import annotations
+
 import os
 import signal
 import socket
@@ -8,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.support.certificates import CertificateFiles
 
 PROGRAM = Path(sys.executable).with_name("fumi-edge")
 # As systemd does it: sockets from descriptor 3 on, with their names. Out of the way first: one of them may be 3 itself.
@@ -18,7 +24,9 @@ LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=smtp:smtps exec "$@"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_sockets_are_told_apart_by_their_names_and_outlive_the_edge(workers, backend, certificate, clients, tmp_path):
+def test_sockets_are_told_apart_by_their_names_and_outlive_the_edge(
+    workers: str, backend: StartBackend, certificate: CertificateFiles, clients: Clients, tmp_path: Path
+) -> None:
     flags = ["--cert", certificate[0], "--key", certificate[1], "--backend", backend().address, "--workers", workers]
     flags += ["--listen", "fd:smtps", "--starttls-listen", "fd:smtp"]
     with (
@@ -30,7 +38,7 @@ def test_sockets_are_told_apart_by_their_names_and_outlive_the_edge(workers, bac
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(60)
         numbers = [smtp.fileno(), smtps.fileno()]
-        command = ["bash", "-c", ACTIVATE, "bash", *map(str, numbers), PROGRAM, *flags]
+        command = ["bash", "-c", ACTIVATE, "bash", *map(str, [*numbers, PROGRAM, *flags])]
         for _ in range(2):
             early = clients.plain(smtp.getsockname()[1])  # it waits for the edge to come
             environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}

@@ -73,8 +73,11 @@ class Commands(Core):
             self._act(self, bytes(self.content))
 
 
+Ends = Callable[..., tuple[TLSSocket, ssl.SSLSocket]]
+
+
 @pytest.fixture
-def ends(certificate: tuple[Path, Path]) -> Iterator[Callable[..., tuple[TLSSocket, ssl.SSLSocket]]]:
+def ends(certificate: tuple[Path, Path]) -> Iterator[Ends]:
     """Two ends of one TLS connection after its handshake: the server's, non-blocking, and the client's, blocking."""
     opened: list[socket.socket] = []
 
@@ -154,7 +157,7 @@ def end_of_client(client: ssl.SSLSocket) -> None:
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_every_byte_comes_back_in_order_however_slowly_the_client_reads(ends, version: ssl.TLSVersion) -> None:
+def test_every_byte_comes_back_in_order_however_slowly_the_client_reads(ends: Ends, version: ssl.TLSVersion) -> None:
     server, client = ends(buffer=16384, version=version)
     content = random.Random(7).randbytes(SIZE)
     digest = hashlib.sha256()
@@ -183,7 +186,7 @@ def test_every_byte_comes_back_in_order_however_slowly_the_client_reads(ends, ve
     assert core.events[-2:] == ["ended", "lost"]
 
 
-def test_a_client_that_half_closes_gets_its_replies_and_then_close_notify(ends) -> None:
+def test_a_client_that_half_closes_gets_its_replies_and_then_close_notify(ends: Ends) -> None:
     server, client = ends()
     replies: list[bytes] = []
 
@@ -198,7 +201,7 @@ def test_a_client_that_half_closes_gets_its_replies_and_then_close_notify(ends) 
     assert core.events == ["ended", "lost"]
 
 
-def test_the_last_reply_arrives_although_the_client_goes_on_sending(ends) -> None:
+def test_the_last_reply_arrives_although_the_client_goes_on_sending(ends: Ends) -> None:
     server, client = ends()
     got: list[bytes] = []
 
@@ -221,7 +224,7 @@ def test_the_last_reply_arrives_although_the_client_goes_on_sending(ends) -> Non
     assert core.transport.sent == 15
 
 
-def test_output_that_waits_is_sent_before_the_end_and_the_core_hears_of_it_once(ends) -> None:
+def test_output_that_waits_is_sent_before_the_end_and_the_core_hears_of_it_once(ends: Ends) -> None:
     server, client = ends(buffer=8192)
     got: list[int] = []
 
@@ -243,7 +246,7 @@ def test_output_that_waits_is_sent_before_the_end_and_the_core_hears_of_it_once(
     assert core.events.count("lost") == 1
 
 
-def test_the_core_reads_on_after_its_half_close_until_the_client_ends(ends) -> None:
+def test_the_core_reads_on_after_its_half_close_until_the_client_ends(ends: Ends) -> None:
     server, client = ends()
     got: list[bytes] = []
 
@@ -265,7 +268,7 @@ def test_the_core_reads_on_after_its_half_close_until_the_client_ends(ends) -> N
     assert core.events == ["ended", "lost"]
 
 
-def test_after_an_abort_the_client_sees_that_the_connection_is_incomplete(ends) -> None:
+def test_after_an_abort_the_client_sees_that_the_connection_is_incomplete(ends: Ends) -> None:
     server, client = ends()
 
     def talk() -> None:
@@ -278,7 +281,7 @@ def test_after_an_abort_the_client_sees_that_the_connection_is_incomplete(ends) 
     assert core.events == ["lost"]
 
 
-def test_a_reset_by_the_client_ends_the_connection(ends) -> None:
+def test_a_reset_by_the_client_ends_the_connection(ends: Ends) -> None:
     server, client = ends()
 
     def talk() -> None:
@@ -292,14 +295,14 @@ def test_a_reset_by_the_client_ends_the_connection(ends) -> None:
     assert core.events == ["ended", "lost"]
 
 
-def test_bytes_that_are_not_tls_lose_the_connection(ends) -> None:
+def test_bytes_that_are_not_tls_lose_the_connection(ends: Ends) -> None:
     server, client = ends()
     core = Core()
     assert carry(core, server, lambda: socket.socket.sendall(client, b"NOOP\r\n" * 100)) == "client_reset"
     assert core.events == ["lost"]
 
 
-def test_a_client_that_does_not_close_its_side_is_given_up(ends) -> None:
+def test_a_client_that_does_not_close_its_side_is_given_up(ends: Ends) -> None:
     server, client = ends()
     got: list[bytes] = []
     transports: list[TLSTransport] = []
@@ -323,7 +326,7 @@ def test_a_client_that_does_not_close_its_side_is_given_up(ends) -> None:
     assert got == [b""]
 
 
-def test_reading_pauses_and_resumes(ends) -> None:
+def test_reading_pauses_and_resumes(ends: Ends) -> None:
     server, client = ends()
 
     class Pausing(Core):

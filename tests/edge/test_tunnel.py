@@ -7,17 +7,22 @@ import random
 import select
 import ssl
 import threading
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
-from tests.edge.backends import opening
+from tests.edge.backends import StartBackend, opening
+from tests.edge.clients import Clients, Connect
+from tests.edge.program import StartEdge
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 SIZE = 50 * 1024 * 1024
 
 
-def pour(peer, data, chunks):
+def pour(peer: Peer, data: bytes, chunks: Iterable[int]) -> None:
     view = memoryview(data)
     at = 0
     for size in chunks:
@@ -27,7 +32,7 @@ def pour(peer, data, chunks):
         at += size
 
 
-def drain(peer, limit, dawdle):
+def drain(peer: Peer, limit: int, dawdle: bool) -> bytes:
     """Read up to ``limit`` bytes; now and then too late, so that the other side meets a full socket."""
     received = bytearray()
     rest = threading.Event()
@@ -41,7 +46,7 @@ def drain(peer, limit, dawdle):
     return bytes(received)
 
 
-def exchange(peer, data, limit, dawdle):
+def exchange(peer: Peer, data: bytes, limit: int, dawdle: bool) -> bytes:
     """Send and receive at once, in one thread: a TLS socket is not for two."""
     sock, chunks, view = peer.sock, sizes(4), memoryview(data)
     sock.setblocking(False)
@@ -68,18 +73,20 @@ def exchange(peer, data, limit, dawdle):
     return bytes(received)
 
 
-def sizes(seed):
+def sizes(seed: int) -> Iterator[int]:
     numbers = random.Random(seed)
     while True:
         yield numbers.choice((1, 100, 1023, 1024, 16384, 16385, 65536, 131072, 1 << 20))
 
 
 @pytest.mark.parametrize("slow", ["nobody", "client", "backend"])
-def test_every_byte_arrives_in_order_in_both_directions_at_once(backend, edge, connect, slow):
+def test_every_byte_arrives_in_order_in_both_directions_at_once(
+    backend: StartBackend, edge: StartEdge, connect: Connect, slow: str
+) -> None:
     up, down = random.Random(1).randbytes(SIZE), random.Random(2).randbytes(SIZE)
     received = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         sender = threading.Thread(target=pour, args=(peer, down, sizes(3)))
         sender.start()
@@ -97,8 +104,8 @@ def test_every_byte_arrives_in_order_in_both_directions_at_once(backend, edge, c
     assert sha256(received[0]).digest() == sha256(up).digest()
 
 
-def test_silence_ends_at_the_idle_timeout(backend, edge, connect):
-    def handler(peer):
+def test_silence_ends_at_the_idle_timeout(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         peer.rest()
 
@@ -108,13 +115,13 @@ def test_silence_ends_at_the_idle_timeout(backend, edge, connect):
     assert client.rest() == b""
 
 
-def test_memory_stays_small_behind_a_backend_that_stalls(backend, edge, connect):
+def test_memory_stays_small_behind_a_backend_that_stalls(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
     """The client pushes as much as it can into a tunnel whose other end does not read, then the backend takes it all."""
     total = 100 * 1024 * 1024
     go = threading.Event()
     heard = []
 
-    def handler(peer):
+    def handler(peer: Peer) -> None:
         opening(peer, connect.tls)
         go.wait(30)
         count = len(peer._buffered)
@@ -131,7 +138,7 @@ def test_memory_stays_small_behind_a_backend_that_stalls(backend, edge, connect)
     before = program.memory()
     sent = []
 
-    def push():
+    def push() -> None:
         chunk = bytes(1 << 20)
         for _ in range(100):
             client.sock.sendall(chunk)
@@ -154,7 +161,7 @@ def test_memory_stays_small_behind_a_backend_that_stalls(backend, edge, connect)
     assert program.memory() - before < 5 << 20
 
 
-def test_a_unix_socket_serves_as_backend(backend, edge, clients, tmp_path):
+def test_a_unix_socket_serves_as_backend(backend: StartBackend, edge: StartEdge, clients: Clients, tmp_path: Path) -> None:
     program = edge(backend=backend(path=str(tmp_path / "backend.sock")))
     client = clients.tls(program.tls_port)
     assert client.line() == b"220 backend.test ESMTP\r\n"
@@ -162,8 +169,8 @@ def test_a_unix_socket_serves_as_backend(backend, edge, clients, tmp_path):
     assert client.rest() == b""
 
 
-def test_two_hundred_connections_at_once_do_not_mix_their_bytes(backend, edge, clients):
-    def handler(peer):
+def test_two_hundred_connections_at_once_do_not_mix_their_bytes(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+    def handler(peer: Peer) -> None:
         while line := peer.line():
             peer.say(line)
 
@@ -176,7 +183,7 @@ def test_two_hundred_connections_at_once_do_not_mix_their_bytes(backend, edge, c
             assert peer.line() == b"%d-%d " % (turn, number) + b"x" * number + b"\r\n"
 
 
-def test_sockets_of_ended_connections_are_closed(backend, edge, clients):
+def test_sockets_of_ended_connections_are_closed(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge(backend=backend())
     before = program.descriptors()
     for port, connect in ((program.tls_port, clients.tls), (program.starttls_port, clients.plain)):

@@ -9,13 +9,18 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from typing import Self
 
 import pytest
 
+from tests.edge.backends import StartBackend
+from tests.edge.clients import Clients
+from tests.edge.program import Program, StartEdge
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def by_name(peer):
+def by_name(peer: Peer) -> None:
     """A backend that greets with the connection's UNIQUE_ID, and answers a few commands."""
     peer.say(b"220 %s\r\n" % (peer.header.unique_id or b"?"))
     while line := peer.line():
@@ -37,15 +42,15 @@ class Visit:
 class Load:
     """Clients in threads, each connecting anew when it is done, until ``stop()``."""
 
-    def __init__(self, clients, port, threads):
+    def __init__(self, clients: Clients, port: int, threads: int) -> None:
         self._clients, self._port = clients, port
         self._over = threading.Event()
-        self.visits = []
+        self.visits: list[Visit] = []
         self._threads = [threading.Thread(target=self._come, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def _come(self):
+    def _come(self) -> None:
         context = self._clients.context()
         while not self._over.is_set():
             visit = Visit(time.monotonic())
@@ -66,37 +71,44 @@ class Load:
             if client is not None:
                 client.close()
 
-    def __enter__(self):
+    def wait_for(self, more: int) -> None:
+        """Wait until so many more visits have ended."""
+        enough = len(self.visits) + more
+        until(lambda: len(self.visits) >= enough, f"{more} visits")
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *problem):
+    def __exit__(self, *problem: object) -> None:
         self._over.set()
         for thread in self._threads:
             thread.join(60)
 
     @property
-    def failures(self):
+    def failures(self) -> list[Visit]:
         return [visit for visit in self.visits if visit.problem]
 
 
-def test_workers_killed_at_random_cost_only_their_own_connections(backend, edge, clients):
+def test_workers_killed_at_random_cost_only_their_own_connections(
+    backend: StartBackend, edge: StartEdge, clients: Clients
+) -> None:
     program = edge("--workers", "3", backend=backend(by_name))
     until(lambda: program.fetch("/readyz")[0] == 200, "the workers")
     numbers = random.Random(1)
     kills = []
     with Load(clients, program.tls_port, 8) as load:
-        for number in range(1, 7):
-            seen = len(load.visits)
-            until(lambda seen=seen: len(load.visits) >= seen + 20, "some visits")
+        for _ in range(6):
+            load.wait_for(20)
             worker = numbers.choice(until(lambda: sorted(program.workers()), "a worker"))
             before = time.monotonic()
             os.kill(worker, signal.SIGKILL)
             kills.append((before, time.monotonic()))
-            until(lambda number=number: len(program.events("worker died")) == number, "the news")
+            until(lambda: len(program.events("worker died")) == len(kills), "the news")
     visits = load.visits
     assert len(visits) > 120
     for visit in load.failures:
         # Refused is nobody, and whoever was cut off was there when a worker died.
+        assert visit.problem is not None
         assert "Refused" not in visit.problem
         assert any(visit.begun <= after and visit.ended >= before for before, after in kills), visit
         assert not [each for each in visits if each.process == visit.process != b"" and each.begun > visit.ended], visit
@@ -106,13 +118,15 @@ def test_workers_killed_at_random_cost_only_their_own_connections(backend, edge,
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_new_edge_beside_the_old_one_takes_over_and_no_connection_fails(backend, edge, clients, workers):
+def test_a_new_edge_beside_the_old_one_takes_over_and_no_connection_fails(
+    backend: StartBackend, edge: StartEdge, clients: Clients, workers: str
+) -> None:
     """Both have the socket, as services of one systemd socket unit do; the old one is told to stop while all goes on."""
     server = backend(by_name)
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
         flags = ["--listen", f"fd:{listening.fileno()}", "--workers", workers]
 
-        def start():
+        def start() -> Program:
             program = edge(*flags, backend=server, inherited=[listening.fileno()])
             until(lambda: program.fetch("/readyz")[0] == 200, "the edge")
             return program

@@ -7,18 +7,25 @@ import shutil
 import signal
 import socket
 import ssl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
 import pytest
 
-from tests.edge.program import Program
+from tests.edge.backends import Backend, StartBackend
+from tests.edge.clients import Clients
+from tests.edge.program import Program, StartEdge
+from tests.support.certificates import Authority, MakeAuthority, shown_pem
+from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def ready(program):
+def ready(program: Program) -> bool:
     return program.fetch("/readyz")[0] == 200
 
 
-def replaced(program, number=signal.SIGKILL):
+def replaced(program: Program, number: int = signal.SIGKILL) -> None:
     """Kill all workers; returns once others are there."""
     before = program.workers()
     for pid in before:
@@ -29,16 +36,26 @@ def replaced(program, number=signal.SIGKILL):
 ESTABLISHED = 1
 
 
-def cut_off(client):
+def cut_off(client: Peer) -> bool:
     """As the kernel knows: with OpenSSL 3.6, Python 3.14 raises what came of one TLS socket at the next one, too."""
     (state,) = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
     return state != ESTABLISHED
 
 
+class StartTwo(Protocol):
+    """The fixture ``two``."""
+
+    def __call__(self, *flags: str, behind: Backend | None = None, certs: Sequence[str | Path] | None = None) -> Program: ...
+
+
 @pytest.fixture
-def two(edge, backend):
-    def start(*flags, **options):
-        program = edge("--workers", "2", *flags, backend=options.pop("backend", None) or backend(), **options)
+def two(edge: StartEdge, backend: StartBackend) -> StartTwo:
+    """Starts an edge of two workers."""
+
+    def start(*flags: str, behind: Backend | None = None, certs: Sequence[str | Path] | None = None) -> Program:
+        flags = ("--workers", "2", *flags)
+        server = behind or backend()
+        program = edge(*flags, backend=server) if certs is None else edge(*flags, backend=server, certs=certs)
         until(lambda: ready(program) and len(program.workers()) == 2, "two workers")
         return program
 
@@ -46,19 +63,21 @@ def two(edge, backend):
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_workers_resume_each_others_sessions(two, clients, version):
+def test_workers_resume_each_others_sessions(two: StartTwo, clients: Clients, version: ssl.TLSVersion) -> None:
     program = two()
     context = clients.context()
     context.minimum_version = context.maximum_version = version
     first = clients.tls(program.tls_port, context=context)
     first.line()
     replaced(program)
-    sock = context.wrap_socket(clients.plain(program.tls_port).sock, server_hostname="localhost", session=first.sock.session)
+    sock = context.wrap_socket(clients.plain(program.tls_port).sock, server_hostname="localhost", session=first.tls.session)
     with sock:
         assert sock.session_reused
 
 
-def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(two, clients, authority, make_authority, tmp_path):
+def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(
+    two: StartTwo, clients: Clients, authority: Authority, make_authority: MakeAuthority, tmp_path: Path
+) -> None:
     """All of them use the same new ticket keys, and none the old."""
     ca = tmp_path / "ca.pem"
     ca.write_text(authority.path.read_text())
@@ -66,7 +85,7 @@ def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(two, clie
     context = clients.context()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
 
-    def visit(session):
+    def visit(session: ssl.SSLSession | None) -> tuple[ssl.SSLSession | None, bool | None]:
         """The session of a connection, and whether it resumed the one given."""
         sock = context.wrap_socket(clients.plain(program.tls_port).sock, server_hostname="localhost", session=session)
         with sock:
@@ -82,7 +101,7 @@ def test_workers_resume_each_others_sessions_after_a_new_client_ca_too(two, clie
     assert all(visit(new)[1] for _ in range(20))
 
 
-def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients):
+def test_a_killed_worker_takes_only_its_own_connections_with_it(two: StartTwo, clients: Clients) -> None:
     program = two()
     held = [clients.tls(program.tls_port) for _ in range(12)]
     for client in held:
@@ -106,7 +125,7 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it(two, clients):
     assert clients.tls(program.tls_port).line().startswith(b"220")
 
 
-def test_metrics_are_there_from_the_start_and_state_is_not_added_up(two):
+def test_metrics_are_there_from_the_start_and_state_is_not_added_up(two: StartTwo) -> None:
     program = two()
     assert program.metric("fumi_edge_worker_restarts_total") == 0
     assert program.metric("fumi_edge_handshakes_total", result="timeout") == 0
@@ -115,7 +134,7 @@ def test_metrics_are_there_from_the_start_and_state_is_not_added_up(two):
     assert 1.7e9 < program.metric("fumi_edge_certificate_not_after_timestamp_seconds", name="localhost") < 2.5e9
 
 
-def test_max_clients_counts_over_all_workers(two, clients):
+def test_max_clients_counts_over_all_workers(two: StartTwo, clients: Clients) -> None:
     program = two("--max-clients", "3")
     for _ in range(3):
         assert clients.tls(program.tls_port).line().startswith(b"220")
@@ -123,15 +142,17 @@ def test_max_clients_counts_over_all_workers(two, clients):
     until(lambda: program.metric("fumi_edge_rejected_total", reason="max_clients") == 1, "the rejection")
 
 
-def test_all_workers_are_ready_or_not_by_what_the_checks_find(two, backend):
+def test_all_workers_are_ready_or_not_by_what_the_checks_find(two: StartTwo, backend: StartBackend) -> None:
     behind = backend()
-    program = two("--health-interval", "0.1", backend=behind)
+    program = two("--health-interval", "0.1", behind=behind)
     behind.close()
     until(lambda: program.fetch("/readyz")[0] == 503, "the loss of the backend")
     assert "backend" in program.fetch("/readyz")[1]
 
 
-def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(two, authority, clients, tmp_path):
+def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(
+    two: StartTwo, authority: Authority, clients: Clients, tmp_path: Path
+) -> None:
     files = tmp_path / "cert.pem", tmp_path / "key.pem"
     old, new = authority.issue("localhost"), authority.issue("localhost")
     for path, source in zip(files, old, strict=True):
@@ -141,9 +162,9 @@ def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(two,
         path.write_bytes(source.read_bytes())
     context = ssl.create_default_context(cafile=authority.path)
 
-    def shown():
+    def shown() -> str:
         client = clients.tls(program.tls_port, context=context)
-        return ssl.DER_cert_to_PEM_cert(client.sock.getpeercert(binary_form=True))
+        return shown_pem(client.tls)
 
     program.process.send_signal(signal.SIGHUP)
     until(lambda: program.events("reloaded"), "the reload")
@@ -153,7 +174,7 @@ def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(two,
     assert {shown() for _ in range(8)} == {expected}
 
 
-def test_sigterm_lets_the_connections_of_all_workers_end(two, clients):
+def test_sigterm_lets_the_connections_of_all_workers_end(two: StartTwo, clients: Clients) -> None:
     program = two()
     held = [clients.tls(program.tls_port) for _ in range(8)]
     for client in held:
@@ -169,7 +190,7 @@ def test_sigterm_lets_the_connections_of_all_workers_end(two, clients):
     assert program.events("worker died") == []
 
 
-def refused(port):
+def refused(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=30).close()
     except ConnectionRefusedError:
@@ -179,12 +200,14 @@ def refused(port):
     return False
 
 
-def test_dev_is_one_process(edge, tmp_path):
+def test_dev_is_one_process(edge: StartEdge, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="--dev is one process"):
         Program("--dev", "--workers", "2", cwd=tmp_path)
 
 
-def test_a_worker_that_takes_anothers_place_has_the_certificate_of_today(two, authority, tmp_path):
+def test_a_worker_that_takes_anothers_place_has_the_certificate_of_today(
+    two: StartTwo, authority: Authority, tmp_path: Path
+) -> None:
     """Its master has read that of the start, and the files have been renewed since."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     (old_cert, old_key), (new_cert, new_key) = authority.issue("localhost"), authority.issue("localhost")
@@ -201,5 +224,5 @@ def test_a_worker_that_takes_anothers_place_has_the_certificate_of_today(two, au
             socket.create_connection(("127.0.0.1", program.tls_port), 30) as sock,
             context.wrap_socket(sock, server_hostname="localhost") as tls,
         ):
-            served = ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True))
+            served = shown_pem(tls)
         assert served.strip() == new_cert.read_text().strip()

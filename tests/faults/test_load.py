@@ -11,11 +11,13 @@ import ssl
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
-from tests.support.starter import BIN
+from tests.support.programs import Programs, Setup
+from tests.support.starter import BIN, Process
 from tests.support.waiting import until
 
 CLIENTS, EACH = 200, 20
@@ -48,7 +50,7 @@ async def send_by_starttls(port: int, context: ssl.SSLContext, client: int) -> N
     writer.close()
 
 
-def test_200_starttls_clients_send_20_messages_each(two_processes: Any, certificate: tuple[Path, Path]) -> None:
+def test_200_starttls_clients_send_20_messages_each(two_processes: Callable[..., Setup], certificate: CertificateFiles) -> None:
     # All shake hands at the same time, and so each of them takes as long as all.
     setup = two_processes("--handshake-timeout", str(PATIENCE))
     context = ssl.create_default_context(cafile=str(certificate[0]))
@@ -63,20 +65,20 @@ def test_200_starttls_clients_send_20_messages_each(two_processes: Any, certific
     assert set(texts.values()) == {1}
 
 
-def memory(process: Any) -> int:
+def memory(process: Process) -> int:
     """Resident octets."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
-def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Any, certificate: tuple[Path, Path]) -> None:
+def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Programs, certificate: CertificateFiles) -> None:
     module = Path(__file__).with_name("slow_maildir.py")
     (programs.directory / module.name).write_text(module.read_text())
     core_port, port = free_port(), free_port()
     flags = ["--listen", f"127.0.0.1:{core_port}", "--proxy-protocol", "required", "slow_maildir:app"]
     core = programs.start(BIN / "fumi-core", *flags, port=core_port, log="core.log")
-    flags = ["--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{core_port}"]
+    flags = ["--cert", str(certificate[0]), "--key", str(certificate[1]), "--backend", f"127.0.0.1:{core_port}"]
     edge = programs.start(BIN / "fumi-edge", *flags, "--listen", f"127.0.0.1:{port}", port=port, log="edge.log")
     context = ssl.create_default_context(cafile=str(certificate[0]))
     line = b"x" * 98 + b"\r\n"
@@ -127,8 +129,14 @@ class Sender(threading.Thread):
             return False
 
 
+def await_more(senders: Sequence[Sender], count: int) -> None:
+    """Wait until so many more messages have been accepted."""
+    enough = sum(len(sender.promised) for sender in senders) + count
+    until(lambda: sum(len(sender.promised) for sender in senders) > enough, f"{count} messages more")
+
+
 def test_a_core_killed_under_load_keeps_its_promises_and_clients_get_through_again(
-    two_processes: Any, programs: Any, certificate: tuple[Path, Path]
+    two_processes: Callable[..., Setup], programs: Programs, certificate: CertificateFiles
 ) -> None:
     setup = two_processes()
     core = setup.processes["core"]
@@ -138,13 +146,11 @@ def test_a_core_killed_under_load_keeps_its_promises_and_clients_get_through_aga
     for sender in senders:
         sender.start()
     for _ in range(3):
-        count = sum(len(sender.promised) for sender in senders)
-        until(lambda count=count: sum(len(sender.promised) for sender in senders) > count + 20, "20 messages more")
+        await_more(senders, 20)
         programs.stop(core, signal.SIGKILL)
         port = int(str(core.args[2]).rpartition(":")[2])
         core = programs.start(*core.args, port=port, log="core.log")
-    count = sum(len(sender.promised) for sender in senders)
-    until(lambda: sum(len(sender.promised) for sender in senders) > count + 20, "mail after the restart")
+    await_more(senders, 20)
     stop.set()
     for sender in senders:
         sender.join(60)
@@ -156,7 +162,9 @@ def test_a_core_killed_under_load_keeps_its_promises_and_clients_get_through_aga
     assert sum(stored.values()) - len(stored) <= 3 * len(senders)
 
 
-def test_no_backend_is_421_over_tls(two_processes: Any, programs: Any, certificate: tuple[Path, Path]) -> None:
+def test_no_backend_is_421_over_tls(
+    two_processes: Callable[..., Setup], programs: Programs, certificate: CertificateFiles
+) -> None:
     setup = two_processes()
     programs.stop(setup.processes["core"], signal.SIGKILL)
     context = ssl.create_default_context(cafile=str(certificate[0]))

@@ -10,12 +10,12 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.ports import free_port
-from tests.support.starter import BIN
+from tests.support.programs import Programs
+from tests.support.starter import BIN, Process
 from tests.support.waiting import until
 
 SENDERS, KILLS = 8, 4
@@ -42,7 +42,8 @@ class Sender(threading.Thread):
                 smtp.sendmail("a@b.example", ["c@d.example"], text)
                 self.promised.append(mark)
         except smtplib.SMTPDataError as error:
-            self.unsure[mark] += error.smtp_error.startswith(b"4.4.2")
+            said = error.smtp_error if isinstance(error.smtp_error, str) else error.smtp_error.decode()
+            self.unsure[mark] += said.startswith("4.4.2")
             self._refused(error.smtp_code, error)
         except smtplib.SMTPSenderRefused as error:
             self._refused(error.smtp_code, error)
@@ -59,11 +60,11 @@ class Sender(threading.Thread):
 
 @pytest.mark.parametrize(("protocol", "where"), [("smtp", "tcp"), ("lmtp", "unix")])
 def test_a_killed_next_hop_loses_nothing_and_doubles_only_what_nobody_could_know(
-    programs: Any, tmp_path: Path, protocol: str, where: str
+    programs: Programs, tmp_path: Path, protocol: str, where: str
 ) -> None:
     address = f"unix:{tmp_path / 'hop'}" if where == "unix" else f"127.0.0.1:{free_port()}"
 
-    def start_hop() -> Any:
+    def start_hop() -> Process:
         flags = ["--listen", address, "--proxy-protocol", "off", *(["--lmtp"] if protocol == "lmtp" else [])]
         process = programs.start(BIN / "fumi-core", *flags, log="hop.log")
         until(lambda: can_connect(address), "the next hop listening")
@@ -95,7 +96,7 @@ def test_a_killed_next_hop_loses_nothing_and_doubles_only_what_nobody_could_know
     assert "Traceback" not in (tmp_path / "front.log").read_text()
 
 
-def wait_for_more(programs: Any, senders: list[Sender]) -> None:
+def wait_for_more(programs: Programs, senders: list[Sender]) -> None:
     count = sum(len(sender.promised) for sender in senders)
     until(lambda: sum(len(sender.promised) for sender in senders) > count + 30, "30 messages more")
 
@@ -113,7 +114,7 @@ def can_connect(address: str) -> bool:
         return sock.connect_ex(rest if kind == "unix" else (kind, int(rest))) == 0
 
 
-def test_a_100_mb_message_to_a_slow_next_hop_takes_no_memory(programs: Any) -> None:
+def test_a_100_mb_message_to_a_slow_next_hop_takes_no_memory(programs: Programs) -> None:
     module = Path(__file__).with_name("slow_maildir.py")
     (programs.directory / module.name).write_text(module.read_text())
     hop_port, port = free_port(), free_port()

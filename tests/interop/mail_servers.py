@@ -18,11 +18,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tests.bench import environment
 from tests.support.ports import free_port
-from tests.support.programs import listening
+from tests.support.programs import Programs, listening
 from tests.support.waiting import until
 
 OVERLAY = 'mount -t overlay overlay -o "lowerdir=$0/usr:/usr" /usr && exec "$@"'
@@ -68,7 +67,7 @@ plugin {{
 class Dovecot:
     """An LMTP server with a Maildir for each of its users."""
 
-    def __init__(self, programs: Any, place: Path, users: Iterable[str], full: Iterable[str] = ()) -> None:
+    def __init__(self, programs: Programs, place: Path, users: Iterable[str], full: Iterable[str] = ()) -> None:
         """``place`` is a directory that all users may enter: these servers run some of their programs as others."""
         environment.install_dovecot()
         self.port: int = free_port()
@@ -216,14 +215,14 @@ flush unix n - n 1000? 0 flush
 tlsmgr unix - - n 1000? 1 tlsmgr
 postlog unix-dgram n - n - 1 postlogd
 """
-QUEUES = ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming")
+QUEUES: tuple[str, ...] = ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming")
 QUEUES += ("maildrop", "pid", "private", "public", "saved", "trace")
 
 
 class Postfix:
     """A mail server that takes mail for anyone and relays it to ``next_hop``, a port; it tries again after a second or two."""
 
-    def __init__(self, programs: Any, place: Path, next_hop: int) -> None:
+    def __init__(self, programs: Programs, place: Path, next_hop: int) -> None:
         environment.install_postfix()
         home = environment.INSTALLED / "postfix"
         self.port: int = free_port()

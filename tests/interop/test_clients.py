@@ -10,9 +10,11 @@ import ssl
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.support.certificates import CertificateFiles
+from tests.support.programs import Setup
 
 CLIENT = "127.0.0.9"
 TEXT = "From: a@b.example\r\nTo: c@d.example\r\nSubject: test\r\n\r\nhello\r\n.dot\r\n..dots\r\n\r\n" + "x" * 998 + "\r\nbye\r\n"
@@ -31,60 +33,60 @@ def swaks(port: int, cert: Path, *flags: str) -> None:
     assert "250 2.0.0 Ok: queued as " in said
 
 
-def swaks_tls_on_connect(setup: Any, cert: Path) -> None:
+def swaks_tls_on_connect(setup: Setup, cert: Path) -> None:
     swaks(setup.tls_port, cert, "--tls-on-connect")
 
 
-def swaks_starttls(setup: Any, cert: Path) -> None:
+def swaks_starttls(setup: Setup, cert: Path) -> None:
     swaks(setup.starttls_port, cert, "--tls")
 
 
-def swaks_pipelining(setup: Any, cert: Path) -> None:
+def swaks_pipelining(setup: Setup, cert: Path) -> None:
     swaks(setup.starttls_port, cert, "--tls", "--pipeline")
 
 
-def smtplib_ssl(setup: Any, cert: Path) -> None:
+def smtplib_ssl(setup: Setup, cert: Path) -> None:
     context = ssl.create_default_context(cafile=str(cert))
     with smtplib.SMTP_SSL("127.0.0.1", setup.tls_port, context=context, source_address=(CLIENT, 0)) as smtp:
         assert smtp.sendmail("a@b.example", ["c@d.example"], TEXT) == {}
 
 
-def smtplib_starttls(setup: Any, cert: Path) -> None:
+def smtplib_starttls(setup: Setup, cert: Path) -> None:
     context = ssl.create_default_context(cafile=str(cert))
     with smtplib.SMTP("127.0.0.1", setup.starttls_port, source_address=(CLIENT, 0)) as smtp:
         assert smtp.starttls(context=context)[0] == 220
         assert smtp.sendmail("a@b.example", ["c@d.example"], TEXT) == {}
 
 
-def curl(setup: Any, cert: Path, tmp: Path, url: str, *flags: str) -> None:
+def curl(setup: Setup, cert: Path, tmp: Path, url: str, *flags: str) -> None:
     (tmp / "mail").write_bytes(TEXT.encode())
     envelope = ["--mail-from", "a@b.example", "--mail-rcpt", "c@d.example", "--upload-file", str(tmp / "mail")]
     said = run(["curl", "-sv", "--cacert", str(cert), "--interface", CLIENT, *flags, url, *envelope])
     assert "250 2.0.0 Ok: queued as " in said
 
 
-def curl_smtps(setup: Any, cert: Path) -> None:
+def curl_smtps(setup: Setup, cert: Path) -> None:
     curl(setup, cert, cert.parent, f"smtps://127.0.0.1:{setup.tls_port}")
 
 
-def curl_starttls(setup: Any, cert: Path) -> None:
+def curl_starttls(setup: Setup, cert: Path) -> None:
     curl(setup, cert, cert.parent, f"smtp://127.0.0.1:{setup.starttls_port}", "--ssl-reqd")
 
 
-def openssl(setup: Any, cert: Path, port: int, *flags: str) -> None:
+def openssl(setup: Setup, cert: Path, port: int, *flags: str) -> None:
     stuffed = TEXT.replace("\r\n.", "\r\n..").replace("\r\n", "\n")
     lines = ["EHLO me", "MAIL FROM:<a@b.example>", "RCPT TO:<c@d.example>", "DATA", stuffed + ".", "QUIT"]
-    command = ["openssl", "s_client", "-quiet", "-crlf", "-bind", CLIENT, "-CAfile", cert, "-verify_return_error"]
+    command = ["openssl", "s_client", "-quiet", "-crlf", "-bind", CLIENT, "-CAfile", str(cert), "-verify_return_error"]
     said = run([*command, *flags, "-connect", f"127.0.0.1:{port}"], "\n".join(lines) + "\n")
     assert "250 2.0.0 Ok: queued as " in said
     assert "221 2.0.0 Bye" in said
 
 
-def openssl_starttls(setup: Any, cert: Path) -> None:
+def openssl_starttls(setup: Setup, cert: Path) -> None:
     openssl(setup, cert, setup.starttls_port, "-starttls", "smtp")
 
 
-def openssl_tls(setup: Any, cert: Path) -> None:
+def openssl_tls(setup: Setup, cert: Path) -> None:
     openssl(setup, cert, setup.tls_port)
 
 
@@ -101,7 +103,7 @@ SENDERS = [
 ]
 
 
-def check(setup: Any, count: int) -> None:
+def check(setup: Setup, count: int) -> None:
     messages = setup.maildir.messages()
     assert len(messages) == count
     for message in messages:
@@ -112,20 +114,22 @@ def check(setup: Any, count: int) -> None:
 
 
 @pytest.mark.parametrize("sender", SENDERS)
-def test_a_client_sends_through_edge_and_core(sender: Callable[..., None], two_processes: Any, certificate: Any) -> None:
+def test_a_client_sends_through_edge_and_core(
+    sender: Callable[..., None], two_processes: Callable[..., Setup], certificate: CertificateFiles
+) -> None:
     setup = two_processes()
     sender(setup, certificate[0])
     check(setup, 1)
 
 
-def test_all_clients_send_through_edge_dev(dev: Any) -> None:
+def test_all_clients_send_through_edge_dev(dev: Callable[[], Setup]) -> None:
     setup = dev()
     swaks(setup.tls_port, Path(), "--tls-on-connect")
     swaks(setup.starttls_port, Path(), "--tls")
     check(setup, 2)
 
 
-def test_a_client_that_never_upgrades_is_not_secure(two_processes: Any) -> None:
+def test_a_client_that_never_upgrades_is_not_secure(two_processes: Callable[..., Setup]) -> None:
     setup = two_processes()
     with smtplib.SMTP("127.0.0.1", setup.starttls_port, source_address=(CLIENT, 0)) as smtp:
         smtp.ehlo()
@@ -137,7 +141,7 @@ def test_a_client_that_never_upgrades_is_not_secure(two_processes: Any) -> None:
     assert message.text == TEXT.replace("\r\n", "\n").encode()
 
 
-def test_require_tls_turns_plaintext_mail_away(two_processes: Any, certificate: Any) -> None:
+def test_require_tls_turns_plaintext_mail_away(two_processes: Callable[..., Setup], certificate: CertificateFiles) -> None:
     setup = two_processes("--require-tls")
     with smtplib.SMTP("127.0.0.1", setup.starttls_port) as smtp:
         smtp.ehlo()
@@ -146,7 +150,7 @@ def test_require_tls_turns_plaintext_mail_away(two_processes: Any, certificate: 
     check(setup, 1)
 
 
-def test_tls_1_2_and_its_cipher_are_named_too(two_processes: Any, certificate: Any) -> None:
+def test_tls_1_2_and_its_cipher_are_named_too(two_processes: Callable[..., Setup], certificate: CertificateFiles) -> None:
     setup = two_processes()
     context = ssl.create_default_context(cafile=str(certificate[0]))
     context.maximum_version = ssl.TLSVersion.TLSv1_2

@@ -17,7 +17,6 @@ import socket
 import sys
 import unittest.mock
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -40,10 +39,12 @@ from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Address, Envelope, Session
 from fumi_core.smtp.tally import Tally
 from fumi_core.testing import running
+from tests.support.certificates import CertificateFiles
 from tests.support.dialogue import talk
 from tests.support.ports import free_port
-from tests.support.programs import listening
+from tests.support.programs import Programs
 from tests.support.readme import PATH, ROOT, Section, blocks, other_ports, sections, sh, table
+from tests.support.starter import Process
 from tests.support.waiting import until
 
 PAGES = ("README.md", "PROGRAM.md", "MIGRATING.md")
@@ -62,14 +63,14 @@ PORTS = ("2525", "2526", "2424", "9525")
 class Examples:
     """Runs the blocks of a section."""
 
-    def __init__(self, title: str, programs: Any) -> None:
+    def __init__(self, title: str, programs: Programs) -> None:
         self.title = title
         self.programs = programs
         self.ports = {port: free_port() for port in PORTS}
         self.app: Fumi | None = None
         self.said = ""
         self.commands = ""
-        self.servers: list[Any] = []
+        self.servers: list[Process] = []
 
     def run(self, kind: str, source: str) -> None:
         if kind not in ("js", "ts") and "aiosmtpd.controller" not in source:
@@ -128,7 +129,7 @@ class Examples:
         server = self.programs.start("sh", "-c", f"PATH={PATH} exec {command}", port=ports[0])
         self.servers.append(server)
         for port in ports:
-            until(lambda port=port: listening(port) or server.poll() is not None, command)
+            self.programs.await_port(port, server)
 
     def stop(self) -> None:
         """The servers, last first; they end well."""
@@ -154,7 +155,7 @@ def _chapters() -> dict[str, list[Section]]:
 
 @pytest.mark.parametrize("chapter", _chapters().values(), ids=_chapters())
 def test_the_examples_do_what_stands_there(
-    chapter: list[Section], programs: Any, certificate: tuple[Path, Path], monkeypatch: Any
+    chapter: list[Section], programs: Programs, certificate: CertificateFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in certificate:
         shutil.copy(path, programs.directory)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import smtplib
 import ssl
-import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,11 +18,15 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import Fumi, MailContext, Next, Session
 from fumi_core.testing import RunningServer, running
 from tests.bench import environment
+from tests.interop.starting import StartCore
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.readme import PATH, ROOT, blocks, other_ports, sections, sh, table
+from tests.support.starter import Process
 from tests.support.waiting import until
 
 README = re.sub(r"<!--.*?-->", "", (ROOT / "fumi_edge" / "README.md").read_text(), flags=re.DOTALL)
@@ -48,14 +51,14 @@ def tables(title: str) -> list[list[str]]:
 class Kitchen:
     """Cooks recipes: their commands run as they stand there, on free ports and with the files of the test."""
 
-    def __init__(self, programs: Any, certificate: tuple[Path, Path]) -> None:
+    def __init__(self, programs: Programs, certificate: CertificateFiles) -> None:
         self.programs = programs
         self.directory: Path = programs.directory
         self.ports = {port: free_port() for port in ("25", "465", "587", "2525", "9465", "10025")}
         self.context = ssl.create_default_context(cafile=str(certificate[0]))
         for path in certificate:
             shutil.copy(path, self.directory)
-        self.sessions: list[Any] = []
+        self.sessions: list[Session] = []
 
     def here(self, text: str, *changes: tuple[str, str]) -> str:
         for old, new in changes:
@@ -63,12 +66,9 @@ class Kitchen:
             text = text.replace(old, new)
         return other_ports(text, self.ports)
 
-    def cook(self, command: str, *changes: tuple[str, str], port: str = "465") -> subprocess.Popen[bytes]:
+    def cook(self, command: str, *changes: tuple[str, str], port: str = "465") -> Process:
         words = self.here(command, *changes).strip()
-        process: subprocess.Popen[bytes] = self.programs.start(
-            "sh", "-c", f"PATH={PATH} exec {words}", port=self.ports[port], log="edge.log"
-        )
-        return process
+        return self.programs.start("sh", "-c", f"PATH={PATH} exec {words}", port=self.ports[port], log="edge.log")
 
     def log(self) -> str:
         return (self.directory / "edge.log").read_text()
@@ -91,7 +91,7 @@ def send(client: smtplib.SMTP) -> None:
 
 
 @pytest.fixture
-def kitchen(programs: Any, certificate: tuple[Path, Path]) -> Kitchen:
+def kitchen(programs: Programs, certificate: CertificateFiles) -> Kitchen:
     return Kitchen(programs, certificate)
 
 
@@ -103,7 +103,7 @@ def core(kitchen: Kitchen) -> Iterator[Callable[..., RunningServer]]:
         def start(**options: Any) -> RunningServer:
             app = Fumi(auth_optional=True, **{"proxy_protocol": "required", "close_timeout": 0.2, **options})
 
-            async def keep(ctx: Any, next: Any) -> None:
+            async def keep(ctx: MailContext, next: Next) -> None:
                 kitchen.sessions.append(ctx.session)
                 await next()
 
@@ -120,7 +120,7 @@ def test_every_recipe_is_cooked_here() -> None:
     assert tuple(titles[titles.index("Recipes") + 1 : titles.index("What happens at STARTTLS")]) == RECIPES
 
 
-def test_port_25(kitchen: Kitchen, core: Any) -> None:
+def test_the_recipe_for_port_25_takes_mail_from_other_servers(kitchen: Kitchen, core: StartCore) -> None:
     core()
     kitchen.cook(block("Port 25: mail from other servers"), port="25")
     send(kitchen.starttls())
@@ -135,7 +135,7 @@ def test_port_25(kitchen: Kitchen, core: Any) -> None:
             kitchen.plain()
 
 
-def test_port_587(kitchen: Kitchen, core: Any) -> None:
+def test_the_recipe_for_port_587_takes_submissions_by_starttls(kitchen: Kitchen, core: StartCore) -> None:
     core()
     kitchen.cook(block("Port 587: submission with STARTTLS"), port="587")
     with kitchen.plain("587") as smtp:
@@ -144,15 +144,18 @@ def test_port_587(kitchen: Kitchen, core: Any) -> None:
     assert kitchen.sessions[0].secure
 
 
-def test_port_465(kitchen: Kitchen, core: Any) -> None:
+def test_the_recipe_for_port_465_takes_submissions_over_tls(kitchen: Kitchen, core: StartCore) -> None:
     core()
     kitchen.cook(block("Port 465: submission with implicit TLS"))
     send(kitchen.tls())
     (session,) = kitchen.sessions
+    assert session.tls
     assert (session.remote_address, session.tls.sni) == ("127.0.0.9", "localhost")
 
 
-def test_lets_encrypt(kitchen: Kitchen, core: Any, certificate: tuple[Path, Path]) -> None:
+def test_the_recipe_for_lets_encrypt_serves_certbots_files(
+    kitchen: Kitchen, core: StartCore, certificate: CertificateFiles
+) -> None:
     core()
     live = kitchen.directory / "letsencrypt" / "live" / "mail.example.org"
     live.mkdir(parents=True)
@@ -172,7 +175,9 @@ def test_lets_encrypt(kitchen: Kitchen, core: Any, certificate: tuple[Path, Path
     sh(kitchen.here(f"fumi-edge {one} --backend 127.0.0.1:2525 --check", change), kitchen.directory)
 
 
-def test_clients_with_certificates(kitchen: Kitchen, core: Any, certificate: tuple[Path, Path]) -> None:
+def test_the_recipe_for_client_certificates_lets_in_who_has_one(
+    kitchen: Kitchen, core: StartCore, certificate: CertificateFiles
+) -> None:
     core()
     shutil.copy(certificate[0], kitchen.directory / "clients.pem")
     kitchen.cook(block("Clients with certificates"))
@@ -181,10 +186,11 @@ def test_clients_with_certificates(kitchen: Kitchen, core: Any, certificate: tup
     kitchen.context.load_cert_chain(*certificate)
     send(kitchen.tls())
     (session,) = kitchen.sessions
+    assert session.tls
     assert session.tls.client_cn == "localhost"
 
 
-def test_behind_a_balancer(kitchen: Kitchen, core: Any) -> None:
+def test_the_recipe_behind_a_load_balancer_names_the_client(kitchen: Kitchen, core: StartCore) -> None:
     core()
     kitchen.cook(block("Behind a load balancer"), ("192.0.2.10", "127.0.0.1"))
     front = free_port()
@@ -268,14 +274,21 @@ def postfix(kitchen: Kitchen) -> Iterator[Path]:
         (home / "main.cf").write_text(MAIN.format(home=home, postfix=environment.INSTALLED / "postfix"))
         (home / "master.cf").write_text(kitchen.here(block("Postfix", "postfix")) + MASTER)
         libraries = [f"{name}={value}" for name, value in environment.postfix_environment().items()]
-        command = ["env", *libraries, environment.INSTALLED / "postfix/usr/lib/postfix/sbin/master", "-c", home, "-d"]
+        command: list[str | Path] = [
+            "env",
+            *libraries,
+            environment.INSTALLED / "postfix/usr/lib/postfix/sbin/master",
+            "-c",
+            home,
+            "-d",
+        ]
         master = kitchen.programs.start(*command, port=kitchen.ports["10025"], log="postfix.log")
         yield home / "maillog"
         kitchen.programs.stop(master)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="Postfix's master starts as root alone")
-def test_postfix(kitchen: Kitchen, postfix: Path) -> None:
+def test_the_recipe_for_postfix_delivers_through_it(kitchen: Kitchen, postfix: Path) -> None:
     sh(kitchen.here(block("Postfix").strip() + " --check"), kitchen.directory)
     kitchen.cook(block("Postfix"))
     for client in (kitchen.tls, kitchen.starttls):
@@ -291,7 +304,7 @@ def test_postfix(kitchen: Kitchen, postfix: Path) -> None:
     assert "backend down" not in kitchen.log()
 
 
-def test_any_smtp_server(kitchen: Kitchen, core: Any) -> None:
+def test_the_recipe_for_any_smtp_server_needs_no_proxy_header(kitchen: Kitchen, core: StartCore) -> None:
     core(proxy_protocol="off")
     kitchen.cook(block("Any SMTP server"))
     send(kitchen.tls())
@@ -299,7 +312,7 @@ def test_any_smtp_server(kitchen: Kitchen, core: Any) -> None:
     assert [(session.remote_address, session.secure) for session in kitchen.sessions] == [("127.0.0.1", False)] * 2
 
 
-def test_several_backends(kitchen: Kitchen, core: Any) -> None:
+def test_the_recipe_for_several_backends_uses_them_all(kitchen: Kitchen, core: StartCore) -> None:
     first, second = core(), core()
     changes = (("10.0.0.11:2525", f"127.0.0.1:{first.port}"), ("10.0.0.12:2525", f"127.0.0.1:{second.port}"))
     kitchen.cook(block("Several backends"), *changes)
@@ -309,7 +322,7 @@ def test_several_backends(kitchen: Kitchen, core: Any) -> None:
     assert [len(server.messages) for server in (first, second)] == [1, 1]
 
 
-def test_the_file(kitchen: Kitchen, core: Any) -> None:
+def test_the_recipe_in_a_file_serves_both_ports(kitchen: Kitchen, core: StartCore) -> None:
     core()
     title = "All of it in a file"
     (kitchen.directory / "edge.toml").write_text(kitchen.here(block(title, "toml")))
@@ -321,7 +334,7 @@ def test_the_file(kitchen: Kitchen, core: Any) -> None:
     assert json.loads(kitchen.log().splitlines()[0])["event"] == "listening"
 
 
-def test_the_metrics_are_those_that_are_served(kitchen: Kitchen, core: Any) -> None:
+def test_the_metrics_are_those_that_are_served(kitchen: Kitchen, core: StartCore) -> None:
     core()
     kitchen.cook(
         block("Port 465: submission with implicit TLS").strip() + f" --metrics 127.0.0.1:{kitchen.ports['9465']}", port="9465"
@@ -350,7 +363,7 @@ def test_the_metrics_are_those_that_are_served(kitchen: Kitchen, core: Any) -> N
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_the_line_in_the_log_is_like_the_example(kitchen: Kitchen, core: Any, form: str) -> None:
+def test_the_line_in_the_log_is_like_the_example(kitchen: Kitchen, core: StartCore, form: str) -> None:
     core()
     kitchen.cook(block("Port 465: submission with implicit TLS").strip() + f" --log-format {form}")
     send(kitchen.tls())

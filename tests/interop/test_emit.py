@@ -12,14 +12,16 @@ import subprocess
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from fumi_edge.cli import main
 from fumi_edge.emit import template
+from tests.interop.starting import ClientCertificate, StartFumiCore
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -27,17 +29,17 @@ Emit = Callable[..., str]
 
 
 @pytest.fixture
-def emit(programs: Any) -> Emit:
+def emit(programs: Programs) -> Emit:
     """What fumi-edge --emit prints; from a directory that has nothing to do with the repository."""
 
     def run(program: str, *flags: object, status: int = 0, **environment: str) -> str:
-        said: str = programs.run(BIN / "fumi-edge", "--emit", program, *flags, status=status, **environment)
-        return said
+        words = [str(flag) for flag in flags]
+        return programs.run(BIN / "fumi-edge", "--emit", program, *words, status=status, environment=environment)
 
     return run
 
 
-def accepted(programs: Any, configuration: str) -> None:
+def accepted(programs: Programs, configuration: str) -> None:
     path = programs.directory / "haproxy.cfg"
     path.write_text(configuration)
     said = programs.run("haproxy", "-c", "-f", path)
@@ -55,7 +57,7 @@ def notes(configuration: str, mark: str = "#") -> str:
 
 
 @pytest.fixture
-def both(certificate: tuple[Path, Path]) -> Path:
+def both(certificate: CertificateFiles) -> Path:
     return certificate[0].with_name("both.pem")
 
 
@@ -84,12 +86,12 @@ HAPROXY = {
 
 @pytest.mark.parametrize("flags", HAPROXY.values(), ids=HAPROXY)
 def test_haproxy_accepts_what_is_emitted_and_finds_nothing_to_warn_of(
-    flags: list[str], programs: Any, emit: Emit, both: Path
+    flags: list[str], programs: Programs, emit: Emit, both: Path
 ) -> None:
     accepted(programs, emit("haproxy", "--cert", both, "--backend", "127.0.0.1:2525", *flags))
 
 
-def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_certificate: Any) -> None:
+def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_certificate: ClientCertificate) -> None:
     text = emit(
         "haproxy", "--cert", both, "--cert", both, "--backend", "127.0.0.1:2525", "--backend", "unix:/run/core.sock",
         "--listen", "127.0.0.1:4465", "--listen", ":4466", "--client-ca", client_certificate.ca, "--client-cert", "required",
@@ -140,7 +142,7 @@ def test_behind_a_balancer_only_those_who_are_trusted_may_connect(emit: Emit, bo
 
 
 def test_a_key_in_a_file_of_its_own_needs_the_link_that_is_said(
-    programs: Any, emit: Emit, certificate: tuple[Path, Path]
+    programs: Programs, emit: Emit, certificate: CertificateFiles
 ) -> None:
     directory = programs.directory / "a $ directory"
     directory.mkdir()
@@ -152,7 +154,7 @@ def test_a_key_in_a_file_of_its_own_needs_the_link_that_is_said(
     accepted(programs, text)
 
 
-def test_a_directory_is_what_is_in_it_now(programs: Any, emit: Emit, certificate: tuple[Path, Path]) -> None:
+def test_a_directory_is_what_is_in_it_now(programs: Programs, emit: Emit, certificate: CertificateFiles) -> None:
     live = programs.directory / "letsencrypt" / "live"
     for name in ("b.example", "a.example"):
         (live / name).mkdir(parents=True)
@@ -243,7 +245,13 @@ def test_a_reworded_comment_in_a_template_changes_no_setting(
 
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])
 def test_mail_comes_through_what_was_emitted(
-    program: str, programs: Any, emit: Emit, fumi_core: Any, both: Path, certificate: tuple[Path, Path], client_certificate: Any
+    program: str,
+    programs: Programs,
+    emit: Emit,
+    fumi_core: StartFumiCore,
+    both: Path,
+    certificate: CertificateFiles,
+    client_certificate: ClientCertificate,
 ) -> None:
     core, _ = fumi_core(*(["--assume-tls"] if program == "stunnel" else []))
     port = free_port()
@@ -278,7 +286,9 @@ STUNNEL = {
 
 
 @pytest.mark.parametrize("flags", STUNNEL.values(), ids=STUNNEL)
-def test_stunnel_starts_with_what_is_emitted(flags: list[str], programs: Any, emit: Emit, certificate: tuple[Path, Path]) -> None:
+def test_stunnel_starts_with_what_is_emitted(
+    flags: list[str], programs: Programs, emit: Emit, certificate: CertificateFiles
+) -> None:
     first, last = free_port(), free_port()
     listeners = ["--listen", f"127.0.0.1:{first}", "--listen", f"127.0.0.1:{last}"]
     cert = ["--cert", certificate[0], "--key", certificate[1]]
@@ -289,7 +299,9 @@ def test_stunnel_starts_with_what_is_emitted(flags: list[str], programs: Any, em
     until(lambda: "stunnel" in (programs.directory / "log").read_text() or "error" in flags, "its first words")
 
 
-def test_every_setting_is_where_stunnel_has_it(emit: Emit, certificate: tuple[Path, Path], client_certificate: Any) -> None:
+def test_every_setting_is_where_stunnel_has_it(
+    emit: Emit, certificate: CertificateFiles, client_certificate: ClientCertificate
+) -> None:
     text = emit(
         "stunnel", "--cert", certificate[0], "--key", certificate[1], "--backend", "127.0.0.1:2525", "--backend", "[::1]:2526",
         "--listen", "[::1]:4465", "--listen", ":4466", "--client-ca", client_certificate.ca, "--client-cert", "optional",
@@ -317,7 +329,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("program", LOST)
-def test_what_the_other_program_cannot_do_is_said_at_the_top(program: str, emit: Emit, certificate: tuple[Path, Path]) -> None:
+def test_what_the_other_program_cannot_do_is_said_at_the_top(program: str, emit: Emit, certificate: CertificateFiles) -> None:
     text = emit(
         program, "--cert", certificate[0], "--key", certificate[1], "--backend", ":2525", "--backend", ":2526",
         "--listen", "127.0.0.1:4465", "--listen", "unix:tls.sock", "--starttls-listen", "127.0.0.1:2587", "--alpn", "smtp",

@@ -14,13 +14,15 @@ import stat
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.interop.starting import ClientCertificate, StartFumiCore, StartHAProxy
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -29,11 +31,9 @@ FILES = sorted(path.name for path in DIRECTORY.glob("*.cfg"))
 README = (DIRECTORY / "README.md").read_text()
 TEXT = "Subject: hi\r\n\r\nhi\r\n"
 
-Start = Callable[..., Any]
-
 
 @pytest.fixture
-def trusting(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+def trusting(certificate: CertificateFiles) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(certificate[0]))
 
 
@@ -45,7 +45,7 @@ def send(port: int, context: ssl.SSLContext, host: str = "localhost", starttls: 
         smtp.sendmail("a@b.example", ["c@d.example"], TEXT)
 
 
-def stored(programs: Any, name: str) -> list[Path]:
+def stored(programs: Programs, name: str) -> list[Path]:
     new = programs.directory / name / "new"
     return list(new.iterdir()) if new.exists() else []
 
@@ -57,9 +57,17 @@ def metric(port: int, line: str) -> float:
     return float(found[1]) if found else 0
 
 
+def await_metric(port: int, line: str, value: float) -> None:
+    until(lambda: metric(port, line) == value, f"{line} {value}")
+
+
+def await_count(path: Path, text: str, count: int) -> None:
+    until(lambda: path.read_text().count(text) == count, f"{text} {count} times in {path.name}")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_haproxy_accepts_the_file_and_finds_nothing_to_warn_of(
-    name: str, certificate: tuple[Path, Path], client_certificate: Any
+    name: str, certificate: CertificateFiles, client_certificate: ClientCertificate
 ) -> None:
     own = {"FUMI_CERT": str(certificate[0].with_name("both.pem")), "FUMI_CLIENT_CA": str(client_certificate.ca)}
     for more in ({}, {"FUMI_NODE_2": "127.0.0.2"}, {"FUMI_NODE_2": ""}, {"FUMI_STATS": ""}):
@@ -92,7 +100,7 @@ def _settings(name: str) -> str:
 
 
 def test_mail_comes_through_implicit_tls_and_checks_leave_no_trace(
-    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+    programs: Programs, haproxy: StartHAProxy, fumi_core: StartFumiCore, trusting: ssl.SSLContext
 ) -> None:
     metrics, port = free_port(), free_port()
     core, _ = fumi_core("--metrics", f"127.0.0.1:{metrics}")
@@ -113,13 +121,18 @@ def test_mail_comes_through_implicit_tls_and_checks_leave_no_trace(
 
 
 def test_mutual_tls_lets_in_who_has_a_certificate(
-    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext, client_certificate: Any
+    programs: Programs,
+    haproxy: StartHAProxy,
+    fumi_core: StartFumiCore,
+    trusting: ssl.SSLContext,
+    client_certificate: ClientCertificate,
 ) -> None:
     core, _ = fumi_core()
     required, optional = free_port(), free_port()
-    for port, variables in ((required, {}), (optional, {"CLIENT_CERT": "optional"})):
-        ca = {"CLIENT_CA": client_certificate.ca, **variables}
-        haproxy("mutual-tls.cfg", port, f"{port}.log", LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", **ca)
+    modes: tuple[tuple[int, dict[str, Any]], ...] = ((required, {}), (optional, {"CLIENT_CERT": "optional"}))
+    for port, mode in modes:
+        variables = {"LISTEN": f"127.0.0.1:{port}", "BACKEND": f"127.0.0.1:{core}", "CLIENT_CA": client_certificate.ca, **mode}
+        haproxy("mutual-tls.cfg", port, f"{port}.log", **variables)
     with pytest.raises((ssl.SSLError, OSError, smtplib.SMTPServerDisconnected)):
         send(required, trusting)
     send(optional, trusting)
@@ -130,7 +143,7 @@ def test_mutual_tls_lets_in_who_has_a_certificate(
 
 
 def test_with_two_nodes_mail_goes_on_when_one_is_killed(
-    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+    programs: Programs, haproxy: StartHAProxy, fumi_core: StartFumiCore, trusting: ssl.SSLContext
 ) -> None:
     nodes = [fumi_core(name=name) for name in ("one", "two")]
     port, metrics = free_port(), free_port()
@@ -150,7 +163,7 @@ def test_with_two_nodes_mail_goes_on_when_one_is_killed(
         urllib.request.urlopen(f"http://127.0.0.1:{metrics}/", timeout=30)
 
 
-def test_a_check_finds_the_killed_node(programs: Any, haproxy: Start, fumi_core: Start) -> None:
+def test_a_check_finds_the_killed_node(programs: Programs, haproxy: StartHAProxy, fumi_core: StartFumiCore) -> None:
     nodes = [fumi_core(name=name) for name in ("one", "two")]
     port, metrics = free_port(), free_port()
     variables = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
@@ -166,7 +179,7 @@ def test_a_check_finds_the_killed_node(programs: Any, haproxy: Start, fumi_core:
 
 
 def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
-    programs: Any, haproxy: Start, fumi_core: Start, certificate: tuple[Path, Path], trusting: ssl.SSLContext
+    programs: Programs, haproxy: StartHAProxy, fumi_core: StartFumiCore, certificate: CertificateFiles, trusting: ssl.SSLContext
 ) -> None:
     core_metrics, metrics = free_port(), free_port()
     core, _ = fumi_core("--metrics", f"127.0.0.1:{core_metrics}")
@@ -181,9 +194,9 @@ def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
     ]  # fmt: skip
     for host in ("127.0.0.1", "127.0.0.2"):
         log = programs.directory / f"{host}.log"
-        until(lambda log=log: log.read_text().count("listening") == 3, "three listeners")
+        await_count(log, "listening", 3)
     ports = {name: free_port() for name in behind}
-    variables: dict[str, object] = {f"LISTEN_{name}": f"127.0.0.1:{port}" for name, port in ports.items()}
+    variables: dict[str, Any] = {f"LISTEN_{name}": f"127.0.0.1:{port}" for name, port in ports.items()}
     variables |= {f"PORT_{name}": port for name, port in behind.items()}
     own = {"NODE_2": "127.0.0.2", "METRICS": f"127.0.0.1:{metrics}", "HEALTH_INTERVAL": "50ms", "BALANCE": "roundrobin"}
     haproxy("layer4.cfg", ports["SMTPS"], **variables, **own)
@@ -192,7 +205,7 @@ def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
     for name in ("smtp", "submission", "smtps"):
         up = f'haproxy_backend_active_servers{{proxy="{name}"}}'
         # A check that was late, on a busy machine, is one that failed.
-        until(lambda up=up: metric(metrics, up) == 2, f"both nodes of {name}")
+        await_metric(metrics, up, 2)
     sent = 0
     for _ in range(2):
         for name, port in ports.items():
@@ -213,7 +226,7 @@ def test_at_layer_4_fumi_edge_does_tls_and_starttls_and_checks_leave_no_trace(
     assert len(stored(programs, "core")) == sent + 3
 
 
-def test_a_variable_that_is_empty_adds_no_second_node(programs: Any, haproxy: Start) -> None:
+def test_a_variable_that_is_empty_adds_no_second_node(programs: Programs, haproxy: StartHAProxy) -> None:
     listeners = {f"LISTEN_{name}": f"127.0.0.1:{free_port()}" for name in ("SMTP", "SUBMISSION", "SMTPS")}
     metrics = free_port()
     haproxy("layer4.cfg", metrics, METRICS=f"127.0.0.1:{metrics}", NODE_2="", HEALTH_INTERVAL="1h", **listeners)
@@ -222,7 +235,7 @@ def test_a_variable_that_is_empty_adds_no_second_node(programs: Any, haproxy: St
 
 
 def test_a_reload_gives_sessions_the_time_that_a_stop_gives_them(
-    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+    programs: Programs, haproxy: StartHAProxy, fumi_core: StartFumiCore, trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core()
     port = free_port()
@@ -243,11 +256,12 @@ def test_a_reload_gives_sessions_the_time_that_a_stop_gives_them(
 
 @pytest.mark.parametrize("limit", ["MAX_CLIENTS_PER_IP", "RATE_PER_IP"])
 def test_an_address_has_so_many_connections_and_no_more(
-    limit: str, programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+    limit: str, programs: Programs, haproxy: StartHAProxy, fumi_core: StartFumiCore, trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core()
     port = free_port()
-    haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", **{limit: 2})
+    limited: dict[str, Any] = {limit: 2}
+    haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}", **limited)
     with (
         smtplib.SMTP_SSL("localhost", port, context=trusting),
         smtplib.SMTP_SSL("localhost", port, context=trusting),
@@ -260,14 +274,14 @@ def test_an_address_has_so_many_connections_and_no_more(
 @pytest.mark.parametrize(
     "offer", [["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], ["-tls1_2", "-cipher", "AES128-SHA:AES128-GCM-SHA256"]]
 )
-def test_old_tls_is_refused(offer: list[str], programs: Any, haproxy: Start) -> None:
+def test_old_tls_is_refused(offer: list[str], programs: Programs, haproxy: StartHAProxy) -> None:
     port = free_port()
     haproxy("implicit-tls.cfg", port, LISTEN=f"127.0.0.1:{port}")
     said = programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", *offer, status=1)
     assert "alert" in said
 
 
-def test_it_may_run_as_somebody_else(programs: Any, haproxy: Start) -> None:
+def test_it_may_run_as_somebody_else(programs: Programs, haproxy: StartHAProxy) -> None:
     user = re.findall(r"FUMI_USER=(\w+)", README)[0] if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
     entry = pwd.getpwnam(user)
     port = free_port()
@@ -304,11 +318,11 @@ def takes_commands(path: Path) -> bool:
 
 
 def test_the_commands_that_take_a_node_out_and_back_do_so(
-    programs: Any, haproxy: Start, fumi_core: Start, trusting: ssl.SSLContext
+    programs: Programs, haproxy: StartHAProxy, fumi_core: StartFumiCore, trusting: ssl.SSLContext
 ) -> None:
     nodes = [fumi_core(name=name) for name in ("one", "two")]
     port, path = free_port(), programs.directory / "commands.sock"
-    variables: dict[str, object] = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
+    variables: dict[str, Any] = {f"BACKEND_{number}": f"127.0.0.1:{core}" for number, (core, _) in enumerate(nodes, 1)}
     variables |= {"LISTEN": f"127.0.0.1:{port}", "BALANCE": "roundrobin", "HEALTH_INTERVAL": "1h", "STATS": path}
     haproxy("two-nodes.cfg", port, **variables)
     # The ports come first.
@@ -318,7 +332,8 @@ def test_the_commands_that_take_a_node_out_and_back_do_so(
     (programs.directory / "socat").chmod(0o755)
     tools = f"{programs.directory}:{os.environ['PATH']}"
     for command, expected in zip(DRAIN.splitlines(), ([0, 4], [2, 6]), strict=True):
-        assert programs.run("sh", "-euc", command.replace("/run/fumi-haproxy.sock", str(path)), PATH=tools).strip() == ""
+        here = command.replace("/run/fumi-haproxy.sock", str(path))
+        assert programs.run("sh", "-euc", here, environment={"PATH": tools}).strip() == ""
         for _ in range(4):
             send(port, trusting)
         assert [len(stored(programs, name)) for name in ("one", "two")] == expected
@@ -326,7 +341,7 @@ def test_the_commands_that_take_a_node_out_and_back_do_so(
 
 @pytest.mark.parametrize("block", SERVE, ids=lambda block: re.findall(r"([\w-]+)\.cfg", block)[0])
 def test_the_commands_of_the_readme_do_what_it_says(
-    block: str, programs: Any, certificate: tuple[Path, Path], client_certificate: Any, trusting: ssl.SSLContext
+    block: str, programs: Programs, certificate: CertificateFiles, client_certificate: ClientCertificate, trusting: ssl.SSLContext
 ) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())

@@ -13,12 +13,12 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.interop.mail_servers import Dovecot, LMTPProxy, Postfix
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -30,7 +30,7 @@ MAIL = f"From: sender@d.example\r\nDate: Thu, 1 Jan 2026 00:00:00 +0000\r\nMessa
 class Core:
     """fumi-core, which delivers to Dovecot."""
 
-    def __init__(self, programs: Any, next_hop: int) -> None:
+    def __init__(self, programs: Programs, next_hop: int) -> None:
         self.port: int = free_port()
         self._programs, self._next_hop = programs, next_hop
         self.start()
@@ -53,7 +53,7 @@ class Core:
 class Chain:
     """Postfix, fumi-core, Dovecot. The sender has a mailbox too, for bounces."""
 
-    def __init__(self, programs: Any, place: Path, full: Sequence[str], stop_after: int | None) -> None:
+    def __init__(self, programs: Programs, place: Path, full: Sequence[str], stop_after: int | None) -> None:
         """With ``stop_after`` there is a proxy in front of Dovecot, which stops after so many answers."""
         self.dovecot = Dovecot(programs, place, ["sender", *GOOD], full)
         self.proxy = LMTPProxy(self.dovecot.port, stop_after)
@@ -95,7 +95,7 @@ class Chain:
 
 
 @pytest.fixture
-def place(programs: Any) -> Iterator[Path]:
+def place(programs: Programs) -> Iterator[Path]:
     """A directory that all users may enter, as they may not enter pytest's."""
     with tempfile.TemporaryDirectory(prefix="fumi-mail-") as directory:
         Path(directory).chmod(0o755)
@@ -104,7 +104,7 @@ def place(programs: Any) -> Iterator[Path]:
 
 
 @pytest.fixture
-def chain(programs: Any, place: Path) -> Iterator[Callable[..., Chain]]:
+def chain(programs: Programs, place: Path) -> Iterator[Callable[..., Chain]]:
     with contextlib.ExitStack() as stack:
 
         def make(full: Sequence[str] = (), stop_after: int | None = None) -> Chain:
@@ -132,7 +132,7 @@ def mixed(*bad: Sequence[str]) -> list[str]:
     ("unknown", "full"), [([], []), (UNKNOWN, []), ([], FULL), (UNKNOWN, FULL)], ids=["all good", "unknown", "full", "both"]
 )
 def test_fifty_recipients_of_postfix_get_one_copy_or_one_bounce(
-    chain: Any, programs: Any, unknown: list[str], full: list[str]
+    chain: Callable[..., Chain], programs: Programs, unknown: list[str], full: list[str]
 ) -> None:
     setup, names, bad = chain(full), mixed(unknown, full), {*unknown, *full}
     setup.send(names)
@@ -147,7 +147,7 @@ def test_fifty_recipients_of_postfix_get_one_copy_or_one_bounce(
 @pytest.mark.parametrize("killed", [{"Dovecot"}, {"core"}, {"core", "Dovecot"}], ids="+".join)
 @pytest.mark.parametrize("full", [[], FULL], ids=["all good", "full"])
 def test_a_kill_between_answers_gives_no_second_copy_and_loses_none(
-    chain: Any, programs: Any, killed: set[str], full: list[str]
+    chain: Callable[..., Chain], programs: Programs, killed: set[str], full: list[str]
 ) -> None:
     names = mixed(full)
     setup = chain(full, stop_after=30)
@@ -170,7 +170,7 @@ def test_a_kill_between_answers_gives_no_second_copy_and_loses_none(
 
 
 @pytest.fixture
-def msmtp(programs: Any) -> Callable[..., str]:
+def msmtp(programs: Programs) -> Callable[..., str]:
     def run(port: int, *names: str, status: int = 0) -> str:
         words = ["--host=127.0.0.1", f"--port={port}", "--from=sender@d.example", "--domain=client.example"]
         recipients = [f"{name}@d.example" for name in names]
@@ -183,13 +183,13 @@ def msmtp(programs: Any) -> Callable[..., str]:
 RECIPIENT_REJECTED, MESSAGE_REJECTED = 65, 69
 
 
-def test_msmtp_sends_to_fifty_recipients_at_once(programs: Any, place: Path, msmtp: Any) -> None:
+def test_msmtp_sends_to_fifty_recipients_at_once(programs: Programs, place: Path, msmtp: Callable[..., str]) -> None:
     dovecot = Dovecot(programs, place, GOOD)
     msmtp(Core(programs, dovecot.port).port, *GOOD)
     assert dovecot.copies(MARK) == dict.fromkeys(GOOD, 1)
 
 
-def test_msmtp_hears_of_an_unknown_recipient_at_once(programs: Any, place: Path, msmtp: Any) -> None:
+def test_msmtp_hears_of_an_unknown_recipient_at_once(programs: Programs, place: Path, msmtp: Callable[..., str]) -> None:
     dovecot = Dovecot(programs, place, GOOD)
     said = msmtp(Core(programs, dovecot.port).port, *GOOD[:3], "unknown", status=RECIPIENT_REJECTED)
     assert "550 5.1.1" in said
@@ -197,7 +197,7 @@ def test_msmtp_hears_of_an_unknown_recipient_at_once(programs: Any, place: Path,
 
 
 def test_msmtp_hears_who_did_not_get_the_message_and_may_send_it_again_to_the_others(
-    programs: Any, place: Path, msmtp: Any
+    programs: Programs, place: Path, msmtp: Callable[..., str]
 ) -> None:
     dovecot = Dovecot(programs, place, GOOD, ["full"])
     core = Core(programs, dovecot.port)

@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 
 import fumi_edge
-from fumi_core import Fumi
+from fumi_core import Fumi, Session
 from fumi_core.testing import RunningServer, running
+from tests.interop.starting import ClientCertificate, StartHAProxy, StartStunnel
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -34,18 +37,18 @@ class Cell:
     host: str
     port: int
     client_ca: Path | None
-    certificate: tuple[Path, Path]
-    programs: Any
-    haproxy: Callable[..., Any]
-    stunnel: Callable[..., Any]
+    certificate: CertificateFiles
+    programs: Programs
+    haproxy: StartHAProxy
+    stunnel: StartStunnel
 
     @property
     def listen(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def edge(self, listener: str, address: str, port: int, core: RunningServer, *flags: str) -> None:
-        cert = ["--cert", self.certificate[0], "--key", self.certificate[1], "--backend", f"127.0.0.1:{core.port}"]
-        asked = ["--client-ca", self.client_ca] if self.client_ca else []
+        cert = ["--cert", str(self.certificate[0]), "--key", str(self.certificate[1]), "--backend", f"127.0.0.1:{core.port}"]
+        asked = ["--client-ca", str(self.client_ca)] if self.client_ca else []
         program = BIN / "fumi-edge"
         self.programs.start(program, *cert, *asked, listener, address, *flags, port=port, log="edge.log")
 
@@ -73,8 +76,11 @@ def edge_starttls(cell: Cell) -> Iterator[RunningServer]:
 @contextlib.contextmanager
 def haproxy_implicit(cell: Cell) -> Iterator[RunningServer]:
     with core() as server:
-        name, ca = ("mutual-tls.cfg", {"CLIENT_CA": cell.client_ca}) if cell.client_ca else ("implicit-tls.cfg", {})
-        cell.haproxy(name, cell.port, LISTEN=cell.listen, BACKEND=f"127.0.0.1:{server.port}", **ca)
+        variables: dict[str, Any] = {"LISTEN": cell.listen, "BACKEND": f"127.0.0.1:{server.port}"}
+        if cell.client_ca:
+            cell.haproxy("mutual-tls.cfg", cell.port, CLIENT_CA=cell.client_ca, **variables)
+        else:
+            cell.haproxy("implicit-tls.cfg", cell.port, **variables)
         yield server
 
 
@@ -83,7 +89,7 @@ def haproxy_before_edge(cell: Cell) -> Iterator[RunningServer]:
     with core() as server:
         behind, *others = (free_port() for _ in range(3))
         cell.edge("--starttls-listen", f"127.0.0.1:{behind}", behind, server, "--accept-proxy")
-        listeners = {"LISTEN_SUBMISSION": cell.listen, "PORT_SUBMISSION": behind}
+        listeners: dict[str, Any] = {"LISTEN_SUBMISSION": cell.listen, "PORT_SUBMISSION": behind}
         listeners |= {f"LISTEN_{name}": f"127.0.0.1:{port}" for name, port in zip(("SMTP", "SMTPS"), others, strict=True)}
         # It is up for a moment without being checked, and goes on if it is.
         cell.haproxy("layer4.cfg", cell.port, **listeners)
@@ -93,8 +99,11 @@ def haproxy_before_edge(cell: Cell) -> Iterator[RunningServer]:
 @contextlib.contextmanager
 def stunnel(cell: Cell) -> Iterator[RunningServer]:
     with core(assume_tls=True) as server:
-        name, ca = ("mutual-tls.conf", {"CLIENT_CA": cell.client_ca}) if cell.client_ca else ("implicit-tls.conf", {})
-        cell.stunnel(name, cell.port, LISTEN=f"{cell.host}:{cell.port}", BACKEND=f"127.0.0.1:{server.port}", **ca)
+        variables: dict[str, Any] = {"LISTEN": f"{cell.host}:{cell.port}", "BACKEND": f"127.0.0.1:{server.port}"}
+        if cell.client_ca:
+            cell.stunnel("mutual-tls.conf", cell.port, CLIENT_CA=cell.client_ca, **variables)
+        else:
+            cell.stunnel("implicit-tls.conf", cell.port, **variables)
         yield server
 
 
@@ -158,8 +167,8 @@ VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 @pytest.mark.parametrize("certified", [False, True], ids=["anonymous", "certificate"])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_a_handler_sees_what_the_client_knows(
-    row: Row, certified: bool, family: str, version: str, programs: Any, haproxy: Any, stunnel: Any,
-    certificate: tuple[Path, Path], client_certificate: Any,
+    row: Row, certified: bool, family: str, version: str, programs: Programs, haproxy: StartHAProxy, stunnel: StartStunnel,
+    certificate: CertificateFiles, client_certificate: ClientCertificate,
 ) -> None:  # fmt: skip
     host = HOSTS[family]
     context = Localhost(ssl.PROTOCOL_TLS_CLIENT)
@@ -180,8 +189,11 @@ def test_a_handler_sees_what_the_client_knows(
     assert session.id.isascii()
     assert session.id.isprintable()
     for log in row.logs:
-        path = programs.directory / log
-        until(lambda path=path: session.id in path.read_text(), f"the id in {log}")
+        _await_text(programs.directory / log, session.id)
+
+
+def _await_text(path: Path, text: str) -> None:
+    until(lambda: text in path.read_text(), f"{text} in {path.name}")
 
 
 def _send(host: str, port: int, context: ssl.SSLContext, starttls: bool) -> Facts:
@@ -200,7 +212,7 @@ def _send(host: str, port: int, context: ssl.SSLContext, starttls: bool) -> Fact
         return {"secure": True, "with": "ESMTPS", "remote": own, "local": peer, **tls}
 
 
-def _seen(session: Any) -> Facts:
+def _seen(session: Session) -> Facts:
     """The same of a session."""
     names = ("version", "cipher", "sni", "client_cert", "client_cert_verified", "client_cn")
     return {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.interop.starting import StartCore, StartEdge
+from tests.support.certificates import CertificateFiles
+from tests.support.programs import Programs
 
 Msmtp = Callable[..., str]
 MAIL = b"From: a@b.example\nDate: Thu, 1 Jan 2026 00:00:00 +0000\nMessage-ID: <1@b.example>\n\nhi\n.\n..\nbye\n"
@@ -14,7 +17,7 @@ LOGIN_REFUSED, RECIPIENT_REFUSED, MESSAGE_REFUSED = 77, 65, 69
 
 
 @pytest.fixture
-def msmtp(programs: Any) -> Msmtp:
+def msmtp(programs: Programs) -> Msmtp:
     """Sends a message with these flags and to these recipients; what was said of it."""
 
     def run(port: int, *words: str | Path, status: int = 0) -> str:
@@ -29,7 +32,7 @@ def auth(method: str, secret: str = "secret") -> list[str]:
     return [f"--auth={method}", "--user=joe", f"--passwordeval=echo {secret}"]
 
 
-def test_it_pipelines_an_envelope_and_the_message_arrives_as_it_is(core: Any, msmtp: Msmtp) -> None:
+def test_it_pipelines_an_envelope_and_the_message_arrives_as_it_is(core: StartCore, msmtp: Msmtp) -> None:
     server = core()
     msmtp(server.port, "c@d.example", "e@f.example")
     (message,) = server.messages
@@ -38,7 +41,7 @@ def test_it_pipelines_an_envelope_and_the_message_arrives_as_it_is(core: Any, ms
     assert [each.address for each in message.envelope.rcpt_to] == ["c@d.example", "e@f.example"]
 
 
-def test_it_understands_what_the_server_offers(core: Any, msmtp: Msmtp) -> None:
+def test_it_understands_what_the_server_offers(core: StartCore, msmtp: Msmtp) -> None:
     said = msmtp(core(size=1_000_000).port, "--serverinfo")
     assert "PIPELINING:" in said
     assert "SIZE 1000000:" in said
@@ -47,21 +50,21 @@ def test_it_understands_what_the_server_offers(core: Any, msmtp: Msmtp) -> None:
 
 
 @pytest.mark.parametrize("method", ["plain", "login", "cram-md5"])
-def test_it_authenticates(core: Any, msmtp: Msmtp, method: str) -> None:
+def test_it_authenticates(core: StartCore, msmtp: Msmtp, method: str) -> None:
     server = core(auth_optional=False)
     msmtp(server.port, *auth(method), "c@d.example")
     assert server.messages[0].session.user == "joe"
 
 
 @pytest.mark.parametrize("method", ["plain", "login", "cram-md5"])
-def test_a_wrong_password_is_refused(core: Any, msmtp: Msmtp, method: str) -> None:
+def test_a_wrong_password_is_refused(core: StartCore, msmtp: Msmtp, method: str) -> None:
     server = core(auth_optional=False)
     said = msmtp(server.port, *auth(method, "wrong"), "c@d.example", status=LOGIN_REFUSED)
     assert "server message: 535 5.7.8 Error: authentication failed" in said
     assert server.messages == []
 
 
-def test_dsn_parameters_arrive(core: Any, msmtp: Msmtp) -> None:
+def test_dsn_parameters_arrive(core: StartCore, msmtp: Msmtp) -> None:
     server = core()
     msmtp(server.port, "--dsn-notify=failure,delay", "--dsn-return=full", "c@d.example")
     envelope = server.messages[0].envelope
@@ -69,14 +72,14 @@ def test_dsn_parameters_arrive(core: Any, msmtp: Msmtp) -> None:
     assert envelope.rcpt_to[0].args == {"NOTIFY": "FAILURE,DELAY"}
 
 
-def test_one_refused_recipient_and_it_sends_nothing(core: Any, msmtp: Msmtp) -> None:
+def test_one_refused_recipient_and_it_sends_nothing(core: StartCore, msmtp: Msmtp) -> None:
     server = core()
     said = msmtp(server.port, "c@d.example", "nobody@d.example", status=RECIPIENT_REFUSED)
     assert "server message: 550 5.1.1 No such user" in said
     assert server.messages == []
 
 
-def test_lmtp_answers_each_recipient(core: Any, msmtp: Msmtp) -> None:
+def test_lmtp_answers_each_recipient(core: StartCore, msmtp: Msmtp) -> None:
     server = core(lmtp=True)
     msmtp(server.port, "--protocol=lmtp", "c@d.example", "e@f.example")
     assert server.messages[0].session.transmission_type == "LMTP"
@@ -85,7 +88,7 @@ def test_lmtp_answers_each_recipient(core: Any, msmtp: Msmtp) -> None:
 
 
 @pytest.mark.parametrize("lmtp", [False, True])
-def test_over_a_unix_socket(core: Any, msmtp: Msmtp, programs: Any, lmtp: bool) -> None:
+def test_a_unix_socket_takes_mail(core: StartCore, msmtp: Msmtp, programs: Programs, lmtp: bool) -> None:
     server = core(lmtp=lmtp)
     path = programs.directory / "core.sock"
     server.run(lambda: server.app.listen(path=str(path)))
@@ -96,7 +99,7 @@ def test_over_a_unix_socket(core: Any, msmtp: Msmtp, programs: Any, lmtp: bool) 
 @pytest.mark.parametrize("implicit", [True, False])
 @pytest.mark.parametrize("method", ["plain", "xoauth2"])
 def test_through_the_edge_it_may_authenticate(
-    core: Any, edge: Any, msmtp: Msmtp, certificate: tuple[Path, Path], method: str, implicit: bool
+    core: StartCore, edge: StartEdge, msmtp: Msmtp, certificate: CertificateFiles, method: str, implicit: bool
 ) -> None:
     server = core(proxy_protocol="required", allow_insecure_auth=False, auth_optional=False)
     front = edge(server.port)
@@ -106,4 +109,5 @@ def test_through_the_edge_it_may_authenticate(
     msmtp(port, *tls, "--source-ip=127.0.0.9", *auth(method, secret), "c@d.example")
     session = server.messages[0].session
     assert (session.remote_address, session.user, session.transmission_type) == ("127.0.0.9", "joe", "ESMTPSA")
+    assert session.tls
     assert session.tls.version == "TLSv1.3"

@@ -18,6 +18,7 @@ from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
 from tests.bench import environment
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.waiting import until
 
 
@@ -31,7 +32,7 @@ def postfix() -> None:
 class Sink:
     """A running smtp-sink, which writes each message into a file of its own."""
 
-    def __init__(self, programs: Any, where: str, *flags: str) -> None:
+    def __init__(self, programs: Programs, where: str, *flags: str) -> None:
         """``where`` is ``unix`` or ``tcp``."""
         self.directory: Path = programs.directory
         port = free_port()
@@ -40,7 +41,6 @@ class Sink:
         command = ["env", *(f"{name}={value}" for name, value in environment.postfix_environment().items())]
         command += [*environment.postfix_program("smtp-sink"), *user, "-d", "dump.", *flags, self.address, "100"]
         programs.start(*command, port=port if where == "tcp" else None, log="sink.log")
-        self._until = until
         if where == "unix":
             until(lambda: can_connect(self.directory / "sink"), "smtp-sink listening")
 
@@ -49,7 +49,7 @@ class Sink:
 
         smtp-sink makes a file at MAIL, and removes that of a message that never came when it hears QUIT.
         """
-        self._until(lambda: len(list(self.directory.glob("dump.*"))) == count, f"{count} messages at smtp-sink")
+        until(lambda: len(list(self.directory.glob("dump.*"))) == count, f"{count} messages at smtp-sink")
         return [path.read_text() for path in self.directory.glob("dump.*")]
 
 
@@ -59,7 +59,7 @@ def can_connect(path: Path) -> bool:
 
 
 @pytest.fixture
-def sink(programs: Any, postfix: None) -> Callable[..., Sink]:
+def sink(programs: Programs, postfix: None) -> Callable[..., Sink]:
     return lambda where, *flags: Sink(programs, where, *flags)
 
 
@@ -76,7 +76,7 @@ def front() -> Iterator[Callable[..., RunningServer]]:
 
 @pytest.mark.parametrize("where", ["tcp", "unix"])
 @pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
-def test_it_takes_our_mail(sink: Any, front: Any, where: str, protocol: str) -> None:
+def test_it_takes_our_mail(sink: Callable[..., Sink], front: Callable[..., RunningServer], where: str, protocol: str) -> None:
     hop = sink(where, *(["-L"] if protocol == "lmtp" else []))
     server = front(f"{protocol}:{hop.address}", lmtp=protocol == "lmtp")
     client = smtplib.LMTP if protocol == "lmtp" else smtplib.SMTP
@@ -114,7 +114,7 @@ def test_it_takes_our_mail(sink: Any, front: Any, where: str, protocol: str) -> 
     ids=str,
 )
 def test_its_refusals_and_faults_reach_the_client(
-    sink: Any, front: Any, protocol: str, fault: list[str], reply: tuple[int, bytes]
+    sink: Callable[..., Sink], front: Callable[..., RunningServer], protocol: str, fault: list[str], reply: tuple[int, bytes]
 ) -> None:
     hop = sink("tcp", *fault, *(["-L"] if protocol == "lmtp" else []))
     with smtplib.SMTP("127.0.0.1", front(f"{protocol}:{hop.address}").port, timeout=30) as smtp:
@@ -133,7 +133,9 @@ def last_reply(smtp: smtplib.SMTP) -> tuple[int, bytes]:
     return smtp.data(b"Subject: hi\r\n\r\nhi\r\n")
 
 
-def test_without_esmtp_and_8bitmime_it_is_spoken_to_as_it_can(sink: Any, front: Any) -> None:
+def test_without_esmtp_and_8bitmime_it_is_spoken_to_as_it_can(
+    sink: Callable[..., Sink], front: Callable[..., RunningServer]
+) -> None:
     hop = sink("tcp", "-e", "-8")
     with smtplib.SMTP("127.0.0.1", front(f"smtp:{hop.address}").port, timeout=30) as smtp:
         assert last_reply(smtp)[0] == 250
@@ -144,7 +146,9 @@ def test_without_esmtp_and_8bitmime_it_is_spoken_to_as_it_can(sink: Any, front: 
 
 
 @pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
-def test_many_clients_at_once_lose_and_double_nothing(sink: Any, front: Any, protocol: str) -> None:
+def test_many_clients_at_once_lose_and_double_nothing(
+    sink: Callable[..., Sink], front: Callable[..., RunningServer], protocol: str
+) -> None:
     hop = sink("unix", *(["-L"] if protocol == "lmtp" else []))
     server = front(f"{protocol}:{hop.address}")
     load = ["-s", "20", "-m", "400", "-l", "20000", "-N", f"127.0.0.1:{server.port}"]

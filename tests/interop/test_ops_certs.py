@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import smtplib
 import ssl
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import Fumi, MailContext, Next
 from fumi_core.testing import running
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 
 DEV_CA = Path(__file__).parents[2] / "ops" / "certs" / "dev-ca"
 
 
-def test_openssl_verifies_what_it_makes_for_the_purpose_and_for_no_other(programs: Any) -> None:
+def test_openssl_verifies_what_it_makes_for_the_purpose_and_for_no_other(programs: Programs) -> None:
     programs.run(DEV_CA, "ca", "server", "mx.example.org", "127.0.0.1", "::1", "*.example.net")
     programs.run(DEV_CA, "ca", "client", "joe@example.org")
     verify = ["openssl", "verify", "-x509_strict", "-CAfile", "ca/ca.pem"]
@@ -32,7 +33,7 @@ def test_openssl_verifies_what_it_makes_for_the_purpose_and_for_no_other(program
     programs.run(*verify, "-purpose", "sslclient", server, status=2)
 
 
-def test_the_authority_stays_and_keys_are_the_owners_alone(programs: Any) -> None:
+def test_the_authority_stays_and_keys_are_the_owners_alone(programs: Programs) -> None:
     assert programs.run(DEV_CA, "ca", "server", "one.example") == "ca/one.example.pem\n"
     authority = (programs.directory / "ca" / "ca.pem").read_bytes()
     first = (programs.directory / "ca" / "one.example.pem").read_bytes()
@@ -47,18 +48,19 @@ def test_the_authority_stays_and_keys_are_the_owners_alone(programs: Any) -> Non
     "words", [[], ["ca"], ["ca", "server"], ["ca", "robot", "x"], ["ca", "client", "a", "b"], ["ca", "server", "a;b"],
               ["ca", "server", "../x"], ["ca", "server", "x", "-y"], ["ca", "server", "ca"]]
 )  # fmt: skip
-def test_words_that_make_no_sense_are_refused(words: list[str], programs: Any) -> None:
+def test_words_that_make_no_sense_are_refused(words: list[str], programs: Programs) -> None:
     assert "dev-ca" in programs.run(DEV_CA, *words, status=2)
     assert list(programs.directory.rglob("*.pem")) in ([], [programs.directory / "ca" / "ca.pem"])
 
 
-def test_the_edge_serves_them_and_a_client_with_one_comes_in(programs: Any) -> None:
+def test_the_edge_serves_them_and_a_client_with_one_comes_in(programs: Programs) -> None:
     for words in (["server", "localhost", "127.0.0.1"], ["client", "joe"]):
         programs.run(DEV_CA, "ca", *words)
     app = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2)
     names: list[str | None] = []
 
-    def note(ctx: Any, next: Any) -> Any:
+    def note(ctx: MailContext, next: Next) -> Awaitable[None]:
+        assert ctx.session.tls
         names.append(ctx.session.tls.client_cn)
         return next()
 

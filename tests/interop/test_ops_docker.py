@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def test_what_is_copied_is_all_that_an_installation_needs(tmp_path: Path) -> Non
         else:
             (tmp_path / "source").mkdir(exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / "source" / name)
-    install = ["install", "--quiet", "--no-deps", "--target", tmp_path / "installed", "."]
+    install = ["install", "--quiet", "--no-deps", "--target", str(tmp_path / "installed"), "."]
     subprocess.run([sys.executable, "-m", "pip", *install], cwd=tmp_path / "source", check=True, timeout=600)
     for program in ("fumi-core", "fumi-edge"):
         assert (tmp_path / "installed" / "bin" / program).exists()
@@ -57,15 +58,15 @@ def test_the_image_runs_as_nobody_and_says_what_it_listens_on(compose: dict[str,
     assert all(port >= 1024 for port in EXPOSED)
 
 
-def test_the_health_check_asks_the_program(programs: Any) -> None:
+def test_the_health_check_asks_the_program(programs: Programs) -> None:
     metrics, listen = free_port(), free_port()
     words = [sys.executable, *HEALTHCHECK[1:]]
     assert HEALTHCHECK[0] == "python"
     health = {"HEALTH": f"127.0.0.1:{metrics}"}
-    assert "refused" in programs.run(*words, status=1, **health)
+    assert "refused" in programs.run(*words, status=1, environment=health)
     flags = ["--listen", f"127.0.0.1:{listen}", "--metrics", f"127.0.0.1:{metrics}", "--deliver", "discard:"]
     programs.start(BIN / "fumi-core", *flags, port=metrics)
-    assert programs.run(*words, **health) == ""
+    assert programs.run(*words, environment=health) == ""
 
 
 @pytest.mark.parametrize("name", ["core", "edge"])

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -184,7 +186,7 @@ def test_disruptions_and_the_autoscaler_leave_one_that_serves(objects: Objects) 
     assert metric["pods"]["metric"]["name"] in (KUBERNETES.parent / "grafana" / "fumi.json").read_text()
 
 
-def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Any, certificate: tuple[Path, Path]) -> None:
+def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Programs, certificate: CertificateFiles) -> None:
     """It puts the files into a directory of their own, to which ..data is turned by renaming a link."""
     mount = programs.directory / "certs"
     mount.mkdir()
@@ -192,7 +194,7 @@ def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Any, c
     for name in ("tls.crt", "tls.key"):
         (mount / name).symlink_to(f"..data/{name}")
     port = free_port()
-    flags = ["--cert", mount / "tls.crt", "--key", mount / "tls.key", "--cert-reload-interval", "0.1"]
+    flags = ["--cert", f"{mount}/tls.crt", "--key", f"{mount}/tls.key", "--cert-reload-interval", "0.1"]
     flags += ["--backend", "127.0.0.1:1", "--listen", f"127.0.0.1:{port}"]
     programs.start(BIN / "fumi-edge", *flags, port=port, log="edge.log")
     before = ssl.get_server_certificate(("127.0.0.1", port))

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -51,14 +53,14 @@ class Both(NamedTuple):
 
 
 @pytest.fixture
-def both(programs: Any, certificate: tuple[Path, Path]) -> Both:
+def both(programs: Programs, certificate: CertificateFiles) -> Both:
     core, edge, tls, starttls, behind = (free_port() for _ in range(5))
     password = programs.run(BIN / "fumi-core", "--hash-password", given=b"secret\n").strip()
     (programs.directory / "users").write_text(f"joe:{password}\n")
     flags = ["--listen", f"127.0.0.1:{behind}", "--domain", "example.org", "--users", "users"]
     programs.start(BIN / "fumi-core", *flags, "--metrics", f"127.0.0.1:{core}", port=core, log="core.log")
     flags = ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}", "--backend", f"127.0.0.1:{behind}"]
-    flags += ["--cert", certificate[0], "--key", certificate[1], "--metrics", f"127.0.0.1:{edge}"]
+    flags += ["--cert", str(certificate[0]), "--key", str(certificate[1]), "--metrics", f"127.0.0.1:{edge}"]
     programs.start(BIN / "fumi-edge", *flags, port=edge, log="edge.log")
     return Both(tls, starttls, f"127.0.0.1:{edge}", f"127.0.0.1:{core}")
 
@@ -154,7 +156,7 @@ def test_the_dashboard_can_be_imported_and_nothing_on_it_overlaps() -> None:
         assert used <= variables | {"__rate_interval", "labels", "value"}, panel["title"]
 
 
-def test_promtool_finds_nothing_wrong(programs: Any, tmp_path: Path) -> None:
+def test_promtool_finds_nothing_wrong(programs: Programs, tmp_path: Path) -> None:
     for file in ("prometheus/prometheus.yml", "docker/prometheus.yml"):
         directory = tmp_path / file.partition("/")[0]
         directory.mkdir()
@@ -169,14 +171,14 @@ def test_promtool_finds_nothing_wrong(programs: Any, tmp_path: Path) -> None:
     assert f"{len(lines)} rules found" in programs.run("promtool", "check", "rules", tmp_path / "panels.yml")
 
 
-def test_promtool_finds_nothing_wrong_with_what_is_served(both: Both, certificate: tuple[Path, Path], programs: Any) -> None:
+def test_promtool_finds_nothing_wrong_with_what_is_served(both: Both, certificate: CertificateFiles, programs: Programs) -> None:
     send_known_mail(both, certificate[0])
     for address in (both.edge, both.core):
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
             assert programs.run("promtool", "check", "metrics", given=answer.read()) == ""
 
 
-def test_every_alert_comes_when_it_should_and_stays_away_when_not(programs: Any) -> None:
+def test_every_alert_comes_when_it_should_and_stays_away_when_not(programs: Programs) -> None:
     text = (OPS / "prometheus" / "rules_test.yml").read_text()
     for alert in ALERTS:
         cases = re.findall(rf"alertname: {alert}\n +exp_alerts:( \[\])?", text)
@@ -185,7 +187,7 @@ def test_every_alert_comes_when_it_should_and_stays_away_when_not(programs: Any)
     assert "SUCCESS" in programs.run("promtool", "test", "rules", OPS / "prometheus" / "rules_test.yml")
 
 
-def test_a_threshold_that_is_moved_fails_the_tests_of_its_alert(programs: Any, tmp_path: Path) -> None:
+def test_a_threshold_that_is_moved_fails_the_tests_of_its_alert(programs: Programs, tmp_path: Path) -> None:
     for before, after in (("0.8 * scalar", "0.7 * scalar"), ("< 3 * 86400", "< 1 * 86400"), ('code=~"4.."', 'code=~"42."')):
         assert before in RULES
         (tmp_path / "rules.yml").write_text(RULES.replace(before, after))
@@ -219,7 +221,7 @@ class Prometheus:
 
 
 @pytest.fixture
-def prometheus(programs: Any, both: Both) -> Prometheus:
+def prometheus(programs: Programs, both: Both) -> Prometheus:
     """A real one, by the configuration in ops/ but for ports and intervals, that has scraped both programs."""
     text = (OPS / "prometheus" / "prometheus.yml").read_text().replace("15s", "1s")
     text = text.replace("127.0.0.1:9465", both.edge).replace("127.0.0.1:9525", both.core)
@@ -276,7 +278,7 @@ def raw(port: int, *pieces: bytes) -> str:
 
 
 def test_prometheus_says_what_was_sent(
-    both: Both, prometheus: Prometheus, programs: Any, certificate: tuple[Path, Path], until_scraped: Callable[..., None]
+    both: Both, prometheus: Prometheus, programs: Programs, certificate: CertificateFiles, until_scraped: Callable[..., None]
 ) -> None:
     send_known_mail(both, certificate[0])
     until(lambda: "fumi_edge_session_seconds_count 10.0\n" in both.read(), "the end of all connections")
@@ -325,7 +327,7 @@ def test_prometheus_says_what_was_sent(
 
 
 @pytest.fixture
-def until_scraped(programs: Any) -> Callable[[Prometheus, float], None]:
+def until_scraped(programs: Programs) -> Callable[[Prometheus, float], None]:
     """Waits until Prometheus has from both programs what they served after that time."""
 
     def wait(prometheus: Prometheus, after: float) -> None:

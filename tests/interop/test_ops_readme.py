@@ -14,11 +14,12 @@ import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -49,7 +50,7 @@ def test_every_alert_says_what_to_do_and_nothing_else_does() -> None:
     assert sorted(told) == sorted(re.findall(r"- alert: (\w+)", RULES))
 
 
-def test_what_it_names_is_there(programs: Any) -> None:
+def test_what_it_names_is_there(programs: Programs) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / "ops" / link).exists(), link
     # But for what an operator puts there.
@@ -64,7 +65,7 @@ def test_what_it_names_is_there(programs: Any) -> None:
 
 
 @pytest.fixture
-def host(programs: Any) -> Callable[[str], str]:
+def host(programs: Programs) -> Callable[[str], str]:
     """Runs commands as root would on a host of its own: under another /etc, where systemctl only says what it was told."""
     root = programs.directory / "root"
     tools = programs.directory / "tools"
@@ -81,12 +82,12 @@ def host(programs: Any) -> Callable[[str], str]:
         text = re.sub(r"(?<![\w.])/(?=(?:etc|run|opt)/)", f"{root}/", text)
         text = re.sub(r" -[og] [\w-]+" if os.getuid() != 0 else r" -g [\w-]+", "", text)
         environment = {"PATH": f"{tools}:{os.environ['PATH']}", "FUMI_CERTS": f"{root}/etc/fumi/certs"}
-        return str(programs.run("sh", "-euc", text, given=given, **environment))
+        return programs.run("sh", "-euc", text, given=given, environment=environment)
 
     return run
 
 
-def lineage(programs: Any, certificate: tuple[Path, Path]) -> Path:
+def lineage(programs: Programs, certificate: CertificateFiles) -> Path:
     """What certbot keeps of a certificate."""
     live: Path = programs.directory / "root" / "etc" / "letsencrypt" / "live" / "mx.example.org"
     live.mkdir(parents=True)
@@ -96,7 +97,7 @@ def lineage(programs: Any, certificate: tuple[Path, Path]) -> Path:
 
 
 def test_the_installation_puts_everything_where_the_units_look(
-    host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]
+    host: Callable[[str], str], programs: Programs, certificate: CertificateFiles
 ) -> None:
     assert host(PROGRAMS) == "pip install .\n"
     assert host(INSTALL) == "systemd-sysusers\n"
@@ -126,7 +127,7 @@ def test_the_commands_that_look_at_things_find_them(host: Callable[[str], str]) 
         assert "nf_conntrack" in name or Path("/proc/sys", *name.split(".")).exists(), name
 
 
-def settings(programs: Any, *more: tuple[str, str]) -> Path:
+def settings(programs: Programs, *more: tuple[str, str]) -> Path:
     """Where the settings that were installed are, for this host under another /etc."""
     root = programs.directory / "root"
     path: Path = root / "etc" / "fumi" / "fumi.toml"
@@ -145,14 +146,14 @@ def settings(programs: Any, *more: tuple[str, str]) -> Path:
 
 
 def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_from(
-    host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]
+    host: Callable[[str], str], programs: Programs, certificate: CertificateFiles
 ) -> None:
     host(PROGRAMS + INSTALL)
     lineage(programs, certificate)
     host(START)
     opt, current = programs.directory / "root" / "opt", programs.directory / "root" / "opt" / "fumi"
     first = current.readlink()
-    core = ["--config", settings(programs), "--listen", f"unix:{programs.directory}/root/run/fumi-core.socket"]
+    core: list[str | Path] = ["--config", settings(programs), "--listen", f"unix:{programs.directory}/root/run/fumi-core.socket"]
     programs.start(current / "bin" / "fumi-core", *core, log="core.log")
     until(lambda: "listening" in (programs.directory / "core.log").read_text(), "the core")
     restart = "systemctl restart fumi-core fumi-edge"
@@ -168,7 +169,7 @@ def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_fr
     assert current.readlink() == first
 
 
-def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[..., str], programs: Any) -> None:
+def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[..., str], programs: Programs) -> None:
     host(PROGRAMS + INSTALL)
     assert host(USERS, given=b"secret\n") == "systemctl reload fumi-core\n"
     users = programs.directory / "root" / "etc" / "fumi" / "users"
@@ -184,7 +185,7 @@ def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[.
     assert "configuration OK" in programs.run(BIN / "fumi-core", "--config", path, "--check")
 
 
-def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]) -> None:
+def test_one_host_becomes_two(host: Callable[[str], str], programs: Programs, certificate: CertificateFiles) -> None:
     host(PROGRAMS + INSTALL)
     lineage(programs, certificate)
     host(START)
@@ -205,7 +206,7 @@ def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certifi
     network.write_text(text.replace("FreeBind", "FreeeBind"))
     assert "FreeeBind" in programs.run("systemd-analyze", "verify", "--man=no", service, units / "fumi-core.socket")
     (listen,) = re.findall("^ListenStream=(.+)", text, re.MULTILINE)
-    core = ["--config", settings(programs), "--listen", listen]
+    core: list[str | Path] = ["--config", settings(programs), "--listen", listen]
     programs.start(BIN / "fumi-core", *core, port=port, log="core.log")
     said = host(here(EDGE_HOST))
     assert said.splitlines() == [
@@ -216,7 +217,7 @@ def test_one_host_becomes_two(host: Callable[[str], str], programs: Any, certifi
     assert f'backend = ["127.0.0.1:{port}"]' in (units.parents[1] / "fumi" / "fumi.toml").read_text()
 
 
-def test_the_journal_is_asked_and_told_what_it_understands(host: Callable[[str], str], programs: Any) -> None:
+def test_the_journal_is_asked_and_told_what_it_understands(host: Callable[[str], str], programs: Programs) -> None:
     assert host(JOURNAL).count("journalctl -u ") == len(JOURNAL.splitlines())
     for flag in set(re.findall(r" (--?[a-z]+)", JOURNAL)):
         assert re.search(rf"(?<!\S){flag}\b", programs.run("journalctl", "--help")), flag
@@ -229,7 +230,7 @@ def test_the_journal_is_asked_and_told_what_it_understands(host: Callable[[str],
 
 
 def test_the_composition_finds_its_domain_and_its_certificate(
-    host: Callable[[str], str], programs: Any, certificate: tuple[Path, Path]
+    host: Callable[[str], str], programs: Programs, certificate: CertificateFiles
 ) -> None:
     live = lineage(programs, certificate)
     assert host(COMPOSE) == "docker compose -f ops/docker/compose.yml up --build --detach\n"
@@ -243,7 +244,7 @@ def test_the_composition_finds_its_domain_and_its_certificate(
         assert {path.stat().st_uid for path in (docker / "certs", file)} == {10001}
 
 
-def test_the_job_is_named_as_the_alerts_know_it(programs: Any) -> None:
+def test_the_job_is_named_as_the_alerts_know_it(programs: Programs) -> None:
     (relabelling,) = (text for text in YAML if "relabel_configs" in text)
     # Debian's Prometheus knows no Kubernetes; relabelling is the same everywhere.
     config = f"scrape_configs:\n- job_name: pods\n{textwrap.indent(relabelling, '  ')}"
@@ -265,7 +266,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def start_edge(programs: Any, listener: socket.socket, certificate: tuple[Path, Path]) -> Iterator[Start]:
+def start_edge(programs: Programs, listener: socket.socket, certificate: CertificateFiles) -> Iterator[Start]:
     """Starts edges on that socket, as an upgrade does: each ready when this returns."""
     core = free_port()
     programs.start(BIN / "fumi-core", "--listen", f"127.0.0.1:{core}", port=core, log="core.log")
@@ -298,7 +299,7 @@ def send(smtp: smtplib.SMTP) -> None:
 
 
 def test_a_restart_loses_neither_who_is_connected_nor_who_comes_meanwhile(
-    start_edge: Start, listener: socket.socket, certificate: tuple[Path, Path]
+    start_edge: Start, listener: socket.socket, certificate: CertificateFiles
 ) -> None:
     first = start_edge()
     connected = connect(listener, certificate[0])
@@ -316,7 +317,7 @@ def test_a_restart_loses_neither_who_is_connected_nor_who_comes_meanwhile(
 
 
 def test_a_second_edge_serves_the_same_socket_while_the_first_drains(
-    start_edge: Start, listener: socket.socket, certificate: tuple[Path, Path]
+    start_edge: Start, listener: socket.socket, certificate: CertificateFiles
 ) -> None:
     first = start_edge()
     connected = connect(listener, certificate[0])

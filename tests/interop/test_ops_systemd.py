@@ -9,7 +9,6 @@ import signal
 import smtplib
 import ssl
 import stat
-import subprocess
 from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -51,7 +52,7 @@ EDGE_SOCKETS = sorted(name for name in UNITS if name.startswith("fumi-edge-"))
 
 
 @pytest.fixture
-def directory(programs: Any) -> Path:
+def directory(programs: Programs) -> Path:
     """The units as they would be installed, but with the programs from here."""
     for path in SYSTEMD.iterdir():
         text = path.read_text().replace("/opt/fumi/bin", str(BIN))
@@ -59,24 +60,24 @@ def directory(programs: Any) -> Path:
     return Path(programs.directory)
 
 
-def test_systemd_finds_nothing_wrong_with_the_units(directory: Path, programs: Any) -> None:
+def test_systemd_finds_nothing_wrong_with_the_units(directory: Path, programs: Programs) -> None:
     said = programs.run("systemd-analyze", "verify", "--man=no", *(directory / name for name in UNITS))
     assert [line for line in said.splitlines() if "fumi" in line] == []
 
 
-def test_systemd_would_have_complained(directory: Path, programs: Any) -> None:
+def test_systemd_would_have_complained(directory: Path, programs: Programs) -> None:
     unit = directory / "fumi-core.service"
     unit.write_text(unit.read_text().replace("WatchdogSec=", "WatchdogSeconds="))
     assert "fumi-core.service" in programs.run("systemd-analyze", "verify", "--man=no", unit)
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_exposure_is_below_two(name: str, directory: Path, programs: Any) -> None:
+def test_exposure_is_below_two(name: str, directory: Path, programs: Programs) -> None:
     said = programs.run("systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", directory / name)
     assert float(re.search(r"exposure level for \S+ ([0-9.]+)", said)[1]) < 2.0  # type: ignore[index]
 
 
-def test_sysusers_makes_the_users_that_the_units_run_as(programs: Any) -> None:
+def test_sysusers_makes_the_users_that_the_units_run_as(programs: Programs) -> None:
     root = programs.directory / "root"
     (root / "etc").mkdir(parents=True)
     programs.run("systemd-sysusers", f"--root={root}", SYSTEMD / "fumi.sysusers")
@@ -114,21 +115,19 @@ def command(service: str, directory: Path) -> list[str]:
 class Service:
     """A unit that runs: started when somebody connects, by systemd's own systemd-socket-activate."""
 
-    def __init__(self, programs: Any, service: str, sockets: dict[str, str]) -> None:
+    def __init__(self, programs: Programs, service: str, sockets: dict[str, str]) -> None:
         """``sockets``: by FileDescriptorName, what to listen on."""
         words = command(service, programs.directory)
         words[0] = str(BIN / Path(words[0]).name)
         listen = [word for address in sockets.values() for word in ("-l", address)]
         log = service.replace(".service", ".log")
         self.log: Path = programs.directory / log
-        self.process: subprocess.Popen[bytes] = programs.start(
-            "systemd-socket-activate", *listen, f"--fdname={':'.join(sockets)}", *words, log=log
-        )
+        self.process = programs.start("systemd-socket-activate", *listen, f"--fdname={':'.join(sockets)}", *words, log=log)
         until(lambda: f"Listening on {[*sockets.values()][-1]}" in self.log.read_text(), f"the sockets of {service}")
 
 
 @pytest.fixture
-def running(programs: Any, directory: Path, certificate: tuple[Path, Path]) -> tuple[dict[str, int], Service, Service]:
+def running(programs: Programs, directory: Path, certificate: CertificateFiles) -> tuple[dict[str, int], Service, Service]:
     """Both units on free ports, each known by its FileDescriptorName; the certificate was put there by the hook."""
     (directory / "certs").mkdir()
     deploy(programs, *certificate, stop=False)
@@ -145,7 +144,7 @@ def running(programs: Any, directory: Path, certificate: tuple[Path, Path]) -> t
     return ports, core, edge
 
 
-def deploy(programs: Any, cert: Path, key: Path, reload: int | None = None, stop: bool = True) -> str:
+def deploy(programs: Programs, cert: Path, key: Path, reload: int | None = None, stop: bool = True) -> str:
     """Renew, as certbot would, with a systemctl that does what it does to a unit of this process."""
     lineage = programs.directory / "live" / "localhost"
     lineage.mkdir(parents=True, exist_ok=True)
@@ -157,10 +156,12 @@ def deploy(programs: Any, cert: Path, key: Path, reload: int | None = None, stop
     (tools / "systemctl").chmod(0o755)
     environment = {"RENEWED_LINEAGE": str(lineage), "FUMI_CERTS": str(programs.directory / "certs")}
     environment |= {"FUMI_USER": str(os.getuid()), "PATH": f"{tools}:{os.environ['PATH']}"}
-    return str(programs.run(HOOK, **environment))
+    return programs.run(HOOK, environment=environment)
 
 
-def test_mail_comes_in_by_every_socket(running: Any, certificate: tuple[Path, Path], directory: Path, programs: Any) -> None:
+def test_mail_comes_in_by_every_socket(
+    running: tuple[dict[str, int], Service, Service], certificate: CertificateFiles, directory: Path, programs: Programs
+) -> None:
     ports, core, edge = running
     context = ssl.create_default_context(cafile=str(certificate[0]))
     with smtplib.SMTP_SSL("127.0.0.1", ports["submissions"], context=context) as smtp:
@@ -179,7 +180,7 @@ def test_mail_comes_in_by_every_socket(running: Any, certificate: tuple[Path, Pa
 
 
 def test_the_hook_has_a_renewed_certificate_taken_into_service(
-    running: Any, certificate: tuple[Path, Path], directory: Path, programs: Any
+    running: tuple[dict[str, int], Service, Service], certificate: CertificateFiles, directory: Path, programs: Programs
 ) -> None:
     ports, _, edge = running
     address = ("127.0.0.1", ports["submissions"])
@@ -195,5 +196,5 @@ def test_the_hook_has_a_renewed_certificate_taken_into_service(
     assert file.read_bytes() == new[0].read_bytes() + new[1].read_bytes()
 
 
-def test_the_hook_says_what_it_wants_when_somebody_else_runs_it(programs: Any) -> None:
+def test_the_hook_says_what_it_wants_when_somebody_else_runs_it(programs: Programs) -> None:
     assert "RENEWED_LINEAGE" in programs.run("env", "-u", "RENEWED_LINEAGE", HOOK, status=2)

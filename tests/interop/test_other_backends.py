@@ -7,13 +7,13 @@ import smtplib
 import socket
 import ssl
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.bench import environment
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -27,7 +27,7 @@ threading.Event().wait()
 """
 
 
-def smtp_sink(programs: Any, *flags: str) -> int:
+def smtp_sink(programs: Programs, *flags: str) -> int:
     """Postfix's sink, which keeps each message in a file of mails/; root has to say that it wants to stay root."""
     environment.INSTALLED.mkdir(exist_ok=True)
     environment.install_postfix()
@@ -40,7 +40,7 @@ def smtp_sink(programs: Any, *flags: str) -> int:
     return port
 
 
-def aiosmtpd(programs: Any, *flags: str) -> int:
+def aiosmtpd(programs: Programs, *flags: str) -> int:
     environment.INSTALLED.mkdir(exist_ok=True)
     environment.install_aiosmtpd()
     port: int = free_port()
@@ -50,17 +50,18 @@ def aiosmtpd(programs: Any, *flags: str) -> int:
     return port
 
 
-def delivered(programs: Any) -> list[bytes]:
+def delivered(programs: Programs) -> list[bytes]:
     return [path.read_bytes() for path in (programs.directory / "mails").rglob("*") if path.is_file()]
 
 
 @pytest.fixture
-def edge(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., tuple[int, int]]:
+def edge(programs: Programs, certificate: CertificateFiles) -> Callable[..., tuple[int, int]]:
     """fumi-edge in front of a port; the ports of TLS and STARTTLS."""
 
     def start(behind: int, *flags: str) -> tuple[int, int]:
         tls, starttls = free_port(), free_port()
-        files = ["--cert", certificate[0], "--key", certificate[1], "--backend", f"127.0.0.1:{behind}", "--proxy-protocol", "off"]
+        pair = ["--cert", str(certificate[0]), "--key", str(certificate[1])]
+        files = [*pair, "--backend", f"127.0.0.1:{behind}", "--proxy-protocol", "off"]
         ports = ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}", "--health-interval", "0.2"]
         programs.start(BIN / "fumi-edge", *files, *ports, *flags, port=starttls, log="edge.log")
         return tls, starttls
@@ -70,7 +71,7 @@ def edge(programs: Any, certificate: tuple[Path, Path]) -> Callable[..., tuple[i
 
 @pytest.mark.parametrize("server", [smtp_sink, aiosmtpd], ids=["smtp-sink", "aiosmtpd"])
 def test_mail_comes_through_by_tls_and_by_starttls(
-    server: Callable[..., int], edge: Any, programs: Any, certificate: tuple[Path, Path]
+    server: Callable[..., int], edge: Callable[..., tuple[int, int]], programs: Programs, certificate: CertificateFiles
 ) -> None:
     tls, starttls = edge(server(programs))
     context = ssl.create_default_context(cafile=str(certificate[0]))
@@ -93,7 +94,7 @@ def test_mail_comes_through_by_tls_and_by_starttls(
     assert "backend down" not in (programs.directory / "edge.log").read_text()
 
 
-def test_a_sink_that_turns_everybody_away_is_heard(edge: Any, programs: Any) -> None:
+def test_a_sink_that_turns_everybody_away_is_heard(edge: Callable[..., tuple[int, int]], programs: Programs) -> None:
     """Its banner is a hard error; the checks call it down, and the client still hears it in its own words."""
     _, starttls = edge(smtp_sink(programs, "-f", "connect"))
     until(lambda: "backend down" in (programs.directory / "edge.log").read_text(), "the verdict")

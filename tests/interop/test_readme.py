@@ -7,16 +7,18 @@ import re
 import shutil
 import signal
 import smtplib
+import socket
 import ssl
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import alone, free_port
-from tests.support.programs import listening
+from tests.support.programs import Programs, listening
 from tests.support.readme import PATH, ROOT, blocks, other_ports, sh
 from tests.support.starter import BIN
 from tests.support.waiting import until
@@ -28,7 +30,7 @@ DEV = (4650, 5870, 9465)
 RUN, SWAKS, INSTALL, CORE, EDGE, USERS, SUBMIT_CORE, SUBMIT_EDGE, CAT, HAPROXY, STUNNEL_CORE, STUNNEL, MINE, TEST = SHELL
 
 
-def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Any) -> None:
+def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Programs) -> None:
     # A copy, as a clone would be: without .venv, and so that ./maildir is made there.
     checkout = programs.directory / "fumi"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -58,7 +60,7 @@ def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
     assert "[smtps]" in said
 
 
-def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certificate: tuple[Path, Path]) -> None:
+def test_the_two_programs_run_and_the_file_says_the_same(programs: Programs, certificate: CertificateFiles) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
     ports = {port: free_port() for port in ("2525", "9525", "25", "9465", "587")}
@@ -81,10 +83,10 @@ def test_the_two_programs_run_and_the_file_says_the_same(programs: Any, certific
         sh(f"fumi-{program} --config {program}.toml --check", programs.directory)
 
 
-def test_users_hand_in_their_mail_and_nobody_else_does(programs: Any, certificate: tuple[Path, Path]) -> None:
+def test_users_hand_in_their_mail_and_nobody_else_does(programs: Programs, certificate: CertificateFiles) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
-    said = programs.run("sh", "-euc", USERS, given=b"secret\n", PATH=PATH)
+    said = programs.run("sh", "-euc", USERS, given=b"secret\n", environment={"PATH": PATH})
     assert (said, stat.S_IMODE((programs.directory / "users").stat().st_mode)) == ("", 0o600)
     ports = {port: free_port() for port in ("2587", "10025", "465", "587")}
     core, edge = other_ports(SUBMIT_CORE, ports), other_ports(SUBMIT_EDGE, ports)
@@ -107,7 +109,7 @@ def test_users_hand_in_their_mail_and_nobody_else_does(programs: Any, certificat
     assert len(list((programs.directory / "queue" / "new").iterdir())) == 2
 
 
-def test_the_certificates_that_it_names_are_taken(programs: Any, certificate: tuple[Path, Path]) -> None:
+def test_the_certificates_that_it_names_are_taken(programs: Programs, certificate: CertificateFiles) -> None:
     text = (ROOT / "README.md").read_text()
     (make,) = re.findall(r"`(ops/certs/dev-ca [^`]+)`", text)
     (dev, letsencrypt) = re.findall(r"`(--cert [/a-z]\S+)`", text)[::-1]
@@ -125,7 +127,7 @@ def test_the_certificates_that_it_names_are_taken(programs: Any, certificate: tu
 
 
 @pytest.mark.parametrize("other", [HAPROXY, STUNNEL], ids=["haproxy", "stunnel"])
-def test_another_program_terminates_tls(programs: Any, certificate: tuple[Path, Path], other: str) -> None:
+def test_another_program_terminates_tls(programs: Programs, certificate: CertificateFiles, other: str) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
     for name in ("haproxy", "stunnel"):
@@ -143,13 +145,13 @@ def test_another_program_terminates_tls(programs: Any, certificate: tuple[Path, 
     assert len(list((programs.directory / "inbox" / "new").iterdir())) == 1
 
 
-def test_the_server_of_ones_own_runs(programs: Any) -> None:
+def test_the_server_of_ones_own_runs(programs: Programs) -> None:
     (source,) = (text for kind, text in BLOCKS if kind == "python")
     (programs.directory / "mine.py").write_text(source)
     port = free_port()
     programs.start("sh", "-c", f"PATH={PATH} PYTHONUNBUFFERED=1 exec {MINE.strip()} --listen 127.0.0.1:{port}", port=port)
     with smtplib.SMTP() as smtp:
-        smtp._get_socket = _with_header(smtp._get_socket)  # type: ignore[method-assign, attr-defined]
+        smtp._get_socket = _with_header(smtp._get_socket)  # type: ignore[attr-defined]
         smtp.connect("127.0.0.1", port)
         smtp.ehlo()
         smtp.mail("a@example.com")
@@ -159,8 +161,8 @@ def test_the_server_of_ones_own_runs(programs: Any) -> None:
     until(lambda: "192.0.2.1 None b'hi" in (programs.directory / "log").read_text(), "what it prints")
 
 
-def _with_header(connect: Any) -> Any:
-    def connected(*arguments: Any) -> Any:
+def _with_header(connect: Callable[..., socket.socket]) -> Callable[..., socket.socket]:
+    def connected(*arguments: object) -> socket.socket:
         sock = connect(*arguments)
         sock.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
         return sock

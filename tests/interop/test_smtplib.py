@@ -10,20 +10,26 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from email.message import EmailMessage
-from typing import Any
 
 import pytest
+
+from fumi_core.testing import RunningServer
+from tests.interop.starting import StartCore
+from tests.support.programs import Programs
 
 TEXT = "Subject: hi\r\n\r\nhi\r\n"
 
 
+Connect = Callable[[RunningServer], smtplib.SMTP]
+
+
 @pytest.fixture
-def connect() -> Iterator[Callable[[Any], smtplib.SMTP]]:
+def connect() -> Iterator[Connect]:
     with ExitStack() as clients:
         yield lambda server: clients.enter_context(smtplib.SMTP("127.0.0.1", server.port, "client.example", timeout=240))
 
 
-def test_it_reads_the_extensions(core: Any, connect: Any) -> None:
+def test_it_reads_the_extensions(core: StartCore, connect: Connect) -> None:
     smtp = connect(core(size=1_000_000))
     assert smtp.ehlo()[0] == 250
     assert smtp.esmtp_features == {
@@ -43,7 +49,7 @@ def test_it_reads_the_extensions(core: Any, connect: Any) -> None:
 @pytest.mark.parametrize("password", ["secret", "wrong"])
 @pytest.mark.parametrize("initial", [True, False])
 @pytest.mark.parametrize("method", ["PLAIN", "LOGIN", "CRAM-MD5"])
-def test_it_authenticates(core: Any, connect: Any, method: str, initial: bool, password: str) -> None:
+def test_it_authenticates(core: StartCore, connect: Connect, method: str, initial: bool, password: str) -> None:
     server = core(auth_optional=False)
     smtp = connect(server)
     smtp.ehlo()
@@ -60,7 +66,7 @@ def test_it_authenticates(core: Any, connect: Any, method: str, initial: bool, p
         assert server.messages[0].session.user == "joe"
 
 
-def test_login_tries_the_methods_in_turn(core: Any, connect: Any) -> None:
+def test_login_tries_the_methods_in_turn(core: StartCore, connect: Connect) -> None:
     server = core(auth_optional=False)
     smtp = connect(server)
     with pytest.raises(smtplib.SMTPAuthenticationError):
@@ -70,7 +76,7 @@ def test_login_tries_the_methods_in_turn(core: Any, connect: Any) -> None:
     assert smtp.login("joe", "secret") == (235, b"2.7.0 Authentication successful")
 
 
-def test_xoauth2_by_its_auth_method(core: Any, connect: Any) -> None:
+def test_it_authenticates_with_xoauth2_by_its_auth_method(core: StartCore, connect: Connect) -> None:
     smtp = connect(core(auth_optional=False))
     smtp.ehlo()
 
@@ -84,12 +90,12 @@ def test_xoauth2_by_its_auth_method(core: Any, connect: Any) -> None:
     assert smtp.auth("XOAUTH2", bearer("token"))[0] == 235
 
 
-def test_without_auth_on_offer_it_says_so(core: Any, connect: Any) -> None:
+def test_without_auth_on_offer_it_says_so(core: StartCore, connect: Connect) -> None:
     with pytest.raises(smtplib.SMTPNotSupportedError, match="AUTH"):
         connect(core(allow_insecure_auth=False)).login("joe", "secret")
 
 
-def test_send_message_uses_smtputf8_where_an_address_needs_it(core: Any, connect: Any) -> None:
+def test_send_message_uses_smtputf8_where_an_address_needs_it(core: StartCore, connect: Connect) -> None:
     server = core()
     message = EmailMessage()
     message["From"], message["To"], message["Subject"] = "jörg@b.example", "δοκιμή@παράδειγμα.example", "Grüße"
@@ -98,20 +104,21 @@ def test_send_message_uses_smtputf8_where_an_address_needs_it(core: Any, connect
     assert smtp.send_message(message) == {}
     (got,) = server.messages
     assert (got.envelope.smtputf8, got.envelope.body) == (True, "8BITMIME")
+    assert got.envelope.mail_from
     assert got.envelope.mail_from.address == "jörg@b.example"
     assert got.envelope.rcpt_to[0].address == "δοκιμή@παράδειγμα.example"
     parsed = email.message_from_bytes(got.body, policy=email.policy.default)
     assert (parsed["To"], parsed["Subject"], parsed.get_content()) == (message["To"], "Grüße", "Grüße\r\n.\r\n")
 
 
-def test_it_does_not_send_such_a_message_where_that_is_hidden(core: Any, connect: Any) -> None:
+def test_it_does_not_send_such_a_message_where_that_is_hidden(core: StartCore, connect: Connect) -> None:
     message = EmailMessage()
     message["From"], message["To"] = "jörg@b.example", "c@d.example"
     with pytest.raises(smtplib.SMTPNotSupportedError):
         connect(core(hide_smtputf8=True)).send_message(message)
 
 
-def test_options_of_mail_and_rcpt_arrive(core: Any, connect: Any) -> None:
+def test_options_of_mail_and_rcpt_arrive(core: StartCore, connect: Connect) -> None:
     server = core()
     options = ["BODY=8BITMIME", "RET=HDRS", "ENVID=a+2Bb"]
     connect(server).sendmail("a@b.example", ["c@d.example"], TEXT, options, ["NOTIFY=NEVER"])
@@ -120,14 +127,14 @@ def test_options_of_mail_and_rcpt_arrive(core: Any, connect: Any) -> None:
     assert envelope.rcpt_to[0].args == {"NOTIFY": "NEVER"}
 
 
-def test_refused_recipients_are_told_apart(core: Any, connect: Any) -> None:
+def test_refused_recipients_are_told_apart(core: StartCore, connect: Connect) -> None:
     server = core()
     refused = connect(server).sendmail("a@b.example", ["nobody@d.example", "c@d.example"], TEXT)
     assert refused == {"nobody@d.example": (550, b"5.1.1 No such user")}
     assert [each.address for each in server.messages[0].envelope.rcpt_to] == ["c@d.example"]
 
 
-def test_after_a_refused_message_the_connection_serves_on(core: Any, connect: Any) -> None:
+def test_after_a_refused_message_the_connection_serves_on(core: StartCore, connect: Connect) -> None:
     server = core()
     smtp = connect(server)
     for _ in range(3):
@@ -137,7 +144,7 @@ def test_after_a_refused_message_the_connection_serves_on(core: Any, connect: An
     assert len(server.messages) == 3
 
 
-def test_rset_forgets_the_transaction_and_quit_ends_the_session(core: Any, connect: Any) -> None:
+def test_rset_forgets_the_transaction_and_quit_ends_the_session(core: StartCore, connect: Connect) -> None:
     smtp = connect(core())
     smtp.ehlo()
     assert smtp.mail("a@b.example")[0] == 250
@@ -153,14 +160,14 @@ def test_rset_forgets_the_transaction_and_quit_ends_the_session(core: Any, conne
         smtp.noop()
 
 
-def test_questions_are_answered(core: Any, connect: Any) -> None:
+def test_questions_are_answered(core: StartCore, connect: Connect) -> None:
     smtp = connect(core())
     assert smtp.verify("joe")[0] == 252
     assert smtp.expn("friends")[0] == 252
     assert b"RFC 5321" in smtp.help()
 
 
-def test_a_large_message_arrives_byte_for_byte(core: Any, connect: Any) -> None:
+def test_a_large_message_arrives_byte_for_byte(core: StartCore, connect: Connect) -> None:
     server = core()
     lines = b64encode(random.Random(3).randbytes(20_000_000)).decode()
     text = "\r\n".join(["Subject: large", "", *(lines[at : at + 76] for at in range(0, len(lines), 76)), ".", ""])
@@ -168,7 +175,7 @@ def test_a_large_message_arrives_byte_for_byte(core: Any, connect: Any) -> None:
     assert server.messages[0].body == text.encode()
 
 
-def test_a_message_over_the_size_is_refused_before_it_is_sent(core: Any, connect: Any) -> None:
+def test_a_message_over_the_size_is_refused_before_it_is_sent(core: StartCore, connect: Connect) -> None:
     server = core(size=1000)
     smtp = connect(server)
     with pytest.raises(smtplib.SMTPSenderRefused) as refusal:
@@ -178,7 +185,7 @@ def test_a_message_over_the_size_is_refused_before_it_is_sent(core: Any, connect
 
 
 @pytest.mark.parametrize("over", ["a Unix socket", "TCP"])
-def test_lmtp(core: Any, programs: Any, over: str) -> None:
+def test_lmtp_takes_mail_and_refuses_an_unknown_recipient(core: StartCore, programs: Programs, over: str) -> None:
     server = core(lmtp=True)
     path = str(programs.directory / "core.sock")
     server.run(lambda: server.app.listen(path=path))

@@ -6,13 +6,13 @@ import smtplib
 import ssl
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.browser import Page, browser
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
-from tests.support.programs import listening
+from tests.support.programs import Programs, listening
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -51,11 +51,20 @@ OVERFLOW = """
 
 
 @pytest.fixture
-def status(programs, certificate):
+def status(programs: Programs, certificate: CertificateFiles) -> tuple[str, Callable[[int], None]]:
     """An edge at work, with one backend up and one down; gives its page's address and a way to send a message."""
     core, tls, starttls, metrics = (free_port() for _ in range(4))
     programs.start(BIN / "fumi-core", "--listen", f"127.0.0.1:{core}", "--deliver", "discard:", port=core)
-    flags = ["--cert", certificate[0], "--key", certificate[1], "--metrics", f"127.0.0.1:{metrics}", "--max-clients", "100"]
+    flags = [
+        "--cert",
+        str(certificate[0]),
+        "--key",
+        str(certificate[1]),
+        "--metrics",
+        f"127.0.0.1:{metrics}",
+        "--max-clients",
+        "100",
+    ]
     flags += ["--backend", f"127.0.0.1:{core}", "--backend", "unix:" + str(programs.directory / ("no-such-socket" * 3))]
     flags += ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}"]
     programs.start(BIN / "fumi-edge", *flags, port=metrics)
@@ -98,7 +107,7 @@ def ground(page: Page, scheme: str) -> str:
 
 
 def test_it_refreshes_by_itself_and_needs_no_script(
-    status: tuple[str, Callable[[int], None]], programs: Any, tmp_path: Path
+    status: tuple[str, Callable[[int], None]], programs: Programs, tmp_path: Path
 ) -> None:
     address, send = status
     with browser(tmp_path / "profile") as page:

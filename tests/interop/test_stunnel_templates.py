@@ -11,13 +11,14 @@ import smtplib
 import ssl
 import stat
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.interop.starting import ClientCertificate, StartFumiCore, StartStunnel
+from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
@@ -25,12 +26,11 @@ DIRECTORY = Path(__file__).parents[2] / "stunnel"
 FILES = sorted(path.name for path in DIRECTORY.glob("*.conf"))
 README = (DIRECTORY / "README.md").read_text()
 
-Start = Callable[..., Any]
 REFUSED = (ssl.SSLError, OSError, smtplib.SMTPServerDisconnected)
 
 
 @pytest.fixture
-def trusting(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+def trusting(certificate: CertificateFiles) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(certificate[0]))
 
 
@@ -39,13 +39,13 @@ def send(port: int, context: ssl.SSLContext) -> None:
         smtp.sendmail("a@b.example", ["c@d.example"], "Subject: hi\r\n\r\nhi\r\n")
 
 
-def stored(programs: Any, name: str) -> list[Path]:
+def stored(programs: Programs, name: str) -> list[Path]:
     new = programs.directory / name / "new"
     return list(new.iterdir()) if new.exists() else []
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_stunnel_reads_the_file_as_it_is_up_to_the_certificate(name: str, programs: Any) -> None:
+def test_stunnel_reads_the_file_as_it_is_up_to_the_certificate(name: str, programs: Programs) -> None:
     # It has no way to only check; a file that ends at /etc/fumi, which is not here, has had its options read.
     assert not Path("/etc/fumi").exists(), "this test would start the service of this machine"
     said = programs.run("stunnel", DIRECTORY / name, status=1)
@@ -66,7 +66,7 @@ def test_the_readme_has_every_file_and_every_variable_with_its_default() -> None
 
 
 def test_mail_comes_through_with_the_clients_address(
-    programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext
+    programs: Programs, stunnel: StartStunnel, fumi_core: StartFumiCore, trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core("--assume-tls")
     port = free_port()
@@ -77,7 +77,9 @@ def test_mail_comes_through_with_the_clients_address(
     assert re.search(rb"\[127\.0\.0\.9\]\).*\sESMTPS id \S+", message.read_bytes(), re.DOTALL), message.read_bytes()
 
 
-def test_a_core_is_not_asked_before_the_handshake_is_over(programs: Any, stunnel: Start, fumi_core: Start) -> None:
+def test_a_core_is_not_asked_before_the_handshake_is_over(
+    programs: Programs, stunnel: StartStunnel, fumi_core: StartFumiCore
+) -> None:
     core, _ = fumi_core("--assume-tls", "--log-level", "debug")
     port = free_port()
     stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", BACKEND=f"127.0.0.1:{core}")
@@ -88,14 +90,14 @@ def test_a_core_is_not_asked_before_the_handshake_is_over(programs: Any, stunnel
 
 
 @pytest.mark.parametrize("cipher", ["AES128-SHA", "AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-SHA"])
-def test_old_ciphers_are_refused(cipher: str, programs: Any, stunnel: Start) -> None:
+def test_old_ciphers_are_refused(cipher: str, programs: Programs, stunnel: StartStunnel) -> None:
     port = free_port()
     stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}")
     said = programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_2", "-cipher", cipher, status=1)
     assert "alert handshake failure" in said
 
 
-def test_tls_1_2_is_refused_when_1_3_is_the_least(programs: Any, stunnel: Start) -> None:
+def test_tls_1_2_is_refused_when_1_3_is_the_least(programs: Programs, stunnel: StartStunnel) -> None:
     port = free_port()
     stunnel("implicit-tls.conf", port, LISTEN=f"127.0.0.1:{port}", MIN_TLS="1.3")
     said = programs.run("openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_2", status=1)
@@ -103,7 +105,11 @@ def test_tls_1_2_is_refused_when_1_3_is_the_least(programs: Any, stunnel: Start)
 
 
 def test_mutual_tls_lets_in_who_has_a_certificate(
-    programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext, client_certificate: Any
+    programs: Programs,
+    stunnel: StartStunnel,
+    fumi_core: StartFumiCore,
+    trusting: ssl.SSLContext,
+    client_certificate: ClientCertificate,
 ) -> None:
     core, _ = fumi_core("--assume-tls")
     required, optional = free_port(), free_port()
@@ -120,7 +126,7 @@ def test_mutual_tls_lets_in_who_has_a_certificate(
 
 
 def test_with_two_nodes_mail_goes_on_when_one_is_killed(
-    programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext
+    programs: Programs, stunnel: StartStunnel, fumi_core: StartFumiCore, trusting: ssl.SSLContext
 ) -> None:
     nodes = [fumi_core("--assume-tls", name=name) for name in ("one", "two")]
     port = free_port()
@@ -136,12 +142,16 @@ def test_with_two_nodes_mail_goes_on_when_one_is_killed(
 
 
 def test_two_services_keep_clients_with_a_certificate_apart(
-    programs: Any, stunnel: Start, fumi_core: Start, trusting: ssl.SSLContext, client_certificate: Any
+    programs: Programs,
+    stunnel: StartStunnel,
+    fumi_core: StartFumiCore,
+    trusting: ssl.SSLContext,
+    client_certificate: ClientCertificate,
 ) -> None:
     everybody, relay = free_port(), free_port()
-    own = {"LISTEN_1": f"127.0.0.1:{everybody}", "LISTEN_2": f"127.0.0.1:{relay}", "CLIENT_CA": client_certificate.ca}
+    listeners = {"LISTEN_1": f"127.0.0.1:{everybody}", "LISTEN_2": f"127.0.0.1:{relay}"}
     cores = {f"BACKEND_{n}": f"127.0.0.1:{fumi_core('--assume-tls', name=name)[0]}" for n, name in enumerate(("one", "two"), 1)}
-    stunnel("two-services.conf", relay, **own, **cores)
+    stunnel("two-services.conf", relay, CLIENT_CA=client_certificate.ca, **listeners, **cores)
     with pytest.raises(REFUSED):
         send(relay, trusting)
     send(everybody, trusting)
@@ -155,7 +165,7 @@ def somebody() -> pwd.struct_passwd:
     return pwd.getpwnam("nobody") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
 
 
-def test_it_may_run_as_somebody_else(programs: Any, stunnel: Start) -> None:
+def test_it_may_run_as_somebody_else(programs: Programs, stunnel: StartStunnel) -> None:
     entry = somebody()
     port = free_port()
     own = {"USER": entry.pw_name, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}
@@ -170,7 +180,7 @@ def test_it_may_run_as_somebody_else(programs: Any, stunnel: Start) -> None:
 
 
 def test_a_reload_takes_a_new_certificate_that_its_user_can_read_and_ends_no_session(
-    programs: Any, fumi_core: Start, certificate: tuple[Path, Path], trusting: ssl.SSLContext
+    programs: Programs, fumi_core: StartFumiCore, certificate: CertificateFiles, trusting: ssl.SSLContext
 ) -> None:
     core, _ = fumi_core("--assume-tls")
     port = free_port()
@@ -203,7 +213,7 @@ def test_a_reload_takes_a_new_certificate_that_its_user_can_read_and_ends_no_ses
         process = programs.start("stunnel", conf, port=port)
         with smtplib.SMTP_SSL("localhost", port, context=trusting) as smtp:
             curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-            files = ["-keyout", directory / "new.key", "-out", directory / "new.pem"]
+            files: list[str | Path] = ["-keyout", directory / "new.key", "-out", directory / "new.pem"]
             programs.run("openssl", "req", "-x509", "-nodes", *curve, "-subj", "/CN=new", *files)
             new = (directory / "new.pem").read_text()
             renew(new.encode() + (directory / "new.key").read_bytes())
@@ -227,7 +237,7 @@ COMMANDS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 @pytest.mark.parametrize("block", COMMANDS[1:], ids=lambda block: re.findall(r"([\w-]+)\.conf", block)[0])
 def test_the_commands_of_the_readme_do_what_it_says(
-    block: str, programs: Any, certificate: tuple[Path, Path], client_certificate: Any, trusting: ssl.SSLContext
+    block: str, programs: Programs, certificate: CertificateFiles, client_certificate: ClientCertificate, trusting: ssl.SSLContext
 ) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
@@ -240,11 +250,11 @@ def test_the_commands_of_the_readme_do_what_it_says(
     environment = [f"FUMI_LISTEN_{number}=127.0.0.1:{port}" for number, port in enumerate(fronts, 1)]
     environment += [f"FUMI_BACKEND_{number}=127.0.0.1:{free.get(port)}" for number, port in ((1, "2525"), (2, "2526"))]
     services = len(re.findall("^accept", (DIRECTORY / re.findall(r"\S+\.conf", block)[0]).read_text(), re.MULTILINE))
-    path = f"PATH={BIN}:{os.environ['PATH']}"
+    search = f"PATH={BIN}:{os.environ['PATH']}"
     for command in re.sub(r"(?<=:)\d+", lambda found: str(free[found[0]]), block.strip()).splitlines():
         ports = re.findall(r"--listen 127\.0\.0\.1:(\d+)", command)
         shell = re.sub(r"^((?:\w+=\S+ )*)", r"\1exec ", command)
-        programs.start("env", path, *environment, "sh", "-c", shell, port=int((ports or fronts[services - 1 :])[0]))
+        programs.start("env", search, *environment, "sh", "-c", shell, port=int((ports or fronts[services - 1 :])[0]))
     trusting.load_cert_chain(client_certificate.cert, client_certificate.key)
     for port in fronts[:services]:
         send(port, trusting)

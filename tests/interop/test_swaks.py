@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from fumi_core import Session
+from tests.interop.starting import StartCore
+from tests.support.programs import Programs
 from tests.support.waiting import until
 
 Swaks = Callable[..., str]
 
 
 @pytest.fixture
-def swaks(programs: Any) -> Swaks:
+def swaks(programs: Programs) -> Swaks:
     """Sends a message; what was said. The server's lines begin with <-, its refusals with <**."""
 
     def send(target: int | str, *flags: str, status: int = 0) -> str:
@@ -49,30 +52,32 @@ LIMITS, AUTH = "LIMITS RCPTMAX=100", "AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"
         ({"hide_chunking": True, "hide_smtputf8": True, "auth_methods": ["PLAIN"]}, [*SMTP[:5], LIMITS, "AUTH PLAIN"]),
     ],
 )
-def test_what_it_is_offered_is_what_was_configured(core: Any, swaks: Swaks, options: dict[str, Any], expected: list[str]) -> None:
+def test_what_it_is_offered_is_what_was_configured(
+    core: StartCore, swaks: Swaks, options: dict[str, Any], expected: list[str]
+) -> None:
     assert offered(swaks(core(**options).port, "--quit-after", "EHLO")) == expected
 
 
 @pytest.mark.parametrize("method", ["PLAIN", "LOGIN", "CRAM-MD5"])
-def test_it_authenticates(core: Any, swaks: Swaks, method: str) -> None:
+def test_it_authenticates(core: StartCore, swaks: Swaks, method: str) -> None:
     server = core(auth_optional=False)
     said = swaks(server.port, "--auth", method, "--auth-user", "joe", "--auth-password", "secret")
     assert f" -> AUTH {method}" in said
     assert server.messages[0].session.user == "joe"
 
 
-def test_with_a_wrong_password_it_tries_every_method_it_knows(core: Any, swaks: Swaks) -> None:
+def test_with_a_wrong_password_it_tries_every_method_it_knows(core: StartCore, swaks: Swaks) -> None:
     server = core(auth_optional=False)
     said = swaks(server.port, "--auth", "--auth-user", "joe", "--auth-password", "wrong", status=28)
     assert said.count("<** 535 5.7.8 Error: authentication failed") == 3
     assert "<-  221 2.0.0 Bye" in said
 
 
-def test_without_auth_where_it_is_required_it_is_530(core: Any, swaks: Swaks) -> None:
+def test_without_auth_where_it_is_required_it_is_530(core: StartCore, swaks: Swaks) -> None:
     assert "<** 530 5.7.0 Authentication required" in swaks(core(auth_optional=False).port, status=23)
 
 
-def test_a_pipelined_transaction_with_a_refused_recipient(core: Any, swaks: Swaks) -> None:
+def test_a_pipelined_transaction_with_a_refused_recipient(core: StartCore, swaks: Swaks) -> None:
     server = core()
     said = swaks(server.port, "--pipeline", "--to", "nobody@d.example,c@d.example,e@f.example")
     assert re.findall(r"^<(?:-|\*\*) +(\d{3} .*)$", said[said.index(" -> MAIL") :], re.MULTILINE) == [
@@ -88,7 +93,7 @@ def test_a_pipelined_transaction_with_a_refused_recipient(core: Any, swaks: Swak
 
 
 @pytest.mark.parametrize("protocol", ["SMTP", "ESMTP", "ESMTPA", "LMTP"])
-def test_the_protocol_is_named_in_the_trace_line(core: Any, swaks: Swaks, protocol: str) -> None:
+def test_the_protocol_is_named_in_the_trace_line(core: StartCore, swaks: Swaks, protocol: str) -> None:
     server = core(lmtp=protocol == "LMTP")
     known = ["--auth-user", "joe", "--auth-password", "secret"] if protocol == "ESMTPA" else []
     swaks(server.port, "--protocol", protocol, "--ehlo", "client.example", *known)
@@ -96,12 +101,12 @@ def test_the_protocol_is_named_in_the_trace_line(core: Any, swaks: Swaks, protoc
     assert f"from client.example ([127.0.0.1])\r\n\tby mx.example with {protocol} id " in message.session.received_header()
 
 
-def test_lmtp_wants_lhlo(core: Any, swaks: Swaks) -> None:
+def test_lmtp_wants_lhlo(core: StartCore, swaks: Swaks) -> None:
     said = swaks(core(lmtp=True).port, status=22)
     assert "<** 500 5.5.1 Error: this is an LMTP server, use LHLO" in said
 
 
-def test_lmtp_answers_each_recipient(core: Any, swaks: Swaks) -> None:
+def test_lmtp_answers_each_recipient(core: StartCore, swaks: Swaks) -> None:
     server = core(lmtp=True)
     said = swaks(server.port, "--protocol", "LMTP", "--to", "c@d.example,full@d.example,e@f.example")
     after = said[said.index("\n -> .\n") :]
@@ -109,7 +114,7 @@ def test_lmtp_answers_each_recipient(core: Any, swaks: Swaks) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["ESMTP", "LMTP"])
-def test_over_a_unix_socket(core: Any, swaks: Swaks, programs: Any, protocol: str) -> None:
+def test_a_unix_socket_takes_mail_in_smtp_and_lmtp(core: StartCore, swaks: Swaks, programs: Programs, protocol: str) -> None:
     server = core(lmtp=protocol == "LMTP")
     path = str(programs.directory / "core.sock")
     server.run(lambda: server.app.listen(path=path))
@@ -123,27 +128,27 @@ def test_over_a_unix_socket(core: Any, swaks: Swaks, programs: Any, protocol: st
     "name", ["localhost", "[127.0.0.1]", "[IPv6:::1]", "under_score.example", "bücher.example", "two words", "x" * 255]
 )
 @pytest.mark.parametrize("protocol", ["SMTP", "ESMTP"])
-def test_it_may_call_itself(core: Any, swaks: Swaks, protocol: str, name: str) -> None:
+def test_it_may_call_itself(core: StartCore, swaks: Swaks, protocol: str, name: str) -> None:
     server = core()
     swaks(server.port, "--protocol", protocol, "--ehlo", name)
     assert server.messages[0].session.client_hostname == name
 
 
 @pytest.mark.parametrize("name", ["x" * 256, " "])
-def test_it_may_not_call_itself(core: Any, swaks: Swaks, name: str) -> None:
+def test_it_may_not_call_itself(core: StartCore, swaks: Swaks, name: str) -> None:
     # It tries HELO then.
     said = swaks(core().port, "--ehlo", name, status=22)
     assert "<** 501 5.5.4 Syntax: EHLO hostname" in said
     assert "<** 501 5.5.4 Syntax: HELO hostname" in said
 
 
-def test_attachments_arrive_byte_for_byte(core: Any, swaks: Swaks, programs: Any) -> None:
+def test_attachments_arrive_byte_for_byte(core: StartCore, swaks: Swaks, programs: Programs) -> None:
     server = core()
     data = random.Random(2).randbytes(300_001)
     (programs.directory / "random.bin").write_bytes(data)
     name = ["--attach-type", "application/x-test", "--attach-name", "random.bin"]
     swaks(server.port, *name, "--attach", "@random.bin", "--body", ".\n..\nbye")
-    text, attached = email.message_from_bytes(server.messages[0].body).get_payload()  # type: ignore[misc]
+    text, attached = list(email.message_from_bytes(server.messages[0].body).walk())[1:]
     assert (attached.get_filename(), attached.get_payload(decode=True)) == ("random.bin", data)
     assert text.get_payload(decode=True) == b".\r\n..\r\nbye"
 
@@ -162,7 +167,9 @@ def proxy(version: int, family: str, source: str, destination: str, *flags: str)
         (proxy(2, "AF_INET6", "2001:db8::1", "2001:db8::2"), "2001:db8::1", "2001:db8::2", "[IPv6:2001:db8::1]"),
     ],
 )
-def test_its_proxy_header_is_believed(core: Any, swaks: Swaks, flags: list[str], remote: str, local: str, literal: str) -> None:
+def test_its_proxy_header_is_believed(
+    core: StartCore, swaks: Swaks, flags: list[str], remote: str, local: str, literal: str
+) -> None:
     server = core(proxy_protocol="required")
     swaks(server.port, "--ehlo", "client.example", *flags)
     session = server.messages[0].session
@@ -172,14 +179,14 @@ def test_its_proxy_header_is_believed(core: Any, swaks: Swaks, flags: list[str],
     assert session.received_header().startswith(f"Received: from client.example ({literal})\r\n")
 
 
-def test_a_local_header_leaves_the_connection_its_own_addresses(core: Any, swaks: Swaks) -> None:
+def test_a_local_header_leaves_the_connection_its_own_addresses(core: StartCore, swaks: Swaks) -> None:
     server = core(proxy_protocol="required")
     # An argument holds no NUL, and what swaks makes of --proxy-command LOCAL is no header: so its length is 0x0101.
     swaks(server.port, "--proxy-version", "2", "--proxy", "\x20\x11\x01\x01" + "x" * 0x101)
     assert server.messages[0].session.remote_address == "127.0.0.1"
 
 
-def test_an_unknown_family_leaves_the_connection_its_own_addresses(core: Any, swaks: Swaks) -> None:
+def test_an_unknown_family_leaves_the_connection_its_own_addresses(core: StartCore, swaks: Swaks) -> None:
     server = core(proxy_protocol="required")
     swaks(server.port, "--proxy", "UNKNOWN")
     assert server.messages[0].session.remote_address == "127.0.0.1"
@@ -196,7 +203,7 @@ def test_an_unknown_family_leaves_the_connection_its_own_addresses(core: Any, sw
         [],
     ],
 )
-def test_a_header_that_is_none_gets_no_banner(core: Any, swaks: Swaks, flags: list[str]) -> None:
+def test_a_header_that_is_none_gets_no_banner(core: StartCore, swaks: Swaks, flags: list[str]) -> None:
     said = swaks(core(proxy_protocol="required", proxy_timeout=0.2).port, *flags, status=6)
     assert "Remote host closed connection unexpectedly" in said
     assert "<-" not in said
@@ -213,9 +220,11 @@ STAGES = ["CONNECT", "HELO", "AUTH", "MAIL", "RCPT"]
         *(("--drop-after-send", stage) for stage in ["HELO", "MAIL", "RCPT", "DATA"]),
     ],
 )
-def test_it_may_leave_at_any_time(core: Any, swaks: Swaks, programs: Any, caplog: Any, way: str, stage: str) -> None:
+def test_it_may_leave_at_any_time(
+    core: StartCore, swaks: Swaks, programs: Programs, caplog: pytest.LogCaptureFixture, way: str, stage: str
+) -> None:
     server = core()
-    closed: list[Any] = []
+    closed: list[Session] = []
     server.app.on_close(lambda ctx, next: closed.append(ctx.session))
     swaks(server.port, way, stage)
     swaks(server.port)

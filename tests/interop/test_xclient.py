@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from tests.interop.starting import StartCore
+from tests.support.programs import Programs
+
 TRUSTED = {"use_xclient": True, "trusted_proxies": ("127.0.0.1/32",)}
 STRANGER = {"use_xclient": True, "trusted_proxies": ("192.0.2.0/24",)}
 
 
 @pytest.fixture
-def swaks(programs: Any) -> Callable[..., str]:
+def swaks(programs: Programs) -> Callable[..., str]:
     """Sends a message; what was said. The server's lines begin with <-, its refusals with <**."""
 
     def send(port: int, *flags: str, status: int = 0) -> str:
@@ -33,7 +36,7 @@ def after_xclient(said: str) -> str:
     return found[1]
 
 
-def test_the_message_comes_from_whom_a_trusted_client_names(core: Any, swaks: Any) -> None:
+def test_the_message_comes_from_whom_a_trusted_client_names(core: StartCore, swaks: Callable[..., str]) -> None:
     server = core(**TRUSTED)
     said = swaks(server.port, "--xclient-addr", "192.0.2.1", "--xclient-port", "4321", "--xclient-name", "there.example")
     # As after a connection: the banner, and the dialogue from its start (swaks says EHLO again).
@@ -44,41 +47,43 @@ def test_the_message_comes_from_whom_a_trusted_client_names(core: Any, swaks: An
     assert session.received_header().startswith("Received: from client.example ([192.0.2.1])\r\n")
 
 
-def test_ipv6_has_its_prefix(core: Any, swaks: Any) -> None:
+def test_ipv6_has_its_prefix(core: StartCore, swaks: Callable[..., str]) -> None:
     server = core(**TRUSTED)
     swaks(server.port, "--xclient-addr", "IPV6:2001:db8::1")
     assert server.messages[0].session.remote_address == "2001:db8::1"
 
 
 @pytest.mark.parametrize("unknown", ["[UNAVAILABLE]", "[TEMPUNAVAIL]"])
-def test_a_name_may_be_unknown(core: Any, swaks: Any, unknown: str) -> None:
+def test_a_name_may_be_unknown(core: StartCore, swaks: Callable[..., str], unknown: str) -> None:
     server = core(**TRUSTED)
     swaks(server.port, "--xclient-addr", "192.0.2.1", "--xclient-name", unknown)
     assert server.messages[0].session.remote_address == "192.0.2.1"
 
 
-def test_a_login_is_an_authentication(core: Any, swaks: Any) -> None:
+def test_a_login_is_an_authentication(core: StartCore, swaks: Callable[..., str]) -> None:
     server = core(**TRUSTED, auth_optional=False)
     swaks(server.port, "--xclient-addr", "192.0.2.1", "--xclient-login", "joe")
     session = server.messages[0].session
     assert (session.user, session.transmission_type) == ("joe", "ESMTPA")
 
 
-def test_several_commands_add_up(core: Any, swaks: Any) -> None:
+def test_several_commands_add_up(core: StartCore, swaks: Callable[..., str]) -> None:
     server = core(**{**TRUSTED, "trusted_proxies": ("127.0.0.1/32", "192.0.2.1/32")})
     swaks(server.port, "--xclient-port", "4321", "--xclient-delim", "--xclient-addr", "192.0.2.1")
     assert (server.messages[0].session.remote_address, server.messages[0].session.remote_port) == ("192.0.2.1", 4321)
 
 
 @pytest.mark.parametrize("options", [STRANGER, {**TRUSTED, "use_xclient": False}])
-def test_where_it_is_not_offered_the_client_stays_who_it_is(core: Any, swaks: Any, options: dict[str, Any]) -> None:
+def test_where_it_is_not_offered_the_client_stays_who_it_is(
+    core: StartCore, swaks: Callable[..., str], options: dict[str, Any]
+) -> None:
     server = core(**options)
     said = swaks(server.port, "--xclient-addr", "192.0.2.1", "--xclient-optional")
     assert "-XCLIENT" not in said
     assert server.messages[0].session.remote_address == "127.0.0.1"
 
 
-def test_a_stranger_that_says_it_all_the_same_is_refused(core: Any) -> None:
+def test_a_stranger_that_says_it_all_the_same_is_refused(core: StartCore) -> None:
     server = core(**STRANGER)
     with smtplib.SMTP("127.0.0.1", server.port) as smtp:
         refused(smtp)
@@ -86,7 +91,7 @@ def test_a_stranger_that_says_it_all_the_same_is_refused(core: Any) -> None:
     assert server.messages[0].session.remote_address == "127.0.0.1"
 
 
-def test_behind_a_proxy_it_is_the_client_that_must_be_trusted(core: Any) -> None:
+def test_behind_a_proxy_it_is_the_client_that_must_be_trusted(core: StartCore) -> None:
     server = core(**TRUSTED, proxy_protocol="required")
     with socket.create_connection(("127.0.0.1", server.port)) as sock, smtplib.SMTP() as smtp:
         sock.sendall(b"PROXY TCP4 198.51.100.7 192.0.2.2 4321 25\r\n")
@@ -105,7 +110,7 @@ def refused(smtp: smtplib.SMTP) -> None:
 
 
 @pytest.mark.parametrize("attributes", ["ADDR", "ADDR=", "ADDR=elsewhere", "ADDR=192.0.2.256", "PORT=x", "COLOUR=red"])
-def test_what_is_not_an_attribute_is_refused(core: Any, swaks: Any, attributes: str) -> None:
+def test_what_is_not_an_attribute_is_refused(core: StartCore, swaks: Callable[..., str], attributes: str) -> None:
     server = core(**TRUSTED)
     said = swaks(server.port, "--xclient", attributes, "--xclient-no-verify", "--xclient-optional")
     assert after_xclient(said).startswith("<** 501 5.5.4 ")

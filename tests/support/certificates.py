@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Protocol
+
+CertificateFiles = tuple[Path, Path]
+"""A certificate and its key."""
 
 
-def self_signed(directory: Path, *names: str, options: tuple[str, ...] = ("-days", "2")) -> tuple[Path, Path]:
+class MakeCertificate(Protocol):
+    """The fixture ``make_certificate``."""
+
+    def __call__(self, *names: str, options: tuple[str, ...] = ...) -> CertificateFiles: ...
+
+
+class MakeAuthority(Protocol):
+    """The fixture ``make_authority``."""
+
+    def __call__(self, name: str = ...) -> Authority: ...
+
+
+def self_signed(directory: Path, *names: str, options: tuple[str, ...] = ("-days", "2")) -> CertificateFiles:
     """A self-signed certificate for the names and addresses, the first one its CN: the paths of cert.pem and key.pem."""
     cert, key = directory / "cert.pem", directory / "key.pem"
     alternatives = ",".join(f"IP:{name}" if name[0].isdigit() else f"DNS:{name}" for name in names)
@@ -19,6 +36,20 @@ def self_signed(directory: Path, *names: str, options: tuple[str, ...] = ("-days
 def serial(cert: Path) -> str:
     """The serial number of a certificate file, in hexadecimal digits."""
     return openssl("x509", "-serial", "-noout", "-in", cert).strip().partition("=")[2]
+
+
+def shown_serial(sock: ssl.SSLSocket | ssl.SSLObject) -> str:
+    """The serial number of the certificate that the other side showed, in hexadecimal digits."""
+    shown = sock.getpeercert()
+    assert shown
+    return str(shown["serialNumber"])
+
+
+def shown_pem(sock: ssl.SSLSocket | ssl.SSLObject) -> str:
+    """The certificate that the other side showed, as PEM."""
+    shown = sock.getpeercert(binary_form=True)
+    assert shown
+    return ssl.DER_cert_to_PEM_cert(shown)
 
 
 def new_key(kind: str) -> tuple[str, ...]:
@@ -59,7 +90,7 @@ class Authority:
 
     def issue(
         self, *names: str, kind: str = "ec", days: float = 2, alternative: str = "", is_ca: bool = False
-    ) -> tuple[Path, Path]:
+    ) -> CertificateFiles:
         """A certificate for the names, the first one its CN, with an "ec" or an "rsa" key; the paths of both, new each time."""
         self._number += 1
         cert, key = (self._directory / f"{self._number}.{end}" for end in ("pem", "key"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 
-from fumi_core.proxy_protocol import ProxyHeader, parse
+from fumi_core.proxy_protocol import ProxyHeader, TLSInfo, parse
 from tests.support.waiting import PATIENCE
 
 
@@ -15,10 +15,34 @@ class Peer:
     def __init__(self, sock: socket.socket, buffered: bytes = b"") -> None:
         sock.settimeout(PATIENCE)
         self.sock = sock
-        self.header: ProxyHeader | None = None
+        self.received: ProxyHeader | None = None
+        """The PROXY header, once ``take_header()`` has read it."""
         self.heard: list[bytes] = []
         """What a backend's handler notes of what it received."""
         self._buffered = buffered
+
+    @property
+    def header(self) -> ProxyHeader:
+        assert self.received is not None
+        return self.received
+
+    @property
+    def client_tls(self) -> TLSInfo:
+        """What the PROXY header says of the client's TLS."""
+        assert self.header.tls is not None
+        return self.header.tls
+
+    @property
+    def unique_id(self) -> str:
+        """The PROXY header's UNIQUE_ID."""
+        assert self.header.unique_id is not None
+        return self.header.unique_id.decode()
+
+    @property
+    def tls(self) -> ssl.SSLSocket:
+        """The socket of a peer that speaks TLS."""
+        assert isinstance(self.sock, ssl.SSLSocket)
+        return self.sock
 
     def more(self) -> bool:
         try:
@@ -62,7 +86,7 @@ class Peer:
         while (parsed := parse(self._buffered)) is None:
             if not self.more():
                 raise EOFError
-        self.header, used = parsed
+        self.received, used = parsed
         self._buffered = self._buffered[used:]
 
     def end(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,17 +59,22 @@ class Programs:
             process = starter.start(*command, cwd=self.directory, stdout=output, stderr=output)
         self._running.append(process)
         if port is not None:
-            until(lambda: listening(port) or process.poll() is not None, f"{command[0]} listening")
+            self.await_port(port, process)
             assert process.poll() is None, (self.directory / log).read_text()
         return process
+
+    @staticmethod
+    def await_port(port: int, process: Process) -> None:
+        """Wait until somebody listens on the port, or the process has ended."""
+        until(lambda: listening(port) or process.poll() is not None, f"{process.args[0]} listening")
 
     def maildir(self) -> Maildir:
         """The Maildir that fumi-core delivers into unless told otherwise."""
         return Maildir(self.directory / "maildir")
 
-    def run(self, *command: str | Path, given: bytes = b"", status: int = 0, **environment: str) -> str:
+    def run(self, *command: str | Path, given: bytes = b"", status: int = 0, environment: Mapping[str, str] | None = None) -> str:
         """What a program says that ends by itself, and is to end with this status."""
-        done = starter.finished(*command, cwd=self.directory, env={**os.environ, **environment}, given=given, timeout=600)
+        done = starter.finished(*command, cwd=self.directory, env={**os.environ, **(environment or {})}, given=given, timeout=600)
         said = done.stdout + done.stderr
         assert done.returncode == status, said
         return said

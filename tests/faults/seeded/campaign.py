@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.support.waiting import PATIENCE, until
+
 from .cases import Case, Setting, make
 from .clients import Letter, Verdict, Way, attempt
 from .next_hop import STATES, NextHop
-from .program import PATIENCE, Core, until
+from .program import Core
 
 SEED = os.environ.get("FAULT_SEED", "5321")
 ONLY = os.environ.get("FAULT_ONLY", "")

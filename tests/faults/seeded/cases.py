@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -76,7 +77,7 @@ def make(setting: Setting, number: int, seed: str) -> Case:
     kinds = (_error, _error, _kill_in_a_call, _kill_in_a_call, _held, _client) if setting.on_disk else (_death, _death, _death)
     if setting.target == "lmtp" and not setting.lmtp:
         kinds = (*kinds, _kill_between_answers)
-    kind = chance.choice((*kinds, _kill_at_a_reply, _kill_somewhere, _client))
+    kind: Callable[[Random, Setting, str], Case] = chance.choice((*kinds, _kill_at_a_reply, _kill_somewhere, _client))
     return kind(chance, setting, f"{setting.name}-{number}")
 
 

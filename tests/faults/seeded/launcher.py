@@ -43,7 +43,7 @@ def main(prog_name: str) -> None:
     cli.main(prog_name=prog_name)
 
 
-def _is_ours(path: Any) -> bool:
+def _is_ours(path: str | bytes | os.PathLike[str]) -> bool:
     return MAILDIR in os.fsdecode(path)
 
 
@@ -61,7 +61,7 @@ def _is_directory(fd: int) -> bool:
 def _wrap(plan: Plan, name: str, concerns: Callable[..., bool], call: str = "") -> None:
     real = getattr(os, name)
 
-    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+    def wrapped(*arguments: Any, **keywords: Any) -> object:
         if not plan.armed_for(call or name) or not concerns(*arguments):
             return real(*arguments, **keywords)
         return _strike(plan, call or name, real, arguments, keywords)

@@ -7,27 +7,14 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.support import starter
 from tests.support.ports import free_port
+from tests.support.waiting import PATIENCE, until
 
 from .plan import Plan
-
-PATIENCE = 20.0
-"""Seconds in which anything must have happened."""
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """What ``condition`` gives, once that is true. Raises AssertionError after PATIENCE."""
-    deadline = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        time.sleep(0.002)
-    return value
 
 
 class Core:

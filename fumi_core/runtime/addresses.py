@@ -62,7 +62,8 @@ def parse_address(text: str) -> SocketAddress:
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{text!r} is not an address: write HOST:PORT, [V6]:PORT, :PORT, unix:/path or fd:N")
     if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
+        if not (host := host[1:-1]):
+            raise ValueError(f"{text!r} has no address in its brackets: for every interface write :{port}")
     elif ":" in host:
         raise ValueError(f"{text!r} is ambiguous: write an IPv6 address in brackets, as in [::1]:{port}")
     try:

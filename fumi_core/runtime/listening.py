@@ -214,10 +214,13 @@ def _is_socket(path: str) -> bool:
 
 def _has_listener(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)  # otherwise it waits for room in the listener's queue
         try:
             sock.connect(path)
         except ConnectionRefusedError:
             return False
+        except BlockingIOError:
+            pass  # a listener whose queue is full
     return True
 
 

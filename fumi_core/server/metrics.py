@@ -13,7 +13,7 @@ from fumi_core.smtp.session import Session
 from fumi_core.smtp.tally import Tally
 from fumi_core.version import VERSION
 
-_TLS_VERSIONS = ("none", "unknown", "TLSv1.2", "TLSv1.3", "TLSv1.1", "TLSv1")
+_TLS_VERSIONS = ("unknown", "TLSv1.2", "TLSv1.3", "TLSv1.1", "TLSv1")
 _CODES = (
     *("211", "214", "220", "221", "235", "250", "251", "252", "334", "354"),
     *("421", "450", "451", "452", "454", "455"),
@@ -37,10 +37,8 @@ class CoreMetrics(Observer):
         self._active = Gauge("fumi_core_connections_active", "Connections open now.", (), registry, over_workers="sum").labels()
         sessions = counter("sessions", "Sessions, by TLS version.", ("secure", "tls_version"))
         self._sessions = {
-            (secure, tls): sessions.labels(secure, tls)
-            for secure in ("true", "false")
-            for tls in _TLS_VERSIONS
-            if (tls == "none") is (secure == "false")
+            **{("true", tls): sessions.labels("true", tls) for tls in _TLS_VERSIONS},
+            ("false", "none"): sessions.labels("false", "none"),
         }
         headers = counter("proxy_headers", "PROXY headers expected, by version and result.", ("version", "result"))
         self._headers = {("1", "ok"): headers.labels("1", "ok"), ("2", "ok"): headers.labels("2", "ok")}

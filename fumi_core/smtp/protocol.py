@@ -240,6 +240,8 @@ class Protocol:
 
     def abandon(self) -> None:
         """End the dialogue without a reply: the client has gone."""
+        if type(self.pending) is Auth:
+            self._tally.authentications[self.pending.credentials.method, AuthResult.ABORTED] += 1
         self.pending = None
         self.state = State.CLOSED
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +60,24 @@ def test_an_address_that_this_machine_has_not_is_an_error_all_the_same(found: li
     del found[1]
     with pytest.raises(OSError, match=os.strerror(errno.EADDRNOTAVAIL)):
         families("mail.example:0")
+
+
+def test_empty_brackets_are_not_every_interface() -> None:
+    with pytest.raises(ValueError, match="no address in its brackets: for every interface write :25"):
+        parse_address("[]:25")
+
+
+def test_a_unix_listener_whose_queue_is_full_is_in_use_and_holds_up_nobody(tmp_path: Path) -> None:
+    address = parse_address(f"unix:{tmp_path}/hung")
+    with contextlib.ExitStack() as stack:
+        hung = stack.enter_context(socket.socket(socket.AF_UNIX))
+        hung.bind(address.path)
+        hung.listen(0)
+        for _ in range(2):  # the first fills the queue
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            full = client.connect_ex(address.path) == errno.EAGAIN
+        assert full
+        assert check_listen([ListenAddress("--listen", address)]) == ([], [address])
+        with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
+            bind(address)

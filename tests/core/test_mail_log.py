@@ -266,6 +266,8 @@ def test_an_authentication_has_its_line_when_the_connection_ends_during_the_chec
         else:
             server.run(app.close)
         until(lambda: "session ended" in caplog.text)
+    counted = {result: count for (_, result), count in app.tally.authentications.items() if count}
+    assert counted == {"ok" if ending == "a half-close" else "aborted": 1}
     assert _authentications(caplog) == [
         "authentication accepted method=PLAIN user=joe"
         if ending == "a half-close"

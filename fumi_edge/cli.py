@@ -159,7 +159,16 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.version_option(VERSION, help="Prints the version and exits.")
 def main(**flags: Unpack[Flags]) -> None:
-    """Terminates TLS and STARTTLS in front of an SMTP server."""
+    """Terminates TLS and STARTTLS in front of an SMTP server.
+
+    \b
+      fumi-edge --cert cert.pem --key key.pem --backend 127.0.0.1:2525
+      fumi-edge --starttls-listen :25 --cert /etc/letsencrypt --backend 127.0.0.1:2525
+      fumi-edge --dev
+
+    Each setting can also be an environment variable, such as FUMI_EDGE_LISTEN, or a key in the file of --config. SIGHUP reloads
+    the certificates. SIGTERM stops the edge when all connections have ended, after --drain-timeout at the latest.
+    """
     if flags["emit"]:
         click.echo(configuration(flags["emit"], click.get_current_context()), nl=False)
         return

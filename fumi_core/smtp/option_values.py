@@ -46,14 +46,14 @@ def or_none(check: Check[T]) -> Check[T | None]:
     return check_unless_none
 
 
-def seconds(*, least: float = 0.0, above: float | None = None) -> Check[float]:
-    """A finite number of seconds: at least ``least`` and, if given, more than ``above``."""
-    bounds = f"of at least {least}" if above is None else f"above {above}"
+def seconds(*, zero: bool = False) -> Check[float]:
+    """A finite number of seconds above 0. With ``zero``, 0 is valid, too."""
+    bounds = "of at least 0" if zero else "above 0"
 
     def check(option: str, given: object) -> float:
         if not isinstance(given, int | float) or isinstance(given, bool):
             raise TypeError(f"{option} is a number of seconds, not {given!r}")
-        if not math.isfinite(given) or given < least or (above is not None and given <= above):
+        if not math.isfinite(given) or given < 0 or (given == 0 and not zero):
             raise ValueError(f"{option} is a number of seconds {bounds}, not {given!r}")
         return given
 

@@ -145,14 +145,14 @@ class Options:
     )
     socket_timeout: float = _option(
         300.0,
-        seconds(above=0),
+        seconds(),
         "Time limit for silence between two bytes, for a command from its first byte to its end, and for reading replies;"
         " then 421, or the connection is closed.",
     )
-    data_timeout: float = _option(600.0, seconds(above=0), "Time limit for receiving one message.")
-    proxy_timeout: float = _option(5.0, seconds(above=0), "Time limit for the PROXY header.")
+    data_timeout: float = _option(600.0, seconds(), "Time limit for receiving one message.")
+    proxy_timeout: float = _option(5.0, seconds(), "Time limit for the PROXY header.")
     close_timeout: float = _option(
-        30.0, seconds(least=0), "Time that transactions get to end when the server stops.", flag="--drain-timeout"
+        30.0, seconds(zero=True), "Time that transactions get to end when the server stops.", flag="--drain-timeout"
     )
     lenient_addresses: bool = _switch(
         "Accepts addresses that devices and carriers send: without <> or a domain, with dots anywhere, with a final dot.",

@@ -137,7 +137,7 @@ def _policy(flags: Flags) -> ListenerPolicy:
         if value and not flags["starttls_listen"]:
             raise SettingError(f"{flag} is for STARTTLS listeners: add --starttls-listen, or leave it out")
     if flags["trusted_proxy"] and not flags["accept_proxy"]:
-        raise SettingError("--trusted-proxy says who may send a PROXY header: add --accept-proxy, or leave it out")
+        raise SettingError("--trusted-proxy has no effect without --accept-proxy: add it, or leave --trusted-proxy out")
     return ListenerPolicy(
         balancers=Networks(flags["trusted_proxy"] or THIS_HOST) if flags["accept_proxy"] else None,
         require_tls=flags["require_tls"],

@@ -75,12 +75,7 @@ class Fumi(core.Fumi):
     def _dialogue_setup(self) -> DialogueSetup:
         if self._certificates is None:
             return super()._dialogue_setup()
-        # Each client comes with the edge's header. The edge applies the limit and reads a load balancer's header.
-        inner = override(self.options, {"proxy_protocol": "required", "max_clients": None})
-        setup = super()._dialogue_setup()
-        setup.options = inner
-        setup.trusted = Networks((*inner.trusted_proxies, "unix"))
-        return setup
+        return _behind_edge(super()._dialogue_setup())
 
     def _listen(self, server: Server, sock: socket.socket) -> None:
         if self._certificates is None:
@@ -97,7 +92,8 @@ class Fumi(core.Fumi):
         self._edge.listen(sock, str(sock.getsockname()), starttls=not self._secure, policy=policy)
 
     def _start_edge(self, certificates: Certificates, server: Server) -> Edge:
-        core = LocalCore(server, starttls=not self._secure)
+        core = LocalCore(starttls=not self._secure)
+        core.attach(server)
         edge = Edge(
             EdgeSettings(
                 certificates=tuple(certificates.sources),
@@ -110,9 +106,7 @@ class Fumi(core.Fumi):
             certificates,
             direct=core,
         )
-        # Clients are counted once, by the edge.
         edge.begin(self.connection_count)
-        server.connection_count = count_of_one_process()
         return edge
 
     def _sockets(self, server: Server) -> list[socket.socket]:
@@ -127,15 +121,38 @@ class Fumi(core.Fumi):
             await asyncio.gather(edge.close(), super()._close(server))
 
 
+class InnerApp(core.Fumi):
+    """An app whose clients are accepted by an edge in the same process."""
+
+    def _dialogue_setup(self) -> DialogueSetup:
+        return _behind_edge(super()._dialogue_setup())
+
+
+def _behind_edge(setup: DialogueSetup) -> DialogueSetup:
+    """Each client comes with the edge's facts or header. The edge applies the limit and reads a load balancer's header."""
+    setup.options = override(setup.options, {"proxy_protocol": "required", "max_clients": None})
+    setup.trusted = Networks((*setup.options.trusted_proxies, "unix"))
+    return setup
+
+
 class LocalCore:
     """The core in this process: it serves clients over TLS directly, and is the backend of those that begin in plaintext."""
 
     name = "core"
 
-    def __init__(self, server: Server, starttls: bool) -> None:
-        self._server = server
-        self.buffer = server.buffer
+    def __init__(self, starttls: bool) -> None:
+        """``starttls`` tells whether clients may begin in plaintext. Call ``attach()`` before the first client."""
         self.descriptors = 2 if starttls else 0
+        self._server: Server
+
+    def attach(self, server: Server) -> None:
+        """Serve the clients with this server, which must not count them: the edge does."""
+        server.connection_count = count_of_one_process()
+        self._server = server
+
+    @property
+    def buffer(self) -> memoryview:
+        return self._server.buffer
 
     def serve(self, client: DirectClient, transport: Callable[[TransportOwner], Transport]) -> None:
         facts = ClientFacts(

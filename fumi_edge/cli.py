@@ -13,7 +13,7 @@ from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.flag_types import ADDRESS, COUNT, MODE, NAME, NETWORK, SECONDS, SECONDS_OR_ZERO, WORKERS
 from fumi_core.runtime.lifecycle import STOP_SIGNALS, prepare
 from fumi_core.runtime.privileges import PrivilegeError, find
-from fumi_core.runtime.settings import Program, SettingError
+from fumi_core.runtime.settings import Program, SettingError, given
 from fumi_core.runtime.workers import run
 from fumi_core.version import VERSION
 from fumi_edge.backends.settings import BALANCES
@@ -22,6 +22,7 @@ from fumi_edge.edge import Edge
 from fumi_edge.emit.configuration import PROGRAMS, configuration
 from fumi_edge.program import dev
 from fumi_edge.program.check import check
+from fumi_edge.program.inner import Inner
 from fumi_edge.program.settings import Flags, edge_settings, load_certificates
 from fumi_edge.program.work import EdgeWork
 from fumi_edge.tls.policy import CIPHERS
@@ -40,6 +41,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_EDGE"})
+@click.argument("app", metavar="[MODULE:APP]", required=False)
 @heading("Listeners and limits")
 @click.option(
     "--listen",
@@ -161,9 +163,12 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 def main(**flags: Unpack[Flags]) -> None:
     """Terminates TLS and STARTTLS in front of an SMTP server.
 
-    \b
+    With MODULE:APP, the app runs in this program, and there is no backend.
+
+    
       fumi-edge --cert cert.pem --key key.pem --backend 127.0.0.1:2525
       fumi-edge --starttls-listen :25 --cert /etc/letsencrypt --backend 127.0.0.1:2525
+      fumi-edge --cert cert.pem --key key.pem myapp:app
       fumi-edge --dev
 
     Each setting can also be an environment variable, such as FUMI_EDGE_LISTEN, or a key in the file of --config. SIGHUP reloads
@@ -175,21 +180,31 @@ def main(**flags: Unpack[Flags]) -> None:
     prepare(flags["log_format"], flags["log_level"])
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(dev.directory(flags)) if flags["dev_mode"] else None
-        settings = edge_settings(flags if directory is None else dev.defaults(flags, directory))
+        inner = Inner(flags, given(click.get_current_context())) if flags["app"] else None
+        if directory is not None:
+            flags = dev.defaults(flags, directory)
+        if inner is not None:
+            flags = inner.defaults(flags)
+        core = None if inner is None else inner.core
+        settings = edge_settings(flags, core)
         certificates = load_certificates(settings)
         if flags["user"]:
             _find_user(flags["user"])
         if flags["check"]:
-            check(settings, certificates, flags["user"], probing=directory is None)
+            if inner is not None:
+                inner.check()
+            check(settings, certificates, flags["user"], probing=directory is None and inner is None)
             return
-        edge = Edge(settings, certificates)
+        edge = Edge(settings, certificates, direct=core)
+        if inner is not None:
+            inner.count_in(edge.registry)
         if directory is not None:
             # Closing the terminal sends SIGHUP, which must stop the trial.
             run(EdgeWork(edge, dev.DevCore(edge, directory)), 1, stops=(*STOP_SIGNALS, signal.SIGHUP))
         else:
             if flags["workers"] > 1:
                 certificates.share_ticket_keys()
-            run(EdgeWork(edge, user=flags["user"]), flags["workers"])
+            run(EdgeWork(edge, inner, flags["user"]), flags["workers"])
 
 
 def _find_user(name: str) -> None:

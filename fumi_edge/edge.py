@@ -267,7 +267,7 @@ class Edge:
     def dependency_problem(self) -> str | None:
         """Why no backend works, or None. Without health checks it checks the backends now, which may take seconds."""
         backends = self.settings.backends
-        if backends.health_interval:
+        if backends.health_interval or self._resources.direct is not None:
             return None
         problems = dependency_problems(backends, one=True)
         return None if None in problems else f"backend {backends.destinations[-1].name}: {problems[-1]}"

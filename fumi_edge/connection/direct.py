@@ -28,9 +28,11 @@ class DirectClient(NamedTuple):
 
 
 class DirectCore(Protocol):
-    """A core in this process. ``buffer`` is where the clients' records are decrypted, one read after the other."""
+    """A core in this process."""
 
-    buffer: memoryview
+    @property
+    def buffer(self) -> memoryview:
+        """Where the clients' records are decrypted, one read after the other."""
 
     def serve(self, client: DirectClient, transport: Callable[[TransportOwner], TLSTransport]) -> None:
         """Begin a dialogue with the client. ``transport`` is called once, at once, with the receiver of its events."""

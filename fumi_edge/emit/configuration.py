@@ -37,6 +37,8 @@ def configuration(program: str, context: click.Context) -> str:
     }
     if "dev_mode" in given:
         raise SettingError("--emit: name a certificate and a backend; those of --dev are temporary")
+    if "app" in given:
+        raise SettingError(f"--emit: {flags['app']} runs in fumi-edge alone; name a --backend instead")
     if named := [flag for flag, value in flags.items() if any("\n" in str(each) for each in _each(value))]:
         raise SettingError(
             f"--emit: --{named[0].replace('_', '-')} contains a line end, which a configuration file cannot express"

@@ -46,8 +46,8 @@ def directory(flags: Flags) -> Iterator[str]:
 
 
 def _check(flags: Flags) -> None:
-    if flags["cert"] or flags["key"] or flags["backend"]:
-        raise SettingError("--dev brings its own certificate and server: leave out --cert, --key and --backend")
+    if flags["cert"] or flags["key"] or flags["backend"] or flags["app"]:
+        raise SettingError("--dev brings its own certificate and server: leave out --cert, --key, --backend and MODULE:APP")
     if flags["workers"] != 1 or flags["user"]:
         raise SettingError("--dev is one process, and yours: leave out --workers and --user")
     if flags["accept_proxy"] or flags["hide_starttls"]:

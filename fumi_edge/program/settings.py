@@ -7,7 +7,7 @@ from typing import TypedDict
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, parse_address
 from fumi_core.runtime.listening import passed
 from fumi_core.runtime.settings import SettingError, check_mode
-from fumi_edge.backends.dialing import Remote, is_destination
+from fumi_edge.backends.dialing import Destination, Remote, is_destination
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.connection.limits import ClientLimits, Rate
 from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
@@ -56,10 +56,14 @@ class Flags(TypedDict):
     check: bool
     emit: str | None
     dev_mode: bool
+    app: str | None
 
 
-def edge_settings(flags: Flags) -> EdgeSettings:
-    """The settings that the flags give. Certificates are not loaded yet. Raises SettingError."""
+def edge_settings(flags: Flags, core: Destination | None = None) -> EdgeSettings:
+    """The settings that the flags give. Certificates are not loaded yet. Raises SettingError.
+
+    ``core`` is in this process, and takes the place of the backends.
+    """
     tls = _tls_policy(flags)
     if not flags["cert"]:
         raise SettingError("no certificate: name one with --cert, or try --dev")
@@ -67,7 +71,7 @@ def edge_settings(flags: Flags) -> EdgeSettings:
         certificates=_certificates(flags),
         tls=tls,
         cert_reload_interval=flags["cert_reload_interval"],
-        backends=_backends(flags),
+        backends=_backends(flags) if core is None else BackendSettings((core,), health_interval=0),
         listeners=_listeners(flags),
         limits=ClientLimits(flags["max_clients"], flags["max_clients_per_ip"], flags["rate_per_ip"]),
         drain_timeout=flags["drain_timeout"],

@@ -1,4 +1,4 @@
-"""The work of ``fumi-edge`` in one process or several: an edge and, with --dev, its backend."""
+"""The work of ``fumi-edge`` in one process or several: an edge and, with --dev or MODULE:APP, the core behind it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fumi_core.runtime.settings import SettingError
 from fumi_edge.certificate_reload import SETTLE_SECONDS
 from fumi_edge.edge import Edge
 from fumi_edge.program.dev import DevCore
+from fumi_edge.program.inner import Inner
 from fumi_edge.status.page import Facts, Status
 from fumi_edge.tls.pem import date
 
@@ -36,10 +37,10 @@ class EdgeWork:
     log = logging.getLogger("fumi.edge")
     metric_prefix = "fumi_edge"
 
-    def __init__(self, edge: Edge, dev_core: DevCore | None = None, user: str | None = None) -> None:
-        """``user`` is the user to become once the sockets are open."""
+    def __init__(self, edge: Edge, core: DevCore | Inner | None = None, user: str | None = None) -> None:
+        """``core`` is started before the edge. ``user`` is the user to become once the sockets are open."""
         self._edge = edge
-        self._dev_core = dev_core
+        self._core = core
         self._user = user
         self._serving = False
         self._begun = time.time()
@@ -82,18 +83,20 @@ class EdgeWork:
         self._edge.unbind()
 
     async def start(self, connection_count: ConnectionCount) -> None:
-        if self._dev_core is not None:
-            await self._dev_core.start()
+        if self._core is not None:
+            await self._core.start()
         await self._edge.start(connection_count)
         self._serving = True
         _tune_garbage_collector()
-        if self._dev_core is not None:
-            click.echo(self._dev_core.instructions())
+        if self._core is not None and (instructions := self._core.instructions()):
+            click.echo(instructions)
 
     async def close(self) -> None:
-        await self._edge.close()
-        if self._dev_core is not None:
-            await self._dev_core.close()
+        if self._core is None:
+            await self._edge.close()
+        else:
+            # The core ends the dialogues. The edge stops accepting, and ends the connections that are left.
+            await asyncio.gather(self._edge.close(), self._core.close())
 
     async def reload(self) -> Iterable[str]:
         """Reload the certificates. Raises Incomplete when some stay as they were."""

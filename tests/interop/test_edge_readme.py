@@ -33,7 +33,7 @@ README = re.sub(r"<!--.*?-->", "", (ROOT / "fumi_edge" / "README.md").read_text(
 SECTIONS = {section.title: section.text for section in sections(README)}
 RECIPES = ("Port 25: mail from other servers", "Port 587: submission with STARTTLS", "Port 465: submission with implicit TLS",
            "Let's Encrypt", "Clients with certificates", "Behind a load balancer", "Postfix", "Any SMTP server",
-           "Several backends", "All of it in a file")  # fmt: skip
+           "Several backends", "An app in the same program", "All of it in a file")  # fmt: skip
 CLIENT = ("127.0.0.9", 0)
 """The address that clients come from, which is not this host's usual one."""
 TEXT = "Subject: hi\r\n\r\nhi\r\n"
@@ -320,6 +320,15 @@ def test_the_recipe_for_several_backends_uses_them_all(kitchen: Kitchen, core: S
         for smtp in (one, other):
             smtp.sendmail("a@example.com", ["b@example.org"], TEXT)
     assert [len(server.messages) for server in (first, second)] == [1, 1]
+
+
+def test_the_recipe_for_an_app_in_the_same_program_takes_mail_on_both_ports(kitchen: Kitchen) -> None:
+    title = "An app in the same program"
+    (kitchen.directory / "myapp.py").write_text(block(title, "python"))
+    kitchen.cook(block(title))
+    send(kitchen.tls())
+    send(kitchen.starttls())
+    until(lambda: kitchen.log().count("a@example.com") == 2, "two messages in the app")
 
 
 def test_the_recipe_in_a_file_serves_both_ports(kitchen: Kitchen, core: StartCore) -> None:

@@ -1,0 +1,56 @@
+"""MODULE:APP: an app that the edge runs in its own processes, in place of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from prometheus_client import CollectorRegistry
+
+from fumi_core.program.loading import load_app
+from fumi_core.runtime.settings import SettingError
+from fumi_core.server.metrics import CoreMetrics
+from fumi_edge.app import InnerApp, LocalCore
+from fumi_edge.program.settings import Flags
+
+_OF_BACKENDS = ("backend", "balance", "connect_timeout", "health_interval", "health_timeout", "proxy_protocol")
+
+
+class Inner:
+    """The app, and the core that serves it. ``core`` is the edge's direct path, and its backend for plaintext."""
+
+    def __init__(self, flags: Flags, given: Collection[str]) -> None:
+        """Import the app; ``given`` are the names of the flags that were given. Raises SettingError."""
+        self._reference = reference = flags["app"] or ""
+        for name in _OF_BACKENDS:
+            if name in given:
+                raise SettingError(f"--{name.replace('_', '-')} is for backends, which {reference} replaces: leave it out")
+        loaded = load_app(reference)
+        self._app = InnerApp().adopt(loaded)
+        self._app.observer = loaded.observer
+        self._app.configure(close_timeout=flags["drain_timeout"])
+        self._options = loaded.options
+        self.core = LocalCore(starttls=bool(flags["starttls_listen"]))
+
+    def defaults(self, flags: Flags) -> Flags:
+        """The flags, with the app's options where they leave the choice to it."""
+        hidden = flags["hide_starttls"] or (self._options.hide_starttls and bool(flags["starttls_listen"]))
+        return {**flags, "max_clients": flags["max_clients"] or self._options.max_clients, "hide_starttls": hidden}
+
+    def check(self) -> None:
+        """Raise SettingError if nobody could ever send mail to the app."""
+        if problem := self._app.startup_problem():
+            raise SettingError(f"{self._reference}: nobody could send mail: {problem}")
+
+    def count_in(self, registry: CollectorRegistry) -> None:
+        """Add the core's metrics to those of the edge."""
+        self._app.observer = CoreMetrics(registry, self._app.tally)
+
+    async def start(self) -> None:
+        self.core.attach(await self._app.start())
+
+    async def close(self) -> None:
+        await self._app.close()
+
+    def instructions(self) -> str | None:
+        """Nothing to tell when it has started."""
+        return None

@@ -101,7 +101,7 @@ def test_a_wrong_setting_is_one_line_and_status_2(
             ((*flags, "--balance", "best"), "--balance"),
             ((*flags, "--health-interval", "-1"), "--health-interval"),
             ((*flags, "--accept-proxy", "--trusted-proxy", "lb.test"), "is not a network"),
-            ((*flags, "--trusted-proxy", "192.0.2.0/24"), "add --accept-proxy"),
+            ((*flags, "--trusted-proxy", "192.0.2.0/24"), "without --accept-proxy: add it"),
             ((*flags, "--require-tls"), "--require-tls is for STARTTLS listeners"),
             ((*flags, "--hide-starttls"), "--hide-starttls is for STARTTLS listeners"),
             (("--dev", "--accept-proxy"), "leave out --accept-proxy and --hide-starttls"),

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from email.message import EmailMessage
 from email.parser import BytesFeedParser
 from email.policy import EmailPolicy
+from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar, cast
 
@@ -64,7 +65,7 @@ class Spool:
         pieces, end, at = self._pieces, self.size - self._waiting, 0
         while at < end:
             self._check_open()
-            piece = await self._in_thread(lambda at=at: self._block(at, end))  # type: ignore[misc]
+            piece = await self._in_thread(partial(self._block, at, end))
             at += len(piece)
             yield piece
         for piece in pieces:

@@ -79,13 +79,6 @@ class NextHop:
             await next()
             await self._recipient(ctx.session, ctx.address)
 
-        def hash_text(ctx: DataContext, next: Next) -> Next:
-            """Hash the client's own content: the output of other handlers may differ each time."""
-            transaction = self._transactions.get(ctx.session)
-            if transaction is not None and transaction.replies is not None:
-                ctx.stream.tap(transaction.replies.hash.update)
-            return next()
-
         async def data(ctx: DataContext, next: Next) -> None:
             try:
                 verdicts = await self._pass_on(ctx)
@@ -103,11 +96,18 @@ class NextHop:
         app.on_data(data)
         app.on_close(close)
         if memory is not None:
-            app.on_data(hash_text, first=True)
+            app.on_data(self._hash_text, first=True)
             app.at_close(memory.close)
         app.at_close(self._hop.close)
         app.at_listen(lambda: self._hop.learn_extensions(app.options.name))
         app.withhold(lambda: self._hop.not_offered, take=True)
+
+    def _hash_text(self, ctx: DataContext, next: Next) -> Next:
+        """Hash the client's own content: the output of other handlers may differ each time."""
+        transaction = self._transactions.get(ctx.session)
+        if transaction is not None and transaction.replies is not None:
+            ctx.stream.tap(transaction.replies.hash.update)
+        return next()
 
     def dependency_problem(self) -> str | None:
         problem = dependency_problem(self.address)

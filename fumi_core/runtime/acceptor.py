@@ -112,7 +112,7 @@ class Acceptor:
         waiting = _queued(self.sock)
         while waiting > 0 and self._loop.time() < end:
             for _ in range(min(MAX_ACCEPTS_AT_ONCE, waiting)):
-                if not self._take():
+                if not self._accept_one():
                     waiting = 0
                     break
                 waiting -= 1
@@ -129,12 +129,12 @@ class Acceptor:
     def _accept(self) -> None:
         for _ in range(MAX_ACCEPTS_AT_ONCE):
             if self._connection_count.ahead:
-                self._rest(YIELD_SECONDS)
+                self._stop_watching_for(YIELD_SECONDS)
                 return
-            if not self._take():
+            if not self._accept_one():
                 return
 
-    def _take(self) -> bool:
+    def _accept_one(self) -> bool:
         """Accept one connection; False when there is none now."""
         if self._descriptor_limit is not None and self._descriptor_limit.reached(self._connection_count.connections):
             self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
@@ -161,22 +161,22 @@ class Acceptor:
             # Logged once: this state can last, with one connection accepted now and then.
             event(self._log, logging.ERROR, "cannot accept, pausing", listener=self._name, error=error.strerror)
         self._paused_at = now
-        self._rest(PAUSE_SECONDS)
+        self._stop_watching_for(PAUSE_SECONDS)
 
-    def _rest(self, seconds: float) -> None:
+    def _stop_watching_for(self, seconds: float) -> None:
         self._stop_watching()
-        self._resume = self._loop.call_later(seconds, self._go_on)
+        self._resume = self._loop.call_later(seconds, self._watch_again)
 
     def _stop_watching(self) -> None:
         if self._resume is not None:
             self._resume.cancel()
         self._loop.remove_reader(self.sock.fileno())
 
-    def _go_on(self) -> None:
+    def _watch_again(self) -> None:
         """Resume: accept the connection that waits, unless another worker has accepted it."""
         self._resume = None
         self._loop.add_reader(self.sock.fileno(), self._accept)
-        self._take()
+        self._accept_one()
 
 
 def _queued(sock: socket.socket) -> int:

@@ -166,7 +166,7 @@ async def reload(work: Work, quiet: bool = False) -> Outcome:
     return Outcome.DONE
 
 
-async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals]) -> None:
+async def run_alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals]) -> None:
     """Work until one of these signals, then drain. A second signal ends the process at once, whatever it is doing."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[signal.Signals] = loop.create_future()
@@ -187,7 +187,7 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         if not stopped.done():
             stopped.set_result(number)
 
-    async def take_over() -> None:
+    async def reload_settings() -> None:
         if stopped.done():
             return
         notifier.reloading()
@@ -202,11 +202,11 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
     await work.start(slot.connection_count)
     slot.state = WorkerState.SERVING
     register_restarts(work.registry, work.metric_prefix, board)
-    endpoint = serve_metrics(work, work.registry, readiness)
+    metrics_server = serve_metrics(work, work.registry, readiness)
     notifier.ready()
     for each in stops:
         signal.signal(each, stop)
-    handle_signals({} if signal.SIGHUP in stops else {signal.SIGHUP: in_turn(take_over)})
+    handle_signals({} if signal.SIGHUP in stops else {signal.SIGHUP: in_turn(reload_settings)})
     with every(notifier.interval, notifier.alive):
         number = await stopped
         event(work.log, logging.INFO, "stopping", signal=number.name)
@@ -214,8 +214,8 @@ async def alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signals])
         notifier.stopping()
         await work.close()
     end_within(CLEANUP_TIMEOUT, 0)
-    if endpoint is not None:
-        await asyncio.to_thread(endpoint.close)
+    if metrics_server is not None:
+        await asyncio.to_thread(metrics_server.close)
 
 
 def serve_metrics(work: Work, registry: CollectorRegistry, readiness: Readiness) -> MetricsServer | None:

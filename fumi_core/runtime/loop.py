@@ -7,9 +7,9 @@ Differences from asyncio: a reader or writer runs before queued callbacks, and i
 
 It replaces ``asyncio.SelectorEventLoop``: 3.7 instead of 4.3 µs an event with its recv() and send(), 2.7 instead of 11.2 µs for
 add_reader() and remove_reader(). In ``ops/bench`` the CPU, as a ratio to that of asyncio's loop, is 0.91 (0.77 … 1.20) in the row
-core-connect and 0.98 (0.85 … 1.05) in core-kept, and no different in edge-handshake, 1.01 (0.92 … 1.11): 7 rounds on a busy
-machine, Python 3.11.7. Delete it when core-connect, with ``asyncio.SelectorEventLoop`` in workers.py, is within 3 %; what
-``shutdown_default_executor`` does differently must stay.
+core-connect, 0.98 (0.85 … 1.05) in core-kept, and in edge-handshake 1.01 (0.92 … 1.11) and, in another run, 0.88
+(0.75 … 1.03): 7 and 11 rounds on a busy machine, Python 3.11.7. Delete it when core-connect and edge-handshake, with
+``asyncio.SelectorEventLoop`` in workers.py, are within 3 %; what ``shutdown_default_executor`` does differently must stay.
 
 It uses two private names of ``asyncio.BaseEventLoop``: ``_default_executor`` and ``_executor_shutdown_called``.
 """

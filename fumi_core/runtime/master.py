@@ -80,7 +80,7 @@ class Master:
         self._has_served = False
         """All workers have served at some time, and systemd was notified."""
         self._stopping = False
-        self._good = threading.Event()
+        self._valid = threading.Event()
         """Set when the settings read last are valid."""
         self._partly = False
         """They were applied only in part, and the log says so."""
@@ -93,7 +93,7 @@ class Master:
         self._announced = 0
         """The last reload that was logged."""
         self._deadline = float("inf")
-        self._next_sign = 0.0
+        self._next_alive = 0.0
         self._status = 0
 
     def run(self) -> int | None:
@@ -111,11 +111,11 @@ class Master:
                 if not self._fork(child):
                     return child.role
             awaited = HELD_SIGNALS if self._reading is None else set(HELD_SIGNALS) - {signal.SIGHUP}
-            received = signal.sigtimedwait(awaited, self._patience())
+            received = signal.sigtimedwait(awaited, self._seconds_to_wait())
             if received is not None:
-                self._heed(signal.Signals(received.si_signo))
+                self._handle(signal.Signals(received.si_signo))
             self._reap()
-            self._look()
+            self._check()
         self._end_metrics()
         if self._status:
             raise SystemExit(self._status)
@@ -190,26 +190,26 @@ class Master:
         deadline = time.monotonic() + KILL_TIMEOUT
         while any(child.pid for child in self._children):
             if signal.sigtimedwait([signal.SIGCHLD], max(0.0, deadline - time.monotonic())) is None:
-                self._tell(signal.SIGKILL)
+                self._signal_children(signal.SIGKILL)
                 deadline += KILL_TIMEOUT
             self._reap()
 
     # Signals
 
-    def _patience(self) -> float:
+    def _seconds_to_wait(self) -> float:
         """Seconds until there is something to do without a signal."""
         now = time.monotonic()
         quiet = self._stopping or (self._settled and self._reading is None)
         moments = [now + (CHECK_SECONDS if quiet else SETTLING_CHECK_SECONDS), self._deadline]
         moments += [child.due for child in self._missing()]
         if self._notifier.interval is not None:
-            moments.append(self._next_sign)
+            moments.append(self._next_alive)
         return max(0.0, min(moments) - now)
 
-    def _heed(self, number: signal.Signals) -> None:
+    def _handle(self, number: signal.Signals) -> None:
         if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             if self._stopping or number == signal.SIGQUIT:
-                self._hurry(number)
+                self._stop_at_once(number)
             else:
                 self._stop(number)
         elif number == signal.SIGHUP and not self._stopping:
@@ -220,13 +220,13 @@ class Master:
         event(self._work.log, logging.INFO, "stopping", signal=number.name)
         self._notifier.stopping()
         self._work.unbind()
-        self._tell(signal.SIGTERM)
+        self._signal_children(signal.SIGTERM)
         self._deadline = time.monotonic() + self._work.drain_timeout + DRAIN_GRACE_SECONDS
 
-    def _hurry(self, number: signal.Signals) -> None:
+    def _stop_at_once(self, number: signal.Signals) -> None:
         self._stopping = True
         self._status = 128 + number
-        self._tell(signal.SIGQUIT)
+        self._signal_children(signal.SIGQUIT)
         self._deadline = time.monotonic() + KILL_TIMEOUT
 
     def _reload(self) -> None:
@@ -234,9 +234,9 @@ class Master:
         if self._hanging is not None and self._hanging.is_alive():
             self._not_reloaded("an earlier reload still waits for a file")
             return
-        self._good.clear()
+        self._valid.clear()
         try:
-            self._reading = start_thread(partial(self._read, self._good), "reload")
+            self._reading = start_thread(partial(self._read, self._valid), "reload")
         except OSError as error:
             self._not_reloaded(str(error))
         else:
@@ -247,48 +247,48 @@ class Master:
         if self._settled:
             self._notifier.ready()
 
-    def _read(self, good: threading.Event) -> None:
+    def _read(self, valid: threading.Event) -> None:
         outcome = asyncio.run(reload(self._work))
         self._partly = outcome is Outcome.PARTLY
         if outcome is not Outcome.FAILED:
-            good.set()
+            valid.set()
 
     def _give_up_reading(self) -> None:
         self._hanging, self._reading = self._reading, None
         # The result of an abandoned thread does not matter.
-        self._good = threading.Event()
+        self._valid = threading.Event()
         self._not_reloaded(f"the files were not read within {READ_TIMEOUT:g} seconds")
 
-    def _have_read(self) -> None:
+    def _finish_reading(self) -> None:
         self._reading = None
-        if self._good.is_set():
+        if self._valid.is_set():
             self._board.reloads += 1
             self._settled = False
-            self._tell(signal.SIGHUP)
+            self._signal_children(signal.SIGHUP)
         elif self._settled:
             self._notifier.ready()
 
-    def _tell(self, number: signal.Signals) -> None:
+    def _signal_children(self, number: signal.Signals) -> None:
         for child in self._children:
             if child.pid:
                 os.kill(child.pid, number)
 
     # Watching the workers
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = time.monotonic()
         if self._reading is not None and not self._reading.is_alive() and not self._stopping:
-            self._have_read()
+            self._finish_reading()
         if self._reading is not None and now >= self._reading_until and not self._stopping:
             self._give_up_reading()
         if not self._settled and not self._stopping and self._reading is None:
             self._settle()
         if now >= self._deadline:
             event(self._work.log, logging.WARNING, "killing workers that did not stop in time")
-            self._tell(signal.SIGKILL)
+            self._signal_children(signal.SIGKILL)
             self._deadline = float("inf")
-        if self._notifier.interval is not None and now >= self._next_sign:
-            self._next_sign = now + self._notifier.interval
+        if self._notifier.interval is not None and now >= self._next_alive:
+            self._next_alive = now + self._notifier.interval
             if self._is_healthy(2 * self._notifier.interval + HANG_SECONDS):
                 self._notifier.alive()
 

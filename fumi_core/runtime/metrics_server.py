@@ -135,7 +135,7 @@ class _Handler(WSGIRequestHandler):
 
     def parse_request(self) -> bool:
         whole = super().parse_request()
-        self.server.heard(self.request)
+        self.server.head_received(self.request)
         return whole
 
     def log_message(self, format: str, *args: object) -> None:
@@ -182,10 +182,10 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request(request, client_address or ("unix", 0))
         except RuntimeError:
             # The system has no more threads.
-            self._leave(request)
+            self._give_back_place(request)
             raise
 
-    def heard(self, request: Any) -> None:
+    def head_received(self, request: Any) -> None:
         """The head of a request has been received, whether it is valid or not."""
         if (due := self._heads.pop(request, None)) is not None:
             self._requests[request] = due - HEAD_TIMEOUT + REQUEST_TIMEOUT
@@ -194,9 +194,9 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._leave(request)
+            self._give_back_place(request)
 
-    def _leave(self, request: Any) -> None:
+    def _give_back_place(self, request: Any) -> None:
         self._heads.pop(request, None)
         self._requests.pop(request, None)
         self._free.release()
@@ -207,18 +207,18 @@ class _Server(ThreadingMixIn, WSGIServer):
         for waiting in (self._heads, self._requests):
             for request, due in list(waiting.items()):
                 if now >= due:
-                    _end(request)
+                    _shut_down(request)
 
     def _make_room(self) -> None:
         for request in [*self._heads, *self._requests][:1]:
-            _end(request)
+            _shut_down(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # Most often a scraper disconnected during the response, which is not our error; the traceback helps with anything else.
         logging.getLogger("fumi.endpoint").debug("request failed", exc_info=True)
 
 
-def _end(request: Any) -> None:
+def _shut_down(request: Any) -> None:
     """Make the thread that serves it read end of file."""
     # It may have ended by itself in the meantime.
     with contextlib.suppress(OSError):

@@ -23,7 +23,6 @@ from fumi_core.runtime.lifecycle import (
     STOP_SIGNALS,
     Left,
     Work,
-    alone,
     end_within,
     every,
     handle_signals,
@@ -31,6 +30,7 @@ from fumi_core.runtime.lifecycle import (
     in_turn,
     leave,
     reload,
+    run_alone,
     serve_metrics,
 )
 from fumi_core.runtime.logs import event
@@ -56,7 +56,7 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOP_SIGNALS
     event(work.log, logging.INFO, "starting", version=VERSION, pid=os.getpid(), workers=workers)
     notifier = Notifier()
     if workers == 1:
-        _run(alone(work, notifier, stops))
+        _run(run_alone(work, notifier, stops))
         return
     board = Scoreboard(workers)
     master_alive_r, master_alive_w = os.pipe()
@@ -89,7 +89,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
         event(work.log, logging.ERROR, "master process died, stopping", worker=number, pid=os.getpid())
         stopped.set()
 
-    async def take_over() -> None:
+    async def reload_settings() -> None:
         newest = board.reloads
         await reload(work, quiet=True)
         slot.reloads = newest
@@ -106,7 +106,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
     slot.state = WorkerState.SERVING
     # A stop may arrive several times: from the terminal or systemd, which signal all processes, and from the master.
     signal.signal(signal.SIGQUIT, leave)
-    handle_signals({signal.SIGTERM: stopped.set, signal.SIGINT: stopped.set, signal.SIGHUP: in_turn(take_over)})
+    handle_signals({signal.SIGTERM: stopped.set, signal.SIGINT: stopped.set, signal.SIGHUP: in_turn(reload_settings)})
     loop.add_reader(master_alive_r, orphaned)
     with every(REPORT_SECONDS, report):
         await stopped.wait()

@@ -58,7 +58,7 @@ class Fumi(core.Fumi):
         if cert is None:
             for name, value in (("secure", secure), ("key", key), ("ca", ca)):
                 if value:
-                    raise TypeError(f"{name} needs a certificate: give cert=, and key= where cert does not hold the key")
+                    raise TypeError(f"{name} needs a certificate: add cert=, and key= if cert does not hold the key")
         self._secure = secure
         self._certificates = None if cert is None else Certificates([(cert, key)], Policy(client_ca=ca))
         self._edge: Edge | None = None

@@ -1,4 +1,4 @@
-"""Reloads certificates on request (SIGHUP) and when their files change. A bad certificate leaves its predecessor in service."""
+"""Reloads certificates on request (SIGHUP) and when their files change. A bad certificate leaves the old one in use."""
 
 from __future__ import annotations
 

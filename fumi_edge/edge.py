@@ -69,21 +69,7 @@ class Edge:
         """The listening sockets for the metrics in ``registry``; opened by ``bind()``."""
         self.registry = registry or CollectorRegistry()
         metrics = EdgeMetrics(self.registry, certificates.ciphers(), VERSION)
-        connection_count = count_of_one_process()
-        self._resources = Resources(
-            certificates=certificates,
-            backends=Backends(settings.backends, metrics),
-            retiring=Retiring(),
-            limits=Limits(settings.limits, connection_count),
-            rejections=Rejections(metrics.rejected),
-            metrics=metrics,
-            hangup_watch=HangupWatch(),
-            close_notify=CloseNotify(),
-            buffer=memoryview(bytearray(BUFFER_SIZE)),
-            connection_count=connection_count,
-            descriptor_limit=DescriptorLimit(2),
-            direct=direct,
-        )
+        self._resources = _resources(settings, certificates, metrics, direct)
         self._reloader = Reloader(certificates, metrics, settings.cert_reload_interval)
         self._reloads: set[asyncio.Task[list[str]]] = set()
         self._checks: Checks | None = None
@@ -271,6 +257,24 @@ class Edge:
             return None
         problems = dependency_problems(backends, one=True)
         return None if None in problems else f"backend {backends.destinations[-1].name}: {problems[-1]}"
+
+
+def _resources(settings: EdgeSettings, certificates: Certificates, metrics: EdgeMetrics, direct: DirectCore | None) -> Resources:
+    connection_count = count_of_one_process()
+    return Resources(
+        certificates=certificates,
+        backends=Backends(settings.backends, metrics),
+        retiring=Retiring(),
+        limits=Limits(settings.limits, connection_count),
+        rejections=Rejections(metrics.rejected),
+        metrics=metrics,
+        hangup_watch=HangupWatch(),
+        close_notify=CloseNotify(),
+        buffer=memoryview(bytearray(BUFFER_SIZE)),
+        connection_count=connection_count,
+        descriptor_limit=DescriptorLimit(2),
+        direct=direct,
+    )
 
 
 def _announce(name: str, starttls: bool) -> None:

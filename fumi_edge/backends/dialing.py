@@ -240,13 +240,13 @@ async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) ->
     sent.
     """
     loop = asyncio.get_running_loop()
-    said = b""
+    received = b""
     try:
         async with asyncio.timeout(timeout):
             await send_all(loop, sock, b"QUIT\r\n")
             while data := await receive(loop, sock, 4096):
-                said += data
-                if len(said) > LAST_REPLY_LIMIT:
+                received += data
+                if len(received) > LAST_REPLY_LIMIT:
                     raise TimeoutError
     except TimeoutError:
         reset_on_close(sock)
@@ -254,7 +254,7 @@ async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) ->
         pass  # the backend has closed already
     finally:
         sock.close()
-    return said
+    return received
 
 
 def error_text(error: OSError) -> str:

@@ -31,8 +31,8 @@ DOWN_INTERVAL = 5.0
 """Seconds between checks of a backend that is down, unless the interval is shorter."""
 JITTER = 0.1
 
-_HINT_HEADER_AWAITED = "; or it waits for a PROXY header"
-_HINT_HEADER_UNKNOWN = "the PROXY header; does it know the PROXY protocol? else --proxy-protocol off"
+_HINT_HEADER_AWAITED = "; it may be waiting for a PROXY header"
+_HINT_HEADER_UNKNOWN = "the PROXY header; if it does not know the PROXY protocol, use --proxy-protocol off"
 
 
 class BadBanner(Exception):
@@ -49,7 +49,7 @@ async def health_check(destination: Destination, settings: BackendSettings) -> N
     sock = await destination.connect(loop, settings.connect_timeout, opening)
     try:
         async with asyncio.timeout(settings.health_timeout):
-            banner, behind = await _banner(loop, sock)
+            banner, rest = await _banner(loop, sock)
         if not banner.startswith(b"220"):
             raise BadBanner(f"answered {_quoted(banner)} instead of 220")
     except OSError as error:
@@ -57,12 +57,12 @@ async def health_check(destination: Destination, settings: BackendSettings) -> N
         if not isinstance(error, TimeoutError):
             raise BadBanner(error.strerror or str(error)) from None
         raise BadBanner(
-            f"did not greet within {settings.health_timeout:g} s" + ("" if opening else _HINT_HEADER_AWAITED)
+            f"sent no banner within {settings.health_timeout:g} s" + ("" if opening else _HINT_HEADER_AWAITED)
         ) from None
     except BaseException:
         sock.close()
         raise
-    answer = behind + await quit_and_close(sock, min(settings.health_timeout, CLOSE_SECONDS))
+    answer = rest + await quit_and_close(sock, min(settings.health_timeout, CLOSE_SECONDS))
     if answer.startswith((b"4", b"5")):
         raise BadBanner(f"answered {_quoted(answer)} to {_HINT_HEADER_UNKNOWN if opening else 'QUIT'}")
 

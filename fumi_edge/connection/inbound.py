@@ -49,7 +49,7 @@ async def receive_client(loop: asyncio.AbstractEventLoop, sock: socket.socket) -
     except ProxyProtocolError as error:
         raise HeaderError(str(error)) from None
     except OSError:
-        raise HeaderError("the connection broke off", silent=not received) from None
+        raise HeaderError("the connection was reset", silent=not received) from None
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, sock: socket.socket, received: bytearray) -> tuple[ProxyHeader, int]:

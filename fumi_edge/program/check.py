@@ -54,7 +54,7 @@ def _warnings(settings: EdgeSettings, probing: bool) -> Iterator[str]:
     elif probing:
         for backend, offers in zip(backends.destinations, offering_starttls(backends), strict=True):
             if offers:
-                yield f"backend {backend.name} offers STARTTLS, inside TLS too, where RFC 3207 forbids it: turn it off there"
+                yield f"backend {backend.name} offers STARTTLS, which RFC 3207 forbids inside TLS: disable it there"
 
 
 def unreadable(name: str, paths: Iterable[str]) -> list[str]:

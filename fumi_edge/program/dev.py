@@ -47,13 +47,12 @@ def directory(flags: Flags) -> Iterator[str]:
 
 def _check(flags: Flags) -> None:
     if flags["cert"] or flags["key"] or flags["backend"] or flags["app"]:
-        raise SettingError("--dev brings its own certificate and server: leave out --cert, --key, --backend and MODULE:APP")
+        raise SettingError("--dev has its own certificate and server: remove --cert, --key, --backend and MODULE:APP")
     if flags["workers"] != 1 or flags["user"]:
-        raise SettingError("--dev is one process, and yours: leave out --workers and --user")
+        raise SettingError("--dev is one process of the user who starts it: remove --workers and --user")
     if flags["accept_proxy"] or flags["hide_starttls"]:
         raise SettingError(
-            "--dev prints commands for clients that come themselves and look for STARTTLS: leave out"
-            " --accept-proxy and --hide-starttls"
+            "--dev prints commands for clients that connect directly and use STARTTLS: remove --accept-proxy and --hide-starttls"
         )
 
 

@@ -93,9 +93,9 @@ def load_certificates(settings: EdgeSettings) -> Certificates:
 def _tls_policy(flags: Flags) -> Policy:
     protocols = tuple(name.strip() for name in flags["alpn"].split(",")) if flags["alpn"] else ()
     if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
-        raise SettingError("--alpn: every protocol's name has 1 to 255 ASCII characters")
+        raise SettingError("--alpn: the name of a protocol must have 1 to 255 ASCII characters")
     if flags["client_cert"] and not flags["client_ca"]:
-        raise SettingError("--client-cert: name the authorities of client certificates with --client-ca")
+        raise SettingError("--client-cert needs the CAs of client certificates: add --client-ca")
     try:
         return Policy(flags["min_tls"], protocols, flags["ciphers"], flags["client_ca"], flags["client_cert"] or "optional")
     except ValueError as error:
@@ -139,7 +139,7 @@ def _listeners(flags: Flags) -> tuple[ListenerSettings, ...]:
 def _policy(flags: Flags) -> ListenerPolicy:
     for flag, value in (("--require-tls", flags["require_tls"]), ("--hide-starttls", flags["hide_starttls"])):
         if value and not flags["starttls_listen"]:
-            raise SettingError(f"{flag} is for STARTTLS listeners: add --starttls-listen, or leave it out")
+            raise SettingError(f"{flag} applies to STARTTLS listeners only: add --starttls-listen, or remove it")
     if flags["trusted_proxy"] and not flags["accept_proxy"]:
         raise SettingError("--trusted-proxy has no effect without --accept-proxy: add it, or leave --trusted-proxy out")
     return ListenerPolicy(

@@ -140,7 +140,7 @@ class Reading(NamedTuple):
 
 
 class Certificates:
-    """The certificates in service."""
+    """The certificates in use."""
 
     def __init__(self, sources: Sequence[tuple[Source, Source | None]], policy: Policy | None = None) -> None:
         """Load the (certificate, key) pairs; a certificate may be a directory (see ``sources.find``). Raises CertificateError."""
@@ -166,7 +166,7 @@ class Certificates:
 
     @property
     def stamp_read(self) -> Stamp:
-        """The ``stamp()`` from before the certificates in service were read: if it differs now, a file has changed."""
+        """The ``stamp()`` from before the certificates in use were read: if it differs now, a file has changed."""
         return self._current.stamp
 
     def stamp(self) -> Stamp:
@@ -193,7 +193,9 @@ class Certificates:
         default = old[0][0]
         is_replaced = any(set(default.names[:1]) & set(each.names) for each in groups[0])
         if default.pair not in [each.pair for each in groups[0]] and not is_replaced:
-            complaints.append(f"{default.pair}: is gone; as the default certificate it stays in service until the next start")
+            complaints.append(
+                f"{default.pair}: the file is gone; it was the default certificate and stays in use until the next start"
+            )
             groups[0].insert(0, default)
         client_ca = selection.client_ca
         try:
@@ -208,7 +210,7 @@ class Certificates:
             self._put(reading)
 
     def choose(self, now: float) -> Reading:
-        """The certificates in service with a selection for ``now`` (seconds since 1970), to install after ``selection.until``.
+        """The certificates in use with a selection for ``now`` (seconds since 1970), to install after ``selection.until``.
 
         It reads no files and changes nothing, and may be called in another thread.
         """
@@ -260,7 +262,7 @@ class Certificates:
             certificate.give(self.policy.context())
             now = time.time()
             if previous is not None and not previous.validity_problem(now) and (problem := certificate.validity_problem(now)):
-                raise CertificateError(f"{problem}; its predecessor is valid and stays in service")
+                raise CertificateError(f"{problem}; the old certificate is valid and stays in use")
         return certificate
 
     def _select(self, groups: Sequence[Sequence[Certificate]], client_ca: str | None) -> Selection:
@@ -311,14 +313,13 @@ class Certificates:
         return self._current.skipped
 
     def startup_problem(self) -> str | None:
-        """Why TLS 1.2, although the policy allows it, fails with every certificate in service; or None."""
+        """Why TLS 1.2, although the policy allows it, fails with every certificate in use; or None."""
         kinds = sorted({entry.kind for entry in self.entries})
         auth = {str(each["auth"]) for each in self._front.get_ciphers() if each["protocol"] == "TLSv1.2"}
         if self.policy.min_tls != "1.2" or auth & {"auth-any", *(f"auth-{kind.lower()}" for kind in kinds)}:
             return None
-        return (
-            f"--ciphers {self.policy.ciphers}: none is for a certificate with {' or '.join(kinds)}, so TLS 1.2 cannot be spoken"
-        )
+        names = " or ".join(kinds)
+        return f"--ciphers {self.policy.ciphers}: no cipher works with a certificate for {names}, so no client can use TLS 1.2"
 
     @property
     def served(self) -> list[Certificate]:

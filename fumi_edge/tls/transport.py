@@ -63,6 +63,7 @@ class TLSTransport:
         "_closing",
         "_deadline",
         "_end_seen",
+        "_end_sent",
         "_ended",
         "_ending",
         "_fd",
@@ -71,7 +72,6 @@ class TLSTransport:
         "_loop",
         "_owner",
         "_reading",
-        "_said_end",
         "_sock",
         "_wants_read",
         "_wants_write",
@@ -102,8 +102,8 @@ class TLSTransport:
         self._ended = False
         """The client has closed its side."""
         self._half_close = False
-        """Our side is to be closed, after the backlog; ``_said_end``: it is."""
-        self._said_end = False
+        """Our side is to be closed, after the backlog; ``_end_sent``: it is."""
+        self._end_sent = False
         self._closing = False
         self._wants_read = self._wants_write = False
         self._end_seen: TransportEnd | None = None
@@ -169,7 +169,7 @@ class TLSTransport:
             self._wants_read = False
             self._flush()
         if self._closing:
-            if self._said_end and not self._ended:
+            if self._end_sent and not self._ended:
                 self._discard()
         elif self._reading and not self._ended:
             self._read()
@@ -213,7 +213,7 @@ class TLSTransport:
         waited = bool(self._backlog)
         if waited:
             self._write()
-        if not self._backlog and self._half_close and not self._said_end:
+        if not self._backlog and self._half_close and not self._end_sent:
             self._end()
         self._watch()
         if waited and not self._backlog and self._owner is not None:
@@ -230,11 +230,11 @@ class TLSTransport:
 
     def _end(self) -> None:
         try:
-            self._said_end = self._said_end or self._ending.send(self._sock)
+            self._end_sent = self._end_sent or self._ending.send(self._sock)
         except OSError:
             self._fail(TransportEnd.FAILED)
             return
-        if self._said_end and self._closing:
+        if self._end_sent and self._closing:
             self._lose()
             self._deadline = self._loop.time() + LINGER_SECONDS
             if self._ended:
@@ -243,10 +243,10 @@ class TLSTransport:
     def _watch(self) -> None:
         """Make the loop watch the socket for exactly the events that are waited for."""
         if self._closing:
-            reading = self._said_end and not self._ended
+            reading = self._end_sent and not self._ended
         else:
             reading = self._reading and not self._ended and not self._wants_write
-        writing = not self._wants_read and (bool(self._backlog) or (self._half_close and not self._said_end))
+        writing = not self._wants_read and (bool(self._backlog) or (self._half_close and not self._end_sent))
         wanted = reading or self._wants_read, writing or self._wants_write
         if wanted == self._watched or self._finished is None:
             return

@@ -248,7 +248,7 @@ def test_ciphers_that_no_certificate_can_use_are_found(authority: Authority) -> 
     ecdsa, rsa = authority.issue("a.test"), authority.issue("a.test", kind="rsa")
     only_rsa = Policy(ciphers="ECDHE-RSA-AES128-GCM-SHA256")
     assert Certificates([ecdsa], only_rsa).startup_problem() == (
-        "--ciphers ECDHE-RSA-AES128-GCM-SHA256: none is for a certificate with ECDSA, so TLS 1.2 cannot be spoken"
+        "--ciphers ECDHE-RSA-AES128-GCM-SHA256: no cipher works with a certificate for ECDSA, so no client can use TLS 1.2"
     )
     assert Certificates([ecdsa, rsa], only_rsa).startup_problem() is None
     assert Certificates([ecdsa], Policy("1.3", ciphers=only_rsa.ciphers)).startup_problem() is None

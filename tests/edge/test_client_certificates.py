@@ -284,7 +284,7 @@ def test_wrong_settings_are_one_line(certificate: CertificateFiles, tmp_path: Pa
     nonsense.write_text("-----BEGIN CERTIFICATE-----\nbm9uc2Vuc2U=\n-----END CERTIFICATE-----\n")
     flags: list[str | Path] = ["--cert", cert, "--key", key, "--backend", "127.0.0.1:9"]
     for wrong, complaint in (
-        (("--client-cert", "required"), "--client-cert: name the authorities of client certificates with --client-ca"),
+        (("--client-cert", "required"), "--client-cert needs the CAs of client certificates: add --client-ca"),
         (("--client-ca", tmp_path / "none"), f"{tmp_path}/none: cannot read the client CA: No such file or directory"),
         (("--client-ca", key), f"{key}: holds no PEM certificate"),
         (("--client-ca", nonsense), f"{nonsense}: OpenSSL cannot read"),

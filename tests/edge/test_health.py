@@ -107,7 +107,7 @@ def test_a_backend_that_does_not_greet_within_the_health_timeout_is_down(
 ) -> None:
     server = backend(lambda peer: peer.rest())
     program = edge("--health-interval", interval, "--health-timeout", "0.2", backend=server)
-    said = f"backend {server.address}: did not greet within 0.2 s\n"
+    said = f"backend {server.address}: sent no banner within 0.2 s\n"
     until(lambda: program.fetch("/readyz") == (503, said), "the fall")
 
 
@@ -195,7 +195,7 @@ def test_a_backend_that_greets_with_something_else_gets_nobody(
     assert counts(sick, well) == [1, 5]
 
 
-IGNORANT = "does it know the PROXY protocol? else --proxy-protocol off"
+IGNORANT = "if it does not know the PROXY protocol, use --proxy-protocol off"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_backend_that_waits_for_a_header_that_is_off_is_said_to(backend: Start
     server = backend(lambda peer: peer.rest(), proxy=False)
     program = edge("--health-interval", "0.05", "--health-timeout", "0.1", "--proxy-protocol", "off", backend=server)
     await_backend(program, server, 0)
-    assert program.fetch("/readyz")[1].endswith(": did not greet within 0.1 s; or it waits for a PROXY header\n")
+    assert program.fetch("/readyz")[1].endswith(": sent no banner within 0.1 s; it may be waiting for a PROXY header\n")
 
 
 def test_when_all_are_down_they_are_tried_all_the_same(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:

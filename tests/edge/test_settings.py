@@ -102,10 +102,10 @@ def test_a_wrong_setting_is_one_line_and_status_2(
             ((*flags, "--health-interval", "-1"), "--health-interval"),
             ((*flags, "--accept-proxy", "--trusted-proxy", "lb.test"), "is not a network"),
             ((*flags, "--trusted-proxy", "192.0.2.0/24"), "without --accept-proxy: add it"),
-            ((*flags, "--require-tls"), "--require-tls is for STARTTLS listeners"),
-            ((*flags, "--hide-starttls"), "--hide-starttls is for STARTTLS listeners"),
-            (("--dev", "--accept-proxy"), "leave out --accept-proxy and --hide-starttls"),
-            (("--dev", "--hide-starttls"), "leave out --accept-proxy and --hide-starttls"),
+            ((*flags, "--require-tls"), "--require-tls applies to STARTTLS listeners only"),
+            ((*flags, "--hide-starttls"), "--hide-starttls applies to STARTTLS listeners only"),
+            (("--dev", "--accept-proxy"), "remove --accept-proxy and --hide-starttls"),
+            (("--dev", "--hide-starttls"), "remove --accept-proxy and --hide-starttls"),
             ((*flags, "--handshake-timeout", "soon"), "--handshake-timeout"),
             ((*flags, "--min-tls", "1.1"), "--min-tls"),
             ((*flags, "--alpn", "x" * 300), "--alpn"),
@@ -173,7 +173,7 @@ def test_check_warns_of_starttls_that_a_backend_without_headers_offers_inside_tl
     both = (*flags[:4], "--backend", warned.address, "--backend", well.address)
     done = finished("fumi-edge", *both, "--proxy-protocol", "off", "--check")
     assert done.returncode == 0, done.stderr
-    warning = f"warning: backend {warned.address} offers STARTTLS, inside TLS too, where RFC 3207 forbids it: turn it off there"
+    warning = f"warning: backend {warned.address} offers STARTTLS, which RFC 3207 forbids inside TLS: disable it there"
     assert [line for line in done.stdout.splitlines() if "warning" in line] == [warning]
 
 

@@ -59,7 +59,7 @@ class DescriptorLimit:
         """
         self._each = each
         self._closing = closing
-        self._others = len(os.listdir("/proc/self/fd"))
+        self._others = _open_descriptors()
 
     def reached(self, connections: int) -> bool:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -177,6 +177,14 @@ class Acceptor:
         self._resume = None
         self._loop.add_reader(self.sock.fileno(), self._accept)
         self._accept_one()
+
+
+def _open_descriptors() -> int:
+    """How many descriptors this process has open; 0 on a system that does not tell, such as one without /proc."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 0
 
 
 def _queued(sock: socket.socket) -> int:

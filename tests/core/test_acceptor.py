@@ -8,7 +8,9 @@ import logging
 import socket
 from functools import partial
 
-from fumi_core.runtime.acceptor import Acceptor
+import pytest
+
+from fumi_core.runtime.acceptor import Acceptor, DescriptorLimit
 from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState, count_of_one_process
 
 
@@ -72,3 +74,14 @@ def test_a_stop_in_a_flood_accepts_what_has_come_and_serves_meanwhile() -> None:
     accepted, turns = asyncio.run(flood())
     assert accepted == queued
     assert turns >= 3
+
+
+def test_a_system_that_does_not_tell_its_descriptors_has_a_limit_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(path: str) -> list[str]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("os.listdir", unknown)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 1024))
+    limit = DescriptorLimit(2)
+    assert not limit.reached(400)
+    assert limit.reached(500)

@@ -309,7 +309,10 @@ class Connection:
                 # Health checks come every few seconds: a proxy's own, and connections that close without a command.
                 logging.DEBUG if self._origin is Origin.HEALTH_CHECK else logging.INFO,
                 "session ended",
-                **log_fields(session),
+                # log_fields(), without its dict: this line is written for every connection.
+                id=session.id,
+                client_ip=session.remote_address,
+                client_port=session.remote_port or None,
                 proxy=session.proxy_address,
                 helo=session.client_hostname,
                 tls=session.tls.version if session.tls else ("yes" if session.secure else None),

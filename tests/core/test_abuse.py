@@ -10,11 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fumi_core import CloseContext, DataContext, Fumi, MailContext, Next, RcptContext, plugins
+from fumi_core import CloseContext, ConnectContext, DataContext, Fumi, MailContext, Next, RcptContext, plugins
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
@@ -44,7 +43,7 @@ def refuses_slowly(app: Fumi, code: int = 421) -> None:
 
 def test_a_client_that_resets_while_it_is_refused_is_forgotten(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
-    closed: list[Any] = []
+    closed: list[CloseContext] = []
     refuses_slowly(app)
 
     @app.on_close
@@ -251,7 +250,7 @@ def test_a_delivery_that_is_cancelled_leaves_nothing_behind(
 
 def test_a_failing_handler_is_logged_though_its_client_is_gone(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
-    closed: list[Any] = []
+    closed: list[CloseContext] = []
     app.on_close(lambda ctx, next: closed.append(ctx))
 
     @app.on_data
@@ -303,8 +302,8 @@ def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Connect, capl
 
     chance = random.Random(2821)
     app = Fumi(auth_optional=True, close_timeout=0.2)
-    opened: list[Any] = []
-    closed: list[Any] = []
+    opened: list[ConnectContext] = []
+    closed: list[CloseContext] = []
 
     @app.on_mail_from
     @app.on_rcpt_to

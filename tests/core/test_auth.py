@@ -147,7 +147,7 @@ def test_require_tls_comes_first(make: Make, connect: Connect) -> None:
 
 def test_the_session_knows_its_user_and_may_send(make: Make, connect: Connect) -> None:
     app, _ = make()
-    sessions: list[Any] = []
+    sessions: list[tuple[object, str]] = []
     app.on_rcpt_to(lambda ctx, next: sessions.append((ctx.session.user, ctx.session.transmission_type)))
     with running(app) as server:
         client = connect(server.port)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 import pytest
 
-from fumi_core import DataContext, Fumi, MailContext, MessageAborted, Next
+from fumi_core import Address, DataContext, Fumi, MailContext, MessageAborted, Next
 from fumi_core.program.builtin import build
 from fumi_core.testing import running
 from tests.core.client import Connect
@@ -23,7 +22,7 @@ def test_handlers_of_a_message_that_is_given_up_have_its_envelope(
     connect: Connect, caplog: pytest.LogCaptureFixture, ending: bytes, chunk: bytes
 ) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
-    seen: list[Any] = []
+    seen: list[object] = []
 
     @app.on_mail_from
     async def mail(ctx: MailContext, next: Next) -> None:
@@ -50,7 +49,7 @@ def test_handlers_of_a_message_that_is_given_up_have_its_envelope(
 
 def test_a_rejected_chunk_leaves_the_envelope_to_the_handlers(connect: Connect) -> None:
     app = Fumi(auth_optional=True, size=10, close_timeout=0.2)
-    seen: list[Any] = []
+    seen: list[Address | None] = []
 
     @app.on_data
     async def data(ctx: DataContext, next: Next) -> None:
@@ -63,7 +62,7 @@ def test_a_rejected_chunk_leaves_the_envelope_to_the_handlers(connect: Connect) 
         client.envelope()
         client.sock.sendall(b"BDAT 5\r\nhelloBDAT 9\r\nand more!RSET\r\n")
         assert [client.reply()[:3] for _ in range(3)] == [b"250", b"552", b"250"]
-    assert seen[0].address == "a@b.example"
+    assert [sender and sender.address for sender in seen] == ["a@b.example"]
 
 
 def test_a_next_hop_is_not_blamed_on_the_app_when_a_client_gives_a_message_up(

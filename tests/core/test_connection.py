@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from fumi_core import ConnectContext, Fumi, Next, TLSInfo
 from fumi_core.proxy_protocol import ProxyHeader, tls_tlvs
@@ -73,7 +72,7 @@ def serving(app: Fumi, talk: Callable[[Connection, InMemory], None], facts: Clie
 
 def test_a_dialogue_begins_with_facts_given_as_values() -> None:
     app = Fumi(auth_optional=True, name="mx.example")
-    seen: list[Any] = []
+    seen: list[object] = []
 
     @app.on_connect
     async def look(ctx: ConnectContext, next: Next) -> None:

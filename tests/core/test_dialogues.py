@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import Fumi, Next
 from fumi_core.smtp import replies
 from fumi_core.smtp.replies import Reply
 from fumi_core.testing import RunningServer, running
@@ -74,7 +74,7 @@ def _add_handler(app: Fumi, line: str) -> None:
     assert found, line
     phase, whom, deed, text = found.groups()
 
-    async def handler(ctx: Any, next: Any) -> None:
+    async def handler(ctx: Any, next: Next) -> None:
         if deed != "refuse" and whom is not None and whom != _whom(ctx):
             await next()
         elif deed == "fail":

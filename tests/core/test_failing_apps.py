@@ -25,7 +25,7 @@ def app() -> Fumi:
 
 
 def raises(error: Callable[[], BaseException], *, late: bool = False) -> Any:
-    async def handler(ctx: Any, next: Any) -> None:
+    async def handler(ctx: object, next: Next) -> None:
         if late:
             await asyncio.sleep(0)
         raise error()
@@ -45,7 +45,7 @@ class Mute:
         raise ValueError("no words")
 
 
-def changed(**attributes: Any) -> SMTPError:
+def changed(**attributes: object) -> SMTPError:
     error = SMTPError("no", 550)
     vars(error).update(attributes)
     return error
@@ -69,7 +69,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "after waiting"])
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 def test_whatever_a_hook_raises_is_451_and_the_server_goes_on(
-    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, error: Any, late: bool
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, error: Callable[[], BaseException], late: bool
 ) -> None:
     app.on_rcpt_to(raises(error, late=late))
     with running(app) as server, caplog.at_level(logging.ERROR):
@@ -263,8 +263,8 @@ def test_surrogates_and_line_ends_cannot_break_a_reply(app: Fumi, connect: Conne
 def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
     app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, phase: str
 ) -> None:
-    async def breaks(ctx: Any, next: Any) -> None:
-        ctx.session.envelope = None
+    async def breaks(ctx: MailContext | DataContext, next: Next) -> None:
+        ctx.session.envelope = None  # type: ignore[assignment]
 
     getattr(app, phase)(breaks)
     with running(app, record=False) as server, caplog.at_level(logging.ERROR):
@@ -295,7 +295,7 @@ def test_an_error_that_an_app_raises_again_and_again_takes_no_more_memory(app: F
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-def test_a_client_that_is_silent_after_an_error_is_timed_out(connect: Connect, error: Any) -> None:
+def test_a_client_that_is_silent_after_an_error_is_timed_out(connect: Connect, error: Callable[[], BaseException]) -> None:
     app = Fumi(auth_optional=True, socket_timeout=0.3, close_timeout=0.2)
     app.on_mail_from(raises(error, late=True))
     with running(app) as server:

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import threading
 from functools import partial
-from typing import Any
 
 import pytest
 
 from fumi_core import CloseContext, ConnectContext, DataContext, Fumi, MailContext, MessageAborted, Next, RcptContext, SMTPError
+from fumi_core.handlers.stream import MessageStream
 from fumi_core.testing import running
 from tests.core.client import Connect, Send
 from tests.support.waiting import until
@@ -177,7 +177,7 @@ def test_a_handler_that_reads_nothing_is_fine(app: Fumi, connect: Connect) -> No
 
 
 def test_a_refusal_after_a_little_text_waits_for_the_end_and_keeps_nothing(app: Fumi, connect: Connect) -> None:
-    streams: list[Any] = []
+    streams: list[MessageStream] = []
 
     @app.on_data
     async def data(ctx: DataContext, next: Next) -> None:
@@ -197,7 +197,7 @@ def test_a_refusal_after_a_little_text_waits_for_the_end_and_keeps_nothing(app: 
 def test_a_message_that_breaks_off_raises_in_the_reader_and_on_close_follows(
     app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seen: list[Any] = []
+    seen: list[object] = []
 
     @app.on_data
     async def data(ctx: DataContext, next: Next) -> None:

@@ -102,7 +102,7 @@ def test_a_message_that_was_read_cannot_be_kept(app: Fumi, connect: Connect) -> 
     ("number", "code"), [(errno.ENOSPC, b"452 4.3.1"), (errno.EDQUOT, b"452 4.3.1"), (errno.EIO, b"451 4.3.0")]
 )
 def test_a_full_disk_is_452(app: Fumi, connect: Connect, monkeypatch: pytest.MonkeyPatch, number: int, code: bytes) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
@@ -142,7 +142,7 @@ def test_a_client_that_goes_leaves_nothing_behind(app: Fumi, connect: Connect) -
 
 def test_a_task_that_outlives_the_handlers_cannot_read_what_was_kept(app: Fumi, connect: Connect) -> None:
     errors: list[str] = []
-    tasks: list[Any] = []
+    tasks: list[asyncio.Task[None]] = []
     ended = threading.Event()
 
     @app.on_data

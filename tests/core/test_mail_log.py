@@ -216,7 +216,7 @@ def test_fail2ban_finds_the_clients_with_wrong_passwords_and_no_others(
     (failregex,) = re.findall(r"failregex = ([^`]+)`", (ROOT / page).read_text())
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2, logger=True).use(log)
 
-    def decide(ctx: Any, next: Any) -> None:
+    def decide(ctx: AuthContext, next: Next) -> None:
         if ctx.credentials.password == "broken":
             ctx.reject("4.7.0 The users' database is down", 454)
         if ctx.credentials.validate_password("right"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import CloseContext, Fumi
 from fumi_core.delivery import maildir, maildir_files
 from fumi_core.program import builtin
 from fumi_core.testing import running
@@ -86,7 +86,7 @@ def test_what_a_maildir_cannot_keep_is_neither_offered_nor_taken(box: Path, conn
 
 def test_a_message_that_breaks_off_leaves_nothing(box: Path, connect: Connect) -> None:
     app = build(box)
-    closed: list[Any] = []
+    closed: list[CloseContext] = []
     app.on_close(lambda ctx, next: closed.append(ctx))
     with running(app) as server:
         client = connect(server.port)
@@ -123,7 +123,7 @@ def test_a_failing_disk_is_a_4yz_and_leaves_nothing(
         client.envelope()
         client.say("DATA")
 
-        def fail(*arguments: Any) -> None:
+        def fail(*arguments: object) -> None:
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:

@@ -218,7 +218,7 @@ def test_a_remainder_that_cannot_be_removed_hides_neither_reason_nor_result(
     observer = Deliveries()
 
     def fail(number: int) -> Callable[..., None]:
-        def call(*arguments: Any, **more: Any) -> None:
+        def call(*arguments: object, **more: object) -> None:
             raise OSError(number, os.strerror(number))
 
         return call

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPException
 from types import SimpleNamespace
-from typing import Any
+from typing import NoReturn
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -146,7 +146,7 @@ def test_a_scraper_that_comes_when_descriptors_have_run_out_costs_no_processor_t
 ) -> None:
     tried: list[float] = []
 
-    def fail(self: Any) -> Any:
+    def fail(self: object) -> NoReturn:
         tried.append(time.monotonic())
         raise OSError(errno.EMFILE, "Too many open files")
 

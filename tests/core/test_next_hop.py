@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def test_each_recipients_refusal_is_the_next_hops_and_the_others_get_the_message
     hop = back()
 
     @hop.on_rcpt_to
-    def decide(ctx: RcptContext, next: Next) -> Any:
+    def decide(ctx: RcptContext, next: Next) -> Awaitable[None]:
         local, _, _ = ctx.address.address.partition("@")
         if local == "full":
             ctx.reject("4.2.2 Mailbox full", 452)
@@ -114,7 +114,7 @@ def test_a_refused_sender_and_a_refused_message_are_refused_here(chain: Chain, c
     hop = back()
 
     @hop.on_mail_from
-    def mail(ctx: MailContext, next: Next) -> Any:
+    def mail(ctx: MailContext, next: Next) -> Awaitable[None]:
         if ctx.address.address.startswith("bad"):
             ctx.reject(f"{code // 100}.7.1 Sender", code)
         return next()

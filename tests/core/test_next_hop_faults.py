@@ -17,7 +17,7 @@ from fumi_core.delivery.next_hop import target as next_hop
 from fumi_core.program import builtin
 from fumi_core.testing import RunningServer, running
 from tests.core.client import Client, Connect
-from tests.core.scripted_hop import StartHop
+from tests.core.scripted_hop import Answer, Part, StartHop
 from tests.support.waiting import until
 
 DOWN = b"451 4.4.1 Next hop is not available, try again later\r\n"
@@ -93,7 +93,7 @@ def test_a_broken_next_hop_is_a_451_and_the_session_goes_on(
     connect: Connect,
     front: Front,
     monkeypatch: pytest.MonkeyPatch,
-    broken: Any,
+    broken: dict[str, Answer],
     reply: bytes,
     protocol: str,
 ) -> None:
@@ -207,11 +207,11 @@ def test_an_idle_connection_that_died_is_replaced_unseen(scripted_hop: StartHop,
 
 @pytest.mark.parametrize("again", [b"421 4.4.2 idle for too long\r\n", None])
 def test_an_idle_connection_refused_at_mail_is_replaced_unseen(
-    scripted_hop: StartHop, connect: Connect, front: Front, again: Any
+    scripted_hop: StartHop, connect: Connect, front: Front, again: Part
 ) -> None:
     used: set[int] = set()
 
-    def mail(line: bytes) -> Any:
+    def mail(line: bytes) -> Part:
         if hop.connections in used:
             return again
         used.add(hop.connections)

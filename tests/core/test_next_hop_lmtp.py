@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,7 +66,7 @@ def test_an_lmtp_recipient_said_twice_is_one(scripted_hop: StartHop, connect: Co
 
 @pytest.mark.parametrize(("answer", "reply"), [(b"250 Saved\r\n", b"250 2.0.0 Saved\r\n"), (b"554 No\r\n", b"554 5.7.1 No\r\n")])
 def test_an_smtp_next_hops_one_answer_is_every_lmtp_recipients(
-    scripted_hop: Callable[..., Any], connect: Connect, answer: bytes, reply: bytes
+    scripted_hop: StartHop, connect: Connect, answer: bytes, reply: bytes
 ) -> None:
     hop = scripted_hop(dot=answer)
     with running(front(f"smtp:{hop.address}", lmtp=True)) as server:

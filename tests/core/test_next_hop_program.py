@@ -7,7 +7,6 @@ import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from fumi_core.client import dependency
 from fumi_core.delivery import parse_target
 from tests.core.client import Connect
 from tests.core.programs import PROGRAM
-from tests.core.scripted_hop import StartHop
+from tests.core.scripted_hop import Answer, StartHop
 from tests.support.ports import free_port
 from tests.support.starter import finished
 from tests.support.waiting import until
@@ -74,7 +73,7 @@ def check(target: str, directory: Path) -> subprocess.CompletedProcess[str]:
 )
 @pytest.mark.parametrize("unix", [False, True])
 def test_a_next_hop_is_ready_when_it_greets(
-    scripted_hop: StartHop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, banner: Any, problem: str | None, unix: bool
+    scripted_hop: StartHop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, banner: Answer, problem: str | None, unix: bool
 ) -> None:
     if banner == b"":
         monkeypatch.setattr(dependency, "TIMEOUT", 0.2)

@@ -8,11 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fumi_core import AuthContext, ConnectContext, DataContext, Fumi, Next, plugins
+from fumi_core import AuthContext, CloseContext, ConnectContext, DataContext, Fumi, Next, plugins
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.runtime.logs import LogMessage
 from fumi_core.testing import running
@@ -196,7 +195,7 @@ def test_who_came_through_a_terminator_is_named_with_it(connect: Connect, lines:
 
 def test_nothing_is_remembered_of_who_is_gone(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2).use(plugins.logger())
-    closed: list[Any] = []
+    closed: list[CloseContext] = []
     app.on_close(lambda ctx, next: closed.append(ctx))
     remembered = app._handlers["close"][0].__self__._connected  # type: ignore[attr-defined]
     with running(app) as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -91,8 +92,8 @@ def test_one_reader_may_stop_and_go_on(app: Fumi, connect: Connect) -> None:
 
 
 def test_a_task_that_outlives_the_handlers_gets_an_error_and_not_a_short_message(app: Fumi, connect: Connect) -> None:
-    outcomes: list[Any] = []
-    tasks: list[Any] = []
+    outcomes: list[bytes | str] = []
+    tasks: list[asyncio.Task[None]] = []
     reading = threading.Event()
 
     @app.on_data
@@ -115,7 +116,7 @@ def test_a_task_that_outlives_the_handlers_gets_an_error_and_not_a_short_message
         assert reading.wait(60)
         assert client.say(b"second\r\n.").startswith(b"250 ")
         until(lambda: bool(outcomes))
-    assert "dropped" in outcomes[0]
+    assert "dropped" in str(outcomes[0])
 
 
 def test_of_two_readers_at_once_the_second_gets_an_error(app: Fumi, connect: Connect) -> None:
@@ -140,20 +141,20 @@ def test_a_handler_that_cannot_be_called_is_refused_when_registered(app: Fumi, h
 
 
 def test_generators_and_coroutine_plugins_are_refused_when_registered(app: Fumi) -> None:
-    async def yields(ctx: Any, next: Any) -> Any:
+    async def yields(ctx: object, next: Next) -> AsyncIterator[None]:
         yield
 
     async def plugin(app: Fumi) -> None:
         pass
 
     with pytest.raises(TypeError, match="must not yield"):
-        app.on_data(yields)
+        app.on_data(yields)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="plain function"):
         app.use(plugin)  # type: ignore[arg-type]
 
 
 class Callable_:
-    async def __call__(self, ctx: Any, next: Any) -> None:
+    async def __call__(self, ctx: object, next: Next) -> None:
         await next()
 
 
@@ -162,15 +163,15 @@ def test_whatever_takes_a_context_and_next_is_a_handler(app: Fumi, handler: Any)
     assert app.on_data(handler) is handler
 
 
-async def returns_text(ctx: Any, next: Any) -> Any:
+async def returns_text(ctx: object, next: Next) -> object:
     return "550 5.7.1 no"
 
 
-async def returns_false(ctx: Any, next: Any) -> Any:
+async def returns_false(ctx: object, next: Next) -> object:
     return False
 
 
-def plainly_returns_text(ctx: Any, next: Any) -> Any:
+def plainly_returns_text(ctx: object, next: Next) -> object:
     return "550 no"
 
 
@@ -192,16 +193,16 @@ def test_a_handler_that_returns_a_reply_accepts_nothing(
     assert handler.__name__ in caplog.text
 
 
-def returns_next(ctx: Any, next: Any) -> Any:
+def returns_next(ctx: object, next: Next) -> object:
     return next()
 
 
-async def returns_next_later(ctx: Any, next: Any) -> Any:
+async def returns_next_later(ctx: object, next: Next) -> object:
     return next()
 
 
-async def returns_what_next_gave(ctx: Any, next: Any) -> Any:
-    return await next()
+async def returns_what_next_gave(ctx: object, next: Next) -> object:
+    return await next()  # type: ignore[func-returns-value]
 
 
 @pytest.mark.parametrize("handler", [returns_next, returns_next_later, returns_what_next_gave])
@@ -317,7 +318,7 @@ def test_only_accepted_messages_are_recorded(connect: Connect) -> None:
 
 
 def test_a_test_server_that_cannot_listen_leaves_nothing_behind(app: Fumi, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fails(*arguments: Any) -> None:
+    async def fails(*arguments: object) -> None:
         raise OSError("no such port")
 
     monkeypatch.setattr(app, "listen", fails)

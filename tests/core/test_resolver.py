@@ -34,7 +34,7 @@ def test_too_many_waiting_lookups_are_refused_at_once(monkeypatch: pytest.Monkey
         release.wait(60)
         return [name]
 
-    async def overrun() -> list[Any]:
+    async def overrun() -> list[object]:
         lookups = Resolver(hang, timeout=30, threads=1)
         first = asyncio.ensure_future(lookups.lookup("0"))
         await asyncio.to_thread(taken.wait, 60)

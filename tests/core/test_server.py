@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fumi_core import DataContext, Fumi, MailContext, Next, plugins
+from fumi_core.handlers.stream import MessageStream
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
 from tests.core.client import Connect
@@ -117,7 +118,7 @@ def test_a_slow_handler_is_no_silence_of_the_client(connect: Connect) -> None:
 def test_a_slow_reader_of_a_message_slows_the_client_down(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     go = threading.Event()
-    streams: list[Any] = []
+    streams: list[MessageStream] = []
 
     @app.on_data
     async def data(ctx: DataContext, next: Next) -> None:

@@ -9,7 +9,6 @@ import signal
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,7 +43,7 @@ class Set:
         self.port = port
         self._connect = connect
 
-    def client(self) -> tuple[Any, int]:
+    def client(self) -> tuple[Client, int]:
         """A client that has said EHLO, and the pid of its worker."""
         client = self._connect(self.port)
         assert client.say("EHLO client.example").startswith(b"250")
@@ -52,9 +51,9 @@ class Set:
         assert found
         return client, int(found[1])
 
-    def clients(self) -> dict[int, Any]:
+    def clients(self) -> dict[int, Client]:
         """A client of each of two workers."""
-        found: dict[int, Any] = {}
+        found: dict[int, Client] = {}
         while len(found) < 2:
             client, pid = self.client()
             found.setdefault(pid, client)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from fumi_core import ConnectContext, Fumi, Next
+from fumi_core.handlers.contexts import Context
 from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.testing import running
 
@@ -21,7 +22,7 @@ def recorded(*phases: str, **options: Any) -> Iterator[tuple[list[dict[str, Any]
     app = Fumi(auth_optional=True, use_xclient=True, use_xforward=True, close_timeout=0.2, **options)
     seen: list[dict[str, Any]] = []
 
-    def note(ctx: Any, next: Any) -> Any:
+    def note(ctx: Context, next: Next) -> Awaitable[None]:
         session = ctx.session
         seen.append({name: getattr(session, name) for name in session.__slots__})
         return next()
@@ -65,7 +66,7 @@ def test_connect_handlers_judge_the_client_that_xclient_names() -> None:
     app = Fumi(auth_optional=True, use_xclient=True, close_timeout=0.2)
 
     @app.on_connect
-    def judge(ctx: ConnectContext, next: Next) -> Any:
+    def judge(ctx: ConnectContext, next: Next) -> Awaitable[None] | None:
         if ctx.session.remote_address == "192.0.2.66":
             ctx.reject("5.7.1 Go away", 554)
         return next()

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import pytest
 
@@ -22,7 +22,7 @@ from tests.core.next_hop_joint.delivery import FULL, MIXED, OTHER, TEXT, Front, 
 def test_no_room_for_a_message_that_must_be_kept_is_452(
     store: MakeStore, front: Front, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any, **options: Any) -> Any:
+    def full(*arguments: object, **options: object) -> NoReturn:
         raise OSError(28, "No space left on device")
 
     hop = store(slow="451 4.2.1 Later")
@@ -82,7 +82,7 @@ def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
     client = connect(front(hop).port)
     assert send(client, "good", "full").startswith(MIXED)
 
-    def full(*arguments: Any) -> Any:
+    def full(*arguments: object) -> NoReturn:
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(reply_store.ReplyStore, "_open", full)

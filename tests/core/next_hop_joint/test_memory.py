@@ -101,7 +101,7 @@ def test_a_database_that_breaks_later_is_one_warning_and_no_wrong_reply(
 def test_a_moment_without_threads_is_one_warning_and_the_memory_works_after_it(
     store: MakeStore, front: Front, connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_threads(*arguments: Any) -> Any:
+    def no_threads(*arguments: object) -> NoReturn:
         raise OSError("can't start new thread")
 
     hop = store(full=FULL)

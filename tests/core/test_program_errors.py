@@ -80,6 +80,12 @@ def test_flags_that_need_a_proxy_header_are_refused_without_one(flags: tuple[str
         assert run("--proxy-protocol", "off", "--assume-tls", *always, cwd=tmp_path).returncode == 0
 
 
+def test_an_empty_target_is_an_error_and_not_the_default(tmp_path: Path) -> None:
+    done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--deliver: '' is not a target" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "warnings"),
     [

@@ -10,9 +10,9 @@ import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
 from tests.core.client import Client, Connect, ConnectFrom, Send
-from tests.core.clock import Clock
 from tests.core.programs import Program, Start
 from tests.core.scripted_hop import Answer, ScriptedHop, StartHop
+from tests.support.clock import Clock
 from tests.support.waiting import until
 
 

@@ -16,7 +16,7 @@ from fumi_core.plugins.dnsbl import Blocklist
 from fumi_core.runtime.resolver import Resolver
 from fumi_core.testing import RunningServer, running
 from tests.core.client import Connect, ConnectFrom
-from tests.core.clock import Clock
+from tests.support.clock import Clock
 
 HEADER = b"PROXY TCP4 8.8.4.%d 192.0.2.1 1234 25\r\n"
 

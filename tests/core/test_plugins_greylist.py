@@ -10,7 +10,7 @@ from fumi_core import Fumi, plugins
 from fumi_core.plugins.greylist import RETENTION_SECONDS, RETRY_WINDOW_SECONDS, Triplets
 from fumi_core.testing import running
 from tests.core.client import Client, ConnectFrom
-from tests.core.clock import Clock
+from tests.support.clock import Clock
 
 
 @pytest.fixture

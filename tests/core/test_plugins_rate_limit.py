@@ -9,7 +9,7 @@ import pytest
 from fumi_core import Fumi, plugins
 from fumi_core.testing import running
 from tests.core.client import Client, ConnectFrom
-from tests.core.clock import Clock
+from tests.support.clock import Clock
 
 
 @pytest.fixture

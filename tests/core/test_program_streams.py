@@ -13,6 +13,7 @@ import pytest
 from tests.core.client import Connect
 from tests.core.programs import PROGRAM, get
 from tests.support.ports import free_port
+from tests.support.proc import children
 from tests.support.programs import listening
 from tests.support.waiting import until
 
@@ -33,8 +34,7 @@ def test_no_socket_takes_the_place_of_a_stream_that_is_closed_from_the_start(
         client = connect(port)
         assert client.banner.startswith(b"220")
         client.close()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in [str(process.pid), *children]:
+        for pid in [process.pid, *children(process.pid)]:
             for fd in (0, 1, 2) if "0" in closed else (2,):
                 assert os.readlink(f"/proc/{pid}/fd/{fd}") == os.devnull
         process.terminate()

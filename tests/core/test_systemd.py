@@ -20,6 +20,7 @@ from fumi_core.runtime.systemd import Notifier
 from tests.core.client import Connect
 from tests.core.programs import Program, Start
 from tests.support.ports import free_port
+from tests.support.proc import children
 from tests.support.waiting import until
 
 
@@ -207,9 +208,8 @@ def test_neither_the_watchdog_nor_a_stop_waits_for_new_settings(systemd: Systemd
 
 
 def kill_workers(program: Program) -> None:
-    children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children")
-    for pid in children.read_text().split():
-        os.kill(int(pid), signal.SIGKILL)
+    for pid in children(program.process.pid):
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_watchdog_without_a_serving_worker_starves(systemd: Systemd, slow: Slow) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fumi_core.runtime.token_buckets import TokenBuckets
-from tests.core.clock import Clock
+from tests.support.clock import Clock
 
 
 def test_memory_is_bounded_however_many_addresses_come(clock: Clock) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.edge.backends import Backend
+from tests.support.proc import children, memory, open_files
 from tests.support.starter import finished, start
 from tests.support.waiting import PATIENCE, until
 
@@ -24,15 +25,6 @@ def run(*flags: str | Path, environment: dict[str, str] | None = None) -> tuple[
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
     done = finished("fumi-edge", *flags, env=clean | (environment or {}))
     return done.returncode, [line for line in done.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
-
-
-def open_files(pid: int) -> set[str]:
-    """What a process has open, as /proc calls it; nothing of one that has gone."""
-    files = set()
-    with contextlib.suppress(FileNotFoundError):
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            files.add(os.readlink(fd))
-    return files
 
 
 class StartEdge(Protocol):
@@ -125,15 +117,11 @@ class Program:
         # The kernel's table may be thousands of lines long.
         sockets = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines() if port in line)
         listening = {f"socket:[{words[9]}]" for words in sockets if words[1].endswith(port) and words[3] == "0A"}
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return {int(child) for child in children if listening & open_files(int(child))}
+        return {child for child in children(pid) if listening.intersection(open_files(child))}
 
     def memory(self) -> int:
         """Resident bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+)", status)
-        assert found
-        return int(found[1]) * 1024
+        return memory(self.process.pid)
 
     def rests(self) -> bool:
         """Whether its event loop sleeps: it has done all that there was to do, and does not just wait for the processor."""

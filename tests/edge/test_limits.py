@@ -17,6 +17,7 @@ from tests.edge.backends import StartBackend
 from tests.edge.clients import Clients
 from tests.edge.metrics import rejected
 from tests.edge.program import StartEdge
+from tests.support.clock import Clock
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
@@ -183,13 +184,6 @@ def test_rates_are_read() -> None:
     for wrong in ("", "10", "/s", "0/s", "-1/s", "1.5/s", "10/d", "10 /s", "10/s ", "1/1s", "99999999/s", "\u0663/s"):
         with pytest.raises(ValueError, match="is not a rate"):
             parse_rate(wrong)
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.mark.parametrize("rate", [Rate(1, 1), Rate(3, 1), Rate(10, 1), Rate(600, 60), Rate(1000, 3600), Rate(7, 60)])

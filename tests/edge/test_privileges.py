@@ -15,6 +15,7 @@ from tests.edge.backends import StartBackend
 from tests.edge.clients import Clients
 from tests.edge.program import StartEdge
 from tests.support.certificates import CertificateFiles
+from tests.support.proc import children
 from tests.support.waiting import until
 
 
@@ -31,8 +32,7 @@ def test_root_becomes_the_user_for_good(
     program = edge("--user", "nobody", *workers, backend=backend())
     assert clients.tls(program.tls_port).line().startswith(b"220")
     pid = program.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    pids = [str(pid), *children]
+    pids = [pid, *children(pid)]
     assert len(pids) == (4 if workers else 1)
     for each in pids:
         status = Path(f"/proc/{each}/status").read_text()

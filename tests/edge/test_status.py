@@ -22,6 +22,7 @@ from fumi_edge.status.plot import HEIGHT, WIDTH, axis_maximum, plot
 from tests.edge.backends import StartBackend
 from tests.edge.clients import Clients
 from tests.edge.program import Program, StartEdge
+from tests.support.clock import Clock
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
@@ -186,13 +187,6 @@ def plots(page: Reader) -> list[str]:
 
 
 # Its parts
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 Measured = tuple[History, Counter, Gauge, Histogram, Callable[..., None]]

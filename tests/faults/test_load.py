@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import smtplib
 import socket
@@ -16,8 +15,9 @@ from pathlib import Path
 
 from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.proc import memory
 from tests.support.programs import Programs, Setup
-from tests.support.starter import BIN, Process
+from tests.support.starter import BIN
 from tests.support.waiting import until
 
 CLIENTS, EACH = 200, 20
@@ -65,13 +65,6 @@ def test_200_starttls_clients_send_20_messages_each(two_processes: Callable[...,
     assert set(texts.values()) == {1}
 
 
-def memory(process: Process) -> int:
-    """Resident octets."""
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
 def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Programs, certificate: CertificateFiles) -> None:
     module = Path(__file__).with_name("slow_maildir.py")
     (programs.directory / module.name).write_text(module.read_text())
@@ -84,7 +77,7 @@ def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Programs
     line = b"x" * 98 + b"\r\n"
     with smtplib.SMTP_SSL("localhost", port, context=context) as smtp:
         smtp.sendmail("a@b.example", ["c@d.example"], line * 20_000)
-        before = {process.pid: memory(process) for process in (core, edge)}
+        before = {process.pid: memory(process.pid) for process in (core, edge)}
         most = dict(before)
         smtp.mail("a@b.example")
         smtp.rcpt("c@d.example")
@@ -93,7 +86,7 @@ def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Programs
         for _ in range(200):
             smtp.sock.sendall(line * 10_000)
             for process in (core, edge):
-                most[process.pid] = max(most[process.pid], memory(process))
+                most[process.pid] = max(most[process.pid], memory(process.pid))
         assert smtp.docmd(".")[0] == 250
     grown = [most[pid] - before[pid] for pid in before]
     assert max(grown) < 5_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import smtplib
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ports import free_port
+from tests.support.proc import memory
 from tests.support.programs import Programs
 from tests.support.starter import BIN, Process
 from tests.support.waiting import until
@@ -136,10 +136,3 @@ def test_a_100_mb_message_to_a_slow_next_hop_takes_no_memory(programs: Programs)
     assert most - before < 5_000_000
     sizes = sorted(path.stat().st_size for path in (programs.directory / "maildir" / "new").iterdir())
     assert 100_000_000 * 0.99 < sizes[-1] < 100_000_000
-
-
-def memory(pid: int) -> int:
-    """Resident octets."""
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024

@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import ssl
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.certificates import CertificateFiles
+from tests.support.certificates import CertificateFiles, self_signed
 from tests.support.ports import free_port
 from tests.support.programs import Programs
 from tests.support.starter import BIN
@@ -199,9 +198,7 @@ def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Progra
     programs.start(BIN / "fumi-edge", *flags, port=port, log="edge.log")
     before = ssl.get_server_certificate(("127.0.0.1", port))
     assert before == certificate[0].read_text()
-    new = programs.directory / "new.pem", programs.directory / "new.key"
-    request = ["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=new"]
-    subprocess.run(["openssl", *request, "-keyout", new[1], "-out", new[0]], check=True, capture_output=True)
+    new = self_signed(programs.directory, "new")
     publish(mount, "..second", *new)
     until(lambda: ssl.get_server_certificate(("127.0.0.1", port)) == new[0].read_text(), "the new certificate")
     assert "certificate not loaded" not in (programs.directory / "edge.log").read_text()

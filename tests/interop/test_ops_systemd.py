@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.certificates import CertificateFiles
+from tests.support.certificates import CertificateFiles, self_signed
 from tests.support.ports import free_port
 from tests.support.programs import Programs
 from tests.support.starter import BIN
@@ -185,9 +185,7 @@ def test_the_hook_has_a_renewed_certificate_taken_into_service(
     ports, _, edge = running
     address = ("127.0.0.1", ports["submissions"])
     assert ssl.get_server_certificate(address) == certificate[0].read_text()
-    new = directory / "new.pem", directory / "new.key"
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    programs.run("openssl", "req", "-x509", "-nodes", *curve, "-subj", "/CN=localhost", "-keyout", new[1], "-out", new[0])
+    new = self_signed(directory, "localhost")
     said = deploy(programs, *new, reload=edge.process.pid)
     assert said == "systemctl try-reload-or-restart fumi-edge.service\n"
     until(lambda: ssl.get_server_certificate(address) == new[0].read_text(), "the new certificate")

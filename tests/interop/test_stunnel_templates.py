@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.starting import ClientCertificate, StartFumiCore, StartStunnel
-from tests.support.certificates import CertificateFiles
+from tests.support.certificates import CertificateFiles, self_signed
 from tests.support.ports import free_port
 from tests.support.programs import Programs
 from tests.support.starter import BIN
@@ -212,11 +212,9 @@ def test_a_reload_takes_a_new_certificate_that_its_user_can_read_and_ends_no_ses
         conf.write_text(text)
         process = programs.start("stunnel", conf, port=port)
         with smtplib.SMTP_SSL("localhost", port, context=trusting) as smtp:
-            curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-            files: list[str | Path] = ["-keyout", directory / "new.key", "-out", directory / "new.pem"]
-            programs.run("openssl", "req", "-x509", "-nodes", *curve, "-subj", "/CN=new", *files)
-            new = (directory / "new.pem").read_text()
-            renew(new.encode() + (directory / "new.key").read_bytes())
+            cert, key = self_signed(directory, "new")
+            new = cert.read_text()
+            renew(new.encode() + key.read_bytes())
             process.send_signal(signal.SIGHUP)
 
             def renewed() -> bool:

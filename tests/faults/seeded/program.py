@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.support import starter
 from tests.support.ports import free_port
+from tests.support.proc import children
 from tests.support.waiting import PATIENCE, until
 
 from .plan import Plan
@@ -53,7 +54,7 @@ class Core:
         """kill -9 of the process that is alone, or of the first worker."""
         assert self._process is not None
         with contextlib.suppress(IndexError, ProcessLookupError):
-            pid = _children(self._process.pid)[0] if self._workers > 1 else self._process.pid
+            pid = children(self._process.pid)[0] if self._workers > 1 else self._process.pid
             os.kill(pid, signal.SIGKILL)
 
     def terminate(self) -> None:
@@ -76,7 +77,7 @@ class Core:
     def descriptors(self) -> list[int]:
         """How many each process that accepts connections has open."""
         assert self._process is not None
-        pids = _children(self._process.pid) if self._workers > 1 else [self._process.pid]
+        pids = children(self._process.pid) if self._workers > 1 else [self._process.pid]
         with contextlib.suppress(FileNotFoundError):  # a worker that has just been killed
             # One that has ended and was not waited for has none.
             return [count for pid in pids if (count := len(list(Path(f"/proc/{pid}/fd").iterdir())))]
@@ -89,8 +90,3 @@ class Core:
             text = log.read()
         self._read += len(text)
         return text.decode()
-
-
-def _children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]

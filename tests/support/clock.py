@@ -1,4 +1,4 @@
-"""A clock for plugins that take one."""
+"""A clock for what takes one: plugins, limits, the status page's history."""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ def test_metrics_count_what_happened(start: Start, connect: Connect, tmp_path: P
 def test_ports_that_the_kernel_chose_are_in_the_log(start: Start, connect: Connect) -> None:
     flags = ("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--proxy-protocol", "off", "--deliver", "discard:")
     program = start(*flags, wait="serving metrics")
-    listening, metrics = re.findall(r"(listening listener|serving metrics address)=127\.0\.0\.1:(\d+)", program.log.read_text())
-    assert connect(int(listening[1])).banner.startswith(b"220")
+    clients, metrics = re.findall(r"(listening listener|serving metrics address)=127\.0\.0\.1:(\d+)", program.log.read_text())
+    assert connect(int(clients[1])).banner.startswith(b"220")
     until(lambda: listening(int(metrics[1])))
 
 

@@ -116,6 +116,7 @@ def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool: MakePool, mon
     """The port would be ours for a minute otherwise."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+        others = time_waits(port)  # towards an earlier server with this port
 
         async def scenario() -> None:
             sock, _ = await pool(f"127.0.0.1:{port}").connect(b"")
@@ -126,4 +127,4 @@ def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool: MakePool, mon
             assert peer.recv(100) == b"QUIT\r\n"
             with pytest.raises(ConnectionResetError):
                 peer.recv(100)
-    assert time_waits(port) == 0
+    assert time_waits(port) <= others

@@ -1,4 +1,4 @@
-"""Between the protocol and the handlers: takes the protocol's events, runs the handlers of that phase, returns their answer.
+"""Between the protocol and the handlers: takes the protocol's events, runs the handlers of that phase, returns their decision.
 
 It has no sockets: bytes arrive by ``receive()``, and ``changed`` is called when there may be output, or the dialogue has ended.
 """
@@ -204,7 +204,7 @@ class Dialogue:
 
         def done(_: Context, error: BaseException | None) -> None:
             event.address = context.address
-            self._answer(context, error)
+            self._decide(context, error)
 
         self._run(phase, context, done)
 
@@ -243,7 +243,7 @@ class Dialogue:
         message.stream.end()
         self._run_message(message)
         if message.stage is Stage.DONE and self._message is message:
-            self._answer_message(message)
+            self._settle_message(message)
 
     def _message_broken(self, event: MessageBroken) -> None:
         self._abort_message(event.reason, event.result)
@@ -276,7 +276,7 @@ class Dialogue:
 
     def _connect_done(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None or error is None or isinstance(error, SMTPError):
-            self._answer(context, error)
+            self._decide(context, error)
         else:
             log_handler_failure(context, error)
             self.protocol.refuse(replies.CONNECT_FAILED)
@@ -285,11 +285,11 @@ class Dialogue:
         assert isinstance(context, AuthContext)
         if error is not None or context.accepted:
             self.session.user = context.user if error is None else None
-            self._answer(context, error)
+            self._decide(context, error)
         elif self.protocol.pending is not None:
             self.protocol.refuse(replies.AUTH_FAILED)
 
-    def _answer(self, context: Context, error: BaseException | None) -> None:
+    def _decide(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None:
             # Abandoned: no reply can be sent. If it was cancelled, we cancelled it.
             if error is not None and not isinstance(error, SMTPError | asyncio.CancelledError):
@@ -329,12 +329,12 @@ class Dialogue:
         if message.reception is Reception.ABORTED:
             self._forget_broken_message()
         elif message.reception is Reception.COMPLETE and not self._pumping:
-            self._answer_message(message)
+            self._settle_message(message)
 
-    def _answer_message(self, message: ArrivingMessage) -> None:
+    def _settle_message(self, message: ArrivingMessage) -> None:
         self._message = None
-        answers = self.protocol.settle(message.replies())
-        best = min([reply.code for reply in answers])
+        sent = self.protocol.settle(message.replies())
+        best = min([reply.code for reply in sent])
         result = verdict(best)
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         self.messages += best == 250

@@ -78,7 +78,7 @@ class Protocol:
         self.session = session
         self.state = State.START
         self.pending: Event | None = Connect()
-        """The event that waits for the application's answer."""
+        """The event that waits for the application's decision."""
         self.throttled = False
         """Too many replies wait to be sent, so no command is processed until they are."""
         self.line_begun = False
@@ -128,7 +128,7 @@ class Protocol:
         return output[0] if len(output) == 1 else b"".join(output)
 
     def next_event(self) -> Event | None:
-        """Process input until the application has to act; None when more bytes, or an answer, are needed first."""
+        """Process input until the application has to act; None when more bytes, or a decision, are needed first."""
         self.throttled = self.line_begun = False
         while self.pending is None and self.state is not State.CLOSED:
             if len(self._output) > MAX_REPLIES:
@@ -146,7 +146,7 @@ class Protocol:
                 line = self._input.line()
             except LineTooLong as error:
                 ended = self.break_off_exchange()
-                self._answer(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
+                self._conclude(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
                 if ended is not None:
                     return ended
                 continue
@@ -160,7 +160,7 @@ class Protocol:
                         # A TLS ClientHello has no line end: waiting for one would end in the timeout.
                         self.close(replies.NOT_SMTP)
                 return None
-            event = self._answer(self._command(line) if self._exchange is None else self._respond(line))
+            event = self._conclude(self._command(line) if self._exchange is None else self._respond(line))
             if event is not None:
                 return event
         return None
@@ -213,23 +213,23 @@ class Protocol:
         if reply.code == 421 or type(event) is Connect:
             self.state = State.CLOSED
 
-    def settle(self, answers: Sequence[Reply]) -> Sequence[Reply]:
+    def settle(self, verdicts: Sequence[Reply]) -> Sequence[Reply]:
         """Answer the end of a message: with one reply or, in LMTP, one for each recipient in order (RFC 2033 §4.2).
 
         Returns the replies that were sent; when the client has disconnected, those that would have been. A message is not
         accepted if ending its transaction failed (``envelope.at_end``).
         """
         if self.pending is None:
-            return answers
+            return verdicts
         self.pending = None
         error = self._reset("BDAT" if self._message_reader.chunked else "DATA")
         if error is not None:
-            answers = [error if reply.code < 400 else reply for reply in answers]
-        for reply in answers:
+            verdicts = [error if reply.code < 400 else reply for reply in verdicts]
+        for reply in verdicts:
             self._reply(reply)
             if reply.code == 421:
                 self.state = State.CLOSED
-        return answers
+        return verdicts
 
     def close(self, reply: Reply) -> None:
         """End the dialogue with this reply; anything that the client sends afterwards is ignored."""
@@ -261,18 +261,18 @@ class Protocol:
 
     # Commands
 
-    def _answer(self, answer: Event | Reply | None) -> Event | None:
+    def _conclude(self, outcome: Event | Reply | None) -> Event | None:
         """Send the reply to a command, or return the event for the application."""
-        if answer is None or not isinstance(answer, Reply):
-            return answer
-        if answer in _FINAL:
-            self.close(answer)
-        elif answer.code < 500:
-            self._reply(answer)
-        elif answer in _CONSEQUENCES:
-            self._answer_consequence(answer)
+        if outcome is None or not isinstance(outcome, Reply):
+            return outcome
+        if outcome in _FINAL:
+            self.close(outcome)
+        elif outcome.code < 500:
+            self._reply(outcome)
+        elif outcome in _CONSEQUENCES:
+            self._reply_to_consequence(outcome)
         else:
-            self._mistake(answer)
+            self._mistake(outcome)
         return None
 
     def _command(self, line: bytes) -> Event | Reply | None:
@@ -307,7 +307,7 @@ class Protocol:
         self._excused = self._options.max_recipients + 1
         return refusal
 
-    def _answer_consequence(self, reply: Reply) -> None:
+    def _reply_to_consequence(self, reply: Reply) -> None:
         if self._excused:
             self._excused -= 1
             self._reply(reply)
@@ -351,7 +351,7 @@ class Protocol:
 
     def _extensions(self) -> Reply:
         options, secure = self._options, self.session.secure
-        # AUTH is never offered where the answer would be 530: clients send the password with the command.
+        # AUTH is never offered where the reply would be 530: clients send the password with the command.
         auth = self._authenticates and (secure or (options.allow_insecure_auth and not options.require_tls))
         return self._greetings.ehlo(secure, auth, self._trusted)
 
@@ -461,7 +461,7 @@ class Protocol:
         ended = self.break_off_exchange(AuthResult.FAILED if outcome is replies.AUTH_FAILED else AuthResult.ABORTED)
         if ended is None:
             return outcome
-        self._answer(outcome)
+        self._conclude(outcome)
         return ended
 
     def _begin_exchange(self, exchange: AuthExchange) -> None:
@@ -576,7 +576,7 @@ class Protocol:
             return
         error = self._reset(event.command)
         if event.command != "BDAT":
-            self._answer(error or event.reply)
+            self._conclude(error or event.reply)
             return
         # A chunk was rejected and has its reply. The rest of the message in the pipeline gets replies all the same.
         self._excuse(event.reply)
@@ -603,7 +603,7 @@ class Protocol:
             refusals, reader.refusals = reader.refusals, ()
             for each in refusals[1:]:
                 self._reply(each)
-            self._answer_consequence(refusals[0])
+            self._reply_to_consequence(refusals[0])
         elif self.state is State.CHUNKS:
             self.pending = _CHUNK_END
         else:

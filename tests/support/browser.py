@@ -11,6 +11,7 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,9 +113,11 @@ def browser(profile: Path) -> Iterator[Page]:
     their_in, say = os.pipe()
     hear, their_out = os.pipe()
     command = [sys.executable, "-c", _MOVE, str(their_in), str(their_out), program, *_FLAGS, f"--user-data-dir={profile}"]
+    # It leaves files in TMPDIR, and has a socket there, whose path has at most 107 bytes: pytest's directories are too deep.
+    leavings = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # a helper of its may still be ending
     process = subprocess.Popen(
         command, pass_fds=(their_in, their_out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        env={**os.environ, "TMPDIR": str(profile.parent)},  # it leaves something there
+        env={**os.environ, "TMPDIR": leavings.name},
     )  # fmt: skip
     try:
         os.close(their_in)
@@ -123,5 +126,6 @@ def browser(profile: Path) -> Iterator[Page]:
     finally:
         process.terminate()
         process.wait(PATIENCE)
+        leavings.cleanup()
         os.close(say)
         os.close(hear)

@@ -15,6 +15,12 @@ because closing a socket with unread bytes sends RST, and RST destroys a reply t
 
 With TLS, a read may need to write first and a write may need to read (records.py); the flow then waits for the other kind of
 readiness on that socket.
+
+It replaces asyncio's streams, two tasks that copy between ``start_server(ssl=…)`` and ``open_connection()``. Its CPU, as a ratio
+to that of a proxy made of these, which has no limits, metrics or log, is 0.83 (0.78 … 0.91) in the row edge-handshake of
+``ops/bench`` (5 rounds), 0.54 (0.53 … 0.88) in edge-bytes-up and 0.69 (0.62 … 0.79) in edge-bytes-down (3 rounds, on a busy
+machine, Python 3.11.7). Delete it when edge-bytes-up and edge-bytes-down with asyncio's streams are within 3 %, and these can
+half-close over TLS. No private names are used.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Python sends close_notify only in ``unwrap()``, which at once tries to read the 
 there, that is a fatal error, and the rest of the client's data is lost. A check beforehand does not help: data may arrive
 between the check and the read. So for that one call the socket's descriptor is replaced by one end of a socket pair, where
 there is nothing to read, and the record is read from the other end.
+
+It replaces a plain ``unwrap()``, and is here for correctness, not for speed: 13 instead of 10 µs a connection (median of 7,
+Python 3.11.7). Every connection of the rows edge-handshake and tls-session of ``ops/bench`` contains it once. Delete it when
+Python can send close_notify without reading. No private names are used.
 """
 
 from __future__ import annotations

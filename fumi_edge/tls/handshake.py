@@ -2,6 +2,10 @@
 
 No task wakes up between the steps; the walk awaits one future. The reader stays registered afterwards: replacing it costs no
 system call, removing and adding it costs two. It removes itself if bytes arrive before the tunnel replaces it.
+
+It replaces a loop that awaits readable() and writable() (sockets/readiness.py) between the steps: its CPU is 0.90 (0.82 … 1.01)
+of that in the row edge-handshake of ``ops/bench`` (5 rounds on a busy machine, Python 3.11.7). Delete it when edge-handshake with
+such a loop is within 3 %. No private names are used.
 """
 
 from __future__ import annotations

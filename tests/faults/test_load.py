@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
 from tests.support.proc import memory
@@ -65,19 +67,27 @@ def test_200_starttls_clients_send_20_messages_each(two_processes: Callable[...,
     assert set(texts.values()) == {1}
 
 
-def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Programs, certificate: CertificateFiles) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(
+    programs: Programs, certificate: CertificateFiles, processes: int
+) -> None:
     module = Path(__file__).with_name("slow_maildir.py")
     (programs.directory / module.name).write_text(module.read_text())
-    core_port, port = free_port(), free_port()
-    flags = ["--listen", f"127.0.0.1:{core_port}", "--proxy-protocol", "required", "slow_maildir:app"]
-    core = programs.start(BIN / "fumi-core", *flags, port=core_port, log="core.log")
-    flags = ["--cert", str(certificate[0]), "--key", str(certificate[1]), "--backend", f"127.0.0.1:{core_port}"]
-    edge = programs.start(BIN / "fumi-edge", *flags, "--listen", f"127.0.0.1:{port}", port=port, log="edge.log")
+    port = free_port()
+    flags = ["--cert", str(certificate[0]), "--key", str(certificate[1]), "--listen", f"127.0.0.1:{port}"]
+    if processes == 1:
+        watched = [programs.start(BIN / "fumi-edge", *flags, "slow_maildir:app", port=port, log="edge.log")]
+    else:
+        core_port = free_port()
+        of_core = ["--listen", f"127.0.0.1:{core_port}", "--proxy-protocol", "required", "slow_maildir:app"]
+        core = programs.start(BIN / "fumi-core", *of_core, port=core_port, log="core.log")
+        edge = programs.start(BIN / "fumi-edge", *flags, "--backend", f"127.0.0.1:{core_port}", port=port, log="edge.log")
+        watched = [core, edge]
     context = ssl.create_default_context(cafile=str(certificate[0]))
     line = b"x" * 98 + b"\r\n"
     with smtplib.SMTP_SSL("localhost", port, context=context) as smtp:
         smtp.sendmail("a@b.example", ["c@d.example"], line * 20_000)
-        before = {process.pid: memory(process.pid) for process in (core, edge)}
+        before = {process.pid: memory(process.pid) for process in watched}
         most = dict(before)
         smtp.mail("a@b.example")
         smtp.rcpt("c@d.example")
@@ -85,7 +95,7 @@ def test_a_200_mb_message_into_a_slow_maildir_takes_no_memory(programs: Programs
         assert smtp.sock is not None
         for _ in range(200):
             smtp.sock.sendall(line * 10_000)
-            for process in (core, edge):
+            for process in watched:
                 most[process.pid] = max(most[process.pid], memory(process.pid))
         assert smtp.docmd(".")[0] == 250
     grown = [most[pid] - before[pid] for pid in before]

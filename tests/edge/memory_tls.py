@@ -41,11 +41,15 @@ class Engine:
         return data
 
     def update_key(self) -> None:
-        """Change our key, and ask the other side to change its own (RFC 8446 §4.6.3): ssl has no such call, OpenSSL has."""
-        import _ssl
+        update_key(self._tls)
 
-        openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
-        # PyObject_HEAD, the socket, and then the SSL that Python wraps.
-        inner: object = self._tls._sslobj  # type: ignore[attr-defined]
-        pointer = ctypes.c_void_p.from_address(id(inner) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p))
-        assert openssl.SSL_key_update(pointer, 1) == 1
+
+def update_key(tls: ssl.SSLObject | ssl.SSLSocket) -> None:
+    """Change our key, and ask the other side to change its own (RFC 8446 §4.6.3): ssl has no such call, OpenSSL has."""
+    import _ssl
+
+    openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))
+    # PyObject_HEAD, the socket, and then the SSL that Python wraps.
+    inner: object = tls._sslobj  # type: ignore[union-attr]
+    pointer = ctypes.c_void_p.from_address(id(inner) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p))
+    assert openssl.SSL_key_update(pointer, 1) == 1

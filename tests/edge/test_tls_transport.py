@@ -9,6 +9,7 @@ import random
 import socket
 import ssl
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.policy import Policy, TLSSocket
 from fumi_edge.tls.transport import LINGER_SECONDS, TLSTransport, TransportEnd
+from tests.edge.memory_tls import update_key
 
 SIZE = 20 * 1024 * 1024
 
@@ -324,6 +326,42 @@ def test_a_client_that_does_not_close_its_side_is_given_up(ends: Ends) -> None:
 
     assert carry(Leaving(), server, talk, transports.append) == "linger"
     assert got == [b""]
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="reaches into CPython's ssl objects")
+def test_key_updates_lose_no_byte_with_room_in_the_socket_and_without(ends: Ends) -> None:
+    server, client = ends(buffer=8192)
+    full, taken = threading.Event(), threading.Event()
+    got: list[int] = []
+
+    def talk() -> None:
+        update_key(client)
+        client.sendall(b"a" * 100_000)
+        update_key(client)
+        client.sendall(b"go\r\n")
+        assert full.wait(20)
+        # The server holds output that the client does not take, and owes it the answer to this one.
+        update_key(client)
+        client.sendall(b"b" * 100_000)
+        assert taken.wait(20)
+        end_of_client(client)
+        got.append(len(read_all(client)))
+
+    class Answering(Core):
+        def received(self, data: bytes) -> None:
+            super().received(data)
+            if self.content.endswith(b"go\r\n"):
+                self.transport.write(b"y" * SIZE)
+                assert self.transport.blocked
+                full.set()
+            elif len(self.content) == 200_004:
+                assert self.transport.blocked
+                taken.set()
+
+    core = Answering()
+    assert carry(core, server, talk) == "client_closed"
+    assert core.content == b"a" * 100_000 + b"go\r\n" + b"b" * 100_000
+    assert got == [SIZE]
 
 
 def test_reading_pauses_and_resumes(ends: Ends) -> None:

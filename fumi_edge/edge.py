@@ -60,7 +60,7 @@ class Edge:
     ) -> None:
         """``certificates`` are those of the settings, loaded. ``registry`` gets the metrics.
 
-        ``direct`` is a core in this process, which serves the clients over TLS; the backends then get the others alone.
+        ``direct`` is a core in this process, which serves the clients over TLS; the backends then get only those without TLS.
         """
         self.settings = settings
         self.certificates = certificates
@@ -143,9 +143,9 @@ class Edge:
     async def apply(self, settings: EdgeSettings) -> None:
         """Use other settings for the connections that are accepted from now on; open connections keep theirs.
 
-        Their backends, limits, ``drain_timeout`` and policies are used; a listener that they do not name keeps its policy.
-        The addresses, the certificates with their ``tls`` policy and ``cert_reload_interval`` are for the next start. Returns
-        when the health checks by the old settings have ended.
+        Of ``settings`` the backends, limits, ``drain_timeout`` and policies are used; a listener that is not in it keeps its
+        policy. The addresses, the certificates with their ``tls`` policy and ``cert_reload_interval`` are for the next start.
+        Returns when the health checks by the old settings have ended.
         """
         before = self._resources
         self.settings = settings

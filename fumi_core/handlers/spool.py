@@ -1,6 +1,7 @@
 """A whole message, kept until its end is known: 256 KiB in memory, anything longer in an unlinked temporary file.
 
-The file is read and written in threads, so that a slow disk holds up no other connection.
+The file is read and written in threads, so that a slow disk holds up no other connection. Errors of the disk are raised as they
+are: ``MessageStream.spool()`` makes a full one an SMTPError 452.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class MessageStream:
         await self._complete()
 
     async def _complete(self) -> None:
-        """Return when the client has sent its whole message; a message that was kept has arrived already."""
+        """Return when the client has sent its whole message. What was kept has arrived; a ``Replacement`` may have to wait."""
 
     async def spool(self) -> None:
         """Keep the whole message: from now on it can be read any number of times, until the handlers have ended.
@@ -249,7 +249,7 @@ class MessageStream:
         self._wake()
 
     def abort(self, reason: str) -> None:
-        """The content will never be complete. What has arrived so far is dropped too."""
+        """The content will never be complete. What waits for the handler is dropped."""
         if not self._ended:
             self._aborted = reason
             self._drop()

@@ -4,8 +4,8 @@ Each worker has a slot: its state, its open connections, its last sign of life, 
 the last report of a killed worker is still there for its replacement and for the sums.
 
 Each field is eight aligned bytes that only one process writes, so no reader sees a half-written value. A report is written to the
-half of the buffer that nobody reads; then the count of reports is raised, which makes it current. A worker that is killed while
-it writes loses only that report.
+half of the buffer that is not current; then the count of reports is raised, which makes it current. A reader that finds the count
+raised meanwhile reads again. A worker that is killed while it writes loses only that report.
 """
 
 from __future__ import annotations

@@ -75,10 +75,12 @@ class Connection:
                                   from its first bytes on
     a message or chunk arrives    socket_timeout, and             bytes received;               421, lingering
                                   data_timeout in all             nothing
-    a handler is running          none: the client waits for us   -                             -
+    a handler is running, and no  none: the client waits for us   -                             -
+    message or chunk arrives
     replies wait for the client   socket_timeout                  all of them taken by the      closed without a reply
     to read, handler or not                                       kernel
-    lingering, replies waiting    socket_timeout                  nothing; then as below        closed
+    lingering, replies waiting    socket_timeout                  nothing; as below once the    closed
+                                                                  kernel has taken them
     lingering                     LINGER_SECONDS                  nothing                       closed
     closing                       unchanged                       nothing                       closed
     ============================  ==============================  ============================  =====================
@@ -321,7 +323,7 @@ class Connection:
                 seconds=round(monotonic() - self._started, 3),
             )
 
-    # Timeouts: one timer for each connection, set again only when it fires
+    # Timeouts: one timer for each connection. Bytes only move the deadline; the timer is set again when it fires.
 
     def _watch(self, seconds: float) -> None:
         if self._timer is not None:

@@ -121,7 +121,7 @@ class Dialogue:
         """Whether enough bytes are buffered here for now."""
         if self._message is not None and self._message.stream.full:
             return True
-        # Go on reading while a handler runs, to notice that a client has sent more and disconnected.
+        # Reading goes on while a handler runs, so that a disconnect is noticed, even after further bytes.
         return (self.protocol.pending is not None and self.protocol.buffered > HIGH_WATER_BYTES) or self.protocol.throttled
 
     @property
@@ -144,7 +144,10 @@ class Dialogue:
         self._pump()
 
     def gone(self, closed: Callable[[], None]) -> None:
-        """The client has disconnected: stop the handlers, run those of the close phase, then call ``closed``."""
+        """The client has disconnected: end the handler that runs, run those of the close phase, then call ``closed``.
+
+        A handler of a message is not cancelled: reading raises MessageAborted, and a whole message may have been stored already.
+        """
         self.protocol.abandon()
         self._auth_ended(self.protocol.break_off_exchange())
         self._abort_message("client disconnected")

@@ -1,4 +1,7 @@
-"""Received bytes that are not processed yet: read as command lines, or all at once."""
+"""Received bytes that are not processed yet: read as command lines, or all at once.
+
+The limit of a line is here; the protocol replies to a line that is too long (``Protocol.next_event``).
+"""
 
 from __future__ import annotations
 

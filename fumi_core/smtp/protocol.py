@@ -2,8 +2,9 @@
 
 Theory of operation. ``receive()`` takes bytes; ``next_event()`` processes them, one command after the other, appends replies to
 the output and stops at whatever the application has to decide: the events that ask (events.py), ``Connect`` being pending from
-the start. Each event is pending until it is answered, and no later byte is processed before, so replies are in order however the
-client pipelines. All other commands are answered here. The table in states.py says which command may come when.
+the start. Such an event is pending until it is answered, and no later byte is processed before, so replies are in order however
+the client pipelines. The other events only inform. All other commands are answered here. The table in states.py says which
+command may come when.
 
 The bytes after a command may be something else: a message after DATA, a chunk after BDAT, a response to AUTH's challenge. At most
 one of these is expected at a time, and ``next_event`` handles it first.
@@ -84,7 +85,7 @@ class Protocol:
         self.line_begun = False
         """Whether the last bytes received were an incomplete command."""
         self.last: Reply | None = None
-        """The reply that closed the dialogue."""
+        """The reply with which ``close()`` ended the dialogue; None when a handler or the client ended it."""
         self.recipients: tuple[Address, ...] = ()
         """In LMTP, the recipients of the message that is arriving: each is owed a reply, whatever an app does to the envelope."""
         self._options = options
@@ -278,7 +279,7 @@ class Protocol:
     def _command(self, line: bytes) -> Event | Reply | None:
         if line[-2:] != b"\r\n":
             return replies.NOT_SMTP if self._is_foreign(line) else replies.BARE_NEWLINE_IN_COMMAND
-        # Trailing spaces are tolerated, as §4.1.1 requires.
+        # Trailing spaces are tolerated, as RFC 5321 §4.1.1 recommends.
         word, _, argument = line[:-2].rstrip(b" ").partition(b" ")
         verb = word.upper()
         handler = _COMMANDS.get(verb)
@@ -295,7 +296,7 @@ class Protocol:
         return ORDER.get(verb, ALWAYS).get(self.state) or handler(self, argument)
 
     def _is_foreign(self, line: bytes) -> bool:
-        """Whether this is another protocol. It ends the dialogue, so that nobody can be tricked into sending SMTP through it."""
+        """Whether this is HTTP, TLS or binary data. The dialogue then ends, so that no browser can be made to send mail."""
         if grammar.HTTP_REQUEST.match(line) is not None:
             return True
         if self._recognized or line.partition(b" ")[0].upper() in _COMMANDS:

@@ -1,7 +1,8 @@
 """Backends: which one a client gets, whether it is up, and the PROXY header that opens a connection (fumi_core.proxy_protocol).
 
 A backend is up unless the last attempt to connect for a client has failed or the health checks (health.py) have failed. A
-backend that is down is tried after all the others, but it is tried: it may have recovered since the last check.
+backend that is down is tried after all the others, but it is tried: it may have recovered since the last check. After a failed
+attempt alone, without failed checks, this lasts AVOID_SECONDS.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ class Backend:
         metrics.up.set(1)
 
     def usable(self, now: float) -> bool:
-        """Whether to try it before doubtful ones: it is up, or failed to connect AVOID_SECONDS before ``now`` (loop time)."""
+        """Whether to try it before doubtful ones: it is up, or down only for an attempt that failed AVOID_SECONDS ago or earlier.
+
+        ``now`` is loop time.
+        """
         return self.up or (not self._unhealthy and now - self._failed_at >= AVOID_SECONDS)
 
     def local_problem(self) -> str | None:

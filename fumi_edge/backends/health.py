@@ -3,7 +3,8 @@
 A server without the PROXY protocol sends a banner as any other, and takes the header for a command: only its error reply after
 the banner shows this.
 
-Checks run in the edge's loop, one at a time for each backend, with some jitter so that many edges do not check all at once.
+The results go to ``Backend`` (choice.py), which also knows of failed connections and decides whether it is up. Checks run in the
+edge's loop, one at a time for each backend, with some jitter so that many edges do not check all at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why a connection ended, and the exceptions by which a step of its walk ends it early."""
+"""Why a connection ended, and the exceptions by which a step of its walk ends it early. ``walk.py`` logs the end."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: takes bytes of both sides, returns bytes for both and a verdict.
 
 Until the client upgrades, the dialogue is in lock-step: one command from the client, one whole reply from the backend. The edge
-therefore knows which bytes came in plaintext, offers STARTTLS only in the reply to EHLO, and discards all that was sent before
-the handshake (RFC 3207 §4.2, CVE-2011-0411). A client can still upgrade after a 530 to MAIL, or after it has sent messages in
-plaintext: the content of DATA, BDAT and AUTH is forwarded unread, up to the next command.
+therefore knows which bytes came in plaintext, offers STARTTLS only in the reply to EHLO or LHLO, and never takes bytes sent after
+STARTTLS in plaintext for bytes sent inside TLS: it rejects the client (RFC 3207 §4.2, CVE-2011-0411). A client can still upgrade
+after a 530 to MAIL, or after it has sent messages in plaintext: the content of DATA, BDAT and AUTH is forwarded unread, up to the
+next command.
 
     BANNER ──reply──▶ COMMAND ──forwarded──▶ REPLY ──reply──▶ COMMAND …
                          │                     └ 3yz to DATA or AUTH → TEXT, RESPONSE ──end──▶ REPLY
@@ -11,8 +12,9 @@ plaintext: the content of DATA, BDAT and AUTH is forwarded unread, up to the nex
                          │ STARTTLS → UPGRADE, with bytes after it → INJECTION
                          └ not SMTP at all → NOT_SMTP
 
-The verdict is PLAINTEXT, and the tunnel carries all that follows, when the beginning of the next command cannot be known (a
-BDAT that does not follow RFC 3030, a 3yz reply to another command) or content begins and STARTTLS was not offered.
+The verdict is PLAINTEXT, and the tunnel carries all that follows, when the beginning of the next command cannot be known (a BDAT
+that does not follow RFC 3030, a very long line of AUTH or BDAT, a 3yz reply to another command) or content begins and STARTTLS
+was not offered.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ class Connection:
             elif ended.reason is not End.NOT_SMTP and not preamble.refused:
                 self._decide(StarttlsResult.PLAINTEXT)
             if preamble.in_content:
-                # The backend would read a QUIT as a part of the message, and it might complete the message.
+                # The backend would read QUIT as a part of the message, which its bytes might complete.
                 self._leave_backend()
             else:
                 self._retire()

@@ -1,9 +1,9 @@
 """All certificates of an edge: which one a client gets for the name it requests (SNI, RFC 6066 §3), and their renewal.
 
-Every handshake begins in one context, the front, which has no certificate and stays when certificates change. Session ticket
-keys belong to the context that a handshake began in, so sessions survive a renewal, and workers forked from one process share
-them. When the name is known the handshake goes on in a context of the current Selection. A selection never changes: a renewal
-makes a complete new one, which replaces the old one in one step.
+Every handshake begins in one context, the front, which has no certificate and stays when certificates change. Session ticket keys
+belong to the context that a handshake began in, so sessions survive a renewal of certificates, and workers forked from one
+process share them (``ticket_keys``). When the name is known the handshake goes on in a context of the current Selection. A
+selection never changes: a renewal makes a complete new one, which replaces the old one in one step.
 
 A name with an RSA and an ECDSA certificate has both in one context, and OpenSSL picks the one that the client can verify. Among
 several certificates for one name and kind of key, the valid one that expires last is served. This choice depends on the time,
@@ -78,7 +78,7 @@ class Selection:
         self.served = frozenset(itertools.chain(*self._contexts))
 
     def _context(self, kinds: tuple[Certificate, ...]) -> ssl.SSLContext:
-        """The context with these certificates, made or reused once."""
+        """The one context with these certificates: new, or the previous selection's."""
         if kinds not in self._contexts:
             if (context := self._old.get(kinds)) is None:
                 context = self._policy.context(self.client_ca)
@@ -235,7 +235,7 @@ class Certificates:
     def _renew(self, source: Pair, old: Sequence[Certificate], complaints: list[str], skipped: list[str]) -> list[Certificate]:
         """Read one source, keeping the previous certificate for each one that has an error.
 
-        A directory may hold CA certificates beside server certificates: these are an error only if no other file can be used.
+        A directory may hold CA certificates beside server certificates. A CA certificate is an error only if no file can be used.
         """
         try:
             pairs = find(source)

@@ -1,7 +1,8 @@
 """Which messages are being delivered at this moment, by all workers: a byte of a file is locked for each (fcntl(2), F_SETLK).
 
-The kernel frees the locks of a process that dies. The first 8 bytes of the file change with every reply that is remembered, so
-that a worker can tell without a query of the database that nothing was added.
+The kernel frees the locks of a process that dies, and all of them when it closes any descriptor of the file. The first 8 bytes of
+the file change with every reply that is remembered, so that a worker can tell without a query of the database that nothing was
+added.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _STAMP_BYTES = 8
 
 
 class MessageLocks:
-    """The file ``path``, opened when first used, which is after the workers were forked: they would share its locks."""
+    """The file ``path``, which each worker opens when it first needs it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -9,8 +9,9 @@ When the replies differ, the client gets a 451 and sends the whole message again
   ENVID, login, and the client's network where there is no SIZE. Another message with all of these in common is rejected by
   mistake; but only once, since a reply used at RCPT is deleted, and only if the first message was not sent again before.
 
-Two deliveries of one message never overlap, in all workers: see ``message_locks``. If the database (see ``reply_store``) is
-missing or fails, nothing is remembered: one warning is logged, and recipients that have the message may get it again.
+Two deliveries of one message to several recipients never overlap, in all workers: see ``message_locks``. If the database (see
+``reply_store``) is missing or fails, nothing is remembered: one warning is logged, and recipients that have the message may get
+it again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class ReplyMemory:
         try:
             self._locks.stamp()
         finally:
-            self._locks.close()  # otherwise the workers would share it
+            self._locks.close()  # each worker opens it for itself
 
     def startup_problem(self) -> str | None:
         """Why ``prepare()`` would fail; None if it would not. Creates nothing."""
@@ -207,7 +208,7 @@ class MessageReplies:
         """Begin to deliver the message. Returns the replies that these recipients have; None if a delivery is in progress
         already.
 
-        ``alone`` keeps a second delivery from beginning until ``end()``; without it exactly one reply must be outstanding.
+        ``alone`` keeps a second delivery from beginning until ``end()``. It is for several recipients: one reply cannot differ.
         """
         self._digest = self.hash.digest()
         if not await self._memory.claim(self._digest, alone):

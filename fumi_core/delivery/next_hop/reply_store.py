@@ -146,7 +146,10 @@ class ReplyStore:
         return self._submit(job, True)
 
     def _bound(self, connection: sqlite3.Connection, added: int) -> None:
-        """Delete the oldest replies if there are too many. They are counted, which is slow, only when that is possible."""
+        """Delete the oldest replies if there are too many.
+
+        Counting is slow, so it is done only after enough additions that there may be too many.
+        """
         self._until_count -= added
         if self._until_count > 0:
             return

@@ -152,7 +152,7 @@ class NextHop:
         raise error
 
     def _under_way(self, session: Session) -> tuple[Transaction, NextHopConnection]:
-        """The transaction before its message, and its connection. Raises SMTPError if handlers have bypassed this one."""
+        """The transaction, and its connection. Raises SMTPError when there is none: a handler did not call ``next()`` at MAIL."""
         transaction = self._transactions.get(session)
         if transaction is None or transaction.connection is None:
             raise self._bypassed(session)
@@ -283,7 +283,7 @@ class NextHop:
         return error
 
     def _bypassed(self, session: Session) -> SMTPError:
-        """A handler accepted, or rejected, something that the next hop was not asked about, or has accepted."""
+        """A handler accepted what was never sent to the next hop, or rejected what the next hop has accepted."""
         event(_log, logging.ERROR, "next hop bypassed: handlers must call next(), and reject before that", id=session.id)
         return SMTPError("4.3.5 Error: recipients differ from those that the next hop accepted", 451)
 

@@ -22,6 +22,7 @@ from fumi_edge.edge import Edge
 from fumi_edge.emit.configuration import PROGRAMS, configuration
 from fumi_edge.program import dev
 from fumi_edge.program.check import check
+from fumi_edge.program.flag_source import FlagSource
 from fumi_edge.program.inner import Inner
 from fumi_edge.program.settings import Flags, edge_settings, load_certificates
 from fumi_edge.program.work import EdgeWork
@@ -172,15 +173,16 @@ def main(**flags: Unpack[Flags]) -> None:
       fumi-edge --dev
 
     Each setting can also be an environment variable, such as FUMI_EDGE_LISTEN, or a key in the file of --config. SIGHUP reloads
-    the certificates. SIGTERM stops the edge when all connections have ended, after --drain-timeout at the latest.
+    settings and certificates. SIGTERM stops the edge when all connections have ended, after --drain-timeout at the latest.
     """
+    ctx = click.get_current_context()
     if flags["emit"]:
-        click.echo(configuration(flags["emit"], click.get_current_context()), nl=False)
+        click.echo(configuration(flags["emit"], ctx), nl=False)
         return
     prepare(flags["log_format"], flags["log_level"])
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(dev.directory(flags)) if flags["dev_mode"] else None
-        inner = Inner(flags, given(click.get_current_context())) if flags["app"] else None
+        inner = Inner(flags, given(ctx)) if flags["app"] else None
         if directory is not None:
             flags = dev.defaults(flags, directory)
         if inner is not None:
@@ -204,7 +206,7 @@ def main(**flags: Unpack[Flags]) -> None:
         else:
             if flags["workers"] > 1:
                 certificates.share_ticket_keys()
-            run(EdgeWork(edge, inner, flags["user"]), flags["workers"])
+            run(EdgeWork(edge, inner, flags["user"], FlagSource(ctx, inner)), flags["workers"])
 
 
 def _find_user(name: str) -> None:

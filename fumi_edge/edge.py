@@ -140,17 +140,21 @@ class Edge:
     def _start_checks(self) -> None:
         self._checks = Checks(self._resources.backends) if self.settings.backends.health_interval else None
 
-    async def apply(self, settings: EdgeSettings) -> None:
+    async def apply(self, settings: EdgeSettings, certificates: Certificates | None = None) -> None:
         """Use other settings for the connections that are accepted from now on; open connections keep theirs.
 
-        Of ``settings`` the backends, limits, ``drain_timeout`` and policies are used; a listener that is not in it keeps its
-        policy. The addresses, the certificates with their ``tls`` policy and ``cert_reload_interval`` are for the next start.
+        ``certificates`` are those of the settings, loaded, if their sources or the ``tls`` policy differ from the present ones. A
+        listener that is not in the settings keeps its policy. The addresses and ``socket_mode`` are for the next start.
         Returns when the health checks by the old settings have ended.
         """
-        before = self._resources
+        before, checks, reloader = self._resources, self._checks, self._reloader
+        if certificates is not None or settings.cert_reload_interval != self.settings.cert_reload_interval:
+            self.certificates = certificates or self.certificates
+            self._reloader = Reloader(self.certificates, before.metrics, settings.cert_reload_interval)
         self.settings = settings
         self._resources = replace(
             before,
+            certificates=self.certificates,
             backends=Backends(settings.backends, before.metrics, before.backends),
             limits=Limits(settings.limits, before.connection_count, before.limits),
         )
@@ -164,10 +168,14 @@ class Edge:
             policy = listener.policy if old is None else policies.get((old.address, old.starttls), listener.policy)
             listener.use(self._resources, policy)
             self._beat_for(policy)
-        checks = self._checks
-        self._start_checks()
+        if self._heartbeat is not None:
+            self._start_checks()
         if checks is not None:
             await checks.close()
+        if self._reloader is not reloader:
+            await reloader.close()
+            if self._heartbeat is not None:
+                self._reloader.start()
 
     @property
     def modes(self) -> Mapping[str, bool]:

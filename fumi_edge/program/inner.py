@@ -27,7 +27,7 @@ class Inner:
         loaded = load_app(reference)
         self._app = InnerApp().adopt(loaded)
         self._app.observer = loaded.observer
-        self._app.configure(close_timeout=flags["drain_timeout"])
+        self.configure(flags)
         self._options = loaded.options
         self.core = LocalCore(starttls=bool(flags["starttls_listen"]))
 
@@ -35,6 +35,10 @@ class Inner:
         """The flags, with the app's options where they leave the choice to it."""
         hidden = flags["hide_starttls"] or (self._options.hide_starttls and bool(flags["starttls_listen"]))
         return {**flags, "max_clients": flags["max_clients"] or self._options.max_clients, "hide_starttls": hidden}
+
+    def configure(self, flags: Flags) -> None:
+        """Use the flags that are for the app, too."""
+        self._app.configure(close_timeout=flags["drain_timeout"])
 
     def check(self) -> None:
         """Raise SettingError if nobody could ever send mail to the app."""

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import click
 from prometheus_client import CollectorRegistry
 
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.lifecycle import Incomplete
 from fumi_core.runtime.listening import ListenError
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import ConnectionCount
@@ -23,6 +24,7 @@ from fumi_core.runtime.settings import SettingError
 from fumi_edge.certificate_reload import SETTLE_SECONDS
 from fumi_edge.edge import Edge
 from fumi_edge.program.dev import DevCore
+from fumi_edge.program.flag_source import FlagSource
 from fumi_edge.program.inner import Inner
 from fumi_edge.status.page import Facts, Status
 from fumi_edge.tls.pem import date
@@ -37,10 +39,16 @@ class EdgeWork:
     log = logging.getLogger("fumi.edge")
     metric_prefix = "fumi_edge"
 
-    def __init__(self, edge: Edge, core: DevCore | Inner | None = None, user: str | None = None) -> None:
-        """``core`` is started before the edge. ``user`` is the user to become once the sockets are open."""
+    def __init__(
+        self, edge: Edge, core: DevCore | Inner | None = None, user: str | None = None, flags: FlagSource | None = None
+    ) -> None:
+        """``core`` is started before the edge. ``user`` is the user to become once the sockets are open.
+
+        ``flags`` are read again at a reload; without them a reload is for the certificates alone.
+        """
         self._edge = edge
         self._core = core
+        self._flags = flags
         self._user = user
         self._serving = False
         self._begun = time.time()
@@ -99,7 +107,23 @@ class EdgeWork:
             await asyncio.gather(self._edge.close(), self._core.close())
 
     async def reload(self) -> Iterable[str]:
-        """Reload the certificates. Raises Incomplete when some stay as they were."""
+        """Read the settings and certificates again; returns the names of changed settings that need a restart.
+
+        Raises SettingError when a setting is invalid, and then nothing has changed, and Incomplete when some certificates stay as
+        they were.
+        """
+        changed = [] if self._flags is None else await self._apply(self._flags)
+        await self._reload_certificates()
+        return changed
+
+    async def _apply(self, source: FlagSource) -> list[str]:
+        # In a thread: a file system may hang, and mail must not wait for it.
+        again = await run_in_daemon_thread(lambda: source.read_again(self._edge.settings))
+        await self._edge.apply(again.settings, again.certificates)
+        configure(again.flags["log_format"], again.flags["log_level"])
+        return source.take(again)
+
+    async def _reload_certificates(self) -> None:
         if self._serving:
             complaints = await self._edge.reload()
         else:
@@ -108,7 +132,6 @@ class EdgeWork:
         if complaints:
             more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
             raise Incomplete(f"{complaints[0]}{more}")
-        return ()
 
     async def _read_for_workers(self) -> list[str]:
         """Read twice if there are errors, as a worker does: a certificate and its key are two files, replaced in turn."""
@@ -120,12 +143,14 @@ class EdgeWork:
         return reading.complaints
 
     def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
-        settings = self._edge.settings
-        names = [each.name for each in settings.backends.destinations]
-        facts = Facts(self._edge.modes, names, settings.limits.max_clients, self._begun)
-        status = Status(registry, readiness, facts)
+        status = Status(registry, readiness, self._facts)
         status.start()
         return {"/": status.page}
+
+    def _facts(self) -> Facts:
+        settings = self._edge.settings
+        names = [each.name for each in settings.backends.destinations]
+        return Facts(self._edge.modes, names, settings.limits.max_clients, self._begun)
 
     def local_problem(self) -> str | None:
         return self._edge.local_problem()

@@ -97,17 +97,23 @@ class History:
             self.sample()
             time.sleep(INTERVAL)
 
+    def keep(self, wanted: Iterable[Series]) -> None:
+        """Sample these series too, from now on."""
+        with self._lock:
+            for each in wanted:
+                self._columns.setdefault(each, len(self._columns))
+
     def sample(self) -> None:
         """Add a sample of all series, and drop samples older than SPAN."""
         figures = self._read()
-        row = array("d", (figures.total(each) for each in self._columns))
         with self._lock:
+            row = array("d", (figures.total(each) for each in self._columns))
             self._rows.append((self._clock(), row))
 
     def levels(self, wanted: Series) -> list[Point]:
         """The values at each sample, the oldest first."""
         column, now = self._columns[wanted], self._clock()
-        return [Point(now - at, row[column]) for at, row in self._samples()]
+        return [Point(now - at, row[column]) for at, row in self._samples() if column < len(row)]
 
     def rates(self, counter: Series) -> list[Point]:
         """The rates per second between each two samples."""

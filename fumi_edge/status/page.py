@@ -57,15 +57,13 @@ class Facts:
 class Status:
     """``page()`` returns the page; ``start()`` begins to record the metrics in ``registry`` every few seconds."""
 
-    def __init__(self, registry: CollectorRegistry, readiness: Readiness, facts: Facts) -> None:
+    def __init__(self, registry: CollectorRegistry, readiness: Readiness, facts: Callable[[], Facts]) -> None:
         self._read: Callable[[], Figures] = lambda: Figures(registry.collect())
         self._readiness = readiness
-        self._facts = facts
+        self._present_facts = facts
+        self._facts = facts()
         each_listener = [
-            Series(name, _of("listener", each)) for each in facts.listeners for name in (TOTAL.name, HANDSHAKES.name)
-        ]
-        each_backend = [
-            Series(CONNECTING.name + part, _of("backend", each)) for each in facts.backends for part in ("_sum", "_count")
+            Series(name, _of("listener", each)) for each in self._facts.listeners for name in (TOTAL.name, HANDSHAKES.name)
         ]
         self._history = History(
             self._read,
@@ -80,7 +78,7 @@ class Status:
                 UPGRADED,
                 REJECTED,
                 *each_listener,
-                *each_backend,
+                *_connecting(self._facts.backends),
             ],
         )
 
@@ -88,6 +86,9 @@ class Status:
         self._history.start()
 
     def page(self) -> Answer:
+        self._facts = self._present_facts()
+        # A reload may have named other backends.
+        self._history.keep(_connecting(self._facts.backends))
         figures, problem = self._read(), self._readiness()
         head = element(
             "head",
@@ -215,6 +216,10 @@ class Status:
         return _table(
             "Backends", ("Address", "State", "Rate", "Connect time", f"Last {MINUTES} min", "Errors"), rows, words=2, named=True
         )
+
+
+def _connecting(backends: Sequence[str]) -> list[Series]:
+    return [Series(CONNECTING.name + part, _of("backend", each)) for each in backends for part in ("_sum", "_count")]
 
 
 def _of(label: str, value: str) -> frozenset[tuple[str, str]]:

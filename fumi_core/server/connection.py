@@ -24,6 +24,7 @@ from fumi_core.server.transport import Transport
 from fumi_core.smtp import replies
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.session import Session, log_fields
+from fumi_core.smtp.states import State
 
 _log = logging.getLogger("fumi.core")
 _DIRECT = "clients that connect without a proxy need --proxy-protocol off"
@@ -41,6 +42,10 @@ class Phase(Enum):
     OPEN = "open"
     LINGERING = "lingering"
     CLOSED = "closed"
+
+
+# An enum's member takes five times as long to look up as a name.
+_OPEN, _CLOSED = Phase.OPEN, State.CLOSED
 
 
 class ConnectionOwner(Protocol):
@@ -141,8 +146,8 @@ class Connection:
     # Calls by the transport
 
     def received(self, data: bytes) -> None:
-        dialogue = self._open_dialogue
-        if dialogue is not None:
+        dialogue = self._dialogue
+        if dialogue is not None and self._phase is _OPEN:
             if not dialogue.protocol.line_begun:
                 self._deadline = monotonic() + self._server.options.socket_timeout
             dialogue.receive(data)
@@ -237,27 +242,27 @@ class Connection:
 
     def _regulate(self) -> None:
         """Called after every change: send output, pause or resume reading, or end."""
-        dialogue = self._open_dialogue
-        if dialogue is None:
+        dialogue = self._dialogue
+        if dialogue is None or self._phase is not _OPEN:
             return
+        protocol, transport = dialogue.protocol, self._transport
+        closed = protocol.state is _CLOSED
         # While replies wait for the client to read, later replies stay in the protocol, which pauses when it has enough.
-        if not self._transport.blocked or dialogue.closed:
-            output = dialogue.protocol.take_output()
-            if output:
-                self._deadline = monotonic() + self._server.options.socket_timeout
-                self._transport.write(output)
-        if dialogue.closed:
+        if protocol.output and (closed or not transport.blocked):
+            self._deadline = monotonic() + self._server.options.socket_timeout
+            transport.write(protocol.take_output())
+        if closed:
             self._end(dialogue)
         elif self._ended:
-            if not (dialogue.busy or dialogue.protocol.throttled or self._transport.blocked):
+            if not (dialogue.busy or protocol.throttled or transport.blocked):
                 self._close()
-        elif (self._transport.blocked or dialogue.full) is not self._paused:
+        elif (transport.blocked or dialogue.full) is not self._paused:
             self._paused = not self._paused
             if self._paused:
-                self._transport.pause_reading()
+                transport.pause_reading()
             else:
-                self._transport.resume_reading()
-        if dialogue.protocol.throttled and not self._transport.blocked:
+                transport.resume_reading()
+        if protocol.throttled and not transport.blocked:
             # Let other connections run first.
             self._server.loop.call_soon(self._proceed)
 

@@ -76,6 +76,8 @@ class Dialogue:
             setup.greetings,
             setup.tally,
             authenticates=setup.chains["auth"] is not None,
+            decides_mail=setup.chains["mail_from"] is not None,
+            decides_rcpt=setup.chains["rcpt_to"] is not None,
             trusted=speaks_for_others and session.remote_address in setup.trusted,
             greeted=greeted,
             at_end_failed=self._at_end_failed,
@@ -119,10 +121,11 @@ class Dialogue:
     @property
     def full(self) -> bool:
         """Whether enough bytes are buffered here for now."""
-        if self._message is not None and self._message.stream.full:
+        message, protocol = self._message, self.protocol
+        if message is not None and message.stream.full:
             return True
         # Reading goes on while a handler runs, so that a disconnect is noticed, even after further bytes.
-        return (self.protocol.pending is not None and self.protocol.buffered > HIGH_WATER_BYTES) or self.protocol.throttled
+        return (protocol.pending is not None and protocol.buffered > HIGH_WATER_BYTES) or protocol.throttled
 
     @property
     def message_started(self) -> float | None:
@@ -160,19 +163,21 @@ class Dialogue:
     # Events
 
     def _pump(self) -> None:
+        protocol = self.protocol
         self._pumping = True
         try:
-            while (event := self.protocol.next_event()) is not None:
+            while (event := protocol.next_event()) is not None:
                 _HANDLERS[type(event)](self, event)
-            if self._message is not None and self._message.stream.has_text:
-                self._run_message(self._message)
+            message = self._message
+            if message is not None and message.stage is Stage.WAITING and message.stream.has_text:
+                self._run_message(message)
         except Exception as error:
             self._fail(error)
         finally:
             self._pumping = False
-        if self._draining and not self.protocol.in_transaction and not self.closed:
-            self.protocol.close(replies.SHUTTING_DOWN)
-        if self.protocol.last is not None:
+        if self._draining and not protocol.in_transaction and not self.closed:
+            protocol.close(replies.SHUTTING_DOWN)
+        if protocol.last is not None:
             self._report_end()
         self._changed()
 
@@ -200,9 +205,6 @@ class Dialogue:
         self._ask("rcpt_to", RcptContext, event)
 
     def _ask(self, phase: str, kind: type[MailContext | RcptContext], event: Mail | Rcpt) -> None:
-        if self._setup.chains[phase] is None:
-            self.protocol.accept()
-            return
         context = kind(self.session, event.address)
 
         def done(_: Context, error: BaseException | None) -> None:

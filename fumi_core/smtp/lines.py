@@ -29,7 +29,7 @@ class Input:
     __slots__ = ("_at", "_data", "_dropped", "responses")
 
     def __init__(self) -> None:
-        self._data = b""
+        self._data = b""  # empty as soon as its last byte was processed
         self._at = 0
         self._dropped: bytes | None = None  # the beginning of the line that is being dropped
         self.responses = False
@@ -41,30 +41,26 @@ class Input:
     @property
     def begun(self) -> bool:
         """Whether an incomplete line has arrived, including one that is being dropped."""
-        return self._at < len(self._data) or self._dropped is not None
+        return bool(self._data) or self._dropped is not None
 
     def receive(self, data: bytes) -> None:
-        self._data = self._data[self._at :] + data if self._at < len(self._data) else data
+        self._data = self._data[self._at :] + data if self._data else data
         self._at = 0
 
     def line(self) -> bytes | None:
         """The next line, with its LF; None while it is incomplete. Raises LineTooLong when a long line has ended."""
         data, at = self._data, self._at
+        if not data:
+            return None
         end = data.find(b"\n", at) + 1
         if end == 0:
-            if at < len(data) and (self._dropped is not None or len(data) - at >= self._limit()):
+            if self._dropped is not None or len(data) - at >= self._limit():
                 self._dropped = self.beginning()
                 self.take()
             return None
-        if end - at > MAX_LINE_BYTES or self._dropped is not None:
-            return self._long_line(end)
-        self._at = end
-        return data[at:end]
-
-    def _long_line(self, end: int) -> bytes:
-        limit = self._limit()
-        line = self._data[self._at : end]
-        self._at = end
+        limit = MAX_LINE_BYTES if end - at <= MAX_LINE_BYTES else self._limit()
+        line = data[at:end]
+        self._data, self._at = (data, end) if end < len(data) else (b"", 0)
         if self._dropped is not None or len(line) > limit:
             beginning, self._dropped = self._dropped or line[:BEGINNING_BYTES], None
             raise LineTooLong(beginning)

@@ -83,10 +83,11 @@ class MessageReader:
         """
         reader = self._reader
         if reader.rest is None:
+            data = self._input.take()
             # A chunk may be empty; then it ends without another byte.
-            if not len(self._input) and isinstance(reader, DotReader):
+            if not data and type(reader) is DotReader:
                 return b""
-            text = reader.feed(self._input.take())
+            text = reader.feed(data)
             if text or reader.rest is None:
                 return text
         self._input.receive(reader.rest)

@@ -67,11 +67,16 @@ class Protocol:
         tally: Tally,
         *,
         authenticates: bool = False,
+        decides_mail: bool = True,
+        decides_rcpt: bool = True,
         trusted: bool = False,
         greeted: bool = False,
         at_end_failed: AtEndFailed | None = None,
     ) -> None:
         """``authenticates``: AUTH has a handler. ``trusted``: the client may use XCLIENT and XFORWARD.
+
+        ``decides_mail``, ``decides_rcpt``: the application decides about MAIL, about RCPT. Otherwise a valid one is accepted
+        without an event.
 
         ``greeted``: the client had its banner before it upgraded with STARTTLS, and gets no second one (RFC 3207 §4.2). If it is
         rejected now, the reply is that to its first command.
@@ -84,6 +89,8 @@ class Protocol:
         """Too many replies wait to be sent, so no command is processed until they are."""
         self.line_begun = False
         """Whether the last bytes received were an incomplete command."""
+        self.output: list[bytes] = []
+        """The replies that wait to be sent, in this order."""
         self.last: Reply | None = None
         """The reply with which ``close()`` ended the dialogue; None when a handler or the client ended it."""
         self.recipients: tuple[Address, ...] = ()
@@ -92,6 +99,8 @@ class Protocol:
         self._greetings = greetings
         self._tally = tally
         self._authenticates = authenticates
+        self._decides_mail = decides_mail
+        self._decides_rcpt = decides_rcpt
         self._trusted = trusted
         self._greeted = greeted
         self._rejection: Reply | None = None
@@ -99,7 +108,6 @@ class Protocol:
         self._at_end_failed = at_end_failed
         self._enhanced = not options.hide_enhancedstatuscodes
         self._input = Input()
-        self._output: list[bytes] = []
         self._message_reader = MessageReader(self._input, options)
         self._exchange: AuthExchange | None = None
         self._broken: MessageBroken | None = None
@@ -125,14 +133,14 @@ class Protocol:
 
     def take_output(self) -> bytes:
         """The replies since the last call, to be sent in this order."""
-        output, self._output = self._output, []
+        output, self.output = self.output, []
         return output[0] if len(output) == 1 else b"".join(output)
 
     def next_event(self) -> Event | None:
         """Process input until the application has to act; None when more bytes, or a decision, are needed first."""
         self.throttled = self.line_begun = False
-        while self.pending is None and self.state is not State.CLOSED:
-            if len(self._output) > MAX_REPLIES:
+        while self.pending is None and self.state is not _CLOSED:
+            if len(self.output) > MAX_REPLIES:
                 self.throttled = True
                 return None
             if self._broken is not None:
@@ -151,9 +159,6 @@ class Protocol:
                 if ended is not None:
                     return ended
                 continue
-            if line is not None and self._rejection is not None:
-                self.close(self._rejection)
-                return None
             if line is None:
                 if self._input.begun:
                     self.line_begun = True
@@ -161,9 +166,14 @@ class Protocol:
                         # A TLS ClientHello has no line end: waiting for one would end in the timeout.
                         self.close(replies.NOT_SMTP)
                 return None
-            event = self._conclude(self._command(line) if self._exchange is None else self._respond(line))
-            if event is not None:
-                return event
+            if self._rejection is not None:
+                self.close(self._rejection)
+                return None
+            outcome = self._command(line) if self._exchange is None else self._respond(line)
+            if isinstance(outcome, Reply):
+                self._conclude(outcome)
+            elif outcome is not None:
+                return outcome
         return None
 
     # Calls by the application
@@ -171,20 +181,10 @@ class Protocol:
     def accept(self) -> None:
         """Accept the pending event; for the end of a message call ``settle()``."""
         event, self.pending = self.pending, None
-        envelope = self.session.envelope
         if type(event) is Rcpt:
-            if not self._options.lmtp:
-                # A repeated recipient is stored once. LMTP owes a reply for each RCPT it accepted, repeated or not (RFC 2033
-                # §4.2).
-                envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != event.address.address]
-            envelope.rcpt_to.append(event.address)
-            self.state = State.RCPT
-            self._reply(replies.RECIPIENT_OK)
+            self._reply(self._add_recipient(event.address))
         elif type(event) is Mail:
-            envelope.mail_from = event.address
-            self._excused = 0
-            self.state = State.MAIL
-            self._reply(replies.SENDER_OK)
+            self._reply(self._set_sender(event.address))
         elif type(event) is Auth:
             self._tally.authentications[event.credentials.method, AuthResult.OK] += 1
             self._reply(replies.AUTHENTICATED)
@@ -262,19 +262,16 @@ class Protocol:
 
     # Commands
 
-    def _conclude(self, outcome: Event | Reply | None) -> Event | None:
-        """Send the reply to a command, or return the event for the application."""
-        if outcome is None or not isinstance(outcome, Reply):
-            return outcome
-        if outcome in _FINAL:
-            self.close(outcome)
-        elif outcome.code < 500:
-            self._reply(outcome)
-        elif outcome in _CONSEQUENCES:
-            self._reply_to_consequence(outcome)
+    def _conclude(self, reply: Reply) -> None:
+        """Send the reply to a command. It may end the dialogue, or count as a protocol error."""
+        if reply in _FINAL:
+            self.close(reply)
+        elif reply.code < 500:
+            self._reply(reply)
+        elif reply in _CONSEQUENCES:
+            self._reply_to_consequence(reply)
         else:
-            self._mistake(outcome)
-        return None
+            self._mistake(reply)
 
     def _command(self, line: bytes) -> Event | Reply | None:
         if line[-2:] != b"\r\n":
@@ -382,8 +379,16 @@ class Protocol:
             self._reset("MAIL")
             return self._excuse(refusal)
         self.session.transaction += 1
+        if not self._decides_mail:
+            return self._set_sender(sender)
         self.pending = event = Mail(sender)
         return event
+
+    def _set_sender(self, sender: Address) -> Reply:
+        self.session.envelope.mail_from = sender
+        self._excused = 0
+        self.state = State.MAIL
+        return replies.SENDER_OK
 
     def _rcpt(self, argument: bytes) -> Event | Reply:
         recipient = grammar.read_path(self._options.paths.rcpt, argument)
@@ -401,8 +406,19 @@ class Protocol:
             self._options.lmtp or recipient.address not in (each.address for each in envelope.rcpt_to)
         ):
             return replies.TOO_MANY_RECIPIENTS
+        if not self._decides_rcpt:
+            return self._add_recipient(recipient)
         self.pending = event = Rcpt(recipient)
         return event
+
+    def _add_recipient(self, recipient: Address) -> Reply:
+        envelope = self.session.envelope
+        if envelope.rcpt_to and not self._options.lmtp:
+            # A repeated recipient is stored once. LMTP owes a reply for each RCPT it accepted, repeated or not (RFC 2033 §4.2).
+            envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != recipient.address]
+        envelope.rcpt_to.append(recipient)
+        self.state = State.RCPT
+        return replies.RECIPIENT_OK
 
     def _rset(self, argument: bytes) -> Event | Reply:
         if argument:
@@ -642,13 +658,14 @@ class Protocol:
         return outcome
 
     def _reply(self, reply: Reply) -> None:
-        self._output.append(reply.data if self._enhanced else reply.plain)
+        self.output.append(reply.data if self._enhanced else reply.plain)
         counts = self._tally.replies
         counts[reply.code] = counts.get(reply.code, 0) + 1
 
 
 # The reply to a command that depends on a rejected sender or recipient.
 _CONSEQUENCES = frozenset({replies.NEED_MAIL, replies.NEED_RCPT})
+_CLOSED = State.CLOSED  # an enum's member takes five times as long to look up as a name
 # Replies that end the dialogue.
 _FINAL = frozenset({replies.BYE, replies.NOT_SMTP, replies.TOO_MANY_ERRORS})
 

@@ -37,8 +37,10 @@ _DECISIONS = {"no": NO, "later": LATER, "bye": BYE}
 class Setting:
     """Options, and what else a server is to a client."""
 
-    def __init__(self, name: str, secure: bool = False, auth: bool = False, **options: Any) -> None:
+    def __init__(self, name: str, secure: bool = False, auth: bool = False, decides: bool = True, **options: Any) -> None:
         self.name = name
+        self.decides = decides
+        """Whether the application decides about MAIL and RCPT."""
         self.secure = secure
         self.auth = auth
         self.options: Options = _options.read({"auth_optional": True, "name": "mx.example", "max_errors": 50, **options})
@@ -58,6 +60,8 @@ SETTINGS = (
     Setting("plain"),
     Setting("normalizing", bare_newlines="normalize"),
     Setting("lmtp", lmtp=True),
+    Setting("accepting", decides=False),
+    Setting("lmtp accepting", decides=False, lmtp=True, max_recipients=2),
     Setting("small", size=20, max_recipients=2),
     Setting("strict", max_errors=2, hide_enhancedstatuscodes=True),
     Setting("bare", hide_chunking=True, hide_dsn=True, hide_smtputf8=True, disabled_commands=("VRFY", "HELP")),
@@ -90,7 +94,15 @@ class Conversation:
     def __init__(self, setting: Setting) -> None:
         self.session = session = Session("1", "mx.example")
         session.secure = setting.secure
-        self.protocol = Protocol(session, setting.options, setting.greetings, setting.tally, authenticates=setting.auth)
+        self.protocol = Protocol(
+            session,
+            setting.options,
+            setting.greetings,
+            setting.tally,
+            authenticates=setting.auth,
+            decides_mail=setting.decides,
+            decides_rcpt=setting.decides,
+        )
         self.lmtp = setting.options.lmtp
         self.output: list[bytes] = []
         self.length = 0

@@ -249,7 +249,7 @@ class Walk:
     def _apply(self, verb: bytes, said: Said, line: bytes) -> None:
         """What this reply to this command means for what may follow."""
         handlers = HANDLER in said.text
-        if verb in (b"MAIL", b"RCPT") and (handlers or said.code == 250):
+        if self.setting.decides and verb in (b"MAIL", b"RCPT") and (handlers or said.code == 250):
             self.event(verb.decode().lower())
         if verb in (b"MAIL", b"RCPT") and said.code >= 400 and said.code != 452:
             self.excused = self.options.max_recipients + 1

@@ -127,7 +127,7 @@ class Fumi:
         self._at_listen.append(prepare)
 
     def withhold(self, extensions: Callable[[], frozenset[str]], *, take: bool = False) -> None:
-        """Neither offer nor accept the extensions that this function returns: EHLO keywords such as ``DSN`` or ``BINARYMIME``.
+        """Neither offer nor accept the extensions that this function returns: EHLO keywords such as ``DSN``, or ``AUTH XOAUTH2``.
 
         It is for delivery targets that cannot support an extension. The function is called at every EHLO, and at every MAIL and
         RCPT with parameters, so its result may change. With ``take``, parameters of these extensions are still accepted: the

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fumi_core.plugins.allowlist import allowlist
 from fumi_core.plugins.denylist import denylist
 from fumi_core.plugins.dnsbl import dnsbl
+from fumi_core.plugins.dovecot.auth import dovecot_auth
+from fumi_core.plugins.dovecot.users import dovecot_users
 from fumi_core.plugins.greylist import greylist
 from fumi_core.plugins.logger import logger
 from fumi_core.plugins.max_size import max_size
@@ -18,6 +20,8 @@ __all__ = [
     "allowlist",
     "denylist",
     "dnsbl",
+    "dovecot_auth",
+    "dovecot_users",
     "greylist",
     "logger",
     "max_size",

@@ -20,7 +20,10 @@ class Greetings:
         withheld: Callable[[], frozenset[str]] = frozenset,
         not_offered: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
-        """Both functions return EHLO keywords; parameters of ``withheld`` extensions are rejected too. See ``Fumi.withhold``."""
+        """Both functions return EHLO keywords, or ``AUTH`` and a mechanism. See ``Fumi.withhold``.
+
+        Parameters of ``withheld`` extensions are rejected too.
+        """
         self.withheld = withheld
         self._not_offered = not_offered
         self._options = options
@@ -57,7 +60,8 @@ class Greetings:
 
     def _extensions(self, secure: bool, auth: bool, trusted: bool, not_offered: frozenset[str]) -> list[str]:
         options = self._options
-        auth = auth and bool(options.auth_methods) and "AUTH" not in options.disabled_commands
+        methods = [method for method in options.auth_methods if f"AUTH {method}" not in not_offered]
+        auth = auth and bool(methods) and "AUTH" not in options.disabled_commands
         offered = [
             ("PIPELINING", not options.hide_pipelining),
             (f"SIZE {options.size}" if options.size else "SIZE", not options.hide_size),
@@ -69,7 +73,7 @@ class Greetings:
             ("BINARYMIME", options.chunking),
             ("REQUIRETLS", secure and not options.hide_requiretls),
             (f"LIMITS RCPTMAX={options.max_recipients}", True),
-            (f"AUTH {' '.join(options.auth_methods)}", auth),
+            (f"AUTH {' '.join(methods)}", auth),
             (" ".join(["XCLIENT", *xclient.XCLIENT]), trusted and options.use_xclient),
             (" ".join(["XFORWARD", *xclient.XFORWARD]), trusted and options.use_xforward),
         ]

@@ -63,6 +63,9 @@ def from_text(code: int, message: str, status: str | None = None) -> Reply:
 # What handlers of this package raise: the arguments of SMTPError.
 INSUFFICIENT_STORAGE = ("4.3.1 Insufficient system storage", 452)
 TOO_LARGE = ("5.3.4 Error: message file too big", 552)
+USER_UNKNOWN = ("5.1.1 Recipient address rejected: User unknown", 550)
+LOOKUP_FAILED = ("4.3.0 Recipient address rejected: Temporary lookup failure", 451)
+TEMPORARY_AUTH_FAILURE = ("4.7.0 Temporary authentication failure", 454)
 
 # 2yz and 3yz
 BYE = Reply(221, "Bye", "2.0.0")

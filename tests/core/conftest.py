@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import smtplib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
 from tests.core.client import Client, Connect, ConnectFrom, Send
+from tests.core.dovecot_server import DovecotServer, Peer, StartDovecot
 from tests.core.programs import Program, Start
 from tests.core.scripted_hop import Answer, ScriptedHop, StartHop
 from tests.support.clock import Clock
@@ -65,6 +66,20 @@ def scripted_hop() -> Iterator[StartHop]:
     yield make
     for hop in hops:
         hop.close()
+
+
+@pytest.fixture
+def dovecot() -> Iterator[StartDovecot]:
+    servers: list[DovecotServer] = []
+
+    def make(serve: Callable[[Peer], object], port: int = 0) -> DovecotServer:
+        servers.append(DovecotServer(serve, port))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+    assert [error for server in servers for error in server.errors] == []
 
 
 @pytest.fixture

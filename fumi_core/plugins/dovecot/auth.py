@@ -1,0 +1,154 @@
+"""``dovecot_auth(address)``: logins are checked by a Dovecot, on its ``auth-client`` socket."""
+
+from __future__ import annotations
+
+import contextlib
+from base64 import b64encode
+from collections.abc import Iterator
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from fumi_core.app import Fumi
+from fumi_core.errors import SMTPError
+from fumi_core.handlers.contexts import AuthContext
+from fumi_core.handlers.middleware import Next
+from fumi_core.plugins.dovecot.channel import Channel, Request, TooLong, Unavailable, server_address
+from fumi_core.plugins.dovecot.protocol import AuthConversation, Conversation, Reply
+from fumi_core.smtp.replies import TEMPORARY_AUTH_FAILURE
+from fumi_core.smtp.sasl import Credentials
+from fumi_core.smtp.session import Session
+
+METHODS = ("PLAIN", "LOGIN", "XOAUTH2")
+"""The mechanisms that Dovecot is asked for."""
+MAX_REASON = 200
+"""Characters of Dovecot's reason for a failure that the client gets."""
+_FAILED = "5.7.8 Error: authentication failed"
+
+
+class Exchange(NamedTuple):
+    """One mechanism's messages: the initial response, and responses to the server's challenges."""
+
+    mechanism: str
+    initial: bytes
+    more: tuple[bytes, ...] = ()
+
+
+def dovecot_auth(address: str) -> DovecotAuth:
+    """Check PLAIN, LOGIN and XOAUTH2 with the Dovecot whose ``auth-client`` socket is at ``address``: unix:/path or HOST:PORT.
+
+    ``session.user`` is the name that Dovecot gives to the user. AUTH is answered ``454 4.7.0`` when Dovecot has a temporary
+    failure, cannot be reached or does not answer within 30 seconds, and ``535 5.7.8`` otherwise. Mechanisms that Dovecot did not
+    offer when it was last connected are not offered. Raises ValueError for an invalid address.
+    """
+    return DovecotAuth(address)
+
+
+class DovecotAuth:
+    """The plugin. Each process has one connection to Dovecot."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = Channel(server_address("dovecot_auth", address), AuthConversation)
+
+    def __call__(self, app: Fumi) -> None:
+        app.on_auth(self._authenticate)
+        app.withhold(self._not_offered, take=True)
+        app.at_listen(self._learn_mechanisms)
+        app.at_close(self._channel.close)
+
+    async def _learn_mechanisms(self) -> None:
+        try:
+            await self._channel.connect()
+        except Unavailable as error:
+            self._channel.failed(error)
+
+    def _not_offered(self) -> frozenset[str]:
+        offered = self._channel.mechanisms
+        if offered is None:
+            return frozenset()
+        return frozenset(f"AUTH {method}" for method in METHODS if _equivalent(method, offered) is None)
+
+    async def problem(self) -> str | None:
+        """Why Dovecot cannot be asked, for ``--check``; None when it can."""
+        try:
+            await self._channel.connect()
+        except Unavailable as error:
+            return str(error)
+        finally:
+            self._channel.close()
+        return None
+
+    async def _authenticate(self, ctx: AuthContext, next: Next) -> None:
+        credentials = ctx.credentials
+        if credentials.method not in METHODS or "\0" in credentials.password:
+            return  # Dovecot would take a NUL for the password's end
+        try:
+            reply = await self._channel.ask(lambda server: _request(ctx.session, credentials, server))
+        except TooLong:
+            return
+        except Unavailable:
+            raise SMTPError(*TEMPORARY_AUTH_FAILURE) from None
+        if user := self._judge(reply):
+            ctx.accept(user)
+
+    def _judge(self, reply: Reply) -> str:
+        """The user's name. Raises SMTPError for everybody who is not to be let in."""
+        if reply.verb == "FAIL":
+            if reply.has("temp") or reply.value("code") == "temp_fail":
+                raise SMTPError(*TEMPORARY_AUTH_FAILURE)
+            raise _failure(reply)
+        if reply.has("nologin"):
+            raise _failure(reply)  # the password is right, but the account must not be used
+        if reply.has("proxy"):
+            # The password may not have been checked: that is left to the server that Dovecot names.
+            self._channel.failed(Unavailable("a user is to be proxied to another server, which is not supported"))
+            raise SMTPError(*TEMPORARY_AUTH_FAILURE)
+        user = reply.value("user")
+        if not user or not user.isprintable():
+            self._channel.failed(Unavailable("a login was accepted without a valid user name"))
+            raise SMTPError(*TEMPORARY_AUTH_FAILURE)
+        return user
+
+
+def _failure(reply: Reply) -> SMTPError:
+    reason = " ".join((reply.value("reason") or "").split())[:MAX_REASON]
+    return SMTPError(f"{_FAILED}: {reason}" if reason else _FAILED, 535)
+
+
+def _request(session: Session, credentials: Credentials, server: Conversation) -> Request:
+    """AUTH for these credentials. Raises Unavailable when the server does not have the mechanism."""
+    mechanism = _equivalent(credentials.method, server.mechanisms)
+    if mechanism is None:
+        raise Unavailable(f"Dovecot does not offer {credentials.method}")
+    exchange = _exchange(mechanism, credentials)
+    initial, *more = (b64encode(each).decode() for each in (exchange.initial, *exchange.more))
+    return Request("AUTH", (mechanism, *_facts(session), f"resp={initial}"), more)
+
+
+def _equivalent(method: str, offered: frozenset[str]) -> str | None:
+    """The mechanism to use with a server that offers these: LOGIN and PLAIN carry the same, and Dovecot has PLAIN by default."""
+    usable = {"LOGIN": ("LOGIN", "PLAIN"), "PLAIN": ("PLAIN", "LOGIN")}.get(method, (method,))
+    return next((each for each in usable if each in offered), None)
+
+
+def _exchange(mechanism: str, credentials: Credentials) -> Exchange:
+    user, password = credentials.username.encode(), credentials.password.encode()
+    if mechanism == "PLAIN":
+        return Exchange("PLAIN", b"\0%b\0%b" % (user, password))
+    if mechanism == "LOGIN":
+        return Exchange("LOGIN", user, (password,))
+    # Dovecot explains a failure in a challenge, which the client answers before it is told of the failure.
+    return Exchange("XOAUTH2", b"user=%b\x01auth=Bearer %b\x01\x01" % (user, credentials.access_token.encode()), (b"",))
+
+
+def _facts(session: Session) -> Iterator[str]:
+    """What Dovecot learns of the client."""
+    yield "service=smtp"
+    if session.secure:
+        yield "secured"
+    for name, address, port in (
+        ("l", session.local_address, session.local_port),
+        ("r", session.remote_address, session.remote_port),
+    ):
+        with contextlib.suppress(ValueError):  # a Unix socket has no address
+            yield f"{name}ip={ip_address(address)}"
+            yield f"{name}port={port}"

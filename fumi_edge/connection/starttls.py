@@ -12,6 +12,8 @@ next command.
                          │ STARTTLS → UPGRADE, with bytes after it → INJECTION
                          └ not SMTP at all → NOT_SMTP
 
+``negotiation.py`` looks for bytes after STARTTLS that arrive later, before it sends the 220.
+
 The verdict is PLAINTEXT, and the tunnel carries all that follows, when the beginning of the next command cannot be known (a BDAT
 that does not follow RFC 3030, a very long line of AUTH or BDAT, a 3yz reply to another command) or content begins and STARTTLS
 was not offered.

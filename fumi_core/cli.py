@@ -70,6 +70,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @option_flag("--lenient-addresses")
 @heading("Authentication")
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Password file, NAME:HASH per line.")
+@click.option("--dovecot-auth", type=ADDRESS, help="Has logins checked by Dovecot, on its auth-client socket.")
 @click.option("--auth-required", is_flag=True, help="Rejects MAIL before AUTH.")
 @click.option("--sender-login", is_flag=True, help="Rejects senders other than the user's own address.")
 @option_flag("--require-tls")

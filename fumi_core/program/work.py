@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -14,10 +15,11 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, DeliveryTarget, parse_target
-from fumi_core.program import builtin, mail_log
+from fumi_core.plugins.dovecot.auth import DovecotAuth
+from fumi_core.program import builtin
 from fumi_core.program.loading import load_app
+from fumi_core.program.logins import dovecot_at, use_logins
 from fumi_core.program.option_flags import OPTIONS
-from fumi_core.program.users import Users
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 from fumi_core.runtime.listening import ListenAddress, ListenError, check_listen, name_of, open_listeners, passed
 from fumi_core.runtime.logs import configure, event
@@ -46,6 +48,7 @@ class CoreWork:
         addresses = [*self._settings["listen"], self._settings["metrics"]]
         check_mode(self._settings["socket_mode"], [each for each in addresses if each is not None])
         self._target: DeliveryTarget | None = None
+        self._dovecot: DovecotAuth | None = None
         self._sockets: list[socket.socket] = []
         self.metrics_sockets: list[socket.socket] = []
         self.registry = CollectorRegistry()
@@ -74,6 +77,8 @@ class CoreWork:
             remark = self._target.check() if self._target is not None else None
         except OSError as error:
             raise SettingError(f"--deliver {self._settings['deliver']}: {error.strerror or error}") from None
+        if self._dovecot is not None and (problem := asyncio.run(self._dovecot.problem())):
+            raise SettingError(f"--dovecot-auth {self._settings['dovecot_auth']}: {problem}")
         return remarks if remark is None else [*remarks, remark]
 
     @property
@@ -160,16 +165,8 @@ class CoreWork:
             app.configure(auth_optional=True, logger=True)
             target = self._target_for(settings["deliver"], _state(settings))
             wanted = {flag for flag in OPTIONS if settings[flag] not in (None, ())}
-        if settings["users"]:
-            if not settings["app"]:
-                app.use(mail_log.authentications)
-            app.use(users := _users(settings["users"]))
-            if settings["sender_login"]:
-                _refuse_senders_of_nobody(settings, users)
-        elif settings["auth_required"] and not settings["app"]:
-            raise SettingError("--auth-required needs --users FILE; otherwise no client can send mail")
-        elif settings["sender_login"]:
-            raise SettingError("--sender-login needs --users FILE: without logins it has no effect")
+        dovecot = self._dovecot_for(settings["dovecot_auth"])
+        use_logins(app, settings, dovecot)
         if settings["proxy_protocol"] == "off" and not settings["app"]:
             _refuse_proxy_flags(settings)
         if settings["auth_required"]:
@@ -181,7 +178,13 @@ class CoreWork:
         if target is not None and not self._dry:
             _equip(app, target, settings)
         self.app.adopt(app)
-        self._target = target
+        self._target, self._dovecot = target, dovecot
+
+    def _dovecot_for(self, address: SocketAddress | None) -> DovecotAuth | None:
+        """Return the present plugin if its address is the same, to keep its connection."""
+        if self._dovecot is not None and address == self._settings["dovecot_auth"]:
+            return self._dovecot
+        return None if address is None else dovecot_at(address)
 
     def _target_for(self, deliver: str, state: Path | None) -> DeliveryTarget:
         """Return the present target if its settings are the same, to keep its threads and connections."""
@@ -208,26 +211,6 @@ def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
         raise SettingError("--trusted-proxy has no effect with --proxy-protocol off: remove one of them")
     if settings["require_tls"] and not settings["assume_tls"]:
         raise SettingError("--require-tls needs PROXY headers or --assume-tls; otherwise no client can send mail")
-
-
-def _users(path: str) -> Users:
-    try:
-        users = Users(path)
-        if not len(users):
-            event(CoreWork.log, logging.WARNING, "no users in the file: nobody can log in", file=path)
-        return users
-    except OSError as error:
-        raise SettingError(f"--users {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SettingError(f"--users {path}: is not UTF-8 text") from None
-    except ValueError as error:
-        raise SettingError(f"--users: {error}") from None
-
-
-def _refuse_senders_of_nobody(settings: dict[str, Any], users: Users) -> None:
-    if len(users) and not settings["domain"] and not any("@" in name for name in users.names):
-        words = "no user can send mail: name the users by their addresses (joe@example.org), or add --domain"
-        raise SettingError(f"--sender-login: {words}")
 
 
 def _equip(app: Fumi, target: DeliveryTarget, settings: dict[str, Any]) -> None:

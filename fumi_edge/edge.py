@@ -161,11 +161,16 @@ class Edge:
         for backend in before.backends.all:
             if backend not in self._resources.backends.all:
                 before.metrics.drop_backend(backend.name)
-        policies = {(each.address, each.starttls): each.policy for each in settings.listeners}
-        configured = {bound.sock: bound.settings for bound in self._bound or ()}
+        configured = {(each.address, each.starttls): each for each in settings.listeners}
+        if self._bound is not None:
+            # Also for the workers that are forked from this process later.
+            self._bound = [
+                each._replace(settings=configured.get((each.settings.address, each.settings.starttls), each.settings))
+                for each in self._bound
+            ]
+        bound = {each.sock: each.settings.policy for each in self._bound or ()}
         for listener in self.listeners:
-            old = configured.get(listener.sock)
-            policy = listener.policy if old is None else policies.get((old.address, old.starttls), listener.policy)
+            policy = bound.get(listener.sock, listener.policy)
             listener.use(self._resources, policy)
             self._beat_for(policy)
         if self._heartbeat is not None:

@@ -163,6 +163,24 @@ def test_a_new_listener_policy_does_not_change_the_other_listener(run: Callable[
     run(scenario)
 
 
+def test_a_worker_that_is_forked_after_a_change_has_the_new_policy(certificate: tuple[Path, Path]) -> None:
+    async def scenario() -> None:
+        cert, key = certificate
+        async with backend("one") as one:
+            edge = Edge(served_by(one), Certificates([Pair(str(cert), str(key))]))
+            edge.bind()
+            await edge.apply(served_by(one, ListenerPolicy(require_tls=True)))  # in the master, which never starts
+            await edge.start()
+            try:
+                client = await Running(edge, cert).starttls()
+                assert await client[0].readline() == b"220 one\r\n"
+                assert await ask(client, b"MAIL FROM:<>") == b"530 5.7.0 Must issue a STARTTLS command first\r\n"
+            finally:
+                await edge.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_the_program_declares_the_type_of_each_of_its_flags() -> None:
     named = {parameter.name for parameter in cli.main.params if parameter.expose_value}
     assert named == set(Flags.__annotations__)

@@ -129,6 +129,11 @@ class Backend:
         self._checked = self._unhealthy = True
         self._judge(reason, detail)
 
+    def unchecked(self) -> None:
+        """Note that there are no checks: what earlier ones have found no longer counts."""
+        self._checked = self._unhealthy = False
+        self._judge()
+
     def undecided(self, detail: str) -> None:
         """Note that a check could not be made because this process or this host lacks resources."""
         self.metrics.errors[BackendError.OTHER].inc()
@@ -160,7 +165,10 @@ class Backends:
             known.get(each.name) or Backend(each, metrics.backend(each.name)) for each in settings.destinations
         ]
         for backend, destination in zip(self.all, settings.destinations, strict=True):
-            backend.destination = destination
+            if backend.destination != destination:
+                backend.destination = destination
+            if not settings.health_interval:
+                backend.unchecked()
             backend.siblings = self.all
         self._turn = -1
 

@@ -78,6 +78,13 @@ class Remote:
         self._resolved_at = float("-inf") if not self._addresses else float("inf")
         self._lookup: asyncio.Task[OSError | None] | None = None
 
+    def __eq__(self, other: object) -> bool:
+        """Equal addresses, whatever is known of them: a reload then keeps what a name was last resolved to."""
+        return type(other) is type(self) and other.address == self.address
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
     async def addresses(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[ResolvedAddress]:
         """The addresses in the order in which to try them. Waits only for the first lookup. Raises OSError, or TimeoutError."""
         if self._lookup is None and (not self._addresses or loop.time() - self._resolved_at >= RESOLVE_INTERVAL):

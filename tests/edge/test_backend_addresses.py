@@ -8,15 +8,17 @@ import errno
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 import fumi_edge.backends.choice
 import fumi_edge.backends.dialing
 import fumi_edge.backends.health
-from fumi_edge.backends.choice import AVOID_SECONDS
+from fumi_edge.backends.choice import AVOID_SECONDS, Backends
 from fumi_edge.backends.dialing import Opening, Remote, ResolvedAddress
-from fumi_edge.metrics import BackendError
+from fumi_edge.metrics import BackendError, EdgeMetrics
 from tests.edge.backends import MakePool
 
 Loop = asyncio.AbstractEventLoop
@@ -42,6 +44,15 @@ def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool: MakePool)
     assert list(backends.candidates(1e9)) == [second, first]
     first.healthy()
     assert list(backends.candidates(1e9)) == [first, second]
+
+
+def test_without_checks_what_earlier_ones_have_found_does_not_count(pool: MakePool) -> None:
+    before = pool("127.0.0.1:1")
+    before.all[0].unhealthy(BackendError.BANNER, "554")
+    settings = replace(before.settings, health_interval=0)
+    metrics = EdgeMetrics(CollectorRegistry(), [], "0")
+    (after,) = Backends(settings, metrics, before).all
+    assert (after.up, after.metrics.up.value) == (True, 1)
 
 
 class Resolver:
@@ -84,6 +95,21 @@ def test_addresses_are_kept_when_the_resolver_fails_later(
         assert backend.up
         while "keeping the old addresses" not in caplog.text:
             await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+
+
+def test_addresses_are_kept_when_the_settings_change(pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int) -> None:
+    async def scenario() -> None:
+        resolver = Resolver(monkeypatch, "127.0.0.1")
+        resolver.install()
+        name, metrics = f"mail.test:{listening}", EdgeMetrics(CollectorRegistry(), [], "0")
+        before = pool(name)
+        sock, _ = await before.connect(b"")
+        sock.close()
+        resolver.answer = [socket.gaierror("no more")]
+        sock, _ = await Backends(pool(name).settings, metrics, before).connect(b"")
+        sock.close()
 
     asyncio.run(scenario())
 

@@ -155,6 +155,7 @@ class LocalCore:
         return self._server.buffer
 
     def serve(self, client: DirectClient, transport: Callable[[TransportOwner], Transport]) -> None:
+        origin = Origin.UNNAMED_CLIENT if client.unnamed else Origin.CLIENT
         facts = ClientFacts(
             address_of(client.source),
             address_of(client.destination),
@@ -162,7 +163,7 @@ class LocalCore:
             tls=client.tls,
             proxy_address=None if client.balancer is None else address_of(client.balancer)[0],
             id=client.id,
-            origin=Origin.HEALTH_CHECK if client.check else Origin.CLIENT,
+            origin=Origin.HEALTH_CHECK if client.check else origin,
             greeted=client.upgraded,
         )
         self._server.serve(facts, transport)

@@ -32,19 +32,21 @@ class NoBackend(Exception):
 
 
 def header(
-    version: str, source: Endpoint, destination: Endpoint, unique_id: bytes, tls: TLSInfo | None, resumed: bool = False
+    version: str, source: Endpoint | None, destination: Endpoint, unique_id: bytes, tls: TLSInfo | None, resumed: bool = False
 ) -> bytes:
     """The PROXY header for one client connection; ``version`` is v2, v1 or off. Without ``tls`` it has no SSL TLV.
 
-    ``resumed``: the TLS session, and with it the client certificate, is from an earlier connection.
+    With ``source`` None the header names no client. ``resumed``: the TLS session, and with it the client certificate, is from an
+    earlier connection.
     """
     if version == "off":
         return b""
-    transport = "UNIX" if isinstance(source, str) else "TCP6" if ":" in source[0] else "TCP4"
+    place = None if source is None else destination
+    transport = "UNKNOWN" if source is None else "UNIX" if isinstance(source, str) else "TCP6" if ":" in source[0] else "TCP4"
     if version == "v1":
-        return ProxyHeader(1, "PROXY", transport, source, destination).to_bytes()
+        return ProxyHeader(1, "PROXY", transport, source, place).to_bytes()
     tlvs = (PP2_TYPE_UNIQUE_ID, unique_id), *(_of_tls(tls, resumed) if tls else ())
-    return ProxyHeader(2, "PROXY", transport, source, destination, tlvs).to_bytes()
+    return ProxyHeader(2, "PROXY", transport, source, place, tlvs).to_bytes()
 
 
 # Most clients of a server have the same TLS version and cipher, and request the same name.

@@ -15,7 +15,8 @@ from fumi_edge.tls.transport import TLSTransport, TransportOwner
 class DirectClient(NamedTuple):
     """A client after its handshake. ``balancer`` is the address of the load balancer through which it came, None without one.
 
-    ``upgraded`` tells that it had a banner before TLS (RFC 3207 §4.2), ``check`` that it is the load balancer's own check.
+    ``upgraded`` tells that it had a banner before TLS (RFC 3207 §4.2), ``check`` that it is the load balancer's own check, and
+    ``unnamed`` that the load balancer's header does not name it: ``source`` is then the load balancer's address.
     """
 
     id: str
@@ -25,6 +26,7 @@ class DirectClient(NamedTuple):
     balancer: Endpoint | None
     upgraded: bool
     check: bool
+    unnamed: bool
 
 
 class DirectCore(Protocol):

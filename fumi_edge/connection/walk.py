@@ -239,7 +239,11 @@ class Connection:
     async def _connect(self, silent: list[Backend]) -> Backend:
         """Connect to a backend, if possible to the same as before, with a header that holds all that is known of the client."""
         version = self._resources.backends.settings.proxy_protocol
-        opening: Opening = header(version, self._source, self._destination, self._unique_id, self.tls, self._resumed)
+        # The core in this process must not take an unnamed client for the load balancer, which it may trust. Other servers get
+        # the load balancer's address, since Postfix, for one, rejects a header without any.
+        unnamed = self._role is Role.BALANCER and self._resources.direct is not None
+        source = None if unnamed else self._source
+        opening: Opening = header(version, source, self._destination, self._unique_id, self.tls, self._resumed)
         if self._role is Role.BALANCER_CHECK:
             # A load balancer's own check is passed on to the backend as such.
             opening = own_opening(version)
@@ -352,9 +356,12 @@ class Connection:
             self._tunnel = made = TLSTransport(loop, client, core.buffer, owner, close_notify, finish)
             return made
 
-        upgraded, check = self.listener.starttls, self._role is Role.BALANCER_CHECK
         self.backend = self._resources.backends.all[0]  # for the log
-        core.serve(DirectClient(self.id, self._source, self._destination, tls, self._balancer, upgraded, check), make)
+        facts = DirectClient(
+            self.id, self._source, self._destination, tls, self._balancer,
+            upgraded=self.listener.starttls, check=self._role is Role.BALANCER_CHECK, unnamed=self._role is Role.BALANCER,
+        )  # fmt: skip
+        core.serve(facts, make)
         transport = self._tunnel
         assert isinstance(transport, TLSTransport)
         try:

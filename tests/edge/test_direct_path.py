@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -137,6 +138,20 @@ def test_a_client_through_a_load_balancer_has_its_own_address_and_the_balancers_
         session = server.messages[0].session
     assert (session.remote_address, session.remote_port, session.proxy_address) == ("192.0.2.7", 4711, "127.0.0.1")
     assert (session.local_address, session.local_port) == ("198.51.100.1", 25)
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_client_that_the_load_balancer_does_not_name_may_not_use_xclient(
+    make: Callable[..., Fumi], context: ssl.SSLContext, secure: bool
+) -> None:
+    with running(make(secure=secure, proxy_protocol="required", use_xclient=True)) as server:
+        plain = socket.create_connection(("127.0.0.1", server.port), 30)
+        plain.sendall(b"PROXY UNKNOWN\r\n")
+        with contextlib.closing(context.wrap_socket(plain, server_hostname="localhost") if secure else plain) as sock:
+            client = Peer(sock)
+            assert client.line().startswith(b"220")
+            assert not [line for line in client.ask(b"EHLO client.example\r\n") if b"XCLIENT" in line]
+            assert client.ask(b"XCLIENT ADDR=192.0.2.1\r\n") == [b"550 5.7.0 Error: insufficient authorization\r\n"]
 
 
 def test_both_log_lines_have_the_same_id_and_the_core_is_the_backend(

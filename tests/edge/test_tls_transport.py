@@ -292,9 +292,9 @@ def test_a_reset_by_the_client_ends_the_connection(ends: Ends) -> None:
         client.close()
 
     core = Core()
-    # Python's ssl reports a reset as the end.
-    assert carry(core, server, talk) == "client_closed"
-    assert core.events == ["ended", "lost"]
+    # Python's ssl reports a reset as the end, unless it meets it in the middle of a record.
+    assert carry(core, server, talk) in ("client_closed", "client_reset")
+    assert core.events in (["ended", "lost"], ["lost"])
 
 
 def test_bytes_that_are_not_tls_lose_the_connection(ends: Ends) -> None:

@@ -62,6 +62,13 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     show_default="all",
     help="Accepts recipients of this domain only, without wildcards. Repeatable.",
 )
+@click.option("--milter", type=ADDRESS, multiple=True, help="Has a mail filter (milter) at this address check mail. Repeatable.")
+@click.option(
+    "--milter-failure",
+    type=click.Choice(["tempfail", "accept"]),
+    default="tempfail",
+    help="What becomes of mail when a mail filter fails.",
+)
 @option_flag("--size", type=BYTES, show_default="no limit")
 @option_flag("--lmtp")
 @option_flag("--name", show_default="this host's")

@@ -26,7 +26,7 @@ class Hop:
         self.not_offered = CARRIED
         self._protocol = protocol
         self._address = address
-        self._pool = Pool()
+        self._pool: Pool[NextHopConnection] = Pool()
         self._reduced: float | None = None  # when the server was found to offer fewer extensions than before
 
     async def learn_extensions(self, name: str) -> None:

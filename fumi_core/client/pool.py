@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-
-from fumi_core.client.connection import NextHopConnection
+from typing import Generic, Protocol, TypeVar
 
 MAX_IDLE = 16
 """Connections kept at most."""
@@ -12,13 +11,25 @@ IDLE_SECONDS = 30.0
 """Seconds for which one is kept: less than servers allow (RFC 5321 §4.5.3.2.7), so that we close it and not the server."""
 
 
-class Pool:
+class Reusable(Protocol):
+    """A connection; ``usable`` tells that it is open, as far as is known."""
+
+    @property
+    def usable(self) -> bool: ...
+
+    def quit(self) -> None: ...
+
+
+C = TypeVar("C", bound=Reusable)
+
+
+class Pool(Generic[C]):
     """The idle connections to one server; the one used last is taken first, so that surplus connections stay idle and expire."""
 
     def __init__(self) -> None:
-        self._idle: dict[NextHopConnection, asyncio.TimerHandle] = {}
+        self._idle: dict[C, asyncio.TimerHandle] = {}
 
-    def take(self) -> NextHopConnection | None:
+    def take(self) -> C | None:
         """Return a connection that is open, as far as is known; None when there is none."""
         while self._idle:
             connection, timer = self._idle.popitem()
@@ -27,7 +38,7 @@ class Pool:
                 return connection
         return None
 
-    def put(self, connection: NextHopConnection) -> None:
+    def put(self, connection: C) -> None:
         """Keep it, unless it is closed or the pool is full."""
         if connection.usable and len(self._idle) < MAX_IDLE:
             timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._expire, connection)
@@ -39,6 +50,6 @@ class Pool:
         while (connection := self.take()) is not None:
             connection.quit()
 
-    def _expire(self, connection: NextHopConnection) -> None:
+    def _expire(self, connection: C) -> None:
         del self._idle[connection]
         connection.quit()

@@ -10,6 +10,7 @@ from fumi_core.plugins.dovecot.users import dovecot_users
 from fumi_core.plugins.greylist import greylist
 from fumi_core.plugins.logger import logger
 from fumi_core.plugins.max_size import max_size
+from fumi_core.plugins.milter import milter
 from fumi_core.plugins.rate_limit import rate_limit
 from fumi_core.plugins.rcpt_filter import rcpt_filter
 from fumi_core.plugins.require_tls import require_tls
@@ -25,6 +26,7 @@ __all__ = [
     "greylist",
     "logger",
     "max_size",
+    "milter",
     "rate_limit",
     "rcpt_filter",
     "require_tls",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,14 @@ def build(
     return equip(app, parse_target(deliver, state), domains)
 
 
-def equip(app: Fumi, target: DeliveryTarget, domains: Sequence[str], *, own_senders: bool = False) -> Fumi:
+def equip(
+    app: Fumi,
+    target: DeliveryTarget,
+    domains: Sequence[str],
+    *,
+    own_senders: bool = False,
+    milters: Sequence[Callable[[Fumi], None]] = (),
+) -> Fumi:
     """Add the built-in handlers to an app that has none. With ``own_senders``, users may send only from their own addresses."""
     if target.name != "discard":
         # Discarded messages are not logged: this target is for benchmarks.
@@ -42,4 +49,7 @@ def equip(app: Fumi, target: DeliveryTarget, domains: Sequence[str], *, own_send
         app.use(sender_login(domains))
     if domains:
         app.use(rcpt_filter(domains))
-    return app.use(loop_limit).use(target)
+    app.use(loop_limit)
+    for each in milters:
+        app.use(each)
+    return app.use(target)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, DeliveryTarget, parse_target
 from fumi_core.plugins.dovecot.auth import DovecotAuth
 from fumi_core.program import builtin
+from fumi_core.program.filters import filters
 from fumi_core.program.loading import load_app
 from fumi_core.program.logins import dovecot_at, use_logins
 from fumi_core.program.option_flags import OPTIONS
@@ -167,6 +168,7 @@ class CoreWork:
             wanted = {flag for flag in OPTIONS if settings[flag] not in (None, ())}
         dovecot = self._dovecot_for(settings["dovecot_auth"])
         use_logins(app, settings, dovecot)
+        milters = filters(settings, target)
         if settings["proxy_protocol"] == "off" and not settings["app"]:
             _refuse_proxy_flags(settings)
         if settings["auth_required"]:
@@ -176,7 +178,7 @@ class CoreWork:
         except ValueError as error:
             raise SettingError(str(error)) from None
         if target is not None and not self._dry:
-            _equip(app, target, settings)
+            _equip(app, target, settings, milters)
         self.app.adopt(app)
         self._target, self._dovecot = target, dovecot
 
@@ -203,6 +205,8 @@ def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
             raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
     if settings["sender_login"]:
         raise SettingError(f"--sender-login belongs to the built-in app; {settings['app']} can use plugins.sender_login()")
+    if settings["milter"]:
+        raise SettingError(f"--milter belongs to the built-in app; {settings['app']} can use plugins.milter()")
 
 
 def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
@@ -213,9 +217,9 @@ def _refuse_proxy_flags(settings: dict[str, Any]) -> None:
         raise SettingError("--require-tls needs PROXY headers or --assume-tls; otherwise no client can send mail")
 
 
-def _equip(app: Fumi, target: DeliveryTarget, settings: dict[str, Any]) -> None:
+def _equip(app: Fumi, target: DeliveryTarget, settings: dict[str, Any], milters: Sequence[Callable[[Fumi], None]]) -> None:
     try:
-        builtin.equip(app, target, settings["domain"], own_senders=settings["sender_login"])
+        builtin.equip(app, target, settings["domain"], own_senders=settings["sender_login"], milters=milters)
     except (OSError, ValueError) as error:
         raise SettingError(f"--deliver {settings['deliver']}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -290,6 +290,7 @@ class Dialogue:
         assert isinstance(context, AuthContext)
         if error is not None or context.accepted:
             self.session.user = context.user if error is None else None
+            self.session.auth_method = context.credentials.method if error is None else None
             self._decide(context, error)
         elif self.protocol.pending is not None:
             self.protocol.refuse(replies.AUTH_FAILED)

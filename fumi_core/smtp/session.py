@@ -55,12 +55,14 @@ class Session:
 
     ``remote_address`` and ``remote_port`` are the client's, ``proxy_address`` is the TLS proxy's if there is one (else None).
     ``secure`` says whether the client uses TLS, ``tls`` with which parameters, where known. ``transaction`` counts the
-    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set. ``xclient`` and ``xforward`` are the attributes that a
-    trusted proxy sent by those commands, by name in capitals, None for an unknown one; ``xforward`` lasts for one transaction.
+    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set, ``auth_method`` how the client authenticated, such as
+    PLAIN. ``xclient`` and ``xforward`` are the attributes that a trusted proxy sent by those commands, by name in capitals, None
+    for an unknown one; ``xforward`` lasts for one transaction.
     """
 
     __slots__ = (
         "_state",
+        "auth_method",
         "client_hostname",
         "envelope",
         "id",
@@ -93,6 +95,7 @@ class Session:
         self.client_hostname: str | None = None
         self.opening_command: str | None = None
         self.user: Any = None
+        self.auth_method: str | None = None
         self.envelope = Envelope()
         self.transaction = 0
         self.xclient: dict[str, str | None] = {}

@@ -103,6 +103,7 @@ def impersonate(session: Session, attributes: Attributes) -> bool:
     if "DESTPORT" in attributes:
         session.local_port = int(attributes["DESTPORT"] or 0)
     session.user = attributes.get("LOGIN")
+    session.auth_method = None
     session.client_hostname = attributes.get("HELO")
     opening = {"ESMTP": "EHLO", "LMTP": "LHLO"}.get((attributes.get("PROTO") or "").upper(), "HELO")
     session.opening_command = opening if session.client_hostname else None

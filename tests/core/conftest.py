@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
+from tests.core import scripted_milter as milters
 from tests.core.client import Client, Connect, ConnectFrom, Send
 from tests.core.dovecot_server import DovecotServer, Peer, StartDovecot
 from tests.core.programs import Program, Start
 from tests.core.scripted_hop import Answer, ScriptedHop, StartHop
+from tests.core.scripted_milter import ScriptedMilter, StartMilter
 from tests.support.clock import Clock
 from tests.support.waiting import until
 
@@ -80,6 +82,19 @@ def dovecot() -> Iterator[StartDovecot]:
     for server in servers:
         server.close()
     assert [error for server in servers for error in server.errors] == []
+
+
+@pytest.fixture
+def scripted_milter() -> Iterator[StartMilter]:
+    made: list[ScriptedMilter] = []
+
+    def make(path: str | None = None, /, **answers: milters.Answer) -> ScriptedMilter:
+        made.append(ScriptedMilter(path, **answers))
+        return made[-1]
+
+    yield make
+    for milter in made:
+        milter.close()
 
 
 @pytest.fixture

@@ -62,6 +62,12 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     show_default="all",
     help="Accepts recipients of this domain only, without wildcards. Repeatable.",
 )
+@click.option(
+    "--recipient-delimiter",
+    metavar="C",
+    show_default="+",
+    help="Begins, in a local part, what is not part of the user's name.",
+)
 @click.option("--milter", type=ADDRESS, multiple=True, help="Has a mail filter (milter) at this address check mail. Repeatable.")
 @click.option(
     "--milter-failure",

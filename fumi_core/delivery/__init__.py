@@ -12,7 +12,7 @@ from typing import Literal, Protocol, cast
 
 from fumi_core.app import Fumi
 from fumi_core.delivery.discard import Discard
-from fumi_core.delivery.maildir import Maildir
+from fumi_core.delivery.maildir import maildir_at
 from fumi_core.delivery.next_hop.target import NextHop
 from fumi_core.runtime.addresses import parse_address
 
@@ -31,14 +31,15 @@ class DeliveryTarget(Protocol):
     def check(self) -> str | None: ...
 
 
-def parse_target(text: str, state: Path | None = None) -> DeliveryTarget:
+def parse_target(text: str, state: Path | None = None, recipient_delimiter: str = "+") -> DeliveryTarget:
     """``maildir:PATH``, ``lmtp:ADDR``, ``smtp:ADDR`` or ``discard:``. Raises ValueError for anything else.
 
     ``state`` is a directory where a target may store replies; None disables that. It is created when it is needed.
+    ``recipient_delimiter`` begins, in a local part, what does not count for the variables of ``maildir:``.
     """
     kind, colon, rest = text.partition(":")
     if kind == "maildir" and rest:
-        return Maildir(rest)
+        return maildir_at(rest, recipient_delimiter)
     if kind in ("lmtp", "smtp") and rest:
         return NextHop(cast(Literal["lmtp", "smtp"], kind), parse_address(rest), state)
     if kind == "discard" and colon and not rest:

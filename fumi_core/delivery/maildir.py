@@ -2,27 +2,26 @@
 
 Safe means: written into tmp/, fsynced, linked into new/ under an unused name, and new/ fsynced. Before the link no reader sees
 the file; after the last fsync it survives a power loss. ``maildir_files`` does all of this, in threads: in one job for a message
-that fits into a batch. A delivery that fails or is cancelled leaves nothing in new/, however late it fails.
+that fits into a batch. With variables in the path (``maildir_recipients``) each recipient has a Maildir.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import pwd
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fumi_core.delivery.maildir_files import MaildirDirectory, MessageFile
-from fumi_core.delivery.trace import Traced, trace_headers
+from fumi_core.delivery.maildir_files import MaildirDirectory
+from fumi_core.delivery.maildir_recipients import RecipientMaildirs, has_variables
+from fumi_core.delivery.maildir_writer import STORE_ERROR, MaildirWriter
 from fumi_core.errors import MessageAborted, SMTPError
-from fumi_core.handlers.contexts import DataContext
+from fumi_core.handlers.contexts import DataContext, RcptContext
 from fumi_core.handlers.middleware import Next
 from fumi_core.runtime.logs import event
 from fumi_core.server.observer import DeliveryResult
@@ -31,20 +30,19 @@ from fumi_core.smtp import replies
 if TYPE_CHECKING:
     from fumi_core.app import Fumi
 
-BATCH_BYTES = 64 * 1024
-"""Bytes gathered before a thread writes them."""
-THREADS = 16
-"""Messages written at once; each thread mostly waits for fsync."""
-WITHDRAW_TIMEOUT = 4.0
-"""Seconds that a stop waits for deliveries that are being withdrawn; a master kills its workers after five."""
 CLEAN_INTERVAL = 3600.0
 """Seconds between two searches for the remains of deliveries that were killed, while mail is delivered."""
+LOOKUP_THREADS = 2
+"""Recipients looked up at once; not in the threads that write, which wait for the disk."""
 
 _log = logging.getLogger("fumi.core")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_STORE_ERROR = ("4.3.0 Mail store error", 451)
 _NOT_KEPT = frozenset({"BINARYMIME", "DSN"})
 """Extensions that a file with LF line ends cannot keep: binary content would change, and no notifications would be sent."""
+
+
+def maildir_at(path: str, delimiter: str = "+") -> Maildir | MaildirForEach:
+    """The target for this path. Raises ValueError for an unknown variable, or an invalid delimiter."""
+    return MaildirForEach(path, delimiter) if has_variables(path) else Maildir(path)
 
 
 class Maildir:
@@ -54,10 +52,8 @@ class Maildir:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.directory = MaildirDirectory(Path(path))
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="maildir")
+        self._writer = MaildirWriter()
         self._clean_at = 0.0
-        self._withdrawals: set[Future[None]] = set()
-        """Deliveries whose client was not sent 250, and which a thread still has to withdraw."""
 
     def __call__(self, app: Fumi) -> None:
         """Raises OSError when the directories cannot be created."""
@@ -68,18 +64,19 @@ class Maildir:
             if time.monotonic() >= self._clean_at:
                 self._clean()
             try:
-                await self._deliver(ctx)
+                name = await self._writer.store(ctx, self.directory, ctx.session.envelope.rcpt_to)
             except MessageAborted:
                 raise
             except BaseException as error:
                 observer.delivery(self.name, DeliveryResult.of(error))
                 raise
+            ctx.accept(f"Ok: queued as {name}")
             observer.delivery(self.name, DeliveryResult.OK)
 
         app.on_data(deliver)
         app.withhold(lambda: _NOT_KEPT)
         app.at_start(self._clean)
-        app.at_close(self._wait_for_withdrawals)
+        app.at_close(self._writer.wait_for_withdrawals)
 
     def dependency_problem(self) -> str | None:
         for name in ("tmp", "new"):
@@ -100,64 +97,87 @@ class Maildir:
             raise OSError(f"{user}: {problem}")
         return None
 
-    async def _deliver(self, ctx: DataContext) -> None:
-        file = MessageFile(self.directory, ctx.session.id)
-        try:
-            await self._store(ctx, file)
-        except (asyncio.CancelledError, GeneratorExit):
-            self._withdraw(file)
-            raise
-        except BaseException:
-            file.withdrawn = True
-            if file.begun:
-                with contextlib.suppress(RuntimeError):  # no new thread could be started: the job waits for an existing one
-                    await asyncio.wrap_future(self._threads.submit(file.discard))
-            raise
-        ctx.accept(f"Ok: queued as {file.name}")
-
-    async def _store(self, ctx: DataContext, file: MessageFile) -> None:
-        traced = Traced(trace_headers(ctx.session))
-        batch: list[bytes] = []
-        size = 0
-        async for piece in ctx.stream:
-            batch.append(traced.feed(piece))
-            size += len(piece)
-            if size >= BATCH_BYTES:
-                await self._in_thread(file, file.write, batch)
-                batch, size = [], 0
-        if ctx.size_exceeded:
-            ctx.reject(*replies.TOO_LARGE)
-        batch.append(traced.end())
-        await self._in_thread(file, file.commit, batch)
-
-    async def _in_thread(self, file: MessageFile, work: Callable[..., None], *arguments: Any) -> None:
-        """Raises SMTPError, after a line in the log, when the disk or the system fails."""
-        file.begun = True
-        try:
-            file.job = self._threads.submit(work, *arguments)
-            await asyncio.wrap_future(file.job)
-        except (OSError, RuntimeError) as error:
-            # RuntimeError: the system has no more threads.
-            problem = getattr(error, "strerror", None) or error
-            event(_log, logging.ERROR, "cannot deliver", id=file.id, path=self.directory.path, error=problem)
-            full = isinstance(error, OSError) and error.errno in _FULL
-            raise SMTPError(*(replies.INSUFFICIENT_STORAGE if full else _STORE_ERROR)) from None
-
-    def _withdraw(self, file: MessageFile) -> None:
-        withdrawal = file.withdraw()
-        if withdrawal is not None:
-            self._withdrawals.add(withdrawal)
-            withdrawal.add_done_callback(self._withdrawals.discard)
-
-    def _wait_for_withdrawals(self) -> None:
-        # If the message stayed in new/ it would be there twice, since its client sends it again.
-        wait(self._withdrawals, WITHDRAW_TIMEOUT)
-
     def _clean(self) -> None:
         """Remove the remains of deliveries that were killed, in a thread."""
         self._clean_at = time.monotonic() + CLEAN_INTERVAL
         with contextlib.suppress(RuntimeError):  # no thread is available: try again next time
-            self._threads.submit(self.directory.remove_stale)
+            self._writer.submit(self.directory.remove_stale)
+
+
+class MaildirForEach:
+    """A Maildir for each recipient, at a path with variables; recipients without a directory there are unknown."""
+
+    name = "maildir"
+
+    def __init__(self, path: str, delimiter: str = "+") -> None:
+        """Raises ValueError for an unknown variable, or an invalid delimiter."""
+        self._maildirs = RecipientMaildirs(path, delimiter)
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="maildir-lookup")
+        self._writer = MaildirWriter()
+
+    def __call__(self, app: Fumi) -> None:
+        """Handlers of RCPT that are added later run first. Raises OSError when the path before the variables does not exist."""
+        self.check()
+        observer, apart = app.observer, app.options.lmtp
+
+        async def rcpt(ctx: RcptContext, next: Next) -> None:
+            await next()
+            await self._look_up(ctx)
+
+        async def deliver(ctx: DataContext, next: Next) -> None:
+            try:
+                failed = await self._deliver(ctx, apart)
+            except MessageAborted:
+                raise
+            except BaseException as error:
+                observer.delivery(self.name, DeliveryResult.of(error))
+                raise
+            observer.delivery(self.name, DeliveryResult.of(failed))
+
+        app.on_rcpt_to(rcpt)
+        app.on_data(deliver)
+        app.withhold(lambda: _NOT_KEPT)
+        app.at_close(self._writer.wait_for_withdrawals)
+
+    def dependency_problem(self) -> str | None:
+        return self._maildirs.problem()
+
+    def check(self) -> str | None:
+        """Raises OSError when the path up to the first variable does not exist."""
+        if problem := self._maildirs.problem():
+            raise OSError(problem)
+        return None
+
+    async def _look_up(self, ctx: RcptContext) -> None:
+        recipient = ctx.address.address
+        try:
+            job = self._lookups.submit(self._maildirs.exists, recipient, ctx.session.name)
+            exists = await asyncio.wrap_future(job)
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: the system has no more threads.
+            problem = getattr(error, "strerror", None) or error
+            event(_log, logging.ERROR, "cannot look up recipient", id=ctx.session.id, to=recipient, error=problem)
+            raise SMTPError(*replies.LOOKUP_FAILED) from None
+        if not exists:
+            ctx.reject(*replies.USER_UNKNOWN)
+
+    async def _deliver(self, ctx: DataContext, apart: bool) -> SMTPError | None:
+        """Deliver to all recipients, or in LMTP to those that it can. Returns the error if it can to none of them."""
+        copies = self._maildirs.of(ctx.session.envelope.rcpt_to, ctx.session.name)
+        if copies is None:
+            raise SMTPError(*STORE_ERROR)  # a handler has changed the recipients after they were looked up
+        errors: dict[int, SMTPError] = {}
+        if len(copies) == 1:
+            name = await self._writer.store(ctx, *copies[0])
+        elif apart:
+            name, errors = await self._writer.store_apart(ctx, copies)
+        else:
+            name = await self._writer.store_copies(ctx, copies)
+        for number, error in errors.items():
+            for each in copies[number][1]:
+                ctx.reject_recipient(each.address, error.message, error.code)
+        ctx.accept(f"Ok: queued as {name}")
+        return errors[0] if len(errors) == len(copies) else None
 
 
 def _user() -> str:

@@ -28,34 +28,17 @@ _CANNOT_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOS
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
 
 
-class MaildirDirectory:
-    """The directory ``path`` with its tmp, new and cur."""
+_numbers = itertools.count(1)  # of the files of this process
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._count = itertools.count(1)
-        self._host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
+
+class DirectorySync:
+    """Fsyncs directories; one warning tells that a file system cannot do that."""
+
+    def __init__(self) -> None:
         self._warned = False
 
-    def create(self) -> None:
-        """Create what does not exist. Raises OSError."""
-        # If a power loss removes a directory, it also removes the safely stored messages in it.
-        made_in = {each.parent for each in (self.path, *self.path.parents) if not each.exists()}
-        for name in ("tmp", "new", "cur"):
-            (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for directory in {self.path, self.path.parent} | made_in:
-            if os.access(directory, os.W_OK):  # otherwise we created nothing in it
-                self._sync(directory)
-
-    def unique_name(self) -> str:
-        now = time.time_ns()
-        return f"{now // 10**9}.M{now // 1000 % 10**6}P{os.getpid()}Q{next(self._count)}.{self._host}"
-
-    def sync_new(self) -> None:
-        """fsync new/, so that its names survive a power loss. Raises OSError when the disk fails."""
-        self._sync(self.path / "new")
-
-    def _sync(self, directory: Path) -> None:
+    def __call__(self, directory: Path) -> None:
+        """Raises OSError when the disk fails."""
         try:
             _sync_directory(directory)
         except OSError as error:
@@ -65,6 +48,41 @@ class MaildirDirectory:
                 self._warned = True
                 words = "cannot fsync directory: accepted mail may be lost in a power failure"
                 event(_log, logging.WARNING, words, path=directory, error=error.strerror)
+
+
+class MaildirDirectory:
+    """The directory ``path`` with its tmp, new and cur."""
+
+    def __init__(self, path: Path, sync: DirectorySync | None = None) -> None:
+        self.path = path
+        self.sync = sync or DirectorySync()
+        self._host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
+
+    def create(self) -> None:
+        """Create what does not exist. Raises OSError."""
+        # If a power loss removes a directory, it also removes the safely stored messages in it.
+        made_in = {each.parent for each in (self.path, *self.path.parents) if not each.exists()}
+        for name in ("tmp", "new", "cur"):
+            (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in {self.path, self.path.parent} | made_in:
+            if os.access(directory, os.W_OK):  # otherwise we created nothing in it
+                self.sync(directory)
+
+    def acting(self) -> contextlib.AbstractContextManager[object]:
+        """While it lasts, this thread may work on the files of this Maildir."""
+        return contextlib.nullcontext()
+
+    def open_temporary(self, name: str) -> int:
+        """Create a file in tmp/ and return its descriptor. Raises FileExistsError, OSError."""
+        return os.open(self.path / "tmp" / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def unique_name(self) -> str:
+        now = time.time_ns()
+        return f"{now // 10**9}.M{now // 1000 % 10**6}P{os.getpid()}Q{next(_numbers)}.{self._host}"
+
+    def sync_new(self) -> None:
+        """fsync new/, so that its names survive a power loss. Raises OSError when the disk fails."""
+        self.sync(self.path / "new")
 
     def remove_stale(self) -> None:
         """Remove files that were written last more than STALE_SECONDS seconds ago."""
@@ -82,7 +100,7 @@ class MaildirDirectory:
 
 
 class MessageFile:
-    """One message on its way from tmp/ to new/. ``write``, ``commit`` and ``discard`` run in threads."""
+    """One message on its way from tmp/ to new/. All methods but ``withdraw`` run in threads."""
 
     def __init__(self, directory: MaildirDirectory, id: str) -> None:
         """``id`` is the connection's, for the log."""
@@ -94,7 +112,7 @@ class MessageFile:
         """Whether there may be something to discard."""
         self.withdrawn = False
         """The client was not sent 250, and will send the message again: nothing more is written or linked."""
-        self._directory = directory
+        self.directory = directory
         self._temporary: Path | None = None
         self._final: Path | None = None
         self._fd = -1
@@ -103,7 +121,7 @@ class MessageFile:
         self._lock = threading.Lock()
 
     def write(self, pieces: list[bytes]) -> None:
-        with self._lock:
+        with self._lock, self.directory.acting():
             if not self.withdrawn:
                 self._write(b"".join(pieces))
 
@@ -116,9 +134,8 @@ class MessageFile:
 
     def _open(self) -> None:
         def create(name: str) -> None:
-            path = self._directory.path / "tmp" / name
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._temporary = path
+            self._fd = self.directory.open_temporary(name)
+            self._temporary = self.directory.path / "tmp" / name
 
         self._with_new_name(create)
 
@@ -131,7 +148,7 @@ class MessageFile:
             except FileExistsError:
                 if not left:
                     raise
-                self.name = self._directory.unique_name()
+                self.name = self.directory.unique_name()
 
     def _local_lines(self, text: bytes) -> bytes:
         """CRLF to LF. A piece may end between the two; the CR then waits for the next."""
@@ -140,23 +157,41 @@ class MessageFile:
         return text[: len(text) - len(self._carriage_return)].replace(b"\r\n", b"\n")
 
     def commit(self, pieces: list[bytes]) -> None:
-        with self._lock:
-            if self.withdrawn:
-                return
-            self._write(b"".join(pieces))
-            if self._carriage_return:
-                os.write(self._fd, self._carriage_return)
-            os.fsync(self._fd)
-            self._close()
+        """Write the rest and show the message to readers: safe when it returns. Raises OSError."""
+        with self._lock, self.directory.acting():
             if not self.withdrawn:
-                self._with_new_name(self._publish)
-                self._directory.sync_new()
-            with contextlib.suppress(OSError):  # the message is safe, and tmp/ is cleaned later
-                self._remove_temporary()
+                self._complete(pieces)
+            if not self.withdrawn:
+                self._show()
 
-    def _publish(self, name: str) -> None:
+    def prepare(self, pieces: list[bytes]) -> None:
+        """Write the rest, and sync the file, which no reader sees yet. Raises OSError."""
+        with self._lock, self.directory.acting():
+            if not self.withdrawn:
+                self._complete(pieces)
+
+    def publish(self) -> None:
+        """Show a prepared message to readers: safe when it returns. Raises OSError."""
+        with self._lock, self.directory.acting():
+            if not self.withdrawn:
+                self._show()
+
+    def _complete(self, pieces: list[bytes]) -> None:
+        self._write(b"".join(pieces))
+        if self._carriage_return:
+            os.write(self._fd, self._carriage_return)
+        os.fsync(self._fd)
+        self._close()
+
+    def _show(self) -> None:
+        self._with_new_name(self._link)
+        self.directory.sync_new()
+        with contextlib.suppress(OSError):  # the message is safe, and tmp/ is cleaned later
+            self._remove_temporary()
+
+    def _link(self, name: str) -> None:
         assert self._temporary is not None
-        final = self._directory.path / "new" / name
+        final = self.directory.path / "new" / name
         try:
             _link(self._temporary, final)
         except FileExistsError:
@@ -184,14 +219,15 @@ class MessageFile:
         with self._lock:
             for remove in (self._close, self._remove_final, self._remove_temporary):
                 try:
-                    remove()
+                    with self.directory.acting():
+                        remove()
                 except OSError as error:
                     event(
                         _log,
                         logging.ERROR,
                         "cannot remove message file",
                         id=self.id,
-                        path=self._directory.path,
+                        path=self.directory.path,
                         file=self.name,
                         error=error.strerror,
                     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
+from fumi_core.smtp.grammar import Address
 from fumi_core.smtp.session import Session
 
 MAX_LINE_BYTES = 998
@@ -14,12 +16,12 @@ _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
 _PERHAPS_FIELD = re.compile(rb"(?:[!-9;-~]+[ \t]*|\r?)\Z")
 
 
-def trace_headers(session: Session) -> bytes:
-    """The fields that final delivery adds at the top: Return-Path, a Delivered-To for each recipient, Received."""
+def trace_headers(session: Session, recipients: Iterable[Address]) -> bytes:
+    """The fields that final delivery adds at the top: Return-Path, a Delivered-To for each of these recipients, Received."""
     envelope = session.envelope
     sender = envelope.mail_from.address if envelope.mail_from else ""
-    recipients = dict.fromkeys(each.address for each in envelope.rcpt_to)
-    lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each}\r\n" for each in recipients)]
+    names = dict.fromkeys(each.address for each in recipients)
+    lines = [f"Return-Path: <{sender}>\r\n", *(f"Delivered-To: {each}\r\n" for each in names)]
     return ("".join(lines) + session.received_header()).encode()
 
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS, DeliveryTarget, parse_target
+from fumi_core.delivery.maildir_recipients import has_variables
 from fumi_core.plugins.dovecot.auth import DovecotAuth
 from fumi_core.program import builtin
 from fumi_core.program.filters import filters
@@ -28,6 +29,7 @@ from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError, check_mode, given, read_again
 from fumi_core.server.metrics import CoreMetrics
+from fumi_core.smtp.mailboxes import check_delimiter
 
 _THIS_HOST = Networks(THIS_HOST)
 _LOCALHOST_NAMES = ("localhost", "localhost.localdomain", "localhost6", "ip6-localhost")
@@ -164,7 +166,7 @@ class CoreWork:
             wanted = {flag for flag in OPTIONS if flag in given(ctx)}
         else:
             app.configure(auth_optional=True, logger=True)
-            target = self._target_for(settings["deliver"], _state(settings))
+            target = self._target_for(settings)
             wanted = {flag for flag in OPTIONS if settings[flag] not in (None, ())}
         dovecot = self._dovecot_for(settings["dovecot_auth"])
         use_logins(app, settings, dovecot)
@@ -188,21 +190,22 @@ class CoreWork:
             return self._dovecot
         return None if address is None else dovecot_at(address)
 
-    def _target_for(self, deliver: str, state: Path | None) -> DeliveryTarget:
+    def _target_for(self, settings: dict[str, Any]) -> DeliveryTarget:
         """Return the present target if its settings are the same, to keep its threads and connections."""
-        same = deliver == self._settings["deliver"] and state == _state(self._settings)
-        if self._target is not None and same:
+        delimiter = _delimiter(settings)
+        wanted = settings["deliver"], _state(settings), delimiter
+        if self._target is not None and wanted == (self._settings["deliver"], _state(self._settings), _delimiter(self._settings)):
             return self._target
         try:
-            return parse_target(deliver, state)
+            return parse_target(*wanted)
         except ValueError as error:
             raise SettingError(f"--deliver: {error}") from None
 
 
 def _refuse_builtin_flags(settings: dict[str, Any], wanted: set[str]) -> None:
-    for flag in ("deliver", "domain", "state"):
+    for flag in ("deliver", "domain", "recipient_delimiter", "state"):
         if flag in wanted:
-            raise SettingError(f"--{flag} belongs to the built-in app; {settings['app']} delivers by itself")
+            raise SettingError(f"--{flag.replace('_', '-')} belongs to the built-in app; {settings['app']} delivers by itself")
     if settings["sender_login"]:
         raise SettingError(f"--sender-login belongs to the built-in app; {settings['app']} can use plugins.sender_login()")
     if settings["milter"]:
@@ -222,6 +225,19 @@ def _equip(app: Fumi, target: DeliveryTarget, settings: dict[str, Any], milters:
         builtin.equip(app, target, settings["domain"], own_senders=settings["sender_login"], milters=milters)
     except (OSError, ValueError) as error:
         raise SettingError(f"--deliver {settings['deliver']}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _delimiter(settings: dict[str, Any]) -> str:
+    """--recipient-delimiter. Raises SettingError where it is invalid, or given without effect."""
+    given, target = settings["recipient_delimiter"], settings["deliver"]
+    if given is None:
+        return "+"
+    if not (target.startswith("maildir:") and has_variables(target)):
+        raise SettingError("--recipient-delimiter has no effect without %u or %n in the path of --deliver maildir:PATH")
+    try:
+        return check_delimiter(given)
+    except ValueError as error:
+        raise SettingError(f"--recipient-delimiter: {error}") from None
 
 
 def _state(settings: dict[str, Any]) -> Path | None:

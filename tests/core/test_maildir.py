@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fumi_core import CloseContext, Fumi
-from fumi_core.delivery import maildir, maildir_files
+from fumi_core.delivery import maildir_files, maildir_writer
 from fumi_core.program import builtin
 from fumi_core.testing import running
 from tests.core.client import Connect
@@ -57,7 +57,9 @@ def test_a_message_is_one_file_with_trace_headers_and_lf(box: Path, connect: Con
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("size", [0, 1, maildir.BATCH_BYTES - 1, maildir.BATCH_BYTES, 3 * maildir.BATCH_BYTES + 7, 2_000_000])
+@pytest.mark.parametrize(
+    "size", [0, 1, maildir_writer.BATCH_BYTES - 1, maildir_writer.BATCH_BYTES, 3 * maildir_writer.BATCH_BYTES + 7, 2_000_000]
+)
 def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Connect, size: int) -> None:
     lines = (b"%06d " % (size % 7) + b"x" * 60 + b"\r\n") * (size // 69)
     with running(build(box)) as server:

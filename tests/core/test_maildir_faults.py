@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.delivery import maildir, maildir_files
+from fumi_core.delivery import maildir, maildir_files, maildir_writer
 from fumi_core.program import builtin
 from fumi_core.server.observer import Observer
 from fumi_core.testing import running
@@ -31,13 +31,24 @@ class Deliveries(Observer):
         self.results.append(result)
 
 
+@pytest.fixture(params=["one for all", "one for each"])
+def box(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The Maildir of everybody, or the recipient's: the faults are the same."""
+    if request.param == "one for all":
+        return tmp_path / "box"
+    for folder in ("tmp", "new", "cur"):
+        (tmp_path / "c@d.example" / "box" / folder).mkdir(parents=True)
+    return tmp_path / "c@d.example" / "box"
+
+
 @pytest.fixture
-def box(tmp_path: Path) -> Path:
+def box_of_all(tmp_path: Path) -> Path:
     return tmp_path / "box"
 
 
 def build(box: Path, observer: Observer | None = None, **options: Any) -> Fumi:
-    return builtin.build(f"maildir:{box}", name="mx.example", observer=observer, **{"close_timeout": 0.2, **options})
+    target = str(box).replace("c@d.example", "%u")
+    return builtin.build(f"maildir:{target}", name="mx.example", observer=observer, **{"close_timeout": 0.2, **options})
 
 
 def files(box: Path) -> list[str]:
@@ -82,7 +93,7 @@ class Hold(Protocol):
 @pytest.fixture
 def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
     held: list[Held] = []
-    monkeypatch.setattr(maildir, "WITHDRAW_TIMEOUT", 0.0)
+    monkeypatch.setattr(maildir_writer, "WITHDRAW_TIMEOUT", 0.0)
 
     def make(call: str, *, before: bool, turn: int = 1) -> Held:
         held.append(Held(getattr(os, call), before=before, turn=turn))
@@ -122,7 +133,7 @@ def test_a_stop_waits_until_a_delivery_is_taken_back(
     with running(build(box)) as server:
         client = connect(server.port)
         slow = hold("link", before=False)
-        monkeypatch.setattr(maildir, "WITHDRAW_TIMEOUT", 60.0)
+        monkeypatch.setattr(maildir_writer, "WITHDRAW_TIMEOUT", 60.0)
         client.envelope()
         client.say("DATA")
         client.sock.sendall(b"Subject: hi\r\n.\r\n")
@@ -140,7 +151,7 @@ def test_a_stop_waits_until_a_delivery_is_taken_back(
 def test_a_delivery_that_waits_for_a_thread_when_it_is_cancelled_never_starts(
     box: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maildir, "THREADS", 1)
+    monkeypatch.setattr(maildir_writer, "THREADS", 1)
     app = build(box)
     with running(app) as server:
         first, second = connect(server.port), connect(server.port)
@@ -237,12 +248,12 @@ def test_a_remainder_that_cannot_be_removed_hides_neither_reason_nor_result(
 
 
 def test_a_system_without_a_thread_to_spare_defers_the_message(
-    box: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    box_of_all: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with running(build(box)) as server:
+    with running(build(box_of_all)) as server:
         first, second = connect(server.port), connect(server.port)
         slow = hold("write", before=True)
         first.envelope()
@@ -256,7 +267,7 @@ def test_a_system_without_a_thread_to_spare_defers_the_message(
         assert first.reply().startswith(b"250")
         assert deliver(second).startswith(b"250")
     # What was queued for the thread that did not start came to nothing, too.
-    assert len(files(box)) == 2
+    assert len(files(box_of_all)) == 2
     assert "Traceback" not in caplog.text
 
 
@@ -289,27 +300,29 @@ def test_a_directory_that_the_disk_does_not_sync_is_an_error_all_the_same(
     assert files(box) == []
 
 
-def test_unfinished_deliveries_are_removed_after_36_hours(box: Path) -> None:
-    app = build(box)
+def test_unfinished_deliveries_are_removed_after_36_hours(box_of_all: Path) -> None:
+    app = build(box_of_all)
     for folder, name, age in (
         ("tmp", "old", LONG_AGO), ("tmp", "young", LONG_AGO + 7200), ("tmp", ".nfs0001", LONG_AGO), ("new", "mail", LONG_AGO),
     ):  # fmt: skip
-        (box / folder / name).touch()
-        os.utime(box / folder / name, (age, age))
-    (box / "tmp" / "folder").mkdir()
-    (box / "tmp" / "link").symlink_to(box / "new" / "mail")
-    os.utime(box / "tmp" / "folder", (LONG_AGO, LONG_AGO))
-    os.utime(box / "tmp" / "link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
+        (box_of_all / folder / name).touch()
+        os.utime(box_of_all / folder / name, (age, age))
+    (box_of_all / "tmp" / "folder").mkdir()
+    (box_of_all / "tmp" / "link").symlink_to(box_of_all / "new" / "mail")
+    os.utime(box_of_all / "tmp" / "folder", (LONG_AGO, LONG_AGO))
+    os.utime(box_of_all / "tmp" / "link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
     with running(app):
-        until(lambda: "tmp/old" not in files(box))
-    assert files(box) == ["new/mail", "tmp/.nfs0001", "tmp/folder", "tmp/link", "tmp/young"]
+        until(lambda: "tmp/old" not in files(box_of_all))
+    assert files(box_of_all) == ["new/mail", "tmp/.nfs0001", "tmp/folder", "tmp/link", "tmp/young"]
 
 
-def test_unfinished_deliveries_are_looked_for_now_and_then(box: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_deliveries_are_looked_for_now_and_then(
+    box_of_all: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(maildir, "CLEAN_INTERVAL", 0.0)
-    with running(build(box)) as server:
-        (box / "tmp" / "old").touch()
-        os.utime(box / "tmp" / "old", (LONG_AGO, LONG_AGO))
+    with running(build(box_of_all)) as server:
+        (box_of_all / "tmp" / "old").touch()
+        os.utime(box_of_all / "tmp" / "old", (LONG_AGO, LONG_AGO))
         assert deliver(connect(server.port)).startswith(b"250")
-        until(lambda: "tmp/old" not in files(box))
-        assert len(files(box)) == 1
+        until(lambda: "tmp/old" not in files(box_of_all))
+        assert len(files(box_of_all)) == 1

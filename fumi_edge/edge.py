@@ -151,6 +151,8 @@ class Edge:
         if certificates is not None or settings.cert_reload_interval != self.settings.cert_reload_interval:
             self.certificates = certificates or self.certificates
             self._reloader = Reloader(self.certificates, before.metrics, settings.cert_reload_interval)
+        if self.certificates is not before.certificates:
+            before.certificates.close()
         self.settings = settings
         self._resources = replace(
             before,

@@ -32,15 +32,18 @@ class FlagSource:
         self._flags = cast(Flags, ctx.params)
         self._inner = inner
 
-    def read_again(self, before: EdgeSettings) -> Again:
-        """Read everything, and load the certificates if others are named. Changes nothing; raises ClickException."""
+    def read_again(self, before: EdgeSettings, forking: bool) -> Again:
+        """Read everything, and load the certificates if others are named. Changes nothing; raises ClickException.
+
+        ``forking``: this process forks workers, which are to resume each other's sessions.
+        """
         flags = cast(Flags, read_again(self._ctx).params)
         wanted = flags if self._inner is None else self._inner.defaults(flags)
         settings = edge_settings(wanted, None if self._inner is None else self._inner.core)
         certificates = None
         if (settings.certificates, settings.tls) != (before.certificates, before.tls):
             certificates = load_certificates(settings)
-            if flags["workers"] > 1:
+            if forking:
                 certificates.share_ticket_keys()
         return Again(flags, settings, certificates)
 

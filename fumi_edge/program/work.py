@@ -118,7 +118,7 @@ class EdgeWork:
 
     async def _apply(self, source: FlagSource) -> list[str]:
         # In a thread: a file system may hang, and mail must not wait for it.
-        again = await run_in_daemon_thread(lambda: source.read_again(self._edge.settings))
+        again = await run_in_daemon_thread(lambda: source.read_again(self._edge.settings, forking=not self._serving))
         await self._edge.apply(again.settings, again.certificates)
         configure(again.flags["log_format"], again.flags["log_level"])
         return source.take(again)

@@ -278,6 +278,10 @@ class Certificates:
         """Let the processes that are forked from now on resume each other's sessions. Raises OSError."""
         self._ticket_keys.share()
 
+    def close(self) -> None:
+        """Release what later ticket keys would need. Connections that have begun can still make their handshakes."""
+        self._ticket_keys.close()
+
     def renew_ticket_keys(self, now: float) -> None:
         """Use the ticket keys of the time ``now``, in seconds since 1970; call it at least every few minutes."""
         self._front = self._ticket_keys.context(self.selection.client_ca, now)

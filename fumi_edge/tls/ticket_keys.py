@@ -47,6 +47,13 @@ class TicketKeys:
         self._lock = os.memfd_create("fumi-ticket-keys")
         self._prepared = {number: self._make() for number in range(2, 2 + PREPARED_CONTEXTS)}
 
+    def close(self) -> None:
+        """Give up the contexts made in advance, and the lock. The context in use stays."""
+        self._prepared = {}
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
     def context(self, client_ca: str | None, now: float) -> ssl.SSLContext:
         """The context for handshakes that begin ``now`` (seconds since 1970), with these client CA certificates."""
         purpose = hashlib.sha256(f"{(now - self._began) // KEY_LIFETIME_SECONDS} {client_ca}".encode()).digest()

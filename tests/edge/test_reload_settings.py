@@ -14,6 +14,7 @@ from tests.edge.clients import Clients
 from tests.edge.program import Program
 from tests.support.certificates import CertificateFiles
 from tests.support.peer import Peer
+from tests.support.proc import open_files
 from tests.support.waiting import until
 
 
@@ -115,6 +116,17 @@ def test_another_certificate_and_tls_policy_are_used_for_new_handshakes(
         clients.tls(configured.program.tls_port, context=new)
     assert client.line() == b"220 one\r\n"
     assert client.ask(b"NOOP\r\n") == [b"250 one\r\n"]
+
+
+def test_reloads_leave_no_ticket_keys_open(configured: Configured, backend: StartBackend) -> None:
+    one = backend(named(b"one"))
+    configured.write(one.address)
+    configured.start("--workers", "2")
+    for version in ("1.3", "1.2", "1.3"):
+        configured.write(one.address, f'min-tls = "{version}"')
+        configured.reload("reloaded")
+    for pid in (configured.program.process.pid, *configured.program.workers()):
+        assert len([name for name in open_files(pid) if "ticket-keys" in name]) <= 1
 
 
 def test_what_a_reload_cannot_change_is_named(configured: Configured, backend: StartBackend, clients: Clients) -> None:

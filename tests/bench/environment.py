@@ -133,8 +133,8 @@ def install_postfix() -> None:
 
 
 def install_dovecot() -> None:
-    """Unpack Debian's Dovecot with its LMTP server; as root, with the libraries that it needs from Debian."""
-    home = unpack("dovecot", "dovecot-core", "dovecot-lmtpd")
+    """Unpack Debian's Dovecot with its LMTP and IMAP servers; as root, with the libraries that it needs from Debian."""
+    home = unpack("dovecot", "dovecot-core", "dovecot-lmtpd", "dovecot-imapd")
     if "not found" in (missing := missing_libraries(home)) and os.geteuid() == 0:
         install_libraries(home)
         missing = missing_libraries(home)
@@ -155,7 +155,9 @@ def unpack(name: str, *packages: str) -> Path:
     """Where the files of these Debian packages are, without having been installed; they are fetched where they are not there."""
     INSTALLED.mkdir(exist_ok=True)
     home = INSTALLED / name
-    if not (home / "DEBIAN/control").exists():
+    fetched = home / "DEBIAN/control"
+    there = re.findall(r"^Package: (.*)$", fetched.read_text(), re.MULTILINE) if fetched.exists() else []
+    if not set(packages) <= set(there):
         with tempfile.TemporaryDirectory(dir=INSTALLED) as directory:
             for package in packages:
                 download(package, Path(directory))

@@ -1,31 +1,40 @@
 """asyncio's event loop, with readers and writers that the selector calls itself, where the kernel's answer arrives.
 
-asyncio creates a handle for each event, queues it, and runs it in a context; and each ``add_reader`` makes a dozen checks. Both
-programs live on readers and writers, several for each connection, and need none of that. Everything else is asyncio's.
+asyncio creates a handle for each event, queues it, and runs it in a context; each ``add_reader`` makes a dozen checks, and each
+wait of the selector a turn of the loop. Both programs live on readers and writers, several for each connection, and need none of
+that: the selector calls them itself, and waits again, as long as no callback of asyncio's is queued and no timer is due.
+Everything else is asyncio's.
 
 Differences from asyncio: a reader or writer runs before queued callbacks, and in no context of its own.
 
-It replaces ``asyncio.SelectorEventLoop``: 3.7 instead of 4.3 µs an event with its recv() and send(), 2.7 instead of 11.2 µs for
-add_reader() and remove_reader(). In ``ops/bench`` the CPU, as a ratio to that of asyncio's loop, is 0.91 (0.77 … 1.20) in the row
-core-connect, 0.98 (0.85 … 1.05) in core-kept, and in edge-handshake 1.01 (0.92 … 1.11) and, in another run, 0.88
-(0.75 … 1.03): 7 and 11 rounds on a busy machine, Python 3.11.7. Delete it when core-connect and edge-handshake, with
-``asyncio.SelectorEventLoop`` in workers.py, are within 3 %; what ``shutdown_default_executor`` does differently must stay.
+It replaces ``asyncio.SelectorEventLoop``: 6.0 instead of 6.8 µs an event with its recv() and send(), 2.5 instead of 5.4 µs for
+add_reader() and remove_reader(). The CPU of a kept message in the core, as a ratio to that with asyncio's loop, is 0.95 from ten
+sessions, as in the row core-kept of ``ops/bench``, and 0.90 from one (minima of 8 alternating runs, Python 3.11.2). In the row
+core-connect it was 0.91 (0.77 … 1.20), in edge-handshake 0.88 (0.75 … 1.03): 7 and 11 rounds, Python 3.11.7. Delete it when
+core-kept, core-connect and edge-handshake, with ``asyncio.SelectorEventLoop`` in workers.py, are within 3 %; what
+``shutdown_default_executor`` does differently must stay.
 
-It uses two private names of ``asyncio.BaseEventLoop``: ``_default_executor`` and ``_executor_shutdown_called``.
+It uses three private names of ``asyncio.BaseEventLoop``: ``_default_executor``, ``_executor_shutdown_called`` and ``_ready``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import select
 import selectors
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
+from contextvars import Context
+from time import monotonic
 from typing import Any, TypeVarTuple, Unpack
 
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _EVENTS = 1024
 """Events taken from the kernel by one call."""
+
+_ROUNDS = 64
+"""Waits in one ``select()``. Between two calls asyncio discards cancelled timers, of which each round may leave some."""
 
 _Arguments = TypeVarTuple("_Arguments")
 Call = tuple[Callable[..., object], tuple[Any, ...]]
@@ -37,6 +46,20 @@ class Loop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._poll = _Selector(self._failed)
         super().__init__(self._poll)
+        self._poll.queued = self._ready  # type: ignore[attr-defined]
+
+    def call_at(
+        self, when: float, callback: Callable[[Unpack[_Arguments]], object], *args: *_Arguments, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call ``callback`` at ``when``, in seconds of the loop's time. The selector returns in time for it."""
+        if when < self._poll.due:
+            self._poll.due = when
+        return super().call_at(when, callback, *args, context=context)
+
+    def stop(self) -> None:
+        """Stop after this round of the selector, and what is queued after it."""
+        self._poll.due = 0.0
+        super().stop()
 
     def add_reader(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
         """Call ``callback`` whenever there is data to read, or end of file. Replaces the descriptor's reader."""
@@ -101,6 +124,10 @@ class _Selector(selectors.BaseSelector):
         self._failed = failed
         self._keys: dict[Any, selectors.SelectorKey] = {}
         self.watched: dict[int, _Watch] = {}
+        self.queued: Sized = ()
+        """asyncio's callbacks that are ready to run."""
+        self.due = 0.0
+        """When ``select()`` must return, in seconds of the monotonic clock: asyncio's next timer, or now if it is to stop."""
 
     def watch(self, fd: Any) -> _Watch:
         """The watch of a descriptor, created on the first call."""
@@ -122,11 +149,25 @@ class _Selector(selectors.BaseSelector):
         watch.asked = wanted
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait, and call readers and writers; returns the events of asyncio's own descriptors."""
-        try:
-            events = self._epoll.poll(-1 if timeout is None else max(timeout, 0), _EVENTS)
-        except InterruptedError:
-            return []
+        """Wait, and call readers and writers, until asyncio has something to do. Returns the events of its own descriptors."""
+        self.due = math.inf if timeout is None else monotonic() + timeout
+        wait: float = -1 if timeout is None else max(timeout, 0)
+        for _ in range(_ROUNDS):
+            try:
+                events = self._epoll.poll(wait, _EVENTS)
+            except InterruptedError:
+                return []
+            registered = self._call(events)
+            if registered or self.queued or not events:
+                return registered
+            if self.due < math.inf:
+                wait = self.due - monotonic()
+                if wait <= 0:
+                    return []
+        return []
+
+    def _call(self, events: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
+        """Call readers and writers. Returns the events of asyncio's own descriptors."""
         watched, registered = [], []
         for fd, event in events:
             if (watch := self.watched.get(fd)) is not None:

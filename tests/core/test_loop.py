@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,170 @@ def test_what_cannot_be_waited_for_is_an_error(loop: Loop, tmp_path: Path) -> No
     assert loop.remove_reader(9999) is False
 
 
+PATIENCE = 20_000
+"""Rounds in which there is always something to read, until a test gives up."""
+
+
+def run_busily(loop: Loop, pair: tuple[socket.socket, ...], each_round: Callable[[int], object]) -> int:
+    """Run the loop until it is stopped, with a reader for which there is always something. Returns how often it was called."""
+    ours, theirs = pair
+    rounds = 0
+
+    def readable() -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == PATIENCE:
+            loop.stop()
+        each_round(rounds)
+
+    theirs.send(b"never read")
+    loop.add_reader(ours, readable)
+    loop.run_forever()
+    loop.remove_reader(ours)
+    return rounds
+
+
+def test_a_reader_that_stops_the_loop_is_the_last_one(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    def each(rounds: int) -> None:
+        if rounds == 3:
+            loop.stop()
+
+    assert run_busily(loop, pair, each) == 3
+
+
+def test_a_reader_stops_the_loop_when_there_is_nothing_more_to_read(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    ours, theirs = pair
+
+    def readable() -> None:
+        ours.recv(1)
+        loop.stop()
+
+    loop.add_reader(ours, readable)
+    theirs.send(b"x")
+    loop.run_forever()
+    loop.remove_reader(ours)
+
+
+def test_a_callback_that_a_reader_queues_runs_before_the_next_wait(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    called: list[int] = []
+
+    def each(rounds: int) -> None:
+        if rounds <= 3:
+            assert called == list(range(1, rounds))
+            loop.call_soon(called.append, rounds)
+        else:
+            loop.stop()
+
+    assert run_busily(loop, pair, each) == 4
+    assert called == [1, 2, 3]
+
+
+def test_a_timer_ends_the_loop_although_there_is_always_something_to_read(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    loop.call_later(3600, print)
+    loop.call_later(0.01, loop.stop)
+    assert run_busily(loop, pair, lambda _: None) < PATIENCE
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_timer_that_a_reader_sets_is_called_although_there_is_nothing_more_to_read(
+    loop: Loop, pair: tuple[socket.socket, ...], others: int
+) -> None:
+    ours, theirs = pair
+    for _ in range(others):
+        loop.call_later(3600, print)
+    wrong = loop.call_later(60, loop.stop)
+    wrong.cancel()
+
+    def readable() -> None:
+        ours.recv(1)
+        loop.call_later(0.02, loop.stop)
+        # An earlier one, which is no longer wanted.
+        loop.call_later(0.01, called.append, "cancelled").cancel()
+
+    called: list[str] = []
+    loop.add_reader(ours, readable)
+    theirs.send(b"x")
+    begun = loop.time()
+    loop.run_forever()
+    assert 0.02 <= loop.time() - begun < 30
+    assert called == []
+    loop.remove_reader(ours)
+
+
+def test_timers_that_readers_cancel_do_not_pile_up(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    def each(rounds: int) -> None:
+        loop.call_later(3600, print).cancel()
+        if rounds == 5000:
+            loop.stop()
+
+    run_busily(loop, pair, each)
+    assert sum(isinstance(each, asyncio.TimerHandle) for each in gc.get_objects()) < 1000
+
+
+def test_another_thread_is_heard_although_there_is_always_something_to_read(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    def each(rounds: int) -> None:
+        if rounds == 1:
+            thread.start()
+            thread.join()
+
+    thread = threading.Thread(target=loop.call_soon_threadsafe, args=(loop.stop,))
+    assert run_busily(loop, pair, each) < 3
+
+
+def test_a_signal_is_handled_although_there_is_always_something_to_read(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    def each(rounds: int) -> None:
+        if rounds == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    loop.add_signal_handler(signal.SIGUSR1, loop.stop)
+    assert run_busily(loop, pair, each) < PATIENCE
+    loop.remove_signal_handler(signal.SIGUSR1)
+
+
+def test_an_interrupt_in_a_reader_leaves_the_loop_usable(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    def interrupt(rounds: int) -> None:
+        raise KeyboardInterrupt
+
+    def stop(rounds: int) -> None:
+        if rounds == 2:
+            loop.stop()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_busily(loop, pair, interrupt)
+    assert run_busily(loop, pair, stop) == 2
+
+
+def test_the_next_owner_of_a_number_is_called_for_its_own_events_only(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+    """The number changes hands between two waits of the selector, while asyncio has nothing to do."""
+    first, theirs = socket.socketpair()
+    theirs.send(b"x")
+    number = first.fileno()
+    called: list[str] = []
+    fresh: list[socket.socket] = []
+
+    def close() -> None:
+        loop.remove_reader(number)
+        first.close()
+        while not fresh or number not in (each.fileno() for each in fresh):
+            fresh.extend(socket.socketpair())
+        loop.add_reader(number, called.append, "the next owner")
+
+    def each(rounds: int) -> None:
+        if rounds == 5:
+            loop.stop()
+
+    loop.add_reader(number, close)
+    run_busily(loop, pair, each)
+    assert called == []
+    owner = next(each for each in fresh if each.fileno() == number)
+    fresh[fresh.index(owner) ^ 1].send(b"x")
+    turn(loop)
+    assert called == ["the next owner"]
+    loop.remove_reader(number)
+    for sock in (*fresh, theirs):
+        sock.close()
+
+
 async def everything() -> None:
     """asyncio's own doings, all of which use the selector."""
     loop = asyncio.get_running_loop()
@@ -207,7 +373,8 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
+@pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("factory", [Loop, asyncio.SelectorEventLoop])
-def test_asyncio_works_in_it(factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    with asyncio.Runner(loop_factory=factory) as runner:
+def test_asyncio_works_in_it(factory: Callable[[], asyncio.AbstractEventLoop], debug: bool) -> None:
+    with asyncio.Runner(loop_factory=factory, debug=debug) as runner:
         runner.run(everything())

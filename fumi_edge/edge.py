@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -17,6 +18,7 @@ from fumi_core.runtime.acceptor import DescriptorLimit
 from fumi_core.runtime.listening import name_of, open_listeners
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
+from fumi_core.runtime.taskless import Walk
 from fumi_core.version import VERSION
 from fumi_edge.backends.choice import Backends
 from fumi_edge.backends.health import Checks, dependency_problems
@@ -73,7 +75,10 @@ class Edge:
         self._reloader = Reloader(certificates, metrics, settings.cert_reload_interval)
         self._reloads: set[asyncio.Task[list[str]]] = set()
         self._checks: Checks | None = None
-        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._connections: dict[Connection, Walk] = {}
+        self._all_ended: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._guard: asyncio.Task[None] | None = None
         self._bound: list[_Bound] | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
         self._heartbeat_seconds = HEARTBEAT_SECONDS
@@ -122,7 +127,9 @@ class Edge:
         retiring.full = lambda: limit.reached(count.connections)
         limits = Limits(self.settings.limits, count)
         self._resources = replace(self._resources, limits=limits, connection_count=count, descriptor_limit=limit)
-        self._resources.hangup_watch.open(asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        self._guard = self._loop.create_task(self._cancel_with_the_loop())
+        self._resources.hangup_watch.open(self._loop)
         self._resources.close_notify.open()
         self._start_checks()
         self._reloader.start()
@@ -207,15 +214,15 @@ class Edge:
             await asyncio.gather(*(listener.close() for listener in self.listeners))
             if self._connections:
                 event(log, logging.INFO, "draining", connections=len(self._connections))
-                await asyncio.wait(self._connections, timeout=self.settings.drain_timeout)
+                await self._wait_for_connections(self.settings.drain_timeout)
         finally:
             await self._close_connections()
 
     async def _close_connections(self) -> None:
-        for task in list(self._connections):
-            task.cancel()
-        if self._connections:
-            await asyncio.wait(self._connections)
+        self._cancel_connections()
+        await self._wait_for_connections(None)
+        if self._guard is not None:
+            self._guard.cancel()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         if self._checks is not None:
@@ -228,29 +235,46 @@ class Edge:
 
     def _serve(self, listener: Listener, client: socket.socket, source: Endpoint, destination: Endpoint) -> None:
         """Start an accepted connection on its walk."""
-        connection = Connection(listener, client, source, destination)
-        task = asyncio.get_running_loop().create_task(connection.run())
-        self._connections[task] = connection
+        connection = Connection(self._loop, listener, client, source, destination)
+        walk = self._connections[connection] = Walk(connection.run(), partial(self._served, connection))
         listener.metrics.active.inc()
         self._resources.connection_count.opened()
-        task.add_done_callback(self._served)
+        walk.start()
 
-    def _served(self, task: asyncio.Task[None]) -> None:
-        connection = self._connections.pop(task)
+    def _served(self, connection: Connection, error: BaseException | None) -> None:
+        del self._connections[connection]
         connection.listener.metrics.active.dec()
         self._resources.connection_count.closed()
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if self._all_ended is not None and not self._connections and not self._all_ended.done():
+            self._all_ended.set_result(None)
+        if error is not None and not isinstance(error, asyncio.CancelledError):
             log.error("connection failed", exc_info=error)
+
+    async def _wait_for_connections(self, seconds: float | None) -> None:
+        if self._connections:
+            self._all_ended = self._loop.create_future()
+            await asyncio.wait([self._all_ended], timeout=seconds)
+
+    def _cancel_connections(self) -> None:
+        for walk in list(self._connections.values()):
+            walk.cancel()
+
+    async def _cancel_with_the_loop(self) -> None:
+        """At its end asyncio.run() cancels all tasks, as this one; connections are none, and end in the same way."""
+        try:
+            await self._loop.create_future()
+        except asyncio.CancelledError:
+            self._cancel_connections()
+            raise
 
     def _beat(self) -> None:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         self.certificates.renew_ticket_keys(time.time())
-        for connection in self._connections.values():
+        for connection in list(self._connections):
             connection.tick(now)
-        self._heartbeat = loop.call_later(self._heartbeat_seconds, self._beat)
+        self._heartbeat = self._loop.call_later(self._heartbeat_seconds, self._beat)
 
     def _beat_for(self, policy: ListenerPolicy) -> None:
         """Check all connections at least four times in the policy's idle timeout, as far as this is possible."""

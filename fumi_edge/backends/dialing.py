@@ -15,6 +15,7 @@ from fumi_core.proxy_protocol import Endpoint
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.taskless import in_task
 from fumi_edge.metrics import BackendError
 from fumi_edge.sockets.ending import reset_on_close
 from fumi_edge.sockets.readiness import receive, send_all, writable
@@ -89,7 +90,7 @@ class Remote:
         """The addresses in the order in which to try them. Waits only for the first lookup. Raises OSError, or TimeoutError."""
         if self._lookup is None and (not self._addresses or loop.time() - self._resolved_at >= RESOLVE_INTERVAL):
             self._start_lookup(loop)
-        if not self._addresses and (failure := await self._lookup_error(timeout)) is not None:
+        if not self._addresses and (failure := await in_task(self._lookup_error(timeout))) is not None:
             raise failure
         if len(self._addresses) == 1:
             return self._addresses
@@ -160,7 +161,7 @@ class Remote:
         if loop.time() - self._resolved_at >= MIN_RESOLVE_INTERVAL:
             self._start_lookup(loop)
         with contextlib.suppress(TimeoutError):
-            await self._lookup_error(timeout)
+            await in_task(self._lookup_error(timeout))
         return [address for address in self._addresses if address not in tried]
 
     def copy_for_other_loop(self) -> Remote:
@@ -191,8 +192,7 @@ async def _connect(loop: asyncio.AbstractEventLoop, address: ResolvedAddress, ti
     try:
         rest = _begin(sock, family, name, opening)
         if rest is not None:
-            async with asyncio.timeout(timeout):
-                await _complete(loop, sock, name, rest)
+            await in_task(_complete(loop, sock, name, rest, timeout))
     except BaseException:
         sock.close()
         raise
@@ -226,17 +226,18 @@ def _endpoint(address: Any) -> Endpoint:
     return (address[0], address[1]) if isinstance(address, tuple) else os.fsdecode(address)
 
 
-async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any, opening: bytes) -> None:
-    if isinstance(name, str):
-        # A Unix socket with a full queue returns EAGAIN, and no event reports free space.
-        while (code := sock.connect_ex(name)) == errno.EAGAIN:
-            await asyncio.sleep(_CONNECT_RETRY_SECONDS)
-    else:
-        await writable(loop, sock.fileno())
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code not in (0, errno.EISCONN):
-        raise OSError(code, os.strerror(code))
-    await send_all(loop, sock, opening)
+async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any, opening: bytes, timeout: float) -> None:
+    async with asyncio.timeout(timeout):
+        if isinstance(name, str):
+            # A Unix socket with a full queue returns EAGAIN, and no event reports free space.
+            while (code := sock.connect_ex(name)) == errno.EAGAIN:
+                await asyncio.sleep(_CONNECT_RETRY_SECONDS)
+        else:
+            await writable(loop, sock.fileno())
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code not in (0, errno.EISCONN):
+            raise OSError(code, os.strerror(code))
+        await send_all(loop, sock, opening)
 
 
 async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) -> bytes:

@@ -16,6 +16,7 @@ from fumi_edge.connection.policy import ListenerPolicy
 from fumi_edge.connection.resources import Resources
 from fumi_edge.metrics import RejectReason
 from fumi_edge.sockets.ending import TOO_MANY_CLIENTS
+from fumi_edge.tls.handshake import Deadlines
 
 Serve = Callable[["Listener", socket.socket, Endpoint, Endpoint], None]
 """Serves an accepted connection; the arguments after the socket are the client's address and the local one."""
@@ -26,14 +27,13 @@ log = logging.getLogger("fumi.edge.listener")
 class Listener:
     """A listening socket of an edge. ``starttls``: clients begin in plaintext.
 
-    ``policy`` and ``resources`` are those of the connections that begin now; ``use`` replaces them.
+    ``policy``, ``handshake_deadlines`` and ``resources`` are those of the connections that begin now; ``use`` replaces them.
     """
 
     def __init__(
         self, resources: Resources, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy, serve: Serve
     ) -> None:
-        self.resources = resources
-        self.policy = policy
+        self.use(resources, policy)
         self.sock = sock
         self.name = name
         self.starttls = starttls
@@ -48,6 +48,7 @@ class Listener:
         """Serve the connections that are accepted from now on with these; open connections keep theirs."""
         self.resources = resources
         self.policy = policy
+        self.handshake_deadlines = Deadlines(policy.handshake_timeout)
 
     async def close(self) -> None:
         """Accept the connections in the kernel's queue, then stop listening."""

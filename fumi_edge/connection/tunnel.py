@@ -30,6 +30,7 @@ import enum
 import socket
 import ssl
 
+from fumi_core.runtime.taskless import Pause
 from fumi_edge.connection.ends import End
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.records import ENDED, WANTS_WRITE, Ending, read_records, write_records
@@ -99,6 +100,7 @@ class Tunnel:
         "_down",
         "_ending",
         "_expectant",
+        "_finished",
         "_idle_timeout",
         "_loop",
         "_moved",
@@ -127,7 +129,8 @@ class Tunnel:
         server = _End(backend)
         self._up = _Flow(self._client, server, upstream)
         self._down = _Flow(server, self._client, downstream)
-        self._done: asyncio.Future[End] = loop.create_future()
+        self._done: Pause[End] = Pause()
+        self._finished = False
         self._reason: End | None = None
         self._expectant = expectant
         self.unanswered = False
@@ -185,13 +188,15 @@ class Tunnel:
             self._finish(self._reason)
 
     def _finish(self, reason: End) -> None:
-        if not self._done.done():
-            self._done.set_result(self._reason or reason)
+        if not self._finished:
+            self._finished = True
+            # Later, since the caller goes on, and whoever awaits run() closes the sockets.
+            self._loop.call_soon(self._done.end, self._reason or reason)
 
     # Readiness
 
     def _readable(self, end: _End) -> None:
-        if self._done.done():
+        if self._finished:
             return
         flow = end.inward
         if end.outward.wants_read:
@@ -203,7 +208,7 @@ class Tunnel:
             self._watch(end)
 
     def _writable(self, end: _End) -> None:
-        if self._done.done():
+        if self._finished:
             return
         if end.inward.wants_write:
             end.inward.wants_write = False

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from fumi_core.proxy_protocol import Endpoint, TLSInfo, unique_id_text
 from fumi_core.runtime.logs import event, failure
+from fumi_core.runtime.taskless import Pause, in_task
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.connection.direct import DirectClient, DirectCore
@@ -79,6 +80,8 @@ class Connection:
         "_client",
         "_counted",
         "_destination",
+        "_handshake_deadlines",
+        "_loop",
         "_negotiation",
         "_policy",
         "_resources",
@@ -99,9 +102,18 @@ class Connection:
         "tls",
     )
 
-    def __init__(self, listener: Listener, client: socket.socket, source: Endpoint, destination: Endpoint) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        listener: Listener,
+        client: socket.socket,
+        source: Endpoint,
+        destination: Endpoint,
+    ) -> None:
+        self._loop = loop
         self._resources = listener.resources
         self._policy = listener.policy
+        self._handshake_deadlines = listener.handshake_deadlines
         self.listener = listener
         self._client = client
         self._source = source
@@ -126,7 +138,7 @@ class Connection:
         self.detail: str | None = None
 
     async def run(self) -> None:
-        """Serve the client, from accept to the line in the log. Raises only CancelledError, when the edge shuts down."""
+        """Serve the client, from accept to the line in the log, as a Walk. Raises only CancelledError, at the edge's stop."""
         reason = End.ERROR
         try:
             reason = await self._walk()
@@ -134,7 +146,8 @@ class Connection:
             reason = ended.reason
             if ended.reply or reason not in _GONE:
                 self.sent += len(ended.reply)
-                await send_last_reply(self._client, ended.reply, self._policy.idle_timeout if ended.when_asked else None)
+                command_timeout = self._policy.idle_timeout if ended.when_asked else None
+                await in_task(send_last_reply(self._client, ended.reply, command_timeout))
         except asyncio.CancelledError:
             reason = End.SHUTDOWN
             raise
@@ -168,7 +181,7 @@ class Connection:
     async def _identify(self) -> None:
         """Read the client's address from the load balancer's header, and apply the limits for that address."""
         try:
-            client = await receive_client(asyncio.get_running_loop(), self._client)
+            client = await in_task(receive_client(self._loop, self._client))
         except HeaderError as error:
             self.detail = str(error)
             if error.silent:
@@ -208,7 +221,7 @@ class Connection:
                 self._role = Role.PORT_CHECK
             raise Ended(End.HANDSHAKE_RESET) from None
         try:
-            self.tls = await handshake(asyncio.get_running_loop(), client, self._policy.handshake_timeout)
+            self.tls, self._resumed = await handshake(self._loop, client, self._handshake_deadlines)
         except HandshakeError as error:
             reason = End(f"handshake_{error.result}")
             self.detail = str(error)
@@ -217,7 +230,6 @@ class Connection:
             else:
                 metrics.handshakes[error.result].inc()
             raise Ended(reason) from None
-        self._resumed = bool(client.session_reused)
         if self.listener.starttls:
             self._decide(StarttlsResult.UPGRADED)
         metrics.handshakes[HandshakeResult.OK].inc()
@@ -261,7 +273,7 @@ class Connection:
         hangup_watch, idle_timeout = self._resources.hangup_watch, self._policy.idle_timeout
         negotiation = self._negotiation = Negotiation(self._client, self._backend, preamble, hangup_watch, idle_timeout)
         try:
-            return await negotiation.run()
+            return await in_task(negotiation.run())
         except Ended as ended:
             if ended.reason in _REJECTED:
                 self._resources.metrics.rejected[_REJECTED[ended.reason]].inc()
@@ -310,7 +322,7 @@ class Connection:
         assert self._backend is not None
         assert self.backend is not None
         hangup_watch, idle_timeout = self._resources.hangup_watch, self._policy.idle_timeout
-        banner, rest = await second_banner(self._client, self._backend, hangup_watch, idle_timeout)
+        banner, rest = await in_task(second_banner(self._client, self._backend, hangup_watch, idle_timeout))
         if banner is not None and banner.startswith(b"220"):
             return rest
         # A backend that sends no banner in time counts as a refusal too.
@@ -324,10 +336,9 @@ class Connection:
 
     async def _carry(self, upstream: bytes, downstream: bytes, expectant: bool = False) -> End:
         assert self._backend is not None
-        loop = asyncio.get_running_loop()
         resources = self._resources
         tunnel = Tunnel(
-            loop, resources.buffer, resources.close_notify, self._client, self._backend, self._policy.idle_timeout,
+            self._loop, resources.buffer, resources.close_notify, self._client, self._backend, self._policy.idle_timeout,
             upstream, downstream, expectant,
         )  # fmt: skip
         self._tunnel = tunnel
@@ -343,17 +354,13 @@ class Connection:
             self._tunnel = None
 
     async def _serve_directly(self, core: DirectCore) -> End:
-        client, tls, loop, close_notify = self._client, self.tls, asyncio.get_running_loop(), self._resources.close_notify
+        client, tls, loop, close_notify = self._client, self.tls, self._loop, self._resources.close_notify
         assert isinstance(client, TLSSocket)
         assert tls is not None
-        finished: asyncio.Future[TransportEnd] = loop.create_future()
-
-        def finish(end: TransportEnd) -> None:
-            if not finished.done():
-                finished.set_result(end)
+        finished: Pause[TransportEnd] = Pause()
 
         def make(owner: TransportOwner) -> TLSTransport:
-            self._tunnel = made = TLSTransport(loop, client, core.buffer, owner, close_notify, finish)
+            self._tunnel = made = TLSTransport(loop, client, core.buffer, owner, close_notify, finished.end)
             return made
 
         self.backend = self._resources.backends.all[0]  # for the log
@@ -398,7 +405,7 @@ class Connection:
         if (fd := self._client.fileno()) >= 0:
             # The handshake leaves its reader registered for the tunnel to replace. If it stayed registered after the close, the
             # next connection with this descriptor would not be watched.
-            asyncio.get_running_loop().remove_reader(fd)
+            self._loop.remove_reader(fd)
         self._client.close()
 
     def _report(self, reason: End) -> None:

@@ -1,6 +1,6 @@
 """The TLS handshake (RFC 8446 §4) on a raw non-blocking socket, driven by the loop's callbacks.
 
-No task wakes up between the steps; the walk awaits one future. The reader stays registered afterwards: replacing it costs no
+Nothing else wakes up between the steps; the walk awaits one pause. The reader stays registered afterwards: replacing it costs no
 system call, removing and adding it costs two. It removes itself if bytes arrive before the tunnel replaces it.
 
 It replaces a loop that awaits readable() and writable() (sockets/readiness.py) between the steps: its CPU is 0.90 (0.82 … 1.01)
@@ -16,8 +16,11 @@ import socket
 import ssl
 import time
 from enum import StrEnum
+from functools import lru_cache
+from itertools import takewhile
 
 from fumi_core.proxy_protocol import TLSInfo
+from fumi_core.runtime.taskless import Pause
 from fumi_edge.tls.pem import common_names
 from fumi_edge.tls.policy import TLSSocket
 
@@ -83,7 +86,7 @@ class _Handshake:
         self._sock = sock
         self._fd = sock.fileno()
         self._writing = False
-        self.done: asyncio.Future[None] = loop.create_future()
+        self.done: Pause[None] = Pause()
         self.hello: bytes | None = None
         """The first record, up to HELLO_LIMIT bytes."""
 
@@ -91,7 +94,7 @@ class _Handshake:
         self._loop.add_reader(self._fd, self.step)
 
     def step(self) -> None:
-        if self.done.done():
+        if self.done.ended:
             # These bytes are for the next reader.
             self._loop.remove_reader(self._fd)
             return
@@ -108,10 +111,10 @@ class _Handshake:
             self._write(True)
         except OSError as error:
             self._write(False)
-            self.done.set_exception(classify(error))
+            self.done.fail(classify(error))
         else:
             self._write(False)
-            self.done.set_result(None)
+            self.done.end(None)
 
     def _write(self, wanted: bool) -> None:
         if wanted == self._writing:
@@ -125,49 +128,76 @@ class _Handshake:
             self._loop.add_reader(self._fd, self.step)
 
     def expire(self) -> None:
-        if not self.done.done():
-            self.done.set_exception(HandshakeError(HandshakeResult.TIMEOUT, "the client sent nothing more in time"))
+        self.done.fail(HandshakeError(HandshakeResult.TIMEOUT, "the client sent nothing more in time"))
 
     def abandon(self) -> None:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
 
 
-async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, timeout: float) -> TLSInfo:
-    """Do the handshake within ``timeout`` seconds. Raises HandshakeError. On success the socket's reader may stay registered."""
+class Deadlines:
+    """Handshakes that may each take the same number of ``seconds``: those that began first expire first, and share one timer."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._running: dict[_Handshake, float] = {}
+        """The time when each expires, in the loop's time; in the order in which they began."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, loop: asyncio.AbstractEventLoop, handshake: _Handshake) -> None:
+        self._running[handshake] = deadline = loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = loop.call_at(deadline, self._expire, loop)
+
+    def end(self, handshake: _Handshake) -> None:
+        self._running.pop(handshake, None)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for handshake, _ in list(takewhile(lambda running: running[1] <= now, self._running.items())):
+            handshake.expire()
+        first = next(iter(self._running.values()), None)
+        self._timer = None if first is None else loop.call_at(first, self._expire, loop)
+
+
+async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, deadlines: Deadlines) -> tuple[TLSInfo, bool]:
+    """Do the handshake before its deadline. Returns the session, and whether it is resumed. Raises HandshakeError.
+
+    On success the socket's reader may stay registered.
+    """
     driver = _Handshake(loop, sock)
     driver.start()
-    timer = loop.call_later(timeout, driver.expire)
+    deadlines.begin(loop, driver)
     try:
         await driver.done
     except BaseException:
         driver.abandon()
-        # The exception's traceback refers to this frame, which would refer to the exception: a reference cycle.
-        del driver
         raise
     finally:
-        timer.cancel()
-    _check_session(sock)
-    if sock.session_reused and sock.version() == "TLSv1.2":
+        deadlines.end(driver)
+    version, resumed = sock.version(), bool(sock.session_reused)
+    presented, common_name = False, None
+    if sock.context.verify_mode is not ssl.CERT_NONE:
+        _check_session(sock)
+        presented, common_name = _client_certificate(sock)
+    if resumed and version == "TLSv1.2":
         # OpenSSL reports the name of the session, which may differ from the one requested now (RFC 6066 §3).
         sock.server_name = server_name(driver.hello or b"")
     cipher = sock.cipher()
-    presented, common_name = _client_certificate(sock)
-    return TLSInfo(
-        version=sock.version(),
-        cipher=cipher[0] if cipher else None,
-        sni=sock.server_name,
-        alpn=sock.selected_alpn_protocol(),
-        client_cert=presented,
-        # The handshake fails if the certificate does not verify.
-        client_cert_verified=presented,
-        client_cn=common_name,
+    # The handshake fails if the certificate does not verify.
+    info = _info(
+        version, cipher and cipher[0], sock.server_name, sock.selected_alpn_protocol(), presented, presented, common_name
     )
+    return info, resumed
+
+
+# Most clients of a server have the same TLS version and cipher, and request the same name.
+_info = lru_cache(256)(TLSInfo)
 
 
 def _check_session(sock: TLSSocket) -> None:
     """Raise HandshakeError if a resumed session's client certificate has expired: OpenSSL does not verify it again."""
-    if not sock.session_reused or sock.context.verify_mode is ssl.CERT_NONE:
+    if not sock.session_reused:
         return
     # Python cannot read a certificate with a name that is not valid text. Such a session ends after two hours, as all in TLS 1.2.
     with contextlib.suppress(ValueError):
@@ -181,8 +211,6 @@ def _client_certificate(sock: TLSSocket) -> tuple[bool, str | None]:
 
     The name is None if it is longer than CN_LIMIT: a shortened name might belong to another client.
     """
-    if sock.context.verify_mode is ssl.CERT_NONE:
-        return False, None
     try:
         facts = sock.getpeercert()
     except ValueError:

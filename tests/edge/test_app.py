@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import runpy
 import smtplib
 import socket
@@ -295,3 +296,26 @@ def test_a_close_that_is_cancelled_breaks_off_what_is_left(make: MakeApp) -> Non
             await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_loop_that_ends_without_a_close_ends_the_connections(make: MakeApp, context: ssl.SSLContext, secure: bool) -> None:
+    app = make(secure=secure)
+    noises: list[object] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: noises.append(context))
+        await app.listen(0, "127.0.0.1")
+        client = await asyncio.to_thread(socket.create_connection, ("127.0.0.1", app.port), 30)
+        if secure:
+            client = await asyncio.to_thread(context.wrap_socket, client, server_hostname="localhost")
+        assert (await asyncio.to_thread(client.recv, 100)).startswith(b"220 ")
+        clients.append(client)
+
+    clients: list[socket.socket] = []
+    asyncio.run(main())
+    gc.collect()
+    with clients[0]:
+        while clients[0].recv(100):
+            pass
+    assert noises == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 MAX_REPLY = 64 * 1024
@@ -39,6 +40,12 @@ def fields(text: bytes) -> list[str]:
 
 def _unescape(field: str) -> str:
     return _ESCAPED.sub(lambda match: _UNESCAPED.get(match[1], match[1]), field) if "\x01" in field else field
+
+
+def _of_valid_length(text: bytes) -> bytes:
+    if len(text) > MAX_REPLY:
+        raise Malformed(f"a line of more than {MAX_REPLY} bytes")
+    return text
 
 
 class Reply(NamedTuple):
@@ -80,19 +87,17 @@ class Conversation:
         """Bytes of a line that the server takes, its LF included. It disconnects a client that sends a longer one."""
         raise NotImplementedError
 
-    def feed(self, data: bytes) -> list[Reply]:
-        """Return the replies that ``data`` completes. Raises Malformed."""
-        *whole, self._rest = (self._rest + data).split(b"\n")
-        if max(map(len, (*whole, self._rest))) > MAX_REPLY:
-            raise Malformed(f"a line of more than {MAX_REPLY} bytes")
-        replies = []
+    def feed(self, data: bytes) -> Iterator[Reply]:
+        """Yield the replies that ``data`` completes, one line at a time. Raises Malformed at the line that is."""
+        *whole, rest = (self._rest + data).split(b"\n")
+        self._rest = rest
         for each in whole:
-            verb, *parameters = fields(each)
+            verb, *parameters = fields(_of_valid_length(each))
             if self.ready:
-                replies.append(self._reply(verb, parameters))
+                yield self._reply(verb, parameters)
             else:
                 self._shake_hands(verb, parameters)
-        return replies
+        _of_valid_length(rest)
 
     def _reply(self, verb: str, parameters: list[str]) -> Reply:
         if verb not in self.verbs:

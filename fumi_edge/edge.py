@@ -36,6 +36,7 @@ from fumi_edge.settings import EdgeSettings
 from fumi_edge.sockets.readiness import HangupWatch
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.close_notify import CloseNotify
+from fumi_edge.tls.read_watch import ReadWatch
 
 log = logging.getLogger("fumi.edge")
 
@@ -79,6 +80,7 @@ class Edge:
         self._all_ended: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._guard: asyncio.Task[None] | None = None
+        self._read_watch = ReadWatch()
         self._bound: list[_Bound] | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
         self._heartbeat_seconds = HEARTBEAT_SECONDS
@@ -131,6 +133,7 @@ class Edge:
         self._guard = self._loop.create_task(self._cancel_with_the_loop())
         self._resources.hangup_watch.open(self._loop)
         self._resources.close_notify.open()
+        self._read_watch.start()
         self._start_checks()
         self._reloader.start()
         self._beat()
@@ -232,6 +235,7 @@ class Edge:
         await self._resources.retiring.close()
         self._resources.hangup_watch.close()
         self._resources.close_notify.close()
+        self._read_watch.close()
 
     def _serve(self, listener: Listener, client: socket.socket, source: Endpoint, destination: Endpoint) -> None:
         """Start an accepted connection on its walk."""

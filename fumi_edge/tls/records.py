@@ -11,6 +11,7 @@ import socket
 import ssl
 
 from fumi_edge.tls.close_notify import CloseNotify
+from fumi_edge.tls.read_watch import READING
 
 RECORD_SIZE = 16 * 1024
 """The maximum number of bytes in one TLS record (RFC 8446 §5.1)."""
@@ -33,8 +34,10 @@ def read_records(sock: ssl.SSLSocket, buffer: memoryview) -> tuple[int, After]:
     """Decrypt records until there are no more, the buffer is full, or the first one is short. Returns (bytes, what follows).
 
     A read of RECORD_SIZE bytes takes a whole record, so OpenSSL holds back no decrypted bytes unknown to the event loop.
-    Raises OSError when the connection or its TLS has failed; the bytes read until then are lost.
+    Raises OSError when the connection or its TLS has failed; the bytes read until then are lost. A client that makes the read
+    last is disconnected (read_watch.py).
     """
+    READING.now = (sock,)
     read = sock.read
     last = len(buffer) - RECORD_SIZE
     count: int = 0
@@ -51,6 +54,8 @@ def read_records(sock: ssl.SSLSocket, buffer: memoryview) -> tuple[int, After]:
         return count, ENDED
     except ssl.SSLWantWriteError:
         return count, WANTS_WRITE
+    finally:
+        READING.now = None
     return count, MORE if got else ENDED
 
 

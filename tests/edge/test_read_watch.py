@@ -1,0 +1,63 @@
+"""A read of TLS that does not end is ended, so that the event loop goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+
+from fumi_edge.tls import read_watch
+from fumi_edge.tls.read_watch import READING, ReadWatch
+from fumi_edge.tls.records import ENDED, MORE, RECORD_SIZE, After, read_records
+from tests.support.waiting import PATIENCE
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadWatch]:
+    monkeypatch.setattr(read_watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(read_watch, "MAX_READ_SECONDS", 0.1)
+    watch = ReadWatch()
+    watch.start()
+    yield watch
+    watch.close()
+
+
+class Endless(socket.socket):
+    """Its read works until nothing more can arrive, as OpenSSL's does as long as records without content arrive."""
+
+    def read(self, size: int, buffer: memoryview) -> int:
+        self.setblocking(False)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                return self.recv_into(buffer)
+        raise AssertionError("the read was not ended")
+
+
+def read(sock: Endless) -> tuple[int, After]:
+    return read_records(cast(ssl.SSLSocket, sock), memoryview(bytearray(RECORD_SIZE)))
+
+
+def test_a_read_that_does_not_return_is_ended(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as client:
+        accepted, _ = listener.accept()
+        with Endless(fileno=accepted.detach()) as sock:
+            assert read(sock) == (0, ENDED)
+        assert client.recv(1) == b""
+    assert caplog.messages == ["TLS read does not end, disconnected client_ip=127.0.0.1"]
+    assert READING.now is None
+
+
+def test_many_reads_of_one_connection_are_not_one_that_lasts(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = socket.socketpair()
+    with Endless(fileno=ours.detach()) as sock, theirs:
+        begun = time.thread_time()
+        while time.thread_time() - begun < 5 * read_watch.MAX_READ_SECONDS:
+            theirs.send(b"x")
+            assert read(sock) == (1, MORE)
+    assert caplog.messages == []

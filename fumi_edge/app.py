@@ -154,7 +154,7 @@ class LocalCore:
     def buffer(self) -> memoryview:
         return self._server.buffer
 
-    def serve(self, client: DirectClient, transport: Callable[[TransportOwner], Transport]) -> None:
+    def serve(self, client: DirectClient, transport: Callable[[TransportOwner], Transport]) -> Callable[[], None]:
         origin = Origin.UNNAMED_CLIENT if client.unnamed else Origin.CLIENT
         facts = ClientFacts(
             address_of(client.source),
@@ -166,7 +166,7 @@ class LocalCore:
             origin=Origin.HEALTH_CHECK if client.check else origin,
             greeted=client.upgraded,
         )
-        self._server.serve(facts, transport)
+        return self._server.serve(facts, transport)
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """Return one end of a socket pair; the core serves the other. It never waits. Raises OSError."""

@@ -68,10 +68,14 @@ class Server:
         else:
             connection.expect_header(transport)
 
-    def serve(self, facts: ClientFacts, transport: Callable[[TransportOwner], Transport]) -> None:
-        """Serve a client that another part of this process has accepted; ``transport`` is called with the transport's owner."""
+    def serve(self, facts: ClientFacts, transport: Callable[[TransportOwner], Transport]) -> Callable[[], None]:
+        """Serve a client that another part of this process has accepted; ``transport`` is called with the transport's owner.
+
+        Returns a function that ends the connection at once, as ``close()`` does when its timeout has passed.
+        """
         connection = Connection(self, facts)
         connection.start(transport(connection))
+        return connection.kill
 
     @property
     def sockets(self) -> list[socket.socket]:

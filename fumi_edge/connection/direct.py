@@ -36,5 +36,8 @@ class DirectCore(Protocol):
     def buffer(self) -> memoryview:
         """Where the clients' records are decrypted, one read after the other."""
 
-    def serve(self, client: DirectClient, transport: Callable[[TransportOwner], TLSTransport]) -> None:
-        """Begin a dialogue with the client. ``transport`` is called once, at once, with the receiver of its events."""
+    def serve(self, client: DirectClient, transport: Callable[[TransportOwner], TLSTransport]) -> Callable[[], None]:
+        """Begin a dialogue with the client. ``transport`` is called once, at once, with the receiver of its events.
+
+        Returns a function that ends it at once, with a 421 if the client takes one.
+        """

@@ -368,11 +368,14 @@ class Connection:
             self.id, self._source, self._destination, tls, self._balancer,
             upgraded=self.listener.starttls, check=self._role is Role.BALANCER_CHECK, unnamed=self._role is Role.BALANCER,
         )  # fmt: skip
-        core.serve(facts, make)
+        end = core.serve(facts, make)
         transport = self._tunnel
         assert isinstance(transport, TLSTransport)
         try:
             return End(await finished)
+        except asyncio.CancelledError:
+            end()
+            raise
         finally:
             transport.abort()
             self.received += transport.received

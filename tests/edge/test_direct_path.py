@@ -118,6 +118,17 @@ def test_a_client_that_half_closes_gets_all_its_replies(make: Callable[..., Fumi
         assert len(server.messages) == 1
 
 
+def test_a_client_whose_time_is_over_at_a_stop_gets_421_and_close_notify(
+    make: Callable[..., Fumi], context: ssl.SSLContext
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with running(make(secure=True)) as server:
+            client = stack.enter_context(over_tls(server, context))
+            client.say(MESSAGE)
+            until(lambda: client.line().startswith(b"354"))
+        assert client.rest() == b"421 4.3.2 Service shutting down, closing connection\r\n"
+
+
 def test_pipelined_quit_ends_with_close_notify(make: Callable[..., Fumi], context: ssl.SSLContext) -> None:
     with running(make(secure=True)) as server, over_tls(server, context) as client:
         client.say(b"EHLO client.example\r\nQUIT\r\nNOOP\r\n")

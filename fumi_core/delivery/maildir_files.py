@@ -28,6 +28,7 @@ _CANNOT_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOS
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
 
 
+_NOTHING = contextlib.nullcontext()
 _numbers = itertools.count(1)  # of the files of this process
 
 
@@ -70,11 +71,11 @@ class MaildirDirectory:
 
     def acting(self) -> contextlib.AbstractContextManager[object]:
         """While it lasts, this thread may work on the files of this Maildir."""
-        return contextlib.nullcontext()
+        return _NOTHING
 
-    def open_temporary(self, name: str) -> int:
-        """Create a file in tmp/ and return its descriptor. Raises FileExistsError, OSError."""
-        return os.open(self.path / "tmp" / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    def open_temporary(self, path: Path) -> int:
+        """Create this file, in tmp/, and return its descriptor. Raises FileExistsError, OSError."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def unique_name(self) -> str:
         now = time.time_ns()
@@ -134,8 +135,9 @@ class MessageFile:
 
     def _open(self) -> None:
         def create(name: str) -> None:
-            self._fd = self.directory.open_temporary(name)
-            self._temporary = self.directory.path / "tmp" / name
+            path = self.directory.path / "tmp" / name
+            self._fd = self.directory.open_temporary(path)
+            self._temporary = path
 
         self._with_new_name(create)
 

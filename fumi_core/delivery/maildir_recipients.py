@@ -79,16 +79,16 @@ class RecipientMaildir(MaildirDirectory):
             self._owner = Owner.of(self._base)
         return self._owner.acting()
 
-    def open_temporary(self, name: str) -> int:
+    def open_temporary(self, path: Path) -> int:
         assert self._owner is not None
         self._create(self._owner)
         self.remove_stale()
-        fd = super().open_temporary(name)
+        fd = super().open_temporary(path)
         try:
             self._owner.give(fd)
         except BaseException:
             os.close(fd)
-            (self.path / "tmp" / name).unlink()
+            path.unlink()
             raise
         return fd
 

@@ -8,6 +8,8 @@ import pwd
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,24 @@ class Deliveries(Observer):
         self.results.append(result)
 
 
-@pytest.fixture
-def mail(tmp_path: Path) -> Path:
+def users(mail: Path) -> Path:
     """A directory with users joe, ann and bob at d.example."""
     for name in ("joe", "ann", "bob"):
-        (tmp_path / "mail" / "d.example" / name).mkdir(parents=True)
-    return tmp_path / "mail"
+        (mail / "d.example" / name).mkdir(parents=True)
+    return mail
+
+
+@pytest.fixture
+def mail(tmp_path: Path) -> Path:
+    return users(tmp_path / "mail")
+
+
+@pytest.fixture
+def open_mail() -> Iterator[Path]:
+    """The same, where every user may come: pytest's directories are for their owner alone."""
+    with tempfile.TemporaryDirectory(prefix="fumi-mail-") as directory:
+        Path(directory).chmod(0o755)
+        yield users(Path(directory) / "mail")
 
 
 def build(mail: Path, observer: Observer | None = None, **options: Any) -> Fumi:
@@ -301,16 +315,15 @@ def test_a_directory_that_had_to_be_made_is_safe_too(mail: Path, connect: Connec
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o2770, 0o755])
-def test_modes_and_owner_are_the_directorys(mail: Path, connect: Connect, mode: int) -> None:
-    joe, nobody = mail / "d.example" / "joe", pwd.getpwnam("nobody")
+def test_modes_and_owner_are_the_directorys(open_mail: Path, connect: Connect, mode: int) -> None:
+    joe, nobody = open_mail / "d.example" / "joe", pwd.getpwnam("nobody")
     owned = os.geteuid() == 0
     if owned:
         os.chown(joe, nobody.pw_uid, nobody.pw_gid)
-        open_for_all(joe)
     joe.chmod(mode)
     before = os.umask(0o077)
     try:
-        with running(build(mail)) as server:
+        with running(build(open_mail)) as server:
             assert deliver(connect(server.port), "joe@d.example", "ann@d.example").startswith(b"250")
     finally:
         os.umask(before)
@@ -321,28 +334,20 @@ def test_modes_and_owner_are_the_directorys(mail: Path, connect: Connect, mode: 
         assert stat.S_IMODE(found.st_mode) == (mode & 0o666 if path == message else mode), path
         if owned:
             assert (found.st_uid, found.st_gid) == (nobody.pw_uid, nobody.pw_gid), path
-    (anns,) = (mail / "d.example" / "ann" / "Maildir" / "new").iterdir()
+    (anns,) = (open_mail / "d.example" / "ann" / "Maildir" / "new").iterdir()
     assert anns.stat().st_uid == os.geteuid()
-
-
-def open_for_all(path: Path) -> None:
-    """Let every user come as far as this directory: pytest's are for their owner alone."""
-    for each in path.parents:
-        if each.stat().st_uid == os.geteuid() and not each.stat().st_mode & 0o001:
-            each.chmod(each.stat().st_mode | 0o711)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be misled")
 @pytest.mark.parametrize("name", ["tmp", "new", "cur", ""])
-def test_a_user_cannot_have_root_write_elsewhere(mail: Path, connect: Connect, tmp_path: Path, name: str) -> None:
+def test_a_user_cannot_have_root_write_elsewhere(open_mail: Path, connect: Connect, name: str) -> None:
     """joe replaces a directory of the Maildir by a symbolic link to one that is not joe's."""
-    joe, nobody = mail / "d.example" / "joe", pwd.getpwnam("nobody")
-    roots = tmp_path / "root's"
+    joe, nobody = open_mail / "d.example" / "joe", pwd.getpwnam("nobody")
+    roots = open_mail.with_name("root's")
     for folder in ("tmp", "new", "cur"):
         (roots / folder).mkdir(parents=True)
     os.chown(joe, nobody.pw_uid, nobody.pw_gid)
-    open_for_all(joe)
-    with running(build(mail)) as server:
+    with running(build(open_mail)) as server:
         assert deliver(connect(server.port), "joe@d.example").startswith(b"250")
         victim = joe / "Maildir" / name
         victim.rename(joe / "moved")
@@ -351,8 +356,8 @@ def test_a_user_cannot_have_root_write_elsewhere(mail: Path, connect: Connect, t
     assert reply.startswith(b"250" if name == "cur" else b"451")
     assert left_over(roots) == []
     # And what the server does elsewhere it does as root again.
-    (tmp_path / "still root").touch()
-    assert (tmp_path / "still root").stat().st_uid == 0
+    (roots / "still root").touch()
+    assert (roots / "still root").stat().st_uid == 0
 
 
 def test_remains_of_killed_deliveries_are_removed_by_the_next_one(mail: Path, connect: Connect) -> None:

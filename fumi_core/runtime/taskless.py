@@ -26,8 +26,11 @@ class Pause(Generic[T]):
 
     _result: T
 
-    def __init__(self, cancel: Callable[[], object] | None = None) -> None:
-        """``cancel`` is called when the walk is cancelled, and leads to the pause's end; None: the pause can be left at once."""
+    def __init__(self, cancel: Callable[[], bool] | None = None) -> None:
+        """``cancel`` is called when the walk is cancelled, and leads to the pause's end; None: the pause can be left at once.
+
+        It returns False if that for which the pause waits has ended already; the walk is then cancelled at its next pause.
+        """
         self.cancel = cancel
         self.ended = False
         self.resume: Callable[[], object] | None = None
@@ -100,7 +103,7 @@ class Walk:
         if pause is None:
             self._cancelled = True
         elif pause.cancel is not None:
-            pause.cancel()
+            self._cancelled = not pause.cancel()
         else:
             pause.resume = None
             self._step(asyncio.CancelledError)

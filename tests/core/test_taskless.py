@@ -206,6 +206,29 @@ def test_cancelling_a_walk_cancels_its_task_and_waits_for_it() -> None:
     assert asyncio.run(main()) == ["tidy", "walk"]
 
 
+def test_a_walk_that_is_cancelled_when_its_task_has_just_ended_is_cancelled_where_it_waits_next() -> None:
+    async def step() -> str:
+        return "done"
+
+    async def scenario() -> None:
+        seen: list[str] = []
+
+        async def wait() -> None:
+            seen.append(await in_task(step()))
+            await Pause[None]()
+            seen.append("never")
+
+        walked = Walked(wait())
+        # This runs after the task's only step, and before the walk is continued.
+        asyncio.get_running_loop().call_soon(walked.walk.cancel)
+        while not walked.ended:
+            await asyncio.sleep(0)
+        assert [type(error) for error in walked.ended] == [asyncio.CancelledError]
+        assert seen == ["done"]
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_a_walk_that_waits_for_a_future_is_told_what_to_do() -> None:
     async def main() -> BaseException | None:
         return await _end(asyncio.sleep(0))

@@ -127,6 +127,31 @@ def test_a_delivery_that_is_cancelled_in_a_slow_call_is_taken_back(
         assert observer.results == ["deferred"]
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(("call", "turn"), [("open", 2), ("write", 1), ("fsync", 2), ("link", 1), ("link", 2), ("fsync", 4)])
+def test_copies_that_are_cancelled_in_a_slow_call_are_all_taken_back(
+    tmp_path: Path, connect: Connect, hold: Hold, call: str, turn: int, before: bool
+) -> None:
+    boxes = [tmp_path / name / "box" for name in ("c@d.example", "e@f.example")]
+    for path in (box / folder for box in boxes for folder in ("tmp", "new", "cur")):
+        path.mkdir(parents=True)
+    observer = Deliveries()
+    app = build(boxes[0], observer)
+    with running(app) as server:
+        client = connect(server.port)
+        slow = hold(call, before=before, turn=turn)
+        client.envelope("a@b.example", "c@d.example", "e@f.example")
+        client.say("DATA")
+        client.sock.sendall(b"Subject: hi\r\n.\r\n")
+        assert slow.reached.wait(60)
+        server.run(app.close)
+        assert client.reply().startswith(b"421 ")
+        assert client.reply() == b""
+        slow.release.set()
+        until(lambda: [files(box) for box in boxes] == [[], []])
+        assert observer.results == ["deferred"]
+
+
 def test_a_stop_waits_until_a_delivery_is_taken_back(
     box: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:

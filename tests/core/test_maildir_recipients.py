@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pwd
+import re
 import stat
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from fumi_core.testing import running
 from tests.core.client import Client, Connect
 from tests.core.programs import Start, run
 from tests.support.ports import free_port
+from tests.support.readme import ROOT
 
 UNKNOWN = b"550 5.1.1 Recipient address rejected: User unknown\r\n"
 TEMPORARY = b"451 4.3.0 Recipient address rejected: Temporary lookup failure\r\n"
@@ -406,6 +409,30 @@ def test_a_handlers_recipient_without_a_maildir_is_deferred(mail: Path, connect:
         assert deliver(connect(server.port), "joe@d.example") == b"451 4.3.0 Mail store error\r\n"
 
 
+@pytest.mark.parametrize("kill_after", [0, 3, 17])
+def test_a_killed_core_has_kept_all_copies_of_what_it_promised(
+    mail: Path, start: Start, connect: Connect, kill_after: int
+) -> None:
+    port = free_port()
+    flags = ["--proxy-protocol", "off", "--deliver", f"maildir:{mail}/%d/%n/Maildir"]
+    program = start("--listen", f"127.0.0.1:{port}", *flags)
+    client, promised = connect(port), 0
+    with contextlib.suppress(ConnectionError, AssertionError):
+        while True:
+            client.envelope("a@b.example", "joe@d.example", "ann@d.example")
+            assert client.say("DATA").startswith(b"354")
+            client.sock.sendall(f"Subject: {promised}\r\n\r\n".encode() + (b"x" * 70 + b"\r\n") * 3000 + b".\r\n")
+            if promised == kill_after:
+                program.process.kill()
+            assert client.reply().startswith(b"250")
+            promised += 1
+    assert promised >= kill_after
+    for name in ("joe", "ann"):
+        messages = stored(mail, name)
+        assert promised <= len(messages) <= promised + 1
+        assert all(message.endswith(b"x" * 70 + b"\n") for message in messages)
+
+
 def test_the_program_takes_the_path_and_the_delimiter(mail: Path, start: Start, connect: Connect) -> None:
     port = free_port()
     flags = ["--proxy-protocol", "off", "--recipient-delimiter", "-"]
@@ -444,3 +471,15 @@ def test_a_start_without_the_directory_of_all_users_is_an_error(tmp_path: Path) 
     )  # fmt: skip
     assert done.returncode == 2
     assert "the directory missing does not exist" in done.stderr
+
+
+def test_the_pages_table_of_variables_is_right() -> None:
+    page = (ROOT / "fumi_core/PROGRAM.md").read_text()
+    rows = re.findall(r"^\| `(%.)` \| `(.*?)`", page, re.MULTILINE)
+    assert [variable for variable, _ in rows] == ["%u", "%n", "%d", "%%"]
+    for variable, value in rows:
+        template = f"/srv/%u/{variable}"
+        expected = Path(f"/srv/joe@example.org/{value}")
+        paths = RecipientMaildirs(template, "+")._paths("Joe+news@Example.org", "host.example")
+        assert paths is not None
+        assert paths[1] == expected

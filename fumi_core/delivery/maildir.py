@@ -34,6 +34,8 @@ CLEAN_INTERVAL = 3600.0
 """Seconds between two searches for the remains of deliveries that were killed, while mail is delivered."""
 LOOKUP_THREADS = 2
 """Recipients looked up at once; not in the threads that write, which wait for the disk."""
+LOOKUP_TIMEOUT = 30.0
+"""Seconds until a recipient is deferred because the file system does not answer."""
 
 _log = logging.getLogger("fumi.core")
 _NOT_KEPT = frozenset({"BINARYMIME", "DSN"})
@@ -151,11 +153,12 @@ class MaildirForEach:
     async def _look_up(self, ctx: RcptContext) -> None:
         recipient = ctx.address.address
         try:
-            job = self._lookups.submit(self._maildirs.exists, recipient, ctx.session.name)
-            exists = await asyncio.wrap_future(job)
+            async with asyncio.timeout(LOOKUP_TIMEOUT):
+                job = self._lookups.submit(self._maildirs.exists, recipient, ctx.session.name)
+                exists = await asyncio.wrap_future(job)
         except (OSError, RuntimeError) as error:
             # RuntimeError: the system has no more threads.
-            problem = getattr(error, "strerror", None) or error
+            problem = "no answer in time" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
             event(_log, logging.ERROR, "cannot look up recipient", id=ctx.session.id, to=recipient, error=problem)
             raise SMTPError(*replies.LOOKUP_FAILED) from None
         if not exists:

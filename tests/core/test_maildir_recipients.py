@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from fumi_core import Fumi
-from fumi_core.delivery import maildir_files, parse_target
+from fumi_core.delivery import maildir, maildir_files, parse_target
 from fumi_core.delivery.maildir_recipients import MaildirTemplate, RecipientMaildirs
 from fumi_core.program import builtin
 from fumi_core.server.observer import Observer
@@ -210,6 +211,19 @@ def test_when_a_directory_cannot_be_looked_up_the_recipient_is_deferred(
         assert client.say("RCPT TO:<joe@d.example>") == TEMPORARY
         assert client.say("RCPT TO:<ann@d.example>") == OK
     assert len([record for record in caplog.records if "cannot look up recipient" in record.getMessage()]) == 1
+
+
+def test_a_file_system_that_hangs_defers_the_recipient(
+    mail: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(maildir, "LOOKUP_TIMEOUT", 0.1)
+    released = threading.Event()
+    with running(build(mail)) as server, monkeypatch.context() as patch:
+        patch.setattr(RecipientMaildirs, "exists", lambda *arguments: released.wait(60))
+        client = ready(connect(server.port))
+        assert client.say("RCPT TO:<joe@d.example>") == TEMPORARY
+        released.set()
+    assert 'to=joe@d.example error="no answer in time"' in caplog.text
 
 
 def test_a_user_that_goes_before_the_message_is_deferred_and_nothing_is_made(mail: Path, connect: Connect) -> None:

@@ -15,8 +15,8 @@ from fumi_core.delivery.maildir_recipients import RecipientMaildirs
 from fumi_core.errors import SMTPError
 from fumi_core.plugins.dovecot.auth import DovecotAuth
 from fumi_core.plugins.dovecot.channel import Link, Request, Unavailable
-from fumi_core.plugins.dovecot.protocol import MAX_REPLY, AuthConversation, line
-from tests.core.dovecot_server import AUTH_HANDSHAKE
+from fumi_core.plugins.dovecot.protocol import MAX_REPLY, AuthConversation, UserdbConversation, line
+from tests.core.dovecot_server import AUTH_HANDSHAKE, USERDB_HANDSHAKE
 
 from . import campaign, speech
 
@@ -172,6 +172,47 @@ async def _answer(link: Link, request: Request, deadline: float) -> str:
 
 
 @dataclass(frozen=True)
+class Lookups(campaign.Case):
+    """What a userdb sends after its handshake while two users are looked up."""
+
+    def check(self) -> None:
+        for pieces in (speech.cut(Random(self.cut), self.data), [self.data]):
+            assert asyncio.run(_lookups(pieces)) == self._expected()
+
+    def _expected(self) -> list[str]:
+        found: dict[int, str] = {}
+        *lines, _ = self.data.split(b"\n")
+        for each in lines:
+            verb, *fields = (_plain(field) for field in each.split(b"\t"))
+            number = fields[0] if fields else ""
+            if verb not in ("USER", "NOTFOUND", "FAIL") or number not in ("1", "2", "01"):
+                break
+            found.setdefault(int(number), verb)
+        return [found.get(number, "lost") for number in (1, 2)]
+
+
+async def _lookups(pieces: list[bytes]) -> list[str]:
+    link, transport = Link(UserdbConversation()), Transport()
+    link.connection_made(cast(Any, transport))
+    link.data_received(USERDB_HANDSHAKE.encode())
+    deadline = asyncio.get_running_loop().time() + 3600
+
+    async def verb() -> str:
+        try:
+            return (await link.ask(Request("USER", ("joe", "service=smtp")), deadline)).verb
+        except Unavailable:
+            return "lost"
+
+    lookups = [asyncio.create_task(verb()) for _ in range(2)]
+    await asyncio.sleep(0)
+    for piece in pieces:
+        link.data_received(piece)
+    link.connection_lost(None)
+    assert b"CANCEL" not in transport.written
+    return await asyncio.gather(*lookups)
+
+
+@dataclass(frozen=True)
 class Handshake(campaign.Case):
     """What a server sends before it is asked anything."""
 
@@ -255,6 +296,15 @@ def replies(chance: Random) -> Replies:
     return Replies(_bent(chance, b"".join(each + b"\n" for each in lines)), chance.randrange(1 << 30))
 
 
+def lookups(chance: Random) -> Lookups:
+    verbs = (b"USER", b"USER", b"NOTFOUND", b"FAIL", b"OK", b"CONT", b"SPID", b"")
+    lines = [
+        b"\t".join([chance.choice(verbs), chance.choice(NUMBERS), *chance.choices(PARAMETERS, k=chance.randrange(3))])
+        for _ in range(chance.randrange(5))
+    ]
+    return Lookups(_bent(chance, b"".join(each + b"\n" for each in lines)), chance.randrange(1 << 30))
+
+
 def handshake(chance: Random) -> Handshake:
     if chance.random() < 0.4:
         data = AUTH_HANDSHAKE.encode()
@@ -285,6 +335,10 @@ def _bent(chance: Random, data: bytes) -> bytes:
 
 def test_nobody_is_let_in_whom_dovecot_did_not_accept() -> None:
     campaign.run("dovecot", 3, replies)
+
+
+def test_a_user_is_known_only_when_the_userdb_said_so() -> None:
+    campaign.run("dovecot-users", 2, lookups)
 
 
 def test_a_handshake_that_is_none_makes_no_connection() -> None:

@@ -88,7 +88,7 @@ def test_the_filter_hears_of_each_step(scripted_milter: StartMilter, connect: Co
         assert message(client) == b"250 2.0.0 Ok\r\n"
         port = client.sock.getsockname()[1]
         client.close()
-        until(lambda: "quit_nc" in milter.names())
+        until(lambda: "quit" in milter.names())
         assert milter.steps == [
             ("negotiate", bytes.fromhex("00000006 000001ff 001df7ff")),
             ("connect", b"unknown\x004" + port.to_bytes(2, "big") + b"127.0.0.1\0"),
@@ -102,7 +102,7 @@ def test_the_filter_hears_of_each_step(scripted_milter: StartMilter, connect: Co
             ("eoh", b""),
             ("body", b"body\r\n.\r\n"),
             ("end", b""),
-            ("quit_nc", b""),
+            ("quit", b""),
         ]
 
 
@@ -215,7 +215,7 @@ def test_every_version_is_spoken(version: int, scripted_milter: StartMilter, con
     with running(build(milter)) as server:
         assert deliver(server, connect).startswith(b"250")
     assert ("data" in milter.names()) == (version >= 4)
-    assert ("quit_nc" in milter.names()) == (version == 6)
+    until(lambda: milter.names()[-1] == "quit")
 
 
 def test_a_filter_gets_only_the_steps_that_it_wants(scripted_milter: StartMilter, connect: Connect) -> None:
@@ -419,12 +419,12 @@ def test_an_unfinished_transaction_is_aborted(scripted_milter: StartMilter, conn
         until(lambda: milter.names().count("rcpt") == 2)
         assert milter.names()[-6:] == ["helo", "mail", "rcpt", "abort", "mail", "rcpt"]
         client.close()
-        until(lambda: milter.names()[-2:] == ["abort", "quit_nc"])
+        until(lambda: milter.names()[-2:] == ["abort", "quit"])
 
 
-def test_a_connection_serves_one_client_after_the_other(scripted_milter: StartMilter, connect: Connect) -> None:
+def test_a_connection_serves_one_client_after_the_other_if_wanted(scripted_milter: StartMilter, connect: Connect) -> None:
     milter = scripted_milter()
-    with running(build(milter)) as server:
+    with running(build(milter, reuse_connections=True)) as server:
         for _ in range(3):
             milter.steps.clear()
             client = connect(server.port)
@@ -438,10 +438,26 @@ def test_a_connection_serves_one_client_after_the_other(scripted_milter: StartMi
 
 def test_idle_connections_end_with_the_server(scripted_milter: StartMilter, connect: Connect) -> None:
     milter = scripted_milter()
-    with running(build(milter)) as server:
+    with running(build(milter, reuse_connections=True)) as server:
         connect(server.port).close()
         until(lambda: "quit_nc" in milter.names())
     until(lambda: milter.names()[-1] == "quit")
+
+
+def test_a_filter_of_an_old_version_gets_no_second_client(scripted_milter: StartMilter, connect: Connect) -> None:
+    milter = scripted_milter(negotiate=negotiated(5))
+    with running(build(milter, reuse_connections=True)) as server:
+        connect(server.port).close()
+        until(lambda: milter.names()[-1] == "quit")
+
+
+def test_a_reused_connection_that_fails_is_replaced(scripted_milter: StartMilter, connect: Connect) -> None:
+    milter = scripted_milter(connect=one_by_one([CONTINUE, None, CONTINUE]))
+    with running(build(milter, reuse_connections=True)) as server:
+        connect(server.port).close()
+        until(lambda: milter.names()[-1] == "quit_nc")
+        assert deliver(server, connect).startswith(b"250")
+    assert milter.connections == 2
 
 
 def test_a_connection_that_the_filter_has_closed_is_replaced(scripted_milter: StartMilter, connect: Connect) -> None:

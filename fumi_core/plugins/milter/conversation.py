@@ -52,6 +52,7 @@ class Filter:
     command_timeout: float
     content_timeout: float
     login: Callable[[Any], str]
+    reuse_connections: bool
     pool: Pool[MilterConnection]
 
 
@@ -121,7 +122,7 @@ class Conversation:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if connection.agreement.reusable:
+        if self._filter.reuse_connections and connection.agreement.reusable:
             connection.end_session()
             self._filter.pool.put(connection)
         else:

@@ -26,6 +26,7 @@ def milter(
     command_timeout: float = 30.0,
     content_timeout: float = 300.0,
     login: Callable[[Any], str] = name_of,
+    reuse_connections: bool = False,
 ) -> Callable[[Fumi], None]:
     """Ask the filter at ``address`` (HOST:PORT or unix:/path), which speaks the milter protocol, versions 2 to 6.
 
@@ -36,6 +37,9 @@ def milter(
     Use it before the handler that delivers, and several in the order in which they shall change a message. ``changes_envelope``
     tells that this handler takes sender and recipients from ``session.envelope`` when the message has arrived; otherwise a filter
     that changes them has failed. A message that a filter quarantines is rejected with 550, since it can be held nowhere.
+
+    A connection to the filter serves one client, with all its messages. With ``reuse_connections`` another client may follow, as
+    of version 6 of the protocol: rspamd takes that, while filters that are built with libmilter 8.17 hear no more.
 
     Timeouts are in seconds: to connect, for an answer, and for one about content. ``login`` returns the name of the object given
     to ``ctx.accept()``. Raises ValueError for an invalid argument.
@@ -49,6 +53,7 @@ def milter(
         on_failure=failure,
         changes_envelope=changes_envelope,
         login=login,
+        reuse_connections=reuse_connections,
         pool=pool,
         **{name: arguments.positive("milter", name, value) for name, value in seconds.items()},
     )

@@ -148,6 +148,17 @@ def test_dovecots_answers_lead_to_these_replies(
         assert log_in(connect, server.port) == expected
 
 
+@pytest.mark.parametrize("parameters", [["user=joe", "proxy"], ["user="]], ids=str)
+def test_each_login_that_dovecot_accepts_and_this_server_cannot_is_one_line(
+    dovecot: StartDovecot, connect: Connect, parameters: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fumi.core")
+    with running(build(dovecot(answering("OK", *parameters)).address)) as server:
+        for _ in range(3):
+            assert log_in(connect, server.port) == TEMPORARY
+    assert [record.getMessage().partition(" id=")[0] for record in caplog.records] == ["unusable reply from Dovecot"] * 3
+
+
 def test_a_login_name_that_is_not_utf8_lets_nobody_in(dovecot: StartDovecot, connect: Connect) -> None:
     def serve(peer: Peer) -> None:
         peer.raw(AUTH_HANDSHAKE)
@@ -218,7 +229,7 @@ def test_only_the_mechanisms_that_dovecot_has_are_offered(dovecot: StartDovecot,
 
     with running(build(dovecot(serve).address)) as core:
         assert b"AUTH PLAIN LOGIN\r\n" in connect(core.port).say("EHLO client.example")
-        assert log_in(connect, core.port, xoauth2("joe", "token")) == TEMPORARY
+        assert log_in(connect, core.port, xoauth2("joe", "token")) == b"504 5.5.4 Unrecognized authentication type\r\n"
 
 
 def test_a_password_with_a_nul_is_wrong_and_nobody_is_asked(dovecot: StartDovecot, connect: Connect) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from base64 import b64encode
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -14,6 +15,7 @@ from fumi_core.handlers.contexts import AuthContext
 from fumi_core.handlers.middleware import Next
 from fumi_core.plugins.dovecot.channel import Channel, Request, TooLong, Unavailable, server_address
 from fumi_core.plugins.dovecot.protocol import AuthConversation, Conversation, Reply
+from fumi_core.runtime.logs import event
 from fumi_core.smtp.replies import TEMPORARY_AUTH_FAILURE
 from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Session
@@ -22,6 +24,7 @@ METHODS = ("PLAIN", "LOGIN", "XOAUTH2")
 """The mechanisms that Dovecot is asked for."""
 MAX_REASON = 200
 """Characters of Dovecot's reason for a failure that the client gets."""
+_log = logging.getLogger("fumi.core")
 _FAILED = "5.7.8 Error: authentication failed"
 
 
@@ -37,8 +40,8 @@ def dovecot_auth(address: str) -> DovecotAuth:
     """Check PLAIN, LOGIN and XOAUTH2 with the Dovecot whose ``auth-client`` socket is at ``address``: unix:/path or HOST:PORT.
 
     ``session.user`` is the name that Dovecot gives to the user. AUTH is answered ``454 4.7.0`` when Dovecot has a temporary
-    failure, cannot be reached or does not answer within 30 seconds, and ``535 5.7.8`` otherwise. Mechanisms that Dovecot did not
-    offer when it was last connected are not offered. Raises ValueError for an invalid address.
+    failure, cannot be reached or does not answer within 30 seconds, and ``535 5.7.8`` if it refuses. Mechanisms that Dovecot did
+    not offer when it was last connected are not offered. Raises ValueError for an invalid address.
     """
     return DovecotAuth(address)
 
@@ -83,30 +86,36 @@ class DovecotAuth:
             return  # Dovecot would take a NUL for the password's end
         try:
             reply = await self._channel.ask(lambda server: _request(ctx.session, credentials, server))
+            ctx.accept(user_of(reply))
         except TooLong:
             return
         except Unavailable:
             raise SMTPError(*TEMPORARY_AUTH_FAILURE) from None
-        if user := self._judge(reply):
-            ctx.accept(user)
+        except UnusableReply as error:
+            words = "unusable reply from Dovecot"
+            event(_log, logging.ERROR, words, id=ctx.session.id, address=self._channel.address, error=error)
+            raise SMTPError(*TEMPORARY_AUTH_FAILURE) from None
 
-    def _judge(self, reply: Reply) -> str:
-        """The user's name. Raises SMTPError for everybody who is not to be let in."""
-        if reply.verb == "FAIL":
-            if reply.has("temp") or reply.value("code") == "temp_fail":
-                raise SMTPError(*TEMPORARY_AUTH_FAILURE)
-            raise _failure(reply)
-        if reply.has("nologin"):
-            raise _failure(reply)  # the password is right, but the account must not be used
-        if reply.has("proxy"):
-            # The password may not have been checked: that is left to the server that Dovecot names.
-            self._channel.failed(Unavailable("a user is to be proxied to another server, which is not supported"))
+
+class UnusableReply(Exception):
+    """Dovecot accepts a login that this server cannot accept; the message says why."""
+
+
+def user_of(reply: Reply) -> str:
+    """The name of the user that may log in. Raises SMTPError for a refusal, UnusableReply."""
+    if reply.verb == "FAIL":
+        if reply.has("temp") or reply.value("code") == "temp_fail":
             raise SMTPError(*TEMPORARY_AUTH_FAILURE)
-        user = reply.value("user")
-        if not user or not user.isprintable():
-            self._channel.failed(Unavailable("a login was accepted without a valid user name"))
-            raise SMTPError(*TEMPORARY_AUTH_FAILURE)
-        return user
+        raise _failure(reply)
+    if reply.has("nologin"):
+        raise _failure(reply)  # the password is right, but the account must not be used
+    if reply.has("proxy"):
+        # The password may not have been checked: that is left to the server that Dovecot names.
+        raise UnusableReply("the user is to be proxied to another server, which is not supported")
+    user = reply.value("user")
+    if not user or not user.isprintable():
+        raise UnusableReply("a login was accepted without a valid user name")
+    return user
 
 
 def _failure(reply: Reply) -> SMTPError:
@@ -115,10 +124,10 @@ def _failure(reply: Reply) -> SMTPError:
 
 
 def _request(session: Session, credentials: Credentials, server: Conversation) -> Request:
-    """AUTH for these credentials. Raises Unavailable when the server does not have the mechanism."""
+    """AUTH for these credentials. Raises SMTPError when the server does not have the mechanism."""
     mechanism = _equivalent(credentials.method, server.mechanisms)
     if mechanism is None:
-        raise Unavailable(f"Dovecot does not offer {credentials.method}")
+        raise SMTPError("5.5.4 Unrecognized authentication type", 504)
     exchange = _exchange(mechanism, credentials)
     initial, *more = (b64encode(each).decode() for each in (exchange.initial, *exchange.more))
     return Request("AUTH", (mechanism, *_facts(session), f"resp={initial}"), more)

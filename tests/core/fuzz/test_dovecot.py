@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from fumi_core.delivery.maildir_recipients import RecipientMaildirs
 from fumi_core.errors import SMTPError
-from fumi_core.plugins.dovecot.auth import DovecotAuth
+from fumi_core.plugins.dovecot.auth import UnusableReply, user_of
 from fumi_core.plugins.dovecot.channel import Link, Request, Unavailable
 from fumi_core.plugins.dovecot.protocol import MAX_REPLY, AuthConversation, UserdbConversation, line
 from tests.core.dovecot_server import AUTH_HANDSHAKE, USERDB_HANDSHAKE
@@ -164,9 +164,11 @@ async def _answers(pieces: list[bytes]) -> list[str]:
 
 async def _answer(link: Link, request: Request, deadline: float) -> str:
     try:
-        return DovecotAuth("unix:/nowhere")._judge(await link.ask(request, deadline))
+        return user_of(await link.ask(request, deadline))
     except SMTPError as error:
         return str(error.code) if "\n" not in error.message else "two lines"
+    except UnusableReply:
+        return "454"
     except Unavailable:
         return "lost"
 

@@ -125,7 +125,7 @@ class Edge:
         count = connection_count or self._resources.connection_count
         each = 1 + max(destination.descriptors for destination in self.settings.backends.destinations)
         # An upgrade by STARTTLS opens a second connection to a backend while the first one closes.
-        limit = DescriptorLimit(each, lambda: len(retiring))
+        limit = DescriptorLimit(each, retiring.__len__)
         retiring.full = lambda: limit.reached(count.connections)
         limits = Limits(self.settings.limits, count)
         self._resources = replace(self._resources, limits=limits, connection_count=count, descriptor_limit=limit)

@@ -20,7 +20,6 @@ It uses three private names of ``asyncio.BaseEventLoop``: ``_default_executor``,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import select
 import selectors
@@ -210,9 +209,10 @@ class _Selector(selectors.BaseSelector):
         return key
 
     def _forget(self, fd: int) -> None:
-        # The kernel has removed a closed descriptor already.
-        with contextlib.suppress(OSError):
+        try:
             self._epoll.unregister(fd)
+        except OSError:
+            return  # the kernel has removed a closed descriptor already
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
         return self._keys

@@ -12,6 +12,7 @@ import logging
 import socket
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from time import monotonic
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
@@ -204,7 +205,7 @@ class Backends:
         """
         loop = asyncio.get_running_loop()
         failure = "no banner"
-        for backend in self.candidates(loop.time(), preferred):
+        for backend in self.candidates(monotonic(), preferred):
             if backend not in tried:
                 try:
                     return await self._connect(loop, backend, opening), backend
@@ -213,7 +214,7 @@ class Backends:
         raise NoBackend(failure)
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, backend: Backend, opening: Opening) -> socket.socket:
-        begun = loop.time()
+        begun = monotonic()
         backend.trying(begun)
         backend.connections += 1
         sock = None
@@ -223,12 +224,12 @@ class Backends:
             if error.errno in LOCAL_ERRORS:
                 backend.metrics.errors[BackendError.OTHER].inc()
             else:
-                backend.failed(loop.time(), reason_of(error), error_text(error))
+                backend.failed(monotonic(), reason_of(error), error_text(error))
             raise
         finally:
             if sock is None:
                 backend.connections -= 1
-        backend.connected(loop.time() - begun)
+        backend.connected(monotonic() - begun)
         return sock
 
     def release(self, backend: Backend) -> None:

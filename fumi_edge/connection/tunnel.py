@@ -130,7 +130,8 @@ class Tunnel:
         self._up = _Flow(self._client, server, upstream)
         self._down = _Flow(server, self._client, downstream)
         self._done: Pause[End] = Pause()
-        self._finished = False
+        self._finished: End | None = None
+        """The reason that run() returns, once it is decided."""
         self._reason: End | None = None
         self._expectant = expectant
         self.unanswered = False
@@ -160,8 +161,10 @@ class Tunnel:
             for flow in (self._up, self._down):
                 if flow.leftover:
                     self._flush(flow)
-            for end in ends:
-                self._watch(end)
+                    self._watch(flow.source)
+                    self._watch(flow.sink)
+            if self._finished:
+                self._end()
             return await self._done
         finally:
             for end in ends:
@@ -186,12 +189,16 @@ class Tunnel:
         elif now - self._moved_at >= self._idle_timeout:
             self._reason = End.IDLE_TIMEOUT
             self._finish(self._reason)
+        if self._finished:
+            self._loop.call_soon(self._end)  # the caller goes on with its own work
 
     def _finish(self, reason: End) -> None:
-        if not self._finished:
-            self._finished = True
-            # Later, since the caller goes on, and whoever awaits run() closes the sockets.
-            self._loop.call_soon(self._done.end, self._reason or reason)
+        self._finished = self._finished or self._reason or reason
+
+    def _end(self) -> None:
+        """Let run() return. It is the last thing that a callback does, because the sockets are closed then."""
+        assert self._finished is not None
+        self._done.end(self._finished)
 
     # Readiness
 
@@ -206,6 +213,8 @@ class Tunnel:
             self._pump(flow)
         else:
             self._watch(end)
+        if self._finished:
+            self._end()
 
     def _writable(self, end: _End) -> None:
         if self._finished:
@@ -220,6 +229,8 @@ class Tunnel:
             self._pump(flow)
         self._watch(end)
         self._watch(flow.source)
+        if self._finished:
+            self._end()
 
     def _watch(self, end: _End) -> None:
         """Make the loop watch a socket for exactly the events that its two flows wait for."""

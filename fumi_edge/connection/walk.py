@@ -84,6 +84,7 @@ class Connection:
         "_loop",
         "_negotiation",
         "_policy",
+        "_reader_left",
         "_resources",
         "_resumed",
         "_role",
@@ -121,6 +122,8 @@ class Connection:
         self._balancer: Endpoint | None = None
         self._backend: socket.socket | None = None
         self._negotiation: Negotiation | None = None
+        self._reader_left = False
+        """Whether the handshake's reader is registered, which the tunnel or transport then replaces, and removes."""
         self._tunnel: Tunnel | TLSTransport | None = None
         self._undecided = listener.starttls
         self._counted = (0, 0)
@@ -220,6 +223,7 @@ class Connection:
             else:
                 self._role = Role.PORT_CHECK
             raise Ended(End.HANDSHAKE_RESET) from None
+        self._reader_left = True
         try:
             self.tls, self._resumed = await handshake(self._loop, client, self._handshake_deadlines)
         except HandshakeError as error:
@@ -342,6 +346,7 @@ class Connection:
             upstream, downstream, expectant,
         )  # fmt: skip
         self._tunnel = tunnel
+        self._reader_left = False
         try:
             reason = await tunnel.run()
             if not tunnel.unanswered:
@@ -360,6 +365,7 @@ class Connection:
         finished: Pause[TransportEnd] = Pause()
 
         def make(owner: TransportOwner) -> TLSTransport:
+            self._reader_left = False
             self._tunnel = made = TLSTransport(loop, client, core.buffer, owner, close_notify, finished.end)
             return made
 
@@ -405,10 +411,9 @@ class Connection:
         if isinstance(self._client, TLSSocket) and reason in (End.IDLE_TIMEOUT, End.SHUTDOWN):
             with contextlib.suppress(OSError, ValueError):
                 self._client.unwrap()
-        if (fd := self._client.fileno()) >= 0:
-            # The handshake leaves its reader registered for the tunnel to replace. If it stayed registered after the close, the
-            # next connection with this descriptor would not be watched.
-            self._loop.remove_reader(fd)
+        if self._reader_left:
+            # If it stayed registered after the close, the next connection with this descriptor would not be watched.
+            self._loop.remove_reader(self._client.fileno())
         self._client.close()
 
     def _report(self, reason: End) -> None:
@@ -417,18 +422,16 @@ class Connection:
         metrics = self._resources.metrics
         metrics.session_seconds.observe(seconds)
         self._decide(StarttlsResult.REFUSED)
-        level = self._log_level()
-        if log.isEnabledFor(level):
-            tls = self.tls
-            # The requested name is logged even if the handshake failed: that is when it is needed most.
-            sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
-            event(
-                log, level, "connection ended",
-                id=self.id, client_ip=self._host(), client_port=self._port(), listener=self.listener.name,
-                tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
-                backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
-                seconds=round(seconds, 3), reason=reason, error=self.detail,
-            )  # fmt: skip
+        tls = self.tls
+        # The requested name is logged even if the handshake failed: that is when it is needed most.
+        sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
+        event(
+            log, self._log_level(), "connection ended",
+            id=self.id, client_ip=self._host(), client_port=self._port(), listener=self.listener.name,
+            tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
+            backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
+            seconds=round(seconds, 3), reason=reason, error=self.detail,
+        )  # fmt: skip
 
     def _log_level(self) -> int:
         """Checks, and what another line reports, are logged at level debug."""

@@ -155,6 +155,7 @@ class Deadlines:
     def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
         for handshake, _ in list(takewhile(lambda running: running[1] <= now, self._running.items())):
+            self.end(handshake)
             handshake.expire()
         first = next(iter(self._running.values()), None)
         self._timer = None if first is None else loop.call_at(first, self._expire, loop)

@@ -167,7 +167,7 @@ class MaildirForEach:
     async def _deliver(self, ctx: DataContext, apart: bool) -> SMTPError | None:
         """Deliver to all recipients, or in LMTP to those that it can. Returns the error if it can to none of them."""
         copies = self._maildirs.of(ctx.session.envelope.rcpt_to, ctx.session.name)
-        if copies is None:
+        if not copies:
             raise SMTPError(*STORE_ERROR)  # a handler has changed the recipients after they were looked up
         errors: dict[int, SMTPError] = {}
         if len(copies) == 1:
@@ -178,7 +178,11 @@ class MaildirForEach:
             name = await self._writer.store_copies(ctx, copies)
         for number, error in errors.items():
             for each in copies[number][1]:
-                ctx.reject_recipient(each.address, error.message, error.code)
+                try:
+                    ctx.reject_recipient(each.address, error.message, error.code)
+                except LookupError:
+                    # A handler has added it. Nobody else can be told, and a second copy is better than none.
+                    raise error from None
         ctx.accept(f"Ok: queued as {name}")
         return errors[0] if len(errors) == len(copies) else None
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fumi_core import Fumi
+from fumi_core import DataContext, Fumi, Next
 from fumi_core.delivery import maildir, maildir_files, parse_target
 from fumi_core.delivery.maildir_recipients import MaildirTemplate, RecipientMaildirs
 from fumi_core.program import builtin
@@ -411,16 +411,50 @@ def test_extensions_that_a_maildir_cannot_keep_are_not_offered(mail: Path, conne
     assert b"DSN" not in offered
 
 
-def test_a_handlers_recipient_without_a_maildir_is_deferred(mail: Path, connect: Connect) -> None:
-    app = build(mail)
-
-    async def elsewhere(ctx: Any, next: Any) -> Any:
-        ctx.session.envelope.rcpt_to.append(Address("../x@d.example", {}))
-        return await next()
-
-    app.on_data(elsewhere, first=True)
-    with running(app) as server:
+@pytest.mark.parametrize("recipients", [["joe@d.example", "../x@d.example"], ["joe@d.example", "eve@d.example"], []], ids=str)
+def test_handlers_recipients_without_a_maildir_are_deferred(mail: Path, connect: Connect, recipients: list[str]) -> None:
+    with running(changing(build(mail), *recipients)) as server:
         assert deliver(connect(server.port), "joe@d.example") == b"451 4.3.0 Mail store error\r\n"
+    assert left_over(mail) == []
+
+
+def test_handlers_may_change_message_and_recipients(mail: Path, connect: Connect) -> None:
+    app = changing(build(mail), "ann@d.example", "bob@d.example")
+
+    async def other_text(ctx: DataContext, next: Next) -> None:
+        ctx.replace(b"Subject: other\r\n\r\n" + b"x" * 300_000)
+        await next()
+
+    app.on_data(other_text, first=True)
+    with running(app) as server:
+        assert deliver(connect(server.port), "joe@d.example").startswith(b"250")
+    assert stored(mail, "joe") == []
+    for name in ("ann", "bob"):
+        (message,) = stored(mail, name)
+        assert b"Subject: other\n\nxxx" in message
+
+
+def test_a_failing_copy_for_a_recipient_that_a_handler_added_defers_all_in_lmtp(
+    mail: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = changing(build(mail, lmtp=True), "joe@d.example", "ann@d.example")
+    with running(app) as server:
+        client = ready(connect(server.port), "LHLO")
+        client.say("RCPT TO:<joe@d.example>")
+        client.say("DATA")
+        fail_for_ann(monkeypatch, "write", 28)
+        assert client.say("hi\r\n.").startswith(b"452 4.3.1")
+
+
+def changing(app: Fumi, *recipients: str) -> Fumi:
+    """The same app with these recipients in place of the client's."""
+
+    async def change(ctx: DataContext, next: Next) -> None:
+        ctx.session.envelope.rcpt_to = [Address(each, {}) for each in recipients]
+        await next()
+
+    app.on_data(change, first=True)
+    return app
 
 
 @pytest.mark.parametrize("kill_after", [0, 3, 17])

@@ -160,4 +160,5 @@ def _facts(session: Session) -> Iterator[str]:
     ):
         with contextlib.suppress(ValueError):  # a Unix socket has no address
             yield f"{name}ip={ip_address(address)}"
-            yield f"{name}port={port}"
+            if port:
+                yield f"{name}port={port}"

@@ -13,10 +13,21 @@ private names are used.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class _Current(threading.local):
+    """What this thread is doing now; a thread may have an event loop of its own."""
+
+    walk: Walk | None = None
+    """The walk whose coroutine is running, if it is one."""
+
+
+current = _Current()
 
 
 class Pause(Generic[T]):
@@ -56,7 +67,7 @@ class Pause(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self.ended:
-            if Walk.current is not None:
+            if current.walk is not None:
                 yield self
             else:
                 yield from self._future()
@@ -84,9 +95,6 @@ class Walk:
 
     __slots__ = ("_cancelled", "_coroutine", "_ended", "_pause")
 
-    current: ClassVar[Walk | None] = None
-    """The walk whose coroutine is running now."""
-
     def __init__(self, coroutine: Coroutine[Any, Any, None], ended: Callable[[BaseException | None], None]) -> None:
         self._coroutine = coroutine
         self._ended = ended
@@ -110,7 +118,7 @@ class Walk:
 
     def _step(self, error: type[BaseException] | None = None) -> None:
         """Run the coroutine until it waits again; with ``error``, which is raised where it waits now."""
-        outer, Walk.current = Walk.current, self
+        outer, current.walk = current.walk, self
         self._pause = None
         try:
             pause = self._coroutine.send(None) if error is None else self._coroutine.throw(error)
@@ -126,7 +134,7 @@ class Walk:
             self._pause = pause
             pause.resume = self._step
         finally:
-            Walk.current = outer
+            current.walk = outer
         if self._cancelled and self._pause is not None:
             self._cancelled = False
             self.cancel()
@@ -134,7 +142,7 @@ class Walk:
 
 async def in_task(coroutine: Coroutine[Any, Any, T]) -> T:
     """Await a coroutine that needs to run in a task: a walk gives it one of its own, and a task awaits it as it is."""
-    if Walk.current is None:
+    if current.walk is None:
         return await coroutine
     task = asyncio.get_running_loop().create_task(coroutine)
     try:

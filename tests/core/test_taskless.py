@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import threading
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from fumi_core.runtime.taskless import Pause, Walk, in_task
+from fumi_core.runtime.taskless import Pause, Walk, current, in_task
 
 
 class Walked:
@@ -107,20 +108,20 @@ def test_a_walk_that_is_cancelled_while_it_runs_is_cancelled_where_it_waits_next
 def test_a_walk_that_continues_another_one_is_the_current_one_again_afterwards() -> None:
     pause: Pause[None] = Pause()
     own: Pause[None] = Pause()
-    current: list[Walk | None] = []
+    walks: list[Walk | None] = []
 
     async def wait() -> None:
         await pause
-        current.append(Walk.current)
+        walks.append(current.walk)
 
     async def end_the_pause() -> None:
         pause.end(None)
-        current.append(Walk.current)
+        walks.append(current.walk)
         await own
 
     one, other = Walked(wait()), Walked(end_the_pause())
-    assert current == [one.walk, other.walk]
-    assert Walk.current is None
+    assert walks == [one.walk, other.walk]
+    assert current.walk is None
     own.end(None)
     assert (one.ended, other.ended) == ([None], [None])
 
@@ -227,6 +228,29 @@ def test_a_walk_that_is_cancelled_when_its_task_has_just_ended_is_cancelled_wher
         assert seen == ["done"]
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_walk_in_another_thread_is_not_the_one_that_runs_here() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        inside.set()
+        leave.wait(30)
+
+    async def main() -> str:
+        pause: Pause[str] = Pause()
+        asyncio.get_running_loop().call_soon(pause.end, "done")
+        return await pause
+
+    thread = threading.Thread(target=Walk(hold(), lambda error: None).start)
+    thread.start()
+    inside.wait(30)
+    try:
+        assert current.walk is None
+        assert asyncio.run(main()) == "done"
+    finally:
+        leave.set()
+        thread.join()
 
 
 def test_a_walk_that_waits_for_a_future_is_told_what_to_do() -> None:

@@ -7,6 +7,8 @@ import os
 import resource
 import select
 import signal
+import smtplib
+import ssl
 import tempfile
 import threading
 from base64 import b64encode
@@ -23,6 +25,7 @@ from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.testing import running
 from tests.core.client import Client
 from tests.interop.dovecot_logins import DovecotLogins
+from tests.interop.starting import StartEdge
 from tests.support.ports import free_port
 from tests.support.programs import Programs
 from tests.support.readme import ROOT, sections
@@ -283,6 +286,34 @@ def test_a_login_by_dovecot_sends_to_maildirs_that_its_imap_server_reads(
         assert message.endswith(b"Subject: hello\r\n\r\nthe text\r\n")
     log = (programs.directory / "core.log").read_text()
     assert not [word for word in ("secret", "wrong") if word in log]
+
+
+def test_behind_an_edge_users_send_over_tls_and_the_world_by_starttls(
+    dovecot: Callable[..., DovecotLogins], programs: Programs, edge: StartEdge
+) -> None:
+    started, port = dovecot(), free_port()
+    flags = ["--listen", f"127.0.0.1:{port}", "--name", "mx.example", "--domain", "d.example", "--sender-login"]
+    flags += ["--dovecot-auth", started.auth, "--deliver", f"maildir:{started.maildirs}"]
+    programs.start(BIN / "fumi-core", *flags, port=port, log="core.log")
+    ports = edge(port)
+    tls = ssl.create_default_context()
+    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    with smtplib.SMTP_SSL("127.0.0.1", ports.tls_port, timeout=60, context=tls) as client:
+        with pytest.raises(smtplib.SMTPAuthenticationError, match="535"):
+            client.login("joe@d.example", "wrong")
+        client.login("joe@d.example", "secret")
+        with pytest.raises(smtplib.SMTPSenderRefused, match=r"553.*not owned by your login"):
+            client.sendmail("ann@d.example", ["ann@d.example"], "Subject: no\r\n\r\n")
+        client.sendmail("joe@d.example", ["ann@d.example"], "Subject: by tls\r\n\r\n")
+    with smtplib.SMTP("127.0.0.1", ports.starttls_port, timeout=60) as client:
+        client.starttls(context=tls)
+        refused = client.sendmail("x@world.example", ["ann@d.example", "eve@d.example"], "Subject: by starttls\r\n\r\n")
+    assert {name: code for name, (code, _) in refused.items()} == {"eve@d.example": 550}
+    assert [b"with ESMTPSA " in each for each in started.read("ann@d.example")] == [True, False]
+    asked = [line.replace("#011", "\t") for line in started.log().splitlines() if "client in: AUTH" in line]
+    from_the_core = [line for line in asked if "service=smtp" in line]
+    assert len(from_the_core) >= 2
+    assert all("\tsecured\tlip=127.0.0.1\t" in line for line in from_the_core)
 
 
 def test_the_pages_configuration_of_dovecot_makes_the_socket(dovecot: Callable[..., DovecotLogins], place: Path) -> None:

@@ -162,7 +162,7 @@ def install_filter(name: str) -> Path:
 def missing_libraries(home: Path) -> str:
     """What the dynamic linker says of Dovecot's programs, where something is missing."""
     library = home / "usr/lib/dovecot"
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{library}:{library}/old-stats"}
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{library}:{library}/old-stats:{library}/modules/old-stats"}
     command = ["ldd", *(str(library / name) for name in ("lmtp", "anvil", "log", "config", "auth", "imap-login", "imap"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return "".join(line for line in done.stdout.splitlines(keepends=True) if "not found" in line)

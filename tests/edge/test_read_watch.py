@@ -14,7 +14,7 @@ import pytest
 from fumi_edge.tls import read_watch
 from fumi_edge.tls.read_watch import READING, ReadWatch
 from fumi_edge.tls.records import ENDED, MORE, RECORD_SIZE, After, read_records
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_read_that_does_not_return_is_ended(watch: ReadWatch, caplog: pytest.L
         with Endless(fileno=accepted.detach()) as sock:
             assert read(sock) == (0, ENDED)
         assert client.recv(1) == b""
-    assert caplog.messages == ["TLS read does not end, disconnected client_ip=127.0.0.1"]
+    assert until(lambda: caplog.messages) == ["TLS read does not end, disconnected client_ip=127.0.0.1"]
     assert READING.now is None
 
 

@@ -163,6 +163,7 @@ class Edge:
             self._reloader = Reloader(self.certificates, before.metrics, settings.cert_reload_interval)
         if self.certificates is not before.certificates:
             before.certificates.close()
+            before.metrics.ciphers(self.certificates.ciphers())
         self.settings = settings
         self._resources = replace(
             before,

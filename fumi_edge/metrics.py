@@ -12,7 +12,7 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry
 
 from fumi_core.proxy_protocol import TLSInfo
-from fumi_core.runtime.counting import Counter, Gauge, Histogram
+from fumi_core.runtime.counting import Count, Counter, Gauge, Histogram
 from fumi_edge.tls.handshake import HandshakeResult
 
 TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
@@ -104,7 +104,9 @@ class EdgeMetrics:
         self.handshake_seconds = histogram(
             "handshake_seconds", "Duration of successful TLS handshakes, in seconds.", _HANDSHAKE_SECONDS
         ).labels()
-        sessions = counter("tls_sessions", "TLS sessions, by version, cipher and resumption.", "version", "cipher", "resumed")
+        self._tls_sessions = counter(
+            "tls_sessions", "TLS sessions, by version, cipher and resumption.", "version", "cipher", "resumed"
+        )
         starttls = counter("starttls", "Connections to STARTTLS ports, by outcome.", "result")
         moved = counter("bytes", "Traffic in bytes: in from clients, out to clients.", "direction")
         self._connect_seconds = histogram(
@@ -126,11 +128,8 @@ class EdgeMetrics:
         ).labels()
         state("build_info", "Always 1; the label is the running version.", "version").labels(version).set(1)
 
-        self._sessions = {
-            (tls, cipher, resumed): sessions.labels(tls, cipher, "true" if resumed else "false")
-            for tls, cipher in [*ciphers, *((each, "unknown") for each in TLS_VERSIONS)]
-            for resumed in (False, True)
-        }
+        self._sessions: dict[tuple[str, str, bool], Count] = {}
+        self.ciphers([*ciphers, *((each, "unknown") for each in TLS_VERSIONS)])
         self.starttls = {result: starttls.labels(result) for result in StarttlsResult}
         self.rejected = {reason: rejected.labels(reason) for reason in RejectReason}
         self.certificate_reloads = {result: reloads.labels(result) for result in ReloadResult}
@@ -142,6 +141,12 @@ class EdgeMetrics:
 
     def backend(self, name: str) -> BackendMetrics:
         return BackendMetrics(self._connect_seconds, self._backend_errors, self._backend_up, name)
+
+    def ciphers(self, ciphers: Iterable[tuple[str, str]]) -> None:
+        """Add the series of these (TLS version, cipher) pairs, which can be negotiated from now on."""
+        for tls, cipher in ciphers:
+            for resumed in (False, True):
+                self._sessions[tls, cipher, resumed] = self._tls_sessions.labels(tls, cipher, "true" if resumed else "false")
 
     def drop_backend(self, name: str) -> None:
         """Remove the state of a backend that is no longer one; what was counted stays."""

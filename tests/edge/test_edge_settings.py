@@ -22,6 +22,7 @@ from fumi_edge.program.settings import Flags
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Pair
+from fumi_edge.tls.policy import Policy
 
 Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -159,6 +160,19 @@ def test_a_new_listener_policy_does_not_change_the_other_listener(run: Callable[
         assert await idle[0].readline() == b"220 one\r\n"
         assert await idle[0].readline() == b"421 4.4.2 Error: timeout exceeded\r\n"
         assert await ask(quiet, b"NOOP") == b"250 one\r\n"
+
+    run(scenario)
+
+
+def test_the_ciphers_of_a_new_policy_have_series(run: Callable[[Scenario], None], certificate: tuple[Path, Path]) -> None:
+    async def scenario(running: Running, one: Remote, two: Remote) -> None:
+        cert, key = certificate
+        policy = Policy(ciphers="ECDHE+AESCCM")
+        certificates = Certificates([Pair(str(cert), str(key))], policy)
+        await running.edge.apply(replace(served_by(one), tls=policy), certificates)
+        for version, cipher in certificates.ciphers():
+            labels = {"version": version, "cipher": cipher, "resumed": "false"}
+            assert running.edge.registry.get_sample_value("fumi_edge_tls_sessions_total", labels) == 0
 
     run(scenario)
 

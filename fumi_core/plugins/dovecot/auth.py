@@ -7,14 +7,13 @@ import logging
 from base64 import b64encode
 from collections.abc import Iterator
 from ipaddress import ip_address
-from typing import NamedTuple
 
 from fumi_core.app import Fumi
 from fumi_core.errors import SMTPError
 from fumi_core.handlers.contexts import AuthContext
 from fumi_core.handlers.middleware import Next
 from fumi_core.plugins.dovecot.channel import Channel, Request, TooLong, Unavailable, server_address
-from fumi_core.plugins.dovecot.protocol import AuthConversation, Conversation, Reply
+from fumi_core.plugins.dovecot.protocol import AuthConversation, Conversation, DovecotReply
 from fumi_core.runtime.logs import event
 from fumi_core.smtp.replies import TEMPORARY_AUTH_FAILURE
 from fumi_core.smtp.sasl import Credentials
@@ -26,14 +25,6 @@ MAX_REASON = 200
 """Characters of Dovecot's reason for a failure that the client gets."""
 _log = logging.getLogger("fumi.core")
 _FAILED = "5.7.8 Error: authentication failed"
-
-
-class Exchange(NamedTuple):
-    """One mechanism's messages: the initial response, and responses to the server's challenges."""
-
-    mechanism: str
-    initial: bytes
-    more: tuple[bytes, ...] = ()
 
 
 def dovecot_auth(address: str) -> DovecotAuth:
@@ -101,7 +92,7 @@ class UnusableReply(Exception):
     """Dovecot accepts a login that this server cannot accept; the message says why."""
 
 
-def user_of(reply: Reply) -> str:
+def user_of(reply: DovecotReply) -> str:
     """The name of the user that may log in. Raises SMTPError for a refusal, UnusableReply."""
     if reply.verb == "FAIL":
         if reply.has("temp") or reply.value("code") == "temp_fail":
@@ -118,7 +109,7 @@ def user_of(reply: Reply) -> str:
     return user
 
 
-def _failure(reply: Reply) -> SMTPError:
+def _failure(reply: DovecotReply) -> SMTPError:
     reason = " ".join((reply.value("reason") or "").split())[:MAX_REASON]
     return SMTPError(f"{_FAILED}: {reason}" if reason else _FAILED, 535)
 
@@ -128,8 +119,7 @@ def _request(session: Session, credentials: Credentials, server: Conversation) -
     mechanism = _equivalent(credentials.method, server.mechanisms)
     if mechanism is None:
         raise SMTPError("5.5.4 Unrecognized authentication type", 504)
-    exchange = _exchange(mechanism, credentials)
-    initial, *more = (b64encode(each).decode() for each in (exchange.initial, *exchange.more))
+    initial, *more = (b64encode(each).decode() for each in _responses(mechanism, credentials))
     return Request("AUTH", (mechanism, *_facts(session), f"resp={initial}"), more)
 
 
@@ -139,14 +129,15 @@ def _equivalent(method: str, offered: frozenset[str]) -> str | None:
     return next((each for each in usable if each in offered), None)
 
 
-def _exchange(mechanism: str, credentials: Credentials) -> Exchange:
+def _responses(mechanism: str, credentials: Credentials) -> tuple[bytes, ...]:
+    """The initial response, and those to the server's challenges."""
     user, password = credentials.username.encode(), credentials.password.encode()
     if mechanism == "PLAIN":
-        return Exchange("PLAIN", b"\0%b\0%b" % (user, password))
+        return (b"\0%b\0%b" % (user, password),)
     if mechanism == "LOGIN":
-        return Exchange("LOGIN", user, (password,))
+        return user, password
     # Dovecot explains a failure in a challenge, which the client answers before it is told of the failure.
-    return Exchange("XOAUTH2", b"user=%b\x01auth=Bearer %b\x01\x01" % (user, credentials.access_token.encode()), (b"",))
+    return b"user=%b\x01auth=Bearer %b\x01\x01" % (user, credentials.access_token.encode()), b""
 
 
 def _facts(session: Session) -> Iterator[str]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
-from fumi_core.plugins.dovecot.protocol import MAX_NUMBER, Conversation, Malformed, Reply, line
+from fumi_core.plugins.dovecot.protocol import MAX_NUMBER, Conversation, DovecotReply, Malformed, line
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.logs import event
 
@@ -65,7 +65,7 @@ class Channel:
         self._connecting: asyncio.Task[Link] | None = None
         self._down = False
 
-    async def ask(self, request: Callable[[Conversation], Request]) -> Reply:
+    async def ask(self, request: Callable[[Conversation], Request]) -> DovecotReply:
         """Send the request, which may depend on the server's handshake, and return its final reply.
 
         A request whose connection is lost is sent once more: Dovecot closes all connections when it restarts. Raises Unavailable,
@@ -85,7 +85,7 @@ class Channel:
             event(_log, logging.INFO, "Dovecot available", address=self.address)
         return reply
 
-    async def _ask(self, request: Callable[[Conversation], Request], deadline: float) -> Reply:
+    async def _ask(self, request: Callable[[Conversation], Request], deadline: float) -> DovecotReply:
         link = await self.connect()
         return await link.ask(request(link.conversation), deadline)
 
@@ -177,7 +177,7 @@ class Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.close(f"connection lost: {exc}" if exc else "connection closed")
 
-    def _take(self, reply: Reply) -> None:
+    def _take(self, reply: DovecotReply) -> None:
         waiting = self._waiting.get(reply.number)
         if waiting is None:
             if not 0 < reply.number <= self._number:
@@ -191,7 +191,7 @@ class Link(asyncio.Protocol):
         else:
             raise Malformed("a challenge that the mechanism does not have")
 
-    async def ask(self, request: Request, deadline: float) -> Reply:
+    async def ask(self, request: Request, deadline: float) -> DovecotReply:
         """Send a request; return the reply that ends it. ``deadline`` is the loop's time. Raises Unavailable, TooLong."""
         if self.lost is None and self._number >= MAX_NUMBER:
             self.close("all numbers of requests are used")
@@ -234,10 +234,10 @@ class Link(asyncio.Protocol):
 class _Waiting(NamedTuple):
     """A request under way."""
 
-    answer: asyncio.Future[Reply]
+    answer: asyncio.Future[DovecotReply]
     responses: list[str]
 
-    def finish(self, reply: Reply) -> None:
+    def finish(self, reply: DovecotReply) -> None:
         if not self.answer.done():
             self.answer.set_result(reply)
 

@@ -48,7 +48,7 @@ def _of_valid_length(text: bytes) -> bytes:
     return text
 
 
-class Reply(NamedTuple):
+class DovecotReply(NamedTuple):
     """One reply: ``number`` is the request's, ``parameters`` are what follows it."""
 
     verb: str
@@ -87,7 +87,7 @@ class Conversation:
         """Bytes of a line that the server takes, its LF included. It disconnects a client that sends a longer one."""
         raise NotImplementedError
 
-    def feed(self, data: bytes) -> Iterator[Reply]:
+    def feed(self, data: bytes) -> Iterator[DovecotReply]:
         """Yield the replies that ``data`` completes, one line at a time. Raises Malformed at the line that is."""
         *whole, rest = (self._rest + data).split(b"\n")
         self._rest = rest
@@ -99,13 +99,13 @@ class Conversation:
                 self._shake_hands(verb, parameters)
         _of_valid_length(rest)
 
-    def _reply(self, verb: str, parameters: list[str]) -> Reply:
+    def _reply(self, verb: str, parameters: list[str]) -> DovecotReply:
         if verb not in self.verbs:
             raise Malformed(f"unexpected line {verb[:40]!r}")
         number = parameters[0] if parameters else ""
         if not (number.isascii() and number.isdigit()) or len(number) > 10:
             raise Malformed(f"{verb} without a request's number")
-        return Reply(verb, int(number), tuple(parameters[1:]))
+        return DovecotReply(verb, int(number), tuple(parameters[1:]))
 
     def _shake_hands(self, verb: str, parameters: list[str]) -> None:
         if verb == "VERSION":

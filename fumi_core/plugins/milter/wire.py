@@ -23,7 +23,8 @@ QUIT_NEW_CONNECTION = b"\0\0\0\1K"
 _LENGTH = struct.Struct("!I")
 _NUMBERS = struct.Struct("!III")
 _FIELD_NAME = re.compile(rb"[!-9;-~]+")
-_REPLY_LINE = re.compile(r"([45][0-9]{2})(?:[ -](.*))?")
+_REPLY_LINE = re.compile(r"([45][0-9]{2})(?:[ -](.*))?", re.DOTALL)
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _STATUS = re.compile(r"[45]\.[0-9]{1,3}\.[0-9]{1,3}(?: |$)")
 
 
@@ -203,7 +204,7 @@ def _address(data: bytes) -> str:
 def _reply_code(data: bytes) -> ReplyCode:
     """``550 5.7.1 Text``, or several such lines. libmilter doubles each %, as Sendmail takes the text for a format."""
     text = _texts(data, 1, 1)[0].decode("utf-8", "replace").replace("%%", "%")
-    found = [_REPLY_LINE.fullmatch(line) for line in text.splitlines()]
+    found = [_REPLY_LINE.fullmatch(line) for line in _LINE_END.split(text.rstrip("\r\n"))]
     matches = [match for match in found if match is not None]
     if not matches or len(matches) < len(found) or len({match[1] for match in matches}) > 1:
         raise Malformed(f"{text[:100]!r} is not a reply")

@@ -36,7 +36,7 @@ _ROUNDS = 64
 """Waits in one ``select()``. Between two calls asyncio discards cancelled timers, of which each round may leave some."""
 
 _Arguments = TypeVarTuple("_Arguments")
-Call = tuple[Callable[..., object], tuple[Any, ...]]
+Callback = Callable[..., object]
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -63,7 +63,7 @@ class Loop(asyncio.SelectorEventLoop):
     def add_reader(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
         """Call ``callback`` whenever there is data to read, or end of file. Replaces the descriptor's reader."""
         watch = self._poll.watch(fd)
-        watch.reader = callback, args
+        watch.reader, watch.reader_args = callback, args
         self._poll.update(watch)
 
     def remove_reader(self, fd: Any) -> bool:
@@ -72,14 +72,14 @@ class Loop(asyncio.SelectorEventLoop):
         if watch.reader is None:
             # asyncio's own reader, such as sock_connect's, which it also removes by this method.
             return super().remove_reader(fd)
-        watch.reader = None
+        watch.reader, watch.reader_args = None, ()
         self._poll.update(watch)
         return True
 
     def add_writer(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
         """Call ``callback`` whenever there is room to write, or the peer is gone. Replaces the descriptor's writer."""
         watch = self._poll.watch(fd)
-        watch.writer = callback, args
+        watch.writer, watch.writer_args = callback, args
         self._poll.update(watch)
 
     def remove_writer(self, fd: Any) -> bool:
@@ -88,7 +88,7 @@ class Loop(asyncio.SelectorEventLoop):
         if watch.writer is None:
             # asyncio's own writer, such as sock_connect's, which it also removes by this method.
             return super().remove_writer(fd)
-        watch.writer = None
+        watch.writer, watch.writer_args = None, ()
         self._poll.update(watch)
         return True
 
@@ -99,26 +99,28 @@ class Loop(asyncio.SelectorEventLoop):
         if executor is not None:
             executor.shutdown(wait=False)
 
-    def _failed(self, call: Call | None, error: Exception) -> None:
-        self.call_exception_handler({"message": f"Exception in {call and call[0]!r}", "exception": error})
+    def _failed(self, call: Callback | None, error: Exception) -> None:
+        self.call_exception_handler({"message": f"Exception in {call!r}", "exception": error})
 
 
 class _Watch:
     """A descriptor, its reader and its writer, and the events that the kernel was asked for."""
 
-    __slots__ = ("asked", "fd", "reader", "writer")
+    __slots__ = ("asked", "fd", "reader", "reader_args", "writer", "writer_args")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.reader: Call | None = None
-        self.writer: Call | None = None
+        self.reader: Callback | None = None
+        self.reader_args: tuple[Any, ...] = ()
+        self.writer: Callback | None = None
+        self.writer_args: tuple[Any, ...] = ()
         self.asked = 0
 
 
 class _Selector(selectors.BaseSelector):
     """epoll, for watched descriptors, and for the few that asyncio registers itself."""
 
-    def __init__(self, failed: Callable[[Call | None, Exception], None]) -> None:
+    def __init__(self, failed: Callable[[Callback | None, Exception], None]) -> None:
         self._epoll = select.epoll()
         self._failed = failed
         self._keys: dict[Any, selectors.SelectorKey] = {}
@@ -179,9 +181,9 @@ class _Selector(selectors.BaseSelector):
             call = None
             try:
                 if event & ~_OUT and (call := watch.reader) is not None:
-                    call[0](*call[1])
+                    call(*watch.reader_args)
                 if event & ~_IN and (call := watch.writer) is not None:
-                    call[0](*call[1])
+                    call(*watch.writer_args)
             except Exception as error:
                 self._failed(call, error)
         return registered

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,20 @@ def test_reader_and_writer_of_one_socket_are_apart(loop: Loop, pair: tuple[socke
     loop.add_reader(ours, called.append, "another")
     turn(loop)
     assert called[3:] == ["another"]
+
+
+def test_what_a_removed_reader_was_called_with_is_released_although_the_writer_stays(
+    loop: Loop, pair: tuple[socket.socket, ...]
+) -> None:
+    ours, _ = pair
+    argument = threading.Event()
+    released = weakref.ref(argument)
+    loop.add_writer(ours, print, "not called")
+    loop.add_reader(ours, print, argument)
+    loop.remove_reader(ours)
+    del argument
+    assert released() is None
+    loop.remove_writer(ours)
 
 
 def test_who_was_removed_in_the_same_round_is_not_called(loop: Loop) -> None:

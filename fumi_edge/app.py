@@ -29,7 +29,7 @@ from fumi_edge.edge import Edge
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Source
-from fumi_edge.tls.policy import Policy
+from fumi_edge.tls.policy import CertificateSettings, Policy
 
 EXTRA_IDLE_SECONDS = 30.0
 """Seconds by which a tunnel's idle timeout exceeds ``socket_timeout``, so that the core sends its 421 first."""
@@ -94,16 +94,16 @@ class Fumi(core.Fumi):
     def _start_edge(self, certificates: Certificates, server: Server) -> Edge:
         core = LocalCore(starttls=not self._secure)
         core.attach(server)
+        own = CertificateSettings(tuple(certificates.sources), certificates.policy)
         edge = Edge(
             EdgeSettings(
-                certificates=tuple(certificates.sources),
-                tls=certificates.policy,
+                certificates=own,
                 cert_reload_interval=0,
                 backends=BackendSettings((core,), health_interval=0),
                 limits=ClientLimits(self.options.max_clients),
                 drain_timeout=self.options.close_timeout,
             ),
-            certificates,
+            {own: certificates},
             direct=core,
         )
         edge.begin(self.connection_count)

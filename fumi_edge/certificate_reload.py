@@ -28,10 +28,12 @@ FIRST_CHECK_TIMEOUT = 5.0
 class Reloader:
     """Checks the files every ``interval`` seconds from ``start()`` to ``close()``; with 0 only ``reload()`` reads them."""
 
-    def __init__(self, certificates: Certificates, metrics: EdgeMetrics, interval: float) -> None:
+    def __init__(self, certificates: Certificates, metrics: EdgeMetrics, interval: float, listeners: str | None = None) -> None:
+        """``listeners`` are those that serve the certificates, for the log, if other listeners serve other ones."""
         self._certificates = certificates
         self._metrics = metrics
         self._interval = interval
+        self._listeners = listeners
         self._settle = min(SETTLE_SECONDS, interval or SETTLE_SECONDS)
         self._seen = certificates.stamp_read
         self._reported: set[str] = set()
@@ -49,7 +51,7 @@ class Reloader:
         self._log_authority_problems()
         self._log_skipped(())
         if problem := self._certificates.startup_problem():
-            event(log, logging.WARNING, "no cipher for the certificates", error=problem)
+            event(log, logging.WARNING, "no cipher for the certificates", error=problem, listeners=self._listeners)
         loop = asyncio.get_running_loop()
         if self._interval:
             self._watching = loop.create_task(self._watch())
@@ -149,7 +151,7 @@ class Reloader:
         """Log the complaints that were not logged last time."""
         for complaint in complaints:
             if complaint not in self._reported:
-                event(log, level, words, error=complaint)
+                event(log, level, words, error=complaint, listeners=self._listeners)
         self._reported = set(complaints)
 
     async def _install(self) -> list[str]:
@@ -159,30 +161,38 @@ class Reloader:
         self._publish()
         now = self._certificates.entries
         for entry in [each for each in now if each not in before]:
-            event(log, logging.INFO, "certificate loaded", name=entry.name, file=str(entry.pair), expires=date(entry.not_after))
+            event(
+                log,
+                logging.INFO,
+                "certificate loaded",
+                name=entry.name,
+                file=str(entry.pair),
+                expires=date(entry.not_after),
+                listeners=self._listeners,
+            )
             self._warn(entry)
         self._log_authority_problems()
         self._log_skipped(skipped)
         kept = {each.pair for each in now}
         for entry in [each for each in before if each.pair not in kept]:
-            event(log, logging.INFO, "certificate removed", name=entry.name, file=str(entry.pair))
+            event(log, logging.INFO, "certificate removed", name=entry.name, file=str(entry.pair), listeners=self._listeners)
         return reading.complaints
 
     def _log_authority_problems(self) -> None:
         problems = self._certificates.authority_problems(time.time())
         for problem in problems:
             if problem not in self._logged_authority_problems:
-                event(log, logging.WARNING, "CA certificate is not valid", error=problem)
+                event(log, logging.WARNING, "CA certificate is not valid", error=problem, listeners=self._listeners)
         self._logged_authority_problems = problems
 
     def _log_skipped(self, before: Sequence[str]) -> None:
         for line in [each for each in self._certificates.skipped if each not in before]:
-            event(log, logging.INFO, "certificate skipped", error=line)
+            event(log, logging.INFO, "certificate skipped", error=line, listeners=self._listeners)
 
     def _publish(self) -> None:
-        self._metrics.certificates((entry.name, entry.not_after) for entry in self._certificates.served)
+        self._metrics.certificates(((entry.name, entry.not_after) for entry in self._certificates.served), self._certificates)
 
     def _warn(self, entry: Certificate) -> None:
         if problem := entry.validity_problem(time.time()):
             level = logging.WARNING if entry in self._certificates.selection.served else logging.INFO
-            event(log, level, "certificate is not valid", name=entry.name, error=problem)
+            event(log, level, "certificate is not valid", name=entry.name, error=problem, listeners=self._listeners)

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 import click
 
-from fumi_core.runtime.config_file import config_option
+from fumi_core.runtime.config_file import config_option, listener_tables
 from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.flag_types import ADDRESS, COUNT, MODE, NAME, NETWORK, SECONDS, SECONDS_OR_ZERO, WORKERS
 from fumi_core.runtime.lifecycle import STOP_SIGNALS, prepare
@@ -23,8 +23,10 @@ from fumi_edge.emit.configuration import PROGRAMS, configuration
 from fumi_edge.program import dev
 from fumi_edge.program.check import check
 from fumi_edge.program.flag_source import FlagSource
+from fumi_edge.program.flags import Flags
 from fumi_edge.program.inner import Inner
-from fumi_edge.program.settings import Flags, edge_settings, load_certificates
+from fumi_edge.program.listeners import LISTENER_KEYS
+from fumi_edge.program.settings import edge_settings, load_certificates
 from fumi_edge.program.work import EdgeWork
 from fumi_edge.tls.policy import CIPHERS
 
@@ -138,7 +140,7 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--drain-timeout", type=SECONDS_OR_ZERO, default=30, help="Time that connections get to end after SIGTERM.")
 @heading("Operation")
-@config_option("edge")
+@config_option("edge", LISTENER_KEYS)
 @click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz, /readyz and, at /, the status page.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")
 @click.option(
@@ -180,15 +182,16 @@ def main(**flags: Unpack[Flags]) -> None:
         click.echo(configuration(flags["emit"], ctx), nl=False)
         return
     prepare(flags["log_format"], flags["log_level"])
+    tables = listener_tables(ctx)
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(dev.directory(flags)) if flags["dev_mode"] else None
-        inner = Inner(flags, given(ctx)) if flags["app"] else None
+        directory = stack.enter_context(dev.directory(flags, tables)) if flags["dev_mode"] else None
+        inner = Inner(flags, given(ctx), tables) if flags["app"] else None
         if directory is not None:
             flags = dev.defaults(flags, directory)
         if inner is not None:
-            flags = inner.defaults(flags)
+            flags = inner.defaults(flags, tables)
         core = None if inner is None else inner.core
-        settings = edge_settings(flags, core)
+        settings = edge_settings(flags, tables, core)
         certificates = load_certificates(settings)
         if flags["user"]:
             _find_user(flags["user"])
@@ -205,7 +208,8 @@ def main(**flags: Unpack[Flags]) -> None:
             run(EdgeWork(edge, dev.DevCore(edge, directory)), 1, stops=(*STOP_SIGNALS, signal.SIGHUP))
         else:
             if flags["workers"] > 1:
-                certificates.share_ticket_keys()
+                for each in certificates.values():
+                    each.share_ticket_keys()
             run(EdgeWork(edge, inner, flags["user"], FlagSource(ctx, inner)), flags["workers"])
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -20,22 +20,21 @@ from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
 from fumi_core.runtime.taskless import Walk
 from fumi_core.version import VERSION
-from fumi_edge.backends.choice import Backends
-from fumi_edge.backends.health import Checks, dependency_problems
 from fumi_edge.backends.retiring import Retiring
-from fumi_edge.certificate_reload import Reloader
 from fumi_edge.connection.direct import DirectCore
-from fumi_edge.connection.limits import Limits, Rejections
+from fumi_edge.connection.limits import Rejections
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
-from fumi_edge.connection.resources import Resources
+from fumi_edge.connection.resources import Resources, Shared
 from fumi_edge.connection.tunnel import BUFFER_SIZE
 from fumi_edge.connection.walk import Connection
 from fumi_edge.metrics import EdgeMetrics
-from fumi_edge.settings import EdgeSettings
+from fumi_edge.services import Services
+from fumi_edge.settings import EdgeSettings, ListenerKey
 from fumi_edge.sockets.readiness import HangupWatch
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.close_notify import CloseNotify
+from fumi_edge.tls.policy import CertificateSettings
 from fumi_edge.tls.read_watch import ReadWatch
 
 log = logging.getLogger("fumi.edge")
@@ -48,6 +47,7 @@ SHORTEST_HEARTBEAT_SECONDS = 0.05
 class _Bound(NamedTuple):
     sock: socket.socket
     name: str
+    key: ListenerKey
     settings: ListenerSettings
 
 
@@ -57,25 +57,23 @@ class Edge:
     def __init__(
         self,
         settings: EdgeSettings,
-        certificates: Certificates,
+        certificates: Mapping[CertificateSettings, Certificates],
         registry: CollectorRegistry | None = None,
         direct: DirectCore | None = None,
     ) -> None:
-        """``certificates`` are those of the settings, loaded. ``registry`` gets the metrics.
+        """``certificates`` has those of the settings, loaded. ``registry`` gets the metrics.
 
         ``direct`` is a core in this process, which serves the clients over TLS; the backends then get only those without TLS.
         """
         self.settings = settings
-        self.certificates = certificates
         self.listeners: list[Listener] = []
         self.metrics_sockets: list[socket.socket] = []
         """The listening sockets for the metrics in ``registry``; opened by ``bind()``."""
         self.registry = registry or CollectorRegistry()
-        metrics = EdgeMetrics(self.registry, certificates.ciphers(), VERSION)
-        self._resources = _resources(settings, certificates, metrics, direct)
-        self._reloader = Reloader(certificates, metrics, settings.cert_reload_interval)
+        metrics, count = EdgeMetrics(self.registry, [], VERSION), count_of_one_process()
+        self._services = Services(settings, certificates, metrics, count)
+        self._shared = _shared(metrics, count, direct)
         self._reloads: set[asyncio.Task[list[str]]] = set()
-        self._checks: Checks | None = None
         self._connections: dict[Connection, Walk] = {}
         self._all_ended: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -87,25 +85,25 @@ class Edge:
 
     def bind(self) -> None:
         """Open all listening sockets. Raises ListenError, and then leaves none open."""
-        listeners, metrics = self.settings.listeners, self.settings.metrics
+        listeners, metrics = self.settings.listeners_by_key, self.settings.metrics
         opened = open_listeners(self.settings.listen_addresses, self.settings.socket_mode)
         if metrics is not None:
             self.metrics_sockets = opened.pop()
         self._bound = [
-            _Bound(sock, name_of(each.address, sock), each)
-            for each, sockets in zip(listeners, opened, strict=True)
+            _Bound(sock, name_of(each.address, sock), key, each)
+            for (key, each), sockets in zip(listeners.items(), opened, strict=True)
             for sock in sockets
         ]
-        for _, name, settings in self._bound:
-            _announce(name, settings.starttls)
+        for each in self._bound:
+            _announce(each.name, each.settings.starttls)
         if metrics is not None:
             sock = self.metrics_sockets[0]
             event(log, logging.INFO, "serving metrics", port=_port(sock), address=name_of(metrics, sock))
 
     def unbind(self) -> None:
         """Close the listening sockets for clients, in a process that does not serve them."""
-        for sock, _, _ in self._bound or ():
-            sock.close()
+        for each in self._bound or ():
+            each.sock.close()
 
     async def start(self, connection_count: ConnectionCount | None = None) -> None:
         """Begin to serve; ``connection_count`` counts the connections, of all workers if there are several.
@@ -115,94 +113,86 @@ class Edge:
         if self._bound is None:
             self.bind()
         self.begin(connection_count)
-        await self._reloader.first_check()
-        for sock, name, settings in self._bound or ():
-            self._serve_at(sock, name, settings.starttls, settings.policy)
+        await self._services.first_check()
+        for sock, name, key, settings in self._bound or ():
+            resources = self._services.resources(self._shared, settings, key)
+            self._serve_at(resources, sock, name, settings.starttls, settings.policy)
 
     def begin(self, connection_count: ConnectionCount | None = None) -> None:
         """Start health checks, certificate reloads and the heartbeat; for a caller that adds listeners by ``listen()``."""
-        retiring = self._resources.retiring
-        count = connection_count or self._resources.connection_count
-        each = 1 + max(destination.descriptors for destination in self.settings.backends.destinations)
+        retiring = self._shared.retiring
+        count = connection_count or self._shared.connection_count
+        each = 1 + max(backend.destination.descriptors for backend in self._services.backends.values())
         # An upgrade by STARTTLS opens a second connection to a backend while the first one closes.
         limit = DescriptorLimit(each, retiring.__len__)
         retiring.full = lambda: limit.reached(count.connections)
-        limits = Limits(self.settings.limits, count)
-        self._resources = replace(self._resources, limits=limits, connection_count=count, descriptor_limit=limit)
+        self._shared = replace(self._shared, connection_count=count, descriptor_limit=limit)
+        self._services.count_clients_in(count)
         self._loop = asyncio.get_running_loop()
         self._guard = self._loop.create_task(self._cancel_with_the_loop())
-        self._resources.hangup_watch.open(self._loop)
-        self._resources.close_notify.open()
+        self._shared.hangup_watch.open(self._loop)
+        self._shared.close_notify.open()
         self._read_watch.start()
-        self._start_checks()
-        self._reloader.start()
+        self._services.start()
         self._beat()
 
     def listen(self, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
         """Serve the clients of one more listening, non-blocking socket, which the edge takes over."""
-        self._serve_at(sock, name, starttls, policy)
+        self._serve_at(self._services.resources(self._shared), sock, name, starttls, policy)
         _announce(name, starttls)
 
-    def _serve_at(self, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
-        self.listeners.append(Listener(self._resources, sock, name, starttls, policy, self._serve))
+    def _serve_at(self, resources: Resources, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
+        self.listeners.append(Listener(resources, sock, name, starttls, policy, self._serve))
         self._beat_for(policy)
 
-    def _start_checks(self) -> None:
-        self._checks = Checks(self._resources.backends) if self.settings.backends.health_interval else None
-
-    async def apply(self, settings: EdgeSettings, certificates: Certificates | None = None) -> None:
+    async def apply(self, settings: EdgeSettings, certificates: Mapping[CertificateSettings, Certificates] | None = None) -> None:
         """Use other settings for the connections that are accepted from now on; open connections keep theirs.
 
-        ``certificates`` are those of the settings, loaded, if their sources or the ``tls`` policy differ from the present ones. A
-        listener that is not in the settings keeps its policy. The addresses and ``socket_mode`` are for the next start.
+        ``certificates`` has those of the settings, loaded; None if they are the present ones. A listener that is not in the
+        settings keeps its own. The addresses and ``socket_mode`` are for the next start.
         Returns when the health checks by the old settings have ended.
         """
-        before, checks, reloader = self._resources, self._checks, self._reloader
-        if certificates is not None or settings.cert_reload_interval != self.settings.cert_reload_interval:
-            self.certificates = certificates or self.certificates
-            self._reloader = Reloader(self.certificates, before.metrics, settings.cert_reload_interval)
-        if self.certificates is not before.certificates:
-            before.certificates.close()
-            before.metrics.ciphers(self.certificates.ciphers())
+        found = settings.listeners_by_key
+        # Also for the workers that are forked from this process later.
+        self._bound = self._bound and [each._replace(settings=found.get(each.key, each.settings)) for each in self._bound]
+        bound = {each.sock: each for each in self._bound or ()}
+        # What is served, which is not what is in the settings if addresses have changed.
+        listeners = settings.listeners if self._bound is None else {each.key: each.settings for each in self._bound}.values()
+        served = replace(settings, listeners=tuple(listeners))
+        before, loaded = self._services, {**self._services.certificates, **(certificates or {})}
         self.settings = settings
-        self._resources = replace(
-            before,
-            certificates=self.certificates,
-            backends=Backends(settings.backends, before.metrics, before.backends),
-            limits=Limits(settings.limits, before.connection_count, before.limits),
-        )
-        for backend in before.backends.all:
-            if backend not in self._resources.backends.all:
-                before.metrics.drop_backend(backend.name)
-        configured = {(each.address, each.starttls): each for each in settings.listeners}
-        if self._bound is not None:
-            # Also for the workers that are forked from this process later.
-            self._bound = [
-                each._replace(settings=configured.get((each.settings.address, each.settings.starttls), each.settings))
-                for each in self._bound
-            ]
-        bound = {each.sock: each.settings.policy for each in self._bound or ()}
+        self._services = Services(served, loaded, self._shared.metrics, self._shared.connection_count, before)
+        for unused in loaded.keys() - self._services.certificates.keys():
+            loaded[unused].close()
         for listener in self.listeners:
-            policy = bound.get(listener.sock, listener.policy)
-            listener.use(self._resources, policy)
-            self._beat_for(policy)
+            each = bound.get(listener.sock)
+            if each is None:
+                listener.use(self._services.resources(self._shared), listener.policy)
+            else:
+                listener.use(self._services.resources(self._shared, each.settings, each.key), each.settings.policy)
+            self._beat_for(listener.policy)
         if self._heartbeat is not None:
-            self._start_checks()
-        if checks is not None:
-            await checks.close()
-        if self._reloader is not reloader:
-            await reloader.close()
-            if self._heartbeat is not None:
-                self._reloader.start()
+            self._services.start(before)
+        await before.close(self._services)
 
     @property
     def modes(self) -> Mapping[str, bool]:
         """The names of the bound listeners, and whether their clients begin in plaintext."""
-        return {name: settings.starttls for _, name, settings in self._bound or ()}
+        return {each.name: each.settings.starttls for each in self._bound or ()}
+
+    @property
+    def certificates(self) -> Mapping[CertificateSettings, Certificates]:
+        """All certificates in use."""
+        return self._services.certificates
+
+    @property
+    def backends(self) -> Sequence[str]:
+        """The names of all backends."""
+        return list(self._services.backends)
 
     def reload(self) -> asyncio.Task[list[str]]:
         """Reload the certificates; connections are unaffected. The task returns a line for each error."""
-        task = asyncio.get_running_loop().create_task(self._reloader.reload())
+        task = asyncio.get_running_loop().create_task(self._services.reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloaded)
         return task
@@ -229,13 +219,11 @@ class Edge:
             self._guard.cancel()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        if self._checks is not None:
-            await self._checks.close()
-        self._resources.rejections.close()
-        await self._reloader.close()
-        await self._resources.retiring.close()
-        self._resources.hangup_watch.close()
-        self._resources.close_notify.close()
+        self._shared.rejections.close()
+        await self._services.close()
+        await self._shared.retiring.close()
+        self._shared.hangup_watch.close()
+        self._shared.close_notify.close()
         self._read_watch.close()
 
     def _serve(self, listener: Listener, client: socket.socket, source: Endpoint, destination: Endpoint) -> None:
@@ -243,13 +231,13 @@ class Edge:
         connection = Connection(self._loop, listener, client, source, destination)
         walk = self._connections[connection] = Walk(connection.run(), partial(self._served, connection))
         listener.metrics.active.inc()
-        self._resources.connection_count.opened()
+        self._shared.connection_count.opened()
         walk.start()
 
     def _served(self, connection: Connection, error: BaseException | None) -> None:
         del self._connections[connection]
         connection.listener.metrics.active.dec()
-        self._resources.connection_count.closed()
+        self._shared.connection_count.closed()
         if self._all_ended is not None and not self._connections and not self._all_ended.done():
             self._all_ended.set_result(None)
         if error is not None and not isinstance(error, asyncio.CancelledError):
@@ -276,7 +264,7 @@ class Edge:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         now = self._loop.time()
-        self.certificates.renew_ticket_keys(time.time())
+        self._services.renew_ticket_keys(time.time())
         for connection in list(self._connections):
             connection.tick(now)
         self._heartbeat = self._loop.call_later(self._heartbeat_seconds, self._beat)
@@ -289,33 +277,23 @@ class Edge:
             self._beat()
 
     def local_problem(self) -> str | None:
-        """Why this edge cannot serve, from memory (certificates, health checks), or None. May be called in any thread."""
-        problem = self.certificates.local_problem(time.time())
-        checked = self.settings.backends.health_interval
-        return self._resources.backends.local_problem() if problem is None and checked else problem
+        """Why some listener cannot be served, from memory (certificates, health checks), or None. May be called in any thread."""
+        return self._services.local_problem()
 
     def dependency_problem(self) -> str | None:
-        """Why no backend works, or None. Without health checks it checks the backends now, which may take seconds."""
-        backends = self.settings.backends
-        if backends.health_interval or self._resources.direct is not None:
-            return None
-        problems = dependency_problems(backends, one=True)
-        return None if None in problems else f"backend {backends.destinations[-1].name}: {problems[-1]}"
+        """Why some listener has no backend that works, or None. Without health checks it checks now, which may take seconds."""
+        return None if self._shared.direct is not None else self._services.dependency_problem()
 
 
-def _resources(settings: EdgeSettings, certificates: Certificates, metrics: EdgeMetrics, direct: DirectCore | None) -> Resources:
-    connection_count = count_of_one_process()
-    return Resources(
-        certificates=certificates,
-        backends=Backends(settings.backends, metrics),
+def _shared(metrics: EdgeMetrics, count: ConnectionCount, direct: DirectCore | None) -> Shared:
+    return Shared(
         retiring=Retiring(),
-        limits=Limits(settings.limits, connection_count),
         rejections=Rejections(metrics.rejected),
         metrics=metrics,
         hangup_watch=HangupWatch(),
         close_notify=CloseNotify(),
         buffer=memoryview(bytearray(BUFFER_SIZE)),
-        connection_count=connection_count,
+        connection_count=count,
         descriptor_limit=DescriptorLimit(2),
         direct=direct,
     )

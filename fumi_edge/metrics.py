@@ -6,6 +6,7 @@ Series are looked up once. The tunnel counts in plain integers, which ``EdgeMetr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
@@ -133,6 +134,7 @@ class EdgeMetrics:
         self.starttls = {result: starttls.labels(result) for result in StarttlsResult}
         self.rejected = {reason: rejected.labels(reason) for reason in RejectReason}
         self.certificate_reloads = {result: reloads.labels(result) for result in ReloadResult}
+        self._expiries: dict[object, list[tuple[str, float]]] = {}
         self._certificate_names: set[str] = set()
         self._bytes_in, self._bytes_out = moved.labels("in"), moved.labels("out")
 
@@ -152,10 +154,13 @@ class EdgeMetrics:
         """Remove the state of a backend that is no longer one; what was counted stays."""
         self._backend_up.remove(name)
 
-    def certificates(self, expiries: Iterable[tuple[str, float]]) -> None:
-        """Publish exactly these (name, seconds since 1970); of several with one name, the one that expires first."""
+    def certificates(self, expiries: Iterable[tuple[str, float]], owner: object = None) -> None:
+        """Publish exactly these (name, seconds since 1970) of the owner; of several with one name, the one that expires first."""
+        self._expiries.pop(owner, None)
+        if published := list(expiries):
+            self._expiries[owner] = published
         earliest: dict[str, float] = {}
-        for name, not_after in expiries:
+        for name, not_after in itertools.chain(*self._expiries.values()):
             earliest[name] = min(not_after, earliest.get(name, not_after))
         for name, not_after in earliest.items():
             self._not_after.labels(name).set(not_after)

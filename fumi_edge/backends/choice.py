@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from time import monotonic
 
@@ -77,7 +77,7 @@ class Backend:
         "destination",
         "metrics",
         "name",
-        "siblings",
+        "pools",
         "up",
     )
 
@@ -87,8 +87,8 @@ class Backend:
         self.metrics = metrics
         self.connections = 0
         self.up = True
-        self.siblings: Sequence[Backend] = (self,)
-        """All backends of the edge, this one included."""
+        self.pools: Sequence[Sequence[Backend]] = [[self]]
+        """The backends of each Backends that this one is in."""
         self._failed_at = _NEVER
         self._checked = self._unhealthy = False
         self._problem = "not checked yet"
@@ -152,27 +152,27 @@ class Backend:
         if up:
             event(log, logging.INFO, "backend up", backend=self.name)
         else:
-            left = sum(each.up for each in self.siblings)
+            left = min(sum(each.up for each in pool) for pool in self.pools)
             level = logging.WARNING if left else logging.ERROR
             event(log, level, "backend down", backend=self.name, reason=reason, error=detail, backends_up=left)
 
 
 class Backends:
-    """All backends of an edge, and which one the next client gets."""
+    """The backends of one listener or several, and which one the next client gets."""
 
-    def __init__(self, settings: BackendSettings, metrics: EdgeMetrics, before: Backends | None = None) -> None:
-        """``before`` are the backends of earlier settings: what is known about a backend of the same name is kept."""
+    def __init__(self, settings: BackendSettings, metrics: EdgeMetrics, known: Iterable[Backend] = ()) -> None:
+        """``known`` are backends that exist already: those with a name that is in the settings are used."""
         self.settings = settings
-        known = {} if before is None else {each.name: each for each in before.all}
+        found = {each.name: each for each in known}
         self.all: list[Backend] = [
-            known.get(each.name) or Backend(each, metrics.backend(each.name)) for each in settings.destinations
+            found.get(each.name) or Backend(each, metrics.backend(each.name)) for each in settings.destinations
         ]
         for backend, destination in zip(self.all, settings.destinations, strict=True):
             if backend.destination != destination:
                 backend.destination = destination
             if not settings.health_interval:
                 backend.unchecked()
-            backend.siblings = self.all
+            backend.pools = [self.all]
         self._turn = -1
 
     def local_problem(self) -> str | None:

@@ -139,23 +139,23 @@ async def _dependency_problem(destination: Destination, settings: BackendSetting
 
 
 class Checks:
-    """Checks every backend each ``health_interval`` seconds, until ``close()``."""
+    """Checks every backend each ``health_interval`` seconds, until ``close()``; one that is in several pools once."""
 
-    def __init__(self, backends: Backends) -> None:
-        self._settings = backends.settings
+    def __init__(self, *pools: Backends) -> None:
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._watch(backend)) for backend in backends.all]
+        watched = {backend: pool.settings for pool in pools for backend in pool.all}
+        self._tasks = [loop.create_task(self._watch(backend, settings)) for backend, settings in watched.items()]
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
 
-    async def _watch(self, backend: Backend) -> None:
+    async def _watch(self, backend: Backend, settings: BackendSettings) -> None:
         failures = FALL - 1  # the first failed check counts at once
         while True:
             try:
-                await health_check(backend.destination, self._settings)
+                await health_check(backend.destination, settings)
             except BadBanner as error:
                 failures += 1
                 self._failed(backend, failures, BackendError.BANNER, str(error))
@@ -172,14 +172,16 @@ class Checks:
             else:
                 failures = 0
                 backend.healthy()
-            await asyncio.sleep(self._pause(failures) * random.uniform(1 - JITTER, 1 + JITTER))
+            await asyncio.sleep(_pause(settings, failures) * random.uniform(1 - JITTER, 1 + JITTER))
 
     def _failed(self, backend: Backend, failures: int, reason: BackendError, detail: str) -> None:
         backend.metrics.errors[reason].inc()
         if failures >= FALL:
             backend.unhealthy(reason, detail)
 
-    def _pause(self, failures: int) -> float:
-        if not failures:
-            return self._settings.health_interval
-        return min(self._settings.health_interval, RETRY_SECONDS if failures < FALL else DOWN_INTERVAL)
+
+def _pause(settings: BackendSettings, failures: int) -> float:
+    """Seconds until the next check after so many failures in a row."""
+    if not failures:
+        return settings.health_interval
+    return min(settings.health_interval, RETRY_SECONDS if failures < FALL else DOWN_INTERVAL)

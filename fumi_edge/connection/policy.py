@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fumi_core.runtime.addresses import Networks, SocketAddress
+from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.connection.limits import ClientLimits
+from fumi_edge.tls.policy import CertificateSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +27,16 @@ class ListenerPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ListenerSettings:
-    """An address to listen on, whether its clients begin in plaintext (``starttls``), and the policy for them."""
+    """An address to listen on, whether its clients begin in plaintext (``starttls``), and the policy for them.
+
+    ``certificates``, ``backends`` and ``limits`` are the listener's own; None: those of the edge. ``setting`` is the flag or the
+    table that names the listener, for errors.
+    """
 
     address: SocketAddress
     starttls: bool
     policy: ListenerPolicy
+    certificates: CertificateSettings | None = None
+    backends: BackendSettings | None = None
+    limits: ClientLimits | None = None
+    setting: str = "listener"

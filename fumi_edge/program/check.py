@@ -8,33 +8,37 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import click
 
-from fumi_core.runtime.listening import check_listen
+from fumi_core.runtime.listening import ListenAddress, check_listen
 from fumi_core.runtime.privileges import find
 from fumi_core.runtime.settings import CONFIGURATION_OK, SettingError
 from fumi_edge.backends.health import dependency_problems, offering_starttls
+from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.policy import CertificateSettings
 
 _ACL = "system.posix_acl_access"
 
 
-def check(settings: EdgeSettings, certificates: Certificates, user: str | None, probing: bool) -> None:
+def check(
+    settings: EdgeSettings, certificates: Mapping[CertificateSettings, Certificates], user: str | None, probing: bool
+) -> None:
     """Print the result of ``--check``; ``probing``: check the backends too. Raises SettingError with all problems in one line."""
-    now = time.time()
-    problems = [*certificates.validity_problems(now), *certificates.authority_problems(now)]
-    if problem := certificates.startup_problem():
-        problems.append(problem)
+    problems = list(dict.fromkeys(line for each in certificates.values() for line in _certificate_problems(each)))
     listen_check = check_listen(settings.listen_addresses)
     problems += listen_check.problems
     if user:
-        problems += [f"--user {user} cannot read {path}" for path in unreadable(user, certificates.files())]
+        files = dict.fromkeys(path for each in certificates.values() for path in each.files())
+        problems += [f"--user {user} cannot read {path}" for path in unreadable(user, files)]
     if probing:
-        results = zip(settings.backends.destinations, dependency_problems(settings.backends), strict=True)
-        problems += [f"backend {each.name}: {problem}" for each, problem in results if problem]
+        for pool in _each_backend_once(settings):
+            results = zip(pool.destinations, dependency_problems(pool), strict=True)
+            problems += [f"backend {each.name}: {problem}" for each, problem in results if problem]
     for warning in _warnings(settings, probing):
         click.echo(f"warning: {warning}")
     for address in listen_check.in_use:
@@ -44,17 +48,36 @@ def check(settings: EdgeSettings, certificates: Certificates, user: str | None, 
     click.echo(CONFIGURATION_OK)
 
 
+def _certificate_problems(certificates: Certificates) -> Iterator[str]:
+    now = time.time()
+    yield from certificates.validity_problems(now)
+    yield from certificates.authority_problems(now)
+    if problem := certificates.startup_problem():
+        yield problem
+
+
+def _each_backend_once(settings: EdgeSettings) -> Iterator[BackendSettings]:
+    """Yield the settings of all backends; one that several listeners have is among the first's only."""
+    seen: set[str] = set()
+    for pool in settings.all_backends:
+        new = tuple(each for each in pool.destinations if each.name not in seen)
+        seen.update(each.name for each in new)
+        if new:
+            yield replace(pool, destinations=new)
+
+
 def _warnings(settings: EdgeSettings, probing: bool) -> Iterator[str]:
     """Yield warnings about settings that work but may have unexpected effects."""
-    backends = settings.backends
-    if backends.proxy_protocol != "off":
-        for place in settings.listen_addresses:
-            if place.address.kind == "unix" and place.flag != "--metrics":
-                yield f"{place}: Postfix, Exim and Dovecot reject the PROXY headers of its clients, which have no IP address"
-    elif probing:
-        for backend, offers in zip(backends.destinations, offering_starttls(backends), strict=True):
-            if offers:
-                yield f"backend {backend.name} offers STARTTLS, which RFC 3207 forbids inside TLS: disable it there"
+    for each in settings.listeners:
+        backends = each.backends or settings.backends
+        if each.address.kind == "unix" and backends.proxy_protocol != "off":
+            place = ListenAddress(each.setting, each.address)
+            yield f"{place}: Postfix, Exim and Dovecot reject the PROXY headers of its clients, which have no IP address"
+    for pool in _each_backend_once(settings) if probing else ():
+        if pool.proxy_protocol == "off":
+            for backend, offers in zip(pool.destinations, offering_starttls(pool), strict=True):
+                if offers:
+                    yield f"backend {backend.name} offers STARTTLS, which RFC 3207 forbids inside TLS: disable it there"
 
 
 def unreadable(name: str, paths: Iterable[str]) -> list[str]:

@@ -10,13 +10,14 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fumi_core.runtime.addresses import SocketAddress, parse_address
+from fumi_core.runtime.config_file import ListenerTable
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.edge import Edge
-from fumi_edge.program.settings import Flags
+from fumi_edge.program.flags import Flags
 
 LISTEN, STARTTLS, METRICS = "127.0.0.1:4650", "127.0.0.1:5870", "127.0.0.1:9465"
 DELIVER = "maildir:./maildir"
@@ -28,12 +29,14 @@ _OPENSSL = (
 
 
 @contextlib.contextmanager
-def directory(flags: Flags) -> Iterator[str]:
+def directory(flags: Flags, tables: Sequence[ListenerTable] = ()) -> Iterator[str]:
     """A private directory with cert.pem and key.pem, removed at the end.
 
     Raises SettingError for flags that --dev does not allow, and when openssl is missing or fails.
     """
     _check(flags)
+    if tables:
+        raise SettingError(f"--dev has its own listeners: remove the {tables[0].section} tables, or --config")
     with tempfile.TemporaryDirectory(prefix="fumi-dev-") as path:
         command = [*_OPENSSL, "-keyout", f"{path}/key.pem", "-out", f"{path}/cert.pem"]
         try:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import click
 
+from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.config_file import ListenerTable, listener_tables
 from fumi_core.runtime.settings import read_again
+from fumi_edge.program.flags import Flags
 from fumi_edge.program.inner import Inner
-from fumi_edge.program.settings import Flags, edge_settings, load_certificates
+from fumi_edge.program.settings import edge_settings, load_certificates
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.policy import CertificateSettings
 
 _ONCE = ("app", "listen", "metrics", "socket_mode", "starttls_listen", "user", "workers")
 """Settings of sockets and processes, which a reload cannot change."""
 
 
 class Again(NamedTuple):
-    """What was read. ``certificates`` is None if their sources and the TLS policy are the same as before."""
+    """What was read. ``certificates`` has those of the settings; of the same sources and TLS policy as before, the same ones."""
 
     flags: Flags
+    tables: Sequence[ListenerTable]
     settings: EdgeSettings
-    certificates: Certificates | None
+    certificates: Mapping[CertificateSettings, Certificates]
 
 
 class FlagSource:
@@ -30,26 +36,37 @@ class FlagSource:
     def __init__(self, ctx: click.Context, inner: Inner | None = None) -> None:
         self._ctx = ctx
         self._flags = cast(Flags, ctx.params)
+        self._tables = listener_tables(ctx)
         self._inner = inner
 
-    def read_again(self, before: EdgeSettings, forking: bool) -> Again:
-        """Read everything, and load the certificates if others are named. Changes nothing; raises ClickException.
+    def read_again(self, loaded: Mapping[CertificateSettings, Certificates], forking: bool) -> Again:
+        """Read everything, and load the certificates that are not ``loaded``. Changes nothing; raises ClickException.
 
         ``forking``: this process forks workers, which are to resume each other's sessions.
         """
-        flags = cast(Flags, read_again(self._ctx).params)
-        wanted = flags if self._inner is None else self._inner.defaults(flags)
-        settings = edge_settings(wanted, None if self._inner is None else self._inner.core)
-        certificates = None
-        if (settings.certificates, settings.tls) != (before.certificates, before.tls):
-            certificates = load_certificates(settings)
-            if forking:
-                certificates.share_ticket_keys()
-        return Again(flags, settings, certificates)
+        ctx = read_again(self._ctx)
+        flags, tables = cast(Flags, ctx.params), listener_tables(ctx)
+        if self._inner is None:
+            settings = edge_settings(flags, tables)
+        else:
+            self._inner.check_tables(tables)
+            settings = edge_settings(self._inner.defaults(flags, tables), tables, self._inner.core)
+        certificates = load_certificates(settings, loaded)
+        if forking:
+            for each in certificates.keys() - loaded.keys():
+                certificates[each].share_ticket_keys()
+        return Again(flags, tables, settings, certificates)
 
     def take(self, again: Again) -> list[str]:
         """The settings are in use now. Returns the names of those that have changed and need a restart."""
         if self._inner is not None:
             self._inner.configure(again.flags)
         changed = [name for name in _ONCE if again.flags[name] != self._flags[name]]  # type: ignore[literal-required]
+        if _places(again.tables) != _places(self._tables):
+            changed.append("listener")
         return [name.replace("_", "-") for name in changed]
+
+
+def _places(tables: Sequence[ListenerTable]) -> list[tuple[SocketAddress, str]]:
+    """What a reload cannot change about the tables' listeners."""
+    return [(each.address, each.values["mode"]) for each in tables]

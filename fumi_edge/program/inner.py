@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from prometheus_client import CollectorRegistry
 
 from fumi_core.program.loading import load_app
+from fumi_core.runtime.config_file import ListenerTable
 from fumi_core.runtime.settings import SettingError
 from fumi_core.server.metrics import CoreMetrics
 from fumi_edge.app import InnerApp, LocalCore
-from fumi_edge.program.settings import Flags
+from fumi_edge.program.flags import Flags
 
 _OF_BACKENDS = ("backend", "balance", "connect_timeout", "health_interval", "health_timeout", "proxy_protocol")
 
@@ -18,22 +19,33 @@ _OF_BACKENDS = ("backend", "balance", "connect_timeout", "health_interval", "hea
 class Inner:
     """The app, and the core that serves it. ``core`` is the edge's direct path, and its backend for plaintext."""
 
-    def __init__(self, flags: Flags, given: Collection[str]) -> None:
+    def __init__(self, flags: Flags, given: Collection[str], tables: Sequence[ListenerTable] = ()) -> None:
         """Import the app; ``given`` are the names of the flags that were given. Raises SettingError."""
         self._reference = reference = flags["app"] or ""
         for name in _OF_BACKENDS:
             if name in given:
                 raise SettingError(f"--{name.replace('_', '-')} is for backends, which {reference} replaces: leave it out")
+        self.check_tables(tables)
         loaded = load_app(reference)
         self._app = InnerApp().adopt(loaded)
         self._app.observer = loaded.observer
         self.configure(flags)
         self._options = loaded.options
-        self.core = LocalCore(starttls=bool(flags["starttls_listen"]))
+        self.core = LocalCore(starttls=_offers_starttls(flags, tables))
 
-    def defaults(self, flags: Flags) -> Flags:
+    def check_tables(self, tables: Sequence[ListenerTable]) -> None:
+        """Raise SettingError if a listener's table has a key of backends."""
+        for table in tables:
+            for name in _OF_BACKENDS:
+                if name in table.values:
+                    key = name.replace("_", "-")
+                    raise SettingError(
+                        f"{table.section} {table.address}: {key} is for backends, which {self._reference} replaces: leave it out"
+                    )
+
+    def defaults(self, flags: Flags, tables: Sequence[ListenerTable] = ()) -> Flags:
         """The flags, with the app's options where they leave the choice to it."""
-        hidden = flags["hide_starttls"] or (self._options.hide_starttls and bool(flags["starttls_listen"]))
+        hidden = flags["hide_starttls"] or (self._options.hide_starttls and _offers_starttls(flags, tables))
         return {**flags, "max_clients": flags["max_clients"] or self._options.max_clients, "hide_starttls": hidden}
 
     def configure(self, flags: Flags) -> None:
@@ -58,3 +70,7 @@ class Inner:
     def instructions(self) -> str | None:
         """Nothing to tell when it has started."""
         return None
+
+
+def _offers_starttls(flags: Flags, tables: Sequence[ListenerTable]) -> bool:
+    return bool(flags["starttls_listen"]) or any(each.values.get("mode") == "starttls" for each in tables)

@@ -27,6 +27,7 @@ from fumi_edge.program.dev import DevCore
 from fumi_edge.program.flag_source import FlagSource
 from fumi_edge.program.inner import Inner
 from fumi_edge.status.page import Facts, Status
+from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import date
 
 MAX_LOGGED_CERTIFICATES = 50
@@ -76,14 +77,19 @@ class EdgeWork:
                 become(self._user)
             except PrivilegeError as error:
                 raise SettingError(f"--user: {error}") from None
-            if unreadable := [path for path in self._edge.certificates.files() if not os.access(path, os.R_OK)]:
+            files = dict.fromkeys(path for each in self._edge.certificates.values() for path in each.files())
+            if unreadable := [path for path in files if not os.access(path, os.R_OK)]:
                 event(self.log, logging.WARNING, "renewals need a restart", user=self._user, unreadable=",".join(unreadable))
 
     def _log_certificates(self) -> None:
-        served = self._edge.certificates.served
-        for entry in served[:MAX_LOGGED_CERTIFICATES]:
-            expires = date(entry.not_after)
-            event(self.log, logging.INFO, "serving certificate", name=entry.name, file=str(entry.pair), expires=expires)
+        served = [
+            (entry, self._edge.settings.listeners_with(settings) if len(self._edge.certificates) > 1 else None)
+            for settings, certificates in self._edge.certificates.items()
+            for entry in certificates.served
+        ]
+        for entry, listeners in served[:MAX_LOGGED_CERTIFICATES]:
+            fields = {"name": entry.name, "file": str(entry.pair), "expires": date(entry.not_after), "listeners": listeners}
+            event(self.log, logging.INFO, "serving certificate", **fields)
         if len(served) > MAX_LOGGED_CERTIFICATES:
             event(self.log, logging.INFO, "serving more certificates", count=len(served) - MAX_LOGGED_CERTIFICATES)
 
@@ -118,7 +124,7 @@ class EdgeWork:
 
     async def _apply(self, source: FlagSource) -> list[str]:
         # In a thread: a file system may hang, and mail must not wait for it.
-        again = await run_in_daemon_thread(lambda: source.read_again(self._edge.settings, forking=not self._serving))
+        again = await run_in_daemon_thread(lambda: source.read_again(self._edge.certificates, forking=not self._serving))
         await self._edge.apply(again.settings, again.certificates)
         configure(again.flags["log_format"], again.flags["log_level"])
         return source.take(again)
@@ -128,19 +134,11 @@ class EdgeWork:
             complaints = await self._edge.reload()
         else:
             # This is the master, which reads for new workers. The running workers log each certificate.
-            complaints = await self._read_for_workers()
+            found = [await _read_for_workers(each) for each in self._edge.certificates.values()]
+            complaints = list(dict.fromkeys(line for lines in found for line in lines))
         if complaints:
             more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
             raise Incomplete(f"{complaints[0]}{more}")
-
-    async def _read_for_workers(self) -> list[str]:
-        """Read twice if there are errors, as a worker does: a certificate and its key are two files, replaced in turn."""
-        certificates = self._edge.certificates
-        certificates.install(reading := certificates.read())
-        if reading.complaints:
-            await asyncio.sleep(SETTLE_SECONDS)
-            certificates.install(reading := certificates.read())
-        return reading.complaints
 
     def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
         status = Status(registry, readiness, self._facts)
@@ -148,15 +146,22 @@ class EdgeWork:
         return {"/": status.page}
 
     def _facts(self) -> Facts:
-        settings = self._edge.settings
-        names = [each.name for each in settings.backends.destinations]
-        return Facts(self._edge.modes, names, settings.limits.max_clients, self._begun)
+        return Facts(self._edge.modes, self._edge.backends, self._edge.settings.limits.max_clients, self._begun)
 
     def local_problem(self) -> str | None:
         return self._edge.local_problem()
 
     def dependency_problem(self) -> str | None:
         return self._edge.dependency_problem()
+
+
+async def _read_for_workers(certificates: Certificates) -> list[str]:
+    """Read twice if there are errors, as a worker does: a certificate and its key are two files, replaced in turn."""
+    certificates.install(reading := certificates.read())
+    if reading.complaints:
+        await asyncio.sleep(SETTLE_SECONDS)
+        certificates.install(reading := certificates.read())
+    return reading.complaints
 
 
 def _tune_garbage_collector() -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fumi_edge.tls.pem import CertificateError, Source, authorities, label
+from fumi_edge.tls.pem import CertificateError, Pair, Source, authorities, label
 
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """For TLS 1.2; all TLS 1.3 ciphers have forward secrecy and authenticated encryption."""
@@ -28,7 +29,7 @@ class TLSSocket(ssl.SSLSocket):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What all listeners negotiate: ``min_tls`` is "1.2" or "1.3", ``alpn`` the accepted protocols, best first.
+    """What a listener negotiates: ``min_tls`` is "1.2" or "1.3", ``alpn`` the accepted protocols, best first.
 
     ``ciphers`` is an OpenSSL cipher list for TLS 1.2. ``client_ca`` holds the CAs of client certificates, None to request no
     certificates; ``client_cert`` is "optional" or "required". Raises ValueError for a cipher list that selects no cipher.
@@ -79,3 +80,10 @@ class Policy:
         if client_ca is not None:
             context.load_verify_locations(cadata=client_ca)
         return context
+
+
+class CertificateSettings(NamedTuple):
+    """What a Certificates is made from: the sources, and the policy under which they are served."""
+
+    sources: tuple[Pair, ...]
+    policy: Policy = Policy()

@@ -19,6 +19,7 @@ EDGE = [
     "emit",
     "app",
     "edge",
+    "services",
     "settings",
     "connection",
     "certificate_reload",

@@ -51,7 +51,7 @@ def test_without_checks_what_earlier_ones_have_found_does_not_count(pool: MakePo
     before.all[0].unhealthy(BackendError.BANNER, "554")
     settings = replace(before.settings, health_interval=0)
     metrics = EdgeMetrics(CollectorRegistry(), [], "0")
-    (after,) = Backends(settings, metrics, before).all
+    (after,) = Backends(settings, metrics, before.all).all
     assert (after.up, after.metrics.up.value) == (True, 1)
 
 
@@ -108,7 +108,7 @@ def test_addresses_are_kept_when_the_settings_change(pool: MakePool, monkeypatch
         sock, _ = await before.connect(b"")
         sock.close()
         resolver.answer = [socket.gaierror("no more")]
-        sock, _ = await Backends(pool(name).settings, metrics, before).connect(b"")
+        sock, _ = await Backends(pool(name).settings, metrics, before.all).connect(b"")
         sock.close()
 
     asyncio.run(scenario())

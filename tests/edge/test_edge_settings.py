@@ -18,13 +18,15 @@ from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.connection.limits import ClientLimits
 from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
 from fumi_edge.edge import Edge
-from fumi_edge.program.settings import Flags
+from fumi_edge.program.flags import Flags
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Pair
-from fumi_edge.tls.policy import Policy
+from fumi_edge.tls.policy import CertificateSettings, Policy
 
 Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+CERTIFICATES = CertificateSettings(())
+"""What those of the test are known by."""
 
 
 @contextlib.asynccontextmanager
@@ -46,7 +48,7 @@ async def backend(name: str) -> AsyncIterator[Remote]:
 def served_by(destination: Remote, policy: ListenerPolicy | None = None) -> EdgeSettings:
     address = parse_address("127.0.0.1:0")
     return EdgeSettings(
-        certificates=(),
+        certificates=CERTIFICATES,
         backends=BackendSettings((destination,), proxy_protocol="off", health_interval=0),
         listeners=tuple(ListenerSettings(address, starttls, policy or ListenerPolicy()) for starttls in (False, True)),
         drain_timeout=0,
@@ -90,7 +92,7 @@ def run(certificate: tuple[Path, Path]) -> Callable[[Scenario], None]:
     async def running(scenario: Scenario) -> None:
         cert, key = certificate
         async with backend("one") as one, backend("two") as two:
-            edge = Edge(served_by(one), Certificates([Pair(str(cert), str(key))]))
+            edge = Edge(served_by(one), {CERTIFICATES: Certificates([Pair(str(cert), str(key))])})
             await edge.start()
             try:
                 await scenario(Running(edge, cert), one, two)
@@ -167,9 +169,9 @@ def test_a_new_listener_policy_does_not_change_the_other_listener(run: Callable[
 def test_the_ciphers_of_a_new_policy_have_series(run: Callable[[Scenario], None], certificate: tuple[Path, Path]) -> None:
     async def scenario(running: Running, one: Remote, two: Remote) -> None:
         cert, key = certificate
-        policy = Policy(ciphers="ECDHE+AESCCM")
-        certificates = Certificates([Pair(str(cert), str(key))], policy)
-        await running.edge.apply(replace(served_by(one), tls=policy), certificates)
+        wanted = CertificateSettings((Pair(str(cert), str(key)),), Policy(ciphers="ECDHE+AESCCM"))
+        certificates = Certificates(*wanted)
+        await running.edge.apply(replace(served_by(one), certificates=wanted), {wanted: certificates})
         for version, cipher in certificates.ciphers():
             labels = {"version": version, "cipher": cipher, "resumed": "false"}
             assert running.edge.registry.get_sample_value("fumi_edge_tls_sessions_total", labels) == 0
@@ -181,7 +183,7 @@ def test_a_worker_that_is_forked_after_a_change_has_the_new_policy(certificate: 
     async def scenario() -> None:
         cert, key = certificate
         async with backend("one") as one:
-            edge = Edge(served_by(one), Certificates([Pair(str(cert), str(key))]))
+            edge = Edge(served_by(one), {CERTIFICATES: Certificates([Pair(str(cert), str(key))])})
             edge.bind()
             await edge.apply(served_by(one, ListenerPolicy(require_tls=True)))  # in the master, which never starts
             await edge.start()

@@ -20,6 +20,7 @@ import pytest
 
 from fumi_core import Fumi, MailContext, Next, Session
 from fumi_core.testing import RunningServer, running
+from fumi_edge.program.listeners import LISTENER_KEYS
 from tests.bench import environment
 from tests.interop.starting import StartCore
 from tests.support.certificates import CertificateFiles
@@ -33,7 +34,8 @@ README = re.sub(r"<!--.*?-->", "", (ROOT / "fumi_edge" / "README.md").read_text(
 SECTIONS = {section.title: section.text for section in sections(README)}
 RECIPES = ("Port 25: mail from other servers", "Port 587: submission with STARTTLS", "Port 465: submission with implicit TLS",
            "Let's Encrypt", "Clients with certificates", "Behind a load balancer", "Postfix", "Any SMTP server",
-           "Several backends", "An app in the same program", "All of it in a file")  # fmt: skip
+           "Several backends", "An app in the same program", "All of it in a file",
+           "Listeners with settings of their own")  # fmt: skip
 CLIENT = ("127.0.0.9", 0)
 """The address that clients come from, which is not this host's usual one."""
 TEXT = "Subject: hi\r\n\r\nhi\r\n"
@@ -54,7 +56,7 @@ class Kitchen:
     def __init__(self, programs: Programs, certificate: CertificateFiles) -> None:
         self.programs = programs
         self.directory: Path = programs.directory
-        self.ports = {port: free_port() for port in ("25", "465", "587", "2525", "9465", "10025")}
+        self.ports = {port: free_port() for port in ("25", "465", "587", "2525", "2587", "9465", "10025")}
         self.context = ssl.create_default_context(cafile=str(certificate[0]))
         for path in certificate:
             shutil.copy(path, self.directory)
@@ -341,6 +343,25 @@ def test_the_recipe_in_a_file_serves_both_ports(kitchen: Kitchen, core: StartCor
     send(kitchen.tls())
     send(kitchen.starttls("587"))
     assert json.loads(kitchen.log().splitlines()[0])["event"] == "listening"
+
+
+def test_the_recipe_for_listeners_with_settings_of_their_own_serves_three_ports(kitchen: Kitchen, core: StartCore) -> None:
+    submission = core()
+    public = core()
+    kitchen.ports["2587"] = submission.port
+    title = "Listeners with settings of their own"
+    (kitchen.directory / "edge.toml").write_text(kitchen.here(block(title, "toml")))
+    check, run = block(title).strip().splitlines()
+    assert sh(check, kitchen.directory) == "configuration OK\n"
+    kitchen.cook(run, port="9465")
+    send(kitchen.plain("25"))
+    with kitchen.plain("587") as smtp:
+        assert smtp.mail("a@example.com")[0] == 530
+    send(kitchen.starttls("587"))
+    send(kitchen.tls())
+    assert [len(server.messages) for server in (public, submission)] == [1, 2]
+    keys = {key for row in tables(title) for key in re.findall(r"`([a-z-]+)`", row[0])}
+    assert keys == set(LISTENER_KEYS.flags)
 
 
 def test_the_metrics_are_those_that_are_served(kitchen: Kitchen, core: StartCore) -> None:

@@ -1,0 +1,193 @@
+"""The listeners: those of the flags, or those of ``[[edge.listener]]`` tables, each with settings of its own.
+
+A key in a table is for its listener alone; what is missing there is inherited from the flags, the environment and ``[edge]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import click
+
+from fumi_core.runtime.addresses import THIS_HOST, Networks, parse_address
+from fumi_core.runtime.config_file import ListenerKeys, ListenerTable
+from fumi_core.runtime.listening import passed
+from fumi_core.runtime.settings import SettingError
+from fumi_edge.backends.dialing import Destination, Remote, is_destination
+from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.connection.limits import ClientLimits
+from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
+from fumi_edge.program.flags import Flags
+from fumi_edge.tls.pem import CertificateError
+from fumi_edge.tls.policy import CertificateSettings, Policy
+from fumi_edge.tls.sources import give_keys
+
+LISTENER_KEYS = ListenerKeys(
+    flags=(
+        *("cert", "key", "client-ca", "client-cert", "min-tls", "ciphers", "alpn"),
+        *("require-tls", "hide-starttls", "accept-proxy", "trusted-proxy"),
+        *("backend", "balance", "proxy-protocol"),
+        *("idle-timeout", "handshake-timeout", "max-clients-per-ip", "rate-per-ip"),
+    ),
+    own=(click.Option(["--mode"], type=click.Choice(["tls", "starttls"])),),
+)
+"""What a table may contain beside its address."""
+_LIMITS = ("max_clients_per_ip", "rate_per_ip")
+
+
+def listeners_of_flags(flags: Flags) -> tuple[ListenerSettings, ...]:
+    """Those of --listen and --starttls-listen, which have the same settings. Raises SettingError."""
+    for flag, value in (("--require-tls", flags["require_tls"]), ("--hide-starttls", flags["hide_starttls"])):
+        if value and not flags["starttls_listen"]:
+            raise SettingError(f"{flag} applies to STARTTLS listeners only: add --starttls-listen, or remove it")
+    if flags["trusted_proxy"] and not flags["accept_proxy"]:
+        raise SettingError("--trusted-proxy has no effect without --accept-proxy: add it, or leave --trusted-proxy out")
+    policy = _policy(flags)
+    tls, starttls = flags["listen"], flags["starttls_listen"]
+    if not tls and not starttls:
+        tls = tuple(passed()) or (parse_address(":465"),)
+    return (
+        *(ListenerSettings(address, starttls=False, policy=policy, setting="--listen") for address in tls),
+        *(ListenerSettings(address, starttls=True, policy=policy, setting="--starttls-listen") for address in starttls),
+    )
+
+
+def listeners_of_tables(
+    flags: Flags, tables: Sequence[ListenerTable], core: Destination | None = None
+) -> tuple[ListenerSettings, ...]:
+    """Those of the tables. ``core`` takes the place of all backends. Raises SettingError."""
+    for flag, addresses in (("--listen", flags["listen"]), ("--starttls-listen", flags["starttls_listen"])):
+        if addresses:
+            raise SettingError(f"{flag} and {tables[0].section} exclude each other: name all listeners in one of these ways")
+    listeners = tuple(_listener(flags, table, core) for table in tables)
+    _check_inherited(flags, tables, listeners)
+    _check_headers(listeners)
+    return listeners
+
+
+def _listener(flags: Flags, table: ListenerTable, core: Destination | None) -> ListenerSettings:
+    own = table.values
+    with _in_table(table):
+        if "mode" not in own:
+            raise SettingError('no mode: add mode = "tls" or mode = "starttls"')
+        starttls = own["mode"] == "starttls"
+        merged = _inherit(flags, own)
+        _check_table(own, merged, starttls)
+        return ListenerSettings(
+            table.address,
+            starttls,
+            _policy(merged),
+            certificates=certificate_settings(merged),
+            backends=backend_settings(merged, core),
+            limits=limits_of(merged) if any(name in own for name in _LIMITS) else None,
+            setting=table.section,
+        )
+
+
+def _inherit(flags: Flags, own: Mapping[str, Any]) -> Flags:
+    """The flags with the values of a table. Certificates and keys are inherited together, since each key belongs to one."""
+    pair: dict[str, Any] = {"cert": (), "key": ()} if "cert" in own or "key" in own else {}
+    return cast(Flags, {**flags, **pair, **own})
+
+
+def _check_table(own: Mapping[str, Any], merged: Flags, starttls: bool) -> None:
+    """Raises SettingError for keys that have no effect in this table."""
+    for name in ("require_tls", "hide_starttls"):
+        if own.get(name) and not starttls:
+            raise SettingError(
+                f'{name.replace("_", "-")} applies to STARTTLS listeners only: remove it, or write mode = "starttls"'
+            )
+    if "key" in own and "cert" not in own:
+        raise SettingError("key without cert: name both")
+    if own.get("trusted_proxy") and not merged["accept_proxy"]:
+        raise SettingError("trusted-proxy has no effect without accept-proxy: add accept-proxy = true, or remove it")
+
+
+def _check_inherited(flags: Flags, tables: Sequence[ListenerTable], listeners: Sequence[ListenerSettings]) -> None:
+    """Raises SettingError for flags that have no effect for any of the listeners."""
+    for flag, value in (("require-tls", flags["require_tls"]), ("hide-starttls", flags["hide_starttls"])):
+        if value and not any(each.starttls for each in listeners):
+            raise SettingError(f"{flag} applies to STARTTLS listeners only, and no {tables[0].section} is one")
+    if flags["trusted_proxy"] and all(each.policy.balancers is None for each in listeners):
+        raise SettingError(f"trusted-proxy has no effect: no {tables[0].section} has accept-proxy = true")
+
+
+def _check_headers(listeners: Sequence[ListenerSettings]) -> None:
+    """Raises SettingError if a backend would get a PROXY header from one listener, and another or none from another listener."""
+    versions: dict[str, str] = {}
+    for listener in listeners:
+        assert listener.backends is not None
+        for each in listener.backends.destinations:
+            before = versions.setdefault(each.name, listener.backends.proxy_protocol)
+            if before != listener.backends.proxy_protocol:
+                raise SettingError(
+                    f"backend {each.name}: proxy-protocol is {before!r} for one listener and"
+                    f" {listener.backends.proxy_protocol!r} for another: use one, or another port of the backend"
+                )
+
+
+def limits_of(flags: Flags) -> ClientLimits:
+    return ClientLimits(flags["max_clients"], flags["max_clients_per_ip"], flags["rate_per_ip"])
+
+
+def _policy(flags: Flags) -> ListenerPolicy:
+    return ListenerPolicy(
+        balancers=Networks(flags["trusted_proxy"] or THIS_HOST) if flags["accept_proxy"] else None,
+        require_tls=flags["require_tls"],
+        hide_starttls=flags["hide_starttls"],
+        handshake_timeout=flags["handshake_timeout"],
+        idle_timeout=flags["idle_timeout"],
+    )
+
+
+@contextlib.contextmanager
+def _in_table(table: ListenerTable) -> Iterator[None]:
+    """Have errors begin with the table."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(f"{table.section} {table.address}: {error.message}") from None
+
+
+def certificate_settings(flags: Flags) -> CertificateSettings:
+    """The certificates, which are not loaded yet, and the policy under which they are served. Raises SettingError."""
+    policy = _tls_policy(flags)
+    if not flags["cert"]:
+        raise SettingError("no certificate: name one with --cert, or try --dev")
+    try:
+        return CertificateSettings(tuple(give_keys(flags["cert"], flags["key"])), policy)
+    except CertificateError as error:
+        raise SettingError(str(error)) from None
+
+
+def _tls_policy(flags: Flags) -> Policy:
+    protocols = tuple(name.strip() for name in flags["alpn"].split(",")) if flags["alpn"] else ()
+    if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
+        raise SettingError("--alpn: the name of a protocol must have 1 to 255 ASCII characters")
+    if flags["client_cert"] and not flags["client_ca"]:
+        raise SettingError("--client-cert needs the CAs of client certificates: add --client-ca")
+    try:
+        return Policy(flags["min_tls"], protocols, flags["ciphers"], flags["client_ca"], flags["client_cert"] or "optional")
+    except ValueError as error:
+        raise SettingError(f"--ciphers: {error}") from None
+
+
+def backend_settings(flags: Flags, core: Destination | None = None) -> BackendSettings:
+    """Where clients are taken: to ``core``, which is in this process, or to the backends. Raises SettingError."""
+    if core is not None:
+        return BackendSettings((core,), health_interval=0)
+    if not flags["backend"]:
+        raise SettingError("no backend: name one with --backend, for example --backend 127.0.0.1:2525")
+    for address in flags["backend"]:
+        if not is_destination(address):
+            raise SettingError(f"{address} is not a backend: write HOST:PORT or unix:/path")
+    return BackendSettings(
+        destinations=tuple(Remote(address) for address in dict.fromkeys(flags["backend"])),
+        proxy_protocol=flags["proxy_protocol"],
+        balance=flags["balance"],
+        connect_timeout=flags["connect_timeout"],
+        health_interval=flags["health_interval"],
+        health_timeout=flags["health_timeout"],
+    )

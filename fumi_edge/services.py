@@ -1,0 +1,147 @@
+"""What the clients of each listener are served with: certificates, backends and limits.
+
+Listeners with the same certificates and TLS policy share one Certificates, and so its ticket keys and its reloads. Listeners with
+the same backends share one Backends, and a backend that several of them name is one backend, with one state and one health check.
+Limits are shared by all listeners that have none of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fumi_core.runtime.scoreboard import ConnectionCount
+from fumi_edge.backends.choice import Backend, Backends
+from fumi_edge.backends.health import Checks, dependency_problems
+from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.certificate_reload import Reloader
+from fumi_edge.connection.limits import ClientLimits, Limits
+from fumi_edge.connection.policy import ListenerSettings
+from fumi_edge.connection.resources import Resources, Shared
+from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.settings import EdgeSettings, ListenerKey
+from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.policy import CertificateSettings
+
+
+class _Reloading(NamedTuple):
+    """What a Reloader is for: it is kept as long as this is the same."""
+
+    certificates: Certificates
+    interval: float
+    listeners: str | None
+
+
+class Services:
+    """The services of an edge by some settings. Others replace them as a whole; an open connection keeps its own."""
+
+    def __init__(
+        self,
+        settings: EdgeSettings,
+        certificates: Mapping[CertificateSettings, Certificates],
+        metrics: EdgeMetrics,
+        connection_count: ConnectionCount,
+        before: Services | None = None,
+    ) -> None:
+        """``certificates`` has those of the settings, loaded. What is known from ``before`` and still used is kept."""
+        self._settings = settings
+        self.certificates = {each: certificates[each] for each in settings.all_certificates}
+        for certificates_in_use in self.certificates.values():
+            metrics.ciphers(certificates_in_use.ciphers())
+        known = () if before is None else before.backends.values()
+        self._pools: dict[BackendSettings, Backends] = {}
+        for each in settings.all_backends:
+            self._pools[each] = Backends(each, metrics, [*known, *self.backends.values()])
+        for backend in self.backends.values():
+            backend.pools = [pool.all for pool in self._pools.values() if backend in pool.all]
+        self._limits: dict[ListenerKey | None, Limits] = {} if before is None else before._limits
+        self.count_clients_in(connection_count)
+        reloaders: Mapping[_Reloading, Reloader] = {} if before is None else before._reloaders
+        self._reloaders: dict[_Reloading, Reloader] = {
+            each: reloaders.get(each) or Reloader(each.certificates, metrics, each.interval, each.listeners)
+            for each in self._reloadings()
+        }
+        self._checks: Checks | None = None
+        if before is not None:
+            self._forget(before, metrics)
+
+    def _reloadings(self) -> list[_Reloading]:
+        found = []
+        for settings, certificates in self.certificates.items():
+            names = self._settings.listeners_with(settings) if len(self.certificates) > 1 else None
+            found.append(_Reloading(certificates, self._settings.cert_reload_interval, names))
+        return found
+
+    def _forget(self, before: Services, metrics: EdgeMetrics) -> None:
+        """Remove the state of backends and certificates that are no longer used from the metrics."""
+        for name in before.backends.keys() - self.backends.keys():
+            metrics.drop_backend(name)
+        for certificates in before.certificates.values():
+            if certificates not in self.certificates.values():
+                metrics.certificates((), certificates)
+
+    def count_clients_in(self, connection_count: ConnectionCount) -> None:
+        """Apply the limits to the clients that are counted there."""
+        limits: dict[ListenerKey | None, ClientLimits] = {None: self._settings.limits}
+        limits |= {key: each.limits for key, each in self._settings.listeners_by_key.items() if each.limits is not None}
+        self._limits = {key: Limits(each, connection_count, self._limits.get(key)) for key, each in limits.items()}
+
+    @property
+    def backends(self) -> dict[str, Backend]:
+        """All backends, by their names."""
+        return {backend.name: backend for pool in self._pools.values() for backend in pool.all}
+
+    def resources(self, shared: Shared, listener: ListenerSettings | None = None, key: ListenerKey | None = None) -> Resources:
+        """What the connections of a listener share; None: of one without settings of its own."""
+        certificates = (listener and listener.certificates) or self._settings.certificates
+        backends = (listener and listener.backends) or self._settings.backends
+        limits = self._limits.get(key) or self._limits[None]
+        return Resources.of(shared, self.certificates[certificates], self._pools[backends], limits)
+
+    def start(self, before: Services | None = None) -> None:
+        """Begin health checks and certificate reloads, except those that ``before`` has begun and that continue."""
+        if watched := [pool for pool in self._pools.values() if pool.settings.health_interval]:
+            self._checks = Checks(*watched)
+        for key, reloader in self._reloaders.items():
+            if before is None or key not in before._reloaders:
+                reloader.start()
+
+    async def first_check(self) -> None:
+        """Wait for the first check of the certificates' files; see ``Reloader.first_check``."""
+        await asyncio.gather(*(each.first_check() for each in self._reloaders.values()))
+
+    async def close(self, after: Services | None = None) -> None:
+        """End health checks and certificate reloads, except those that continue in ``after``, which replaces these services."""
+        for key, reloader in self._reloaders.items():
+            if after is None or key not in after._reloaders:
+                await reloader.close()
+        if self._checks is not None:
+            await self._checks.close()
+
+    async def reload(self) -> list[str]:
+        """Read all certificate files again. Returns a line for each error."""
+        complaints = await asyncio.gather(*(each.reload() for each in self._reloaders.values()))
+        return list(dict.fromkeys(line for each in complaints for line in each))
+
+    def renew_ticket_keys(self, now: float) -> None:
+        """See ``Certificates.renew_ticket_keys``."""
+        for each in self.certificates.values():
+            each.renew_ticket_keys(now)
+
+    def local_problem(self) -> str | None:
+        """Why some listener cannot be served, from memory (certificates, health checks), or None."""
+        now = time.time()
+        problems = [each.local_problem(now) for each in self.certificates.values()]
+        problems += [pool.local_problem() for pool in self._pools.values() if pool.settings.health_interval]
+        return next((each for each in problems if each is not None), None)
+
+    def dependency_problem(self) -> str | None:
+        """Why some listener has no backend that works, or None. Without health checks it checks now, which may take seconds."""
+        for backends in self._pools:
+            if not backends.health_interval:
+                problems = dependency_problems(backends, one=True)
+                if None not in problems:
+                    return f"backend {backends.destinations[-1].name}: {problems[-1]}"
+        return None

@@ -25,7 +25,7 @@ from fumi_edge.program.check import check
 from fumi_edge.program.flag_source import FlagSource
 from fumi_edge.program.flags import Flags
 from fumi_edge.program.inner import Inner
-from fumi_edge.program.listeners import LISTENER_KEYS
+from fumi_edge.program.listeners import LISTENER_KEYS, inherit
 from fumi_edge.program.settings import edge_settings, load_certificates
 from fumi_edge.program.work import EdgeWork
 from fumi_edge.tls.policy import CIPHERS
@@ -178,11 +178,11 @@ def main(**flags: Unpack[Flags]) -> None:
     settings and certificates. SIGTERM stops the edge when all connections have ended, after --drain-timeout at the latest.
     """
     ctx = click.get_current_context()
+    tables = listener_tables(ctx)
     if flags["emit"]:
-        click.echo(configuration(flags["emit"], ctx), nl=False)
+        click.echo(configuration(flags["emit"], ctx, [(each, inherit(flags, each.values)) for each in tables]), nl=False)
         return
     prepare(flags["log_format"], flags["log_level"])
-    tables = listener_tables(ctx)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(dev.directory(flags, tables)) if flags["dev_mode"] else None
         inner = Inner(flags, given(ctx), tables) if flags["app"] else None

@@ -7,17 +7,18 @@ read on this machine, so the configuration may be for another one.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.config_file import ListenerTable
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.backends.dialing import is_destination
 from fumi_edge.emit import haproxy, stunnel
-from fumi_edge.emit.notes import Flags, missing, shortened
+from fumi_edge.emit.notes import Flags, Service, missing, shortened
 from fumi_edge.tls.pem import CertificateError, Pair
 from fumi_edge.tls.policy import CIPHERS, Policy
 from fumi_edge.tls.sources import find, give_keys
@@ -26,9 +27,12 @@ _PROGRAMS = {"haproxy": ("HAProxy", "#", haproxy.write), "stunnel": ("stunnel", 
 PROGRAMS = tuple(_PROGRAMS)
 
 
-def configuration(program: str, context: click.Context) -> str:
-    """The text of a configuration for fumi-edge's flags. Raises SettingError for bad flags, and if no listener is supported."""
-    flags = context.params
+def configuration(program: str, context: click.Context, tables: Sequence[tuple[ListenerTable, Flags]] = ()) -> str:
+    """The text of a configuration for fumi-edge's flags. Raises SettingError for bad flags, and if no listener is supported.
+
+    ``tables`` are the listener tables, each with the flags that are in use for it.
+    """
+    flags: Flags = context.params
     # A switch that is off may have been given, to override a file that turns it on.
     given = {
         name
@@ -39,27 +43,41 @@ def configuration(program: str, context: click.Context) -> str:
         raise SettingError("--emit: name a certificate and a backend; those of --dev are temporary")
     if "app" in given:
         raise SettingError(f"--emit: {flags['app']} runs in fumi-edge alone; name a --backend instead")
-    if named := [flag for flag, value in flags.items() if any("\n" in str(each) for each in _each(value))]:
-        raise SettingError(
-            f"--emit: --{named[0].replace('_', '-')} contains a line end, which a configuration file cannot express"
-        )
-    listeners = tuple(flags.get("listen") or ()) or (() if flags.get("starttls_listen") else (parse_address(":465"),))
+    for each in (flags, *(own for _, own in tables)):
+        _check(each)
     name, sign, write = _PROGRAMS[program]
-    if not listeners:
+    flags, services = _of_tables(flags, tables) if tables else (flags, _of_flags(flags))
+    if not services:
         raise SettingError(
             f"--emit {program}: only fumi-edge supports STARTTLS; name a --listen for implicit TLS, or see haproxy/layer4.cfg"
         )
-    _check(flags)
-    notes, body = write(flags, given, listeners, _pairs(flags))
-    notes = [*missing(flags), *notes]
-    notes += shortened(flags, given, name)
+    given |= {flag for table, _ in tables for flag, value in table.values.items() if value is not False}
+    notes, body = write(flags, given, services)
+    notes = [*dict.fromkeys(note for each in services for note in missing(each.flags)), *notes]
+    notes += dict.fromkeys(note for each in services for note in shortened(each.flags, given, name))
     lines = [f"Equivalent {name} configuration.{' Differences:' if notes else ''}", "", *notes]
     wrapped = (part for line in lines for part in (_wrap(line) if line else [""]))
     return "".join(f"{sign} {line}".rstrip() + "\n" for line in wrapped) + "\n" + body
 
 
+def _of_flags(flags: Flags) -> list[Service]:
+    listeners = tuple(flags.get("listen") or ()) or (() if flags.get("starttls_listen") else (parse_address(":465"),))
+    return [Service(flags, listeners, _pairs(flags))] if listeners else []
+
+
+def _of_tables(flags: Flags, tables: Sequence[tuple[ListenerTable, Flags]]) -> tuple[Flags, list[Service]]:
+    """The flags with the addresses of the tables for STARTTLS, which are for the notes, and the services of the others."""
+    starttls = [table.address for table, _ in tables if table.values.get("mode") == "starttls"]
+    flags = {**flags, "starttls_listen": starttls, "starttls_setting": tables[0][0].section}
+    return flags, [Service(own, [table.address], _pairs(own)) for table, own in tables if table.values.get("mode") != "starttls"]
+
+
 def _check(flags: Flags) -> None:
-    """Raises SettingError for values that fumi-edge would reject, too."""
+    """Raises SettingError for values that fumi-edge would reject, too, and for those that no file can hold."""
+    if named := [flag for flag, value in flags.items() if any("\n" in str(part) for part in _each(value))]:
+        raise SettingError(
+            f"--emit: --{named[0].replace('_', '-')} contains a line end, which a configuration file cannot express"
+        )
     try:
         Policy(ciphers=flags.get("ciphers") or CIPHERS)
     except ValueError as error:

@@ -17,11 +17,13 @@ from fumi_edge.emit.notes import (
     TIMES,
     Emitted,
     Flags,
+    Service,
     group_of,
     header_notes,
     not_applied,
     of_kind,
     starttls,
+    supported,
 )
 from fumi_edge.emit.template import Line, haproxy_template, without
 from fumi_edge.tls.pem import Pair, label
@@ -41,41 +43,37 @@ _REASONS = {
 }
 
 
-def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
+def write(flags: Flags, given: Collection[str], services: Sequence[Service]) -> Emitted:
     """The notes and the configuration. Raises SettingError if HAProxy supports none of the listeners."""
     if "drain_timeout" not in given:
         # fumi-edge's default is for a stop; in HAProxy the same limit would cut sessions off at every reload.
         flags = {**flags, "drain_timeout": None}
-    unsupported = of_kind(listeners, "fd")
-    listeners = [each for each in listeners if each not in unsupported]
-    if not listeners:
+    unsupported = of_kind([each for service in services for each in service.listeners], "fd")
+    services = supported(services, unsupported)
+    if not services:
         raise SettingError(
             f"--emit haproxy: HAProxy is started without the descriptor {unsupported[0]}; name HOST:PORT or unix:/path"
         )
     if flags.get("metrics") and of_kind([flags["metrics"]], "fd"):
         unsupported.append(flags["metrics"])
         flags = {**flags, "metrics": None}
-    return _notes(flags, given, listeners, unsupported, pairs), _filled_in(flags, listeners, pairs)
+    return _notes(flags, given, services, unsupported), _filled_in(flags, services)
 
 
-def _notes(
-    flags: Flags,
-    given: Collection[str],
-    listeners: Sequence[SocketAddress],
-    unsupported: Sequence[SocketAddress],
-    pairs: list[Pair],
-) -> list[str]:
+def _notes(flags: Flags, given: Collection[str], services: Sequence[Service], unsupported: Sequence[SocketAddress]) -> list[str]:
     notes = starttls(
         flags, "HAProxy does not support STARTTLS for SMTP. haproxy/layer4.cfg puts HAProxy in front of fumi-edge --accept-proxy."
     )
     notes += [f"{address}: omitted; HAProxy is started without this descriptor." for address in unsupported]
-    notes += header_notes(flags)
-    notes += _key_notes(pairs)
-    local = of_kind(listeners, "unix")
+    notes += dict.fromkeys(note for service in services for note in header_notes(service.flags))
+    notes += _key_notes(dict.fromkeys(pair for service in services for pair in service.pairs))
+    local = of_kind([each for service in services for each in service.listeners], "unix")
     notes += [f"{address}: HAProxy's PROXY header has no client address for a Unix socket." for address in local]
     notes.append("A client is disconnected without 421 when no core is available, and when its address has reached a limit.")
     if flags.get("max_clients"):
         notes.append("--max-clients: clients above the limit wait to be accepted instead of being rejected.")
+    if len(services) > 1 and (flags.get("max_clients_per_ip") or flags.get("rate_per_ip")):
+        notes.append("Limits for one address: each listener counts for itself.")
     if flags.get("drain_timeout") is not None:
         notes.append("--drain-timeout: also limits the sessions that continue after a reload.")
     notes.append("--handshake-timeout: HAProxy before 3.0 uses --idle-timeout for handshakes.")
@@ -92,12 +90,33 @@ def _key_notes(pairs: Iterable[Pair]) -> list[str]:
     return ["HAProxy reads a certificate's key from the same file, or from that name with .key appended. Run once:", *links]
 
 
-def _filled_in(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> str:
-    """The template with the flags' values, without the lines that the flags do not need."""
-    lines = without(haproxy_template(), _unneeded(flags).__contains__)
-    text = "\n".join(new for line in lines for new in _rewritten(line, flags, pairs))
-    text = _Variables(text).safe_substitute(_values(flags, listeners, pairs))
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+def _filled_in(flags: Flags, services: Sequence[Service]) -> str:
+    """The template with the flags' values, without the lines that the flags do not need, and with each service's section."""
+    lines = haproxy_template()
+    begin = next(number for number, line in enumerate(lines) if line.name == "limits-per-ip")
+    while lines[begin - 1].comment:
+        begin -= 1
+    end = next(number for number, line in enumerate(lines) if line.name == "metrics")
+    everywhere = Service(flags, (), ())
+    parts = [_part(lines[:begin], everywhere, flags)]
+    parts += [_numbered(_part(lines[begin:end], each, flags), number) for number, each in enumerate(services, 1)]
+    parts.append(_part(lines[end:], everywhere, flags))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
+
+
+def _part(template: Sequence[Line], service: Service, general: Flags) -> str:
+    """Some lines of the template with the values of a service; what it shares with all others stands in another part."""
+    lines = without(template, _unneeded(service.flags).__contains__)
+    text = "\n".join(new for line in lines for new in _rewritten(line, service, general))
+    return _Variables(text).safe_substitute(_values(service))
+
+
+def _numbered(section: str, number: int) -> str:
+    """The section of a service after the first, with names of its own."""
+    if number == 1:
+        return section
+    names = re.compile(r"^(?:backend|listen) \w+$|(?<=table )clients|(?<=\()clients(?=\))", re.MULTILINE)
+    return names.sub(lambda name: f"{name[0]}-{number}", section)
 
 
 def _unneeded(flags: Flags) -> set[str]:
@@ -115,12 +134,12 @@ def _unneeded(flags: Flags) -> set[str]:
     return names
 
 
-def _rewritten(line: Line, flags: Flags, pairs: Sequence[Pair]) -> list[str]:
+def _rewritten(line: Line, service: Service, general: Flags) -> list[str]:
     """The lines that replace one line of the template; variables come later."""
-    text = line.text
+    text, flags = line.text, service.flags
     match "" if line.comment else line.name:
         case "tls-listener":
-            return [text + _bind_options(flags, pairs), *_trust(flags)]
+            return [text + _bind_options(service) + _own_tls(flags, general), *_trust(flags), *_own_times(flags, general)]
         case "backend":
             count = len(flags.get("backend") or ()) or 1
             return [text.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}") for n in range(1, count + 1)]
@@ -146,8 +165,27 @@ def _limit(text: str, flags: Flags) -> str:
     return text.replace("conn_rate(1m)", f"conn_rate({rate.seconds}s)") if rate else text
 
 
-def _bind_options(flags: Flags, pairs: Sequence[Pair]) -> str:
-    options = [f"crt {_quoted(label(cert))}" for cert, _ in pairs[1:]]
+def _own_tls(flags: Flags, general: Flags) -> str:
+    """What a service negotiates otherwise than the global section says."""
+    options = [f'ssl-min-ver "TLSv{flags["min_tls"]}"'] if flags.get("min_tls") != general.get("min_tls") else []
+    options += [f"ciphers {_quoted(flags['ciphers'])}"] if flags.get("ciphers") != general.get("ciphers") else []
+    return "".join(f" {option}" for option in options)
+
+
+def _own_times(flags: Flags, general: Flags) -> list[str]:
+    """The times that are other ones than in the defaults section."""
+    lines = []
+    if flags.get("idle_timeout") != general.get("idle_timeout"):
+        lines += [f'    timeout {side} "{_milliseconds(flags["idle_timeout"])}"' for side in ("client", "server")]
+    if flags.get("handshake_timeout") != general.get("handshake_timeout"):
+        own = f'    timeout client-hs "{_milliseconds(flags["handshake_timeout"])}"'
+        lines += [".if version_atleast(3.0)", own, ".endif"]
+    return lines
+
+
+def _bind_options(service: Service) -> str:
+    flags = service.flags
+    options = [f"crt {_quoted(label(cert))}" for cert, _ in service.pairs[1:]]
     if flags.get("client_ca"):
         options.append(f"ca-file {_quoted(flags['client_ca'])} verify {flags.get('client_cert') or 'optional'}")
     if flags.get("alpn"):
@@ -169,18 +207,19 @@ def _trust(flags: Flags) -> list[str]:
     return [f"    tcp-request connection reject if {' '.join(untrusted)}"]
 
 
-def _values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pair]) -> dict[str, str]:
+def _values(service: Service) -> dict[str, str]:
     """The values of the variables, escaped for double quotes."""
-    values: dict[str, Any] = {"LISTEN": ",".join(map(_listener, listeners))}
-    if pairs:
-        values["CERT"] = label(pairs[0].cert)
+    flags = service.flags
+    values: dict[str, Any] = {"LISTEN": ",".join(map(_listener, service.listeners))}
+    if service.pairs:
+        values["CERT"] = label(service.pairs[0].cert)
     for number, address in enumerate(flags.get("backend") or (), 1):
         values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address, "127.0.0.1")
     for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
         values[flag.upper()] = flags.get(flag)
     for flag in TIMES:
         seconds = flags.get(flag)
-        values[flag.upper()] = None if seconds is None else f"{max(1, math.ceil(min(seconds, LONGEST) * 1000))}ms"
+        values[flag.upper()] = None if seconds is None else _milliseconds(seconds)
     if flags.get("rate_per_ip"):
         values["RATE_PER_IP"] = flags["rate_per_ip"].clients
     if flags.get("metrics"):
@@ -192,6 +231,10 @@ def _values(flags: Flags, listeners: Sequence[SocketAddress], pairs: Sequence[Pa
         # It stays a variable: on another machine the user may have another group.
         quoted["GROUP"] = f"${{FUMI_GROUP-{_quoted(group_of(flags['user']))[1:-1]}}}"
     return quoted
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{max(1, math.ceil(min(seconds, LONGEST) * 1000))}ms"
 
 
 def _listener(address: SocketAddress) -> str:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import grp
 import pwd
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fumi_core.runtime.addresses import SocketAddress
+from fumi_edge.tls.pem import Pair
 
 TIMES = ("connect_timeout", "idle_timeout", "handshake_timeout", "drain_timeout", "health_interval", "health_timeout")
 LONGEST = (2**31 - 1) // 1000
 """Seconds, about 24.8 days: the longest time. Both programs store times as milliseconds in 31 bits."""
 
 Flags = Mapping[str, Any]
+
+
+class Service(NamedTuple):
+    """Listeners for implicit TLS with the same settings: the flags, and the certificates with their keys.
+
+    A listener with a table of its own is a service of its own; its flags are those of the edge with the table's values.
+    """
+
+    flags: Flags
+    listeners: Sequence[SocketAddress]
+    pairs: Sequence[Pair]
+
+
 Emitted = tuple[list[str], str]
 """The notes on differences, and the configuration."""
 
@@ -35,7 +49,7 @@ def header_notes(flags: Flags) -> list[str]:
 
 def starttls(flags: Flags, why: str) -> list[str]:
     listeners = ", ".join(map(str, flags.get("starttls_listen") or ()))
-    return [f"--starttls-listen {listeners}: {why}"] if listeners else []
+    return [f"{flags.get('starttls_setting', '--starttls-listen')} {listeners}: {why}"] if listeners else []
 
 
 def not_applied(flags: Flags, given: Collection[str], applied: Collection[str], reasons: Mapping[str, str]) -> list[str]:
@@ -56,6 +70,12 @@ def group_of(user: str) -> str:
         return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
     except KeyError:
         return user
+
+
+def supported(services: Iterable[Service], unsupported: Collection[SocketAddress]) -> list[Service]:
+    """The services without these listeners, and without those that then have none."""
+    kept = [each._replace(listeners=[address for address in each.listeners if address not in unsupported]) for each in services]
+    return [each for each in kept if each.listeners]
 
 
 def of_kind(addresses: Iterable[SocketAddress], *kinds: str) -> list[SocketAddress]:

@@ -8,9 +8,20 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.emit.notes import LONGEST, Emitted, Flags, group_of, header_notes, not_applied, of_kind, starttls
+from fumi_edge.emit.notes import (
+    LONGEST,
+    Emitted,
+    Flags,
+    Service,
+    group_of,
+    header_notes,
+    not_applied,
+    of_kind,
+    starttls,
+    supported,
+)
 from fumi_edge.emit.template import Line, stunnel_template, without
-from fumi_edge.tls.pem import Pair, label
+from fumi_edge.tls.pem import label
 
 _APPLIED = {
     *("listen", "starttls_listen", "cert", "key", "backend", "balance", "proxy_protocol", "client_ca", "client_cert"),
@@ -36,36 +47,49 @@ _REASONS = {
 }
 
 
-def write(flags: Flags, given: Collection[str], listeners: Sequence[SocketAddress], pairs: list[Pair]) -> Emitted:
+def write(flags: Flags, given: Collection[str], services: Sequence[Service]) -> Emitted:
     """The notes and the configuration. Raises SettingError if stunnel supports none of the listeners."""
-    proxying = flags.get("proxy_protocol", "v2") != "off"
-    unsupported = of_kind(listeners, "fd", *(["unix"] if proxying else []))
-    if len(unsupported) == len(listeners):
+    unsupported = [address for each in services for address in _unsupported(each)]
+    kept = supported(services, unsupported)
+    if not kept:
         raise SettingError(
             f"--emit stunnel: {unsupported[0]} cannot be a listener of stunnel with a PROXY header; name HOST:PORT"
         )
-    general, service = stunnel_template()
+    general, template = stunnel_template()
     body = _set(general, _general_settings(flags))
-    for number, address in enumerate((each for each in listeners if each not in unsupported), 1):
-        own = {"accept": [f"accept = {_bare(address, '::')}"], **_service_settings(flags, pairs)}
+    places = [(service, address) for service in kept for address in service.listeners]
+    for number, (service, address) in enumerate(places, 1):
+        own = {"accept": [f"accept = {_bare(address, '::')}"], **_service_settings(service)}
         name = f"[smtps-{number}]" if number > 1 else "[smtps]"
-        body += [name, *_set(service, own), *_client_certificates(flags), ""]
+        body += [name, *_set(template, own), *_own_settings(service.flags, flags), *_client_certificates(service.flags), ""]
     notes = starttls(flags, "stunnel cannot combine STARTTLS (protocol = smtp) with a PROXY header; use fumi-edge.")
     notes += [f"--listen {address}: omitted." for address in unsupported]
-    notes += header_notes(flags)
-    if proxying:
+    notes += dict.fromkeys(note for each in services for note in [*header_notes(each.flags), *_service_notes(each)])
+    notes += not_applied(flags, given, _APPLIED, _REASONS)
+    return notes, "\n".join(body).rstrip() + "\n"
+
+
+def _is_proxying(flags: Flags) -> bool:
+    return bool(flags.get("proxy_protocol", "v2") != "off")
+
+
+def _unsupported(service: Service) -> list[SocketAddress]:
+    return of_kind(service.listeners, "fd", *(["unix"] if _is_proxying(service.flags) else []))
+
+
+def _service_notes(service: Service) -> list[str]:
+    flags, notes = service.flags, []
+    if _is_proxying(flags):
         notes.append(
             "The PROXY header is version 1: it has the client's address, but no TLS version, cipher, server name or certificate,"
             " and no id. Start the core with --assume-tls, and make sure that only stunnel can reach its port."
         )
     if len(flags.get("backend") or ()) > 1 and flags.get("balance", "leastconn") == "leastconn":
         notes.append("--balance leastconn: stunnel balances round robin.")
-    notes += [
+    return notes + [
         f"--cert {label(cert)}: omitted. Add a service for each name, with sni = smtps:NAME and cert = {label(cert)}."
-        for cert, _ in pairs[1:]
+        for cert, _ in service.pairs[1:]
     ]
-    notes += not_applied(flags, given, _APPLIED, _REASONS)
-    return notes, "\n".join(body).rstrip() + "\n"
 
 
 def _set(lines: Iterable[Line], settings: Mapping[str, Sequence[str]]) -> list[str]:
@@ -78,18 +102,33 @@ def _general_settings(flags: Flags) -> dict[str, list[str]]:
     """The options above the services, which apply to all of them."""
     values = {
         "debug": {"error": "err"}.get(flags.get("log_level", ""), flags.get("log_level")),
-        "sslVersionMin": f"TLSv{flags['min_tls']}" if flags.get("min_tls") else None,
-        "ciphers": flags.get("ciphers"),
         "setuid": flags.get("user"),
         "setgid": group_of(flags["user"]) if flags.get("user") else None,
+        **_common_settings(flags),
+    }
+    return {option: [f"{option} = {value}"] for option, value in values.items() if value}
+
+
+def _common_settings(flags: Flags) -> dict[str, str | None]:
+    """The options that a service may have otherwise than the others."""
+    values = {
+        "sslVersionMin": f"TLSv{flags['min_tls']}" if flags.get("min_tls") else None,
+        "ciphers": flags.get("ciphers"),
     }
     for option, flag in (("busy", "handshake"), ("connect", "connect"), ("idle", "idle")):
         seconds = flags.get(f"{flag}_timeout")
         values[f"TIMEOUT{option}"] = None if seconds is None else str(math.ceil(min(seconds, LONGEST)))
-    return {option: [f"{option} = {value}"] for option, value in values.items() if value}
+    return values
 
 
-def _service_settings(flags: Flags, pairs: Sequence[Pair]) -> dict[str, list[str]]:
+def _own_settings(flags: Flags, general: Flags) -> list[str]:
+    """The options that differ from those above the services."""
+    common = _common_settings(general)
+    return [f"{option} = {value}" for option, value in _common_settings(flags).items() if value != common[option]]
+
+
+def _service_settings(service: Service) -> dict[str, list[str]]:
+    flags, pairs = service.flags, service.pairs
     settings: dict[str, list[str]] = {}
     if backends := flags.get("backend"):
         targets = [_bare(address, "127.0.0.1") for address in backends]

@@ -73,7 +73,7 @@ def _listener(flags: Flags, table: ListenerTable, core: Destination | None) -> L
         if "mode" not in own:
             raise SettingError('no mode: add mode = "tls" or mode = "starttls"')
         starttls = own["mode"] == "starttls"
-        merged = _inherit(flags, own)
+        merged = inherit(flags, own)
         _check_table(own, merged, starttls)
         return ListenerSettings(
             table.address,
@@ -86,7 +86,7 @@ def _listener(flags: Flags, table: ListenerTable, core: Destination | None) -> L
         )
 
 
-def _inherit(flags: Flags, own: Mapping[str, Any]) -> Flags:
+def inherit(flags: Flags, own: Mapping[str, Any]) -> Flags:
     """The flags with the values of a table. Certificates and keys are inherited together, since each key belongs to one."""
     pair: dict[str, Any] = {"cert": (), "key": ()} if "cert" in own or "key" in own else {}
     return cast(Flags, {**flags, **pair, **own})

@@ -198,6 +198,74 @@ def test_a_switch_that_is_off_is_not_lost(program: str, emit: Emit, both: Path) 
     assert not re.search("--require-tls|--hide-starttls|--accept-proxy", notes(text, "#" if program == "haproxy" else ";"))
 
 
+TABLES = """
+[edge]
+cert = "{both}"
+backend = "127.0.0.1:2525"
+
+[[edge.listener]]
+address = ":2587"
+mode = "starttls"
+require-tls = true
+
+[[edge.listener]]
+address = "127.0.0.1:4465"
+mode = "tls"
+idle-timeout = 60
+max-clients-per-ip = 9
+
+[[edge.listener]]
+address = "127.0.0.1:4466"
+mode = "tls"
+min-tls = "1.3"
+ciphers = "ECDHE+AESGCM"
+handshake-timeout = 3
+max-clients-per-ip = 5
+accept-proxy = true
+client-ca = "{ca}"
+backend = ["127.0.0.1:2526", "unix:/run/core.sock"]
+balance = "first"
+"""
+
+
+@pytest.fixture
+def tables(programs: Programs, both: Path, client_certificate: ClientCertificate) -> Path:
+    path = programs.directory / "edge.toml"
+    path.write_text(TABLES.format(both=both, ca=client_certificate.ca))
+    return path
+
+
+def test_each_listener_for_tls_with_a_table_of_its_own_is_a_section_of_haproxy(
+    programs: Programs, emit: Emit, both: Path, tables: Path, client_certificate: ClientCertificate
+) -> None:
+    text = emit("haproxy", "--config", tables)
+    accepted(programs, text)
+    assert "[[edge.listener]] :2587: HAProxy does not support STARTTLS for SMTP" in notes(text)
+    general, first, second = re.split(r"^listen .*\n", text, flags=re.MULTILINE)
+    bind = f'bind "127.0.0.1:4466" v6only ssl crt "{both}" ca-file "{client_certificate.ca}" verify optional accept-proxy'
+    assert f'{bind} ssl-min-ver "TLSv1.3" ciphers "ECDHE+AESGCM"' in settings(second)
+    assert {'ssl-default-bind-options ssl-min-ver "TLSv1.2"', 'timeout client "900000ms"'} <= set(settings(general))
+    own = {'timeout client "60000ms"', 'tcp-request connection reject if { sc0_conn_cur(clients) gt "9" }'}
+    assert {*own, 'server core1 "127.0.0.1:2525"'} <= set(settings(first))
+    own = {'timeout client-hs "3000ms"', 'tcp-request session reject if { sc0_conn_cur(clients-2) gt "5" }'}
+    assert {*own, 'server core2 "unix@/run/core.sock"', 'balance "first"'} <= set(settings(second))
+
+
+def test_each_listener_for_tls_with_a_table_of_its_own_is_a_service_of_stunnel(emit: Emit, tables: Path) -> None:
+    text = emit("stunnel", "--config", tables)
+    assert "[[edge.listener]] :2587: stunnel cannot combine STARTTLS" in notes(text, ";")
+    first, second = (settings(each) for each in re.split(r"^\[smtps.*\n", text, flags=re.MULTILINE)[1:])
+    assert {"accept = 127.0.0.1:4465", "connect = 127.0.0.1:2525", "TIMEOUTidle = 60"} <= set(first)
+    own = {"sslVersionMin = TLSv1.3", "ciphers = ECDHE+AESGCM", "TIMEOUTbusy = 3", "failover = prio"}
+    assert {"accept = 127.0.0.1:4466", *own} <= set(second)
+
+
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+def test_tables_for_starttls_alone_have_no_equivalent(program: str, emit: Emit, tables: Path) -> None:
+    tables.write_text(tables.read_text().replace('mode = "tls"', 'mode = "starttls"'))
+    assert "only fumi-edge supports STARTTLS" in emit(program, "--config", tables, status=2)
+
+
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])
 def test_without_a_header_the_core_has_to_know(program: str, emit: Emit, both: Path) -> None:
     text = emit(program, "--cert", both, "--backend", ":2525", "--proxy-protocol", "off")

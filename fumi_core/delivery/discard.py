@@ -16,7 +16,7 @@ class Discard:
 
         async def deliver(ctx: DataContext, next: Next) -> None:
             await ctx.stream.skip()
-            observer.delivery(self.name, DeliveryResult.FAILED if ctx.size_exceeded else DeliveryResult.OK)
+            observer.delivery(self.name, DeliveryResult.FAILED if ctx.stream.size_exceeded else DeliveryResult.OK)
 
         app.on_data(deliver)
 

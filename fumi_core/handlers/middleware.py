@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Coroutine, Generator, Sequence
+from functools import partial
 from inspect import isasyncgenfunction, isawaitable, isgeneratorfunction, signature
 from types import CoroutineType
 from typing import Any
@@ -42,12 +43,7 @@ class Next:
         self._started = True
         if self._index == len(self._handlers):
             return iter(())  # type: ignore[return-value]
-        return _step(self._handlers, self._context, self._index).__await__()
-
-    @property
-    def owed(self) -> bool:
-        """Whether the handler called it without awaiting it."""
-        return self._called and not self._started
+        return _step(self._handlers, self._index, self._context).__await__()
 
 
 _RETURNS = "a handler returns None or the result of next(); to reject, call ctx.reject(message, code)"
@@ -56,7 +52,7 @@ _RETURNS = "a handler returns None or the result of next(); to reject, call ctx.
 _AWAITABLE = (CoroutineType, Next)
 
 
-async def _step(handlers: Sequence[Handler], context: Any, index: int) -> None:
+async def _step(handlers: Sequence[Handler], index: int, context: Any) -> None:
     rest = Next(handlers, context, index + 1)
     result = handlers[index](context, rest)
     if result is not None and result is not rest:
@@ -64,7 +60,7 @@ async def _step(handlers: Sequence[Handler], context: Any, index: int) -> None:
             result = await result
         if result is not None and result is not rest:
             raise TypeError(f"{name_of(handlers[index])} returned {reprlib.repr(result)}: {_RETURNS}")
-    if rest.owed:
+    if rest._called and not rest._started:
         await rest
 
 
@@ -91,9 +87,4 @@ def check(handler: Handler, hook: str) -> None:
 
 def compose(handlers: Sequence[Handler]) -> Chain:
     """Return one function that runs the handlers in order. There must be at least one."""
-    handlers = tuple(handlers)
-
-    def chain(context: Any) -> Coroutine[Any, Any, None]:
-        return _step(handlers, context, 0)
-
-    return chain
+    return partial(_step, tuple(handlers), 0)

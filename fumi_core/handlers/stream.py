@@ -224,7 +224,7 @@ class MessageStream:
             self._call_listeners(piece)
         if self._discarding:
             self._lost = True
-        elif not self.size_exceeded:
+        elif self._limit is None or self.size <= self._limit:
             self._pieces.append(piece)
             self._buffered += len(piece)
         self._wake()

@@ -148,9 +148,18 @@ class Connection:
     def received(self, data: bytes) -> None:
         dialogue = self._dialogue
         if dialogue is not None and self._phase is _OPEN:
-            if not dialogue.protocol.line_begun:
+            protocol = dialogue.protocol
+            if not protocol.line_begun:
                 self._deadline = monotonic() + self._server.options.socket_timeout
-            dialogue.receive(data)
+            try:
+                reply = protocol.answer(data)
+            except Exception as error:
+                dialogue.fail(error)
+                return
+            if reply is not None:
+                self._transport.write(reply)
+            if reply is None or dialogue.draining or self._transport.blocked:
+                dialogue.proceed()
         elif self._phase is Phase.HEADER:
             self._read_header(data)
 
@@ -223,8 +232,7 @@ class Connection:
         server = self._server
         if server.options.max_clients is not None and server.connection_count.clients >= server.options.max_clients:
             server.observer.rejected(RejectReason.MAX_CLIENTS)
-            counts = server.setup.tally.replies
-            counts[421] = counts.get(421, 0) + 1
+            server.setup.tally.replies[421] += 1
             refusal = replies.TOO_MANY_CLIENTS
             self._transport.write(refusal.plain if server.options.hide_enhancedstatuscodes else refusal.data)
             self._linger()

@@ -1,6 +1,7 @@
 """Between the protocol and the handlers: takes the protocol's events, runs the handlers of that phase, returns their decision.
 
-It has no sockets: bytes arrive by ``receive()``, and ``changed`` is called when there may be output, or the dialogue has ended.
+It has no sockets. Its connection gives bytes to the protocol and calls ``proceed()``. ``changed`` is called when there may be
+output, or the dialogue has ended.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from fumi_core.errors import MessageAborted, SMTPError
@@ -26,7 +28,7 @@ from fumi_core.handlers.stream import HIGH_WATER_BYTES, MessageStream
 from fumi_core.runtime.logs import event as log_event
 from fumi_core.server import dialogue_log
 from fumi_core.server.handler_replies import log_failure, log_handler_failure, rejection
-from fumi_core.server.message import ArrivingMessage, Reception, Stage
+from fumi_core.server.message import ABORTED, ARRIVING, COMPLETE, DONE, RUNNING, WAITING, ArrivingMessage
 from fumi_core.server.observer import RejectReason
 from fumi_core.server.setup import DialogueSetup
 from fumi_core.smtp import replies
@@ -88,10 +90,12 @@ class Dialogue:
         self._changed = changed
         self._runner = HandlerRunner(asyncio.get_running_loop())
         self._running: Context | None = None
-        self._pumping = False
+        self._done: Callable[[Context, BaseException | None], None]
+        self._proceeding = False
         self._message: ArrivingMessage | None = None
         self._dropping_since = 0.0
-        self._draining = False
+        self.draining = False
+        """Whether the dialogue ends as soon as no transaction is in progress."""
         self._reported = False
         self._gone: Callable[[], None] | None = None
 
@@ -100,13 +104,29 @@ class Dialogue:
     def start(self) -> None:
         """The client's identity is known: run the connect handlers, and send the banner."""
         self._observer.session_started(self.session)
-        self._pumping = True
+        self._proceeding = True
         self._connect()
-        self._pump()
+        self.proceed()
 
-    def receive(self, data: bytes) -> None:
-        self.protocol.receive(data)
-        self._pump()
+    def proceed(self) -> None:
+        """Process the bytes that the protocol has received."""
+        protocol = self.protocol
+        self._proceeding = True
+        try:
+            while (event := protocol.next_event()) is not None:
+                _HANDLERS[type(event)](self, event)
+            message = self._message
+            if message is not None and message.stage is WAITING and message.stream.has_text:
+                self._run_message(message)
+        except Exception as error:
+            self.fail(error)
+        finally:
+            self._proceeding = False
+        if self.draining and not protocol.in_transaction and not self.closed:
+            protocol.close(replies.SHUTTING_DOWN)
+        if protocol.last is not None:
+            self._report_end()
+        self._changed()
 
     @property
     def closed(self) -> bool:
@@ -130,21 +150,22 @@ class Dialogue:
     @property
     def message_started(self) -> float | None:
         """When the arriving message, or chunk without a transaction, began, by the monotonic clock."""
-        if self._message is not None and self._message.reception is not Reception.COMPLETE:
+        if self._message is not None and self._message.reception is not COMPLETE:
             return self._message.started
         return self._dropping_since if self.protocol.dropping else None
 
-    def proceed(self) -> None:
-        """Continue after the replies that throttled it were sent."""
-        self._pump()
+    def fail(self, error: Exception) -> None:
+        """The last resort, for a bug here or an app that changed our internals: no client may wait for ever."""
+        log_failure(self.session, "dialogue failed", error)
+        self._end(replies.CONNECT_FAILED, "local error")
 
     def time_out(self) -> None:
         self._end(replies.TIMED_OUT, "timed out")
 
     def drain(self) -> None:
         """Send 421 as soon as no transaction is in progress."""
-        self._draining = True
-        self._pump()
+        self.draining = True
+        self.proceed()
 
     def gone(self, closed: Callable[[], None]) -> None:
         """The client has disconnected: end the handler that runs, run those of the close phase, then call ``closed``.
@@ -161,25 +182,6 @@ class Dialogue:
             self._runner.cancel()
 
     # Events
-
-    def _pump(self) -> None:
-        protocol = self.protocol
-        self._pumping = True
-        try:
-            while (event := protocol.next_event()) is not None:
-                _HANDLERS[type(event)](self, event)
-            message = self._message
-            if message is not None and message.stage is Stage.WAITING and message.stream.has_text:
-                self._run_message(message)
-        except Exception as error:
-            self._fail(error)
-        finally:
-            self._pumping = False
-        if self._draining and not protocol.in_transaction and not self.closed:
-            protocol.close(replies.SHUTTING_DOWN)
-        if protocol.last is not None:
-            self._report_end()
-        self._changed()
 
     def _report_end(self) -> None:
         """Count, once, a dialogue that the server ended for one of ``_REASONS``."""
@@ -199,24 +201,19 @@ class Dialogue:
             log_event(_log, logging.INFO, f"authentication {event.result}", **log_fields(self.session), method=event.method)
 
     def _mail(self, event: Mail) -> None:
-        self._ask("mail_from", MailContext, event)
+        self._run("mail_from", MailContext(self.session, event.address), self._address_done)
 
     def _rcpt(self, event: Rcpt) -> None:
-        self._ask("rcpt_to", RcptContext, event)
-
-    def _ask(self, phase: str, kind: type[MailContext | RcptContext], event: Mail | Rcpt) -> None:
-        context = kind(self.session, event.address)
-
-        def done(_: Context, error: BaseException | None) -> None:
-            event.address = context.address
-            self._decide(context, error)
-
-        self._run(phase, context, done)
+        self._run("rcpt_to", RcptContext(self.session, event.address), self._address_done)
 
     def _message_start(self, event: MessageStart) -> None:
         options = self._setup.options
         recipients = self.protocol.recipients if options.lmtp else None
-        self._message = ArrivingMessage(self.session, MessageStream(options.size, self._changed), event.command, recipients)
+        self._message = ArrivingMessage(self.session, MessageStream(options.size, self._content_taken), event.command, recipients)
+
+    def _content_taken(self) -> None:
+        if not self._proceeding:  # proceed() ends with the same call
+            self._changed()
 
     def _message_data(self, event: MessageData) -> None:
         assert self._message is not None
@@ -244,10 +241,10 @@ class Dialogue:
     def _message_end(self, event: MessageEnd) -> None:
         message = self._message
         assert message is not None
-        message.reception = Reception.COMPLETE
+        message.reception = COMPLETE
         message.stream.end()
         self._run_message(message)
-        if message.stage is Stage.DONE and self._message is message:
+        if message.stage is DONE and self._message is message:
             self._settle_message(message)
 
     def _message_broken(self, event: MessageBroken) -> None:
@@ -260,24 +257,24 @@ class Dialogue:
         if chain is None:
             done(context, None)
             return
-        self._running = context
+        self._running, self._done = context, done
+        self._runner.run(chain(context), self._handlers_ended)
 
-        def ended(error: BaseException | None) -> None:
-            self._running = None
-            try:
-                done(context, error)
-            except Exception as failed:
-                self._fail(failed)
-            if error is not None:
-                # An app may raise one exception again and again, and each time Python makes its traceback longer.
-                BaseException.with_traceback(error, None)
-            if self._gone is not None:
-                if not isinstance(context, CloseContext):
-                    self._after_gone()
-            elif not self._pumping:
-                self._pump()
-
-        self._runner.run(chain(context), ended)
+    def _handlers_ended(self, error: BaseException | None) -> None:
+        context, self._running = self._running, None
+        assert context is not None
+        try:
+            self._done(context, error)
+        except Exception as failed:
+            self.fail(failed)
+        if error is not None:
+            # An app may raise one exception again and again, and each time Python makes its traceback longer.
+            BaseException.with_traceback(error, None)
+        if self._gone is not None:
+            if not isinstance(context, CloseContext):
+                self._after_gone()
+        elif not self._proceeding:
+            self.proceed()
 
     def _connect_done(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None or error is None or isinstance(error, SMTPError):
@@ -295,6 +292,13 @@ class Dialogue:
         elif self.protocol.pending is not None:
             self.protocol.refuse(replies.AUTH_FAILED)
 
+    def _address_done(self, context: Context, error: BaseException | None) -> None:
+        assert isinstance(context, MailContext | RcptContext)
+        event = self.protocol.pending
+        if isinstance(event, Mail | Rcpt):
+            event.address = context.address
+        self._decide(context, error)
+
     def _decide(self, context: Context, error: BaseException | None) -> None:
         if self.protocol.pending is None:
             # Abandoned: no reply can be sent. If it was cancelled, we cancelled it.
@@ -308,22 +312,17 @@ class Dialogue:
     def _at_end_failed(self, command: str, error: BaseException) -> None:
         log_failure(self.session, "handler failed", error, "at_end", command)
 
-    def _fail(self, error: Exception) -> None:
-        """The last resort, for a bug here or an app that changed our internals: no client may wait for ever."""
-        log_failure(self.session, "dialogue failed", error)
-        self._end(replies.CONNECT_FAILED, "local error")
-
     # The message
 
     def _run_message(self, message: ArrivingMessage) -> None:
-        if message.stage is Stage.WAITING:
-            message.stage = Stage.RUNNING
+        if message.stage is WAITING:
+            message.stage = RUNNING
             self._run("data", message.context, self._message_done)
 
     def _message_done(self, context: Context, error: BaseException | None) -> None:
         message = self._message
         assert message is not None
-        message.stage = Stage.DONE
+        message.stage = DONE
         message.context.stream.release()
         cut_off = isinstance(error, asyncio.CancelledError) and self.closed
         if cut_off or isinstance(error, MessageAborted):
@@ -332,27 +331,27 @@ class Dialogue:
             message.cut_off()
         elif error is not None:
             message.fail(error)
-        if message.reception is Reception.ABORTED:
+        if message.reception is ABORTED:
             self._forget_broken_message()
-        elif message.reception is Reception.COMPLETE and not self._pumping:
+        elif message.reception is COMPLETE and not self._proceeding:
             self._settle_message(message)
 
     def _settle_message(self, message: ArrivingMessage) -> None:
         self._message = None
         sent = self.protocol.settle(message.replies())
-        best = min([reply.code for reply in sent])
+        best = min(map(_code, sent))
         result = verdict(best)
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         self.messages += best == 250
 
     def _abort_message(self, reason: str, result: MessageResult = MessageResult.ABORTED) -> None:
         message = self._message
-        if message is None or message.reception is not Reception.ARRIVING:
+        if message is None or message.reception is not ARRIVING:
             return  # a whole message belongs to its handler, which may have stored it already
-        message.reception = Reception.ABORTED
+        message.reception = ABORTED
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         message.stream.abort(reason)
-        if message.stage is Stage.DONE:
+        if message.stage is DONE:
             self._forget_broken_message()
         else:
             self._run_message(message)
@@ -390,6 +389,7 @@ class Dialogue:
         self._run("close", CloseContext(self.session), done)
 
 
+_code = attrgetter("code")
 _REASONS: dict[Reply | None, RejectReason] = {
     replies.NOT_SMTP: RejectReason.NOT_SMTP,
     replies.TOO_MANY_ERRORS: RejectReason.ERRORS,

@@ -54,9 +54,10 @@ class LoggedProtocol(Protocol):
         self._log(received=f"({len(line)} bytes, response to an AUTH challenge)")
         return super()._respond(line)
 
-    def _reply(self, reply: Reply) -> None:
-        self._log(sent=(reply.data if self._enhanced else reply.plain).decode().rstrip())
-        super()._reply(reply)
+    def _encoded(self, reply: Reply) -> bytes:
+        data = super()._encoded(reply)
+        self._log(sent=data.decode().rstrip())
+        return data
 
     def _log(self, **fields: Any) -> None:
         event(log, logging.DEBUG, "dialogue", id=self.session.id, **fields)

@@ -44,7 +44,8 @@ class DotReader:
         """Return the content in ``data``. Raises BareNewline where bare newlines are rejected. Do not call it after the end."""
         buffer = self._held + data if self._held else data
         # A large attachment in base64 has no dots, and to search for one byte costs a twentieth of searching for three.
-        dot = buffer.find(b"\r\n.") if b"." in buffer else -1
+        first = buffer.find(b".")
+        dot = buffer.find(b"\r\n.", max(first - 2, 0)) if first >= 0 else -1
         end = buffer.find(END, dot) if dot >= 0 else -1
         if end < 0:
             stop = len(buffer) - _undecided(buffer)

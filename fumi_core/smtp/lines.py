@@ -24,46 +24,40 @@ class LineTooLong(Exception):
 
 
 class Input:
-    """Received bytes in order. A line that is too long is dropped as it arrives, so it takes no memory."""
+    """Received bytes in order. Of a line that is too long only the beginning is kept, so it takes no memory."""
 
-    __slots__ = ("_at", "_data", "_dropped", "responses")
+    __slots__ = ("_at", "_too_long", "data", "responses")
 
     def __init__(self) -> None:
-        self._data = b""  # empty as soon as its last byte was processed
+        self.data = b""
+        """Empty when all bytes were processed; else it may begin with some that were, up to ``_at``."""
         self._at = 0
-        self._dropped: bytes | None = None  # the beginning of the line that is being dropped
+        self._too_long = False  # of the incomplete line in ``data`` only the beginning was kept
         self.responses = False
         """Whether the next line is a response to AUTH's challenge, and may be as long as one."""
 
     def __len__(self) -> int:
-        return len(self._data) - self._at
-
-    @property
-    def begun(self) -> bool:
-        """Whether an incomplete line has arrived, including one that is being dropped."""
-        return bool(self._data) or self._dropped is not None
+        return len(self.data) - self._at
 
     def receive(self, data: bytes) -> None:
-        self._data = self._data[self._at :] + data if self._data else data
+        self.data = self.data[self._at :] + data if self.data else data
         self._at = 0
 
     def line(self) -> bytes | None:
         """The next line, with its LF; None while it is incomplete. Raises LineTooLong when a long line has ended."""
-        data, at = self._data, self._at
-        if not data:
-            return None
+        data, at = self.data, self._at
         end = data.find(b"\n", at) + 1
         if end == 0:
-            if self._dropped is not None or len(data) - at >= self._limit():
-                self._dropped = self.beginning()
-                self.take()
+            if self._too_long or len(data) - at >= self._limit():
+                self._too_long = True
+                self.data, self._at = self.beginning(), 0
             return None
-        limit = MAX_LINE_BYTES if end - at <= MAX_LINE_BYTES else self._limit()
+        too_long = self._too_long or (end - at > MAX_LINE_BYTES and end - at > self._limit())
         line = data[at:end]
-        self._data, self._at = (data, end) if end < len(data) else (b"", 0)
-        if self._dropped is not None or len(line) > limit:
-            beginning, self._dropped = self._dropped or line[:BEGINNING_BYTES], None
-            raise LineTooLong(beginning)
+        self.data, self._at = (data, end) if end < len(data) else (b"", 0)
+        if too_long:
+            self._too_long = False
+            raise LineTooLong(line[:BEGINNING_BYTES])
         return line
 
     def _limit(self) -> int:
@@ -71,10 +65,10 @@ class Input:
 
     def beginning(self) -> bytes:
         """The first bytes of the incomplete line."""
-        return self._dropped or self._data[self._at : self._at + BEGINNING_BYTES]
+        return self.data[self._at : self._at + BEGINNING_BYTES]
 
     def take(self) -> bytes:
         """Return and remove all bytes."""
-        data = self._data[self._at :] if self._at else self._data
-        self._data, self._at = b"", 0
+        data = self.data[self._at :] if self._at else self.data
+        self.data, self._at = b"", 0
         return data

@@ -24,6 +24,8 @@ class Arrival(Enum):
     """A chunk that makes the message too large, which has yet to be reported. It is dropped."""
     STRAY_CHUNK = "stray chunk"
     """A chunk without a transaction. It is dropped, and then answered with ``refusals``."""
+    COMPLETE = "complete"
+    """Nothing: all of the message or chunk was read. Its end has yet to be reported, and ``arrival`` to be set to None."""
 
 
 class MessageReader:
@@ -77,22 +79,16 @@ class MessageReader:
         self.arrival = Arrival.STRAY_CHUNK
 
     def read(self) -> bytes:
-        """Return the content that has arrived. At the end of the message or chunk ``arrival`` becomes None.
+        """Return the content that has arrived. At the end of the message or chunk ``arrival`` becomes COMPLETE.
 
         Raises BareNewline where bare newlines are rejected.
         """
         reader = self._reader
-        if reader.rest is None:
-            data = self._input.take()
-            # A chunk may be empty; then it ends without another byte.
-            if not data and type(reader) is DotReader:
-                return b""
-            text = reader.feed(data)
-            if text or reader.rest is None:
-                return text
-        self._input.receive(reader.rest)
-        self.arrival = None
-        return b""
+        text = reader.feed(self._input.take())
+        if reader.rest is not None:
+            self._input.receive(reader.rest)
+            self.arrival = Arrival.COMPLETE
+        return text
 
     def reset(self) -> None:
         """The message has ended, or was given up. A chunk that is being dropped is still read to its end."""

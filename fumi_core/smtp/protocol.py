@@ -33,7 +33,7 @@ from fumi_core.smtp.events import (
     Rcpt,
 )
 from fumi_core.smtp.greetings import Greetings
-from fumi_core.smtp.lines import Input, LineTooLong
+from fumi_core.smtp.lines import MAX_LINE_BYTES, Input, LineTooLong
 from fumi_core.smtp.message_reader import Arrival, MessageReader
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.replies import Reply, verdict
@@ -110,6 +110,8 @@ class Protocol:
         self._input = Input()
         self._message_reader = MessageReader(self._input, options)
         self._exchange: AuthExchange | None = None
+        self._outcome: Event | Reply | None = None
+        """What a command led to that ``answer()`` has processed."""
         self._broken: MessageBroken | None = None
         self._failed: tuple[Reply, ...] = ()
         """In LMTP, the rejections, one for each recipient, of a message with a rejected chunk: sent after its last chunk."""
@@ -126,6 +128,32 @@ class Protocol:
         if self.state is not State.CLOSED:
             self._input.receive(data)
 
+    def answer(self, data: bytes) -> bytes | None:
+        """Take bytes as ``receive()`` does, and return the reply if they are one command that leads to nothing but its reply.
+
+        After None, call ``next_event()``. Clients that do not pipeline send each command alone.
+
+        In place of ``receive()``, ``next_event()`` and ``take_output()`` for these commands too, with which the message of the
+        bench row core-kept costs 54.4 µs (54.0 … 62.4) instead of 51.7 µs (49.2 … 58.7): Python 3.11.7, 5 rounds by turns, and
+        on a quiet machine 8 %. Delete it when that is under 3 %.
+        """
+        if (
+            self.state not in _BETWEEN_COMMANDS
+            or self.pending is not None
+            or self._input.data
+            or self.output
+            or self._message_reader.arrival is not None
+            or self._exchange is not None
+            or not 0 < data.find(b"\n") + 1 == len(data) <= MAX_LINE_BYTES
+        ):
+            self.receive(data)
+            return None
+        outcome = self._command(data)
+        if isinstance(outcome, Reply) and outcome.code < 500 and outcome not in _FINAL:
+            return self._encoded(outcome)
+        self._outcome = outcome
+        return None
+
     @property
     def buffered(self) -> int:
         """Number of bytes received and not yet processed."""
@@ -139,6 +167,12 @@ class Protocol:
     def next_event(self) -> Event | None:
         """Process input until the application has to act; None when more bytes, or a decision, are needed first."""
         self.throttled = self.line_begun = False
+        if self._outcome is not None:
+            answered, self._outcome = self._outcome, None
+            if not isinstance(answered, Reply):
+                return answered
+            self._conclude(answered)
+        input = self._input
         while self.pending is None and self.state is not _CLOSED:
             if len(self.output) > MAX_REPLIES:
                 self.throttled = True
@@ -146,13 +180,17 @@ class Protocol:
             if self._broken is not None:
                 self.pending, self._broken = self._broken, None
                 return self.pending
-            if self._message_reader.arrival is not None:
+            if (arrival := self._message_reader.arrival) is not None:
+                if arrival is _DATA and not input.data:
+                    return None
                 event = self._read_message()
                 if event is not None or self._message_reader.arrival is not None:
                     return event
                 continue
+            if not input.data:
+                return None
             try:
-                line = self._input.line()
+                line = input.line()
             except LineTooLong as error:
                 ended = self.break_off_exchange()
                 self._conclude(replies.NOT_SMTP if self._is_foreign(error.beginning) else replies.LINE_TOO_LONG)
@@ -160,11 +198,10 @@ class Protocol:
                     return ended
                 continue
             if line is None:
-                if self._input.begun:
-                    self.line_begun = True
-                    if self._exchange is None and self._is_foreign(self._input.beginning()):
-                        # A TLS ClientHello has no line end: waiting for one would end in the timeout.
-                        self.close(replies.NOT_SMTP)
+                self.line_begun = True
+                if self._exchange is None and self._is_foreign(input.beginning()):
+                    # A TLS ClientHello has no line end: waiting for one would end in the timeout.
+                    self.close(replies.NOT_SMTP)
                 return None
             if self._rejection is not None:
                 self.close(self._rejection)
@@ -249,7 +286,7 @@ class Protocol:
     @property
     def unused(self) -> bool:
         """Whether the client has sent nothing, and was refused nothing."""
-        return self.state is State.START and not (self._recognized or self._errors or self._input.begun)
+        return self.state is State.START and not (self._recognized or self._errors or self._input.data)
 
     @property
     def dropping(self) -> bool:
@@ -605,17 +642,19 @@ class Protocol:
         if reader.arrival is Arrival.EXCESS_CHUNK:
             reader.arrival = Arrival.CHUNK
             return _MESSAGE_EXCESS
-        try:
-            text = reader.read()
-        except BareNewline:
-            for _ in self.recipients[1:]:
-                self._reply(replies.BARE_NEWLINE)
-            self.close(replies.BARE_NEWLINE)
-            return MessageBroken("bare newline in the message", MessageResult.REJECTED)
-        if text:
-            return MessageData(text)
-        if reader.arrival is not None:
+        if reader.arrival is not Arrival.COMPLETE:
+            try:
+                text = reader.read()
+            except BareNewline:
+                for _ in self.recipients[1:]:
+                    self._reply(replies.BARE_NEWLINE)
+                self.close(replies.BARE_NEWLINE)
+                return MessageBroken("bare newline in the message", MessageResult.REJECTED)
+            if text:
+                return MessageData(text)
+        if reader.arrival is not Arrival.COMPLETE:
             return None
+        reader.arrival = None
         if reader.refusals:
             refusals, reader.refusals = reader.refusals, ()
             for each in refusals[1:]:
@@ -658,14 +697,18 @@ class Protocol:
         return outcome
 
     def _reply(self, reply: Reply) -> None:
-        self.output.append(reply.data if self._enhanced else reply.plain)
-        counts = self._tally.replies
-        counts[reply.code] = counts.get(reply.code, 0) + 1
+        self.output.append(self._encoded(reply))
+
+    def _encoded(self, reply: Reply) -> bytes:
+        """The bytes of a reply that is sent now."""
+        self._tally.replies[reply.code] += 1
+        return reply.data if self._enhanced else reply.plain
 
 
 # The reply to a command that depends on a rejected sender or recipient.
 _CONSEQUENCES = frozenset({replies.NEED_MAIL, replies.NEED_RCPT})
-_CLOSED = State.CLOSED  # an enum's member takes five times as long to look up as a name
+_BETWEEN_COMMANDS = (State.READY, State.MAIL, State.RCPT)
+_CLOSED, _DATA = State.CLOSED, Arrival.DATA  # an enum's member takes five times as long to look up as a name
 # Replies that end the dialogue.
 _FINAL = frozenset({replies.BYE, replies.NOT_SMTP, replies.TOO_MANY_ERRORS})
 

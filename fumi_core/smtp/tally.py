@@ -7,6 +7,8 @@ counting by prometheus_client costs no more than adding to a dict.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from fumi_core.smtp import sasl
 from fumi_core.smtp.grammar import VERBS
 from fumi_core.smtp.results import AuthResult
@@ -19,5 +21,5 @@ class Tally:
 
     def __init__(self) -> None:
         self.commands: dict[bytes, int] = dict.fromkeys([*(verb.encode() for verb in VERBS), b"OTHER"], 0)
-        self.replies: dict[int, int] = {}
+        self.replies: defaultdict[int, int] = defaultdict(int)
         self.authentications = dict.fromkeys(((method, result) for method in sasl.MECHANISMS for result in AuthResult), 0)

@@ -107,6 +107,33 @@ def test_replies_wait_while_the_transport_is_blocked() -> None:
     assert serving(Fumi(auth_optional=True), talk).calls[-1] == "close"
 
 
+def test_reading_pauses_when_the_reply_to_a_single_command_waits() -> None:
+    def talk(connection: Connection, transport: InMemory) -> None:
+        connection.received(b"EHLO client.example\r\n")
+        transport.room = False
+        connection.received(b"NOOP\r\n")
+        assert transport.calls == ["pause_reading"]
+        transport.room = True
+        connection.drained()
+        assert transport.calls == ["pause_reading", "resume_reading"]
+        connection.ended()
+
+    assert serving(Fumi(auth_optional=True), talk).sent.endswith(b"250 2.0.0 Ok\r\n")
+
+
+def test_a_draining_connection_answers_the_command_that_ends_the_transaction_and_then_closes() -> None:
+    def talk(connection: Connection, transport: InMemory) -> None:
+        connection.received(b"EHLO client.example\r\n")
+        connection.received(b"MAIL FROM:<a@b.example>\r\n")
+        connection.drain()
+        connection.received(b"RSET\r\n")
+        connection.received(b"NOOP\r\n")
+        connection.ended()
+
+    sent = serving(Fumi(auth_optional=True), talk).sent
+    assert sent.endswith(b"250 2.1.0 Ok\r\n250 2.0.0 Ok\r\n421 4.3.2 Service shutting down, closing connection\r\n")
+
+
 def test_a_client_that_upgraded_gets_no_second_banner() -> None:
     def talk(connection: Connection, transport: InMemory) -> None:
         assert transport.sent == b""

@@ -16,6 +16,7 @@ from fumi_core.testing import running
 from tests.core.client import Connect, Send
 from tests.support.waiting import until
 
+LAST_REPLY = b"421 4.3.0 Server local error\r\n"
 LOCAL_ERROR = b"451 4.3.0 Local error in processing\r\n"
 
 
@@ -259,9 +260,10 @@ def test_surrogates_and_line_ends_cannot_break_a_reply(app: Fumi, connect: Conne
         assert client.say("NOOP") == b"250 2.0.0 Ok\r\n"
 
 
-@pytest.mark.parametrize("phase", ["on_mail_from", "on_data"])
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("phase", ["on_connect", "on_mail_from", "on_data"])
 def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
-    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, phase: str
+    app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture, phase: str, pipelined: bool
 ) -> None:
     async def breaks(ctx: MailContext | DataContext, next: Next) -> None:
         ctx.session.envelope = None  # type: ignore[assignment]
@@ -269,11 +271,16 @@ def test_an_app_that_breaks_the_envelope_ends_the_connection_and_no_other(
     getattr(app, phase)(breaks)
     with running(app, record=False) as server, caplog.at_level(logging.ERROR):
         client = connect(server.port)
-        client.sock.sendall(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<c@d.example>\r\nDATA\r\nhi\r\n.\r\n")
-        replies = []
+        commands = [b"EHLO x", b"MAIL FROM:<>", b"RCPT TO:<c@d.example>", b"DATA", b"hi\r\n."]
+        replies: list[bytes] = []
+        if pipelined:
+            client.sock.sendall(b"\r\n".join([*commands, b""]))
+        else:
+            while commands and replies[-1:] != [LAST_REPLY]:
+                replies.append(client.say(commands.pop(0)))
         while reply := client.reply():
             replies.append(reply)
-        assert replies[-1] == b"421 4.3.0 Server local error\r\n"
+        assert replies[-1] == LAST_REPLY
         connect(server.port).say("NOOP")
     assert "dialogue failed" in caplog.text
 

@@ -115,8 +115,11 @@ class Conversation:
 
     def hear(self, piece: bytes) -> None:
         """Feed a piece, and answer all that comes of it."""
-        self.protocol.receive(piece)
-        self._pump(len(piece))
+        reply = self.protocol.answer(piece)
+        if reply is None:
+            self._pump(len(piece))
+        else:
+            self._hear_reply(reply)
         assert self.protocol.buffered <= MAX_AUTH_LINE_BYTES or self.protocol.state is State.CLOSED, (
             f"{self.protocol.buffered} octets wait"
         )
@@ -138,16 +141,17 @@ class Conversation:
         protocol = self.protocol
         for _ in range(4 * (octets + self.length) + 50):
             event = protocol.next_event()
-            output = protocol.take_output()
-            if output:
-                self.output.append(output)
-                self.length += len(output)
+            self._hear_reply(protocol.take_output())
             if event is not None:
                 self._decide(event)
             elif not protocol.throttled:
                 assert protocol.pending is None, "an event waits that nobody was told of"
                 return
         raise AssertionError("it goes on and on")
+
+    def _hear_reply(self, output: bytes) -> None:
+        self.output.append(output)
+        self.length += len(output)
 
     def _note(self, kind: str, text: object = None) -> None:
         self.events.append((kind, self.length, text))

@@ -324,17 +324,21 @@ class Dialogue:
         assert message is not None
         message.stage = DONE
         message.context.stream.release()
+        if error is not None:
+            self._message_failed(message, error)
+        if message.reception is ABORTED:
+            self._forget_broken_message()
+        elif message.reception is COMPLETE and not self._proceeding:
+            self._settle_message(message)
+
+    def _message_failed(self, message: ArrivingMessage, error: BaseException) -> None:
         cut_off = isinstance(error, asyncio.CancelledError) and self.closed
         if cut_off or isinstance(error, MessageAborted):
             reason = str(error) or "connection closed"
             log_event(_log, logging.INFO, "message aborted", **log_fields(self.session), error=reason)
             message.cut_off()
-        elif error is not None:
+        else:
             message.fail(error)
-        if message.reception is ABORTED:
-            self._forget_broken_message()
-        elif message.reception is COMPLETE and not self._proceeding:
-            self._settle_message(message)
 
     def _settle_message(self, message: ArrivingMessage) -> None:
         self._message = None

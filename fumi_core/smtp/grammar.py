@@ -111,8 +111,10 @@ def has_path(argument: bytes) -> bool:
 
 def read_path(pattern: re.Pattern[str], argument: bytes) -> Address | None:
     """The same as ``parse_path()``, for bytes."""
-    text = read_text(argument)
-    return None if text is None else parse_path(pattern, text)
+    try:
+        return parse_path(pattern, argument.decode())
+    except UnicodeDecodeError:
+        return None
 
 
 def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
@@ -120,7 +122,7 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
     match = pattern.fullmatch(argument)
     if match is None:
         return None
-    local, domain = match["local"], match["domain"]
+    local, domain, words = match.group("local", "domain", "parameters")
     if domain is not None:
         address = f"{local}@{domain}"
     else:
@@ -130,7 +132,7 @@ def parse_path(pattern: re.Pattern[str], argument: str) -> Address | None:
             return None  # user%domain and domain!user are routes to other domains: the next server may follow them
     if local is not None and not _fits(local, domain):
         return None
-    parameters = _parameters(match["parameters"]) if match["parameters"] else {}
+    parameters = _parameters(words) if words else {}
     return None if parameters is None else Address(address, parameters)
 
 

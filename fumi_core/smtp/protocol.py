@@ -581,7 +581,8 @@ class Protocol:
             return replies.NEED_BDAT
         self.state = State.DATA
         self._message_reader.begin()
-        self._note_recipients()
+        if self._options.lmtp:
+            self._note_recipients()
         self._reply(replies.START_DATA)
         return _DATA_START
 
@@ -601,12 +602,12 @@ class Protocol:
         self.state = State.DATA if last else State.CHUNKS
         if not first:
             return None
-        self._note_recipients()
+        if self._options.lmtp:
+            self._note_recipients()
         return _BDAT_START
 
     def _note_recipients(self) -> None:
-        if self._options.lmtp:
-            self.recipients = tuple(self.session.envelope.rcpt_to)
+        self.recipients = tuple(self.session.envelope.rcpt_to)
 
     def _refusals_of_chunk(self, refusal: Reply, last: bool) -> tuple[Reply, ...]:
         """The replies to a chunk without a transaction: one or, for a failed LMTP message's last chunk, one per recipient."""

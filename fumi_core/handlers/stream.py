@@ -191,7 +191,8 @@ class MessageStream:
             raise RuntimeError("tap() must be called before the message is read")
         for piece in self._pieces:
             listener(piece)
-        self._listeners += (listener,)
+        if not self._ended:
+            self._listeners += (listener,)
 
     def restrict(self, limit: int) -> None:
         """Lower the limit to ``limit`` bytes, if it is higher."""
@@ -246,6 +247,7 @@ class MessageStream:
 
     def end(self) -> None:
         self._ended = True
+        self._listeners = ()  # they often refer to this stream: a cycle that only the garbage collector would break
         self._wake()
 
     def abort(self, reason: str) -> None:

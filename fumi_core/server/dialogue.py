@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -82,7 +83,8 @@ class Dialogue:
             decides_rcpt=setup.chains["rcpt_to"] is not None,
             trusted=speaks_for_others and session.remote_address in setup.trusted,
             greeted=greeted,
-            at_end_failed=self._at_end_failed,
+            # A method would be a cycle that only the garbage collector would break.
+            at_end_failed=partial(_log_at_end_failure, session),
         )
         self.messages = 0
         self._setup = setup
@@ -90,7 +92,8 @@ class Dialogue:
         self._changed = changed
         self._runner = HandlerRunner(asyncio.get_running_loop())
         self._running: Context | None = None
-        self._done: Callable[[Context, BaseException | None], None]
+        self._phase = ""
+        """The phase whose handlers run, or ran last."""
         self._proceeding = False
         self._message: ArrivingMessage | None = None
         self._dropping_since = 0.0
@@ -191,20 +194,20 @@ class Dialogue:
             self._observer.rejected(reason)
 
     def _connect(self, event: Connect | None = None) -> None:
-        self._run("connect", ConnectContext(self.session), self._connect_done)
+        self._run("connect", ConnectContext(self.session))
 
     def _auth(self, event: Auth) -> None:
-        self._run("auth", AuthContext(self.session, event.credentials), self._auth_done)
+        self._run("auth", AuthContext(self.session, event.credentials))
 
     def _auth_ended(self, event: AuthEnded | None) -> None:
         if event is not None:
             log_event(_log, logging.INFO, f"authentication {event.result}", **log_fields(self.session), method=event.method)
 
     def _mail(self, event: Mail) -> None:
-        self._run("mail_from", MailContext(self.session, event.address), self._address_done)
+        self._run("mail_from", MailContext(self.session, event.address))
 
     def _rcpt(self, event: Rcpt) -> None:
-        self._run("rcpt_to", RcptContext(self.session, event.address), self._address_done)
+        self._run("rcpt_to", RcptContext(self.session, event.address))
 
     def _message_start(self, event: MessageStart) -> None:
         options = self._setup.options
@@ -252,19 +255,19 @@ class Dialogue:
 
     # Handlers
 
-    def _run(self, phase: str, context: Context, done: Callable[[Context, BaseException | None], None]) -> None:
+    def _run(self, phase: str, context: Context) -> None:
         chain = self._setup.chains[phase]
         if chain is None:
-            done(context, None)
+            _DONE[phase](self, context, None)
             return
-        self._running, self._done = context, done
+        self._running, self._phase = context, phase
         self._runner.run(chain(context), self._handlers_ended)
 
     def _handlers_ended(self, error: BaseException | None) -> None:
         context, self._running = self._running, None
         assert context is not None
         try:
-            self._done(context, error)
+            _DONE[self._phase](self, context, error)
         except Exception as failed:
             self.fail(failed)
         if error is not None:
@@ -309,15 +312,12 @@ class Dialogue:
         else:
             self.protocol.refuse(rejection(context, error))
 
-    def _at_end_failed(self, command: str, error: BaseException) -> None:
-        log_failure(self.session, "handler failed", error, "at_end", command)
-
     # The message
 
     def _run_message(self, message: ArrivingMessage) -> None:
         if message.stage is WAITING:
             message.stage = RUNNING
-            self._run("data", message.context, self._message_done)
+            self._run("data", message.context)
 
     def _message_done(self, context: Context, error: BaseException | None) -> None:
         message = self._message
@@ -381,16 +381,19 @@ class Dialogue:
         self._changed()
 
     def _after_gone(self) -> None:
+        self._run("close", CloseContext(self.session))
+
+    def _close_done(self, context: Context, error: BaseException | None) -> None:
         closed = self._gone
         assert closed is not None
+        if error is not None:
+            log_handler_failure(context, error)
+        self._runner.close()
+        closed()
 
-        def done(context: Context, error: BaseException | None) -> None:
-            if error is not None:
-                log_handler_failure(context, error)
-            self._runner.close()
-            closed()
 
-        self._run("close", CloseContext(self.session), done)
+def _log_at_end_failure(session: Session, command: str, error: BaseException) -> None:
+    log_failure(session, "handler failed", error, "at_end", command)
 
 
 _code = attrgetter("code")
@@ -399,6 +402,15 @@ _REASONS: dict[Reply | None, RejectReason] = {
     replies.TOO_MANY_ERRORS: RejectReason.ERRORS,
     replies.TIMED_OUT: RejectReason.TIMEOUT,
     replies.SHUTTING_DOWN: RejectReason.DRAINING,
+}
+# What follows when the handlers of a phase have ended, or it has none.
+_DONE: dict[str, Callable[[Dialogue, Any, BaseException | None], None]] = {
+    "connect": Dialogue._connect_done,
+    "auth": Dialogue._auth_done,
+    "mail_from": Dialogue._address_done,
+    "rcpt_to": Dialogue._address_done,
+    "data": Dialogue._message_done,
+    "close": Dialogue._close_done,
 }
 _HANDLERS: dict[type, Callable[[Dialogue, Any], None]] = {
     Connect: Dialogue._connect,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 
-from fumi_core import ConnectContext, Fumi, Next, TLSInfo
+from fumi_core import ConnectContext, DataContext, Fumi, Next, TLSInfo
 from fumi_core.proxy_protocol import ProxyHeader, tls_tlvs
 from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server.client_facts import ClientFacts, Origin, from_header
 from fumi_core.server.connection import Connection
+from fumi_core.server.dialogue import Dialogue
 from fumi_core.server.listeners import Server
 from fumi_core.server.transport import Transport, TransportOwner
+from fumi_core.smtp.session import Session
 
 TLS = TLSInfo("TLSv1.3", "TLS_AES_256_GCM_SHA384", sni="mx.example")
 FACTS = ClientFacts(("192.0.2.1", 4321), ("198.51.100.2", 465), secure=True, tls=TLS, id="4f1d")
@@ -132,6 +135,32 @@ def test_a_draining_connection_answers_the_command_that_ends_the_transaction_and
 
     sent = serving(Fumi(auth_optional=True), talk).sent
     assert sent.endswith(b"250 2.1.0 Ok\r\n250 2.0.0 Ok\r\n421 4.3.2 Service shutting down, closing connection\r\n")
+
+
+def test_neither_a_message_nor_a_connection_leaves_anything_to_the_garbage_collector() -> None:
+    app = Fumi(auth_optional=True)
+
+    @app.on_data
+    async def data(ctx: DataContext, next: Next) -> None:
+        ctx.stream.tap(lambda piece: ctx.size_exceeded)
+        await ctx.stream.skip()
+
+    def left(*kinds: type) -> list[object]:
+        return [each for each in gc.get_objects() if isinstance(each, kinds)]
+
+    def talk(connection: Connection, transport: InMemory) -> None:
+        connection.received(b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
+        connection.received(b"hi\r\n.\r\n")
+        assert left(DataContext) == []
+        connection.received(b"QUIT\r\n")
+
+    gc.collect()
+    gc.disable()
+    try:
+        del serving(app, talk).owner
+        assert left(Connection, Dialogue, Session) == []
+    finally:
+        gc.enable()
 
 
 def test_a_client_that_upgraded_gets_no_second_banner() -> None:

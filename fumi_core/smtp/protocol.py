@@ -8,13 +8,15 @@ command may come when.
 
 The bytes after a command may be something else: a message after DATA, a chunk after BDAT, a response to AUTH's challenge. At most
 one of these is expected at a time, and ``next_event`` handles it first.
+
+``answer()`` is a short way for a command that arrives alone: bytes in, the reply out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fumi_core.smtp import authentication, grammar, parameters, replies, sasl, xclient
+from fumi_core.smtp import authentication, grammar, message_reader, parameters, replies, sasl, states, xclient
 from fumi_core.smtp.authentication import AuthExchange
 from fumi_core.smtp.data import BareNewline
 from fumi_core.smtp.events import (
@@ -34,7 +36,7 @@ from fumi_core.smtp.events import (
 )
 from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.lines import MAX_LINE_BYTES, Input, LineTooLong
-from fumi_core.smtp.message_reader import Arrival, MessageReader
+from fumi_core.smtp.message_reader import MessageReader
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.replies import Reply, verdict
 from fumi_core.smtp.results import AuthResult, MessageResult
@@ -82,7 +84,7 @@ class Protocol:
         rejected now, the reply is that to its first command.
         """
         self.session = session
-        self.state = State.START
+        self.state: State = states.START
         self.pending: Event | None = Connect()
         """The event that waits for the application's decision."""
         self.throttled = False
@@ -125,7 +127,7 @@ class Protocol:
 
     def receive(self, data: bytes) -> None:
         """Take bytes from the client; ``next_event()`` processes them."""
-        if self.state is not State.CLOSED:
+        if self.state is not states.CLOSED:
             self._input.receive(data)
 
     def answer(self, data: bytes) -> bytes | None:
@@ -173,7 +175,7 @@ class Protocol:
                 return answered
             self._conclude(answered)
         input = self._input
-        while self.pending is None and self.state is not _CLOSED:
+        while self.pending is None and self.state is not states.CLOSED:
             if len(self.output) > MAX_REPLIES:
                 self.throttled = True
                 return None
@@ -181,7 +183,7 @@ class Protocol:
                 self.pending, self._broken = self._broken, None
                 return self.pending
             if (arrival := self._message_reader.arrival) is not None:
-                if arrival is _DATA and not input.data:
+                if arrival is message_reader.DATA and not input.data:
                     return None
                 event = self._read_message()
                 if event is not None or self._message_reader.arrival is not None:
@@ -249,7 +251,7 @@ class Protocol:
             self._broken = MessageBroken("a chunk was rejected", verdict(reply.code), "BDAT", reply)
         self._reply(self._excuse(reply))
         if reply.code == 421 or type(event) is Connect:
-            self.state = State.CLOSED
+            self.state = states.CLOSED
 
     def settle(self, verdicts: Sequence[Reply]) -> Sequence[Reply]:
         """Answer the end of a message: with one reply or, in LMTP, one for each recipient in order (RFC 2033 §4.2).
@@ -266,12 +268,12 @@ class Protocol:
         for reply in verdicts:
             self._reply(reply)
             if reply.code == 421:
-                self.state = State.CLOSED
+                self.state = states.CLOSED
         return verdicts
 
     def close(self, reply: Reply) -> None:
         """End the dialogue with this reply; anything that the client sends afterwards is ignored."""
-        if self.state is not State.CLOSED:
+        if self.state is not states.CLOSED:
             self.last = reply
             self._reply(reply)
             self.abandon()
@@ -281,21 +283,21 @@ class Protocol:
         if type(self.pending) is Auth:
             self._tally.authentications[self.pending.credentials.method, AuthResult.ABORTED] += 1
         self.pending = None
-        self.state = State.CLOSED
+        self.state = states.CLOSED
 
     @property
     def unused(self) -> bool:
         """Whether the client has sent nothing, and was refused nothing."""
-        return self.state is State.START and not (self._recognized or self._errors or self._input.data)
+        return self.state is states.START and not (self._recognized or self._errors or self._input.data)
 
     @property
     def dropping(self) -> bool:
         """Whether a chunk without a transaction is arriving."""
-        return self._message_reader.arrival is Arrival.STRAY_CHUNK
+        return self._message_reader.arrival is message_reader.STRAY_CHUNK
 
     @property
     def in_transaction(self) -> bool:
-        return self.pending is not None or self.state not in (State.START, State.READY, State.CLOSED)
+        return self.pending is not None or self.state not in (states.START, states.READY, states.CLOSED)
 
     # Commands
 
@@ -424,7 +426,7 @@ class Protocol:
     def _set_sender(self, sender: Address) -> Reply:
         self.session.envelope.mail_from = sender
         self._excused = 0
-        self.state = State.MAIL
+        self.state = states.MAIL
         return replies.SENDER_OK
 
     def _rcpt(self, argument: bytes) -> Event | Reply:
@@ -454,13 +456,13 @@ class Protocol:
             # A repeated recipient is stored once. LMTP owes a reply for each RCPT it accepted, repeated or not (RFC 2033 §4.2).
             envelope.rcpt_to = [each for each in envelope.rcpt_to if each.address != recipient.address]
         envelope.rcpt_to.append(recipient)
-        self.state = State.RCPT
+        self.state = states.RCPT
         return replies.RECIPIENT_OK
 
     def _rset(self, argument: bytes) -> Event | Reply:
         if argument:
             return replies.SYNTAX_RSET
-        return self._end_transaction("RSET", replies.OK) if self.state is not State.START else replies.OK
+        return self._end_transaction("RSET", replies.OK) if self.state is not states.START else replies.OK
 
     def _noop(self, argument: bytes) -> Reply:
         return replies.NOT_ASCII if grammar.NOT_TEXT.search(argument) else replies.OK
@@ -560,7 +562,7 @@ class Protocol:
             return attributes
         introduced = xclient.impersonate(self.session, attributes)
         self._reset("XCLIENT")
-        self.state = State.READY if introduced else State.START
+        self.state = states.READY if introduced else states.START
         # As if that client had connected: the application is asked, and the reply is a banner.
         self.pending = event = Connect()
         return event
@@ -579,7 +581,7 @@ class Protocol:
             return replies.SYNTAX_DATA
         if self.session.envelope.body == "BINARYMIME":
             return replies.NEED_BDAT
-        self.state = State.DATA
+        self.state = states.DATA
         self._message_reader.begin()
         if self._options.lmtp:
             self._note_recipients()
@@ -599,7 +601,7 @@ class Protocol:
             self._message_reader.drop_chunk(size, self._refusals_of_chunk(refusal, last))
             return _CHUNK_DROPPED
         first = self._message_reader.begin_chunk(size, last, binary=self.session.envelope.body == "BINARYMIME")
-        self.state = State.DATA if last else State.CHUNKS
+        self.state = states.DATA if last else states.CHUNKS
         if not first:
             return None
         if self._options.lmtp:
@@ -611,7 +613,7 @@ class Protocol:
 
     def _refusals_of_chunk(self, refusal: Reply, last: bool) -> tuple[Reply, ...]:
         """The replies to a chunk without a transaction: one or, for a failed LMTP message's last chunk, one per recipient."""
-        if not self._failed or self.state is not State.READY:
+        if not self._failed or self.state is not states.READY:
             return (refusal,)
         failed = self._failed
         if last:
@@ -620,7 +622,7 @@ class Protocol:
 
     def _end_transaction(self, command: str, reply: Reply) -> Event | Reply:
         """Reset, then reply. A message that is arriving in chunks is aborted first, and its handlers end."""
-        if self.state is State.CHUNKS:
+        if self.state is states.CHUNKS:
             self.pending = event = MessageBroken("client aborted the transaction", MessageResult.ABORTED, command, reply)
             return event
         return self._reset(command) or reply
@@ -640,10 +642,10 @@ class Protocol:
 
     def _read_message(self) -> Event | None:
         reader = self._message_reader
-        if reader.arrival is Arrival.EXCESS_CHUNK:
-            reader.arrival = Arrival.CHUNK
+        if reader.arrival is message_reader.EXCESS_CHUNK:
+            reader.arrival = message_reader.CHUNK
             return _MESSAGE_EXCESS
-        if reader.arrival is not Arrival.COMPLETE:
+        if reader.arrival is not message_reader.COMPLETE:
             try:
                 text = reader.read()
             except BareNewline:
@@ -653,7 +655,7 @@ class Protocol:
                 return MessageBroken("bare newline in the message", MessageResult.REJECTED)
             if text:
                 return MessageData(text)
-        if reader.arrival is not Arrival.COMPLETE:
+        if reader.arrival is not message_reader.COMPLETE:
             return None
         reader.arrival = None
         if reader.refusals:
@@ -661,7 +663,7 @@ class Protocol:
             for each in refusals[1:]:
                 self._reply(each)
             self._reply_to_consequence(refusals[0])
-        elif self.state is State.CHUNKS:
+        elif self.state is states.CHUNKS:
             self.pending = _CHUNK_END
         else:
             self.pending = _MESSAGE_END
@@ -681,7 +683,7 @@ class Protocol:
         ended, self.session.envelope = self.session.envelope, Envelope()
         if self.session.xforward:
             self.session.xforward = {}
-        self.state = State.READY
+        self.state = states.READY
         return self._call_at_end(ended, command) if ended.at_end else None
 
     def _call_at_end(self, ended: Envelope, command: str) -> Reply | None:
@@ -708,8 +710,7 @@ class Protocol:
 
 # The reply to a command that depends on a rejected sender or recipient.
 _CONSEQUENCES = frozenset({replies.NEED_MAIL, replies.NEED_RCPT})
-_BETWEEN_COMMANDS = (State.READY, State.MAIL, State.RCPT)
-_CLOSED, _DATA = State.CLOSED, Arrival.DATA  # an enum's member takes five times as long to look up as a name
+_BETWEEN_COMMANDS = (states.READY, states.MAIL, states.RCPT)
 # Replies that end the dialogue.
 _FINAL = frozenset({replies.BYE, replies.NOT_SMTP, replies.TOO_MANY_ERRORS})
 

@@ -46,6 +46,16 @@ def fumi_core(*arguments: str) -> Start:
 
 
 @contextlib.contextmanager
+def fumi_core_with_milter(site: Site) -> Iterator[Server]:
+    """`fumi-core` that discards what a mail filter has accepted. Nobody counts the filter's CPU."""
+    port = free_port()
+    core = fumi_core("--deliver", "discard:", "--milter", f"127.0.0.1:{port}")
+    argv = [sys.executable, "-m", "tests.bench.milter", str(port)]
+    with running(argv, port, site.log("milter"), FUMI), core(site) as server:
+        yield server
+
+
+@contextlib.contextmanager
 def all_in_one(site: Site) -> Iterator[Server]:
     """`fumi_edge.Fumi` with a certificate: TLS and SMTP in one process."""
     port = free_port()

@@ -8,6 +8,7 @@ from .contestants import (
     all_in_one,
     fumi_both,
     fumi_core,
+    fumi_core_with_milter,
     fumi_edge,
     haproxy,
     smtp_server,
@@ -54,6 +55,7 @@ CORE = Contestant("fumi-core", fumi_core("--deliver", "discard:"))
 ONE_WORKER = Contestant("1 worker", fumi_core("tests.bench.busy_handler:app"))
 TWO_WORKERS = Contestant("2 workers", fumi_core("tests.bench.busy_handler:app", "--workers", "2"))
 CORE_WITH_HOOKS = Contestant("fumi-core", fumi_core("tests.bench.noop_hooks:app"))
+CORE_WITH_MILTER = Contestant("with a milter", fumi_core_with_milter)
 EDGE_AND_CORE = Contestant("edge + core", fumi_both)
 ALL_IN_ONE = Contestant("all-in-one", all_in_one)
 AIOSMTPD = Contestant("aiosmtpd", aiosmtpd())
@@ -134,6 +136,14 @@ ROWS = (
         KEPT,
         CORE_WITH_HOOKS,
         (Peer(AIOSMTPD, 0.32),),
+    ),
+    Row(
+        "core-milter",
+        "core-kept with a mail filter that says continue at once to every step, its own CPU apart",
+        "µs a message",
+        KEPT,
+        CORE_WITH_MILTER,
+        (Peer(CORE),),
     ),
     Row(
         "core-workers",

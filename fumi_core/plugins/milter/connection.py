@@ -126,38 +126,31 @@ class MilterConnection(asyncio.Protocol):
         ``seconds`` is for each packet of the answer. ``change`` is called for each change of the message. Raises MilterFailure.
         """
         self._raise_failure()
-        if macros:
-            self._transport.write(wire.macros(stage.letter, macros))
-        if not self.agreement.wants(stage):
-            return Verdict.CONTINUE
-        self._asking = self.agreement.answers(stage)
-        self._transport.write(wire.packet(stage.letter, data))
+        packets = wire.macros(stage.letter, macros) if macros else b""
+        wanted = self.agreement.wants(stage)
+        self._asking = wanted and self.agreement.answers(stage)
+        self._transport.write(packets + wire.packet(stage.letter, data) if wanted else packets)
         if self._blocked:
             await self._wait_until(lambda: not self._blocked, seconds)
         if not self._asking:
             return Verdict.CONTINUE
         try:
-            async with asyncio.timeout(MAX_ANSWER_SECONDS):
-                return await self._answer(stage, seconds, change)
-        except TimeoutError:
-            self.abort()
-            raise MilterFailure("no answer in time, only progress") from None
+            return await self._answer(stage, seconds, change)
         except BaseException:
-            self._fail("connection aborted")
+            self.abort()
             raise
 
     async def _answer(
         self, stage: Stage, seconds: float, change: Callable[[Change], Awaitable[None]] | None
     ) -> Verdict | ReplyCode:
+        deadline = self._loop.time() + MAX_ANSWER_SECONDS
         while True:
-            letter, data = await self._receive(seconds)
+            letter, data = await self._receive(min(seconds, deadline - self._loop.time()))
             try:
                 answer = parse_answer(letter, data)
                 self.agreement.check(stage, answer)
             except Malformed as error:
-                self._fail(str(error))
-                self._raise_failure()
-                raise
+                raise MilterFailure(str(error)) from None
             if isinstance(answer, Verdict | ReplyCode):
                 if answer is not Verdict.PROGRESS:
                     self._end_of_answer()

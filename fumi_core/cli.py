@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fumi_core.program.listeners import LISTENER_KEYS
 from fumi_core.program.option_flags import option_flag
 from fumi_core.program.users import hash_password
 from fumi_core.program.work import CoreWork
@@ -90,7 +91,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @option_flag("--allow-insecure-auth")
 @click.option("--hash-password", is_flag=True, help="Reads a password, prints its hash for --users, and exits.")
 @heading("Operation")
-@config_option("core")
+@config_option("core", LISTENER_KEYS)
 @click.option(
     "--state",
     metavar="DIR",

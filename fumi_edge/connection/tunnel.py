@@ -36,6 +36,10 @@ from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.records import ENDED, WANTS_WRITE, Ending, read_records, write_records
 
 BUFFER_SIZE = 128 * 1024
+"""Bytes that one wake-up moves: eight records, and one send. 64 and 256 KiB cost the same CPU a byte, within 1 %.
+
+So does ``SSLSocket._sslobj.read``, which saves a Python frame for each record (row edge-bytes-up, 10 alternating rounds).
+"""
 LINGER_SECONDS = 30.0
 """Seconds after which a client that does not close, although the backend has closed, is disconnected.
 

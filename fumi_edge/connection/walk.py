@@ -359,22 +359,8 @@ class Connection:
             self._tunnel = None
 
     async def _serve_directly(self, core: DirectCore) -> End:
-        client, tls, loop, close_notify = self._client, self.tls, self._loop, self._resources.close_notify
-        assert isinstance(client, TLSSocket)
-        assert tls is not None
         finished: Pause[TransportEnd] = Pause()
-
-        def make(owner: TransportOwner) -> TLSTransport:
-            self._reader_left = False
-            self._tunnel = made = TLSTransport(loop, client, core.buffer, owner, close_notify, finished.end)
-            return made
-
-        self.backend = self._resources.backends.all[0]  # for the log
-        facts = DirectClient(
-            self.id, self._source, self._destination, tls, self._balancer,
-            upgraded=self.listener.starttls, check=self._role is Role.BALANCER_CHECK, unnamed=self._role is Role.BALANCER,
-        )  # fmt: skip
-        end = core.serve(facts, make)
+        end = self._begin_dialogue(core, finished)
         transport = self._tunnel
         assert isinstance(transport, TLSTransport)
         try:
@@ -387,6 +373,28 @@ class Connection:
             self.received += transport.received
             self.sent += transport.sent
             self._tunnel = None
+
+    def _begin_dialogue(self, core: DirectCore, finished: Pause[TransportEnd]) -> Callable[[], None]:
+        """Hand the client over to the core. Returns what ends its connection at once.
+
+        Apart from the coroutine, whose frame would keep the facts and ``make`` for as long as the client stays: 0.5 of 20.3 KiB
+        of an idle session (row all-in-one-memory).
+        """
+        client, tls, loop, close_notify = self._client, self.tls, self._loop, self._resources.close_notify
+        assert isinstance(client, TLSSocket)
+        assert tls is not None
+
+        def make(owner: TransportOwner) -> TLSTransport:
+            self._reader_left = False
+            self._tunnel = made = TLSTransport(loop, client, core.buffer, owner, close_notify, finished.end)
+            return made
+
+        self.backend = self._resources.backends.all[0]  # for the log
+        facts = DirectClient(
+            self.id, self._source, self._destination, tls, self._balancer,
+            upgraded=self.listener.starttls, check=self._role is Role.BALANCER_CHECK, unnamed=self._role is Role.BALANCER,
+        )  # fmt: skip
+        return core.serve(facts, make)
 
     def tick(self, now: float) -> None:
         """Check for idleness and add the bytes so far to the metrics. The edge calls it every few seconds; ``now`` in seconds."""

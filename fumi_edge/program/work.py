@@ -17,6 +17,7 @@ from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.lifecycle import Incomplete
 from fumi_core.runtime.listening import ListenError
 from fumi_core.runtime.logs import configure, event
+from fumi_core.runtime.master import READ_TIMEOUT
 from fumi_core.runtime.metrics_server import Page, Readiness
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import ConnectionCount
@@ -123,8 +124,12 @@ class EdgeWork:
         return changed
 
     async def _apply(self, source: FlagSource) -> list[str]:
-        # In a thread: a file system may hang, and mail must not wait for it.
-        again = await run_in_daemon_thread(lambda: source.read_again(self._edge.certificates, forking=not self._serving))
+        # In a thread: a file system may hang, and neither mail nor the next reload must wait. The master has its own limit.
+        try:
+            async with asyncio.timeout(READ_TIMEOUT if self._serving else None):
+                again = await run_in_daemon_thread(lambda: source.read_again(self._edge.certificates, forking=not self._serving))
+        except TimeoutError:
+            raise SettingError(f"the files were not read within {READ_TIMEOUT:g} seconds") from None
         await self._edge.apply(again.settings, again.certificates)
         configure(again.flags["log_format"], again.flags["log_level"])
         return source.take(again)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,12 +17,23 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import fumi_core.runtime.files as files_module
+import fumi_edge.program.work as work_module
 import fumi_edge.tls.certificates as certificates_module
+from fumi_core.runtime.addresses import parse_address
+from fumi_core.runtime.scoreboard import count_of_one_process
+from fumi_core.runtime.settings import SettingError
+from fumi_edge.backends.dialing import Remote
+from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.certificate_reload import Reloader
+from fumi_edge.edge import Edge
 from fumi_edge.metrics import EdgeMetrics
+from fumi_edge.program.flag_source import Again, FlagSource
+from fumi_edge.program.work import EdgeWork
+from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import Certificate, Pair
 from fumi_edge.tls.pem import load as load_pem
+from fumi_edge.tls.policy import CertificateSettings
 from tests.edge.backends import StartBackend
 from tests.edge.metrics import reloads
 from tests.edge.program import StartEdge
@@ -150,6 +161,41 @@ def test_a_file_system_that_hangs_is_reported_and_the_others_are_renewed(
     (line,) = {record.getMessage() for record in caplog.records if "certificate not loaded" in record.getMessage()}
     assert f"{paths[1]}: cannot read" in line
     assert "no answer within" in line
+
+
+def test_a_settings_file_that_hangs_is_reported_and_does_not_hold_up_the_next_reload(
+    certificate: CertificateFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_module, "READ_TIMEOUT", 0.1)
+    monkeypatch.setattr(work_module, "_tune_garbage_collector", lambda: None)  # it is for a process of its own
+    hanging = threading.Event()
+
+    class Hanging(FlagSource):
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def read_again(self, loaded: Mapping[CertificateSettings, Certificates], forking: bool) -> Again:
+            self.asked += 1
+            hanging.wait()
+            raise AssertionError
+
+    async def scenario() -> None:
+        flags = Hanging()
+        settings = EdgeSettings(certificates=own, backends=BackendSettings((Remote(parse_address("127.0.0.1:1")),)))
+        work = EdgeWork(Edge(settings, {own: certificates}), flags=flags)
+        await work.start(count_of_one_process())
+        for asked in (1, 2):
+            with pytest.raises(SettingError, match="not read within"):
+                await work.reload()
+            assert flags.asked == asked
+        await work.close()
+
+    certificates = Certificates([Pair(str(certificate[0]), str(certificate[1]))])
+    own = CertificateSettings(tuple(certificates.sources), certificates.policy)
+    try:
+        asyncio.run(scenario())
+    finally:
+        hanging.set()
 
 
 def test_what_is_renewed_while_the_edge_starts_is_noticed(

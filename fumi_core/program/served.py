@@ -14,7 +14,7 @@ from fumi_core.delivery import DeliveryTarget, parse_target
 from fumi_core.delivery.maildir_recipients import has_variables
 from fumi_core.plugins.dovecot.auth import DovecotAuth
 from fumi_core.program import builtin
-from fumi_core.program.filters import filters
+from fumi_core.program.filters import check_filters, filters
 from fumi_core.program.logins import dovecot_at, use_logins
 from fumi_core.program.option_flags import OPTIONS
 from fumi_core.runtime.settings import SettingError
@@ -89,6 +89,7 @@ class ServedApp:
             remark = self.target.check() if self.target is not None else None
         except OSError as error:
             raise SettingError(f"--deliver {settings['deliver']}: {error.strerror or error}") from None
+        check_filters(settings["milter"])
         if self._dovecot is not None and (problem := asyncio.run(self._dovecot.problem())):
             raise SettingError(f"--dovecot-auth {settings['dovecot_auth']}: {problem}")
         return remark

@@ -10,6 +10,7 @@ import pytest
 from fumi_core import Fumi, plugins
 from fumi_core.handlers.contexts import DataContext
 from fumi_core.handlers.middleware import Next
+from fumi_core.plugins.milter import conversation
 from fumi_core.testing import RunningServer, running
 from tests.core.client import Client, Connect
 from tests.core.scripted_milter import (
@@ -557,6 +558,28 @@ def test_what_a_failure_leaves_of_a_transaction(failure: str, scripted_milter: S
         client.envelope()
         assert message(client) == b"250 2.0.0 Ok\r\n"
     assert delivered.recipients == [["c@d.example", "e@f.example", "g@h.example"]] * (failure == "accept") + [["c@d.example"]]
+
+
+def test_a_filter_that_never_decides_is_too_slow(
+    scripted_milter: StartMilter, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "MAX_STEP_SECONDS", 0.2)
+    milter = scripted_milter(end=PROGRESS * 1000)
+    with running(build(milter)) as server:
+        assert deliver(server, connect) == UNAVAILABLE
+    assert milter.closed == 1
+
+
+def test_another_client_that_a_proxy_names_is_reported(scripted_milter: StartMilter, connect: Connect) -> None:
+    milter = scripted_milter()
+    with running(build(milter, options={"use_xclient": True, "trusted_proxies": ["127.0.0.1"]})) as server:
+        client = connect(server.port)
+        client.say("EHLO proxy.example")
+        assert client.say("XCLIENT ADDR=192.0.2.7 NAME=client.example PORT=99 LOGIN=joe").startswith(b"220")
+        client.envelope()
+    assert milter.data("connect")[1] == b"client.example\x004\x00\x63192.0.2.7\0"
+    assert milter.macros["mail"][b"{auth_type}"] == b"XCLIENT"
+    assert milter.macros["mail"][b"{auth_authen}"] == b"joe"
 
 
 @pytest.mark.parametrize("stage", ["connect", "helo"])

@@ -84,7 +84,6 @@ def test_a_next_hop_takes_changed_messages_but_no_changed_envelope(
         (["--milter", "fd:3"], "--milter: fd:3 is not a milter: write HOST:PORT"),
         (["--milter", ":11332"], "--milter: :11332 is not a milter: write HOST:PORT"),
         (["--milter", "11332"], "'11332' is not an address"),
-        (["--milter-failure", "accept"], "--milter-failure needs --milter"),
         (["--milter", "127.0.0.1:11332", "app:app"], "--milter belongs to the built-in app"),
     ],
 )
@@ -93,3 +92,16 @@ def test_flags_that_cannot_work(flags: list[str], error: str, tmp_path: Path) ->
     done = finished("fumi-core", "--check", *flags, cwd=tmp_path)
     assert done.returncode == 2 if "is not an address" in error else done.returncode != 0
     assert error in done.stderr.replace("\n", " ")
+
+
+def test_check_connects_to_each_filter(scripted_milter: StartMilter, tmp_path: Path) -> None:
+    good, bad = scripted_milter(), scripted_milter(negotiate=CONTINUE)
+    assert finished("fumi-core", "--check", *PLAIN, "--milter", good.address, cwd=tmp_path).returncode == 0
+    assert good.names() == ["negotiate", "quit"]
+    done = finished("fumi-core", "--check", *PLAIN, "--milter", good.address, "--milter", bad.address, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"--milter {bad.address}: an answer b'c' to the negotiation" in done.stderr
+    with kept_port() as sock:
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        done = finished("fumi-core", "--check", *PLAIN, "--milter", address, cwd=tmp_path)
+    assert f"--milter {address}: Connection refused" in done.stderr

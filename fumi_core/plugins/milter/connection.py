@@ -18,8 +18,8 @@ from fumi_core.plugins.milter.agreement import Agreement, Stage, offer, read_agr
 from fumi_core.plugins.milter.wire import Change, Malformed, PacketReader, ReplyCode, Verdict, parse_answer
 from fumi_core.runtime.addresses import SocketAddress
 
-MAX_ANSWER_SECONDS = 600.0
-"""Seconds for one answer in all, however often the filter says that it goes on: clients wait no longer (RFC 5321 §4.5.3.2.6)."""
+CHECK_TIMEOUT = 5.0
+"""Seconds that ``problem()`` has to connect, and for the answer."""
 HIGH_WATER_BYTES = 256 * 1024
 """Bytes of answers that may wait to be read; above that, the socket is not read."""
 
@@ -51,6 +51,16 @@ async def connect(address: SocketAddress, connect_timeout: float, command_timeou
         connection.abort()
         raise
     return connection
+
+
+async def problem(address: SocketAddress) -> str | None:
+    """Why the filter cannot be asked, in a few words; None when it can."""
+    try:
+        connection = await connect(address, CHECK_TIMEOUT, CHECK_TIMEOUT)
+    except MilterFailure as failure:
+        return str(failure)
+    connection.quit()
+    return None
 
 
 class MilterConnection(asyncio.Protocol):
@@ -143,9 +153,8 @@ class MilterConnection(asyncio.Protocol):
     async def _answer(
         self, stage: Stage, seconds: float, change: Callable[[Change], Awaitable[None]] | None
     ) -> Verdict | ReplyCode:
-        deadline = self._loop.time() + MAX_ANSWER_SECONDS
         while True:
-            letter, data = await self._receive(min(seconds, deadline - self._loop.time()))
+            letter, data = await self._receive(seconds)
             try:
                 answer = parse_answer(letter, data)
                 self.agreement.check(stage, answer)

@@ -5,6 +5,7 @@ A filter that fails is not asked again until the next transaction, since it has 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ QUARANTINED = ("5.7.1 Message rejected: quarantined", 550)
 UNAVAILABLE = ("4.7.1 Service unavailable - try again later", 451)
 CLOSING = ("4.7.0 Service unavailable, closing connection", 421)
 HEADER_TOO_LARGE = ("5.3.4 Error: message header too big", 552)
+
+MAX_STEP_SECONDS = 600.0
+"""Seconds for one step in all, or for the whole message: clients wait no longer (RFC 5321 §4.5.3.2.6)."""
 
 _log = logging.getLogger("fumi.core")
 _CONTENT = (Stage.HEADER, Stage.END_OF_HEADER, Stage.BODY, Stage.END_OF_MESSAGE)
@@ -79,7 +83,7 @@ class Conversation:
     async def connected(self) -> None:
         """The client has connected. Raises SMTPError if the filter rejects it. If the filter fails, MAIL will tell."""
         try:
-            await self._open()
+            await _in_time(self._open())
         except MilterFailure as failure:
             self._failure = failure
             self._log_failure(failure)
@@ -89,21 +93,21 @@ class Conversation:
     async def mail(self, sender: Address) -> None:
         """A transaction begins. Raises SMTPError."""
         self._session.envelope.at_end += (self._end_of_transaction,)
-        await self._guarded(lambda: self._mail(sender))
+        await self._guarded(self._mail(sender))
 
     async def recipient(self, recipient: Address) -> None:
         """Raises SMTPError."""
         if self._failed:
             self._give_up()
         elif self.asks:
-            await self._guarded(lambda: self._report(Stage.RCPT, _path(recipient), recipient))
+            await self._guarded(self._report(Stage.RCPT, _path(recipient), recipient))
 
     async def message(self, ctx: DataContext) -> None:
         """The message has arrived, and is spooled. Raises SMTPError; otherwise the filter's changes have been made."""
         if self._failed:
             self._give_up()
         elif self.asks:
-            await self._guarded(lambda: self._message(ctx))
+            await self._guarded(self._message(ctx))
 
     @property
     def asks(self) -> bool:
@@ -268,9 +272,9 @@ class Conversation:
         elif answer is not Verdict.CONTINUE:
             self._refusal = _rejection(answer)
 
-    async def _guarded(self, step: Callable[[], Awaitable[None]]) -> None:
+    async def _guarded(self, step: Awaitable[None]) -> None:
         try:
-            await step()
+            await _in_time(step)
         except MilterFailure as failure:
             self._log_failure(failure)
             self._failed = True
@@ -289,6 +293,14 @@ class Conversation:
 
     def log_discard(self) -> None:
         self._log(logging.INFO, "message discarded")
+
+
+async def _in_time(step: Awaitable[None]) -> None:
+    try:
+        async with asyncio.timeout(MAX_STEP_SECONDS):
+            await step
+    except TimeoutError:
+        raise MilterFailure("too slow: no decision in time") from None
 
 
 def _rejection(answer: Verdict | ReplyCode) -> SMTPError:

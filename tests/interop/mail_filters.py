@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from tests.bench import environment
 from tests.interop.mail_servers import command
 from tests.support.certificates import openssl
 from tests.support.ports import free_port
-from tests.support.programs import Programs
+from tests.support.programs import Programs, listening
+from tests.support.waiting import until
 
 RSPAMD = """
 lua = "$RULESDIR/rspamd.lua"
@@ -46,16 +49,20 @@ class Rspamd:
         # The whole list of top-level domains takes seconds to compile.
         (self.directory / "tld").write_text("example\n")
         (self.directory / "rspamd.conf").write_text(RSPAMD.format(directory=self.directory, port=self.port))
-        words: list[str | Path] = [
-            "/usr/bin/rspamd",
-            "-f",
-            "-i",
-            "-c",
-            self.directory / "rspamd.conf",
-            f"--var=CONFDIR={home}/etc/rspamd",
-        ]
+        self._programs = programs
+        words: list[str | Path] = ["/usr/bin/rspamd", "-f", "-i", "-c", self.directory / "rspamd.conf"]
         words += [f"--var={name}={self.directory}" for name in ("DBDIR", "RUNDIR", "LOGDIR")]
-        programs.start(*command(home, *words), port=self.port, log="rspamd.log")
+        self._command = command(home, *words, f"--var=CONFDIR={home}/etc/rspamd")
+        self.start()
+
+    def start(self) -> None:
+        self.process = self._programs.start(*self._command, port=self.port, log="rspamd.log")
+
+    def kill(self) -> None:
+        """All its processes at once, with SIGKILL."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(60)
+        until(lambda: not listening(self.port), "rspamd gone")
 
 
 class OpenDKIM:

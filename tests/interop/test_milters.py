@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
 import smtplib
+import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -11,6 +16,7 @@ from fumi_core.testing import running
 from tests.interop.mail_filters import DKIM, Rspamd
 from tests.interop.starting import StartFumiCore
 from tests.support.programs import Maildir, Programs
+from tests.support.waiting import until
 
 GTUBE = "XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"
 HEADER = "From: Ann <ann@b.example>\r\nTo: joe@d.example\r\nDate: Thu, 1 Jan 2026 00:00:00 +0000\r\nMessage-ID: <1@b.example>\r\n"
@@ -54,6 +60,64 @@ def test_one_connection_to_rspamd_serves_several_clients(programs: Programs) -> 
         assert len(server.messages) == 6
     log = (programs.directory / "rspamd.log").read_text()
     assert log.count("accepted milter connection") == 1
+
+
+KILLS = int(os.environ.get("KILLS", "3"))
+
+
+class Sender:
+    """Sends one message after the other, each with its own number, until it is told to stop."""
+
+    def __init__(self, port: int, name: str) -> None:
+        self.accepted: list[str] = []
+        self.codes: list[int] = []
+        self._port, self._name = port, name
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        for number in itertools.count():
+            if self._stop.is_set():
+                return
+            subject = f"{self._name}-{number}"
+            try:
+                deliver(self._port, f"{HEADER}Subject: {subject}\r\n\r\nToday?\r\n".encode())
+            except smtplib.SMTPResponseException as error:
+                self.codes.append(error.smtp_code)
+            except smtplib.SMTPRecipientsRefused as error:
+                self.codes += [code for code, _ in error.recipients.values()]
+            else:
+                self.accepted.append(subject)
+
+
+def more(senders: list[Sender], count: Callable[[Sender], int]) -> None:
+    """Wait until each has one more of what ``count`` counts."""
+    before = [count(sender) for sender in senders]
+    until(lambda: all(count(sender) > number for sender, number in zip(senders, before, strict=True)))
+
+
+def test_what_is_accepted_while_rspamd_is_killed_is_stored_with_its_header(programs: Programs, fumi_core: StartFumiCore) -> None:
+    rspamd = Rspamd(programs)
+    port, _ = fumi_core("--proxy-protocol", "off", "--deliver", "maildir:box", "--milter", f"127.0.0.1:{rspamd.port}")
+    senders = [Sender(port, f"sender{number}") for number in range(4)]
+    for _ in range(KILLS):
+        more(senders, lambda sender: len(sender.accepted))
+        rspamd.kill()
+        more(senders, lambda sender: len(sender.codes))
+        rspamd.start()
+    more(senders, lambda sender: len(sender.accepted))
+    for sender in senders:
+        sender.stop()
+    assert {code for sender in senders for code in sender.codes} == {451}
+    texts = [message.text for message in Maildir(programs.directory / "box").messages()]
+    assert all(b"\nX-Rspamd-Queue-Id: " in text for text in texts)
+    stored = [re.findall(rb"\nSubject: (\S+)\n", text)[0].decode() for text in texts]
+    assert sorted(stored) == sorted(subject for sender in senders for subject in sender.accepted)
 
 
 BODIES = [

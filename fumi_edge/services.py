@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_edge.backends.choice import Backend, Backends
-from fumi_edge.backends.health import Checks, dependency_problems
+from fumi_edge.backends.health import Checks, pool_problems
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.certificate_reload import Reloader
 from fumi_edge.connection.limits import ClientLimits, Limits
@@ -139,9 +139,5 @@ class Services:
 
     def dependency_problem(self) -> str | None:
         """Why some listener has no backend that works, or None. Without health checks it checks now, which may take seconds."""
-        for backends in self._pools:
-            if not backends.health_interval:
-                problems = dependency_problems(backends, one=True)
-                if None not in problems:
-                    return f"backend {backends.destinations[-1].name}: {problems[-1]}"
-        return None
+        problems = pool_problems([each for each in self._pools if not each.health_interval])
+        return next((each for each in problems if each is not None), None)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import random
 import socket
+from collections.abc import Iterable
 
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends.choice import Backend, Backends, own_opening
@@ -82,23 +83,35 @@ def _quoted(reply: bytes) -> str:
     return repr(reply.partition(b"\n")[0][:80].decode("ascii", "replace").strip())
 
 
-def dependency_problems(settings: BackendSettings, one: bool = False) -> list[str | None]:
-    """Check all backends concurrently, from outside the loop. Returns for each its problem, or None.
-
-    With ``one``, return [None] as soon as one check succeeds.
-    """
+def dependency_problems(settings: BackendSettings) -> list[str | None]:
+    """Check all backends concurrently, from outside the loop. Returns for each its problem, or None."""
 
     async def ask_all() -> list[str | None]:
-        tasks = [
-            asyncio.ensure_future(_dependency_problem(each.copy_for_other_loop(), settings)) for each in settings.destinations
-        ]
-        if one:
-            for earliest in asyncio.as_completed(tasks):
-                if await earliest is None:
-                    return [None]
-        return await asyncio.gather(*tasks)
+        return await asyncio.gather(*_probes(settings))
 
     return asyncio.run(ask_all())
+
+
+def pool_problems(pools: Iterable[BackendSettings]) -> list[str | None]:
+    """Check all pools concurrently, from outside the loop. Returns for each why none of its backends works, or None."""
+
+    async def ask_pool(settings: BackendSettings) -> str | None:
+        probes = _probes(settings)
+        for earliest in asyncio.as_completed(probes):
+            if await earliest is None:
+                return None
+        return f"backend {settings.destinations[-1].name}: {probes[-1].result()}"
+
+    async def ask_all() -> list[str | None]:
+        return await asyncio.gather(*(ask_pool(each) for each in pools))
+
+    return asyncio.run(ask_all())
+
+
+def _probes(settings: BackendSettings) -> list[asyncio.Task[str | None]]:
+    """A check of each backend, begun."""
+    loop = asyncio.get_running_loop()
+    return [loop.create_task(_dependency_problem(each.copy_for_other_loop(), settings)) for each in settings.destinations]
 
 
 def offering_starttls(settings: BackendSettings) -> list[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,15 +17,15 @@ from tests.support.certificates import CertificateFiles, MakeCertificate
 from tests.support.peer import Peer
 from tests.support.ports import free_port
 from tests.support.starter import finished
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 
 def named(name: bytes) -> Callable[[Peer], None]:
-    """A backend that greets with its name, and answers every line with it."""
+    """A backend that greets with its name, and answers every line with it, up to QUIT."""
 
     def handler(peer: Peer) -> None:
         peer.say(b"220 " + name + b"\r\n")
-        while peer.line():
+        while peer.line() not in (b"", b"QUIT\r\n"):
             peer.say(b"250 " + name + b"\r\n")
 
     return handler
@@ -218,6 +219,21 @@ def test_a_backend_of_several_listeners_is_checked_once_and_readiness_is_for_all
     assert program.fetch("/readyz") == (503, f"backend {gone.address}: Connection refused\n")
     program.stop()
     assert checks == ["LOCAL"]
+
+
+def test_readiness_without_health_checks_asks_the_backends_of_all_listeners_at_once(
+    tables: Tables, backend: StartBackend, certificate: CertificateFiles
+) -> None:
+    """Each of these takes as long as it may, and answers only when both have been asked."""
+    asked = threading.Barrier(2)
+
+    def handler(peer: Peer) -> None:
+        asked.wait(PATIENCE)
+        peer.say(b"220 hi\r\n")
+        assert peer.line() == b"QUIT\r\n"
+
+    tables.write(pair(certificate), *(at(free_port(), "tls", f'backend = "{backend(handler).address}"') for _ in range(2)))
+    assert tables.start().fetch("/readyz") == (200, "ready\n")
 
 
 def test_check_looks_at_each_listeners_backends_certificates_and_address(

@@ -57,9 +57,19 @@ def fumi_core_with_milter(site: Site) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def all_in_one(site: Site) -> Iterator[Server]:
-    """`fumi_edge.Fumi` with a certificate: TLS and SMTP in one process."""
+    """`fumi-edge` with an app: TLS and SMTP in one process."""
     port = free_port()
-    argv = [sys.executable, "-m", "tests.bench.all_in_one", str(port), *certificate(site, tls=True)]
+    cert, key = certificate(site, tls=True)
+    argv = [
+        str(PROGRAMS / "fumi-edge"),
+        "--cert",
+        cert,
+        "--key",
+        key,
+        "--listen",
+        f"127.0.0.1:{port}",
+        "tests.bench.all_in_one:app",
+    ]
     with running(argv, port, site.log("all-in-one"), FUMI) as pid:
         yield Server(port, (pid,))
 

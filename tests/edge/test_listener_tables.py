@@ -214,9 +214,8 @@ def test_a_backend_of_several_listeners_is_checked_once_and_readiness_is_for_all
         at(free_port(), "tls", f'backend = "{gone.address}"'),
     )  # fmt: skip
     program = tables.start("--health-interval", "600")
-    until(lambda: program.events("backend down"), "the first checks")
+    until(lambda: program.fetch("/readyz") == (503, f"backend {gone.address}: Connection refused\n"), "the first checks")
     assert program.events("backend down")[0]["backends_up"] == 0
-    assert program.fetch("/readyz") == (503, f"backend {gone.address}: Connection refused\n")
     program.stop()
     assert checks == ["LOCAL"]
 

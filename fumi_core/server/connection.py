@@ -227,6 +227,7 @@ class Connection:
         return self._dialogue if self._phase is Phase.OPEN else None
 
     def _open(self, facts: ClientFacts) -> None:
+        del self._facts  # the session has them from now on, and an idle connection should be small
         server = self._server
         if server.options.max_clients is not None and server.connection_count.clients >= server.options.max_clients:
             server.observer.rejected(RejectReason.MAX_CLIENTS)

@@ -12,6 +12,7 @@ from tests.core.scripted_hop import StartHop
 from tests.core.scripted_milter import CONTINUE, REJECT, StartMilter, packet, strings
 from tests.support.ports import free_port, kept_port
 from tests.support.starter import finished
+from tests.support.waiting import until
 
 PLAIN = ("--proxy-protocol", "off", "--domain", "d.example", "--deliver", "maildir:box")
 TEXT = b"Subject: hi\r\n\r\nhi\r\n."
@@ -97,7 +98,7 @@ def test_flags_that_cannot_work(flags: list[str], error: str, tmp_path: Path) ->
 def test_check_connects_to_each_filter(scripted_milter: StartMilter, tmp_path: Path) -> None:
     good, bad = scripted_milter(), scripted_milter(negotiate=CONTINUE)
     assert finished("fumi-core", "--check", *PLAIN, "--milter", good.address, cwd=tmp_path).returncode == 0
-    assert good.names() == ["negotiate", "quit"]
+    until(lambda: good.names() == ["negotiate", "quit"])
     done = finished("fumi-core", "--check", *PLAIN, "--milter", good.address, "--milter", bad.address, cwd=tmp_path)
     assert done.returncode == 2
     assert f"--milter {bad.address}: an answer b'c' to the negotiation" in done.stderr

@@ -124,13 +124,13 @@ def all_in_one_starttls(cell: Cell) -> contextlib.AbstractContextManager[Running
 class Row:
     """``unsaid``: facts that the header has no place for, and what the handler sees in their place; ``logs`` that have the id.
 
-    ``proxy`` is what the handler sees of the terminator itself.
+    ``proxy`` is what the handler sees of the terminator itself; None in one process.
     """
 
     start: Callable[[Cell], contextlib.AbstractContextManager[RunningServer]]
     starttls: bool = False
     logs: tuple[str, ...] = ()
-    proxy: str = "127.0.0.1"
+    proxy: str | None = "127.0.0.1"
     unsaid: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -146,8 +146,8 @@ ROWS = {
     "HAProxy": Row(haproxy_implicit, logs=("haproxy.log",)),
     "HAProxy before fumi-edge with STARTTLS": Row(haproxy_before_edge, starttls=True, logs=("haproxy.log", "edge.log")),
     "stunnel": Row(stunnel, unsaid=NOTHING_OF_TLS),
-    "all-in-one": Row(all_in_one, proxy="unix"),
-    "all-in-one with STARTTLS": Row(all_in_one_starttls, starttls=True, proxy="unix"),
+    "all-in-one": Row(all_in_one, proxy=None),
+    "all-in-one with STARTTLS": Row(all_in_one_starttls, starttls=True, proxy=None),
 }
 
 

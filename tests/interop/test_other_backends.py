@@ -44,9 +44,7 @@ def aiosmtpd(programs: Programs, *flags: str) -> int:
     environment.INSTALLED.mkdir(exist_ok=True)
     environment.install_aiosmtpd()
     port: int = free_port()
-    programs.start(
-        environment.INSTALLED / "aiosmtpd/bin/python", "-c", AIOSMTPD, str(port), "mails", port=port, log="aiosmtpd.log"
-    )
+    programs.start(environment.aiosmtpd_python(), "-c", AIOSMTPD, str(port), "mails", port=port, log="aiosmtpd.log")
     return port
 
 

@@ -73,6 +73,8 @@ class Edge:
         metrics, count = EdgeMetrics(self.registry, [], VERSION), count_of_one_process()
         self._services = Services(settings, certificates, metrics, count)
         self._shared = _shared(metrics, count, direct)
+        metrics.backend_connections(lambda: self._services.backend_connections())
+        metrics.connections_limit(lambda: (self._shared.descriptor_limit.connections, self._services.max_clients))
         self._reloads: set[asyncio.Task[list[str]]] = set()
         self._connections: dict[Connection, Walk] = {}
         self._all_ended: asyncio.Future[None] | None = None

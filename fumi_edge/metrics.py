@@ -7,13 +7,13 @@ Series are looked up once. The tunnel counts in plain integers, which ``EdgeMetr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry
 
 from fumi_core.proxy_protocol import TLSInfo
-from fumi_core.runtime.counting import Count, Counter, Gauge, Histogram
+from fumi_core.runtime.counting import Count, Counter, Gauge, Histogram, Level, Limit
 from fumi_edge.tls.handshake import HandshakeResult
 
 TLS_VERSIONS = ("TLSv1.2", "TLSv1.3")
@@ -89,6 +89,8 @@ class EdgeMetrics:
     """All metrics, in ``registry``. ``ciphers`` are the (TLS version, cipher) pairs that can be negotiated."""
 
     def __init__(self, registry: CollectorRegistry, ciphers: Sequence[tuple[str, str]], version: str) -> None:
+        self._registry = registry
+
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"fumi_edge_{name}", text, labels, registry)
 
@@ -143,6 +145,17 @@ class EdgeMetrics:
 
     def backend(self, name: str) -> BackendMetrics:
         return BackendMetrics(self._connect_seconds, self._backend_errors, self._backend_up, name)
+
+    def backend_connections(self, count: Callable[[], Mapping[str, int]]) -> None:
+        """Export what ``count`` returns: the open connections of each backend, by its name."""
+        text = "Connections to the backend: open, or being opened."
+        name = "fumi_edge_backend_connections_active"
+        Level(name, text, ("backend",), self._registry, lambda: [((each,), open_now) for each, open_now in count().items()])
+
+    def connections_limit(self, limits: Callable[[], tuple[float, float]]) -> None:
+        """Export what ``limits`` returns: how many clients this worker can have, and how many all workers may have."""
+        text = "Connections that --max-clients and the descriptors allow; +Inf without a limit."
+        Limit("fumi_edge_connections_limit", text, self._registry, limits)
 
     def ciphers(self, ciphers: Iterable[tuple[str, str]]) -> None:
         """Add the series of these (TLS version, cipher) pairs, which can be negotiated from now on."""

@@ -8,6 +8,7 @@ Limits are shared by all listeners that have none of their own.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -64,6 +65,8 @@ class Services:
             for each in self._reloadings()
         }
         self._checks: Checks | None = None
+        self._left: list[Backend] = []
+        """Backends that are no longer named and still have connections."""
         if before is not None:
             self._forget(before, metrics)
 
@@ -76,6 +79,8 @@ class Services:
 
     def _forget(self, before: Services, metrics: EdgeMetrics) -> None:
         """Remove the state of backends and certificates that are no longer used from the metrics."""
+        present = self.backends.values()
+        self._left = [each for each in (*before._left, *before.backends.values()) if each.connections and each not in present]
         for name in before.backends.keys() - self.backends.keys():
             metrics.drop_backend(name)
         for certificates in before.certificates.values():
@@ -92,6 +97,20 @@ class Services:
     def backends(self) -> dict[str, Backend]:
         """All backends, by their names."""
         return {backend.name: backend for pool in self._pools.values() for backend in pool.all}
+
+    def backend_connections(self) -> Mapping[str, int]:
+        """The connections to each backend, also to those that are no longer named and still have some. In any thread."""
+        counts = {name: backend.connections for name, backend in self.backends.items()}
+        for backend in self._left:
+            if backend.connections:
+                counts[backend.name] = counts.get(backend.name, 0) + backend.connections
+        return counts
+
+    @property
+    def max_clients(self) -> float:
+        """How many clients all workers may have together: the largest limit of a listener; infinity if one has none."""
+        limits = [each.limits or self._settings.limits for each in self._settings.listeners] or [self._settings.limits]
+        return max(math.inf if each.max_clients is None else each.max_clients for each in limits)
 
     def resources(self, shared: Shared, listener: ListenerSettings | None = None, key: ListenerKey | None = None) -> Resources:
         """What the connections of a listener share; None: of one without settings of its own."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import resource
 import socket
@@ -62,11 +63,19 @@ class DescriptorLimit:
         self._others = _open_descriptors()
 
     def reached(self, connections: int) -> bool:
+        return connections >= self._connections(self._closing())
+
+    @property
+    def connections(self) -> float:
+        """How many connections there can be while none is closing; infinity without a limit."""
+        return self._connections(0)
+
+    def _connections(self, closing: int) -> float:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit == resource.RLIM_INFINITY:
-            return False
-        free = limit - self._others - min(SPARE_DESCRIPTORS, limit // 8) - self._closing()
-        return connections >= max(1, free // self._each)
+            return math.inf
+        free = limit - self._others - min(SPARE_DESCRIPTORS, limit // 8) - closing
+        return max(1, free // self._each)
 
 
 class Acceptor:

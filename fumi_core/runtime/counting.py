@@ -30,6 +30,12 @@ class SummedGaugeFamily(GaugeMetricFamily):
     """A gauge that counts things, so that its value over all workers is the sum. Of any other gauge it is the largest."""
 
 
+class LimitGaugeFamily(GaugeMetricFamily):
+    """A limit of each worker. Together the workers have the sum of theirs, and at most ``together``."""
+
+    together: float
+
+
 class Count:
     """One series of a counter or a gauge."""
 
@@ -142,6 +148,8 @@ class Histogram(_Family[Distribution]):
 class Tallied(Collector):
     """A counter whose series are kept elsewhere: ``rows`` returns the label values and the count of each."""
 
+    _kind: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily
+
     def __init__(
         self,
         name: str,
@@ -154,10 +162,33 @@ class Tallied(Collector):
         registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        yield CounterMetricFamily(self._name, self._text, labels=self._label_names)
+        yield self._kind(self._name, self._text, labels=self._label_names)
 
     def collect(self) -> Iterable[Metric]:
-        family = CounterMetricFamily(self._name, self._text, labels=self._label_names)
+        family = self._kind(self._name, self._text, labels=self._label_names)
         for values, count in self._rows():
             family.add_metric(values, count)
+        yield family
+
+
+class Level(Tallied):
+    """A number of things now, counted elsewhere in the same way; over all workers it is the sum."""
+
+    _kind = SummedGaugeFamily
+
+
+class Limit(Collector):
+    """How many things there may be. ``limits`` returns this worker's limit, and the limit of all workers together."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry, limits: Callable[[], tuple[float, float]]) -> None:
+        self._name, self._text, self._limits = name, text, limits
+        registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        yield LimitGaugeFamily(self._name, self._text, labels=())
+
+    def collect(self) -> Iterable[Metric]:
+        family = LimitGaugeFamily(self._name, self._text, labels=())
+        own, family.together = self._limits()
+        family.add_metric((), min(own, family.together))
         yield family

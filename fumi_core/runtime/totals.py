@@ -3,6 +3,7 @@
 So a worker counts in plain memory, at the same cost as a single process, and nothing is left on the disk. Counters and histograms
 are added up, and a new worker continues the counts of the one it replaces, so that none ever falls. A gauge says by its
 ``over_workers`` whether it counts things, which are added up over the live workers, or is a state, of which the largest is shown.
+A limit is added up, but is at most the limit of all workers together.
 
 This replaces prometheus_client's multiprocess mode, which keeps each value in a file: 1.7 µs to count and 3.4 µs to observe,
 against 0.03 and 0.10 µs (runtime/counting.py). A report costs a worker 1 ms a second, and a scrape of four workers 5 ms (Python
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
-from fumi_core.runtime.counting import SummedGaugeFamily, Tallied
+from fumi_core.runtime.counting import LimitGaugeFamily, SummedGaugeFamily, Tallied
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState
 
@@ -103,10 +104,12 @@ def _gauged(family: Metric, reports: list[Samples]) -> Samples:
         return _samples(family)
     total: Samples = {}
     for samples in reports:
-        if isinstance(family, SummedGaugeFamily):
+        if isinstance(family, SummedGaugeFamily | LimitGaugeFamily):
             _add(total, samples)
         else:
             total |= {key: max(value, total.get(key, value)) for key, value in samples.items()}
+    if isinstance(family, LimitGaugeFamily):
+        total = {key: min(value, family.together) for key, value in total.items()}
     return total
 
 

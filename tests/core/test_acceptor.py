@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import resource
 import socket
 from functools import partial
 
@@ -85,3 +87,13 @@ def test_a_system_that_does_not_tell_its_descriptors_has_a_limit_all_the_same(mo
     limit = DescriptorLimit(2)
     assert not limit.reached(400)
     assert limit.reached(500)
+
+
+def test_it_says_for_how_many_connections_there_are_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = 10
+    limit = DescriptorLimit(2, lambda: closing)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 1024))
+    assert limit.reached(int(limit.connections))
+    assert not limit.reached(int(limit.connections) - closing)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert limit.connections == math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.counting import Counter, Gauge
+from fumi_core.runtime.counting import Counter, Gauge, Level, Limit
 from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.totals import Reporter, Totals, register_restarts
 
@@ -18,6 +18,12 @@ class Worker:
         self.mails = Counter("x_mails", "Mails.", (), self.registry).labels()
         self.open = Gauge("x_open", "Open.", (), self.registry, over_workers="sum").labels()
         self.up = Gauge("x_up", "Up.", ("backend",), self.registry, over_workers="max")
+        self.connections = {"a": 0}
+        Level(
+            "x_used", "Used.", ("backend",), self.registry, lambda: [((each,), count) for each, count in self.connections.items()]
+        )
+        self.limits = (100.0, 150.0)
+        Limit("x_limit", "May be.", self.registry, lambda: self.limits)
         self.slot.state = WorkerState.SERVING
         self._reporter = Reporter(self.registry, self.slot)
 
@@ -42,6 +48,19 @@ def test_gauges_of_things_are_added_up_and_of_a_state_the_largest_is_shown() -> 
     totals = totals_of(board)
     assert totals.get_sample_value("x_open") == 5
     assert [totals.get_sample_value("x_up", {"backend": name}) for name in "ab"] == [1, 1]
+
+
+def test_a_level_is_added_up_and_a_limit_is_at_most_that_of_all_workers() -> None:
+    board = Scoreboard(2)
+    for number, worker in enumerate([Worker(board, 0), Worker(board, 1)]):
+        worker.connections["a"] = 2 + number
+        worker.report()
+    totals = totals_of(board)
+    assert totals.get_sample_value("x_used", {"backend": "a"}) == 5
+    assert totals.get_sample_value("x_limit") == 150
+    board.slots[1].clear()
+    assert totals.get_sample_value("x_used", {"backend": "a"}) == 2
+    assert totals.get_sample_value("x_limit") == 100
 
 
 def test_the_counts_of_a_worker_outlive_it_and_its_gauges_do_not() -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from socketserver import ThreadingMixIn
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
@@ -37,11 +38,22 @@ class Answer(NamedTuple):
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 """A WSGI application (PEP 3333)."""
-Page = Callable[[], Answer]
+
+
+class Request(NamedTuple):
+    """A request for a page: its path, and the parameters of its query, each with its last value."""
+
+    path: str
+    query: Mapping[str, str]
+
+
+Page = Callable[[Request], Answer]
 """Called in the server's thread for each request."""
 Readiness = Callable[[], str | None]
 """Returns None when ready, else the reason in a few words. Called in the server's thread."""
 
+MAX_QUERY = 1000
+"""Characters of a query that are read; later ones are ignored."""
 MAX_REQUESTS = 16
 """Requests served at once."""
 PAUSE_SECONDS = 0.5
@@ -67,7 +79,7 @@ class MetricsServer:
     ) -> None:
         """Start serving on listening sockets, which this server then owns."""
         metrics = _of_metrics(registry)
-        routes: dict[str, Page] = {"/healthz": lambda: Answer("ok\n"), "/readyz": _readiness_page(readiness)}
+        routes: dict[str, Page] = {"/healthz": lambda request: Answer("ok\n"), "/readyz": _readiness_page(readiness)}
         routes |= pages or {}
 
         def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -75,7 +87,7 @@ class MetricsServer:
             if path == "/metrics":
                 return metrics(environ, start_response)
             page = routes.get(path)
-            answer = page() if page else Answer("not found\n", status="404 Not Found")
+            answer = page(_request(environ)) if page else Answer("not found\n", status="404 Not Found")
             # A name from a file system may have bytes that are not text.
             body = answer.text.encode("utf-8", "replace")
             headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
@@ -94,8 +106,13 @@ class MetricsServer:
             server.server_close()
 
 
+def _request(environ: Mapping[str, Any]) -> Request:
+    query = environ.get("QUERY_STRING", "")[:MAX_QUERY]
+    return Request(environ.get("PATH_INFO", ""), dict(parse_qsl(query, keep_blank_values=True)))
+
+
 def _readiness_page(readiness: Readiness) -> Page:
-    def page() -> Answer:
+    def page(request: Request) -> Answer:
         problem = readiness()
         return Answer("ready\n") if problem is None else Answer(f"{problem}\n", status="503 Service Unavailable")
 

@@ -176,9 +176,9 @@ class Backends:
         self._turn = -1
 
     def local_problem(self) -> str | None:
-        """Why no backend is up according to the last checks, or None when one is."""
-        problems = [backend.local_problem() for backend in self.all]
-        return None if None in problems else problems[-1]
+        """Why no backend is up according to the last checks, of each backend, or None when one is."""
+        problems = [problem for backend in self.all if (problem := backend.local_problem()) is not None]
+        return "; ".join(problems) if len(problems) == len(self.all) else None
 
     def candidates(self, now: float, preferred: Backend | None = None) -> Sequence[Backend]:
         """The backends in the order in which to try them. ``preferred`` comes first while it is usable."""

@@ -100,7 +100,8 @@ def pool_problems(pools: Iterable[BackendSettings]) -> list[str | None]:
         for earliest in asyncio.as_completed(probes):
             if await earliest is None:
                 return None
-        return f"backend {settings.destinations[-1].name}: {probes[-1].result()}"
+        named = zip(settings.destinations, probes, strict=True)
+        return "; ".join(f"backend {destination.name}: {probe.result()}" for destination, probe in named)
 
     async def ask_all() -> list[str | None]:
         return await asyncio.gather(*(ask_pool(each) for each in pools))

@@ -1,1 +1,1 @@
-"""The status page, its plots, and the samples that they show."""
+"""What the status page of the edge shows."""

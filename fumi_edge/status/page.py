@@ -14,14 +14,14 @@ from xml.etree.ElementTree import Element
 
 from prometheus_client import CollectorRegistry
 
-from fumi_core.runtime.metrics_server import Answer, Readiness
-from fumi_edge.status import wording
-from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, Series, series
-from fumi_edge.status.markup import Content, document, element, policy
-from fumi_edge.status.plot import axis_maximum, plot
+from fumi_core.runtime.metrics_server import Answer, Readiness, Request
+from fumi_core.status import wording
+from fumi_core.status.history import INTERVAL, SPAN, Figures, History, Point, Series, series
+from fumi_core.status.markup import Content, document, element, policy
+from fumi_core.status.plot import axis_maximum, plot
 
 # Read now: after --user the process may have no permission to read the file.
-_STYLE = (files("fumi_edge.status") / "status.css").read_text("utf-8")
+_STYLE = (files("fumi_core.status") / "status.css").read_text("utf-8")
 _HEADERS = (("Content-Security-Policy", policy(_STYLE)), ("Referrer-Policy", "no-referrer"))
 
 SOON, URGENT = 14, 3
@@ -85,7 +85,7 @@ class Status:
     def start(self) -> None:
         self._history.start()
 
-    def page(self) -> Answer:
+    def page(self, request: Request) -> Answer:
         self._facts = self._present_facts()
         # A reload may have named other backends.
         self._history.keep(_connecting(self._facts.backends))

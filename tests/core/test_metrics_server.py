@@ -21,14 +21,14 @@ import fumi_core.runtime.metrics_server
 from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.counting import Counter, Histogram, Tallied
 from fumi_core.runtime.listening import bind
-from fumi_core.runtime.metrics_server import MAX_REQUESTS, Answer, MetricsServer
+from fumi_core.runtime.metrics_server import MAX_QUERY, MAX_REQUESTS, Answer, MetricsServer, Page, Request
 from tests.support.waiting import until
 
 ASKED: queue.Queue[None] = queue.Queue()
 HELD_SIGNALS: queue.Queue[Answer] = queue.Queue()
 
 
-def held() -> Answer:
+def held(request: Request) -> Answer:
     """A page that says when it is asked for, and waits for its answer."""
     ASKED.put(None)
     return HELD_SIGNALS.get(timeout=60)
@@ -36,6 +36,13 @@ def held() -> Answer:
 
 BIG = Answer("x" * 6_000_000)
 """More than fits between a server and a client that does not read."""
+
+
+PAGES: dict[str, Page] = {
+    "/held": held,
+    "/big": lambda request: BIG,
+    "/asked": lambda request: Answer(f"{request.path} {dict(request.query)}\n"),
+}
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def endpoint() -> Iterator[int]:
     Counter("things", "Things.", ("kind",), registry).labels("one").inc()
     Tallied("others", "Others.", ("kind",), registry, lambda: [(("one",), 1)])
     Histogram("times", "Times.", ("kind",), registry, (1, 2)).labels("one").observe(1)
-    endpoint = MetricsServer([sock], registry, readiness=lambda: None, pages={"/held": held, "/big": lambda: BIG})
+    endpoint = MetricsServer([sock], registry, readiness=lambda: None, pages=PAGES)
     yield sock.getsockname()[1]
     endpoint.close()
 
@@ -188,3 +195,18 @@ def test_a_query_can_name_the_metrics(endpoint: int) -> None:
     ) as answer:
         names = {line.partition("{")[0] for line in answer.read().decode().splitlines() if not line.startswith("#")}
     assert names == {"things_total", "others_total", "times_bucket"}
+
+
+@pytest.mark.parametrize(
+    ("query", "read"),
+    [
+        ("", {}),
+        ("?refresh=0", {"refresh": "0"}),
+        ("?a=1&a=2&b=&c", {"a": "2", "b": "", "c": ""}),
+        ("?a=%C3%A9%FF+x", {"a": "é\ufffd x"}),
+        ("?" + "a=1&" * MAX_QUERY + "b=1", {"a": "1"}),
+    ],
+)
+def test_a_page_gets_what_the_query_says(endpoint: int, query: str, read: dict[str, str]) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{endpoint}/asked{query}", timeout=30) as answer:
+        assert answer.read().decode() == f"/asked {read}\n"

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = ["cli", "program", "plugins", "delivery", "client", "testing", "app", "server", "handlers", "smtp"]
-CORE += ["proxy_protocol", "errors", "runtime", "version"]
+CORE += ["proxy_protocol", "errors", "status", "runtime", "version"]
 EDGE = [
     "cli",
     "program",
@@ -28,7 +28,7 @@ EDGE = [
     "tls",
     "sockets",
 ]
-OF_THE_CORE = {"proxy_protocol", "runtime", "smtp.replies", "smtp.grammar", "smtp.data", "version"}
+OF_THE_CORE = {"proxy_protocol", "runtime", "status", "smtp.replies", "smtp.grammar", "smtp.data", "version"}
 """What the whole edge may use of the core; ``app.py`` and ``program/`` may import the server, too."""
 
 

@@ -168,6 +168,14 @@ def test_backend_up_and_readiness_follow_the_checks(backend: StartBackend, edge:
     assert len(program.events("backend up")) == 2
 
 
+@pytest.mark.parametrize("interval", ["0", "0.05"])
+def test_when_all_backends_are_down_readiness_names_each(interval: str, edge: StartEdge, tmp_path: Path) -> None:
+    sock = f"unix:{tmp_path}/nobody"
+    program = edge("--health-interval", interval, "--backend", "127.0.0.1:9", backend=sock)
+    wanted = f"backend {sock}: No such file or directory; backend 127.0.0.1:9: Connection refused\n"
+    until(lambda: program.fetch("/readyz") == (503, wanted), "the checks")
+
+
 def test_a_backend_that_greets_with_something_else_gets_nobody(
     backend: StartBackend, edge: StartEdge, served: Callable[[Program], None]
 ) -> None:

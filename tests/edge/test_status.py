@@ -15,10 +15,10 @@ from xml.etree import ElementTree
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from fumi_edge.status import wording
-from fumi_edge.status.history import INTERVAL, SPAN, Figures, History, Point, series
-from fumi_edge.status.markup import document, element
-from fumi_edge.status.plot import HEIGHT, WIDTH, axis_maximum, plot
+from fumi_core.status import wording
+from fumi_core.status.history import INTERVAL, SPAN, Figures, History, Point, series
+from fumi_core.status.markup import document, element
+from fumi_core.status.plot import HEIGHT, WIDTH, axis_maximum, plot
 from tests.edge.backends import StartBackend
 from tests.edge.clients import Clients
 from tests.edge.program import Program, StartEdge

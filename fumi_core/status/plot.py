@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from fumi_edge.status.history import INTERVAL, Point
-from fumi_edge.status.markup import element
+from fumi_core.status.history import INTERVAL, Point
+from fumi_core.status.markup import element
 
 WIDTH, HEIGHT = 300, 60
 GAP = 2.5 * INTERVAL

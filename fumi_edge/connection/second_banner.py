@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 
 from fumi_edge.backends.replies import Replies
@@ -14,22 +13,34 @@ BANNER_TIMEOUT = 300.0
 """Seconds in which a backend must send its banner (RFC 5321 §4.5.3.2.1)."""
 
 
-async def second_banner(
-    client: socket.socket, backend: socket.socket, hangup_watch: HangupWatch, idle_timeout: float
-) -> tuple[bytes | None, bytes]:
-    """Return the banner, None if it does not come in time, and the bytes after it.
+class BackendRefuses(Exception):
+    """The backend sent no whole banner with 220; the message is for the log. ``reply`` is its banner, empty without one."""
 
-    Raises NoBanner when the backend closes without sending any bytes, Ended when the client resets the connection.
+    def __init__(self, detail: str, reply: bytes = b"") -> None:
+        super().__init__(detail)
+        self.reply = reply
+
+
+async def second_banner(client: socket.socket, backend: socket.socket, hangup_watch: HangupWatch, idle_timeout: float) -> bytes:
+    """Wait for a banner with 220. Returns the bytes after it.
+
+    Raises NoBanner when the backend closes without sending any bytes, BackendRefuses when it sends anything else or too late,
+    Ended when the client resets the connection.
     """
     replies = Replies()
     banner: bytes | None = None
-    with contextlib.suppress(TimeoutError):
+    try:
         async with asyncio.timeout(min(BANNER_TIMEOUT, idle_timeout)):
-            while banner is None and (data := await _receive(client, backend, hangup_watch)):
+            while banner is None:
+                data = await _receive(client, backend, hangup_watch)
+                if not data:
+                    raise BackendRefuses("closed in the middle of its banner") if replies.rest else NoBanner
                 banner = replies.feed(data)
-            if banner is None and not replies.rest:
-                raise NoBanner
-    return banner, replies.rest
+    except TimeoutError:
+        raise BackendRefuses("no banner in time") from None
+    if not banner.startswith(b"220"):
+        raise BackendRefuses(banner.decode("ascii", "replace").strip(), banner)
+    return replies.rest
 
 
 async def _receive(client: socket.socket, backend: socket.socket, hangup_watch: HangupWatch) -> bytes:

@@ -26,7 +26,7 @@ from fumi_edge.connection.ids import unique_id
 from fumi_edge.connection.inbound import HeaderError, receive_client
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.negotiation import Negotiation
-from fumi_edge.connection.second_banner import second_banner
+from fumi_edge.connection.second_banner import BackendRefuses, second_banner
 from fumi_edge.connection.starttls import Preamble, Step, Verdict
 from fumi_edge.connection.tunnel import Tunnel
 from fumi_edge.metrics import BackendError, RejectReason, StarttlsResult
@@ -326,14 +326,13 @@ class Connection:
         assert self._backend is not None
         assert self.backend is not None
         hangup_watch, idle_timeout = self._resources.hangup_watch, self._policy.idle_timeout
-        banner, rest = await in_task(second_banner(self._client, self._backend, hangup_watch, idle_timeout))
-        if banner is not None and banner.startswith(b"220"):
-            return rest
-        # A backend that sends no banner in time counts as a refusal too.
-        self.backend.metrics.errors[BackendError.BANNER].inc()
-        self._retire()
-        self.detail = (banner or b"no banner in time").decode("ascii", "replace").strip()
-        raise Ended(End.BACKEND_REFUSED, banner or NO_BACKEND, when_asked=True)
+        try:
+            return await in_task(second_banner(self._client, self._backend, hangup_watch, idle_timeout))
+        except BackendRefuses as refusal:
+            self.backend.metrics.errors[BackendError.BANNER].inc()
+            self._retire()
+            self.detail = str(refusal)
+            raise Ended(End.BACKEND_REFUSED, refusal.reply or NO_BACKEND, when_asked=True) from None
 
     async def _carry_from_the_start(self) -> End:
         return await self._carry(b"", b"", expectant=True)

@@ -215,6 +215,28 @@ def test_a_second_banner_that_refuses_answers_the_first_command(
     assert program.metric("fumi_edge_backend_errors_total", reason="banner") == 1
 
 
+def test_a_second_banner_that_is_cut_off_is_a_421_to_the_first_command(
+    backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
+) -> None:
+    def handler(peer: Peer) -> None:
+        if peer.header.tls:
+            peer.say(b"220-mail.example\r\n220 cut of")
+            return
+        peer.say(b"220 hi\r\n")
+        peer.rest()
+
+    program = edge(backend=backend(handler))
+    client = greeted(program)
+    assert client.ask(b"STARTTLS\r\n") == READY
+    client = clients.upgrade(client)
+    assert client.ask(b"EHLO x\r\n")[0].startswith(b"421 4.3.2 ")
+    assert client.rest() == b""
+    client.close()
+    ended = program.ended()[0]
+    assert (ended["reason"], ended["error"]) == ("backend_refused", "closed in the middle of its banner")
+    assert program.metric("fumi_edge_backend_errors_total", reason="banner") == 1
+
+
 def test_a_backend_that_is_gone_after_the_upgrade_is_a_421_to_the_first_command(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:

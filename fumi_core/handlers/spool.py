@@ -22,6 +22,9 @@ from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 T = TypeVar("T")
 MEMORY_BYTES = 256 * 1024
 """Bytes of a message that are kept in memory, and bytes read from the file at once."""
+SMALL_BYTES = 4 * 1024
+"""Bytes up to which a piece gets what arrives after it: a client that sends two bytes at a time must not fill memory with
+objects, nor have a reader take a hundred thousand pieces."""
 
 
 class Spool:
@@ -46,7 +49,10 @@ class Spool:
 
     async def write(self, piece: bytes) -> None:
         """Append a piece. Raises OSError when the disk is full."""
-        self._pieces.append(piece)
+        if self._pieces and len(self._pieces[-1]) + len(piece) <= SMALL_BYTES:
+            self._pieces[-1] += piece
+        else:
+            self._pieces.append(piece)
         self._waiting += len(piece)
         self.size += len(piece)
         if self._waiting > MEMORY_BYTES:

@@ -15,6 +15,7 @@ import pytest
 
 from fumi_core import DataContext, Fumi, MessageAborted, Next
 from fumi_core.delivery.maildir import Maildir
+from fumi_core.handlers.spool import Spool
 from fumi_core.testing import running
 from tests.core.client import Client, Connect
 from tests.support.waiting import until
@@ -42,6 +43,19 @@ def open_temporary_files() -> int:
 
 async def read(ctx: DataContext) -> bytes:
     return b"".join([piece async for piece in ctx.stream])
+
+
+def test_a_message_that_arrives_in_tiny_pieces_is_not_kept_in_them() -> None:
+    async def kept() -> list[bytes]:
+        spool = Spool()
+        for at in range(0, 60_000, 2):
+            await spool.write(LARGE[at : at + 2])
+            await spool.write(b"")
+        return [piece async for piece in spool.read()]
+
+    pieces = asyncio.run(kept())
+    assert b"".join(pieces) == LARGE[:60_000]
+    assert len(pieces) < 30
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)

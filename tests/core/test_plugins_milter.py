@@ -202,7 +202,11 @@ def test_a_header_that_no_filter_could_get_is_rejected(scripted_milter: StartMil
     delivered = Delivered()
     with running(build(milter, delivered=delivered)) as server:
         line = b"x" * 900
-        for text in (b"A: b\r\n" * 50_000 + b"\r\n", b"A: " + b"\r\n ".join([line] * 80) + b"\r\n\r\n"):
+        for text in (
+            b"A: b\r\n" * 50_000 + b"\r\n",
+            b"A:\r\n" * 10_001 + b"\r\n",
+            b"A: " + b"\r\n ".join([line] * 80) + b"\r\n\r\n",
+        ):
             assert deliver(server, connect, text) == b"552 5.3.4 Error: message header too big\r\n"
     assert not delivered.texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from fumi_core.plugins.milter import changes, header
+from fumi_core.plugins.milter.changes import Changes
 from fumi_core.plugins.milter.header import HeaderReader, changed, new_field
-from fumi_core.plugins.milter.wire import AddHeader, ChangeHeader, InsertHeader
+from fumi_core.plugins.milter.wire import AddHeader, AddRecipient, ChangeHeader, DeleteRecipient, InsertHeader
+from fumi_core.smtp.session import Address, Session, address_key
 from fumi_core.testing import running
 from tests.core.client import Connect
 from tests.core.scripted_milter import ACCEPT, CONTINUE, PROGRESS, REJECT, StartMilter, negotiated, numbered, packet, strings
@@ -229,7 +233,7 @@ def test_a_quarantined_message_is_rejected(
 @pytest.mark.parametrize(
     "changes",
     [
-        [add(b"X", b"y")] * 10_001,
+        [add(b"X", b"y")] * 2_001,
         [add(b"X", b"y" * 60_000)] * 20,
         [recipient(b"-", b"<x@y.example>")] * 5_000,
         [packet(b"b", b"x" * 60_000)] * 300,
@@ -274,6 +278,51 @@ def test_the_fields_of_a_header_that_ends_without_a_line_end() -> None:
     reader = HeaderReader()
     assert reader.feed(b"A: 1\r\nB: 2") + reader.end() == b""
     assert ([field.text for field in reader.fields], reader.size) == ([b"A: 1", b"B: 2"], 10)
+
+
+def test_a_line_that_arrives_in_small_pieces_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = 0
+
+    class Line(bytearray):
+        def find(self, what: Any, start: Any = 0, end: Any = None) -> int:
+            nonlocal searched
+            searched += len(self) - start
+            return super().find(what, start)
+
+    monkeypatch.setattr(header, "bytearray", Line, raising=False)
+    reader = HeaderReader()
+    for _ in range(1000):
+        assert reader.feed(b"a:") == b""
+    assert 2000 <= searched <= 4000
+    assert reader.feed(b"\r") + reader.feed(b"\nB: 2\r\n\r\nbody") == b"body"
+    assert [len(field.text) for field in reader.fields] == [2000, 4]
+
+
+def test_many_changes_of_the_envelope_look_at_each_recipient_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    def key(address: str) -> str:
+        nonlocal asked
+        asked += 1
+        return address_key(address)
+
+    monkeypatch.setattr(changes, "address_key", key)
+    session = Session("1", "mx.example")
+    session.envelope.rcpt_to = [Address("C@d.example", {}), Address("c@D.example", {}), Address("e@f.example", {})]
+    collected = Changes(10)
+
+    async def collect() -> None:
+        for number in range(1000):
+            await collected.add(AddRecipient(f"{number // 2}@d.example"))
+        await collected.add(DeleteRecipient("c@d.example"))
+        await collected.add(DeleteRecipient("7@D.example"))
+        await collected.add(AddRecipient("c@d.example"))
+
+    asyncio.run(collect())
+    _, recipients = collected.envelope(session)
+    left = [f"{number}@d.example" for number in range(500) if number != 7]
+    assert [each.address for each in recipients] == ["e@f.example", *left, "c@d.example"]
+    assert asked == 1006
 
 
 def test_changes_are_made_one_after_the_other() -> None:

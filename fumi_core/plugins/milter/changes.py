@@ -25,7 +25,8 @@ from fumi_core.plugins.milter.wire import (
 from fumi_core.smtp.replies import INSUFFICIENT_STORAGE
 from fumi_core.smtp.session import Address, Session, address_key
 
-MAX_CHANGES = 10_000
+MAX_CHANGES = 2_000
+"""Changes of one message; each change of a field looks at all fields."""
 MAX_CHANGE_BYTES = 1024 * 1024
 """Bytes of all changes of one message but the new body, which are kept in memory."""
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -84,16 +85,19 @@ class Changes:
 
     def envelope(self, session: Session) -> tuple[Address | None, list[Address]]:
         """The sender and the recipients after the changes. Raises Malformed for an address that no client could send."""
-        sender, recipients = session.envelope.mail_from, list(session.envelope.rcpt_to)
+        sender, recipients = session.envelope.mail_from, [(address_key(each.address), each) for each in session.envelope.rcpt_to]
+        known = {key for key, _ in recipients}
         for change in self._envelope:
             key = address_key(change.address)
             if isinstance(change, ChangeSender):
                 sender = self._sender(session, sender, change.address)
-            elif isinstance(change, DeleteRecipient):
-                recipients = [each for each in recipients if address_key(each.address) != key]
-            elif all(address_key(each.address) != key for each in recipients):
-                recipients.append(self._recipient(session, change.address))
-        return sender, recipients
+            elif isinstance(change, AddRecipient) and key not in known:
+                known.add(key)
+                recipients.append((key, self._recipient(session, change.address)))
+            elif isinstance(change, DeleteRecipient) and key in known:
+                known.remove(key)
+                recipients = [each for each in recipients if each[0] != key]
+        return sender, [each for _, each in recipients]
 
     def _sender(self, session: Session, old: Address | None, text: str) -> Address:
         context = MailContext(session, old or Address("", {}))

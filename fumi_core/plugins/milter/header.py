@@ -11,6 +11,8 @@ MAX_BYTES = 256 * 1024
 """Bytes of a header section. It is kept in memory while filters change it."""
 MAX_FIELD_BYTES = 64_000
 """Bytes of one field, which must fit into a packet."""
+MAX_FIELDS = 10_000
+"""Fields of a header section. Each is a question to the filter."""
 
 # field-name, and the space that RFC 5322 §4.5 (obs-optional) still allows before the colon
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
@@ -18,18 +20,19 @@ _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 class TooLarge(Exception):
-    """The header section, or a field of it, is too large for a filter."""
+    """The header section, or a field of it, is too large for a filter, or has too many fields."""
 
 
 class Field:
-    """``text`` is the whole field, folded by CRLF, without its last CRLF."""
+    """``text`` is the whole field, folded by CRLF, without its last CRLF; ``key`` is the name in lower case."""
 
-    __slots__ = ("_colon", "name", "text")
+    __slots__ = ("_colon", "key", "name", "text")
 
     def __init__(self, text: bytes) -> None:
         match = _FIELD.match(text)
         assert match is not None
         self.name = match[1]
+        self.key = self.name.lower()
         self.text = text
         self._colon = match.end()
 
@@ -58,17 +61,23 @@ class HeaderReader:
         self.ended = False
         self.size = 0
         """Bytes of the message before the body."""
-        self._text = b""  # lines, the last of which may be incomplete
+        self._text = bytearray()  # the last line, which may be incomplete
         self._field: list[bytes] = []  # the lines of a field that may go on
 
     def feed(self, piece: bytes) -> bytes:
         """Take the next piece of the message, and return what belongs to the body. Raises TooLarge."""
         if self.ended:
             return piece
-        *lines, self._text = (self._text + piece).split(b"\r\n")
-        for number, line in enumerate(lines):
-            if not self._take(line):
-                return b"\r\n".join([*lines[number + (not line) :], self._text])
+        begin = max(len(self._text) - 1, 0)
+        self._text += piece
+        if (
+            self._text.find(b"\r\n", begin) >= 0
+        ):  # what was searched is not searched, or copied, again for each piece of a long line
+            *lines, rest = bytes(self._text).split(b"\r\n")
+            self._text = bytearray(rest)
+            for number, line in enumerate(lines):
+                if not self._take(line):
+                    return b"\r\n".join([*lines[number + (not line) :], rest])
         if self.size + len(self._text) > MAX_BYTES:
             raise TooLarge
         return b""
@@ -77,9 +86,10 @@ class HeaderReader:
         """The message has ended. Returns what belongs to the body."""
         if self.ended:
             return b""
-        if not self._text or not self._take(self._text):
+        text = bytes(self._text)
+        if not text or not self._take(text):
             self._finish()
-            return self._text
+            return text
         self.size -= 2  # the last line has no CRLF
         self._finish()
         return b""
@@ -105,7 +115,7 @@ class HeaderReader:
         if not self._field:
             return
         text, self._field = b"\r\n".join(self._field), []
-        if len(text) > MAX_FIELD_BYTES:
+        if len(text) > MAX_FIELD_BYTES or len(self.fields) == MAX_FIELDS:
             raise TooLarge
         self.fields.append(Field(text))
 
@@ -132,8 +142,8 @@ def changed(
 
 def _change(fields: list[Field], change: ChangeHeader, leading_space: bool) -> None:
     """A field that is not there is added, as in Sendmail and Postfix."""
-    name = change.name.lower()
-    found = [at for at, field in enumerate(fields) if field.name.lower() == name]
+    key = change.name.lower()
+    found = [at for at, field in enumerate(fields) if field.key == key]
     at = found[max(change.index, 1) - 1] if max(change.index, 1) <= len(found) else None
     if not change.value:
         if at is not None:

@@ -33,7 +33,7 @@ import ssl
 from fumi_core.runtime.taskless import Pause
 from fumi_edge.connection.ends import End
 from fumi_edge.tls.close_notify import CloseNotify
-from fumi_edge.tls.records import ENDED, WANTS_WRITE, Ending, read_records, write_records
+from fumi_edge.tls.records import ENDED, LONG_RECORD, MORE, WANTS_WRITE, After, Ending, read_records, write_records
 
 BUFFER_SIZE = 128 * 1024
 """Bytes that one wake-up moves: eight records, and one send. 64 and 256 KiB cost the same CPU a byte, within 1 %.
@@ -58,7 +58,7 @@ _OPEN, _DISCARDING, _CLOSING, _CLOSED = FlowState.OPEN, FlowState.DISCARDING, Fl
 
 
 class _End:
-    """One of the two sockets, and whether the loop watches it for reading and for writing."""
+    """One of the two sockets, and whether the loop watches it for reading and for writing. ``tls`` is a socket that has TLS."""
 
     __slots__ = ("fd", "inward", "outward", "reading", "sock", "tls", "writing")
 
@@ -67,7 +67,7 @@ class _End:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.tls = isinstance(sock, ssl.SSLSocket)
+        self.tls = sock if isinstance(sock, ssl.SSLSocket) else None
         self.fd = sock.fileno()
         self.reading = self.writing = False
 
@@ -75,7 +75,7 @@ class _End:
 class _Flow:
     """One direction. ``total`` counts the bytes read from the source."""
 
-    __slots__ = ("leftover", "sink", "source", "state", "total", "wants_read", "wants_write")
+    __slots__ = ("leftover", "sink", "source", "state", "streaming", "total", "wants_read", "wants_write")
 
     def __init__(self, source: _End, sink: _End, leftover: bytes) -> None:
         self.source = source
@@ -83,6 +83,7 @@ class _Flow:
         self.leftover = leftover
         self.state = _OPEN
         self.total = len(leftover)
+        self.streaming = False  # TLS: see read_records()
         self.wants_read = False  # TLS: writing to the sink waits for the sink to be readable
         self.wants_write = False  # TLS: reading from the source waits for the source to be writable
         source.inward = sink.outward = self
@@ -213,7 +214,7 @@ class Tunnel:
         if end.outward.wants_read:
             self._flush(end.outward)
             self._watch(end.outward.source)
-        if flow.state <= _DISCARDING and not flow.leftover and not flow.wants_write:
+        if (flow.state is _OPEN or flow.state is _DISCARDING) and not flow.leftover and not flow.wants_write:
             self._pump(flow)
         else:
             self._watch(end)
@@ -259,46 +260,37 @@ class Tunnel:
     def _pump(self, flow: _Flow) -> None:
         """Read at most one buffer and pass it on. Only for a flow without a leftover."""
         assert not flow.leftover
-        source = flow.source
+        source, buffer = flow.source, self._buffer
         try:
-            count, ended = self._fill(flow, source.sock) if source.tls else self._receive(source.sock)
+            if source.tls is None:
+                count, after = _receive(source.sock, buffer)
+            else:
+                count, after = read_records(source.tls, buffer, flow.streaming)
+                flow.streaming = count >= LONG_RECORD
         except OSError:
             self._source_failed(flow)
             return
+        flow.wants_write = after is WANTS_WRITE
         if count:
             flow.total += count
             if flow.state is _OPEN:
-                data = self._buffer[:count]
+                data = buffer[:count]
                 taken = self._put(flow, data)
                 if taken < count and flow.state is _OPEN:
                     flow.leftover = bytes(data[taken:])
-        if ended:
+        if after is ENDED:
             self._source_ended(flow)
         elif flow.leftover or flow.wants_write:
             self._watch(source)
             self._watch(flow.sink)
 
-    def _receive(self, sock: socket.socket) -> tuple[int, bool]:
-        try:
-            count = sock.recv_into(self._buffer)
-        except (BlockingIOError, InterruptedError):
-            return 0, False
-        return count, not count
-
-    def _fill(self, flow: _Flow, sock: socket.socket) -> tuple[int, bool]:
-        assert isinstance(sock, ssl.SSLSocket)
-        count, after = read_records(sock, self._buffer)
-        flow.wants_write = after is WANTS_WRITE
-        return count, after is ENDED
-
     def _put(self, flow: _Flow, data: memoryview | bytes) -> int:
         """Write to the sink. Returns the number of bytes that it took; all of them if the sink has failed."""
         sink = flow.sink
         try:
-            if not sink.tls:
+            if sink.tls is None:
                 return sink.sock.send(data)
-            assert isinstance(sink.sock, ssl.SSLSocket)
-            taken, flow.wants_read = write_records(sink.sock, data)
+            taken, flow.wants_read = write_records(sink.tls, data)
             return taken
         except (BlockingIOError, InterruptedError):
             return 0
@@ -357,12 +349,10 @@ class Tunnel:
 
     def _end_sink(self, flow: _Flow) -> bool:
         """Send the sink the end of the stream. False when that has to wait."""
-        sock = flow.sink.sock
         try:
-            if flow.sink.tls:
-                assert isinstance(sock, ssl.SSLSocket)
-                return self._ending.send(sock)
-            sock.shutdown(socket.SHUT_WR)
+            if flow.sink.tls is not None:
+                return self._ending.send(flow.sink.tls)
+            flow.sink.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self._sink_failed(flow)
         return True
@@ -373,3 +363,11 @@ class Tunnel:
             self._finish(self._reason)
         elif flow is self._down:
             self._deadline = self._loop.time() + LINGER_SECONDS
+
+
+def _receive(sock: socket.socket, buffer: memoryview) -> tuple[int, After]:
+    try:
+        count = sock.recv_into(buffer)
+    except (BlockingIOError, InterruptedError):
+        return 0, MORE
+    return count, MORE if count else ENDED

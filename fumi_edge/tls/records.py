@@ -15,8 +15,8 @@ from fumi_edge.tls.read_watch import READING
 
 RECORD_SIZE = 16 * 1024
 """The maximum number of bytes in one TLS record (RFC 8446 §5.1)."""
-COMMAND_SIZE = 1024
-"""Bytes. A shorter first record is taken for a command or a reply: a second read at once would find nothing."""
+LONG_RECORD = 1024
+"""Bytes. After a shorter record, which is a command or a reply, a further read at once would find nothing."""
 
 
 class After(enum.Enum):
@@ -30,24 +30,28 @@ class After(enum.Enum):
 MORE, ENDED, WANTS_WRITE = After
 
 
-def read_records(sock: ssl.SSLSocket, buffer: memoryview) -> tuple[int, After]:
-    """Decrypt records until there are no more, the buffer is full, or the first one is short. Returns (bytes, what follows).
+def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tuple[int, After]:
+    """Decrypt one record, or all that have arrived, up to a full buffer. Returns (bytes, what follows).
+
+    ``streaming`` tells that the last call returned at least LONG_RECORD bytes. Another record is read at once after a full one,
+    and while streaming after a long one: a small message comes in one record, and to find nothing behind it costs OpenSSL and
+    Python as much as to read it. What has arrived and is not read makes the event loop call again.
 
     A read of RECORD_SIZE bytes takes a whole record, so OpenSSL holds back no decrypted bytes unknown to the event loop.
     Raises OSError when the connection or its TLS has failed; the bytes read until then are lost. A client that makes the read
     last is disconnected (read_watch.py).
     """
     READING.now = (sock,)
-    read = sock.read
-    last = len(buffer) - RECORD_SIZE
     count: int = 0
     got: int
     try:
         # With a buffer, read() returns the number of bytes.
-        count = got = read(RECORD_SIZE, buffer)  # type: ignore[assignment]
-        while got and COMMAND_SIZE <= count <= last:
-            got = read(RECORD_SIZE, buffer[count:])  # type: ignore[assignment]
-            count += got
+        count = got = sock.read(RECORD_SIZE, buffer)  # type: ignore[assignment]
+        if got == RECORD_SIZE or (streaming and got >= LONG_RECORD):
+            last = len(buffer) - RECORD_SIZE
+            while got and count <= last:
+                got = sock.read(RECORD_SIZE, buffer[count:])  # type: ignore[assignment]
+                count += got
     except ssl.SSLWantReadError:
         return count, MORE
     except ssl.SSLZeroReturnError:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.policy import TLSSocket
-from fumi_edge.tls.records import ENDED, MORE, WANTS_WRITE, Ending, read_records, write_records
+from fumi_edge.tls.records import ENDED, LONG_RECORD, MORE, WANTS_WRITE, Ending, read_records, write_records
 
 LINGER_SECONDS = 30.0
 """Seconds in which a client must close its side after the core has closed the connection."""
@@ -73,6 +73,7 @@ class TLSTransport:
         "_owner",
         "_reading",
         "_sock",
+        "_streaming",
         "_wants_read",
         "_wants_write",
         "_watched",
@@ -99,6 +100,8 @@ class TLSTransport:
         self._finished: Callable[[TransportEnd], None] | None = finished
         self._backlog = b""
         self._reading = True
+        self._streaming = False
+        """See ``read_records()``."""
         self._ended = False
         """The client has closed its side."""
         self._half_close = False
@@ -176,10 +179,11 @@ class TLSTransport:
 
     def _read(self) -> None:
         try:
-            count, then = read_records(self._sock, self._buffer)
+            count, then = read_records(self._sock, self._buffer, self._streaming)
         except OSError:
             self._fail(TransportEnd.FAILED)
             return
+        self._streaming = count >= LONG_RECORD
         if then is not MORE:
             self._ended, self._wants_write = then is ENDED, then is WANTS_WRITE
             self._watch()

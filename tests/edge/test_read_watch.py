@@ -40,7 +40,7 @@ class Endless(socket.socket):
 
 
 def read(sock: Endless) -> tuple[int, After]:
-    return read_records(cast(ssl.SSLSocket, sock), memoryview(bytearray(RECORD_SIZE)))
+    return read_records(cast(ssl.SSLSocket, sock), memoryview(bytearray(RECORD_SIZE)), streaming=False)
 
 
 def test_a_read_that_does_not_return_is_ended(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -188,6 +188,29 @@ def test_every_byte_comes_back_in_order_however_slowly_the_client_reads(ends: En
     assert core.events[-2:] == ["ended", "lost"]
 
 
+def test_a_small_message_costs_one_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = 0
+    read = TLSSocket.read
+
+    def counted(sock: TLSSocket, size: int, buffer: memoryview) -> int:
+        nonlocal reads
+        reads += 1
+        return read(sock, size, buffer)  # type: ignore[return-value]  # the number of bytes, with a buffer
+
+    monkeypatch.setattr(TLSSocket, "read", counted)
+    server, client = ends()
+
+    def talk() -> None:
+        for data in (b"DATA\r\n", b"y" * 5000 + b"\n", b"MAIL\r\n"):
+            client.sendall(data)
+            assert client.recv(len(data)) == data
+        end_of_client(client)
+        assert client.recv(1) == b""
+
+    assert carry(Echo(), server, talk) == "client_closed"
+    assert reads == 3 + 1  # and the end
+
+
 def test_a_client_that_half_closes_gets_its_replies_and_then_close_notify(ends: Ends) -> None:
     server, client = ends()
     replies: list[bytes] = []

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from fumi_core.client.replies import Malformed, ReceivedReply, ReplyReader
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
+from fumi_core.runtime.dead_peers import CHECK_SECONDS, check_window, detect_dead_peer
 
 CONNECT_TIMEOUT = 30.0
 """In seconds, as all of these."""
@@ -98,12 +99,15 @@ class NextHopConnection(asyncio.Protocol):
         self._blocked = False
         self._waiter: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport
+        self._window_check: asyncio.TimerHandle
 
     # Calls by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self.local = peer_of(transport.get_extra_info("peername"))[0] in _THIS_HOST
+        detect_dead_peer(transport.get_extra_info("socket"))
+        self._window_check = self._loop.call_later(CHECK_SECONDS, self._check_window)
 
     def data_received(self, data: bytes) -> None:
         if self._failure is not None:
@@ -120,6 +124,7 @@ class NextHopConnection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._window_check.cancel()
         self._fail(lost(f"connection lost: {exc}" if exc else "connection closed"))
 
     def pause_writing(self) -> None:
@@ -128,6 +133,10 @@ class NextHopConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._blocked = False
         self._wake()
+
+    def _check_window(self) -> None:
+        check_window(self._transport.get_extra_info("socket"))
+        self._window_check = self._loop.call_later(CHECK_SECONDS, self._check_window)
 
     # Commands and replies
 

@@ -24,6 +24,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from fumi_core.runtime.dead_peers import detect_dead_peer
 from fumi_core.runtime.listening import BACKLOG
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
@@ -106,7 +107,7 @@ class Acceptor:
         if sock.family != socket.AF_UNIX:
             # Accepted sockets inherit these options from the listening one.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            detect_dead_peer(sock)
         self._loop.add_reader(sock.fileno(), self._accept)
 
     async def close_after_queue(self) -> None:

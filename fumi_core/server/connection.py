@@ -306,6 +306,9 @@ class Connection:
         elif self._phase is Phase.HEADER:
             self._transport.abort()
 
+    def check_window(self) -> None:
+        self._transport.check_window()
+
     def kill(self) -> None:
         if self._dialogue is not None:
             self._dialogue.kill()

@@ -11,6 +11,7 @@ from typing import Any
 
 from fumi_core.runtime.acceptor import Acceptor, DescriptorLimit
 from fumi_core.runtime.addresses import peer_of
+from fumi_core.runtime.dead_peers import CHECK_SECONDS
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.server.client_facts import ClientFacts
 from fumi_core.server.connection import Connection
@@ -44,6 +45,7 @@ class Server:
         self._acceptors: list[Acceptor] = []
         self._descriptor_limit = DescriptorLimit(DESCRIPTORS)
         self._empty = asyncio.Event()
+        self._window_check: asyncio.TimerHandle | None = None
 
     def configure(self, setup: DialogueSetup, logger: logging.Logger | None) -> None:
         """Set what future connections share, and their logger."""
@@ -58,6 +60,8 @@ class Server:
         name = str(sock.getsockname())
         acceptor = Acceptor(sock, name, _log, self.admit, self.connection_count, self._descriptor_limit)
         self._acceptors.append(acceptor)
+        if self._window_check is None:
+            self._window_check = self.loop.call_later(CHECK_SECONDS, self._check_windows)
 
     def admit(self, sock: socket.socket, peer: Any, own: Any) -> None:
         """Serve a connected, non-blocking socket whose two ends have these addresses."""
@@ -97,11 +101,18 @@ class Server:
         # Their handlers are cancelled, and on_close follows; a handler that does not end is not awaited.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wait_empty(), 1)
+        if self._window_check is not None:
+            self._window_check.cancel()
 
     def forget(self, connection: Connection) -> None:
         self.connections.discard(connection)
         if not self.connections:
             self._empty.set()
+
+    def _check_windows(self) -> None:
+        for connection in self.connections:
+            connection.check_window()
+        self._window_check = self.loop.call_later(CHECK_SECONDS, self._check_windows)
 
     async def _wait_empty(self) -> None:
         while self.connections:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
+from fumi_core.runtime.dead_peers import check_window
 from fumi_core.server.transport import TransportOwner
 
 
@@ -71,6 +72,9 @@ class SocketTransport:
         if not self._reading and not self._closing and not self._ended:
             self._reading = True
             self._loop.add_reader(self._fd, self._readable)
+
+    def check_window(self) -> None:
+        check_window(self._sock)
 
     def close(self) -> None:
         if not self._closing:

@@ -31,6 +31,9 @@ class Transport(Protocol):
     def resume_reading(self) -> None:
         """Undo ``pause_reading()``. Nothing happens if it is not paused, or the client's side has ended."""
 
+    def check_window(self) -> None:
+        """See ``runtime/dead_peers.py``; called every few seconds."""
+
     def close(self) -> None:
         """Read no more, send the waiting output, and close; then ``lost()`` is called."""
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fumi_core.proxy_protocol import Endpoint
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.daemon_thread import run_in_daemon_thread
+from fumi_core.runtime.dead_peers import detect_dead_peer
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.taskless import in_task
 from fumi_edge.metrics import BackendError
@@ -207,6 +208,7 @@ def _begin(sock: socket.socket, family: int, name: Any, opening: Opening) -> byt
     """
     if family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        detect_dead_peer(sock)
     code = sock.connect_ex(name)
     if not isinstance(opening, bytes):
         opening = opening(_endpoint(sock.getsockname()), _endpoint(name))

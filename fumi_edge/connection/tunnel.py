@@ -30,6 +30,7 @@ import enum
 import socket
 import ssl
 
+from fumi_core.runtime.dead_peers import check_window
 from fumi_core.runtime.taskless import Pause
 from fumi_edge.connection.ends import End
 from fumi_edge.tls.close_notify import CloseNotify
@@ -111,6 +112,7 @@ class Tunnel:
         "_moved",
         "_moved_at",
         "_reason",
+        "_unacknowledged",
         "_up",
         "unanswered",
     )
@@ -144,6 +146,8 @@ class Tunnel:
         self._idle_timeout = idle_timeout
         self._deadline: float | None = None
         self._moved, self._moved_at = 0, loop.time()
+        self._unacknowledged = True
+        """Whether a peer may not have acknowledged all bytes at the last tick; an idle tunnel costs no system calls then."""
 
     @property
     def received(self) -> int:
@@ -184,9 +188,11 @@ class Tunnel:
         """End a tunnel that is idle or lingers. The edge calls it every few seconds; ``now`` is the loop's time."""
         moved = self._up.total + self._down.total
         if moved != self._moved:
-            self._moved, self._moved_at = moved, now
+            self._moved, self._moved_at, self._unacknowledged = moved, now, True
             if self._deadline is not None and self._up.state is _OPEN:
                 self._deadline = now + LINGER_SECONDS
+        if self._unacknowledged:
+            self._unacknowledged = check_window(self._client.sock) | check_window(self._up.sink.sock)
         if self._deadline is not None:
             if now >= self._deadline:
                 self._reason = End.LINGER

@@ -18,6 +18,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from fumi_core.runtime.dead_peers import check_window
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.policy import TLSSocket
 from fumi_edge.tls.records import ENDED, LONG_RECORD, MORE, WANTS_WRITE, Ending, read_records, write_records
@@ -166,6 +167,11 @@ class TLSTransport:
         """Give up a client that does not close its side. The edge calls it every few seconds; ``now`` is the loop's time."""
         if self._deadline is not None and now >= self._deadline:
             self._fail(TransportEnd.LINGER)
+        else:
+            self.check_window()
+
+    def check_window(self) -> None:
+        check_window(self._sock)
 
     def _readable(self) -> None:
         if self._wants_read:

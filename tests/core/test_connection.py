@@ -45,6 +45,9 @@ class InMemory:
     def resume_reading(self) -> None:
         self.calls.append("resume_reading")
 
+    def check_window(self) -> None:
+        pass
+
     def close(self) -> None:
         self._end("close")
 

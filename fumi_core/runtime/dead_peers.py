@@ -1,0 +1,75 @@
+"""Ends TCP connections whose peer has vanished: its host has died, or the network between has.
+
+Nobody closes such a connection, and the kernel's defaults find out after 15 minutes with data in flight (tcp_retries2) and two
+hours without (tcp_keepalive_time). All options are here (tcp(7)):
+
+- Data that is not acknowledged for USER_TIMEOUT_SECONDS: TCP_USER_TIMEOUT. Fifteen seconds without network are survived: data is
+  retransmitted after 0.2, 0.6, 1.4, 3, 6.2, 12.6 and 25.4 seconds.
+- Nothing in flight: a keepalive probe after KEEPALIVE_IDLE_SECONDS of silence, then one every KEEPALIVE_INTERVAL_SECONDS until
+  one is answered. Where there is a user timeout, Linux does not count them: it ends the connection when the peer has been silent
+  for that long and one probe is unanswered. If the first probe came later than that, one lost packet would end a session. With
+  these numbers it takes ten, and fifteen seconds without network are survived.
+
+A user timeout also ends a connection whose peer is alive and acknowledges, but has kept its window closed for that long: a server
+that does not read because its handlers or its disk are slow. ``check_window()`` therefore suspends it while a window is closed.
+
+A listening socket passes its options on to those that it accepts, without a system call for each.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+USER_TIMEOUT_SECONDS = 30
+KEEPALIVE_IDLE_SECONDS = 10
+KEEPALIVE_INTERVAL_SECONDS = 2
+KEEPALIVE_PROBES = 10
+"""For systems without a user timeout, and connections without one: 10 + 10 x 2 = 30 seconds."""
+CHECK_SECONDS = 10.0
+"""Seconds between two calls of ``check_window()`` for a connection, at most: well within the user timeout."""
+
+_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)
+_TCP_INFO: int | None = getattr(socket, "TCP_INFO", None)
+_OPTIONS = [
+    (getattr(socket, name), value)
+    for name, value in (
+        ("TCP_USER_TIMEOUT", USER_TIMEOUT_SECONDS * 1000),
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+    )
+    if hasattr(socket, name)
+]
+"""Those that this system has."""
+_UNACKED_AND_NOTSENT = struct.Struct("24xI116xI")
+"""tcpi_unacked (segments) and tcpi_notsent_bytes of struct tcp_info (linux/tcp.h; Linux 4.6 and newer)."""
+
+
+def detect_dead_peer(sock: socket.socket) -> None:
+    """Set the options on a TCP socket that listens or is to be connected. Other sockets stay as they are."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _OPTIONS:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def check_window(sock: socket.socket) -> bool:
+    """Suspend the user timeout of a connection while the peer's window is closed, and resume it when data flows again.
+
+    To be called every CHECK_SECONDS while data may be unacknowledged. Returns False when all of it is acknowledged; True on
+    systems that do not tell, too. A host that dies with its window closed is found by the connection's own timeouts only.
+    """
+    if _USER_TIMEOUT is None or _TCP_INFO is None or sock.family == socket.AF_UNIX:
+        return False
+    try:
+        unacked, notsent = _UNACKED_AND_NOTSENT.unpack(sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _UNACKED_AND_NOTSENT.size))
+        if unacked:
+            if not sock.getsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT):
+                sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, USER_TIMEOUT_SECONDS * 1000)
+        elif notsent:
+            # Nothing is in flight although there is something to send.
+            sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, 0)
+    except (OSError, struct.error):
+        return True  # it has ended, which its owner learns elsewhere, or this kernel is too old
+    return bool(unacked or notsent)

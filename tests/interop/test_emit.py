@@ -84,6 +84,10 @@ HAPROXY = {
 }
 
 
+USER_TIMEOUT = 'tcp-ut "${FUMI_TCP_USER_TIMEOUT-30s}"'
+BIND = f"v6only {USER_TIMEOUT}"
+
+
 @pytest.mark.parametrize("flags", HAPROXY.values(), ids=HAPROXY)
 def test_haproxy_accepts_what_is_emitted_and_finds_nothing_to_warn_of(
     flags: list[str], programs: Programs, emit: Emit, both: Path
@@ -100,12 +104,11 @@ def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_ce
         "--drain-timeout", "5", "--min-tls", "1.3", "--metrics", "127.0.0.1:9465",
         "--log-level", "warning", "--ciphers", "ECDHE+AESGCM",
     )  # fmt: skip
-    bind = (
-        f'"127.0.0.1:4465,:4466,[::]:4466" v6only ssl crt "{both}" crt "{both}" ca-file "{client_certificate.ca}" verify required'
-    )
-    full = "send-proxy-v2-ssl-cn proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id"
+    bind = f'"127.0.0.1:4465,:4466,[::]:4466" {BIND} ssl crt "{both}" crt "{both}" ca-file "{client_certificate.ca}"'
+    full = f"{USER_TIMEOUT} send-proxy-v2-ssl-cn proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id"
     expected = [
-        f'bind {bind} alpn "smtp"', 'server core1 "127.0.0.1:2525"', 'server core2 "unix@/run/core.sock"', 'balance "roundrobin"',
+        f'bind {bind} verify required alpn "smtp"', 'balance "roundrobin"',
+        'server core1 "127.0.0.1:2525"', 'server core2 "unix@/run/core.sock"',
         f'default-server {full} check inter "2000ms"', 'maxconn "100"', 'hard-stop-after "5000ms"', 'timeout connect "250ms"',
         'timeout client "60000ms"', 'timeout server "60000ms"', 'ssl-default-bind-options ssl-min-ver "TLSv1.3"',
         'ssl-default-bind-ciphers "ECDHE+AESGCM"', 'bind "127.0.0.1:9465" v6only',
@@ -242,7 +245,7 @@ def test_each_listener_for_tls_with_a_table_of_its_own_is_a_section_of_haproxy(
     accepted(programs, text)
     assert "[[edge.listener]] :2587: HAProxy does not support STARTTLS for SMTP" in notes(text)
     general, first, second = re.split(r"^listen .*\n", text, flags=re.MULTILINE)
-    bind = f'bind "127.0.0.1:4466" v6only ssl crt "{both}" ca-file "{client_certificate.ca}" verify optional accept-proxy'
+    bind = f'bind "127.0.0.1:4466" {BIND} ssl crt "{both}" ca-file "{client_certificate.ca}" verify optional accept-proxy'
     assert f'{bind} ssl-min-ver "TLSv1.3" ciphers "ECDHE+AESGCM"' in settings(second)
     assert {'ssl-default-bind-options ssl-min-ver "TLSv1.2"', 'timeout client "900000ms"'} <= set(settings(general))
     own = {'timeout client "60000ms"', 'tcp-request connection reject if { sc0_conn_cur(clients) gt "9" }'}

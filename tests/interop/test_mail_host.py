@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 import smtplib
 from collections.abc import Iterator
 
 import pytest
 
-from tests.interop.mail_host import DOMAIN, Client, MailHost
+from tests.interop.machine import DOMAIN, Client
+from tests.interop.mail_host import PAGE, MailHost
 from tests.support.programs import Programs
 
 GTUBE = "XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"
@@ -70,6 +72,14 @@ def test_a_user_of_dovecot_sends_to_anyone(host: MailHost, port: int) -> None:
     (sent,) = (each for each in host.maildir("/srv/relayed").messages() if f"\nSubject: {subject}\n".encode() in each.text)
     assert sent.headers.startswith(f"Return-Path: <{JOE}>\nDelivered-To: eve@elsewhere.example\n")
     assert b"with ESMTPSA " in sent.text
+
+
+def test_a_link_to_a_users_directory_is_another_address_of_the_user(host: MailHost) -> None:
+    (command,) = re.findall(r"`(ln -s [^`]*)`", PAGE)
+    host.run(command)
+    with host.smtp() as client:
+        client.sendmail(SENDER, [f"postmaster@{DOMAIN}"], letter("help"))
+    assert [text for text in host.read(JOE) if b"Subject: help\r\n" in text]
 
 
 def test_another_sender_than_the_login_is_553(host: MailHost) -> None:

@@ -34,7 +34,7 @@ from fumi_core.runtime.dead_peers import check_window
 from fumi_core.runtime.taskless import Pause
 from fumi_edge.connection.ends import End
 from fumi_edge.tls.close_notify import CloseNotify
-from fumi_edge.tls.records import ENDED, LONG_RECORD, MORE, WANTS_WRITE, After, Ending, read_records, write_records
+from fumi_edge.tls.records import ENDED, LONG_RECORD, MORE, WANTS_WRITE, After, read_records, send_end, write_records
 
 BUFFER_SIZE = 128 * 1024
 """Bytes that one wake-up moves: eight records, and one send. 64 and 256 KiB cost the same CPU a byte, within 1 %.
@@ -61,7 +61,7 @@ _OPEN, _DISCARDING, _CLOSING, _CLOSED = FlowState.OPEN, FlowState.DISCARDING, Fl
 class _End:
     """One of the two sockets, and whether the loop watches it for reading and for writing. ``tls`` is a socket that has TLS."""
 
-    __slots__ = ("fd", "inward", "outward", "reading", "sock", "tls", "writing")
+    __slots__ = ("inward", "outward", "reading", "sock", "tls", "writing")
 
     inward: _Flow
     outward: _Flow
@@ -69,7 +69,6 @@ class _End:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.tls = sock if isinstance(sock, ssl.SSLSocket) else None
-        self.fd = sock.fileno()
         self.reading = self.writing = False
 
 
@@ -101,10 +100,10 @@ class Tunnel:
     __slots__ = (
         "_buffer",
         "_client",
+        "_close_notify",
         "_deadline",
         "_done",
         "_down",
-        "_ending",
         "_expectant",
         "_finished",
         "_idle_timeout",
@@ -113,6 +112,7 @@ class Tunnel:
         "_moved_at",
         "_reason",
         "_unacknowledged",
+        "_unsent_end",
         "_up",
         "unanswered",
     )
@@ -131,7 +131,9 @@ class Tunnel:
     ) -> None:
         self._loop = loop
         self._buffer = buffer
-        self._ending = Ending(close_notify)
+        self._close_notify = close_notify
+        self._unsent_end: bytes | None = None
+        """What is left of close_notify, once it is being sent."""
         self._client = _End(client)
         server = _End(backend)
         self._up = _Flow(self._client, server, upstream)
@@ -164,7 +166,7 @@ class Tunnel:
         ends = (self._client, self._up.sink)
         for end in ends:
             # Replaces the handshake's reader, if it is still registered, without a system call.
-            self._loop.add_reader(end.fd, self._readable, end)
+            self._loop.add_reader(end.sock.fileno(), self._readable, end)
             end.reading = True
         try:
             for flow in (self._up, self._down):
@@ -178,9 +180,9 @@ class Tunnel:
         finally:
             for end in ends:
                 if end.reading:
-                    self._loop.remove_reader(end.fd)
+                    self._loop.remove_reader(end.sock.fileno())
                 if end.writing:
-                    self._loop.remove_writer(end.fd)
+                    self._loop.remove_writer(end.sock.fileno())
                 # The flows and the ends refer to each other; without this only the garbage collector would free them.
                 del end.inward, end.outward
 
@@ -250,16 +252,16 @@ class Tunnel:
         if read is not end.reading:
             end.reading = read
             if read:
-                self._loop.add_reader(end.fd, self._readable, end)
+                self._loop.add_reader(end.sock.fileno(), self._readable, end)
             else:
-                self._loop.remove_reader(end.fd)
+                self._loop.remove_reader(end.sock.fileno())
         write = inward.wants_write or (not outward.wants_read and (bool(outward.leftover) or outward.state is _CLOSING))
         if write is not end.writing:
             end.writing = write
             if write:
-                self._loop.add_writer(end.fd, self._writable, end)
+                self._loop.add_writer(end.sock.fileno(), self._writable, end)
             else:
-                self._loop.remove_writer(end.fd)
+                self._loop.remove_writer(end.sock.fileno())
 
     # Moving bytes
 
@@ -357,7 +359,8 @@ class Tunnel:
         """Send the sink the end of the stream. False when that has to wait."""
         try:
             if flow.sink.tls is not None:
-                return self._ending.send(flow.sink.tls)
+                self._unsent_end = send_end(flow.sink.tls, self._close_notify, self._unsent_end)
+                return not self._unsent_end
             flow.sink.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self._sink_failed(flow)

@@ -83,25 +83,19 @@ def write_records(sock: ssl.SSLSocket, data: bytes | memoryview) -> tuple[int, b
     return taken, False
 
 
-class Ending:
-    """The end of our direction: close_notify, in one packet with the FIN."""
+def send_end(sock: ssl.SSLSocket, close_notify: CloseNotify, unsent: bytes | None) -> bytes:
+    """End our direction: send close_notify, in one packet with the FIN. Returns what is unsent; with b"" the end is sent.
 
-    __slots__ = ("_close_notify", "_rest")
-
-    def __init__(self, close_notify: CloseNotify) -> None:
-        self._close_notify = close_notify
-        self._rest: bytes | None = None
-
-    def send(self, sock: ssl.SSLSocket) -> bool:
-        """Send it, or its unsent rest. Returns False while a part is still unsent. Raises OSError."""
-        if self._rest is None:
-            self._rest = self._close_notify.record(sock)
+    ``unsent`` is the result of the last call, None in the first one. Raises OSError.
+    """
+    if unsent is None:
+        unsent = close_notify.record(sock)
+    if unsent:
         try:
-            self._rest = self._rest[socket.socket.send(sock, self._rest, socket.MSG_MORE) :]
+            unsent = unsent[socket.socket.send(sock, unsent, socket.MSG_MORE) :]
         except (BlockingIOError, InterruptedError):
-            return False
-        if self._rest:
-            return False
+            return unsent
+    if not unsent:
         # Not sock.shutdown(), after which a TLS socket could not be read either.
         socket.socket.shutdown(sock, socket.SHUT_WR)
-        return True
+    return unsent

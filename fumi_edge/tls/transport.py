@@ -21,7 +21,7 @@ from typing import Protocol
 from fumi_core.runtime.dead_peers import check_window
 from fumi_edge.tls.close_notify import CloseNotify
 from fumi_edge.tls.policy import TLSSocket
-from fumi_edge.tls.records import ENDED, LONG_RECORD, MORE, WANTS_WRITE, Ending, read_records, write_records
+from fumi_edge.tls.records import ENDED, LONG_RECORD, MORE, WANTS_WRITE, read_records, send_end, write_records
 
 LINGER_SECONDS = 30.0
 """Seconds in which a client must close its side after the core has closed the connection."""
@@ -61,13 +61,11 @@ class TLSTransport:
     __slots__ = (
         "_backlog",
         "_buffer",
+        "_close_notify",
         "_closing",
         "_deadline",
         "_end_seen",
-        "_end_sent",
         "_ended",
-        "_ending",
-        "_fd",
         "_finished",
         "_half_close",
         "_loop",
@@ -75,6 +73,7 @@ class TLSTransport:
         "_reading",
         "_sock",
         "_streaming",
+        "_unsent_end",
         "_wants_read",
         "_wants_write",
         "_watched",
@@ -94,10 +93,11 @@ class TLSTransport:
         """The socket stays the caller's, who closes it when ``finished`` is called. The handshake's reader is replaced."""
         self._loop = loop
         self._sock = sock
-        self._fd = sock.fileno()
         self._buffer = buffer
         self._owner: TransportOwner | None = owner
-        self._ending = Ending(close_notify)
+        self._close_notify = close_notify
+        self._unsent_end: bytes | None = None
+        """What is left of close_notify once it is being sent; b"" when our side is closed."""
         self._finished: Callable[[TransportEnd], None] | None = finished
         self._backlog = b""
         self._reading = True
@@ -106,8 +106,7 @@ class TLSTransport:
         self._ended = False
         """The client has closed its side."""
         self._half_close = False
-        """Our side is to be closed, after the backlog; ``_end_sent``: it is."""
-        self._end_sent = False
+        """Our side is to be closed, after the backlog."""
         self._closing = False
         self._wants_read = self._wants_write = False
         self._end_seen: TransportEnd | None = None
@@ -115,7 +114,7 @@ class TLSTransport:
         self._deadline: float | None = None
         self.received = self.sent = 0
         self._watched = (True, False)
-        loop.add_reader(self._fd, self._readable)
+        loop.add_reader(self._sock.fileno(), self._readable)
 
     # Calls by the core
 
@@ -212,6 +211,10 @@ class TLSTransport:
         if self._ended:
             self._finish(TransportEnd.CORE_CLOSED)
 
+    @property
+    def _end_sent(self) -> bool:
+        return self._unsent_end == b""
+
     def _writable(self) -> None:
         if self._wants_write:
             self._wants_write = False
@@ -240,7 +243,8 @@ class TLSTransport:
 
     def _end(self) -> None:
         try:
-            self._end_sent = self._end_sent or self._ending.send(self._sock)
+            if not self._end_sent:
+                self._unsent_end = send_end(self._sock, self._close_notify, self._unsent_end)
         except OSError:
             self._fail(TransportEnd.FAILED)
             return
@@ -266,9 +270,9 @@ class TLSTransport:
             (wanted[1], before[1], self._loop.add_writer, self._loop.remove_writer, self._writable),
         ):
             if now and not was:
-                add(self._fd, call)
+                add(self._sock.fileno(), call)
             elif was and not now:
-                remove(self._fd)
+                remove(self._sock.fileno())
 
     # The end
 
@@ -289,8 +293,8 @@ class TLSTransport:
         if finished is None:
             return
         if self._watched[0]:
-            self._loop.remove_reader(self._fd)
+            self._loop.remove_reader(self._sock.fileno())
         if self._watched[1]:
-            self._loop.remove_writer(self._fd)
+            self._loop.remove_writer(self._sock.fileno())
         self._deadline = None
         self._loop.call_soon(finished, self._end_seen or reason)

@@ -17,14 +17,13 @@ from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.scoreboard import count_of_one_process
 from fumi_core.server.listeners import Server
 from fumi_core.server.observer import Observer, guarded
-from fumi_core.server.setup import Chains, DialogueSetup
+from fumi_core.server.setup import PHASES, Chains, DialogueSetup
 from fumi_core.smtp import options as _options
 from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.options import OptionArguments, Options
 from fumi_core.smtp.tally import Tally
 
 H = TypeVar("H", bound=Handler)
-PHASES = ("connect", "auth", "mail_from", "rcpt_to", "data", "close")
 
 
 class Fumi:

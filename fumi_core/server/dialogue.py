@@ -30,7 +30,7 @@ from fumi_core.runtime.logs import event as log_event
 from fumi_core.server import dialogue_log
 from fumi_core.server.handler_replies import log_failure, log_handler_failure, rejection
 from fumi_core.server.message import ABORTED, ARRIVING, COMPLETE, DONE, RUNNING, WAITING, ArrivingMessage
-from fumi_core.server.observer import RejectReason
+from fumi_core.server.observer import Observer, RejectReason
 from fumi_core.server.setup import DialogueSetup
 from fumi_core.smtp import replies
 from fumi_core.smtp.events import (
@@ -89,6 +89,9 @@ class Dialogue:
         self.messages = 0
         self._setup = setup
         self._observer = setup.observer
+        # The clock is not read for the default observer, which does nothing.
+        self._timed = type(setup.observer) is not Observer
+        self._began = 0.0  # when the handlers that run, or ran last, were called, by the monotonic clock
         self._changed = changed
         self._runner = HandlerRunner(asyncio.get_running_loop())
         self._running: Context | None = None
@@ -261,11 +264,15 @@ class Dialogue:
             _DONE[phase](self, context, None)
             return
         self._running, self._phase = context, phase
+        if self._timed:
+            self._began = time.monotonic()
         self._runner.run(chain(context), self._handlers_ended)
 
     def _handlers_ended(self, error: BaseException | None) -> None:
         context, self._running = self._running, None
         assert context is not None
+        if self._timed:
+            self._observer.handlers_ended(self._phase, time.monotonic() - self._began)
         try:
             _DONE[self._phase](self, context, error)
         except Exception as failed:

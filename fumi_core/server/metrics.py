@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.counting import Counter, Gauge, Histogram, Labels, Tallied
 from fumi_core.server.observer import DeliveryResult, HeaderResult, Observer, RejectReason
+from fumi_core.server.setup import PHASES
 from fumi_core.smtp.results import MessageResult
 from fumi_core.smtp.session import Session
 from fumi_core.smtp.tally import Tally
@@ -54,6 +55,8 @@ class CoreMetrics(Observer):
         sizes = Histogram("fumi_core_message_bytes", "Size of received messages, in bytes.", (), registry, _SIZES)
         seconds = Histogram("fumi_core_data_seconds", "Seconds from DATA to the final reply.", (), registry, _SECONDS)
         self._bytes, self._seconds = sizes.labels(), seconds.labels()
+        hooks = Histogram("fumi_core_hook_seconds", "Seconds that a phase's handlers took.", ("phase",), registry, _SECONDS)
+        self._hooks = {phase: hooks.labels(phase) for phase in PHASES}
         deliveries = counter("deliveries", "Deliveries, by target and result.", ("target", "result"))
         self._deliveries = {
             (target, result): deliveries.labels(target, result) for target in targets for result in DeliveryResult
@@ -94,6 +97,9 @@ class CoreMetrics(Observer):
         self._messages[result].inc()
         self._bytes.observe(size)
         self._seconds.observe(seconds)
+
+    def handlers_ended(self, phase: str, seconds: float) -> None:
+        self._hooks[phase].observe(seconds)
 
     def delivery(self, target: str, result: DeliveryResult) -> None:
         self._deliveries[target, result].inc()

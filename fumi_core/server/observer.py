@@ -72,6 +72,9 @@ class Observer:
     def message(self, result: MessageResult, size: int, seconds: float) -> None:
         """A message ended, with its size in bytes, and its duration in seconds from DATA to the final reply."""
 
+    def handlers_ended(self, phase: str, seconds: float) -> None:
+        """The handlers of a phase, such as "data", have run. ``seconds`` include what they waited for."""
+
     def delivery(self, target: str, result: DeliveryResult) -> None:
         """A delivery ended. ``target`` is the delivery target's name."""
 

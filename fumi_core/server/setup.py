@@ -11,8 +11,11 @@ from fumi_core.smtp.greetings import Greetings
 from fumi_core.smtp.options import Options
 from fumi_core.smtp.tally import Tally
 
+PHASES = ("connect", "auth", "mail_from", "rcpt_to", "data", "close")
+"""The phases of a session that have handlers."""
+
 Chains = dict[str, Chain | None]
-"""The composed handlers of each phase: connect auth mail_from rcpt_to data close; None for a phase without handlers."""
+"""The composed handlers of each phase; None for a phase without handlers."""
 
 
 @dataclass(slots=True)

@@ -138,6 +138,7 @@ def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: TwoWor
     assert before["fumi_core_worker_restarts_total"] == 0
     assert before["fumi_core_message_bytes_count"] == 0
     assert before["fumi_core_connections_active"] == 0
+    assert before['fumi_core_hook_seconds_count{phase="mail_from"}'] == 0
     clients = workers.clients()
     for client in clients.values():
         in_flight(client)
@@ -147,6 +148,9 @@ def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: TwoWor
     before = metrics.values()
     assert before['fumi_core_messages_total{result="accepted"}'] == 2
     assert before['fumi_core_message_bytes_bucket{le="+Inf"}'] == 2
+    mails = before['fumi_core_commands_total{command="MAIL"}']
+    assert before['fumi_core_hook_seconds_count{phase="mail_from"}'] == mails >= 4
+    assert before['fumi_core_hook_seconds_count{phase="data"}'] == 0
     assert before['fumi_core_build_info{version="' + fumi_core.__version__ + '"}'] == 1
     open_before = before["fumi_core_connections_active"]
     assert open_before == before["fumi_core_connections_total"] >= 2

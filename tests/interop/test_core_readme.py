@@ -25,7 +25,6 @@ from prometheus_client import CollectorRegistry
 import fumi_core
 import fumi_edge
 from fumi_core import Fumi, SMTPError, plugins
-from fumi_core.app import PHASES
 from fumi_core.delivery import TARGETS
 from fumi_core.handlers import contexts
 from fumi_core.handlers.stream import MessageStream
@@ -33,6 +32,7 @@ from fumi_core.proxy_protocol import TLSInfo
 from fumi_core.runtime.scoreboard import Scoreboard
 from fumi_core.runtime.totals import register_restarts
 from fumi_core.server.metrics import CoreMetrics
+from fumi_core.server.setup import PHASES
 from fumi_core.smtp.option_values import Choice
 from fumi_core.smtp.options import DECLARATIONS, Declaration, Options
 from fumi_core.smtp.sasl import Credentials

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Literal
 
+from fumi_core.client.exclusive import ExclusiveConnection, open_connection
 from fumi_core.client.replies import Malformed, ReceivedReply, ReplyReader
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 from fumi_core.runtime.dead_peers import CHECK_SECONDS, check_window, detect_dead_peer
@@ -27,8 +28,6 @@ BLOCK_TIMEOUT = 180.0
 RSET_TIMEOUT = 30.0  # a new connection is faster
 END_TIMEOUT = 600.0
 """For the reply to the whole message (§4.5.3.2.6)."""
-NEXT_ADDRESS_SECONDS = 0.25
-"""Until the next address of a host name is also tried (RFC 8305 §5)."""
 
 Dialect = Literal["smtp", "lmtp"]
 _THIS_HOST = Networks(THIS_HOST)
@@ -64,15 +63,8 @@ def protocol_error(detail: str) -> Failure:
 
 async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextHopConnection:
     """Connect, and send EHLO or LHLO with ``name``. Raises Failure."""
-    loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            if address.kind == "unix":
-                _, connection = await loop.create_unix_connection(NextHopConnection, address.path)
-            else:
-                _, connection = await loop.create_connection(
-                    NextHopConnection, address.host, address.port, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS
-                )
+        connection = await open_connection(NextHopConnection, address, CONNECT_TIMEOUT)
     except TimeoutError:
         raise unreachable("no connection in time") from None
     except OSError as error:
@@ -85,26 +77,28 @@ async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextH
     return connection
 
 
-class NextHopConnection(asyncio.Protocol):
+class NextHopConnection(ExclusiveConnection[Failure]):
     """``extensions`` are those that EHLO offered; ``local`` tells that the server is on this host."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.extensions: dict[str, str] = {}
         self.local = False
-        self._loop = asyncio.get_running_loop()
         self._reader = ReplyReader()
         self._replies: deque[ReceivedReply] = deque()
         self._outstanding = 1  # replies that are outstanding; the banner is the first
-        self._failure: Failure | None = None
-        self._blocked = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._transport: asyncio.Transport
         self._window_check: asyncio.TimerHandle
+
+    def _lost(self, detail: str) -> Failure:
+        return lost(detail)
+
+    def _timed_out(self) -> Failure:
+        return timed_out("no reply in time")
 
     # Calls by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         self.local = peer_of(transport.get_extra_info("peername"))[0] in _THIS_HOST
         detect_dead_peer(transport.get_extra_info("socket"))
         self._window_check = self._loop.call_later(CHECK_SECONDS, self._check_window)
@@ -125,14 +119,7 @@ class NextHopConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._window_check.cancel()
-        self._fail(lost(f"connection lost: {exc}" if exc else "connection closed"))
-
-    def pause_writing(self) -> None:
-        self._blocked = True
-
-    def resume_writing(self) -> None:
-        self._blocked = False
-        self._wake()
+        super().connection_lost(exc)
 
     def _check_window(self) -> None:
         check_window(self._transport.get_extra_info("socket"))
@@ -174,8 +161,7 @@ class NextHopConnection(asyncio.Protocol):
         """Send a part of the message; returns when there is room for more. Raises Failure, also for an early reply."""
         self._raise_failure()
         self._transport.write(data)
-        if self._blocked:
-            await self._wait_until(lambda: not self._blocked, BLOCK_TIMEOUT)
+        await self._wait_for_room(BLOCK_TIMEOUT)
 
     async def finish(
         self, data: bytes, count: int, on_wait: Callable[[Sequence[ReceivedReply | Failure]], None] | None = None
@@ -209,10 +195,6 @@ class NextHopConnection(asyncio.Protocol):
     # The end of a transaction, and of the connection
 
     @property
-    def usable(self) -> bool:
-        return self._failure is None
-
-    @property
     def resetting(self) -> bool:
         """Whether RSET was sent and its reply is still to be read."""
         return self._outstanding > 0 or bool(self._replies)
@@ -225,42 +207,7 @@ class NextHopConnection(asyncio.Protocol):
 
     def quit(self) -> None:
         """Send QUIT and close; the reply is not needed."""
-        if self.usable:
-            self._transport.write(b"QUIT\r\n")
-            self._failure = lost("connection closed")
-            self._transport.close()
-
-    def abort(self) -> None:
-        """Abort the connection: a transaction in progress must not be completed."""
-        self._fail(lost("connection aborted"))
-
-    def _fail(self, failure: Failure) -> None:
-        if self._failure is None:
-            self._failure = failure
-            self._transport.abort()
-            self._wake()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def _wait_until(self, ready: Callable[[], Any], seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                while not ready():
-                    self._raise_failure()
-                    self._waiter = self._loop.create_future()
-                    await self._waiter
-        except TimeoutError:
-            self._fail(timed_out("no reply in time"))
-            self._raise_failure()
-        except asyncio.CancelledError:
-            self.abort()
-            raise
+        self._close(b"QUIT\r\n")
 
 
 def _unsolicited(reply: ReceivedReply) -> Failure:

@@ -6,13 +6,11 @@ An answer that comes too late, that nobody waits for or that breaks the protocol
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, cast
 
-from fumi_core.client.connection import NEXT_ADDRESS_SECONDS
+from fumi_core.client.exclusive import ExclusiveConnection, open_connection
 from fumi_core.plugins.milter import wire
 from fumi_core.plugins.milter.agreement import Agreement, Stage, offer, read_agreement
 from fumi_core.plugins.milter.wire import Change, Malformed, PacketReader, ReplyCode, Verdict, parse_answer
@@ -22,6 +20,8 @@ CHECK_TIMEOUT = 5.0
 """Seconds that ``problem()`` has to connect, and for the answer."""
 HIGH_WATER_BYTES = 256 * 1024
 """Bytes of answers that may wait to be read; above that, the socket is not read."""
+PACKET_BYTES = 128
+"""Bytes that a waiting packet takes besides its data."""
 
 
 class MilterFailure(Exception):
@@ -30,15 +30,8 @@ class MilterFailure(Exception):
 
 async def connect(address: SocketAddress, connect_timeout: float, command_timeout: float) -> MilterConnection:
     """Connect and negotiate. Raises MilterFailure."""
-    loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(connect_timeout):
-            if address.kind == "unix":
-                _, connection = await loop.create_unix_connection(MilterConnection, address.path)
-            else:
-                _, connection = await loop.create_connection(
-                    MilterConnection, address.host, address.port, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS
-                )
+        connection = await open_connection(MilterConnection, address, connect_timeout)
     except TimeoutError:
         raise MilterFailure("no connection in time") from None
     except OSError as error:
@@ -63,51 +56,38 @@ async def problem(address: SocketAddress) -> str | None:
     return None
 
 
-class MilterConnection(asyncio.Protocol):
+class MilterConnection(ExclusiveConnection[MilterFailure]):
     """``agreement`` is there after ``negotiate()``."""
 
     agreement: Agreement
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
         self._reader = PacketReader()
         self._packets: deque[tuple[bytes, bytes]] = deque()
         self._unread = 0
         self._asking = False
-        self._failure: MilterFailure | None = None
-        self._blocked = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._transport: asyncio.Transport
 
-    # Calls by asyncio
+    def _lost(self, detail: str) -> MilterFailure:
+        return MilterFailure(detail)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+    def _timed_out(self) -> MilterFailure:
+        return MilterFailure("no answer in time")
 
     def data_received(self, data: bytes) -> None:
         if self._failure is not None:
             return
         if not self._asking:
-            self._fail("an answer without a question")
+            self._fail(MilterFailure("an answer without a question"))
             return
         try:
             for packet in self._reader.feed(data):
                 self._packets.append(packet)
-                self._unread += len(packet[1])
+                self._unread += PACKET_BYTES + len(packet[1])
         except Malformed as error:
-            self._fail(str(error))
+            self._fail(MilterFailure(str(error)))
         if self._unread > HIGH_WATER_BYTES:
             self._transport.pause_reading()
-        self._wake()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(f"connection lost: {exc}" if exc else "connection closed")
-
-    def pause_writing(self) -> None:
-        self._blocked = True
-
-    def resume_writing(self) -> None:
-        self._blocked = False
         self._wake()
 
     # Questions and answers
@@ -120,7 +100,7 @@ class MilterConnection(asyncio.Protocol):
         try:
             self.agreement = read_agreement(letter, data)
         except Malformed as error:
-            self._fail(str(error))
+            self._fail(MilterFailure(str(error)))
         self._end_of_answer()
 
     async def ask(
@@ -140,8 +120,7 @@ class MilterConnection(asyncio.Protocol):
         wanted = self.agreement.wants(stage)
         self._asking = wanted and self.agreement.answers(stage)
         self._transport.write(packets + wire.packet(stage.letter, data) if wanted else packets)
-        if self._blocked:
-            await self._wait_until(lambda: not self._blocked, seconds)
+        await self._wait_for_room(seconds)
         if not self._asking:
             return Verdict.CONTINUE
         try:
@@ -171,22 +150,18 @@ class MilterConnection(asyncio.Protocol):
         """Raises MilterFailure when more has arrived than the answer."""
         self._asking = False
         if self._packets or self._reader.partial:
-            self._fail("a second answer")
+            self._fail(MilterFailure("a second answer"))
         self._raise_failure()
 
     async def _receive(self, seconds: float) -> tuple[bytes, bytes]:
         await self._wait_until(lambda: bool(self._packets), seconds)
         packet = self._packets.popleft()
-        self._unread -= len(packet[1])
+        self._unread -= PACKET_BYTES + len(packet[1])
         if self._unread <= HIGH_WATER_BYTES:
             self._transport.resume_reading()
         return packet
 
     # The end
-
-    @property
-    def usable(self) -> bool:
-        return self._failure is None
 
     def abort_message(self) -> None:
         """The message will not be completed; the next one may follow."""
@@ -199,38 +174,4 @@ class MilterConnection(asyncio.Protocol):
             self._transport.write(wire.QUIT_NEW_CONNECTION)
 
     def quit(self) -> None:
-        if self.usable:
-            self._transport.write(wire.QUIT)
-            self._failure = MilterFailure("connection closed")
-            self._transport.close()
-
-    def abort(self) -> None:
-        self._fail("connection aborted")
-
-    def _fail(self, problem: str) -> None:
-        if self._failure is None:
-            self._failure = MilterFailure(problem)
-            self._transport.abort()
-            self._wake()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def _wait_until(self, ready: Callable[[], Any], seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                while not ready():
-                    self._raise_failure()
-                    self._waiter = self._loop.create_future()
-                    await self._waiter
-        except TimeoutError:
-            self._fail("no answer in time")
-            self._raise_failure()
-        except asyncio.CancelledError:
-            self.abort()
-            raise
+        self._close(wire.QUIT)

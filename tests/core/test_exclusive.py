@@ -1,0 +1,99 @@
+"""Connections to servers: what a caller who is cancelled leaves open, and how much waits for a caller who is slow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import socket
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from fumi_core.client.exclusive import open_connection
+from fumi_core.plugins.milter.agreement import Stage
+from fumi_core.plugins.milter.connection import HIGH_WATER_BYTES, MilterConnection
+from fumi_core.runtime.addresses import parse_address
+from tests.core.scripted_milter import CONTINUE, PROGRESS, negotiated, packet
+
+
+class Transport:
+    """Keeps what is written, and whether reading is paused."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.paused = self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def abort(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_connection_that_is_made_when_its_caller_is_cancelled_is_closed(no_garbage_collector: None) -> None:
+    async def run() -> bytes:
+        loop = asyncio.get_running_loop()
+        connect = loop.sock_connect
+
+        async def connect_and_cancel(sock: socket.socket, address: Any) -> None:
+            await connect(sock, address)
+            caller.cancel()
+
+        loop.sock_connect = connect_and_cancel  # type: ignore[method-assign]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.setblocking(False)
+            address = parse_address(f"127.0.0.1:{server.getsockname()[1]}")
+            caller = asyncio.create_task(open_connection(asyncio.Protocol, address, 60))
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+            accepted, _ = await loop.sock_accept(server)
+            with accepted:
+                return await asyncio.wait_for(loop.sock_recv(accepted, 1), 60)
+
+    with contextlib.suppress(ConnectionResetError):
+        assert asyncio.run(run()) == b""
+
+
+def test_a_filter_whose_packets_nobody_takes_is_not_read_any_further() -> None:
+    async def run() -> None:
+        transport, connection = Transport(), MilterConnection()
+        connection.connection_made(cast(asyncio.Transport, transport))
+        negotiating = asyncio.create_task(connection.negotiate(60))
+        await asyncio.sleep(0)
+        connection.data_received(negotiated())
+        await negotiating
+        written = asyncio.Event()
+
+        async def change(change: object) -> None:
+            await written.wait()
+
+        asked = asyncio.create_task(connection.ask(Stage.END_OF_MESSAGE, b"", {}, 60, change))
+        await asyncio.sleep(0)
+        connection.data_received(packet(b"b", b"x"))
+        await asyncio.sleep(0)
+        sent = 0
+        while not transport.paused and sent < HIGH_WATER_BYTES:
+            connection.data_received(PROGRESS * 100)
+            sent += len(PROGRESS) * 100
+        assert sent < HIGH_WATER_BYTES // 10
+        connection.data_received(CONTINUE)
+        written.set()
+        await asked
+        assert not transport.paused
+
+    asyncio.run(run())

@@ -12,10 +12,16 @@ from typing import Any, cast
 import pytest
 
 from fumi_core.client.exclusive import open_connection
+from fumi_core.plugins.dovecot.channel import Link, Request, Unavailable
+from fumi_core.plugins.dovecot.protocol import AuthConversation
 from fumi_core.plugins.milter.agreement import Stage
 from fumi_core.plugins.milter.connection import HIGH_WATER_BYTES, MilterConnection
 from fumi_core.runtime.addresses import parse_address
+from tests.core.dovecot_server import AUTH_HANDSHAKE
+from tests.core.fuzz.passing import PassingLoop
 from tests.core.scripted_milter import CONTINUE, PROGRESS, negotiated, packet
+
+LOGIN = Request("AUTH", ("PLAIN", "service=smtp", "resp=AHgAeQ=="))
 
 
 class Transport:
@@ -97,3 +103,48 @@ def test_a_filter_whose_packets_nobody_takes_is_not_read_any_further() -> None:
         assert not transport.paused
 
     asyncio.run(run())
+
+
+async def linked() -> tuple[Link, Transport]:
+    link, transport = Link(AuthConversation()), Transport()
+    link.connection_made(cast(asyncio.Transport, transport))
+    link.data_received(AUTH_HANDSHAKE.encode())
+    await link.ready
+    transport.written = b""
+    return link, transport
+
+
+def test_logins_of_clients_that_have_gone_do_not_gather_for_a_dovecot_that_reads_nothing() -> None:
+    async def run() -> None:
+        link, transport = await linked()
+        link.pause_writing()
+        logins = [asyncio.create_task(link.ask(LOGIN, asyncio.get_running_loop().time() + 60)) for _ in range(3)]
+        await asyncio.sleep(0)
+        for each in logins[:2]:
+            each.cancel()
+        await asyncio.wait(logins[:2])
+        assert transport.written == b""
+        link.resume_writing()
+        while not transport.written:
+            await asyncio.sleep(0)
+        link.data_received(b"OK\t1\tuser=x\n")
+        assert (await logins[2]).number == 1
+        assert transport.written.count(b"\n") == 1
+
+    asyncio.run(run())
+
+
+def test_a_dovecot_that_reads_nothing_is_left_when_a_login_has_waited_for_it() -> None:
+    async def run() -> None:
+        link, transport = await linked()
+        await asyncio.sleep(1)
+        link.pause_writing()
+        with pytest.raises(Unavailable, match="no reply in time"):
+            await link.ask(LOGIN, asyncio.get_running_loop().time() + 30)
+        assert (link.lost, transport.closed, transport.written) == ("no reply in time", True, b"")
+
+    loop = PassingLoop()
+    try:
+        loop.run_until_complete(run())
+    finally:
+        loop.close()

@@ -327,8 +327,9 @@ def test_while_dovecot_is_away_logins_are_deferred_and_the_log_has_one_line_each
     ] or (lines[0].startswith("Dovecot unavailable") and len(lines) == 2)
 
 
-def test_a_dovecot_that_hangs_defers_logins_and_is_left(
-    dovecot: StartDovecot, connect: Connect, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("said", ["", "OK", "OK\t1\tuser="])
+def test_a_dovecot_that_hangs_or_never_ends_its_line_defers_logins_and_is_left(
+    dovecot: StartDovecot, connect: Connect, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     monkeypatch.setattr(channel, "REPLY_TIMEOUT", 0.5)
     turns = iter([False, True])
@@ -339,6 +340,8 @@ def test_a_dovecot_that_hangs_defers_logins_and_is_left(
         for fields in peer.requests():
             if answer:
                 peer.send("OK", fields[1], "user=joe")
+            else:
+                peer.raw(said)
 
     with running(build(dovecot(serve).address)) as server:
         assert log_in(connect, server.port) == TEMPORARY

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
+from fumi_core.client.exclusive import open_connection
 from fumi_core.plugins.dovecot.protocol import MAX_NUMBER, Conversation, DovecotReply, Malformed, line
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.logs import event
@@ -116,14 +117,10 @@ class Channel:
             self._link = task.result()
 
     async def _connect(self) -> Link:
-        loop, address = asyncio.get_running_loop(), self.address
         link: Link | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                if address.kind == "unix":
-                    _, link = await loop.create_unix_connection(self._make, address.path)
-                else:
-                    _, link = await loop.create_connection(self._make, address.host, address.port)
+                link = await open_connection(self._make, self.address, CONNECT_TIMEOUT)
                 await link.ready
                 return link
         except TimeoutError:
@@ -153,7 +150,9 @@ class Link(asyncio.Protocol):
         self.lost: str | None = None
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
-        self._heard = self._loop.time()  # when the server sent something last
+        self._heard = self._loop.time()  # when the server sent its last reply
+        self._room = asyncio.Event()  # the server takes requests, or the connection has ended
+        self._room.set()
         self._number = 0
         self._waiting: dict[int, _Waiting] = {}
         self._transport: asyncio.Transport
@@ -165,7 +164,6 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.lost is not None:
             return
-        self._heard = self._loop.time()
         try:
             for reply in self.conversation.feed(data):
                 self._take(reply)
@@ -177,7 +175,14 @@ class Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.close(f"connection lost: {exc}" if exc else "connection closed")
 
+    def pause_writing(self) -> None:
+        self._room.clear()
+
+    def resume_writing(self) -> None:
+        self._room.set()
+
     def _take(self, reply: DovecotReply) -> None:
+        self._heard = self._loop.time()
         waiting = self._waiting.get(reply.number)
         if waiting is None:
             if not 0 < reply.number <= self._number:
@@ -193,6 +198,9 @@ class Link(asyncio.Protocol):
 
     async def ask(self, request: Request, deadline: float) -> DovecotReply:
         """Send a request; return the reply that ends it. ``deadline`` is the loop's time. Raises Unavailable, TooLong."""
+        begun = self._loop.time()
+        if not self._room.is_set():
+            await self._wait_for_room(begun, deadline)
         if self.lost is None and self._number >= MAX_NUMBER:
             self.close("all numbers of requests are used")
         if self.lost is not None:
@@ -205,24 +213,36 @@ class Link(asyncio.Protocol):
         self._number = number
         self._waiting[number] = waiting = _Waiting(self._loop.create_future(), list(request.responses))
         self._transport.write(command)
-        begun = self._loop.time()
         try:
             async with asyncio.timeout_at(deadline):
                 return await waiting.answer
         except TimeoutError:
-            if self._heard < begun:
-                # Nobody got an answer meanwhile: the server hangs. A new connection may reach a new process.
-                self.close("no reply in time")
-            raise Unavailable("no reply in time") from None
+            raise self._late(begun) from None
         finally:
             if self._waiting.pop(number, None) is not None and self.lost is None and "CONT" in self.conversation.verbs:
                 self._transport.write(line("CANCEL", str(number)))
+
+    async def _wait_for_room(self, begun: float, deadline: float) -> None:
+        """Wait while the server reads nothing: what it does not take must not gather here, after its clients have gone."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._room.wait()
+        except TimeoutError:
+            raise self._late(begun) from None
+
+    def _late(self, begun: float) -> Unavailable:
+        """A request that was begun then has got no reply in time."""
+        if self._heard < begun:
+            # Nobody got an answer meanwhile: the server hangs. A new connection may reach a new process.
+            self.close("no reply in time")
+        return Unavailable("no reply in time")
 
     def close(self, reason: str) -> None:
         """Close the connection. All requests under way raise Lost."""
         if self.lost is not None:
             return
         self.lost = reason
+        self._room.set()
         self._transport.abort()
         for each in self._waiting.values():
             each.fail(Lost(reason))

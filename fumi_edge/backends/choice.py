@@ -12,7 +12,8 @@ import logging
 import socket
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
-from time import monotonic
+from time import monotonic, time
+from typing import NamedTuple
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, TLSInfo, tls_tlvs
 from fumi_core.runtime.logs import event
@@ -26,6 +27,13 @@ AVOID_SECONDS = 5.0
 """Seconds for which a backend is tried only after the others when a connection to it has failed."""
 
 _NEVER = float("-inf")
+
+
+class Remark(NamedTuple):
+    """What was found at a time (in seconds since 1970): the text of an error, or None."""
+
+    at: float
+    error: str | None
 
 
 class NoBackend(Exception):
@@ -73,8 +81,11 @@ class Backend:
         "_failed_at",
         "_problem",
         "_unhealthy",
+        "changed_at",
         "connections",
         "destination",
+        "last_check",
+        "last_error",
         "metrics",
         "name",
         "pools",
@@ -89,6 +100,12 @@ class Backend:
         self.up = True
         self.pools: Sequence[Sequence[Backend]] = [[self]]
         """The backends of each Backends that this one is in."""
+        self.changed_at: float | None = None
+        """When it last went down or came up, in seconds since 1970."""
+        self.last_check: Remark | None = None
+        """The last check: when, and its error, or None."""
+        self.last_error: Remark | None = None
+        """The last error of a connection or a check."""
         self._failed_at = _NEVER
         self._checked = self._unhealthy = False
         self._problem = "not checked yet"
@@ -116,16 +133,27 @@ class Backend:
             self._failed_at = _NEVER
             self._judge()
 
+    def count_error(self, reason: BackendError, detail: object) -> None:
+        """Count an error of a connection or a check, which alone does not mean that the backend is down."""
+        self.metrics.errors[reason].inc()
+        self.last_error = Remark(time(), str(detail))
+
     def failed(self, now: float, reason: BackendError, detail: object) -> None:
         """Note a failed attempt to connect."""
-        self.metrics.errors[reason].inc()
+        self.count_error(reason, detail)
         self._failed_at = now
         self._judge(reason, detail)
 
     def healthy(self) -> None:
         """Note a successful check."""
         self._failed_at, self._checked, self._unhealthy = _NEVER, True, False
+        self.last_check = Remark(time(), None)
         self._judge()
+
+    def check_failed(self, reason: BackendError, detail: str) -> None:
+        """Note a failed check; ``unhealthy()`` says when it was one too many."""
+        self.count_error(reason, detail)
+        self.last_check = self.last_error
 
     def unhealthy(self, reason: BackendError, detail: object) -> None:
         """Note that the checks have failed."""
@@ -135,11 +163,12 @@ class Backend:
     def unchecked(self) -> None:
         """Note that there are no checks: what earlier ones have found no longer counts."""
         self._checked = self._unhealthy = False
+        self.last_check = None
         self._judge()
 
     def undecided(self, detail: str) -> None:
         """Note that a check could not be made because this process or this host lacks resources."""
-        self.metrics.errors[BackendError.OTHER].inc()
+        self.check_failed(BackendError.OTHER, detail)
         self._problem = detail
 
     def _judge(self, reason: BackendError | None = None, detail: object = "") -> None:
@@ -148,6 +177,7 @@ class Backend:
         if up is self.up:
             return
         self.up = up
+        self.changed_at = time()
         self.metrics.up.set(up)
         if up:
             event(log, logging.INFO, "backend up", backend=self.name)
@@ -222,7 +252,7 @@ class Backends:
             sock = await backend.destination.connect(loop, self.settings.connect_timeout, opening)
         except OSError as error:
             if error.errno in LOCAL_ERRORS:
-                backend.metrics.errors[BackendError.OTHER].inc()
+                backend.count_error(BackendError.OTHER, error_text(error))
             else:
                 backend.failed(monotonic(), reason_of(error), error_text(error))
             raise

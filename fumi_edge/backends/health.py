@@ -189,7 +189,7 @@ class Checks:
             await asyncio.sleep(_pause(settings, failures) * random.uniform(1 - JITTER, 1 + JITTER))
 
     def _failed(self, backend: Backend, failures: int, reason: BackendError, detail: str) -> None:
-        backend.metrics.errors[reason].inc()
+        backend.check_failed(reason, detail)
         if failures >= FALL:
             backend.unhealthy(reason, detail)
 

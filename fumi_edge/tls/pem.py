@@ -77,7 +77,8 @@ class Certificate:
     """A tested certificate: its source, the names it is for, its validity in seconds since 1970.
 
     ``kind`` is RSA or ECDSA (which includes EdDSA); a client may support only one of them. ``authorities`` are the CA
-    certificates that are sent with it.
+    certificates that are sent with it. ``issuer`` is the common name or organization of who signed it. ``loaded`` is when it was
+    read, in seconds since 1970.
     """
 
     pair: Pair
@@ -88,6 +89,8 @@ class Certificate:
     authorities: tuple[Authority, ...]
     chain: bytes = field(repr=False)
     key: bytes = field(repr=False)
+    issuer: str = ""
+    loaded: float = field(default_factory=time.time)
 
     @property
     def name(self) -> str:
@@ -160,7 +163,9 @@ def authorities_in(text: str | bytes) -> tuple[Authority, ...]:
     except (ssl.SSLError, ValueError):
         return ()
     found: list[dict[str, Any]] = context.get_ca_certs()
-    return tuple(Authority(_subject(each), _seconds(each["notBefore"]), _seconds(each["notAfter"])) for each in found)
+    return tuple(
+        Authority(_last_part(each, "subject"), _seconds(each["notBefore"]), _seconds(each["notAfter"])) for each in found
+    )
 
 
 def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
@@ -187,7 +192,8 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
         facts, kind = _try_out(chain, key, leaf.decode("latin-1"))
         validity = _seconds(facts["notBefore"]), _seconds(facts["notAfter"])
         others = list(_certificates(chain))[1:]
-        return Certificate(pair, _names(facts), *validity, kind, authorities_in(b"\n".join(others)), chain, key)
+        sent = authorities_in(b"\n".join(others))
+        return Certificate(pair, _names(facts), *validity, kind, sent, chain, key, _last_part(facts, "issuer"))
     except ssl.SSLError as error:
         raise _complaint(error, pair, chain) from None
     except ValueError as error:
@@ -336,10 +342,11 @@ def common_names(facts: dict[str, Any]) -> list[str]:
     return [value for rdn in subject for kind, value in rdn if kind == "commonName"]
 
 
-def _subject(facts: dict[str, Any]) -> str:
-    """The last part of a subject in getpeercert()'s form: its common name or, in old CA certificates, an organization."""
-    parts = [value for rdn in facts.get("subject", ()) for _, value in rdn]
-    return str([*parts, *common_names(facts)][-1]) if parts else ""
+def _last_part(facts: dict[str, Any], whose: str) -> str:
+    """The common name of a subject or issuer in getpeercert()'s form or, in old CA certificates, its last part."""
+    parts: list[tuple[str, str]] = [part for rdn in facts.get(whose, ()) for part in rdn]
+    names = [value for kind, value in parts if kind == "commonName"]
+    return str([*(value for _, value in parts), *names][-1]) if parts else ""
 
 
 def _seconds(asn1: object) -> float:

@@ -99,7 +99,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     show_default="$STATE_DIRECTORY, else ./state",
     help="Stores differing answers of an LMTP server here.",
 )
-@click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz and /readyz here.")
+@click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz, /readyz and, at /, the status page.")
 @click.option("--workers", type=WORKERS, default="1", help="Number of processes that share the work; auto is one per CPU.")
 @option_flag("--drain-timeout")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
 from fumi_core.runtime.taskless import Walk
 from fumi_core.version import VERSION
+from fumi_edge.backends.choice import Backend
 from fumi_edge.backends.retiring import Retiring
 from fumi_edge.connection.direct import DirectCore
 from fumi_edge.connection.limits import Rejections
@@ -178,9 +179,9 @@ class Edge:
         await before.close(self._services)
 
     @property
-    def modes(self) -> Mapping[str, bool]:
-        """The names of the bound listeners, and whether their clients begin in plaintext."""
-        return {each.name: each.settings.starttls for each in self._bound or ()}
+    def bound(self) -> Mapping[str, ListenerSettings]:
+        """The bound listeners, by their names."""
+        return {each.name: each.settings for each in self._bound or ()}
 
     @property
     def certificates(self) -> Mapping[CertificateSettings, Certificates]:
@@ -188,9 +189,9 @@ class Edge:
         return self._services.certificates
 
     @property
-    def backends(self) -> Sequence[str]:
-        """The names of all backends."""
-        return list(self._services.backends)
+    def backends(self) -> Mapping[str, Backend]:
+        """All backends, by their names."""
+        return self._services.backends
 
     def reload(self) -> asyncio.Task[list[str]]:
         """Reload the certificates; connections are unaffected. The task returns a line for each error."""

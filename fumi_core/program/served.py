@@ -43,6 +43,8 @@ class ServedApp:
         self.target: DeliveryTarget | None = None
         self.sockets: list[socket.socket] = []
         """The listening sockets of its clients."""
+        self.names: list[str] = []
+        """The addresses of these sockets."""
         # A module is imported once; each reload starts from the app that it defined.
         self._own = Fumi().adopt(app)
         self._dry = dry

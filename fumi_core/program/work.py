@@ -18,10 +18,12 @@ from fumi_core.delivery import TARGETS
 from fumi_core.program.listeners import listening, named
 from fumi_core.program.loading import load_app
 from fumi_core.program.served import ServedApp
+from fumi_core.program.status import CoreListener, core_pages
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 from fumi_core.runtime.listening import ListenAddress, ListenError, check_listen, name_of, open_listeners
 from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.metrics_server import Page, Readiness
+from fumi_core.runtime.metrics_server import Page
+from fumi_core.runtime.overview import Facts, Overview
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError, check_mode, read_again
 from fumi_core.server.metrics import CoreMetrics
@@ -90,6 +92,7 @@ class CoreWork:
             for place, sockets in (next(found) for _ in listener.places):
                 served.sockets += sockets
                 for name in dict.fromkeys(name_of(place.address, sock) for sock in sockets):
+                    served.names.append(name)
                     event(self.log, logging.INFO, "listening", listener=name, proxy_protocol=served.app.options.proxy_protocol)
         for place, sockets in found:
             self.metrics_sockets = sockets
@@ -151,8 +154,14 @@ class CoreWork:
         changed = [name for name in _ONLY_AT_START if ctx.params[name] != before[name]]
         return changed + ["listener"] * (list(found) != [each.key for each in self._listening])
 
-    def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
+    def facts(self) -> Facts:
         return {}
+
+    def pages(self, overview: Overview) -> Mapping[str, Page]:
+        return core_pages(self._listeners, overview)
+
+    def _listeners(self) -> list[CoreListener]:
+        return [CoreListener(name, served) for served in self._served for name in served.names]
 
     def local_problem(self) -> str | None:
         return None

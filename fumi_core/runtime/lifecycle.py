@@ -22,8 +22,10 @@ import click
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.daemon_thread import start_thread
+from fumi_core.runtime.journal import journal
 from fumi_core.runtime.logs import configure, event
-from fumi_core.runtime.metrics_server import MetricsServer, Page, Readiness
+from fumi_core.runtime.metrics_server import MetricsServer, Page
+from fumi_core.runtime.overview import Facts, Overview, Worker
 from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 from fumi_core.runtime.totals import register_restarts
@@ -86,11 +88,11 @@ class Work(Protocol):
         Also called, possibly later, in processes that do not serve clients: those that fork workers.
         """
 
-    def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
-        """The pages served beside the metrics; ``registry`` holds the metrics of all workers.
+    def facts(self) -> Facts:
+        """What this worker reports for the status page. Cheap, from memory, and called in any thread."""
 
-        Called once, in the process that serves the pages, which may have threads.
-        """
+    def pages(self, overview: Overview) -> Mapping[str, Page]:
+        """The pages served beside the metrics. Called once, in the process that serves the pages, which may have threads."""
 
     def local_problem(self) -> str | None:
         """Why this worker cannot serve, or None. Cheap: answers from memory."""
@@ -197,12 +199,20 @@ async def run_alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signa
             notifier.ready()
 
     def readiness() -> str | None:
-        return board.local_problem() or work.local_problem() or work.dependency_problem()
+        return local_problem() or work.dependency_problem()
 
+    def local_problem() -> str | None:
+        return board.local_problem() or work.local_problem()
+
+    def workers() -> list[Worker]:
+        return [Worker(0, slot.state, pid, started, slot.connection_count.connections, work.facts())]
+
+    pid, started = os.getpid(), time.time()
     await work.start(slot.connection_count)
     slot.state = WorkerState.SERVING
     register_restarts(work.registry, work.metric_prefix, board)
-    metrics_server = serve_metrics(work, work.registry, readiness)
+    overview = Overview(work.registry, readiness, local_problem, workers, lambda: journal.events, pid, started)
+    metrics_server = serve_metrics(work, overview)
     notifier.ready()
     for each in stops:
         signal.signal(each, stop)
@@ -218,11 +228,12 @@ async def run_alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signa
         await asyncio.to_thread(metrics_server.close)
 
 
-def serve_metrics(work: Work, registry: CollectorRegistry, readiness: Readiness) -> MetricsServer | None:
-    """Serve the registry's metrics, if the program has sockets for them."""
+def serve_metrics(work: Work, overview: Overview) -> MetricsServer | None:
+    """Serve the metrics and the pages, if the program has sockets for them."""
     if not work.metrics_sockets:
         return None
-    return MetricsServer(work.metrics_sockets, registry, readiness=readiness, pages=work.pages(registry, readiness))
+    pages = work.pages(overview)
+    return MetricsServer(work.metrics_sockets, overview.registry, readiness=overview.readiness, pages=pages)
 
 
 def in_turn(act: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

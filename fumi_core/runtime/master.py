@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from fumi_core.runtime.daemon_thread import start_thread
+from fumi_core.runtime.journal import journal
 from fumi_core.runtime.lifecycle import HELD_SIGNALS, Outcome, Work, reload
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
+from fumi_core.runtime.totals import report_of_master
 
 METRICS_ROLE = -1
 """The role of the process that serves the metrics; the workers' are the numbers of their slots."""
@@ -92,6 +94,8 @@ class Master:
         """A thread that was abandoned. It is in a system call that does not return, so forking meanwhile is safe."""
         self._announced = 0
         """The last reload that was logged."""
+        self._journal_changes = 0
+        """How many changes of the journal are on the board."""
         self._deadline = float("inf")
         self._next_alive = 0.0
         self._status = 0
@@ -277,6 +281,9 @@ class Master:
 
     def _check(self) -> None:
         now = time.monotonic()
+        if journal.changes != self._journal_changes:
+            self._journal_changes = journal.changes
+            self._board.master.write(report_of_master())
         if self._reading is not None and not self._reading.is_alive() and not self._stopping:
             self._finish_reading()
         if self._reading is not None and now >= self._reading_until and not self._stopping:

@@ -1,7 +1,7 @@
 """What the processes of one program know of each other, in shared memory. The name and the idea are Apache's.
 
 Each worker has a slot: its state, its open connections, its last sign of life, and its last report. A slot outlives its worker:
-the last report of a killed worker is still there for its replacement and for the sums.
+the last report of a killed worker is still there for its replacement and for the sums. The master has a report, too.
 
 Each field is eight aligned bytes that only one process writes, so no reader sees a half-written value. A report is written to the
 half of the buffer that is not current; then the count of reports is raised, which makes it current. A reader that finds the count
@@ -20,7 +20,7 @@ MAX_REPORT_BYTES = 4 << 20
 """Largest report, in bytes. The kernel allocates only the memory that is written."""
 MAX_LEAD = 2
 """How many connections a worker may be ahead of the least loaded one before it lets the others accept first."""
-_FIELDS = 8
+_FIELDS = 5
 """Numbers in a worker's slot."""
 
 Numbers: TypeAlias = "MutableSequence[int] | memoryview[int]"
@@ -85,12 +85,42 @@ def count_of_one_process() -> ConnectionCount:
     return ConnectionCount(0, [WorkerState.SERVING], [0], [0])
 
 
-class Slot:
-    """One worker's place on the board. The worker writes; the others read."""
+class Reports:
+    """The reports of one process, of which the last can be read by all. ``number`` is its place on the board."""
 
     def __init__(self, board: Scoreboard, number: int) -> None:
         self._board = board
         self._number = number
+
+    def write(self, report: bytes) -> None:
+        """Store a report. Raises ValueError for a report of more than MAX_REPORT_BYTES bytes."""
+        if len(report) > MAX_REPORT_BYTES:
+            raise ValueError(f"a report of {len(report)} bytes; the maximum is {MAX_REPORT_BYTES}")
+        number = self._board.reports[self._number] + 1
+        place = self._place(number)
+        self._board.memory[place * MAX_REPORT_BYTES : place * MAX_REPORT_BYTES + len(report)] = report
+        self._board.lengths[place] = len(report)
+        self._board.reports[self._number] = number
+
+    def read(self) -> bytes:
+        """The last report; empty before the first."""
+        while True:
+            number = self._board.reports[self._number]
+            place = self._place(number)
+            report = bytes(self._board.memory[place * MAX_REPORT_BYTES : place * MAX_REPORT_BYTES + self._board.lengths[place]])
+            if self._board.reports[self._number] == number:
+                return report
+
+    def _place(self, number: int) -> int:
+        return self._number * 2 + number % 2
+
+
+class Slot(Reports):
+    """One worker's place on the board. The worker writes; the others read."""
+
+    def __init__(self, board: Scoreboard, number: int) -> None:
+        super().__init__(board, number)
+        self.number = number
         self.connection_count = ConnectionCount(number, board.states, board.connections, board.clients)
 
     @property
@@ -124,41 +154,21 @@ class Slot:
         self.state = WorkerState.ABSENT
         self._board.connections[self._number] = self._board.clients[self._number] = 0
 
-    def write(self, report: bytes) -> None:
-        """Store a report. Raises ValueError for a report of more than MAX_REPORT_BYTES bytes."""
-        if len(report) > MAX_REPORT_BYTES:
-            raise ValueError(f"a report of {len(report)} bytes; the maximum is {MAX_REPORT_BYTES}")
-        number = self._board.reports[self._number] + 1
-        place = self._place(number)
-        self._board.memory[place * MAX_REPORT_BYTES : place * MAX_REPORT_BYTES + len(report)] = report
-        self._board.lengths[place] = len(report)
-        self._board.reports[self._number] = number
-
-    def read(self) -> bytes:
-        """The last report; empty before the first."""
-        while True:
-            number = self._board.reports[self._number]
-            place = self._place(number)
-            report = bytes(self._board.memory[place * MAX_REPORT_BYTES : place * MAX_REPORT_BYTES + self._board.lengths[place]])
-            if self._board.reports[self._number] == number:
-                return report
-
-    def _place(self, number: int) -> int:
-        return self._number * 2 + number % 2
-
 
 class Scoreboard:
-    """The slots of all workers; created before any worker is forked."""
+    """The slots of all workers, and the reports of their master; created before any worker is forked."""
 
     def __init__(self, workers: int) -> None:
-        size = 8 * (_FIELDS * workers + 2)
-        memory = memoryview(mmap.mmap(-1, size + workers * 2 * MAX_REPORT_BYTES))
+        reporting = workers + 1
+        size = 8 * (_FIELDS * workers + 3 * reporting + 2)
+        memory = memoryview(mmap.mmap(-1, size + reporting * 2 * MAX_REPORT_BYTES))
         numbers, self.memory = memory[:size].cast("q"), memory[size:]
         fields = [numbers[at * workers : (at + 1) * workers] for at in range(_FIELDS)]
-        self.states, self.signs, self.reloads_seen, self.connections, self.clients, self.reports = fields[:6]
-        self.lengths = numbers[6 * workers : 8 * workers]
-        self._own = numbers[8 * workers :]
+        self.states, self.signs, self.reloads_seen, self.connections, self.clients = fields
+        others = numbers[_FIELDS * workers :]
+        self.reports, self.lengths, self._own = others[:reporting], others[reporting : 3 * reporting], others[3 * reporting :]
         self.slots = [Slot(self, number) for number in range(workers)]
+        self.master = Reports(self, workers)
 
     @property
     def restarts(self) -> int:

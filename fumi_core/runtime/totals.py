@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +24,9 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 from fumi_core.runtime.counting import LimitGaugeFamily, SummedGaugeFamily, Tallied
+from fumi_core.runtime.journal import Event, journal, merged
 from fumi_core.runtime.logs import event
+from fumi_core.runtime.overview import Facts, Worker
 from fumi_core.runtime.scoreboard import Scoreboard, Slot, WorkerState
 
 log = logging.getLogger("fumi.workers")
@@ -35,27 +39,40 @@ Families = dict[str, Samples]
 
 
 class Reporter:
-    """Writes a worker's report into its slot: its own counts plus those of the workers that had the slot before."""
+    """Writes a worker's report into its slot: its own counts and events, and those of the workers that had the slot before.
+
+    A report is two lines of JSON: the metrics, and what only the status page reads.
+    """
 
     def __init__(self, registry: CollectorRegistry, slot: Slot) -> None:
         self._registry = registry
         self._slot = slot
         self._before = _read(slot).families
+        self._events_before = _read_page_line(slot).events
+        self._started = time.time()
         self._silent = False
 
-    def write(self, local_problem: str | None) -> None:
-        """``local_problem``: why this worker, though its listeners are open, cannot serve."""
+    def write(self, local_problem: str | None, facts: Facts | None = None) -> None:
+        """``local_problem``: why this worker, though its listeners are open, cannot serve. ``facts`` are for the status page."""
         families = {}
         for family in self._registry.collect():
             samples = families[family.name] = _samples(family)
             if family.type != "gauge":
                 _add(samples, self._before.get(family.name, {}))
+        metrics = _dumped(local_problem, families)
         try:
-            self._slot.write(_dumped(local_problem, families))
+            try:
+                self._slot.write(metrics + b"\n" + self._page_line(facts or {}))
+            except ValueError:
+                self._slot.write(metrics + b"\n" + self._page_line({}))
         except ValueError as error:
             if not self._silent:
                 event(log, logging.ERROR, "cannot report metrics: too many series, for example of certificates", error=error)
             self._silent = True
+
+    def _page_line(self, facts: Facts) -> bytes:
+        events = merged((self._events_before, journal.events))
+        return json.dumps([os.getpid(), self._started, facts, events]).encode()
 
 
 class Totals(Collector):
@@ -69,6 +86,15 @@ class Totals(Collector):
         """Why no worker can serve, by the workers' last reports, or None when one can."""
         problems = [_read(slot).local_problem for slot in self._board.slots if slot.state is WorkerState.SERVING]
         return problems[0] if problems and None not in problems else None
+
+    def workers(self) -> list[Worker]:
+        """All workers, with their last reports."""
+        return [_worker(slot) for slot in self._board.slots]
+
+    def events(self) -> list[Event]:
+        """The last events of the master and its workers, the last one last."""
+        master = [_event(each) for each in json.loads(self._board.master.read() or b"[]")]
+        return merged((master, *(_read_page_line(slot).events for slot in self._board.slots)))
 
     def describe(self) -> Iterable[Metric]:
         return self._registry.collect()
@@ -134,15 +160,43 @@ def _dumped(local_problem: str | None, families: Families) -> bytes:
     return json.dumps([local_problem, rows]).encode()
 
 
+def report_of_master() -> bytes:
+    """The master's report: its events."""
+    return json.dumps(journal.events).encode()
+
+
 class _Report(NamedTuple):
     local_problem: str | None
     families: Families
 
 
 def _read(slot: Slot) -> _Report:
-    local_problem, families = json.loads(slot.read() or b"[null, {}]")
+    local_problem, families = json.loads(slot.read().partition(b"\n")[0] or b"[null, {}]")
     return _Report(local_problem, {family: _loaded(rows) for family, rows in families.items()})
 
 
 def _loaded(rows: list[Any]) -> Samples:
     return {(name, tuple((label, value) for label, value in labels)): value for name, labels, value in rows}
+
+
+class _PageLine(NamedTuple):
+    pid: int | None
+    started: float | None
+    facts: Facts
+    events: list[Event]
+
+
+def _read_page_line(slot: Slot) -> _PageLine:
+    pid, started, facts, events = json.loads(slot.read().partition(b"\n")[2] or b"[null, null, {}, []]")
+    return _PageLine(pid, started, facts, [_event(each) for each in events])
+
+
+def _event(row: list[Any]) -> Event:
+    return Event(*row)
+
+
+def _worker(slot: Slot) -> Worker:
+    line = _read_page_line(slot)
+    if slot.state is WorkerState.ABSENT:
+        return Worker(slot.number, slot.state, None, None, 0, {})
+    return Worker(slot.number, slot.state, line.pid, line.started, slot.connection_count.connections, line.facts)

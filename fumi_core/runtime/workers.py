@@ -11,12 +11,14 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from fumi_core.runtime import journal
 from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.lifecycle import (
     CLEANUP_TIMEOUT,
@@ -36,6 +38,7 @@ from fumi_core.runtime.lifecycle import (
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.loop import Loop
 from fumi_core.runtime.master import METRICS_ROLE, Master
+from fumi_core.runtime.overview import Overview
 from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
 from fumi_core.runtime.totals import Reporter, Totals, register_restarts
@@ -52,7 +55,11 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOP_SIGNALS
     ``stops`` are the signals that stop a single process.
     """
     hold_signals()
+    begun = time.time()
+    journal.begin()
     work.bind()
+    if not work.metrics_sockets:
+        journal.end()
     event(work.log, logging.INFO, "starting", version=VERSION, pid=os.getpid(), workers=workers)
     notifier = Notifier()
     if workers == 1:
@@ -63,9 +70,10 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOP_SIGNALS
     role = Master(work, board, notifier, master_alive_w).run()
     if role is None:
         return
+    journal.journal.forget()
     os.close(master_alive_w)  # only the master keeps it, so reading master_alive_r returns when the master ends, however it ends
     if role == METRICS_ROLE:
-        _serve_metrics(work, board, master_alive_r)
+        _serve_metrics(work, board, master_alive_r, begun)
     else:
         _run(_serve(work, board, role, master_alive_r))
 
@@ -96,7 +104,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
 
     def report() -> None:
         slot.live()
-        reporter.write(work.local_problem())
+        reporter.write(work.local_problem(), work.facts() if work.metrics_sockets else None)
 
     for sock in work.metrics_sockets:
         sock.close()
@@ -116,7 +124,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
     report()
 
 
-def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
+def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int, begun: float) -> None:
     """The process that adds up the workers' reports. It ends with the master, in which its threads would make fork() unsafe."""
     work.unbind()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
@@ -126,10 +134,13 @@ def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int) -> None:
     registry.register(totals)
     register_restarts(registry, work.metric_prefix, board)
 
-    def readiness() -> str | None:
-        return board.local_problem() or totals.local_problem() or work.dependency_problem()
+    def local_problem() -> str | None:
+        return board.local_problem() or totals.local_problem()
 
-    serve_metrics(work, registry, readiness)
+    def readiness() -> str | None:
+        return local_problem() or work.dependency_problem()
+
+    serve_metrics(work, Overview(registry, readiness, local_problem, totals.workers, totals.events, os.getppid(), begun))
     os.read(master_alive_r, 1)
 
 

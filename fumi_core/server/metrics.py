@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry
 
 from fumi_core.runtime.counting import Counter, Gauge, Histogram, Labels, Tallied
+from fumi_core.runtime.journal import journal
 from fumi_core.server.observer import DeliveryResult, HeaderResult, Observer, RejectReason
 from fumi_core.server.setup import PHASES
 from fumi_core.smtp.results import MessageResult
@@ -92,6 +93,7 @@ class CoreMetrics(Observer):
 
     def rejected(self, reason: RejectReason) -> None:
         self._rejected[reason].inc()
+        journal.note("rejected", reason=reason)
 
     def message(self, result: MessageResult, size: int, seconds: float) -> None:
         self._messages[result].inc()

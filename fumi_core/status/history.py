@@ -6,7 +6,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,6 +27,16 @@ class Series(NamedTuple):
 
     name: str
     labels: frozenset[tuple[str, str]] = frozenset()
+
+
+def less(all_of_it: Sequence[Point], part: Sequence[Point]) -> list[Point]:
+    """The difference of two lines, at least 0: the two counters are not read at the same instant."""
+    return [Point(one.ago, max(0.0, one.value - other.value)) for one, other in zip(all_of_it, part, strict=False)]
+
+
+def together(lines: Sequence[Sequence[Point]]) -> list[Point]:
+    """The sum of lines with the same times."""
+    return [Point(points[0].ago, sum(each.value for each in points)) for points in zip(*lines, strict=False)]
 
 
 def series(name: str, **labels: str) -> Series:

@@ -10,6 +10,8 @@ from fumi_core.status.history import INTERVAL, Point
 from fumi_core.status.markup import element
 
 WIDTH, HEIGHT = 300, 60
+MARKS = 3
+"""Parts into which vertical lines divide the time."""
 GAP = 2.5 * INTERVAL
 """Seconds without a point after which a line is interrupted."""
 
@@ -35,7 +37,8 @@ def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) 
     def height(point: Point) -> float:
         return round(HEIGHT * (1 - min(point.value / top, 1.0)), 1)
 
-    drawn = [element("path", d=f"M0 {HEIGHT}H{WIDTH}", class_="base")]
+    marks = "".join(f"M{WIDTH * at / MARKS:g} 0V{HEIGHT}" for at in range(MARKS + 1))
+    drawn = [element("path", d=f"M0 {HEIGHT}H{WIDTH}{marks}", class_="base")]
     for number, line in enumerate(lines):
         for run in _runs([point for point in line if point.ago <= span]):
             places = [f"{across(point)} {height(point)}" for point in run]

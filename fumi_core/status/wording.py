@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 NOTHING = "\N{EN DASH}"
 """Shown in place of a missing number."""
@@ -61,6 +62,23 @@ def share(part: float, whole: float) -> str:
 
 def moment(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+
+
+def clock(at: float, now: float) -> str:
+    """The time of day within the last day, otherwise with the date; UTC."""
+    form = "%H:%M:%S" if now - at < 86400 else "%Y-%m-%d %H:%M:%S"
+    return time.strftime(form, time.gmtime(at))
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number of things: ``1 worker``, ``2 workers``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def listed(things: Sequence[str], most: int) -> str:
+    """The first ``most`` things, and how many more there are."""
+    more = len(things) - most
+    return ", ".join([*things[:most], f"and {more:,} more"]) if more > 0 else ", ".join(things)
 
 
 def date(at: float) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from fumi_core.proxy_protocol import Endpoint, TLSInfo, unique_id_text
+from fumi_core.runtime.journal import journal
 from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.taskless import Pause, in_task
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
@@ -190,7 +191,7 @@ class Connection:
             if error.silent:
                 self._role = Role.PORT_CHECK
                 raise Ended(End.CLIENT_CLOSED) from None
-            self._resources.metrics.rejected[RejectReason.PROXY_HEADER].inc()
+            self._count_rejection(RejectReason.PROXY_HEADER)
             raise Ended(End.PROXY_HEADER) from None
         self._before = client.length
         self._balancer = self._source
@@ -248,7 +249,7 @@ class Connection:
             try:
                 return await talk()
             except NoBanner:
-                backend.metrics.errors[BackendError.BANNER].inc()
+                backend.count_error(BackendError.BANNER, "closed the connection without a banner")
                 silent.append(backend)
                 self._leave_backend()
 
@@ -280,7 +281,7 @@ class Connection:
             return await in_task(negotiation.run())
         except Ended as ended:
             if ended.reason in _REJECTED:
-                self._resources.metrics.rejected[_REJECTED[ended.reason]].inc()
+                self._count_rejection(_REJECTED[ended.reason])
             if ended.reason is End.INJECTION:
                 self._decide(StarttlsResult.INJECTION)
             elif ended.reason in _SILENCES and not negotiation.received and not received_since(self._client, self._before):
@@ -308,6 +309,11 @@ class Connection:
             if self._role in (Role.CLIENT, Role.REJECTED) or (self._role is not Role.PORT_CHECK and not without_tls):
                 self._resources.metrics.starttls[result].inc()
 
+    def _count_rejection(self, reason: RejectReason) -> None:
+        """Count a rejection, of which the log tells in the connection's own line."""
+        self._resources.metrics.rejected[reason].inc()
+        journal.note("rejected", client_ip=self._host(), listener=self.listener.name, reason=reason)
+
     def _retire(self) -> None:
         """End the backend connection that carried plaintext: the backend gets QUIT, and no SMTP state survives."""
         if self._backend is not None:
@@ -329,9 +335,9 @@ class Connection:
         try:
             return await in_task(second_banner(self._client, self._backend, hangup_watch, idle_timeout))
         except BackendRefuses as refusal:
-            self.backend.metrics.errors[BackendError.BANNER].inc()
-            self._retire()
             self.detail = str(refusal)
+            self.backend.count_error(BackendError.BANNER, self.detail)
+            self._retire()
             raise Ended(End.BACKEND_REFUSED, refusal.reply or NO_BACKEND, when_asked=True) from None
 
     async def _carry_from_the_start(self) -> End:

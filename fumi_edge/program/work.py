@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import click
@@ -18,7 +17,8 @@ from fumi_core.runtime.lifecycle import Incomplete
 from fumi_core.runtime.listening import ListenError
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.master import READ_TIMEOUT
-from fumi_core.runtime.metrics_server import Page, Readiness
+from fumi_core.runtime.metrics_server import Page
+from fumi_core.runtime.overview import Facts, Overview
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError
@@ -27,7 +27,8 @@ from fumi_edge.edge import Edge
 from fumi_edge.program.dev import DevCore
 from fumi_edge.program.flag_source import FlagSource
 from fumi_edge.program.inner import Inner
-from fumi_edge.status.page import Facts, Status
+from fumi_edge.status.facts import EdgeFacts
+from fumi_edge.status.page import edge_pages
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import date
 
@@ -53,7 +54,7 @@ class EdgeWork:
         self._flags = flags
         self._user = user
         self._serving = False
-        self._begun = time.time()
+        self._facts = EdgeFacts(edge)
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -145,13 +146,11 @@ class EdgeWork:
             more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
             raise Incomplete(f"{complaints[0]}{more}")
 
-    def pages(self, registry: CollectorRegistry, readiness: Readiness) -> Mapping[str, Page]:
-        status = Status(registry, readiness, self._facts)
-        status.start()
-        return {"/": status.page}
+    def facts(self) -> Facts:
+        return self._facts.read()
 
-    def _facts(self) -> Facts:
-        return Facts(self._edge.modes, self._edge.backends, self._edge.settings.limits.max_clients, self._begun)
+    def pages(self, overview: Overview) -> Mapping[str, Page]:
+        return edge_pages(self._edge, overview)
 
     def local_problem(self) -> str | None:
         return self._edge.local_problem()

@@ -371,6 +371,7 @@ def test_the_metrics_are_those_that_are_served(kitchen: Kitchen, core: StartCore
     )
     with urllib.request.urlopen(f"http://127.0.0.1:{kitchen.ports['9465']}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
+    assert json.loads(sh(kitchen.here(block("Metrics")), kitchen.directory))["program"] == "fumi-edge"
     histograms = [line.split()[2] for line in lines if line.startswith("# TYPE") and line.endswith("histogram")]
     served: dict[str, set[str]] = {}
     values: dict[str, set[str]] = {}

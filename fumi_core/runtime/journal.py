@@ -1,0 +1,154 @@
+"""The last events of a process, for its status page: errors, warnings, rejections, reloads, restarts.
+
+They are lines of the log, in memory, so only what ``--log-level`` lets through is here. Equal events that follow each other
+closely are one, with a count: a flood of rejections leaves room for the others. Workers report theirs, and ``merged`` makes one
+list of all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from fumi_core.runtime.logs import LogMessage
+
+MAX_EVENTS = 50
+"""Events that are kept."""
+FOLD_SECONDS = 60.0
+"""Equal events are one if no more than this many seconds lie between them."""
+CLIENT_FIELDS = frozenset(("client_ip", "client_port", "last_client_ip", "from", "to", "user"))
+"""Fields that may tell who a client or its user is."""
+
+_ALSO = frozenset((
+    "starting", "stopping", "draining", "reloaded", "rejected", "rejected, more suppressed", "backend up", "Dovecot available",
+    "certificate loaded", "certificate removed",
+))  # fmt: skip
+"""Events that are kept although they are neither errors nor warnings. None of them is logged for each connection."""
+_PASSING = CLIENT_FIELDS | {"id", "count", "pid", "seconds", "pause", "connections"}
+"""Fields in which equal events may differ."""
+
+
+class Event(NamedTuple):
+    """One event, or several equal ones, with the fields of the last. Times are in seconds since 1970."""
+
+    first: float
+    last: float
+    level: str
+    text: str
+    fields: Mapping[str, str]
+    times: int
+
+    @property
+    def key(self) -> tuple[str, str, frozenset[tuple[str, str]]]:
+        """What equal events have in common."""
+        return self.level, self.text, frozenset(each for each in self.fields.items() if each[0] not in _PASSING)
+
+    def and_(self, other: Event) -> Event:
+        """Both as one; they must be equal."""
+        latest = max(self, other, key=lambda each: each.last)
+        return latest._replace(first=min(self.first, other.first), times=self.times + other.times)
+
+    def without_client(self) -> Event:
+        """The same event, without the fields that may tell who the client is."""
+        return self._replace(fields={name: value for name, value in self.fields.items() if name not in CLIENT_FIELDS})
+
+
+class Journal(logging.Handler):
+    """Keeps the last events of the loggers to which it is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[Event] = []
+        self.changes = 0
+        """How often an event was added."""
+        self.kept = False
+        """Whether events are kept; without a status page nobody reads them."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        # Called for each line of the log: most of them end here.
+        message = record.msg
+        if record.levelno >= logging.WARNING or (type(message) is LogMessage and message.words in _ALSO):
+            self._add_locked(_event(record))
+        return True
+
+    def note(self, text: str, **fields: object) -> None:
+        """Add an event that the log has in another line."""
+        if self.kept:
+            now = time.time()
+            self._add_locked(Event(now, now, "info", text, {name: str(value) for name, value in fields.items()}, 1))
+
+    def _add_locked(self, new: Event) -> None:
+        self.acquire()
+        try:
+            self._add(new)
+        finally:
+            self.release()
+
+    def _add(self, new: Event) -> None:
+        for number in range(len(self._events) - 1, -1, -1):
+            known = self._events[number]
+            if new.last - known.last > FOLD_SECONDS:
+                break
+            if known.key == new.key:
+                new = self._events.pop(number).and_(new)
+                break
+        self._events = [*self._events, new][-MAX_EVENTS:]
+        self.changes += 1
+
+    @property
+    def events(self) -> list[Event]:
+        """The events, the last one last. May be read in any thread."""
+        return self._events
+
+    def forget(self) -> None:
+        """Forget all events, in a process that was forked: they are the parent's."""
+        self._events = []
+
+
+journal = Journal()
+"""The journal of this process."""
+
+_LOGGERS = ("fumi", "asyncio")
+
+
+def begin() -> None:
+    """Keep the events that are logged from now on."""
+    journal.kept = True
+    for name in _LOGGERS:
+        logging.getLogger(name).addHandler(journal)
+
+
+def end() -> None:
+    """Keep no more events."""
+    journal.kept = False
+    for name in _LOGGERS:
+        logging.getLogger(name).removeHandler(journal)
+
+
+def merged(journals: Iterable[Iterable[Event]]) -> list[Event]:
+    """The last events of several journals, the last one last; an event that several processes have logged is one."""
+    found: list[Event] = []
+    latest: dict[object, int] = {}
+    for each in sorted((each for events in journals for each in events), key=lambda each: each.last):
+        at = latest.get(each.key)
+        if at is not None and each.first - found[at].last <= FOLD_SECONDS:
+            found[at] = found[at].and_(each)
+        else:
+            latest[each.key] = len(found)
+            found.append(each)
+    return sorted(found, key=lambda each: each.last)[-MAX_EVENTS:]
+
+
+def _event(record: logging.LogRecord) -> Event:
+    message = record.msg
+    if isinstance(message, LogMessage):
+        text, fields = message.words, {name: str(value) for name, value in message.fields.items()}
+    else:
+        text, fields = record.getMessage(), {}
+    if record.exc_info and record.exc_info[0] is not None:
+        # The traceback is in the log. The exception's text may have anything in it.
+        fields["exception"] = record.exc_info[0].__name__
+    count = int(fields.pop("count", "1")) if fields.get("count", "1").isdecimal() else 1
+    return Event(record.created, record.created, record.levelname.lower(), text, fields, count)

@@ -61,10 +61,10 @@ def protocol_error(detail: str) -> Failure:
     return Failure("4.5.0 Next hop protocol error", detail)
 
 
-async def connect(address: SocketAddress, protocol: Dialect, name: str) -> NextHopConnection:
-    """Connect, and send EHLO or LHLO with ``name``. Raises Failure."""
+async def connect(address: SocketAddress, protocol: Dialect, name: str, timeout: float) -> NextHopConnection:
+    """Connect within ``timeout`` seconds, and send EHLO or LHLO with ``name``. Raises Failure."""
     try:
-        connection = await open_connection(NextHopConnection, address, CONNECT_TIMEOUT)
+        connection = await open_connection(NextHopConnection, address, timeout)
     except TimeoutError:
         raise unreachable("no connection in time") from None
     except OSError as error:

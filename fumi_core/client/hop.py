@@ -6,7 +6,16 @@ import asyncio
 import contextlib
 
 from fumi_core.client.commands import CARRIED, mail_command, not_carried
-from fumi_core.client.connection import MAIL_TIMEOUT, RSET_TIMEOUT, Dialect, Failure, NextHopConnection, connect, timed_out
+from fumi_core.client.connection import (
+    CONNECT_TIMEOUT,
+    MAIL_TIMEOUT,
+    RSET_TIMEOUT,
+    Dialect,
+    Failure,
+    NextHopConnection,
+    connect,
+    timed_out,
+)
 from fumi_core.client.pool import Pool
 from fumi_core.client.replies import ReceivedReply
 from fumi_core.errors import SMTPError
@@ -15,6 +24,8 @@ from fumi_core.smtp.session import Address, Session
 
 EHLO_VALID_SECONDS = 300.0
 """Seconds for which a client may rely on an EHLO reply that offered more than the server offers now."""
+MIN_CONNECT_SECONDS = 2.0
+"""Seconds that a new connection has at least after an idle one has failed: enough for the kernel to ask twice (RFC 6298 §2.1)."""
 EXTENSIONS_TIMEOUT = 5.0
 """Seconds that the server has, at the start, to report its extensions."""
 
@@ -33,7 +44,7 @@ class Hop:
         """Open a first connection, to learn the server's extensions. Until one succeeds, the server counts as having none."""
         with contextlib.suppress(Failure, TimeoutError):
             async with asyncio.timeout(EXTENSIONS_TIMEOUT):
-                self._pool.put(await self._connect(name))
+                self._pool.put(await self._connect(name, CONNECT_TIMEOUT))
 
     async def mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, ReceivedReply]:
         """Send MAIL. Raises Failure, and SMTPError if the server cannot carry the message."""
@@ -44,7 +55,13 @@ class Hop:
             raise timed_out("no reply to MAIL in time") from None
 
     async def _mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, ReceivedReply]:
-        """Use an idle connection that still works, or else a new one."""
+        """Use an idle connection that still works, or else a new one.
+
+        When the server's host has vanished, it takes the idle connection 30 seconds to fail (``runtime/dead_peers.py``), and the
+        client should not wait as long again for the new one.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         while (connection := self._pool.take()) is not None:
             with contextlib.suppress(Failure):
                 if not connection.resetting or (await connection.receive_reply(RSET_TIMEOUT)).positive:
@@ -52,7 +69,8 @@ class Hop:
                     if reply.code != 421:
                         return connection, reply
             connection.abort()
-        connection = await self._connect(session.name)
+        left = CONNECT_TIMEOUT - (loop.time() - started)
+        connection = await self._connect(session.name, max(left, MIN_CONNECT_SECONDS))
         return connection, await self._send_mail(connection, session, sender)
 
     async def _send_mail(self, connection: NextHopConnection, session: Session, sender: Address) -> ReceivedReply:
@@ -66,8 +84,8 @@ class Hop:
             raise
         return await connection.send_command(line, MAIL_TIMEOUT)
 
-    async def _connect(self, name: str) -> NextHopConnection:
-        connection = await connect(self._address, self._protocol, name)
+    async def _connect(self, name: str, timeout: float) -> NextHopConnection:
+        connection = await connect(self._address, self._protocol, name, timeout)
         before, self.not_offered = self.not_offered, not_carried(connection)
         if self.not_offered - before:
             self._reduced = asyncio.get_running_loop().time()

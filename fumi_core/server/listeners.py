@@ -96,13 +96,13 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wait_empty(), timeout)
         finally:
+            if self._window_check is not None:
+                self._window_check.cancel()
             for connection in list(self.connections):
                 connection.kill()
         # Their handlers are cancelled, and on_close follows; a handler that does not end is not awaited.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wait_empty(), 1)
-        if self._window_check is not None:
-            self._window_check.cancel()
 
     def forget(self, connection: Connection) -> None:
         self.connections.discard(connection)

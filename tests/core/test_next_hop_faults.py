@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -222,6 +223,25 @@ def test_an_idle_connection_refused_at_mail_is_replaced_unseen(
     assert talk(client).startswith(b"250 ")
     assert talk(client).startswith(b"250 ")
     assert (hop.connections, len(hop.messages)) == (2, 2)
+
+
+def test_the_time_that_an_idle_connection_took_to_fail_is_not_spent_again_on_a_new_one(
+    scripted_hop: StartHop, connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts: list[float] = []
+
+    async def recorded(*arguments: Any) -> connection.NextHopConnection:
+        timeouts.append(arguments[-1])
+        return await connection.connect(*arguments)
+
+    answers: Iterator[Callable[[], Part]] = iter([lambda: b"250 ok\r\n", lambda: time.sleep(0.3), lambda: b"250 ok\r\n"])
+    hop = scripted_hop(MAIL=lambda line: next(answers)())
+    client = connect(front(hop.address).port)
+    monkeypatch.setattr(client_hop, "connect", recorded)
+    monkeypatch.setattr(client_hop, "CONNECT_TIMEOUT", client_hop.MIN_CONNECT_SECONDS + 0.2)
+    assert talk(client).startswith(b"250")
+    assert talk(client).startswith(b"250")
+    assert timeouts[-1] == client_hop.MIN_CONNECT_SECONDS
 
 
 def test_after_the_final_dot_nothing_is_tried_again(scripted_hop: StartHop, connect: Connect, front: Front) -> None:

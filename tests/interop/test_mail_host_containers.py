@@ -44,7 +44,6 @@ class Containers(Machine):
 
     def __init__(self, programs: Programs, services: list[str], subnet: str) -> None:
         super().__init__(programs)
-        self.lineage()
         self.stub("docker", text=STUB)
         shutil.copytree(ROOT / "ops", self.path(f"{CHECKOUT}/ops"), ignore=shutil.ignore_patterns("certs", "etc", ".env"))
         with self.path("/etc/hosts").open("a") as hosts:
@@ -56,7 +55,10 @@ class Containers(Machine):
         self.users: dict[str, str] = {}
         self._build()
         self.run("ln -s /srv/mail /var/lib/fumi; ln -s /opt/checkout/ops/docker/certs /srv/certs; mkdir -p /etc/fumi")
+        self.lineage()
         self.started = self.run(CONTAINERS, directory=CHECKOUT)
+        # The host has it, and no container.
+        self.run("rm -r /etc/letsencrypt")
         self.run("cp ops/docker/mail-host/etc/* /etc/fumi", directory=CHECKOUT)
         self.run(CONTAINER_USER, f"{PASSWORD}\n" * 2, directory=CHECKOUT)
 

@@ -15,7 +15,6 @@ from typing import Literal
 from fumi_core.client.exclusive import ExclusiveConnection, open_connection
 from fumi_core.client.replies import Malformed, ReceivedReply, ReplyReader
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
-from fumi_core.runtime.dead_peers import CHECK_SECONDS, check_window, detect_dead_peer
 
 CONNECT_TIMEOUT = 30.0
 """In seconds, as all of these."""
@@ -87,7 +86,6 @@ class NextHopConnection(ExclusiveConnection[Failure]):
         self._reader = ReplyReader()
         self._replies: deque[ReceivedReply] = deque()
         self._outstanding = 1  # replies that are outstanding; the banner is the first
-        self._window_check: asyncio.TimerHandle
 
     def _lost(self, detail: str) -> Failure:
         return lost(detail)
@@ -100,8 +98,6 @@ class NextHopConnection(ExclusiveConnection[Failure]):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.local = peer_of(transport.get_extra_info("peername"))[0] in _THIS_HOST
-        detect_dead_peer(transport.get_extra_info("socket"))
-        self._window_check = self._loop.call_later(CHECK_SECONDS, self._check_window)
 
     def data_received(self, data: bytes) -> None:
         if self._failure is not None:
@@ -116,14 +112,6 @@ class NextHopConnection(ExclusiveConnection[Failure]):
         except Malformed as error:
             self._fail(protocol_error(str(error)))
         self._wake()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._window_check.cancel()
-        super().connection_lost(exc)
-
-    def _check_window(self) -> None:
-        check_window(self._transport.get_extra_info("socket"))
-        self._window_check = self._loop.call_later(CHECK_SECONDS, self._check_window)
 
     # Commands and replies
 

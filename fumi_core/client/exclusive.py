@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 from fumi_core.runtime.addresses import SocketAddress
+from fumi_core.runtime.dead_peers import CHECK_SECONDS, check_window, detect_dead_peer
 
 NEXT_ADDRESS_SECONDS = 0.25
 """Until the next address of a host name is also tried (RFC 8305 §5)."""
@@ -56,6 +57,7 @@ class ExclusiveConnection(asyncio.Protocol, Generic[F]):
         self._blocked = False
         self._waiter: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport
+        self._window_check: asyncio.TimerHandle
 
     @abstractmethod
     def _lost(self, detail: str) -> F:
@@ -69,8 +71,11 @@ class ExclusiveConnection(asyncio.Protocol, Generic[F]):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        detect_dead_peer(transport.get_extra_info("socket"))
+        self._window_check = self._loop.call_later(CHECK_SECONDS, self._check_window)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._window_check.cancel()
         self._fail(self._lost(f"connection lost: {exc}" if exc else "connection closed"))
 
     def pause_writing(self) -> None:
@@ -79,6 +84,10 @@ class ExclusiveConnection(asyncio.Protocol, Generic[F]):
     def resume_writing(self) -> None:
         self._blocked = False
         self._wake()
+
+    def _check_window(self) -> None:
+        check_window(self._transport.get_extra_info("socket"))
+        self._window_check = self._loop.call_later(CHECK_SECONDS, self._check_window)
 
     # Waiting, and the end
 

@@ -237,8 +237,10 @@ class ProxyHeader:
         """
         if self.command not in ("PROXY", "LOCAL") or self.transport not in _FAMILY_BYTES:
             raise ValueError(f"unknown command or transport: {self.command!r}, {self.transport!r}")
+        if self.version == 2 and self.command == "LOCAL":
+            return _v2_to_bytes(_LOCAL, 0x00, b"", encode_tlvs(self.tlvs))
         if self.version == 2:
-            return _v2_to_bytes(self)
+            return v2_header(self.transport, self.source, self.destination, encode_tlvs(self.tlvs))
         if self.version == 1:
             return _v1_to_bytes(self)
         raise ValueError(f"unknown version of the PROXY protocol: {self.version!r}")
@@ -365,7 +367,9 @@ def _v1_to_bytes(header: ProxyHeader) -> bytes:
     if header.command == "LOCAL" or header.transport not in ("TCP4", "TCP6"):
         return b"PROXY UNKNOWN\r\n"
     family, layout = _INET[header.transport]
-    source, destination, source_port, destination_port = layout.unpack(_inet_to_bytes(header))
+    source, destination, source_port, destination_port = layout.unpack(
+        _addresses_to_bytes(header.transport, header.source, header.destination)
+    )
     # Converted to binary and back, so that only an address can get into the line.
     addresses = f"{inet_ntop(family, source)} {inet_ntop(family, destination)}"
     return f"PROXY {header.transport} {addresses} {source_port} {destination_port}\r\n".encode("ascii")
@@ -484,22 +488,13 @@ def _unix_path(field: bytes) -> str:
     return os.fsdecode(field.rstrip(b"\0"))
 
 
-def _v2_to_bytes(header: ProxyHeader) -> bytes:
-    if header.command == "LOCAL":
-        version_command, family, addresses = _LOCAL, 0x00, b""
-    else:
-        version_command, family = _PROXY, _FAMILY_BYTES[header.transport]
-        addresses = _addresses_to_bytes(header)
-    tlvs = _tlvs_to_bytes(header.tlvs)
-    length = len(addresses) + len(tlvs) + len(_CRC32C_HEAD) + 4
-    if _FIXED_LENGTH + length > V2_MAX_LENGTH:
-        raise ValueError("PROXY header longer than 4096 bytes")
-    head = _FIXED.pack(_V2_SIGNATURE, version_command, family, length) + addresses + tlvs + _CRC32C_HEAD
-    return head + crc32c(head + bytes(4)).to_bytes(4, "big")
+def v2_header(transport: str, source: Endpoint | None, destination: Endpoint | None, tlvs: bytes) -> bytes:
+    """The bytes of ``ProxyHeader(2, "PROXY", …)``, whose TLVs are encoded already, by ``encode_tlvs``. Raises ValueError."""
+    return _v2_to_bytes(_PROXY, _FAMILY_BYTES[transport], _addresses_to_bytes(transport, source, destination), tlvs)
 
 
-def _tlvs_to_bytes(tlvs: tuple[TLV, ...]) -> bytes:
-    """Encode all TLVs but CRC32C, and check them by the receiver's rules."""
+def encode_tlvs(tlvs: tuple[TLV, ...]) -> bytes:
+    """Encode all TLVs but CRC32C, and check them by the receiver's rules. Raises ValueError."""
     parts = []
     for kind, value in tlvs:
         if kind == PP2_TYPE_SSL:
@@ -511,34 +506,30 @@ def _tlvs_to_bytes(tlvs: tuple[TLV, ...]) -> bytes:
     return b"".join(parts)
 
 
-def _addresses_to_bytes(header: ProxyHeader) -> bytes:
-    if header.transport in _INET:
-        return _inet_to_bytes(header)
-    if header.transport == "UNKNOWN":
+def _v2_to_bytes(version_command: int, family: int, addresses: bytes, tlvs: bytes) -> bytes:
+    length = len(addresses) + len(tlvs) + len(_CRC32C_HEAD) + 4
+    if _FIXED_LENGTH + length > V2_MAX_LENGTH:
+        raise ValueError("PROXY header longer than 4096 bytes")
+    head = _FIXED.pack(_V2_SIGNATURE, version_command, family, length) + addresses + tlvs + _CRC32C_HEAD
+    return head + crc32c(head + bytes(4)).to_bytes(4, "big")
+
+
+def _addresses_to_bytes(transport: str, source: Endpoint | None, destination: Endpoint | None) -> bytes:
+    if transport == "UNKNOWN":
         return b""
-    return _unix_field(header.source) + _unix_field(header.destination)
-
-
-def _inet_to_bytes(header: ProxyHeader) -> bytes:
-    if not isinstance(header.source, tuple) or not isinstance(header.destination, tuple):
-        raise ValueError(f"{header.transport} needs an address and a port for source and destination")
-    family, layout = _INET[header.transport]
-    source, source_port = header.source
-    destination, destination_port = header.destination
+    if transport not in _INET:
+        return _unix_field(source) + _unix_field(destination)
+    if not isinstance(source, tuple) or not isinstance(destination, tuple):
+        raise ValueError(f"{transport} needs an address and a port for source and destination")
+    family, layout = _INET[transport]
     try:
-        return layout.pack(_packed(family, source), _packed(family, destination), source_port, destination_port)
-    except struct.error as error:
-        raise ValueError(f"port out of range: {source_port}, {destination_port}") from error
-
-
-def _packed(family: int, address: str) -> bytes:
-    try:
-        return inet_pton(family, address)
+        # An IPv6 scope is left out.
+        hosts = inet_pton(family, source[0].partition("%")[0]), inet_pton(family, destination[0].partition("%")[0])
+        return layout.pack(*hosts, source[1], destination[1])
     except OSError as error:
-        bare, scope, _ = address.partition("%")
-        if scope:
-            return _packed(family, bare)
-        raise ValueError(f"not an address of that family: {address!r}") from error
+        raise ValueError(f"not an address of that family: {source[0]!r} or {destination[0]!r}") from error
+    except struct.error as error:
+        raise ValueError(f"port out of range: {source[1]}, {destination[1]}") from error
 
 
 def _unix_field(path: Endpoint | None) -> bytes:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from time import monotonic, time
 from typing import NamedTuple
 
-from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, TLSInfo, tls_tlvs
+from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, TLSInfo, encode_tlvs, tls_tlvs, v2_header
 from fumi_core.runtime.logs import event
 from fumi_edge.backends.dialing import LOCAL_ERRORS, Destination, Opening, error_text, reason_of
 from fumi_edge.backends.settings import BackendSettings
@@ -54,12 +54,14 @@ def header(
     transport = "UNKNOWN" if source is None else "UNIX" if isinstance(source, str) else "TCP6" if ":" in source[0] else "TCP4"
     if version == "v1":
         return ProxyHeader(1, "PROXY", transport, source, place).to_bytes()
-    tlvs = (PP2_TYPE_UNIQUE_ID, unique_id), *(_of_tls(tls, resumed) if tls else ())
-    return ProxyHeader(2, "PROXY", transport, source, place, tlvs).to_bytes()
+    of_client = encode_tlvs(((PP2_TYPE_UNIQUE_ID, unique_id),))
+    return v2_header(transport, source, place, of_client + _of_tls(tls, resumed) if tls else of_client)
 
 
-# Most clients of a server have the same TLS version and cipher, and request the same name.
-_of_tls = lru_cache(256)(tls_tlvs)
+@lru_cache(256)
+def _of_tls(tls: TLSInfo, resumed: bool) -> bytes:
+    """The encoded TLVs. Most clients of a server have the same TLS version and cipher, and request the same name."""
+    return encode_tlvs(tls_tlvs(tls, resumed))
 
 
 def own_opening(version: str) -> Opening:

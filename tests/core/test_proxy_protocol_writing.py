@@ -44,6 +44,13 @@ def test_what_version_2_writes_it_reads(transport: str, tlvs: tuple[pp.TLV, ...]
     assert all(parse(raw[:length]) is None for length in range(len(raw)))
 
 
+@pytest.mark.parametrize("transport", ENDPOINTS)
+def test_tlvs_may_be_encoded_before_the_header(transport: str) -> None:
+    encoded = pp.encode_tlvs(TLVS[:2]) + pp.encode_tlvs(TLVS[2:])
+    whole = ProxyHeader(2, "PROXY", transport, *ENDPOINTS[transport], TLVS)
+    assert pp.v2_header(transport, *ENDPOINTS[transport], encoded) == whole.to_bytes()
+
+
 @pytest.mark.parametrize("transport", ["TCP4", "TCP6"])
 def test_what_version_1_writes_it_reads(transport: str) -> None:
     header = ProxyHeader(1, "PROXY", transport, *ENDPOINTS[transport])

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -18,7 +17,6 @@ from fumi_core.runtime.acceptor import DescriptorLimit
 from fumi_core.runtime.listening import name_of, open_listeners
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount, count_of_one_process
-from fumi_core.runtime.taskless import Walk
 from fumi_core.version import VERSION
 from fumi_edge.backends.choice import Backend
 from fumi_edge.backends.retiring import Retiring
@@ -77,7 +75,7 @@ class Edge:
         metrics.backend_connections(lambda: self._services.backend_connections())
         metrics.connections_limit(lambda: (self._shared.descriptor_limit.connections, self._services.max_clients))
         self._reloads: set[asyncio.Task[list[str]]] = set()
-        self._connections: dict[Connection, Walk] = {}
+        self._connections: set[Connection] = set()
         self._all_ended: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._guard: asyncio.Task[None] | None = None
@@ -145,7 +143,7 @@ class Edge:
         _announce(name, starttls)
 
     def _serve_at(self, resources: Resources, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
-        self.listeners.append(Listener(resources, sock, name, starttls, policy, self._serve))
+        self.listeners.append(Listener(resources, sock, name, starttls, policy, self._serve, self._served))
         self._beat_for(policy)
 
     async def apply(self, settings: EdgeSettings, certificates: Mapping[CertificateSettings, Certificates] | None = None) -> None:
@@ -232,13 +230,13 @@ class Edge:
     def _serve(self, listener: Listener, client: socket.socket, source: Endpoint, destination: Endpoint) -> None:
         """Start an accepted connection on its walk."""
         connection = Connection(self._loop, listener, client, source, destination)
-        walk = self._connections[connection] = Walk(connection.run(), partial(self._served, connection))
+        self._connections.add(connection)
         listener.metrics.active.inc()
         self._shared.connection_count.opened()
-        walk.start()
+        connection.start()
 
     def _served(self, connection: Connection, error: BaseException | None) -> None:
-        del self._connections[connection]
+        self._connections.remove(connection)
         connection.listener.metrics.active.dec()
         self._shared.connection_count.closed()
         if self._all_ended is not None and not self._connections and not self._all_ended.done():
@@ -252,8 +250,8 @@ class Edge:
             await asyncio.wait([self._all_ended], timeout=seconds)
 
     def _cancel_connections(self) -> None:
-        for walk in list(self._connections.values()):
-            walk.cancel()
+        for connection in list(self._connections):
+            connection.cancel()
 
     async def _cancel_with_the_loop(self) -> None:
         """At its end asyncio.run() cancels all tasks, as this one; connections are none, and end in the same way."""

@@ -92,15 +92,18 @@ class Pause(Generic[T]):
 
 
 class Walk:
-    """One coroutine, from ``start()`` on. ``ended`` is called with its exception or None, in ``start()`` if it never waits."""
+    """One coroutine, from ``start()`` on, and then ``ended()``: in ``start()`` already, if it never waits."""
 
-    __slots__ = ("_cancelled", "_coroutine", "_ended", "_pause")
+    __slots__ = ("_cancelled", "_coroutine", "_pause")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, None], ended: Callable[[BaseException | None], None]) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self._coroutine = coroutine
-        self._ended = ended
         self._pause: Pause[Any] | None = None
         self._cancelled = False
+
+    def ended(self, error: BaseException | None) -> None:
+        """Called at the end, with the coroutine's exception or None."""
+        raise NotImplementedError
 
     def start(self) -> None:
         """Run the coroutine until it waits."""
@@ -126,9 +129,9 @@ class Walk:
             while not isinstance(pause, Pause):
                 pause = self._coroutine.throw(RuntimeError(f"a walk cannot wait for {pause!r}: use in_task()"))
         except StopIteration:
-            self._ended(None)
+            self.ended(None)
         except BaseException as raised:
-            self._ended(raised)
+            self.ended(raised)
             if isinstance(raised, KeyboardInterrupt | SystemExit):
                 raise
         else:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from fumi_core.proxy_protocol import Endpoint
@@ -20,6 +21,8 @@ from fumi_edge.tls.handshake import Deadlines
 
 Serve = Callable[["Listener", socket.socket, Endpoint, Endpoint], None]
 """Serves an accepted connection; the arguments after the socket are the client's address and the local one."""
+Served = Callable[[Any, BaseException | None], None]
+"""Called at the end of a connection, which is the first argument, with its exception or None."""
 
 log = logging.getLogger("fumi.edge.listener")
 
@@ -31,7 +34,14 @@ class Listener:
     """
 
     def __init__(
-        self, resources: Resources, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy, serve: Serve
+        self,
+        resources: Resources,
+        sock: socket.socket,
+        name: str,
+        starttls: bool,
+        policy: ListenerPolicy,
+        serve: Serve,
+        served: Served,
     ) -> None:
         self.use(resources, policy)
         self.sock = sock
@@ -39,8 +49,8 @@ class Listener:
         self.starttls = starttls
         self.metrics = resources.metrics.listener(name)
         self._serve = serve
+        self.served = served
         own = sock.getsockname()
-        # The path of an abstract Unix socket is bytes.
         self.address: Endpoint = (own[0], own[1]) if isinstance(own, tuple) else os.fsdecode(own)
         self._acceptor = Acceptor(sock, name, log, self._admit, resources.connection_count, resources.descriptor_limit)
 
@@ -57,20 +67,17 @@ class Listener:
     def _admit(self, client: socket.socket, name: Any, own: Any) -> None:
         self.metrics.connections.inc()
         peer = peer_of(name)
-        reason = self._refusal(peer[0])
+        balancers, limits = self.policy.balancers, self.resources.limits
+        if balancers is None:
+            reason = limits.enter(peer[0])
+        else:
+            # The client's address is not known before the header.
+            reason = limits.enter(None) if peer[0] in balancers else RejectReason.UNTRUSTED
         if reason is not None:
             self.resources.rejections.add(reason, peer[0], self.name)
             self._turn_away(client, reason)
             return
-        destination: Endpoint = peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)
-        self._serve(self, client, peer if isinstance(name, tuple) else "", destination)
-
-    def _refusal(self, host: str) -> RejectReason | None:
-        balancers, limits = self.policy.balancers, self.resources.limits
-        if balancers is None:
-            return limits.enter(host)
-        # The client's address is not known before the header.
-        return limits.enter(None) if host in balancers else RejectReason.UNTRUSTED
+        self._serve(self, client, peer if isinstance(name, tuple) else "", _own_address(own))
 
     def _turn_away(self, client: socket.socket, reason: RejectReason) -> None:
         if self.starttls and reason is not RejectReason.UNTRUSTED:
@@ -79,3 +86,10 @@ class Listener:
                 # Closing a socket with unread bytes sends RST, which would destroy the 421 on its way.
                 client.recv(4096)
         client.close()
+
+
+@lru_cache(64)
+def _own_address(own: Any) -> Endpoint:
+    """An address of this host from a getsockname() result: there are few, and all connections to one share it."""
+    # The path of an abstract Unix socket is bytes.
+    return peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)

@@ -18,7 +18,7 @@ from typing import TypeVar
 from fumi_core.proxy_protocol import Endpoint, TLSInfo, unique_id_text
 from fumi_core.runtime.journal import journal
 from fumi_core.runtime.logs import event, failure
-from fumi_core.runtime.taskless import Pause, in_task
+from fumi_core.runtime.taskless import Pause, Walk, in_task
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.connection.direct import DirectClient, DirectCore
@@ -33,7 +33,7 @@ from fumi_edge.connection.tunnel import Tunnel
 from fumi_edge.metrics import BackendError, RejectReason, StarttlsResult
 from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, reset_on_close, send_last_reply
 from fumi_edge.sockets.readiness import received_since
-from fumi_edge.tls.handshake import HandshakeError, HandshakeResult, handshake
+from fumi_edge.tls.handshake import Handshake, HandshakeError, HandshakeResult, session
 from fumi_edge.tls.policy import TLSSocket
 from fumi_edge.tls.transport import TLSTransport, TransportEnd, TransportOwner
 
@@ -71,8 +71,8 @@ class Role(enum.Enum):
     """A client that a limit rejects, which another line of the log reports."""
 
 
-class Connection:
-    """One client connection. It owns its sockets and closes them."""
+class Connection(Walk):
+    """The walk of one client connection. It owns its sockets and closes them."""
 
     __slots__ = (
         "_backend",
@@ -82,6 +82,7 @@ class Connection:
         "_counted",
         "_destination",
         "_handshake_deadlines",
+        "_host",
         "_loop",
         "_negotiation",
         "_policy",
@@ -112,6 +113,7 @@ class Connection:
         source: Endpoint,
         destination: Endpoint,
     ) -> None:
+        super().__init__(self._run())
         self._loop = loop
         self._resources = listener.resources
         self._policy = listener.policy
@@ -119,6 +121,7 @@ class Connection:
         self.listener = listener
         self._client = client
         self._source = source
+        self._host = _host_of(source)
         self._destination = destination
         self._balancer: Endpoint | None = None
         self._backend: socket.socket | None = None
@@ -132,8 +135,9 @@ class Connection:
         self._before = 0
         self._resumed = False
         self.id = unique_id()
-        self._unique_id = self.id.encode("ascii")
-        self.admitted = self._host() if self._policy.balancers is None else None
+        self._unique_id = b""
+        """That of the load balancer, if there is one."""
+        self.admitted = self._host if self._policy.balancers is None else None
         """The address for which the limits count the client; None while it is not known."""
         self.started = time.monotonic()
         self.backend: Backend | None = None
@@ -141,8 +145,11 @@ class Connection:
         self.received = self.sent = 0
         self.detail: str | None = None
 
-    async def run(self) -> None:
-        """Serve the client, from accept to the line in the log, as a Walk. Raises only CancelledError, at the edge's stop."""
+    def ended(self, error: BaseException | None) -> None:
+        self.listener.served(self, error)
+
+    async def _run(self) -> None:
+        """Serve the client, from accept to the line in the log. Raises only CancelledError, at the edge's stop."""
         reason = End.ERROR
         try:
             reason = await self._walk()
@@ -157,7 +164,7 @@ class Connection:
             raise
         except Exception as error:
             # A programming error ends this connection and no other.
-            failure(log, "connection failed", error, id=self.id, client_ip=self._host())
+            failure(log, "connection failed", error, id=self.id, client_ip=self._host)
         finally:
             self._close(reason)
             self._report(reason)
@@ -170,17 +177,17 @@ class Connection:
             await self._handshake()
             if self._resources.direct is not None:
                 return await self._serve_directly(self._resources.direct)
-            return await self._with_backend(self._carry_from_the_start)
+            return await self._with_backend(self._carry)
         step = await self._with_backend(self._negotiate)
         if step.verdict is Verdict.UPGRADE:
             self._retire()
             await self._handshake()
             if self._resources.direct is not None:
                 return await self._serve_directly(self._resources.direct)
-            return await self._carry(b"", await self._with_backend(self._swallow_banner))
+            return await self._carry(b"", await self._with_backend(self._swallow_banner), expectant=False)
         self._decide(StarttlsResult.PLAINTEXT)
         self.received -= len(step.backend)  # the tunnel counts it
-        return await self._carry(step.backend, step.client)
+        return await self._carry(step.backend, step.client, expectant=False)
 
     async def _identify(self) -> None:
         """Read the client's address from the load balancer's header, and apply the limits for that address."""
@@ -197,6 +204,7 @@ class Connection:
         self._balancer = self._source
         its_own = client.source in (None, self._source)
         self._source = client.source if client.source is not None else self._source
+        self._host = _host_of(self._source)
         self._destination = client.destination if client.destination is not None else self._destination
         if client.unique_id:
             self._unique_id = client.unique_id
@@ -205,12 +213,12 @@ class Connection:
             # There is no client to limit. Version 1 of the PROXY protocol has no LOCAL.
             self._role = Role.BALANCER_CHECK if client.local else Role.BALANCER
             return
-        reason = self._resources.limits.admit(self._host())
+        reason = self._resources.limits.admit(self._host)
         if reason is not None:
-            self._resources.rejections.add(reason, self._host(), self.listener.name)
+            self._resources.rejections.add(reason, self._host, self.listener.name)
             self._role = Role.REJECTED
             raise Ended(End(reason), TOO_MANY_CLIENTS if self.listener.starttls else b"")
-        self.admitted = self._host()
+        self.admitted = self._host
 
     async def _handshake(self) -> None:
         metrics = self.listener.metrics
@@ -224,9 +232,10 @@ class Connection:
             else:
                 self._role = Role.PORT_CHECK
             raise Ended(End.HANDSHAKE_RESET) from None
-        self._reader_left = True
+        handshake = Handshake(self._loop, client, self._handshake_deadlines, begun)
         try:
-            self.tls, self._resumed = await handshake(self._loop, client, self._handshake_deadlines)
+            await handshake
+            self.tls, self._resumed = session(client, self._resources.certificates.policy, handshake.hello or b"")
         except HandshakeError as error:
             reason = End(f"handshake_{error.result}")
             self.detail = str(error)
@@ -235,6 +244,9 @@ class Connection:
             else:
                 metrics.handshakes[error.result].inc()
             raise Ended(reason) from None
+        finally:
+            handshake.close()
+            self._reader_left = handshake.done
         if self.listener.starttls:
             self._decide(StarttlsResult.UPGRADED)
         metrics.handshakes[HandshakeResult.OK].inc()
@@ -260,7 +272,8 @@ class Connection:
         # the load balancer's address, since Postfix, for one, rejects a header without any.
         unnamed = self._role is Role.BALANCER and self._resources.direct is not None
         source = None if unnamed else self._source
-        opening: Opening = header(version, source, self._destination, self._unique_id, self.tls, self._resumed)
+        unique_id = self._unique_id or self.id.encode("ascii")
+        opening: Opening = header(version, source, self._destination, unique_id, self.tls, self._resumed)
         if self._role is Role.BALANCER_CHECK:
             # A load balancer's own check is passed on to the backend as such.
             opening = own_opening(version)
@@ -312,7 +325,7 @@ class Connection:
     def _count_rejection(self, reason: RejectReason) -> None:
         """Count a rejection, of which the log tells in the connection's own line."""
         self._resources.metrics.rejected[reason].inc()
-        journal.note("rejected", client_ip=self._host(), listener=self.listener.name, reason=reason)
+        journal.note("rejected", client_ip=self._host, listener=self.listener.name, reason=reason)
 
     def _retire(self) -> None:
         """End the backend connection that carried plaintext: the backend gets QUIT, and no SMTP state survives."""
@@ -340,10 +353,8 @@ class Connection:
             self._retire()
             raise Ended(End.BACKEND_REFUSED, refusal.reply or NO_BACKEND, when_asked=True) from None
 
-    async def _carry_from_the_start(self) -> End:
-        return await self._carry(b"", b"", expectant=True)
-
-    async def _carry(self, upstream: bytes, downstream: bytes, expectant: bool = False) -> End:
+    async def _carry(self, upstream: bytes = b"", downstream: bytes = b"", expectant: bool = True) -> End:
+        """Carry bytes until one side ends; the arguments are the Tunnel's. Returns why it ended. Raises NoBanner or Ended."""
         assert self._backend is not None
         resources = self._resources
         tunnel = Tunnel(
@@ -435,12 +446,12 @@ class Connection:
         metrics = self._resources.metrics
         metrics.session_seconds.observe(seconds)
         self._decide(StarttlsResult.REFUSED)
-        tls = self.tls
+        tls, port = self.tls, None if isinstance(self._source, str) else self._source[1]
         # The requested name is logged even if the handshake failed: that is when it is needed most.
         sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
         event(
             log, self._log_level(), "connection ended",
-            id=self.id, client_ip=self._host(), client_port=self._port(), listener=self.listener.name,
+            id=self.id, client_ip=self._host, client_port=port, listener=self.listener.name,
             tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
             backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
             seconds=round(seconds, 3), reason=reason, error=self.detail,
@@ -452,8 +463,6 @@ class Connection:
             return logging.INFO if self.tls is not None or self.received else logging.DEBUG
         return logging.INFO if self._role is Role.CLIENT else logging.DEBUG
 
-    def _host(self) -> str:
-        return "unix" if isinstance(self._source, str) else self._source[0]
 
-    def _port(self) -> int | None:
-        return None if isinstance(self._source, str) else self._source[1]
+def _host_of(source: Endpoint) -> str:
+    return "unix" if isinstance(source, str) else source[0]

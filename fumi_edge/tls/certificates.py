@@ -295,7 +295,7 @@ class Certificates:
 
     def _on_server_name(self, sock: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         sock.server_name = name  # type: ignore[attr-defined]
-        sock.context = self.selection.context_for(name)
+        sock.context = self._current.selection.context_for(name)
 
     def wrap(self, sock: socket.socket) -> TLSSocket:
         """Wrap a connected non-blocking socket, and take it over. Raises OSError when the connection is gone."""

@@ -22,7 +22,7 @@ from itertools import takewhile
 from fumi_core.proxy_protocol import TLSInfo
 from fumi_core.runtime.taskless import Pause
 from fumi_edge.tls.pem import common_names
-from fumi_edge.tls.policy import TLSSocket
+from fumi_edge.tls.policy import Policy, TLSSocket
 
 HELLO_LIMIT = 4096
 """The maximum number of bytes of a ClientHello that are examined."""
@@ -78,23 +78,31 @@ def server_name(hello: bytes) -> str | None:
     return None
 
 
-class _Handshake:
-    __slots__ = ("_fd", "_loop", "_sock", "_writing", "done", "hello")
+class Handshake(Pause[None]):
+    """One handshake, from the start on; a coroutine awaits it. Raises HandshakeError there, as it does when its time is over.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: TLSSocket) -> None:
+    Call ``close()`` afterwards. If it has succeeded, the socket's reader may stay registered.
+    """
+
+    __slots__ = ("_deadlines", "_fd", "_loop", "_sock", "_writing", "done", "hello")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: TLSSocket, deadlines: Deadlines, begun: float) -> None:
+        """``begun`` is now, in the loop's time."""
+        super().__init__()
         self._loop = loop
         self._sock = sock
         self._fd = sock.fileno()
+        self._deadlines = deadlines
         self._writing = False
-        self.done: Pause[None] = Pause()
+        self.done = False
+        """Whether it has succeeded."""
         self.hello: bytes | None = None
         """The first record, up to HELLO_LIMIT bytes."""
+        loop.add_reader(self._fd, self._step)
+        deadlines.begin(loop, self, begun)
 
-    def start(self) -> None:
-        self._loop.add_reader(self._fd, self.step)
-
-    def step(self) -> None:
-        if self.done.ended:
+    def _step(self) -> None:
+        if self.ended:
             # These bytes are for the next reader.
             self._loop.remove_reader(self._fd)
             return
@@ -106,33 +114,38 @@ class _Handshake:
         except BlockingIOError:
             pass
         except ssl.SSLWantReadError:
-            self._write(False)
+            if self._writing:
+                self._wait_for_writing(False)
         except ssl.SSLWantWriteError:
-            self._write(True)
+            if not self._writing:
+                self._wait_for_writing(True)
         except OSError as error:
-            self._write(False)
-            self.done.fail(classify(error))
+            self.fail(classify(error))
         else:
-            self._write(False)
-            self.done.end(None)
+            if self._writing:
+                self._wait_for_writing(False)
+            self.done = True
+            self.end(None)
 
-    def _write(self, wanted: bool) -> None:
-        if wanted == self._writing:
-            return
+    def _wait_for_writing(self, wanted: bool) -> None:
+        """Watch the socket for room to write, or for bytes to read as before."""
         self._writing = wanted
         if wanted:
             self._loop.remove_reader(self._fd)
-            self._loop.add_writer(self._fd, self.step)
+            self._loop.add_writer(self._fd, self._step)
         else:
             self._loop.remove_writer(self._fd)
-            self._loop.add_reader(self._fd, self.step)
+            self._loop.add_reader(self._fd, self._step)
 
     def expire(self) -> None:
-        self.done.fail(HandshakeError(HandshakeResult.TIMEOUT, "the client sent nothing more in time"))
+        self.fail(HandshakeError(HandshakeResult.TIMEOUT, "the client sent nothing more in time"))
 
-    def abandon(self) -> None:
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_writer(self._fd)
+    def close(self) -> None:
+        """Forget the deadline and, unless it has succeeded, stop watching the socket."""
+        self._deadlines.end(self)
+        if not self.done:
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_writer(self._fd)
 
 
 class Deadlines:
@@ -140,16 +153,17 @@ class Deadlines:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._running: dict[_Handshake, float] = {}
+        self._running: dict[Handshake, float] = {}
         """The time when each expires, in the loop's time; in the order in which they began."""
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, loop: asyncio.AbstractEventLoop, handshake: _Handshake) -> None:
-        self._running[handshake] = deadline = loop.time() + self._seconds
+    def begin(self, loop: asyncio.AbstractEventLoop, handshake: Handshake, begun: float) -> None:
+        """``begun`` is now, in the loop's time."""
+        self._running[handshake] = deadline = begun + self._seconds
         if self._timer is None:
             self._timer = loop.call_at(deadline, self._expire, loop)
 
-    def end(self, handshake: _Handshake) -> None:
+    def end(self, handshake: Handshake) -> None:
         self._running.pop(handshake, None)
 
     def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -161,35 +175,23 @@ class Deadlines:
         self._timer = None if first is None else loop.call_at(first, self._expire, loop)
 
 
-async def handshake(loop: asyncio.AbstractEventLoop, sock: TLSSocket, deadlines: Deadlines) -> tuple[TLSInfo, bool]:
-    """Do the handshake before its deadline. Returns the session, and whether it is resumed. Raises HandshakeError.
+def session(sock: TLSSocket, policy: Policy, hello: bytes) -> tuple[TLSInfo, bool]:
+    """The session that a handshake has made, and whether it is resumed. Raises HandshakeError if the session has expired.
 
-    On success the socket's reader may stay registered.
+    ``policy`` is that of the handshake, and ``hello`` its first record.
     """
-    driver = _Handshake(loop, sock)
-    driver.start()
-    deadlines.begin(loop, driver)
-    try:
-        await driver.done
-    except BaseException:
-        driver.abandon()
-        raise
-    finally:
-        deadlines.end(driver)
     version, resumed = sock.version(), bool(sock.session_reused)
     presented, common_name = False, None
-    if sock.context.verify_mode is not ssl.CERT_NONE:
+    if policy.client_ca is not None:
         _check_session(sock)
         presented, common_name = _client_certificate(sock)
     if resumed and version == "TLSv1.2":
         # OpenSSL reports the name of the session, which may differ from the one requested now (RFC 6066 §3).
-        sock.server_name = server_name(driver.hello or b"")
+        sock.server_name = server_name(hello)
     cipher = sock.cipher()
+    alpn = sock.selected_alpn_protocol() if policy.alpn else None
     # The handshake fails if the certificate does not verify.
-    info = _info(
-        version, cipher and cipher[0], sock.server_name, sock.selected_alpn_protocol(), presented, presented, common_name
-    )
-    return info, resumed
+    return _info(version, cipher and cipher[0], sock.server_name, alpn, presented, presented, common_name), resumed
 
 
 # Most clients of a server have the same TLS version and cipher, and request the same name.

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -14,12 +14,23 @@ import pytest
 from fumi_core.runtime.taskless import Pause, Walk, current, in_task
 
 
+class Called(Walk):
+    """A walk that calls a function at its end."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], call: Callable[[BaseException | None], object]) -> None:
+        super().__init__(coroutine)
+        self._call = call
+
+    def ended(self, error: BaseException | None) -> None:
+        self._call(error)
+
+
 class Walked:
     """A walk that has been started. ``ended`` are the exceptions with which it has ended: at most one, None for no exception."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.ended: list[BaseException | None] = []
-        self.walk = Walk(coroutine, self.ended.append)
+        self.walk = Called(coroutine, self.ended.append)
         self.walk.start()
 
 
@@ -99,7 +110,7 @@ def test_a_walk_that_is_cancelled_while_it_runs_is_cancelled_where_it_waits_next
         await pause
         seen.append("never")
 
-    walk = Walk(wait(), ended.append)
+    walk = Called(wait(), ended.append)
     walk.start()
     assert seen == ["goes on"]
     assert [type(error) for error in ended] == [asyncio.CancelledError]
@@ -197,7 +208,7 @@ def test_cancelling_a_walk_cancels_its_task_and_waits_for_it() -> None:
 
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[BaseException | None] = loop.create_future()
-        walk = Walk(wait(), ended.set_result)
+        walk = Called(wait(), ended.set_result)
         walk.start()
         await asyncio.sleep(0)
         walk.cancel()
@@ -242,7 +253,7 @@ def test_a_walk_in_another_thread_is_not_the_one_that_runs_here() -> None:
         asyncio.get_running_loop().call_soon(pause.end, "done")
         return await pause
 
-    thread = threading.Thread(target=Walk(hold(), lambda error: None).start)
+    thread = threading.Thread(target=Called(hold(), lambda error: None).start)
     thread.start()
     inside.wait(30)
     try:
@@ -264,7 +275,7 @@ def test_a_walk_that_waits_for_a_future_is_told_what_to_do() -> None:
 
 async def _end(coroutine: Coroutine[Any, Any, None]) -> BaseException | None:
     ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
-    Walk(coroutine, ended.set_result).start()
+    Called(coroutine, ended.set_result).start()
     return await ended
 
 
@@ -275,7 +286,7 @@ def test_what_ends_the_program_is_not_caught(error: type[BaseException]) -> None
 
     ended: list[BaseException | None] = []
     with pytest.raises(error):
-        Walk(end_the_program(), ended.append).start()
+        Called(end_the_program(), ended.append).start()
     assert [type(each) for each in ended] == [error]
 
 
@@ -290,7 +301,7 @@ def test_nothing_is_left_for_the_garbage_collector() -> None:
 
     async def main() -> int:
         pauses: list[Pause[None]] = [Pause() for _ in range(3)]
-        walks = [Walk(wait(pause, fail()), lambda error: None) for pause in pauses]
+        walks = [Called(wait(pause, fail()), lambda error: None) for pause in pauses]
         for walk in walks:
             walk.start()
         while not all(pause.resume for pause in pauses):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from fumi_edge.tls.handshake import Deadlines, _Handshake
+from fumi_edge.tls.handshake import Deadlines, Handshake
 
 
-class Begun(_Handshake):
+class Begun(Handshake):
     """A handshake without a socket, which writes its name down when it expires."""
 
     __slots__ = ("expired", "name")
@@ -27,7 +27,7 @@ def test_handshakes_expire_in_the_order_in_which_they_began_unless_they_have_end
         deadlines = Deadlines(0.05)
         first, second, third = (Begun(name, expired) for name in ("first", "second", "third"))
         for handshake in (first, second):
-            deadlines.begin(loop, handshake)
+            deadlines.begin(loop, handshake, loop.time())
         begun = loop.time()
         deadlines.end(first)
         while not expired:
@@ -35,7 +35,7 @@ def test_handshakes_expire_in_the_order_in_which_they_began_unless_they_have_end
         assert expired == ["second"]
         assert loop.time() - begun >= 0.04
         deadlines.end(second)
-        deadlines.begin(loop, third)  # the timer starts again
+        deadlines.begin(loop, third, loop.time())  # the timer starts again
         while len(expired) < 2:
             await asyncio.sleep(0.001)
         assert expired == ["second", "third"]

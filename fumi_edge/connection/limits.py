@@ -79,21 +79,20 @@ class Limits:
         self._buckets: TokenBuckets[bytes] | None = rate and TokenBuckets(rate.seconds / rate.clients, rate.clients, clock)
         if before is not None and before._rate == rate:
             self._buckets = before._buckets
+        self._by_address = self._max_clients_per_ip is not None or self._buckets is not None
 
     def enter(self, host: str | None) -> RejectReason | None:
         """Count a new client. Returns None, or the limit that rejects it. ``host`` is None while its address is not known."""
         if self._max_clients is not None and self._connection_count.clients >= self._max_clients:
             return RejectReason.MAX_CLIENTS
-        reason = None if host is None else self.admit(host)
+        reason = None if host is None or not self._by_address else self.admit(host)
         if reason is None:
             self._connection_count.client_admitted()
         return reason
 
     def admit(self, host: str) -> RejectReason | None:
         """Count a new client for its address. Returns None, or the limit that rejects it."""
-        if self._max_clients_per_ip is None and self._buckets is None:
-            return None
-        key = _key(host)
+        key = _key(host) if self._by_address else None
         if key is None:
             return None
         if self._max_clients_per_ip is not None and self._clients_of[key] >= self._max_clients_per_ip:

@@ -30,6 +30,17 @@ class End(StrEnum):
     ERROR = "error"
 
 
+GONE = (
+    *(End.CLIENT_CLOSED, End.CLIENT_RESET, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET),
+    *(End.PROXY_HEADER, End.MAX_CLIENTS_PER_IP, End.RATE),
+)
+"""Ends without a reply after which the connection is closed at once: the client is gone, or must not cost any more time."""
+SILENCES = (End.CLIENT_CLOSED, End.CLIENT_RESET, End.IDLE_TIMEOUT, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET)
+"""Ends that, if the client has sent no bytes, mean a check of the port."""
+INCOMPLETE = (End.CLIENT_RESET, End.IDLE_TIMEOUT, End.LINGER, End.SHUTDOWN)
+"""Ends that the backend must see as a reset, because the client has not ended the connection."""
+
+
 class Ended(Exception):
     """Ends the connection. ``reply`` is the last reply to the client.
 

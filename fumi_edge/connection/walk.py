@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import logging
 import socket
 import ssl
@@ -22,11 +21,12 @@ from fumi_core.runtime.taskless import Pause, Walk, in_task
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.connection.direct import DirectClient, DirectCore
-from fumi_edge.connection.ends import End, Ended, NoBanner
+from fumi_edge.connection.ends import GONE, INCOMPLETE, SILENCES, End, Ended, NoBanner
 from fumi_edge.connection.ids import unique_id
 from fumi_edge.connection.inbound import HeaderError, receive_client
 from fumi_edge.connection.listener import Listener
 from fumi_edge.connection.negotiation import Negotiation
+from fumi_edge.connection.role import Role
 from fumi_edge.connection.second_banner import BackendRefuses, second_banner
 from fumi_edge.connection.starttls import Preamble, Step, Verdict
 from fumi_edge.connection.tunnel import Tunnel
@@ -39,15 +39,6 @@ from fumi_edge.tls.transport import TLSTransport, TransportEnd, TransportOwner
 
 log = logging.getLogger("fumi.edge")
 
-_GONE = (
-    *(End.CLIENT_CLOSED, End.CLIENT_RESET, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET),
-    *(End.PROXY_HEADER, End.MAX_CLIENTS_PER_IP, End.RATE),
-)
-"""Ends without a reply after which the connection is closed at once: the client is gone, or must not cost any more time."""
-_SILENCES = (End.CLIENT_CLOSED, End.CLIENT_RESET, End.IDLE_TIMEOUT, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET)
-"""Ends that, if the client has sent no bytes, mean a check of the port."""
-_INCOMPLETE = (End.CLIENT_RESET, End.IDLE_TIMEOUT, End.LINGER, End.SHUTDOWN)
-"""Ends that the backend must see as a reset, because the client has not ended the connection."""
 _REJECTED = {
     End.INJECTION: RejectReason.INJECTION,
     End.NOT_SMTP: RejectReason.NOT_SMTP,
@@ -55,20 +46,6 @@ _REJECTED = {
 }
 
 T = TypeVar("T")
-
-
-class Role(enum.Enum):
-    """Who is at the other end, as far as it is known."""
-
-    CLIENT = enum.auto()
-    BALANCER = enum.auto()
-    """The load balancer itself, with its own address in a header: a check, unless it sends bytes or does a handshake."""
-    BALANCER_CHECK = enum.auto()
-    """The load balancer itself, with LOCAL in its header, which the backend gets too."""
-    PORT_CHECK = enum.auto()
-    """A client or a load balancer that has sent no byte."""
-    REJECTED = enum.auto()
-    """A client that a limit rejects, which another line of the log reports."""
 
 
 class Connection(Walk):
@@ -155,7 +132,7 @@ class Connection(Walk):
             reason = await self._walk()
         except Ended as ended:
             reason = ended.reason
-            if ended.reply or reason not in _GONE:
+            if ended.reply or reason not in GONE:
                 self.sent += len(ended.reply)
                 command_timeout = self._policy.idle_timeout if ended.when_asked else None
                 await in_task(send_last_reply(self._client, ended.reply, command_timeout))
@@ -239,7 +216,7 @@ class Connection(Walk):
         except HandshakeError as error:
             reason = End(f"handshake_{error.result}")
             self.detail = str(error)
-            if reason in _SILENCES and not received_since(client, self._before):
+            if reason in SILENCES and not received_since(client, self._before):
                 self._role = Role.PORT_CHECK
             else:
                 metrics.handshakes[error.result].inc()
@@ -297,7 +274,7 @@ class Connection(Walk):
                 self._count_rejection(_REJECTED[ended.reason])
             if ended.reason is End.INJECTION:
                 self._decide(StarttlsResult.INJECTION)
-            elif ended.reason in _SILENCES and not negotiation.received and not received_since(self._client, self._before):
+            elif ended.reason in SILENCES and not negotiation.received and not received_since(self._client, self._before):
                 self._role = Role.PORT_CHECK
             elif ended.reason is not End.NOT_SMTP and not preamble.refused:
                 self._decide(StarttlsResult.PLAINTEXT)
@@ -312,14 +289,10 @@ class Connection(Walk):
             self._negotiation = None
 
     def _decide(self, result: StarttlsResult) -> None:
-        """Count the result of a STARTTLS port's client, once.
-
-        A check is not a client. A load balancer's own connection counts as one if it upgrades, or injects commands.
-        """
+        """Count the result of a STARTTLS port's client, once."""
         if self._undecided:
             self._undecided = False
-            without_tls = result in (StarttlsResult.PLAINTEXT, StarttlsResult.REFUSED)
-            if self._role in (Role.CLIENT, Role.REJECTED) or (self._role is not Role.PORT_CHECK and not without_tls):
+            if self._role.counts(result):
                 self._resources.metrics.starttls[result].inc()
 
     def _count_rejection(self, reason: RejectReason) -> None:
@@ -429,7 +402,7 @@ class Connection(Walk):
         # First, so that a client that sees the close can connect again at once.
         self._resources.limits.leave(self.admitted)
         if self._backend is not None:
-            if reason in _INCOMPLETE:
+            if reason in INCOMPLETE:
                 reset_on_close(self._backend)
             self._leave_backend()
         if isinstance(self._client, TLSSocket) and reason in (End.IDLE_TIMEOUT, End.SHUTDOWN):
@@ -447,21 +420,16 @@ class Connection(Walk):
         metrics.session_seconds.observe(seconds)
         self._decide(StarttlsResult.REFUSED)
         tls, port = self.tls, None if isinstance(self._source, str) else self._source[1]
+        active = tls is not None or self.received > 0
         # The requested name is logged even if the handshake failed: that is when it is needed most.
         sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
         event(
-            log, self._log_level(), "connection ended",
+            log, self._role.log_level(active), "connection ended",
             id=self.id, client_ip=self._host, client_port=port, listener=self.listener.name,
             tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
             backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
             seconds=round(seconds, 3), reason=reason, error=self.detail,
         )  # fmt: skip
-
-    def _log_level(self) -> int:
-        """Checks, and what another line reports, are logged at level debug."""
-        if self._role is Role.BALANCER:
-            return logging.INFO if self.tls is not None or self.received else logging.DEBUG
-        return logging.INFO if self._role is Role.CLIENT else logging.DEBUG
 
 
 def _host_of(source: Endpoint) -> str:

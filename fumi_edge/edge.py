@@ -187,6 +187,11 @@ class Edge:
         return self._services.certificates
 
     @property
+    def is_direct(self) -> bool:
+        """Whether a core in this process serves the clients, so that there are no other backends."""
+        return self._shared.direct is not None
+
+    @property
     def backends(self) -> Mapping[str, Backend]:
         """All backends, by their names."""
         return self._services.backends

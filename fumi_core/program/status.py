@@ -69,7 +69,7 @@ class _Viewer:
             tables=[*([_targets_table(targets, now)] if targets else []), _listeners_table(listeners)],
             small_tables=[
                 shares("messages", "Messages", "Result", figures.by("result", MESSAGES)),
-                _deliveries(figures),
+                _deliveries(figures, listeners),
                 shares("replies", "Replies", "Code", figures.by("code", REPLIES)),
                 shares("sessions", "Sessions", "TLS", figures.by("tls_version", SESSIONS)),
                 shares("authentications", "Authentications", "Result", figures.by("result", series("fumi_core_auth_total"))),
@@ -116,7 +116,8 @@ def _concerns(event: Event, target: DeliveryTarget) -> bool:
 
 def _targets_table(rows: Sequence[Row], now: float) -> Table:
     def check(row: Row) -> str:
-        return f"{wording.clock(row['checked'], now)}: {row['problem'] or 'ok'}"
+        problem = (row["problem"] or "ok").removeprefix(f"{row['target']}: ")
+        return f"{wording.clock(row['checked'], now)}: {problem}"
 
     def error(row: Row) -> str:
         last = row["last_error"]
@@ -124,7 +125,7 @@ def _targets_table(rows: Sequence[Row], now: float) -> Table:
 
     columns = (
         text("Target", "target"),
-        Column("State", lambda row: element("span", row["state"], class_="good" if row["state"] == "up" else "bad")),
+        Column("State", lambda row: element("span", row["state"], class_="good" if row["state"] == "up" else "bad"), long=True),
         Column("Last check", check, long=True),
         Column("Last failed delivery", error, long=True),
     )
@@ -148,7 +149,7 @@ def _listeners_table(listeners: Sequence[CoreListener]) -> Table:
         text("Listener", "address"),
         text("Protocol", "protocol"),
         text("PROXY protocol", "proxy_protocol"),
-        text("Delivers to", "deliver"),
+        text("Delivers to", "deliver", long=True),
         number("Largest message", "size", wording.size),
     )
     return Table(name="listeners", title="Listeners", columns=columns, rows=rows, blocks=True)
@@ -193,9 +194,13 @@ def _with(counter: Series, label: str, value: str) -> Series:
     return Series(counter.name, counter.labels | {(label, str(value))})
 
 
-def _deliveries(figures: Figures) -> Table:
+def _deliveries(figures: Figures, listeners: Sequence[CoreListener]) -> Table:
+    """The deliveries to the targets that there are, and to those that a reload has replaced."""
+    present = {each.served.target.name for each in listeners if each.served.target is not None}
     counts = {}
-    for target in figures.by("target", DELIVERIES):
+    for target, total in figures.by("target", DELIVERIES).items():
+        if not total and target not in present:
+            continue
         for result, count in figures.by("result", _with(DELIVERIES, "target", target)).items():
             counts[f"{target} {result}"] = count
     return shares("deliveries", "Deliveries", "Target and result", counts)

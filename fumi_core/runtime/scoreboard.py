@@ -20,6 +20,8 @@ MAX_REPORT_BYTES = 4 << 20
 """Largest report, in bytes. The kernel allocates only the memory that is written."""
 MAX_LEAD = 2
 """How many connections a worker may be ahead of the least loaded one before it lets the others accept first."""
+DRAINING = "draining"
+"""The local problem of a program that is told to stop and waits for its connections to end."""
 _FIELDS = 5
 """Numbers in a worker's slot."""
 
@@ -192,4 +194,4 @@ class Scoreboard:
         """Why no worker accepts connections, or None."""
         if WorkerState.SERVING in self.states:
             return None
-        return "draining" if WorkerState.DRAINING in self.states else "not accepting"
+        return DRAINING if WorkerState.DRAINING in self.states else "not accepting"

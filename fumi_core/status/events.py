@@ -30,7 +30,7 @@ def events_table(events: Sequence[Event], now: float, *, clients: bool) -> Table
         Column("Time (UTC)", lambda row: wording.clock(row["time"], now)),
         Column("Level", lambda row: element("span", row["level"], class_=_CLASSES.get(row["level"]))),
         text("Event", "event"),
-        Column("Times", lambda row: _times(row, now)),
+        Column("Times", lambda row: _times(row, now), long=True),
         Column("Details", _details, long=True),
     )
     title = f"Last {MAX_EVENTS} events: errors, rejections, reloads, restarts"

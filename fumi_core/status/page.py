@@ -19,7 +19,7 @@ from xml.etree.ElementTree import Element
 
 from fumi_core.runtime.metrics_server import Answer, Page, Request
 from fumi_core.runtime.overview import Overview, Worker
-from fumi_core.runtime.scoreboard import WorkerState
+from fumi_core.runtime.scoreboard import DRAINING, WorkerState
 from fumi_core.status import wording
 from fumi_core.status.events import events_table
 from fumi_core.status.history import INTERVAL, Figures, History, Series
@@ -109,7 +109,7 @@ class StatusPage:
             now=now,
             version=", ".join(figures.by("version", Series(f"{self._metric_prefix}_build_info"))),
             state=_state(view.problem, degraded),
-            reasons=[*([] if view.problem is None else [view.problem]), *degraded],
+            reasons=[*([] if view.problem is None else [_said(view.problem, workers)]), *degraded],
             workers=workers,
             view=view,
             tables=[*view.tables, events],
@@ -202,8 +202,14 @@ def _dotted(parts: Iterable[Content]) -> list[Content]:
 
 def _state(problem: str | None, degraded: Sequence[str]) -> State:
     if problem is not None:
-        return State.DRAINING if problem == "draining" else State.NOT_READY
+        return State.DRAINING if problem == DRAINING else State.NOT_READY
     return State.DEGRADED if degraded else State.READY
+
+
+def _said(problem: str, workers: Sequence[Worker]) -> str:
+    if problem != DRAINING:
+        return problem
+    return f"{problem}: {wording.counted(sum(each.connections for each in workers), 'connection')} open"
 
 
 _LIMIT = Column("Value", lambda row: "none" if row["value"] in (None, math.inf) else _limit(row["value"]), number=True)
@@ -229,7 +235,7 @@ def _workers_table(workers: Sequence[Worker], now: float) -> Table:
         Column("Worker", lambda row: str(row["number"])),
         Column("State", lambda row: element("span", row["state"], class_=colours[row["state"]])),
         Column("PID", lambda row: wording.NOTHING if row["pid"] is None else str(row["pid"]), number=True),
-        number("Current connections", "connections"),
+        number("Connections", "connections"),
         number("Up", "started", lambda started: wording.duration(now - started)),
     )
     return Table(name="workers", title="Workers", columns=columns, rows=rows)

@@ -28,7 +28,8 @@ def axis_maximum(lines: Sequence[Sequence[Point]], least: float) -> float:
 def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) -> Element:
     """The lines of the last ``span`` seconds, on a scale from 0 to ``top``; ``label`` is the text for screen readers.
 
-    A line is interrupted after GAP seconds without points. Line N has the classes ``line nN``, and its area ``area nN``.
+    A line is interrupted after GAP seconds without points; of several, those of zeros are left out. Line N has the classes
+    ``line nN``, and its area ``area nN``.
     """
 
     def across(point: Point) -> float:
@@ -40,6 +41,8 @@ def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) 
     marks = "".join(f"M{WIDTH * at / MARKS:g} 0V{HEIGHT}" for at in range(MARKS + 1))
     drawn = [element("path", d=f"M0 {HEIGHT}H{WIDTH}{marks}", class_="base")]
     for number, line in enumerate(lines):
+        if len(lines) > 1 and not any(point.value for point in line):
+            continue  # it would hide the base line, and the others' zeros
         for run in _runs([point for point in line if point.ago <= span]):
             places = [f"{across(point)} {height(point)}" for point in run]
             ends = across(run[0]), across(run[-1])

@@ -46,7 +46,8 @@ def text(head: str, name: str, long: bool = False) -> Column:
 class Table:
     """A table. ``name`` is its name in /status.json, where it has ``rows``.
 
-    ``columns`` begin with that of the row's name. Rows for which ``folded`` is true are not shown, but named below the table.
+    ``columns`` begin with that of the row's name. Rows for which ``folded`` is true are not shown, but named below the table,
+    after ``folded_as``.
     With ``blocks`` a narrow screen shows each row as a block of its own. ``urgent``: a narrow screen shows it before the plots.
     """
 
@@ -55,6 +56,7 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Row]
     folded: Callable[[Row], bool] | None = None
+    folded_as: str = "0"
     note: str | None = None
     blocks: bool = False
     urgent: bool = False
@@ -75,7 +77,8 @@ class Table:
                 element("table", element("thead", head), element("tbody", lines), class_="blocks" if self.blocks else None)
             )
         if hidden and shown:
-            parts.append(element("p", "0: " + ", ".join(_text(self.columns[0].show(row)) for row in hidden)))
+            names = ", ".join(_text(self.columns[0].show(row)) for row in hidden)
+            parts.append(element("p", f"{self.folded_as}: {names}"))
         if self.is_empty:
             parts.append(element("p", "None yet."))
         if self.note is not None:
@@ -124,7 +127,10 @@ def quantiles(figures: Figures, kinds: Iterable[tuple[str, Series]]) -> Table:
         for name, histogram in kinds
     ]
     columns = (text("Duration", "name"), *(number(head, head, wording.seconds) for head in _QUANTILES))
-    return Table(name="durations", title="Durations", columns=columns, rows=rows, folded=lambda row: row["p50"] is None)
+    return Table(
+        name="durations", title="Durations", columns=columns, rows=rows,
+        folded=lambda row: row["p50"] is None, folded_as="None yet",
+    )  # fmt: skip
 
 
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}

@@ -43,7 +43,7 @@ def certificates_table(certificates: Sequence[Facts], more: int, now: float) -> 
         Column("Expires", lambda row: _expiry(row, now), long=True),
         Column("Names", lambda row: _names(row), long=True),
         text("File", "file", long=True),
-        text("Issuer", "issuer"),
+        text("Issuer", "issuer", long=True),
         text("Key", "key_type"),
         Column("Loaded", lambda row: wording.clock(row["loaded"], now)),
     ]

@@ -56,7 +56,7 @@ class _Viewer:
             degraded=[*degraded_backends(backends, problem), *degraded_certificates(certificates, now)],
             tiles=_tiles(figures, history),
             tables=[
-                backends_table(backends, history, now),
+                *([] if self._edge.is_direct else [backends_table(backends, history, now)]),
                 certificates_table(certificates, more, now),
                 self._listeners(figures, history),
             ],
@@ -181,7 +181,9 @@ _UNITS = {1: "s", 60: "min", 3600: "h"}
 
 def _said(limits: ClientLimits) -> str:
     """A listener's own limits in words."""
-    clients = "no limit" if limits.max_clients is None else wording.counted(limits.max_clients, "client")
-    per_address = [] if limits.max_clients_per_ip is None else [f"{limits.max_clients_per_ip:,} per address"]
-    rate = _rate(limits)
-    return ", ".join([clients, *per_address, *([] if rate is None else [f"{rate} per address"])])
+    parts = {
+        wording.counted(limits.max_clients or 0, "client"): limits.max_clients,
+        f"{wording.counted(limits.max_clients_per_ip or 0, 'client')} per address": limits.max_clients_per_ip,
+        f"{_rate(limits)} per address": limits.rate_per_ip,
+    }
+    return ", ".join(words for words, value in parts.items() if value is not None) or "none"

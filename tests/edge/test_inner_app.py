@@ -13,6 +13,7 @@ import pytest
 
 from tests.edge.program import Program
 from tests.support import starter
+from tests.support.status_page import read_page
 from tests.support.waiting import until
 
 APP = """
@@ -57,6 +58,13 @@ def send(smtp: smtplib.SMTP) -> str:
     smtp.mail("a@b.example")
     smtp.rcpt("c@d.example")
     return smtp.data("Subject: hello\r\n\r\nhello\r\n")[1].decode()
+
+
+def test_the_status_page_has_no_backends(directory: Path) -> None:
+    with program(directory) as edge:
+        page, _ = read_page(edge.events("serving metrics")[0]["port"])
+        assert "Backends" not in page.tables
+        assert page.row("Listeners", f"127.0.0.1:{edge.tls_port}")[:2] == ["TLS", "core"]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from fumi_core.runtime.overview import Worker
+from fumi_core.runtime.scoreboard import WorkerState
 from fumi_core.status.history import INTERVAL
+from fumi_core.status.markup import document
+from fumi_edge.status.certificates import certificates_table, reported
 from tests.edge.backends import Flapping, StartBackend
 from tests.edge.clients import Clients
 from tests.edge.program import Program, StartEdge
-from tests.support.certificates import MakeCertificate
+from tests.support.certificates import CertificateFiles, MakeCertificate
 from tests.support.peer import Peer
+from tests.support.ports import free_port
 from tests.support.status_page import Reader, read_json, read_page
 from tests.support.waiting import until
 
@@ -296,3 +301,74 @@ def test_it_remembers_the_last_minutes(backend: StartBackend, edge: StartEdge, c
     until(lambda: [label for label in look(program)[0].labels if wanted.fullmatch(label)], "a second look")
     assert "max 1" in look(program)[0].words
     assert {"-15 min", "-10 min", "-5 min", "now"} <= set(look(program)[0].words)
+
+
+def test_listeners_with_settings_of_their_own_show_them(
+    backend: StartBackend, make_certificate: MakeCertificate, tmp_path: Path
+) -> None:
+    one, other = backend(), backend()
+    (cert, key), (own_cert, own_key) = make_certificate("mx.example"), make_certificate("mail.example")
+    ports = free_port(), free_port()
+    config = tmp_path / "edge.toml"
+    config.write_text(f"""
+[edge]
+cert = "{cert}"
+key = "{key}"
+backend = "{one.address}"
+health-interval = 0
+[[edge.listener]]
+address = "127.0.0.1:{ports[0]}"
+mode = "starttls"
+[[edge.listener]]
+address = "127.0.0.1:{ports[1]}"
+mode = "tls"
+backend = ["{other.address}"]
+cert = "{own_cert}"
+key = "{own_key}"
+rate-per-ip = "10/s"
+""")
+    program = Program("--config", str(config), "--metrics", "127.0.0.1:0")
+    page, _ = look(program)
+    first, second = (page.row("Listeners", f"127.0.0.1:{port}") for port in ports)
+    assert (first[:2], first[-1]) == (["STARTTLS", one.address], "\N{EN DASH}")
+    assert (second[:2], second[-1]) == (["TLS", other.address], "10/s per address")
+    assert page.row("Certificates", "mx.example")[-1] == f"127.0.0.1:{ports[0]}"
+    assert page.row("Certificates", "mail.example")[-1] == f"127.0.0.1:{ports[1]}"
+    assert [each["address"] for each in read_json(metrics_port(program))["backends"]] == [one.address, other.address]
+    program.stop()
+
+
+def test_a_reload_shows_other_backends(backend: StartBackend, certificate: CertificateFiles, tmp_path: Path) -> None:
+    old, new = backend(), backend()
+    config = tmp_path / "edge.toml"
+    config.write_text(f'backend = ["{old.address}"]')
+    cert, key = map(str, certificate)
+    flags = ("--workers", "2", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--health-interval", "0")
+    program = Program("--config", str(config), "--cert", cert, "--key", key, *flags)
+    port = metrics_port(program)
+    until(lambda: program.fetch("/readyz")[0] == 200 and len(program.workers()) == 2, "the workers")
+    config.write_text(f'backend = ["{new.address}"]')
+    program.process.send_signal(signal.SIGHUP)
+    until(
+        lambda: [(each["address"], each["state"]) for each in read_json(port)["backends"]] == [(new.address, "up")], "the reload"
+    )
+    assert read_page(port)[0].row("Listeners", f"127.0.0.1:{program.tls_port}")[1] == new.address
+    program.stop()
+
+
+def test_many_certificates_are_cut_to_those_that_expire_first() -> None:
+    def certificate(number: int) -> dict[str, object]:
+        name = f"host{number}.example"
+        facts = {"name": name, "names": [name] * 9, "more_names": 3, "issuer": "CA", "file": "x.pem", "key_type": "RSA"}
+        return facts | {"loaded": 0.0, "not_before": 0.0, "not_after": 9e6 - number, "served": number > 0, "listeners": None}
+
+    worker = Worker(
+        0, WorkerState.SERVING, 1, 0.0, 0, {"certificates": [certificate(at) for at in range(3)], "more_certificates": 7}
+    )
+    certificates, more = reported([worker, worker])
+    assert [each["name"] for each in certificates] == ["host2.example", "host1.example", "host0.example"]
+    text = document(certificates_table(certificates, more, 0.0).element())
+    assert "and 7 more that expire later" in text
+    assert text.count("host1.example</td>") == 0
+    assert text.count(", host1.example and 7 more") == 1
+    assert ", not in use" in text

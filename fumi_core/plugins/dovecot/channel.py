@@ -87,7 +87,11 @@ class Channel:
         return reply
 
     async def _ask(self, request: Callable[[Conversation], Request], deadline: float) -> DovecotReply:
-        link = await self.connect()
+        try:
+            async with asyncio.timeout_at(deadline):
+                link = await self.connect()
+        except TimeoutError:
+            raise Unavailable("no connection in time") from None
         return await link.ask(request(link.conversation), deadline)
 
     def failed(self, error: Exception) -> None:

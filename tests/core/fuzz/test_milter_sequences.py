@@ -214,11 +214,13 @@ class Clients(campaign.Case):
     reuse: bool
 
     def check(self) -> None:
-        loop = PassingLoop()
+        loop, errors = PassingLoop(), []
+        loop.set_exception_handler(lambda loop, context: errors.append(context))
         try:
             loop.run_until_complete(self._run())
         finally:
             loop.close()
+        assert not errors
 
     async def _run(self) -> None:
         filter, pool = Filter(Random(self.data)), cast("Pool[MilterConnection]", Pool())

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -33,6 +34,9 @@ class Transport:
 
     def write(self, data: bytes) -> None:
         self.written += data
+
+    def get_extra_info(self, name: str) -> Any:
+        return SimpleNamespace(family=socket.AF_UNIX)
 
     def pause_reading(self) -> None:
         self.paused = True

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from dataclasses import dataclass
 from random import Random
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 from unittest import mock
 
@@ -136,6 +138,9 @@ class Transport:
         self.closed = True
 
     close = abort
+
+    def get_extra_info(self, name: str) -> Any:
+        return SimpleNamespace(family=socket.AF_UNIX)
 
     def pause_reading(self) -> None: ...
 

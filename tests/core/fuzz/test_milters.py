@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 from unittest import mock
 
@@ -151,6 +153,9 @@ class Transport:
         self.closed = True
 
     close = abort
+
+    def get_extra_info(self, name: str) -> Any:
+        return SimpleNamespace(family=socket.AF_UNIX)
 
     def pause_reading(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Runs a service of /etc/systemd/system as systemd would: on the sockets of its units, as its user, and again after its death.
+"""Runs a service of /etc/systemd/system as systemd would: on the sockets of its units, as its user, and again after a failure.
 
 A program of its own, which imports nothing of the tests: `python unit_runner.py NAME.service`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import pwd
 import shlex
-import signal
 import socket
 import sys
 import time
@@ -63,7 +62,7 @@ def become(service: dict[str, list[str]], sockets: dict[str, socket.socket]) -> 
 
 
 def main(name: str) -> None:
-    """Serve until the program ends by itself."""
+    """Serve until the program ends without failure."""
     service = settings(name)
     units = [settings(each) for each in service["Sockets"][0].split()]
     # Out of the way of those that the program gets.
@@ -72,7 +71,7 @@ def main(name: str) -> None:
         pid = os.fork()
         if not pid:
             become(service, sockets)
-        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
             return
         time.sleep(float(service["RestartSec"][0]))
 

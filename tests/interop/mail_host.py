@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 PAGE = (ROOT / "ops/mail-host/README.md").read_text()
 SHELL = [text for kind, text in blocks(PAGE) if kind == "sh"]
-PACKAGES, SETTINGS, POSTFIX, JOE, START, RENEWAL, CONTAINERS, CONTAINER_USER = SHELL
+PACKAGES, SETTINGS, POSTFIX, JOE, LINKS, START, RENEWAL, CONTAINERS, CONTAINER_USER = SHELL
 
 
 class MailHost(Machine):
@@ -29,6 +29,7 @@ class MailHost(Machine):
         self.run(POSTFIX)
         self.run(JOE, f"{PASSWORD}\n" * 2)
         self.run("\n".join(JOE.replace("joe", "ann").splitlines()[2:]), f"{PASSWORD}\n" * 2)
+        self.run(LINKS)
         self.started = self.run(START)
         self.run(RENEWAL)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import re
 import smtplib
 from collections.abc import Iterator
 
 import pytest
 
 from tests.interop.machine import DOMAIN, Client
-from tests.interop.mail_host import PAGE, MailHost
+from tests.interop.mail_host import MailHost
 from tests.support.programs import Programs
 
 GTUBE = "XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"
@@ -53,7 +52,7 @@ def test_an_unknown_user_is_550_at_rcpt_and_another_domain_is_no_relay(host: Mai
         client.ehlo()
         client.mail(SENDER)
         assert client.rcpt(f"nobody@{DOMAIN}")[0] == 550
-        assert client.rcpt("joe@elsewhere.example")[0] in (550, 554)
+        assert client.rcpt("joe@elsewhere.example")[0] == 550
         assert client.rcpt(f"Joe+news@{DOMAIN}")[0] == 250
 
 
@@ -74,12 +73,11 @@ def test_a_user_of_dovecot_sends_to_anyone(host: MailHost, port: int) -> None:
     assert b"with ESMTPSA " in sent.text
 
 
-def test_a_link_to_a_users_directory_is_another_address_of_the_user(host: MailHost) -> None:
-    (command,) = re.findall(r"`(ln -s [^`]*)`", PAGE)
-    host.run(command)
+def test_postmaster_is_a_user(host: MailHost) -> None:
     with host.smtp() as client:
-        client.sendmail(SENDER, [f"postmaster@{DOMAIN}"], letter("help"))
-    assert [text for text in host.read(JOE) if b"Subject: help\r\n" in text]
+        for address in (f"postmaster@{DOMAIN}", "postmaster"):
+            client.sendmail(SENDER, [address], letter("help"))
+    assert len([text for text in host.read(JOE) if b"Subject: help\r\n" in text]) == 2
 
 
 def test_another_sender_than_the_login_is_553(host: MailHost) -> None:

@@ -22,6 +22,7 @@ from fumi_core.server.transport import Transport, TransportOwner
 from fumi_core.smtp.options import OptionArguments, override
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.backends.tls import BackendTLS
 from fumi_edge.connection.direct import DirectClient
 from fumi_edge.connection.limits import ClientLimits
 from fumi_edge.connection.policy import ListenerPolicy
@@ -139,6 +140,7 @@ class LocalCore:
     """The core in this process: it serves clients over TLS directly, and is the backend of those that begin in plaintext."""
 
     name = "core"
+    tls: BackendTLS | None = None
 
     def __init__(self, starttls: bool) -> None:
         """``starttls`` tells whether clients may begin in plaintext. Call ``attach()`` before the first client."""

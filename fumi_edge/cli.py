@@ -10,12 +10,23 @@ import click
 
 from fumi_core.runtime.config_file import config_option, listener_tables
 from fumi_core.runtime.flag_groups import heading
-from fumi_core.runtime.flag_types import ADDRESS, COUNT, MODE, NAME, NETWORK, SECONDS, SECONDS_OR_ZERO, WORKERS
+from fumi_core.runtime.flag_types import (
+    ADDRESS,
+    COUNT,
+    MODE,
+    NAME,
+    NETWORK,
+    SECONDS,
+    SECONDS_OR_ZERO,
+    WORKERS,
+    AddressType,
+)
 from fumi_core.runtime.lifecycle import STOP_SIGNALS, prepare
 from fumi_core.runtime.privileges import PrivilegeError, find
 from fumi_core.runtime.settings import Program, SettingError, given
 from fumi_core.runtime.workers import run
 from fumi_core.version import VERSION
+from fumi_edge.backends.addresses import BackendAddress, parse_backend
 from fumi_edge.backends.settings import BALANCES
 from fumi_edge.connection.limits import Rate, parse_rate
 from fumi_edge.edge import Edge
@@ -41,6 +52,18 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
             return value if isinstance(value, Rate) else parse_rate(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class BackendType(AddressType):
+    """ADDR, or tls:HOST:PORT."""
+
+    name = "addr|tls:host:port"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "ADDR|tls:HOST:PORT"
+
+    def parse(self, text: str) -> BackendAddress:
+        return parse_backend(text)
 
 
 @click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_EDGE"})
@@ -115,7 +138,28 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--require-tls", is_flag=True, help="Clients of STARTTLS ports must upgrade before they send mail or passwords.")
 @click.option("--hide-starttls", is_flag=True, help="Does not advertise STARTTLS, which still works.")
 @heading("Backends")
-@click.option("--backend", type=ADDRESS, multiple=True, help="Address of the SMTP server. Repeatable.")
+@click.option(
+    "--backend",
+    type=BackendType(),
+    multiple=True,
+    help="Address of the SMTP server, or tls:HOST:PORT to reach it over TLS. Repeatable.",
+)
+@click.option(
+    "--backend-ca",
+    type=NAME,
+    metavar="FILE",
+    show_default="the system's",
+    help="CAs that sign the certificates of TLS backends.",
+)
+@click.option(
+    "--backend-name",
+    type=NAME,
+    metavar="NAME",
+    show_default="HOST",
+    help="Name or IP address that a TLS backend's certificate must be for.",
+)
+@click.option("--backend-cert", type=NAME, metavar="FILE", help="Certificate, with its chain, for TLS backends that request one.")
+@click.option("--backend-key", type=NAME, metavar="FILE", help="Private key of --backend-cert, if it is not in the same file.")
 @click.option(
     "--balance",
     type=click.Choice(BALANCES),

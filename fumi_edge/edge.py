@@ -33,6 +33,7 @@ from fumi_edge.settings import EdgeSettings, ListenerKey
 from fumi_edge.sockets.readiness import HangupWatch
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.close_notify import CloseNotify
+from fumi_edge.tls.credentials import ClientSettings, Credentials
 from fumi_edge.tls.policy import CertificateSettings
 from fumi_edge.tls.read_watch import ReadWatch
 
@@ -190,6 +191,11 @@ class Edge:
     def is_direct(self) -> bool:
         """Whether a core in this process serves the clients, so that there are no other backends."""
         return self._shared.direct is not None
+
+    @property
+    def credentials(self) -> Mapping[ClientSettings, Credentials]:
+        """What is used towards TLS backends."""
+        return self._services.credentials
 
     @property
     def backends(self) -> Mapping[str, Backend]:

@@ -41,6 +41,10 @@ class BackendError(StrEnum):
     UNREACHABLE = "unreachable"
     RESOLVE = "resolve"
     BANNER = "banner"
+    CERTIFICATE = "certificate"
+    """A certificate was rejected: the backend's by the edge, or the edge's by the backend, which may be that it has none."""
+    TLS = "tls"
+    """TLS with the backend failed, or ended without close_notify."""
     OTHER = "other"
 
 

@@ -17,22 +17,28 @@ from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_edge.backends.choice import Backend, Backends
 from fumi_edge.backends.health import Checks, pool_problems
 from fumi_edge.backends.settings import BackendSettings
-from fumi_edge.certificate_reload import Reloader
+from fumi_edge.certificate_reload import CredentialsReloader, FileReloader, Reloader
 from fumi_edge.connection.limits import ClientLimits, Limits
 from fumi_edge.connection.policy import ListenerSettings
 from fumi_edge.connection.resources import Resources, Shared
 from fumi_edge.metrics import EdgeMetrics
 from fumi_edge.settings import EdgeSettings, ListenerKey
 from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.credentials import ClientSettings, Credentials
 from fumi_edge.tls.policy import CertificateSettings
 
 
 class _Reloading(NamedTuple):
     """What a Reloader is for: it is kept as long as this is the same."""
 
-    certificates: Certificates
+    files: Certificates | Credentials
     interval: float
     listeners: str | None
+
+    def reloader(self, metrics: EdgeMetrics) -> FileReloader:
+        if isinstance(self.files, Credentials):
+            return CredentialsReloader(self.files, metrics, self.interval)
+        return Reloader(self.files, metrics, self.interval, self.listeners)
 
 
 class Services:
@@ -59,10 +65,9 @@ class Services:
             backend.pools = [pool.all for pool in self._pools.values() if backend in pool.all]
         self._limits: dict[ListenerKey | None, Limits] = {} if before is None else before._limits
         self.count_clients_in(connection_count)
-        reloaders: Mapping[_Reloading, Reloader] = {} if before is None else before._reloaders
-        self._reloaders: dict[_Reloading, Reloader] = {
-            each: reloaders.get(each) or Reloader(each.certificates, metrics, each.interval, each.listeners)
-            for each in self._reloadings()
+        reloaders: Mapping[_Reloading, FileReloader] = {} if before is None else before._reloaders
+        self._reloaders: dict[_Reloading, FileReloader] = {
+            each: reloaders.get(each) or each.reloader(metrics) for each in self._reloadings()
         }
         self._checks: Checks | None = None
         self._left: list[Backend] = []
@@ -75,6 +80,7 @@ class Services:
         for settings, certificates in self.certificates.items():
             names = self._settings.listeners_with(settings) if len(self.certificates) > 1 else None
             found.append(_Reloading(certificates, self._settings.cert_reload_interval, names))
+        found += [_Reloading(each, self._settings.cert_reload_interval, None) for each in self.credentials.values()]
         return found
 
     def _forget(self, before: Services, metrics: EdgeMetrics) -> None:
@@ -83,9 +89,10 @@ class Services:
         self._left = [each for each in (*before._left, *before.backends.values()) if each.connections and each not in present]
         for name in before.backends.keys() - self.backends.keys():
             metrics.drop_backend(name)
-        for certificates in before.certificates.values():
-            if certificates not in self.certificates.values():
-                metrics.certificates((), certificates)
+        kept = [each.files for each in self._reloaders]
+        for each in before._reloaders:
+            if each.files not in kept:
+                metrics.certificates((), each.files)
 
     def count_clients_in(self, connection_count: ConnectionCount) -> None:
         """Apply the limits to the clients that are counted there."""
@@ -111,6 +118,12 @@ class Services:
         """How many clients all workers may have together: the largest limit of a listener; infinity if one has none."""
         limits = [each.limits or self._settings.limits for each in self._settings.listeners] or [self._settings.limits]
         return max(math.inf if each.max_clients is None else each.max_clients for each in limits)
+
+    @property
+    def credentials(self) -> dict[ClientSettings, Credentials]:
+        """What is used towards TLS backends."""
+        found = [backend.destination.tls.credentials for backend in self.backends.values() if backend.destination.tls]
+        return {each.settings: each for each in found}
 
     def resources(self, shared: Shared, listener: ListenerSettings | None = None, key: ListenerKey | None = None) -> Resources:
         """What the connections of a listener share; None: of one without settings of its own."""

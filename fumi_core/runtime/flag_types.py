@@ -31,9 +31,13 @@ class AddressType(click.ParamType):  # type: ignore[type-arg]
         if not str(value).startswith(("unix:", "fd:")):
             _refuse_comma(self, str(value), "addresses", param, ctx)
         try:
-            return parse_address(str(value))
+            return self.parse(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+    def parse(self, text: str) -> SocketAddress:
+        """Raises ValueError."""
+        return parse_address(text)
 
 
 class NameType(click.ParamType):  # type: ignore[type-arg]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from time import monotonic, time
+from types import MappingProxyType
 from typing import NamedTuple
 
 from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, TLSInfo, encode_tlvs, tls_tlvs, v2_header
@@ -229,14 +230,15 @@ class Backends:
         return usable + doubtful
 
     async def connect(
-        self, opening: Opening, preferred: Backend | None = None, tried: Collection[Backend] = ()
+        self, opening: Opening, preferred: Backend | None = None, tried: Mapping[Backend, str] = MappingProxyType({})
     ) -> tuple[socket.socket, Backend]:
         """Return a connection on which ``opening``, the PROXY header, has been sent. It is counted until ``release()``.
 
-        Backends in ``tried`` are skipped. Raises NoBackend when no other can be connected to.
+        Backends in ``tried`` are skipped; they have failed for the reasons there. Raises NoBackend when no other can be
+        connected to.
         """
         loop = asyncio.get_running_loop()
-        failure = "no banner"
+        failure = list(tried.values())[-1] if tried else ""
         for backend in self.candidates(monotonic(), preferred):
             if backend not in tried:
                 try:

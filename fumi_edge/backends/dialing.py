@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.dead_peers import detect_dead_peer
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.taskless import in_task
+from fumi_edge.backends.tls import BackendTLS, TLSError
 from fumi_edge.metrics import BackendError
 from fumi_edge.sockets.ending import reset_on_close
 from fumi_edge.sockets.readiness import receive, send_all, writable
@@ -45,10 +47,14 @@ Opening = bytes | Callable[[Endpoint, Endpoint], bytes]
 
 
 class Destination(Protocol):
-    """Where a backend is: ``name`` is its name in logs and metrics, ``descriptors`` the number that a connection needs here."""
+    """Where a backend is: ``name`` is its name in logs and metrics, ``descriptors`` the number that a connection needs here.
+
+    ``tls`` is for a backend over TLS.
+    """
 
     name: str
     descriptors: int
+    tls: BackendTLS | None
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """Return a connection on which ``opening`` has been sent. Each step may take ``timeout`` seconds. Raises OSError."""
@@ -66,10 +72,12 @@ class Remote:
 
     descriptors = 1
 
-    __slots__ = ("_addresses", "_failed", "_failure_logged", "_lookup", "_resolved_at", "_turn", "address", "name")
+    __slots__ = ("_addresses", "_failed", "_failure_logged", "_lookup", "_resolved_at", "_turn", "address", "name", "tls")
 
-    def __init__(self, address: SocketAddress) -> None:
+    def __init__(self, address: SocketAddress, tls: BackendTLS | None = None) -> None:
+        """With ``tls``, connections are encrypted, and the server is verified."""
         self.address = address
+        self.tls = tls
         self.name = str(address)
         self._addresses = _literal(address)
         self._failed: dict[ResolvedAddress, float] = {}
@@ -81,11 +89,11 @@ class Remote:
         self._lookup: asyncio.Task[OSError | None] | None = None
 
     def __eq__(self, other: object) -> bool:
-        """Equal addresses, whatever is known of them: a reload then keeps what a name was last resolved to."""
-        return type(other) is type(self) and other.address == self.address
+        """Equal addresses, whatever is known of them: a reload then keeps what a name was last resolved to, and TLS sessions."""
+        return type(other) is type(self) and (other.address, other.tls) == (self.address, self.tls)
 
     def __hash__(self) -> int:
-        return hash(self.address)
+        return hash((self.address, self.tls))
 
     async def addresses(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[ResolvedAddress]:
         """The addresses in the order in which to try them. Waits only for the first lookup. Raises OSError, or TimeoutError."""
@@ -142,7 +150,10 @@ class Remote:
                     # This attempt tests it again; until it ends, other connections avoid the address.
                     self._failed[address] = loop.time()
                 try:
-                    sock = await _connect(loop, address, timeout, opening)
+                    if self.tls is None:
+                        sock = await _connect(loop, address, timeout, opening)
+                    else:
+                        sock = await in_task(_connect_tls(loop, address, timeout, opening, self.tls))
                 except OSError as error:
                     failure = error
                     if error.errno in LOCAL_ERRORS:
@@ -166,12 +177,7 @@ class Remote:
         return [address for address in self._addresses if address not in tried]
 
     def copy_for_other_loop(self) -> Remote:
-        return Remote(self.address)
-
-
-def is_destination(address: SocketAddress) -> bool:
-    """Whether it can be connected to: neither a descriptor nor port 0."""
-    return address.kind == "unix" or (address.kind == "tcp" and bool(address.port))
+        return Remote(self.address, self.tls and self.tls.copy_for_other_loop())
 
 
 def _literal(address: SocketAddress) -> tuple[ResolvedAddress, ...]:
@@ -194,6 +200,26 @@ async def _connect(loop: asyncio.AbstractEventLoop, address: ResolvedAddress, ti
         rest = _begin(sock, family, name, opening)
         if rest is not None:
             await in_task(_complete(loop, sock, name, rest, timeout))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _connect_tls(
+    loop: asyncio.AbstractEventLoop, address: ResolvedAddress, timeout: float, opening: Opening, tls: BackendTLS
+) -> socket.socket:
+    """Connect, and do the handshake; the opening is the first thing inside TLS. All of it may take ``timeout`` seconds."""
+    family, name = address
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        async with asyncio.timeout(timeout):
+            if _begin(sock, family, name, b"") is not None:
+                await _connected(loop, sock, name)
+            sock = encrypted = await tls.connect(loop, sock)
+            if not isinstance(opening, bytes):
+                opening = opening(_endpoint(sock.getsockname()), _endpoint(name))
+            await tls.send_first(loop, encrypted, opening)
     except BaseException:
         sock.close()
         raise
@@ -230,16 +256,21 @@ def _endpoint(address: Any) -> Endpoint:
 
 async def _complete(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any, opening: bytes, timeout: float) -> None:
     async with asyncio.timeout(timeout):
-        if isinstance(name, str):
-            # A Unix socket with a full queue returns EAGAIN, and no event reports free space.
-            while (code := sock.connect_ex(name)) == errno.EAGAIN:
-                await asyncio.sleep(_CONNECT_RETRY_SECONDS)
-        else:
-            await writable(loop, sock.fileno())
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code not in (0, errno.EISCONN):
-            raise OSError(code, os.strerror(code))
+        await _connected(loop, sock, name)
         await send_all(loop, sock, opening)
+
+
+async def _connected(loop: asyncio.AbstractEventLoop, sock: socket.socket, name: Any) -> None:
+    """Return once the socket is connected. Raises OSError."""
+    if isinstance(name, str):
+        # A Unix socket with a full queue returns EAGAIN, and no event reports free space.
+        while (code := sock.connect_ex(name)) == errno.EAGAIN:
+            await asyncio.sleep(_CONNECT_RETRY_SECONDS)
+    else:
+        await writable(loop, sock.fileno())
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code not in (0, errno.EISCONN):
+        raise OSError(code, os.strerror(code))
 
 
 async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) -> bytes:
@@ -258,6 +289,8 @@ async def quit_and_close(sock: socket.socket, timeout: float = CLOSE_SECONDS) ->
                 received += data
                 if len(received) > LAST_REPLY_LIMIT:
                     raise TimeoutError
+        if isinstance(sock, ssl.SSLSocket):
+            sock.unwrap()
     except TimeoutError:
         reset_on_close(sock)
     except OSError:
@@ -274,6 +307,8 @@ def error_text(error: OSError) -> str:
 
 def reason_of(error: OSError) -> BackendError:
     """An error of connect() as a label of the metrics."""
+    if isinstance(error, TLSError):
+        return error.reason
     if isinstance(error, TimeoutError):
         return BackendError.TIMEOUT
     if isinstance(error, socket.gaierror):

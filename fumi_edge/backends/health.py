@@ -13,6 +13,7 @@ import asyncio
 import logging
 import random
 import socket
+import ssl
 from collections.abc import Iterable
 
 from fumi_core.runtime.logs import failure
@@ -20,6 +21,7 @@ from fumi_edge.backends.choice import Backend, Backends, own_opening
 from fumi_edge.backends.dialing import CLOSE_SECONDS, LOCAL_ERRORS, Destination, error_text, quit_and_close, reason_of
 from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
 from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.backends.tls import explained
 from fumi_edge.metrics import BackendError
 from fumi_edge.sockets.readiness import receive, send_all
 
@@ -56,6 +58,9 @@ async def health_check(destination: Destination, settings: BackendSettings) -> N
             raise BadBanner(f"answered {_quoted(banner)} instead of 220")
     except OSError as error:
         sock.close()
+        if isinstance(error, ssl.SSLError):
+            # In TLS 1.3 the backend's verdict on our certificate comes after the handshake.
+            raise explained(sock, error) from None
         if not isinstance(error, TimeoutError):
             raise BadBanner(error.strerror or str(error)) from None
         raise BadBanner(

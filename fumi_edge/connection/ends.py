@@ -55,4 +55,11 @@ class Ended(Exception):
 
 
 class NoBanner(Exception):
-    """The backend closed before its banner, and the client has sent nothing yet: another backend can be tried."""
+    """The backend closed before its banner, and the client has sent nothing yet: another backend can be tried.
+
+    ``error`` is the error of the connection, if there was one.
+    """
+
+    def __init__(self, error: OSError | None = None) -> None:
+        super().__init__()
+        self.error = error

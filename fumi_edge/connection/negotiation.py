@@ -11,6 +11,7 @@ from fumi_edge.connection.ends import End, Ended, NoBanner
 from fumi_edge.connection.starttls import INJECTED, READY, Preamble, Step, Verdict
 from fumi_edge.sockets.ending import SHUTTING_DOWN, TIMED_OUT
 from fumi_edge.sockets.readiness import HangupWatch, readable, send_all
+from fumi_edge.tls.records import arrived
 
 READ_SIZE = 4096
 CONTENT_READ_SIZE = 64 * 1024
@@ -32,6 +33,8 @@ class Negotiation:
         self._idle_timeout = idle_timeout
         self._hangup_watch = hangup_watch
         self.received = self.sent = 0
+        self.failure: OSError | None = None
+        """The error of the backend's connection, once it has failed."""
 
     async def run(self) -> Step:
         """Relay until the client upgrades (UPGRADE, after the 220 was sent) or PLAINTEXT is decided.
@@ -82,11 +85,12 @@ class Negotiation:
 
     def _from_backend(self) -> Step:
         try:
-            data = self._backend.recv(READ_SIZE)
-        except BlockingIOError:
-            return _NOTHING
-        except OSError:
+            data = arrived(self._backend)
+        except OSError as error:
+            self.failure = error
             raise self._backend_ended(End.BACKEND_RESET) from None
+        if data is None:
+            return _NOTHING
         if not data:
             raise self._backend_ended(End.BACKEND_CLOSED)
         return self._preamble.receive_from_backend(data)
@@ -94,7 +98,7 @@ class Negotiation:
     def _backend_ended(self, reason: End) -> Exception:
         last = self._preamble.backend_ended()
         # The client is not read before it has got the banner, so another backend can still serve it.
-        return Ended(reason, last) if last or self.sent else NoBanner()
+        return Ended(reason, last) if last or self.sent else NoBanner(self.failure)
 
     def _from_client(self) -> Step:
         try:

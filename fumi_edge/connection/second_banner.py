@@ -8,6 +8,7 @@ import socket
 from fumi_edge.backends.replies import Replies
 from fumi_edge.connection.ends import End, Ended, NoBanner
 from fumi_edge.sockets.readiness import HangupWatch
+from fumi_edge.tls.records import arrived
 
 BANNER_TIMEOUT = 300.0
 """Seconds in which a backend must send its banner (RFC 5321 §4.5.3.2.1)."""
@@ -34,10 +35,12 @@ async def second_banner(client: socket.socket, backend: socket.socket, hangup_wa
             while banner is None:
                 data = await _receive(client, backend, hangup_watch)
                 if not data:
-                    raise BackendRefuses("closed in the middle of its banner") if replies.rest else NoBanner
+                    raise BackendRefuses("closed in the middle of its banner") if replies.rest else NoBanner()
                 banner = replies.feed(data)
     except TimeoutError:
         raise BackendRefuses("no banner in time") from None
+    except OSError as error:
+        raise (BackendRefuses("closed in the middle of its banner") if replies.rest else NoBanner(error)) from None
     if not banner.startswith(b"220"):
         raise BackendRefuses(banner.decode("ascii", "replace").strip(), banner)
     return replies.rest
@@ -49,9 +52,5 @@ async def _receive(client: socket.socket, backend: socket.socket, hangup_watch: 
             await hangup_watch.readable(client, backend)
         except ConnectionResetError:
             raise Ended(End.CLIENT_RESET) from None
-        try:
-            return backend.recv(4096)
-        except BlockingIOError:
-            continue
-        except OSError:
-            return b""
+        if (data := arrived(backend)) is not None:
+            return data

@@ -11,7 +11,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from fumi_core.proxy_protocol import Endpoint, TLSInfo, unique_id_text
@@ -20,6 +20,7 @@ from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.taskless import Pause, Walk, in_task
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Opening
+from fumi_edge.backends.tls import TLSError, explained
 from fumi_edge.connection.direct import DirectClient, DirectCore
 from fumi_edge.connection.ends import GONE, INCOMPLETE, SILENCES, End, Ended, NoBanner
 from fumi_edge.connection.ids import unique_id
@@ -232,17 +233,30 @@ class Connection(Walk):
 
     async def _with_backend(self, talk: Callable[[], Awaitable[T]]) -> T:
         """Connect and ``talk()``. If the backend closes before its banner, try the next one; the client notices nothing."""
-        silent: list[Backend] = []
+        silent: dict[Backend, str] = {}
         while True:
             backend = await self._connect(silent)
             try:
                 return await talk()
-            except NoBanner:
-                backend.count_error(BackendError.BANNER, "closed the connection without a banner")
-                silent.append(backend)
+            except NoBanner as silence:
+                silent[backend] = self._no_banner(backend, silence.error)
                 self._leave_backend()
 
-    async def _connect(self, silent: list[Backend]) -> Backend:
+    def _no_banner(self, backend: Backend, error: OSError | None) -> str:
+        """Count a backend without a banner; returns why it had none."""
+        assert self._backend is not None
+        failure = None if error is None else explained(self._backend, error)
+        if not isinstance(failure, TLSError):
+            backend.count_error(BackendError.BANNER, "closed the connection without a banner")
+            return "no banner"
+        if failure.reason is BackendError.CERTIFICATE:
+            # In TLS 1.3 the backend's verdict on our certificate comes after the handshake.
+            backend.failed(time.monotonic(), failure.reason, failure)
+        else:
+            backend.count_error(failure.reason, failure)
+        return str(failure)
+
+    async def _connect(self, silent: Mapping[Backend, str]) -> Backend:
         """Connect to a backend, if possible to the same as before, with a header that holds all that is known of the client."""
         version = self._resources.backends.settings.proxy_protocol
         # The core in this process must not take an unnamed client for the load balancer, which it may trust. Other servers get
@@ -270,6 +284,7 @@ class Connection(Walk):
         try:
             return await in_task(negotiation.run())
         except Ended as ended:
+            self._tls_ended(negotiation.failure)
             if ended.reason in _REJECTED:
                 self._count_rejection(_REJECTED[ended.reason])
             if ended.reason is End.INJECTION:
@@ -287,6 +302,14 @@ class Connection(Walk):
         finally:
             self.received, self.sent = negotiation.received, negotiation.sent
             self._negotiation = None
+
+    def _tls_ended(self, error: OSError | None) -> None:
+        """Count and log an error of the backend's TLS, if the error is one."""
+        assert self._backend is not None
+        failure = None if error is None else explained(self._backend, error)
+        if isinstance(failure, TLSError) and self.backend is not None:
+            self.backend.count_error(failure.reason, failure)
+            self.detail = f"backend: {failure}"
 
     def _decide(self, result: StarttlsResult) -> None:
         """Count the result of a STARTTLS port's client, once."""
@@ -338,10 +361,13 @@ class Connection(Walk):
         self._reader_left = False
         try:
             reason = await tunnel.run()
+            if tunnel.unanswered and not tunnel.received:
+                raise NoBanner(tunnel.failure)
+            self._tls_ended(tunnel.failure)
             if not tunnel.unanswered:
                 return reason
             # A client that has sent bytes cannot be moved to another backend, but can get a 421.
-            raise Ended(reason, NO_BACKEND) if tunnel.received else NoBanner
+            raise Ended(reason, NO_BACKEND)
         finally:
             self.received += tunnel.received
             self.sent += tunnel.sent

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.config_file import ListenerTable
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.backends.dialing import is_destination
+from fumi_edge.backends.addresses import is_destination
 from fumi_edge.emit import haproxy, stunnel
 from fumi_edge.emit.notes import Flags, Service, missing, shortened
 from fumi_edge.tls.pem import CertificateError, Pair
@@ -84,7 +84,7 @@ def _check(flags: Flags) -> None:
         raise SettingError(f"--ciphers: {error}") from None
     for address in flags.get("backend") or ():
         if not is_destination(address):
-            raise SettingError(f"{address} is not a backend: write HOST:PORT or unix:/path")
+            raise SettingError(f"{address} is not a backend: write HOST:PORT, tls:HOST:PORT or unix:/path")
 
 
 def _pairs(flags: Flags) -> list[Pair]:

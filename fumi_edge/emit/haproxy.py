@@ -8,10 +8,12 @@ import re
 import shlex
 import string
 from collections.abc import Collection, Iterable, Sequence
+from ipaddress import ip_address
 from typing import Any
 
 from fumi_core.runtime.addresses import THIS_HOST, SocketAddress
 from fumi_core.runtime.settings import SettingError
+from fumi_edge.backends.addresses import BackendAddress
 from fumi_edge.emit.notes import (
     LONGEST,
     TIMES,
@@ -29,7 +31,8 @@ from fumi_edge.emit.template import Line, haproxy_template, without
 from fumi_edge.tls.pem import Pair, label
 
 _APPLIED = {
-    *("listen", "starttls_listen", "cert", "key", "backend", "balance", "health_interval", "proxy_protocol", "accept_proxy"),
+    *("listen", "starttls_listen", "cert", "key", "balance", "health_interval", "proxy_protocol", "accept_proxy"),
+    *("backend", "backend_ca", "backend_name", "backend_cert", "backend_key"),
     *("trusted_proxy", "client_ca", "client_cert", "min_tls", "ciphers", "alpn", "metrics", "connect_timeout", "idle_timeout"),
     *("handshake_timeout", "health_timeout", "max_clients", "max_clients_per_ip", "rate_per_ip", "drain_timeout"),
     *("socket_mode", "log_level", "user"),
@@ -67,6 +70,7 @@ def _notes(flags: Flags, given: Collection[str], services: Sequence[Service], un
     notes += [f"{address}: omitted; HAProxy is started without this descriptor." for address in unsupported]
     notes += dict.fromkeys(note for service in services for note in header_notes(service.flags))
     notes += _key_notes(dict.fromkeys(pair for service in services for pair in service.pairs))
+    notes += dict.fromkeys(note for service in services for note in _tls_backend_notes(service.flags))
     local = of_kind([each for service in services for each in service.listeners], "unix")
     notes += [f"{address}: HAProxy's PROXY header has no client address for a Unix socket." for address in local]
     notes.append("A client is disconnected without 421 when no core is available, and when its address has reached a limit.")
@@ -89,6 +93,22 @@ def _key_notes(pairs: Iterable[Pair]) -> list[str]:
         return []
     links = [f"    ln -s {shlex.quote(os.path.abspath(key))} {shlex.quote(cert + '.key')}" for cert, key in missing]
     return ["HAProxy reads a certificate's key from the same file, or from that name with .key appended. Run once:", *links]
+
+
+def _tls_backend_notes(flags: Flags) -> list[str]:
+    """What is to be done for TLS backends: HAProxy matches DNS names only, and wants certificate and key in one file."""
+    names = [_verified(each, flags) for each in flags.get("backend") or () if each.tls]
+    notes = [
+        f"{name}: HAProxy compares DNS names only, so a certificate for this IP address is rejected. Give it a name, and add"
+        " --backend-name."
+        for name in names
+        if _is_ip(name)
+    ]
+    if names and flags.get("backend_cert") and flags.get("backend_key"):
+        cert, key = flags["backend_cert"], flags["backend_key"]
+        notes.append("HAProxy reads the key of --backend-cert from the same file. Run once:")
+        notes.append(f"    cat {shlex.quote(cert)} {shlex.quote(key)} > {shlex.quote(cert + '.both')}")
+    return notes
 
 
 def _filled_in(flags: Flags, services: Sequence[Service]) -> str:
@@ -142,8 +162,10 @@ def _rewritten(line: Line, service: Service, general: Flags) -> list[str]:
         case "tls-listener":
             return [text + _bind_options(service) + _own_tls(flags, general), *_trust(flags), *_own_times(flags, general)]
         case "backend":
-            count = len(flags.get("backend") or ()) or 1
-            return [text.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}") for n in range(1, count + 1)]
+            return [
+                text.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}") + _server_options(backend, flags)
+                for n, backend in enumerate(flags.get("backend") or (None,), 1)
+            ]
         case "proxy-header":
             return [_default_server(text, flags)]
         case "limits-per-ip" | "max-clients-per-ip" | "rate-per-ip":
@@ -156,6 +178,33 @@ def _default_server(text: str, flags: Flags) -> str:
     if sends is not None:
         text = re.sub(r"send-proxy-v2-ssl-cn proxy-v2-options \S+", sends, text)
     return text if flags.get("health_interval") != 0 else text.partition(" check ")[0]
+
+
+def _server_options(backend: BackendAddress | None, flags: Flags) -> str:
+    """The options of a server line for a backend over TLS; checks are made over TLS, too."""
+    if backend is None or not backend.tls:
+        return ""
+    name, cert = _verified(backend, flags), flags.get("backend_cert")
+    options = [f"ssl verify required ca-file {_quoted(flags.get('backend_ca') or '@system-ca')} verifyhost {_quoted(name)}"]
+    if not _is_ip(name):
+        options.append(f"sni str({_quoted(name)}) check-sni {_quoted(name)}")
+    if cert:
+        options.append(f"crt {_quoted(cert + '.both' if flags.get('backend_key') else cert)}")
+    options.append("ssl-min-ver TLSv1.2")
+    return "".join(f" {option}" for option in options)
+
+
+def _verified(backend: BackendAddress, flags: Flags) -> str:
+    """The name that the certificate of a backend must be for."""
+    return str(flags.get("backend_name") or backend.host).removesuffix(".")
+
+
+def _is_ip(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _limit(text: str, flags: Flags) -> str:
@@ -215,7 +264,7 @@ def _values(service: Service) -> dict[str, str]:
     if service.pairs:
         values["CERT"] = label(service.pairs[0].cert)
     for number, address in enumerate(flags.get("backend") or (), 1):
-        values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address, "127.0.0.1")
+        values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address.plain, "127.0.0.1")
     for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
         values[flag.upper()] = flags.get(flag)
     for flag in TIMES:

@@ -29,6 +29,9 @@ _APPLIED = {
 }
 """The flags that have an equivalent in stunnel."""
 _REASONS = {
+    **dict.fromkeys(
+        ("backend_ca", "backend_name", "backend_cert", "backend_key"), "a service of stunnel has TLS on one side only."
+    ),
     "accept_proxy": "stunnel reads no PROXY headers, so it cannot run behind such a load balancer.",
     "trusted_proxy": "see --accept-proxy.",
     "alpn": "stunnel does not negotiate ALPN.",
@@ -54,6 +57,11 @@ def write(flags: Flags, given: Collection[str], services: Sequence[Service]) -> 
     if not kept:
         raise SettingError(
             f"--emit stunnel: {unsupported[0]} cannot be a listener of stunnel with a PROXY header; name HOST:PORT"
+        )
+    if over_tls := [str(each) for service in kept for each in service.flags.get("backend") or () if each.tls]:
+        raise SettingError(
+            f"--emit stunnel: {over_tls[0]}: a service of stunnel has TLS on one side only; name a backend without TLS, such as"
+            " another service of stunnel, with client = yes"
         )
     general, template = stunnel_template()
     body = _set(general, _general_settings(flags))

@@ -18,6 +18,7 @@ from fumi_core.runtime.privileges import find
 from fumi_core.runtime.settings import CONFIGURATION_OK, SettingError
 from fumi_edge.backends.health import dependency_problems, offering_starttls
 from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.certificate_reload import Renewed
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.policy import CertificateSettings
@@ -29,11 +30,15 @@ def check(
     settings: EdgeSettings, certificates: Mapping[CertificateSettings, Certificates], user: str | None, probing: bool
 ) -> None:
     """Print the result of ``--check``; ``probing``: check the backends too. Raises SettingError with all problems in one line."""
-    problems = list(dict.fromkeys(line for each in certificates.values() for line in _certificate_problems(each)))
+    credentials = [each.tls.credentials for pool in settings.all_backends for each in pool.destinations if each.tls]
+    lines = [line for each in certificates.values() for line in _certificate_problems(each)]
+    lines += [line for each in credentials for line in each.validity_problems(time.time())]
+    problems = list(dict.fromkeys(lines))
     listen_check = check_listen(settings.listen_addresses)
     problems += listen_check.problems
     if user:
-        files = dict.fromkeys(path for each in certificates.values() for path in each.files())
+        renewed: list[Renewed] = [*certificates.values(), *credentials]
+        files = dict.fromkeys(path for each in renewed for path in each.files())
         problems += [f"--user {user} cannot read {path}" for path in unreadable(user, files)]
     if probing:
         for pool in _each_backend_once(settings):

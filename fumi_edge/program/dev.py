@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fumi_core.runtime.addresses import SocketAddress, parse_address
+from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.config_file import ListenerTable
 from fumi_core.runtime.settings import SettingError
+from fumi_edge.backends.addresses import BackendAddress
 from fumi_edge.edge import Edge
 from fumi_edge.program.flags import Flags
 
@@ -65,7 +66,7 @@ def defaults(flags: Flags, path: str) -> Flags:
         **flags,
         "cert": (_take(f"{path}/cert.pem"),),
         "key": (_take(f"{path}/key.pem"),),
-        "backend": (SocketAddress("unix", path=f"{path}/core.sock"),),
+        "backend": (BackendAddress("unix", path=f"{path}/core.sock"),),
         "proxy_protocol": "v2",
         "listen": flags["listen"] or (parse_address(LISTEN),),
         "starttls_listen": flags["starttls_listen"] or (parse_address(STARTTLS),),

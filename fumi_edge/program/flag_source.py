@@ -15,6 +15,7 @@ from fumi_edge.program.inner import Inner
 from fumi_edge.program.settings import edge_settings, load_certificates
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.credentials import ClientSettings, Credentials
 from fumi_edge.tls.policy import CertificateSettings
 
 _ONCE = ("app", "listen", "metrics", "socket_mode", "starttls_listen", "user", "workers")
@@ -39,15 +40,21 @@ class FlagSource:
         self._tables = listener_tables(ctx)
         self._inner = inner
 
-    def read_again(self, loaded: Mapping[CertificateSettings, Certificates], forking: bool) -> Again:
+    def read_again(
+        self,
+        loaded: Mapping[CertificateSettings, Certificates],
+        credentials: Mapping[ClientSettings, Credentials],
+        forking: bool,
+    ) -> Again:
         """Read everything, and load the certificates that are not ``loaded``. Changes nothing; raises ClickException.
 
-        ``forking``: this process forks workers, which are to resume each other's sessions.
+        ``credentials`` are those for TLS backends that are loaded. ``forking``: this process forks workers, which are to resume
+        each other's sessions.
         """
         ctx = read_again(self._ctx)
         flags, tables = cast(Flags, ctx.params), listener_tables(ctx)
         if self._inner is None:
-            settings = edge_settings(flags, tables)
+            settings = edge_settings(flags, tables, None, credentials)
         else:
             self._inner.check_tables(tables)
             settings = edge_settings(self._inner.defaults(flags, tables), tables, self._inner.core)

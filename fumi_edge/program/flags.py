@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from fumi_core.runtime.addresses import SocketAddress
+from fumi_edge.backends.addresses import BackendAddress
 from fumi_edge.connection.limits import Rate
 from fumi_edge.tls.pem import Source
 
@@ -17,7 +18,11 @@ class Flags(TypedDict):
     cert: tuple[Source, ...]
     key: tuple[Source, ...]
     cert_reload_interval: float
-    backend: tuple[SocketAddress, ...]
+    backend: tuple[BackendAddress, ...]
+    backend_ca: str | None
+    backend_name: str | None
+    backend_cert: str | None
+    backend_key: str | None
     balance: str
     health_interval: float
     health_timeout: float

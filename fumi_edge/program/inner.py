@@ -13,7 +13,10 @@ from fumi_core.server.metrics import CoreMetrics
 from fumi_edge.app import InnerApp, LocalCore
 from fumi_edge.program.flags import Flags
 
-_OF_BACKENDS = ("backend", "balance", "connect_timeout", "health_interval", "health_timeout", "proxy_protocol")
+_OF_BACKENDS = (
+    *("backend", "backend_ca", "backend_name", "backend_cert", "backend_key"),
+    *("balance", "connect_timeout", "health_interval", "health_timeout", "proxy_protocol"),
+)
 
 
 class Inner:

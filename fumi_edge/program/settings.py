@@ -12,25 +12,36 @@ from fumi_edge.program.flags import Flags
 from fumi_edge.program.listeners import (
     backend_settings,
     certificate_settings,
+    check_tls_backends,
     limits_of,
     listeners_of_flags,
     listeners_of_tables,
 )
 from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Certificates
+from fumi_edge.tls.credentials import ClientSettings, Credentials
 from fumi_edge.tls.pem import CertificateError
 from fumi_edge.tls.policy import CertificateSettings
 
 
-def edge_settings(flags: Flags, tables: Sequence[ListenerTable] = (), core: Destination | None = None) -> EdgeSettings:
+def edge_settings(
+    flags: Flags,
+    tables: Sequence[ListenerTable] = (),
+    core: Destination | None = None,
+    credentials: Mapping[ClientSettings, Credentials] | None = None,
+) -> EdgeSettings:
     """The settings that the flags and the tables give. Certificates are not loaded yet. Raises SettingError.
 
-    ``core`` is in this process, and takes the place of the backends.
+    ``core`` is in this process, and takes the place of the backends. ``credentials`` are those for TLS backends that are loaded;
+    others are loaded here.
     """
-    listeners = listeners_of_tables(flags, tables, core) if tables else ()
+    loaded = dict(credentials or {})
+    listeners = listeners_of_tables(flags, tables, loaded, core) if tables else ()
     # Tables may have all certificates and backends, and then the edge itself needs none.
     certificates = (listeners[0].certificates if listeners else None) or certificate_settings(flags)
-    backends = (listeners[0].backends if listeners else None) or backend_settings(flags, core)
+    backends = (listeners[0].backends if listeners else None) or backend_settings(flags, loaded, core)
+    if not tables and core is None:
+        check_tls_backends(flags)
     settings = EdgeSettings(
         certificates=certificates,
         cert_reload_interval=flags["cert_reload_interval"],

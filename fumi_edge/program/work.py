@@ -22,14 +22,13 @@ from fumi_core.runtime.overview import Facts, Overview
 from fumi_core.runtime.privileges import PrivilegeError, become
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError
-from fumi_edge.certificate_reload import SETTLE_SECONDS
+from fumi_edge.certificate_reload import SETTLE_SECONDS, Renewed
 from fumi_edge.edge import Edge
 from fumi_edge.program.dev import DevCore
 from fumi_edge.program.flag_source import FlagSource
 from fumi_edge.program.inner import Inner
 from fumi_edge.status.facts import EdgeFacts
 from fumi_edge.status.page import edge_pages
-from fumi_edge.tls.certificates import Certificates
 from fumi_edge.tls.pem import date
 
 MAX_LOGGED_CERTIFICATES = 50
@@ -79,7 +78,7 @@ class EdgeWork:
                 become(self._user)
             except PrivilegeError as error:
                 raise SettingError(f"--user: {error}") from None
-            files = dict.fromkeys(path for each in self._edge.certificates.values() for path in each.files())
+            files = dict.fromkeys(path for each in self._renewed for path in each.files())
             if unreadable := [path for path in files if not os.access(path, os.R_OK)]:
                 event(self.log, logging.WARNING, "renewals need a restart", user=self._user, unreadable=",".join(unreadable))
 
@@ -94,6 +93,11 @@ class EdgeWork:
             event(self.log, logging.INFO, "serving certificate", **fields)
         if len(served) > MAX_LOGGED_CERTIFICATES:
             event(self.log, logging.INFO, "serving more certificates", count=len(served) - MAX_LOGGED_CERTIFICATES)
+
+    @property
+    def _renewed(self) -> list[Renewed]:
+        """What is read from certificate files: for clients, and for TLS backends."""
+        return [*self._edge.certificates.values(), *self._edge.credentials.values()]
 
     def unbind(self) -> None:
         self._edge.unbind()
@@ -128,7 +132,8 @@ class EdgeWork:
         # In a thread: a file system may hang, and neither mail nor the next reload must wait. The master has its own limit.
         try:
             async with asyncio.timeout(READ_TIMEOUT if self._serving else None):
-                again = await run_in_daemon_thread(lambda: source.read_again(self._edge.certificates, forking=not self._serving))
+                edge, forking = self._edge, not self._serving
+                again = await run_in_daemon_thread(lambda: source.read_again(edge.certificates, edge.credentials, forking))
         except TimeoutError:
             raise SettingError(f"the files were not read within {READ_TIMEOUT:g} seconds") from None
         await self._edge.apply(again.settings, again.certificates)
@@ -140,7 +145,7 @@ class EdgeWork:
             complaints = await self._edge.reload()
         else:
             # This is the master, which reads for new workers. The running workers log each certificate.
-            found = [await _read_for_workers(each) for each in self._edge.certificates.values()]
+            found = [await _read_for_workers(each) for each in self._renewed]
             complaints = list(dict.fromkeys(line for lines in found for line in lines))
         if complaints:
             more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
@@ -159,13 +164,12 @@ class EdgeWork:
         return self._edge.dependency_problem()
 
 
-async def _read_for_workers(certificates: Certificates) -> list[str]:
+async def _read_for_workers(files: Renewed) -> list[str]:
     """Read twice if there are errors, as a worker does: a certificate and its key are two files, replaced in turn."""
-    certificates.install(reading := certificates.read())
-    if reading.complaints:
+    if complaints := files.renew():
         await asyncio.sleep(SETTLE_SECONDS)
-        certificates.install(reading := certificates.read())
-    return reading.complaints
+        complaints = files.renew()
+    return complaints
 
 
 def _tune_garbage_collector() -> None:

@@ -209,6 +209,11 @@ class Certificates:
         if reading.sources is self._current.sources:
             self._put(reading)
 
+    def renew(self) -> list[str]:
+        """Read all files again, and use what is good. Returns a line for each error."""
+        self.install(reading := self.read())
+        return reading.complaints
+
     def choose(self, now: float) -> Reading:
         """The certificates in use with a selection for ``now`` (seconds since 1970), to install after ``selection.until``.
 

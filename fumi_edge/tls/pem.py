@@ -146,9 +146,9 @@ def is_authority(source: Source) -> bool:
         return isinstance(error, NoServer)
 
 
-def authorities(source: Source) -> str:
-    """The certificates in a CA file, without any other text. Raises CertificateError."""
-    found = list(_certificates(data := _read(source, "client CA")))
+def authorities(source: Source, what: str = "client CA") -> str:
+    """The certificates in a CA file, without any other text; ``what`` is its name in errors. Raises CertificateError."""
+    found = list(_certificates(data := _read(source, what)))
     if not found:
         raise _without(source, data)
     _refuse_glued(source, data)
@@ -168,8 +168,11 @@ def authorities_in(text: str | bytes) -> tuple[Authority, ...]:
     )
 
 
-def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
-    """Read a certificate chain and its key. Returns ``previous`` if neither has changed. Raises CertificateError."""
+def load(pair: Pair, previous: Certificate | None = None, of_client: bool = False) -> Certificate:
+    """Read a certificate chain and its key. Returns ``previous`` if neither has changed. Raises CertificateError.
+
+    ``of_client``: the certificate is shown to servers, and not to clients.
+    """
     chain = _read(pair.cert, "certificate")
     key = chain if pair.key is None else _read(pair.key, "key")
     if previous is not None and (previous.chain, previous.key) == (chain, key):
@@ -186,16 +189,16 @@ def load(pair: Pair, previous: Certificate | None = None) -> Certificate:
     if not _KEY.search(key):
         if conversion := _conversion(key, "pkey"):
             raise CertificateError(f"{place}: {conversion}")
-        hint = "; name its file with --key, or in a directory give it the same name with .key" if pair.key is None else ""
-        raise NoServer(f"{place}: holds no private key{hint}")
+        flags = "--backend-key" if of_client else "--key, or in a directory give it the same name with .key"
+        raise NoServer(f"{place}: holds no private key" + (f"; name its file with {flags}" if pair.key is None else ""))
     try:
-        facts, kind = _try_out(chain, key, leaf.decode("latin-1"))
+        facts, kind = _try_out(chain, key, leaf.decode("latin-1"), of_client)
         validity = _seconds(facts["notBefore"]), _seconds(facts["notAfter"])
         others = list(_certificates(chain))[1:]
         sent = authorities_in(b"\n".join(others))
         return Certificate(pair, _names(facts), *validity, kind, sent, chain, key, _last_part(facts, "issuer"))
     except ssl.SSLError as error:
-        raise _complaint(error, pair, chain) from None
+        raise _complaint(error, pair, chain, of_client) from None
     except ValueError as error:
         raise CertificateError(f"{pair}: OpenSSL cannot read the certificate: {error}") from None
 
@@ -273,7 +276,7 @@ def _may_sign(certificate: bytes) -> bool:
         return False
 
 
-def _complaint(error: ssl.SSLError, pair: Pair, chain: bytes) -> CertificateError:
+def _complaint(error: ssl.SSLError, pair: Pair, chain: bytes, of_client: bool = False) -> CertificateError:
     key = label(pair.cert if pair.key is None else pair.key)
     reason = (error.reason or "").replace("_", " ").lower()
     if "mismatch" in reason or reason == "no certificate assigned":  # the latter when the key is of another kind
@@ -286,7 +289,8 @@ def _complaint(error: ssl.SSLError, pair: Pair, chain: bytes) -> CertificateErro
     if "pem lib" in str(error).lower():
         return CertificateError(f"{key}: OpenSSL cannot read the private key")
     verify = getattr(error, "verify_message", "")
-    return NoServer(f"{pair}: not usable by a TLS server: {verify or reason or _SOURCE_LINE.sub('', str(error))}")
+    side = "client" if of_client else "server"
+    return NoServer(f"{pair}: not usable by a TLS {side}: {verify or reason or _SOURCE_LINE.sub('', str(error))}")
 
 
 def _broken(chain: bytes) -> str | None:
@@ -304,21 +308,24 @@ def _broken(chain: bytes) -> str | None:
     return None
 
 
-def _try_out(chain: bytes, key: bytes, leaf: str) -> tuple[dict[str, Any], str]:
+def _try_out(chain: bytes, key: bytes, leaf: str, of_client: bool) -> tuple[dict[str, Any], str]:
     """Decode a certificate, in getpeercert()'s form, and return it with its kind.
 
     Python decodes only a verified peer's certificate. So a server with this certificate does a handshake, in memory, with a
     client that trusts exactly this certificate, which also proves that key and certificate work. In TLS 1.2 the cipher names
-    the kind.
+    the kind. For a client's certificate, the client shows it, too, and the server verifies it.
     """
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_context.maximum_version = ssl.TLSVersion.TLSv1_2
     _give(server_context, chain, key)
     client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client_context.check_hostname = False
-    client_context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    client_context.verify_flags = ssl.VerifyFlags(client_context.verify_flags | _NO_CHECK_TIME)
-    client_context.load_verify_locations(cadata=leaf)
+    if of_client:
+        client_context.verify_mode = ssl.CERT_NONE
+        _give(client_context, chain, key)
+        _trust_alone(server_context, leaf)
+    else:
+        _trust_alone(client_context, leaf)
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = server_context.wrap_bio(up, down, server_side=True)
     client = client_context.wrap_bio(down, up)
@@ -326,7 +333,16 @@ def _try_out(chain: bytes, key: bytes, leaf: str) -> tuple[dict[str, Any], str]:
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
     cipher = client.cipher()
-    return dict(client.getpeercert() or {}), "RSA" if cipher and "-RSA-" in cipher[0] else "ECDSA"
+    verifying = server if of_client else client
+    return dict(verifying.getpeercert() or {}), "RSA" if cipher and "-RSA-" in cipher[0] else "ECDSA"
+
+
+def _trust_alone(context: ssl.SSLContext, leaf: str) -> None:
+    """Have peers verified that show exactly this certificate, whatever its time."""
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.verify_flags = ssl.VerifyFlags(context.verify_flags | _NO_CHECK_TIME)
+    context.load_verify_locations(cadata=leaf)
 
 
 def _names(facts: dict[str, Any]) -> tuple[str, ...]:

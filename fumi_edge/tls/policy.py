@@ -18,7 +18,7 @@ from fumi_edge.tls.pem import CertificateError, Pair, Source, authorities, label
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """For TLS 1.2; all TLS 1.3 ciphers have forward secrecy and authenticated encryption."""
 IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-_EXCLUDED_CIPHERS = ":!aNULL:!eNULL"
+EXCLUDED_CIPHERS = ":!aNULL:!eNULL"
 
 
 class TLSSocket(ssl.SSLSocket):
@@ -43,7 +43,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(self.ciphers + _EXCLUDED_CIPHERS)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(self.ciphers + EXCLUDED_CIPHERS)
         except ssl.SSLError:
             raise ValueError(f"{self.ciphers!r} selects no TLS 1.2 cipher: see openssl ciphers -v -tls1_2 -s") from None
 
@@ -64,7 +64,7 @@ class Policy:
         """Return a new context without a certificate. ``client_ca`` is the result of ``read_client_ca``."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3 if self.min_tls == "1.3" else ssl.TLSVersion.TLSv1_2
-        context.set_ciphers(self.ciphers + _EXCLUDED_CIPHERS)
+        context.set_ciphers(self.ciphers + EXCLUDED_CIPHERS)
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
         # Without it OpenSSL 3 ends both directions when a client half-closes without close_notify.
         context.options |= IGNORE_UNEXPECTED_EOF

@@ -1,4 +1,4 @@
-"""Ends a TLS connection whose client makes one read last.
+"""Ends a TLS connection whose client, or TLS backend, makes one read last.
 
 OpenSSL returns from a read only with content, or when nothing more has arrived. Until then it works through records without
 content, such as key updates (RFC 8446 §4.6.3): each costs it 16 µs, and a client that has made them beforehand 27 bytes. One
@@ -68,7 +68,8 @@ class ReadWatch:
 
 def _end(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # the client may have closed in the meantime
-        client, _ = peer_of(sock.getpeername())
+        peer, _ = peer_of(sock.getpeername())
         # Not sock.shutdown(), which is not for another thread: it would end the TLS of the socket.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        event(log, logging.WARNING, "TLS read does not end, disconnected", client_ip=client)
+        side = "client_ip" if getattr(sock, "server_side", True) else "backend_ip"
+        event(log, logging.WARNING, "TLS read does not end, disconnected", **{side: peer})

@@ -1,4 +1,4 @@
-"""Reading and writing a non-blocking TLS socket by whole records, and ending its direction to the client.
+"""Reading and writing a non-blocking TLS socket by whole records, and ending its direction to the peer.
 
 The tunnel and the transport of the direct path both use it. TLS has two peculiarities, which the results tell: a read may have to
 wait until the socket can be written, and a write until it can be read.
@@ -30,7 +30,7 @@ class After(enum.Enum):
 MORE, ENDED, WANTS_WRITE = After
 
 
-def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tuple[int, After]:
+def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tuple[int, After | OSError]:
     """Decrypt one record, or all that have arrived, up to a full buffer. Returns (bytes, what follows).
 
     ``streaming`` tells that the last call returned at least LONG_RECORD bytes. Another record is read at once after a full one,
@@ -38,8 +38,8 @@ def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tu
     Python as much as to read it. What has arrived and is not read makes the event loop call again.
 
     A read of RECORD_SIZE bytes takes a whole record, so OpenSSL holds back no decrypted bytes unknown to the event loop.
-    Raises OSError when the connection or its TLS has failed; the bytes read until then are lost. A client that makes the read
-    last is disconnected (read_watch.py).
+    When the connection or its TLS has failed, raises OSError or, if bytes were read before, returns it after them. A client that
+    makes the read last is disconnected (read_watch.py).
     """
     READING.now = (sock,)
     count: int = 0
@@ -58,9 +58,24 @@ def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tu
         return count, ENDED
     except ssl.SSLWantWriteError:
         return count, WANTS_WRITE
+    except OSError as error:
+        if not count:
+            raise
+        return count, error
     finally:
         READING.now = None
     return count, MORE if got else ENDED
+
+
+def arrived(sock: socket.socket) -> bytes | None:
+    """What has arrived, up to RECORD_SIZE bytes; empty at the end, None when nothing has. Raises OSError.
+
+    So many bytes take a whole TLS record, and OpenSSL holds back none, which no event would report.
+    """
+    try:
+        return sock.recv(RECORD_SIZE)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return None
 
 
 def write_records(sock: ssl.SSLSocket, data: bytes | memoryview) -> tuple[int, bool]:

@@ -196,6 +196,8 @@ class TLSTransport:
         if count and owner is not None:
             self.received += count
             owner.received(bytes(self._buffer[:count]))
+        if isinstance(then, OSError):
+            self._fail(TransportEnd.FAILED)
         if self._ended and not self._closing and owner is not None:
             self._end_seen = TransportEnd.CLIENT_CLOSED
             owner.ended()

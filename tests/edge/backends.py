@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -20,7 +21,9 @@ Handler = Callable[[Peer], object]
 class StartBackend(Protocol):
     """The fixture ``backend``."""
 
-    def __call__(self, handler: Handler = ..., *, proxy: bool = True, path: str | None = None) -> Backend: ...
+    def __call__(
+        self, handler: Handler = ..., *, proxy: bool = True, path: str | None = None, tls: ssl.SSLContext | None = None
+    ) -> Backend: ...
 
 
 class MakePool(Protocol):
@@ -50,11 +53,19 @@ def smtp(peer: Peer) -> None:
 
 
 class Backend:
-    """A backend in threads: ``handler`` is run with a Peer for every connection; ``peers`` are those that came, probes apart."""
+    """A backend in threads: ``handler`` is run with a Peer for every connection; ``peers`` are those that came, probes apart.
 
-    def __init__(self, handler: Handler, proxy: bool = True, path: str | None = None) -> None:
+    With ``tls`` it is one over TLS. ``failures`` are the handshakes that failed, ``resumed`` counts the sessions that were,
+    and ``shown`` has what the clients' certificates say.
+    """
+
+    def __init__(self, handler: Handler, proxy: bool = True, path: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self._handler = handler
         self._proxy = proxy
+        self._tls = tls
+        self.failures: list[OSError] = []
+        self.resumed = 0
+        self.shown: list[str] = []
         self._port = kept_port()
         if path:
             self._listening = socket.socket(socket.AF_UNIX)
@@ -64,6 +75,8 @@ class Backend:
         else:
             self._listening = socket.create_server(self._port.getsockname(), backlog=64)
             self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        if tls:
+            self.address = f"tls:{self.address}"
         self.peers: list[Peer] = []
         self.errors: list[Exception] = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -74,8 +87,21 @@ class Backend:
                 sock, _ = self._listening.accept()
                 threading.Thread(target=self._serve, args=(Peer(sock),), daemon=True).start()
 
+    def _upgraded(self, peer: Peer) -> Peer:
+        if self._tls is None:
+            return peer
+        try:
+            sock = self._tls.wrap_socket(peer.sock, server_side=True, suppress_ragged_eofs=False)
+        except OSError as error:
+            self.failures.append(error)
+            raise
+        self.resumed += bool(sock.session_reused)
+        self.shown.append(repr(sock.getpeercert()))
+        return Peer(sock)
+
     def _serve(self, peer: Peer) -> None:
         try:
+            peer = self._upgraded(peer)
             if self._proxy:
                 peer.take_header()
             if peer.received is None or peer.received.command == "PROXY":
@@ -86,6 +112,10 @@ class Backend:
         except Exception as error:
             self.errors.append(error)
         finally:
+            if isinstance(peer.sock, ssl.SSLSocket) and peer.sock.fileno() >= 0:
+                peer.sock.setblocking(False)
+                with contextlib.suppress(OSError, ValueError):
+                    peer.sock.unwrap()  # sends close_notify
             peer.close()
 
     def peer(self, number: int = 0) -> Peer:

@@ -59,8 +59,10 @@ def backend() -> Iterator[StartBackend]:
     """Starts backends; fails the test when a handler raised."""
     started: list[Backend] = []
 
-    def start(handler: Handler = smtp, *, proxy: bool = True, path: str | None = None) -> Backend:
-        started.append(Backend(handler, proxy, path))
+    def start(
+        handler: Handler = smtp, *, proxy: bool = True, path: str | None = None, tls: ssl.SSLContext | None = None
+    ) -> Backend:
+        started.append(Backend(handler, proxy, path, tls))
         return started[-1]
 
     yield start

@@ -24,7 +24,14 @@ OTHERS = ("workers", "listen", "config", "check", "", "adress", "mode ", "listen
 GOOD = {
     "address": ('":25"', '"127.0.0.1:0"', '"[::1]:587"', '"unix:/tmp/s"', '"fd:3"', '"localhost:465"'),
     "mode": ('"tls"', '"starttls"'),
-    "backend": ('"127.0.0.1:2525"', '["127.0.0.1:2525", "unix:/run/core"]', '["[::1]:25"]'),
+    "backend": (
+        '"127.0.0.1:2525"',
+        '["127.0.0.1:2525", "unix:/run/core"]',
+        '["[::1]:25"]',
+        '"tls:core:25"',
+        '["tls:core:26", ":2"]',
+    ),
+    "backend-name": ('"mail.example"', '"192.0.2.1"'),
     "balance": ('"first"', '"leastconn"'),
     "proxy-protocol": ('"v1"', '"off"'),
     "min-tls": ('"1.3"', "1.2"),
@@ -38,6 +45,7 @@ GOOD = {
     "idle-timeout": ("1.5", "60"),
     "handshake-timeout": ("5",),
 }
+FILE_KEYS = ("cert", "key", "backend-ca", "backend-cert", "backend-key")
 VALUES = (
     *("true", "false", "0", "-1", "1", "25", "9223372036854775808", "0x" + "f" * 5000, "1e400", "nan", "inf", "2020-01-01"),
     *("07:32:00", '""', '"x"', '"\\u0000"', '"\\n"', '"é"', '":"', '":99999999"', '"[]:1"', '"a..b:1"', '"fd:x"', '"unix:"'),
@@ -48,8 +56,8 @@ VALUES = (
 def value(chance: Random, key: str, certificate: CertificateFiles) -> str:
     if chance.random() < 0.2:
         return chance.choice(VALUES)
-    if key in ("cert", "key"):
-        return f'"{certificate[key == "key"]}"'
+    if key in FILE_KEYS:
+        return f'"{certificate[key.endswith("key")]}"'
     return chance.choice(GOOD.get(key, ("true", "false")))
 
 
@@ -93,4 +101,4 @@ def test_every_file_is_listeners_or_one_error(tmp_path: Path, certificate: Certi
         good += 1
         assert len(settings.listeners) == text.count("[[edge.listener]]"), text
         assert all(each.certificates and each.backends for each in settings.listeners), text
-    assert FILES // 100 < good < FILES // 6
+    assert FILES // 150 < good < FILES // 6

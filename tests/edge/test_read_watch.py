@@ -39,7 +39,7 @@ class Endless(socket.socket):
         raise AssertionError("the read was not ended")
 
 
-def read(sock: Endless) -> tuple[int, After]:
+def read(sock: Endless) -> tuple[int, After | OSError]:
     return read_records(cast(ssl.SSLSocket, sock), memoryview(bytearray(RECORD_SIZE)), streaming=False)
 
 

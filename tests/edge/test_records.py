@@ -26,7 +26,7 @@ class Records:
         return self.sizes.pop(0)
 
 
-def read(records: Records, streaming: bool) -> tuple[int, After]:
+def read(records: Records, streaming: bool) -> tuple[int, After | OSError]:
     return read_records(cast(ssl.SSLSocket, records), memoryview(bytearray(ROOM)), streaming)
 
 

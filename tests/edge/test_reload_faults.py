@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -174,7 +174,7 @@ def test_a_settings_file_that_hangs_is_reported_and_does_not_hold_up_the_next_re
         def __init__(self) -> None:
             self.asked = 0
 
-        def read_again(self, loaded: Mapping[CertificateSettings, Certificates], forking: bool) -> Again:
+        def read_again(self, *loaded: object) -> Again:
             self.asked += 1
             hanging.wait()
             raise AssertionError

@@ -89,9 +89,19 @@ class Authority:
         openssl("req", "-x509", "-nodes", *new_key("ec"), *usage, *made)
 
     def issue(
-        self, *names: str, kind: str = "ec", days: float = 2, alternative: str = "", is_ca: bool = False
+        self,
+        *names: str,
+        kind: str = "ec",
+        days: float = 2,
+        alternative: str = "",
+        is_ca: bool = False,
+        usage: str = "",
+        begins: float = 0,
     ) -> CertificateFiles:
-        """A certificate for the names, the first one its CN, with an "ec" or an "rsa" key; the paths of both, new each time."""
+        """A certificate for the names, the first one its CN, with an "ec" or an "rsa" key; the paths of both, new each time.
+
+        ``usage`` is its extended key usage, and ``begins`` the number of days after which it becomes valid.
+        """
         self._number += 1
         cert, key = (self._directory / f"{self._number}.{end}" for end in ("pem", "key"))
         request, extensions, settings = (self._directory / name for name in ("request", "extensions", "settings"))
@@ -100,11 +110,15 @@ class Authority:
         extensions.write_text(f"authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\nsubjectAltName={alternative}\n")
         if is_ca:
             extensions.write_text("basicConstraints=critical,CA:TRUE\nsubjectKeyIdentifier=hash\n")
+        if usage:
+            extensions.write_text(f"{extensions.read_text()}extendedKeyUsage={usage}\n")
         settings.write_text(SETTINGS.format(directory=self._directory))
         (self._directory / "serial").write_text(f"{1000 + self._number:04X}")
         (self._directory / "index").touch()
         now = datetime.now(UTC)
-        begin, end = (f"{moment:%Y%m%d%H%M%SZ}" for moment in (now - timedelta(days=9 if days < 0 else 0), now + timedelta(days)))
+        begin, end = (
+            f"{moment:%Y%m%d%H%M%SZ}" for moment in (now - timedelta(days=9 if days < 0 else -begins), now + timedelta(days))
+        )
         # Not x509, which takes a number of days only, and in newer versions none that lie in the past.
         ca = ("-batch", "-notext", "-config", settings, "-cert", self.path, "-keyfile", self._key, "-extfile", extensions)
         openssl("ca", *ca, "-startdate", begin, "-enddate", end, "-in", request, "-out", cert)

@@ -6,6 +6,7 @@ import smtplib
 import ssl
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -50,23 +51,32 @@ OVERFLOW = """
 """
 
 
+# What is above the plots.
+ABOVE_THE_PLOTS = """
+(() => {
+  const top = node => node.getBoundingClientRect().top, plots = top(document.querySelector('.plots'));
+  return [...document.querySelectorAll('article')].filter(node => top(node) < plots).map(node => node.firstChild.textContent);
+})()
+"""
+
+
+class Pages(NamedTuple):
+    """The addresses of both programs' pages, and a way to send messages through both."""
+
+    edge: str
+    core: str
+    send: Callable[[int], None]
+
+
 @pytest.fixture
-def status(programs: Programs, certificate: CertificateFiles) -> tuple[str, Callable[[int], None]]:
-    """An edge at work, with one backend up and one down; gives its page's address and a way to send a message."""
-    core, tls, starttls, metrics = (free_port() for _ in range(4))
-    programs.start(BIN / "fumi-core", "--listen", f"127.0.0.1:{core}", "--deliver", "discard:", port=core)
-    flags = [
-        "--cert",
-        str(certificate[0]),
-        "--key",
-        str(certificate[1]),
-        "--metrics",
-        f"127.0.0.1:{metrics}",
-        "--max-clients",
-        "100",
-    ]
+def status(programs: Programs, certificate: CertificateFiles) -> Pages:
+    """An edge and a core at work; of the edge's backends one is up and one down, and its certificate expires soon."""
+    core, tls, starttls, metrics, core_metrics = (free_port() for _ in range(5))
+    flags = ["--listen", f"127.0.0.1:{core}", "--deliver", "discard:", "--metrics", f"127.0.0.1:{core_metrics}"]
+    programs.start(BIN / "fumi-core", *flags, port=core_metrics)
+    flags = ["--cert", str(certificate[0]), "--key", str(certificate[1]), "--metrics", f"127.0.0.1:{metrics}"]
+    flags += ["--max-clients", "100", "--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}"]
     flags += ["--backend", f"127.0.0.1:{core}", "--backend", "unix:" + str(programs.directory / ("no-such-socket" * 3))]
-    flags += ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}"]
     programs.start(BIN / "fumi-edge", *flags, port=metrics)
     until(lambda: listening(starttls), "the edge")
     context = ssl.create_default_context(cafile=str(certificate[0]))
@@ -77,15 +87,16 @@ def status(programs: Programs, certificate: CertificateFiles) -> tuple[str, Call
                 client.starttls(context=context)
                 client.sendmail("a@example.org", ["b@example.org"], "Subject: x\r\n\r\nx\r\n")
 
-    return f"http://127.0.0.1:{metrics}/", send
+    return Pages(f"http://127.0.0.1:{metrics}/", f"http://127.0.0.1:{core_metrics}/", send)
 
 
-def test_it_can_be_read_at_any_width_in_any_light(status: tuple[str, Callable[[int], None]], tmp_path: Path) -> None:
-    address, send = status
+@pytest.mark.parametrize("program", ["edge", "core"])
+def test_it_can_be_read_at_any_width_in_any_light(program: str, status: Pages, tmp_path: Path) -> None:
+    address = status.edge if program == "edge" else status.core
     with browser(tmp_path / "profile") as page:
         for busy in (False, True):
             if busy:
-                send(20)
+                status.send(20)
             for width in WIDTHS:
                 for scheme in ("light", "dark"):
                     page.resize(width, 900)
@@ -100,20 +111,37 @@ def test_it_can_be_read_at_any_width_in_any_light(status: tuple[str, Callable[[i
         assert {each["request"]["url"] for each in page.named("Network.requestWillBeSent")} <= {address, address + "favicon.ico"}
 
 
+def test_a_phone_shows_backends_and_certificates_before_the_plots(status: Pages, tmp_path: Path) -> None:
+    with browser(tmp_path / "profile") as page:
+        page.resize(390, 900)
+        page.open(status.edge)
+        assert page.value(ABOVE_THE_PLOTS) == ["Backends", "Certificates"]
+        page.open(status.core)
+        assert page.value(ABOVE_THE_PLOTS) == ["Delivery and next hop"]
+        page.resize(1280, 900)
+        assert page.value(ABOVE_THE_PLOTS) == []
+
+
+def test_a_link_stops_the_refresh(status: Pages, tmp_path: Path) -> None:
+    with browser(tmp_path / "profile") as page:
+        page.open(status.edge)
+        stop = page.value("[...document.links].find(each => each.textContent.startsWith('stop refreshing')).href")
+        page.open(stop)
+        assert page.value("document.querySelectorAll('meta[http-equiv=refresh]').length") == 0
+        assert page.value("[...document.links].map(each => each.pathname)") == ["/", "/", "/metrics", "/readyz", "/status.json"]
+
+
 def ground(page: Page, scheme: str) -> str:
     page.scheme(scheme)
     colour: str = page.value("getComputedStyle(document.body).backgroundColor")
     return colour
 
 
-def test_it_refreshes_by_itself_and_needs_no_script(
-    status: tuple[str, Callable[[int], None]], programs: Programs, tmp_path: Path
-) -> None:
-    address, send = status
+def test_it_refreshes_by_itself_and_needs_no_script(status: Pages, programs: Programs, tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as page:
         page.call("Emulation.setScriptExecutionDisabled", value=True)
-        page.open(address)
-        send(7)
+        page.open(status.edge)
+        status.send(7)
         rows = "[...document.querySelectorAll('tr')].map(row => [...row.children].map(cell => cell.textContent))"
 
         def upgraded() -> list[list[str]]:

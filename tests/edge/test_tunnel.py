@@ -76,7 +76,7 @@ def exchange(peer: Peer, data: bytes, limit: int, dawdle: bool) -> bytes:
 def sizes(seed: int) -> Iterator[int]:
     numbers = random.Random(seed)
     while True:
-        yield numbers.choice((1, 100, 1023, 1024, 16384, 16385, 65536, 131072, 1 << 20))
+        yield numbers.choice((1, 100, 1023, 1024, 5000, 16383, 16384, 16385, 65536, 131072, 1 << 20))
 
 
 @pytest.mark.parametrize("slow", ["nobody", "client", "backend"])

@@ -105,10 +105,10 @@ def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_ce
         "--log-level", "warning", "--ciphers", "ECDHE+AESGCM",
     )  # fmt: skip
     bind = f'"127.0.0.1:4465,:4466,[::]:4466" {BIND} ssl crt "{both}" crt "{both}" ca-file "{client_certificate.ca}"'
-    full = f"{USER_TIMEOUT} send-proxy-v2-ssl-cn proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id"
+    full = "send-proxy-v2-ssl-cn proxy-v2-options ssl,cert-cn,ssl-cipher,authority,crc32c,unique-id"
     expected = [
         f'bind {bind} verify required alpn "smtp"', 'balance "roundrobin"',
-        'server core1 "127.0.0.1:2525"', 'server core2 "unix@/run/core.sock"',
+        'server core1 "127.0.0.1:2525" ' + USER_TIMEOUT, 'server core2 "unix@/run/core.sock" ' + USER_TIMEOUT,
         f'default-server {full} check inter "2000ms"', 'maxconn "100"', 'hard-stop-after "5000ms"', 'timeout connect "250ms"',
         'timeout client "60000ms"', 'timeout server "60000ms"', 'ssl-default-bind-options ssl-min-ver "TLSv1.3"',
         'ssl-default-bind-ciphers "ECDHE+AESGCM"', 'bind "127.0.0.1:9465" v6only',
@@ -133,7 +133,7 @@ def test_a_time_that_is_too_long_is_shortened_and_said_at_the_top(program: str, 
 def test_limits_that_nobody_set_are_none(emit: Emit, both: Path) -> None:
     text = emit("haproxy", "--cert", both, "--backend", ":2525")
     assert not re.search("maxconn|stick-table|sc0|prometheus", text)
-    assert 'server core1 "127.0.0.1:2525"' in settings(text)
+    assert 'server core1 "127.0.0.1:2525" ' + USER_TIMEOUT in settings(text)
     # A reload leaves sessions alone as long as in the template, not for fumi-edge's 30 seconds.
     assert 'hard-stop-after "15m"' in [re.sub(r"\$\{\w+-(\w+)\}", r"\1", line) for line in settings(text)]
 
@@ -249,9 +249,9 @@ def test_each_listener_for_tls_with_a_table_of_its_own_is_a_section_of_haproxy(
     assert f'{bind} ssl-min-ver "TLSv1.3" ciphers "ECDHE+AESGCM"' in settings(second)
     assert {'ssl-default-bind-options ssl-min-ver "TLSv1.2"', 'timeout client "900000ms"'} <= set(settings(general))
     own = {'timeout client "60000ms"', 'tcp-request connection reject if { sc0_conn_cur(clients) gt "9" }'}
-    assert {*own, 'server core1 "127.0.0.1:2525"'} <= set(settings(first))
+    assert {*own, 'server core1 "127.0.0.1:2525" ' + USER_TIMEOUT} <= set(settings(first))
     own = {'timeout client-hs "3000ms"', 'tcp-request session reject if { sc0_conn_cur(clients-2) gt "5" }'}
-    assert {*own, 'server core2 "unix@/run/core.sock"', 'balance "first"'} <= set(settings(second))
+    assert {*own, 'server core2 "unix@/run/core.sock" ' + USER_TIMEOUT, 'balance "first"'} <= set(settings(second))
 
 
 def test_each_listener_for_tls_with_a_table_of_its_own_is_a_service_of_stunnel(emit: Emit, tables: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 from tests.interop.starting import ClientCertificate, StartFumiCore, StartHAProxy
 from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
+from tests.support.proc import connections
 from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
@@ -118,6 +119,39 @@ def test_mail_comes_through_implicit_tls_and_checks_leave_no_trace(
     (name,) = re.findall(r"session ended id=(\S+)", events[-1])
     own = programs.directory / "haproxy.log"
     assert until(lambda: re.search(rf"^{name} 127\.0\.0\.1:.* TLSv1\.3 ", own.read_text(), re.MULTILINE), "its line")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_server_and_listener_for_clients_has_a_user_timeout(name: str) -> None:
+    lines = re.findall(r"^ +(?:server|bind) .*", _settings(name), re.MULTILINE)
+    without = [line for line in lines if ' tcp-ut "${FUMI_TCP_USER_TIMEOUT-30s}"' not in line]
+    assert [line.split()[1] for line in without] == ['"${FUMI_METRICS-127.0.0.1:8405}"']
+
+
+def test_both_connections_of_a_session_detect_that_the_other_host_has_vanished(
+    haproxy: StartHAProxy, fumi_core: StartFumiCore
+) -> None:
+    core, _ = fumi_core()
+    port = free_port()
+    smtp, submission, smtps = (f"127.0.0.1:{each}" for each in (port, free_port(), free_port()))
+    process = haproxy(
+        "layer4.cfg",
+        port,
+        LISTEN_SMTP=smtp,
+        LISTEN_SUBMISSION=submission,
+        LISTEN_SMTPS=smtps,
+        PORT_SMTP=core,
+        HEALTH_INTERVAL="1h",
+    )
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        assert client.recv(100).startswith(b"220 ")
+        ends = (client.getsockname()[1], core)
+        # The first health check has no options, and may not have ended yet.
+        until(lambda: sum(sock.getpeername()[1] in ends for sock in connections(process.pid)) == 2, "the end of the check")
+        for sock in connections(process.pid):
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            tcp = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
+            assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in tcp] == [30_000, 10, 2]
 
 
 def test_mutual_tls_lets_in_who_has_a_certificate(

@@ -15,13 +15,15 @@ from prometheus_client import CollectorRegistry
 
 from fumi_core.app import Fumi
 from fumi_core.delivery import TARGETS
-from fumi_core.program.listeners import listening, named
+from fumi_core.program.listeners import Key, Listening, listening, named
 from fumi_core.program.loading import load_app
-from fumi_core.program.served import ServedApp
+from fumi_core.program.served import Built, ServedApp
 from fumi_core.program.status import CoreListener, core_pages
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.listening import ListenAddress, ListenError, check_listen, name_of, open_listeners
 from fumi_core.runtime.logs import configure, event
+from fumi_core.runtime.master import READ_TIMEOUT
 from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.overview import Facts, Overview
 from fumi_core.runtime.scoreboard import ConnectionCount
@@ -43,6 +45,7 @@ class CoreWork:
     def __init__(self, ctx: click.Context, *, dry: bool = False) -> None:
         """``dry`` is for ``check()`` only: no directories and files are created. Raises SettingError."""
         self._ctx = ctx
+        self._serving = False
         self._settings = ctx.params
         self._listening = listening(ctx)
         check_mode(self._settings["socket_mode"], [each.address for each in self._places()])
@@ -128,6 +131,7 @@ class CoreWork:
                 sock.close()
 
     async def start(self, connection_count: ConnectionCount) -> None:
+        self._serving = True
         for served in self._served:
             served.app.connection_count = connection_count
             for sock in served.sockets:
@@ -137,14 +141,14 @@ class CoreWork:
         await asyncio.gather(*(served.app.close() for served in self._served))
 
     async def reload(self) -> Iterable[str]:
-        ctx = read_again(self._ctx)
-        found = {each.key: each for each in listening(ctx)}
-        built = []
-        for number, old in enumerate(self._listening):
-            # A listener that is no longer named keeps its settings until the restart.
-            new = found.get(old.key, old)
-            with named(new):
-                built.append(self._served[number].build(new.settings, new.given))
+        # In a thread: a file system may hang, and mail must not wait. The master has its own limit.
+        try:
+            async with asyncio.timeout(READ_TIMEOUT if self._serving else None):
+                ctx, found, built = await run_in_daemon_thread(self._read_again)
+        except TimeoutError:
+            raise SettingError(f"the files were not read within {READ_TIMEOUT:g} seconds") from None
+        except OSError as error:
+            raise SettingError(f"cannot read the files: {error}") from None  # no thread can be started
         for served, each in zip(self._served, built, strict=True):
             served.adopt(each)
         for served in self._served:
@@ -153,6 +157,18 @@ class CoreWork:
         configure(ctx.params["log_format"], ctx.params["log_level"])
         changed = [name for name in _ONLY_AT_START if ctx.params[name] != before[name]]
         return changed + ["listener"] * (list(found) != [each.key for each in self._listening])
+
+    def _read_again(self) -> tuple[click.Context, dict[Key, Listening], list[Built]]:
+        """Read everything, and build the apps. Changes nothing; raises ClickException."""
+        ctx = read_again(self._ctx)
+        found = {each.key: each for each in listening(ctx)}
+        built = []
+        for number, old in enumerate(self._listening):
+            # A listener that is no longer named keeps its settings until the restart.
+            new = found.get(old.key, old)
+            with named(new):
+                built.append(self._served[number].build(new.settings, new.given))
+        return ctx, found, built
 
     def facts(self) -> Facts:
         return {}

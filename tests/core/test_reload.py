@@ -228,6 +228,36 @@ def test_workers_that_die_while_the_master_reads_come_back_with_the_new_settings
     assert server.program.stop() == 0
 
 
+def test_mail_does_not_wait_for_files_that_hang(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    server.write("", "ann")
+    server.start("slow:app")
+    (tmp_path / "hold").touch()
+    server.write("", "bob")
+    server.program.process.send_signal(signal.SIGHUP)
+    until((tmp_path / "reading").exists)
+    assert server.knows("ann")
+    assert not server.knows("bob")
+    assert " reloaded" not in server.log
+    (tmp_path / "hold").unlink()
+    until(lambda: " reloaded" in server.log)
+    assert server.knows("bob")
+
+
+def test_files_that_are_not_read_in_time_change_nothing(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW + "fumi_core.program.work.READ_TIMEOUT = 0.5\n")
+    server.write("", "ann")
+    server.start("slow:app")
+    (tmp_path / "hold").touch()
+    server.write("", "bob")
+    server.program.process.send_signal(signal.SIGHUP)
+    until(lambda: "the files were not read within 0.5 seconds" in server.log)
+    (tmp_path / "hold").unlink()
+    assert server.knows("ann")
+    assert not server.knows("bob")
+    assert server.program.stop() == 0
+
+
 def test_sighup_while_an_app_is_imported_is_a_reload(server: Server, tmp_path: Path, workers: str) -> None:
     (tmp_path / "early.py").write_text(
         """

@@ -90,7 +90,8 @@ def _state(row: Row, now: float) -> Sequence[Content]:
     word = element("span", row["state"], class_="good" if row["state"] == "up" else "bad")
     if row["since"] is None:
         return [word]
-    return [word, f" since {wording.clock(row['since'], now)} ({wording.duration(now - row['since'])})"]
+    since = wording.clock(row["since"], now)
+    return [word, f" since {since} ", element("span", f"({wording.duration(now - row['since'])})")]
 
 
 def _latency(history: History, name: str) -> Element:

@@ -57,7 +57,7 @@ def _expiry(row: Row, now: float) -> list[Element | str]:
     state = "bad" if row["days"] < URGENT else "poor" if _expires_soon(row) else "good"
     left = "expired" if row["not_after"] < now else f"in {_left(row, now)}"
     unused = [] if row["served"] else [", not in use"]
-    return [element("span", left, class_=state), f" ({wording.date(row['not_after'])})", *unused]
+    return [element("span", left, class_=state), " ", element("span", f"({wording.date(row['not_after'])})"), *unused]
 
 
 def _expires_soon(row: Row) -> bool:

@@ -17,7 +17,7 @@ from tests.support.programs import Programs, listening
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
-WIDTHS = (390, 768, 1280)
+WIDTHS = (320, 390, 768, 1080, 1280)
 
 # Of every piece of text: its colour against the nearest background behind it, as WCAG 2.1 reckons contrast.
 CONTRAST = """

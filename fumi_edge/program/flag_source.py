@@ -9,7 +9,7 @@ import click
 
 from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.runtime.config_file import ListenerTable, listener_tables
-from fumi_core.runtime.settings import read_again
+from fumi_core.runtime.settings import given, read_again
 from fumi_edge.program.flags import Flags
 from fumi_edge.program.inner import Inner
 from fumi_edge.program.settings import edge_settings, load_certificates
@@ -56,7 +56,7 @@ class FlagSource:
         if self._inner is None:
             settings = edge_settings(flags, tables, None, credentials)
         else:
-            self._inner.check_tables(tables)
+            self._inner.check_settings(given(ctx), tables)
             settings = edge_settings(self._inner.defaults(flags, tables), tables, self._inner.core)
         certificates = load_certificates(settings, loaded)
         if forking:

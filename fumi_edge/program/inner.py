@@ -25,10 +25,7 @@ class Inner:
     def __init__(self, flags: Flags, given: Collection[str], tables: Sequence[ListenerTable] = ()) -> None:
         """Import the app; ``given`` are the names of the flags that were given. Raises SettingError."""
         self._reference = reference = flags["app"] or ""
-        for name in _OF_BACKENDS:
-            if name in given:
-                raise SettingError(f"--{name.replace('_', '-')} is for backends, which {reference} replaces: leave it out")
-        self.check_tables(tables)
+        self.check_settings(given, tables)
         loaded = load_app(reference)
         self._app = InnerApp().adopt(loaded)
         self._app.observer = loaded.observer
@@ -36,8 +33,11 @@ class Inner:
         self._options = loaded.options
         self.core = LocalCore(starttls=_offers_starttls(flags, tables))
 
-    def check_tables(self, tables: Sequence[ListenerTable]) -> None:
-        """Raise SettingError if a listener's table has a key of backends."""
+    def check_settings(self, given: Collection[str], tables: Sequence[ListenerTable]) -> None:
+        """Raise SettingError if a flag of backends is given, or a listener's table has a key of backends."""
+        for name in _OF_BACKENDS:
+            if name in given:
+                raise SettingError(f"--{name.replace('_', '-')} is for backends, which {self._reference} replaces: leave it out")
         for table in tables:
             for name in _OF_BACKENDS:
                 if name in table.values:

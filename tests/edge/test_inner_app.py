@@ -93,6 +93,16 @@ def test_the_apps_own_limit_of_clients_counts(directory: Path, context: ssl.SSLC
             each.close()
 
 
+def test_a_reload_refuses_settings_of_backends_as_the_start_does(directory: Path) -> None:
+    (directory / "edge.toml").write_text("")
+    with program(directory, "--config", "edge.toml") as edge:
+        (directory / "edge.toml").write_text("[edge]\nbackend = '127.0.0.1:2525'\n")
+        edge.process.send_signal(signal.SIGHUP)
+        until(lambda: edge.events("reload failed: the old settings stay in use"))
+        (failed,) = edge.events("reload failed: the old settings stay in use")
+        assert failed["error"] == "--backend is for backends, which myapp:app replaces: leave it out"
+
+
 def test_sigterm_lets_a_message_end(directory: Path, context: ssl.SSLContext) -> None:
     with program(directory) as edge:
         smtp = smtplib.SMTP_SSL("localhost", edge.tls_port, context=context)

@@ -151,21 +151,19 @@ class Connection(Walk):
         """Go through all steps. Returns why the connection ended."""
         if self._policy.balancers is not None:
             await self._identify()
-        if not self.listener.starttls:
-            await self._handshake()
-            if self._resources.direct is not None:
-                return await self._serve_directly(self._resources.direct)
-            return await self._with_backend(self._carry)
-        step = await self._with_backend(self._negotiate)
-        if step.verdict is Verdict.UPGRADE:
+        if self.listener.starttls:
+            step = await self._with_backend(self._negotiate)
+            if step.verdict is not Verdict.UPGRADE:
+                self._decide(StarttlsResult.PLAINTEXT)
+                self.received -= len(step.backend)  # the tunnel counts it
+                return await self._carry(step.backend, step.client, expectant=False)
             self._retire()
-            await self._handshake()
-            if self._resources.direct is not None:
-                return await self._serve_directly(self._resources.direct)
+        await self._handshake()
+        if self._resources.direct is not None:
+            return await self._serve_directly(self._resources.direct)
+        if self.listener.starttls:
             return await self._carry(b"", await self._with_backend(self._swallow_banner), expectant=False)
-        self._decide(StarttlsResult.PLAINTEXT)
-        self.received -= len(step.backend)  # the tunnel counts it
-        return await self._carry(step.backend, step.client, expectant=False)
+        return await self._with_backend(self._carry)
 
     async def _identify(self) -> None:
         """Read the client's address from the load balancer's header, and apply the limits for that address."""

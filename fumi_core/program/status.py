@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from fumi_core.delivery import DeliveryTarget
 from fumi_core.delivery.next_hop.target import NextHop
 from fumi_core.program.served import ServedApp
+from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.journal import Event
 from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.overview import Overview, Worker
@@ -29,6 +31,9 @@ DELIVERIES = series("fumi_core_deliveries_total")
 BYTES = series("fumi_core_message_bytes_sum")
 REJECTED = series("fumi_core_rejected_total")
 SESSIONS = series("fumi_core_sessions_total")
+
+ASK_TIMEOUT = 6.0
+"""Seconds that a target may take to say whether it works: the page must be there before a browser or the server gives up."""
 
 
 class CoreListener(NamedTuple):
@@ -55,7 +60,7 @@ class _Viewer:
         self._listeners = listeners
         self._overview = overview
         self._codes = codes
-        self._targets = _Targets()
+        self._targets = Targets()
 
     def view(self, figures: Figures, history: History, workers: Sequence[Worker]) -> View:
         listeners = self._listeners()
@@ -80,31 +85,55 @@ class _Viewer:
         )
 
 
-class _Targets:
+class _Answer(NamedTuple):
+    """What a target said: when, by the monotonic clock and in seconds since 1970, and why it cannot deliver, or None."""
+
+    moment: float
+    at: float
+    problem: str | None
+
+
+class Targets:
     """Whether the delivery targets work; each is asked at most every INTERVAL seconds, however many read the page."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._asked: dict[str, tuple[float, float, str | None]] = {}
+        self._answers: dict[str, _Answer] = {}
 
     def rows(self, served: Sequence[ServedApp], events: Sequence[Event]) -> list[Row]:
         targets = {each.settings["deliver"]: each.target for each in served if each.target is not None}
         with self._lock:
-            return [self._row(name, target, events) for name, target in targets.items()]
+            self._ask(targets)
+            return [_row(name, target, self._answers[name], events) for name, target in targets.items()]
 
-    def _row(self, name: str, target: DeliveryTarget, events: Sequence[Event]) -> Row:
-        asked_at, _, problem = self._asked.get(name, (float("-inf"), 0.0, None))
-        if time.monotonic() - asked_at >= INTERVAL:
-            problem = target.dependency_problem()
-            self._asked[name] = time.monotonic(), time.time(), problem
-        failures = [each for each in events if _concerns(each, target)]
-        return {
-            "target": name,
-            "state": "up" if problem is None else "down",
-            "problem": problem,
-            "checked": self._asked[name][1],
-            "last_error": {"time": failures[-1].last, "error": failures[-1].fields.get("error", "")} if failures else None,
-        }
+    def _ask(self, targets: Mapping[str, DeliveryTarget]) -> None:
+        """Ask those whose answer is old, all at once."""
+        old = time.monotonic() - INTERVAL
+        due = [name for name in targets if name not in self._answers or self._answers[name].moment <= old]
+        for name, problem in zip(due, asyncio.run(_problems([targets[name] for name in due])), strict=True):
+            self._answers[name] = _Answer(time.monotonic(), time.time(), problem)
+
+
+async def _problems(targets: Sequence[DeliveryTarget]) -> list[str | None]:
+    async def ask(target: DeliveryTarget) -> str | None:
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT):
+                return await run_in_daemon_thread(target.dependency_problem)
+        except TimeoutError:
+            return f"no answer within {ASK_TIMEOUT:g} s"
+
+    return await asyncio.gather(*(ask(each) for each in targets))
+
+
+def _row(name: str, target: DeliveryTarget, answer: _Answer, events: Sequence[Event]) -> Row:
+    failures = [each for each in events if _concerns(each, target)]
+    return {
+        "target": name,
+        "state": "up" if answer.problem is None else "down",
+        "problem": answer.problem,
+        "checked": answer.at,
+        "last_error": {"time": failures[-1].last, "error": failures[-1].fields.get("error", "")} if failures else None,
+    }
 
 
 def _concerns(event: Event, target: DeliveryTarget) -> bool:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
+from fumi_core import Fumi
+from fumi_core.delivery.discard import Discard
+from fumi_core.program import status
+from fumi_core.program.served import ServedApp
 from tests.core.client import Connect
 from tests.core.programs import Program, Start, get
 from tests.support.ports import free_port
@@ -111,3 +116,45 @@ def test_paths_are_text(path: str, start: Start, tmp_path: Path) -> None:
     target = f"maildir:{tmp_path / path}"
     core = Core(start, "--deliver", target)
     assert read_page(core.metrics)[0].row("Delivery and next hop", target)[0] == "up"
+
+
+def test_each_listener_has_its_own_target(start: Start, tmp_path: Path) -> None:
+    metrics, ports = free_port(), (free_port(), free_port())
+    targets = ["discard:", f"maildir:{tmp_path / 'mail'}"]
+    tables = "".join(
+        f'[[core.listener]]\naddress = "127.0.0.1:{port}"\ndeliver = "{target}"\nproxy-protocol = "off"\n'
+        for port, target in zip(ports, targets, strict=True)
+    )
+    (tmp_path / "core.toml").write_text(f'[core]\nmetrics = "127.0.0.1:{metrics}"\nname = "mx.example"\n{tables}')
+    start("--config", "core.toml")
+    page, _ = read_page(metrics)
+    assert [row[:2] for row in page.tables["Delivery and next hop"][1:]] == [[target, "up"] for target in targets]
+    assert [page.row("Listeners", f"127.0.0.1:{port}")[2] for port in ports] == targets
+
+
+class Silent(Discard):
+    """A target that says nothing until it is released; ``asked`` counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+        self.asked = 0
+
+    def dependency_problem(self) -> str | None:
+        self.asked += 1
+        self.released.wait()
+        return None
+
+
+def test_a_target_that_says_nothing_does_not_keep_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "ASK_TIMEOUT", 0.05)
+    served = [ServedApp(Fumi()), ServedApp(Fumi())]
+    silent = [Silent(), Silent()]
+    for number, (app, target) in enumerate(zip(served, silent, strict=True)):
+        app.target, app.settings = target, {"deliver": f"discard:{number}"}
+    targets = status.Targets()
+    for _ in range(2):
+        assert [row["problem"] for row in targets.rows(served, ())] == ["no answer within 0.05 s"] * 2
+    assert [target.asked for target in silent] == [1, 1]
+    for target in silent:
+        target.released.set()

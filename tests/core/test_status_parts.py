@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from fumi_core.runtime.journal import Event
+from fumi_core.runtime.metrics_server import Request
+from fumi_core.runtime.overview import Overview, Worker
+from fumi_core.runtime.scoreboard import WorkerState
 from fumi_core.status import wording
-from fumi_core.status.history import INTERVAL, SPAN, Figures, History, Point, series
+from fumi_core.status.history import INTERVAL, SPAN, Figures, History, Point, less, series, together
 from fumi_core.status.markup import document, element
+from fumi_core.status.page import StatusPage, View
 from fumi_core.status.plot import HEIGHT, WIDTH, axis_maximum, plot
 from tests.support.clock import Clock
+from tests.support.status_page import Reader
 
 Measured = tuple[History, Counter, Gauge, Histogram, Callable[..., None]]
 
@@ -159,3 +168,56 @@ def test_markup_escapes_text_and_attributes() -> None:
 )
 def test_numbers_are_said_for_people(said: str, meant: str) -> None:
     assert said == meant
+
+
+def page_of(workers: list[Worker], problem: str | None = None, degraded: tuple[str, ...] = ()) -> tuple[Reader, dict[str, Any]]:
+    """The page, and its facts, of a program with these workers."""
+    event = Event(1.0, 9.0, "error", "<b>cannot deliver</b>", {"client_ip": "192.0.2.1", "path": "<i>"}, 2)
+    overview = Overview(CollectorRegistry(), lambda: problem, lambda: problem, lambda: workers, lambda: [event], 7, 0.0)
+    view = View(problem=problem, degraded=degraded, tiles=(), tables=(), small_tables=(), limits={"--max-clients": math.inf})
+    pages = StatusPage("fumi-core", overview, (), lambda figures, history, workers: view).pages()
+    return Reader(pages["/"](Request("/", {})).text), json.loads(pages["/status.json"](Request("/status.json", {})).text)
+
+
+SERVING, ABSENT = Worker(0, WorkerState.SERVING, 8, 0.0, 3, {}), Worker(1, WorkerState.ABSENT, None, None, 0, {})
+DRAINED = Worker(0, WorkerState.DRAINING, 8, 0.0, 3, {})
+
+
+@pytest.mark.parametrize(
+    ("workers", "problem", "degraded", "state", "reasons"),
+    [
+        ([SERVING], None, (), "ready", []),
+        ([SERVING], None, ("a", "b"), "degraded", ["a", "b"]),
+        ([SERVING, ABSENT], None, (), "degraded", ["1 of 2 workers not running"]),
+        ([SERVING], "broken", ("a",), "not ready", ["broken", "a"]),
+        ([DRAINED], "draining", (), "draining", ["draining: 3 connections open"]),
+    ],
+)
+def test_the_state_is_the_worst_of_all(
+    workers: list[Worker], problem: str | None, degraded: tuple[str, ...], state: str, reasons: list[str]
+) -> None:
+    page, facts = page_of(workers, problem, degraded)
+    assert (page.state, facts["state"]) == (state, state)
+    assert facts["reasons"] == reasons
+    assert not reasons or "; ".join(reasons) in page.words
+
+
+def test_what_an_event_says_is_text_without_the_client() -> None:
+    page, facts = page_of([SERVING])
+    assert not {"b", "i"} & {tag for tag, _ in page.tags}
+    (row,) = page.tables["Last 50 events: errors, rejections, reloads, restarts"][1:]
+    assert row[1:3] + row[4:] == ["error", "<b>cannot deliver</b>", "path <i>"]
+    assert facts["events"][0]["fields"] == {"path": "<i>"}
+
+
+def test_no_limit_is_null_in_json() -> None:
+    page, facts = page_of([SERVING])
+    assert facts["limits"] == {"--max-clients": None}
+    assert page.row("Limits", "--max-clients") == ["none"]
+
+
+def test_lines_are_added_and_subtracted_point_by_point() -> None:
+    one, other = [Point(5, 1), Point(0, 3)], [Point(5, 2), Point(0, 1)]
+    assert together([one, other]) == [Point(5, 3), Point(0, 4)]
+    assert less(one, other) == [Point(5, 0), Point(0, 2)]
+    assert together([]) == []

@@ -125,6 +125,8 @@ class _Selector(selectors.BaseSelector):
         self._failed = failed
         self._keys: dict[Any, selectors.SelectorKey] = {}
         self.watched: dict[int, _Watch] = {}
+        self._new: set[int] = set()
+        """The descriptors that were registered since the kernel reported the events that are being handled."""
         self.queued: Sized = ()
         """asyncio's callbacks that are ready to run."""
         self.due = 0.0
@@ -141,6 +143,7 @@ class _Selector(selectors.BaseSelector):
             return
         if not watch.asked:
             self._epoll.register(watch.fd, wanted)
+            self._new.add(watch.fd)
             self.watched[watch.fd] = watch
         elif wanted:
             self._epoll.modify(watch.fd, wanted)
@@ -169,15 +172,16 @@ class _Selector(selectors.BaseSelector):
 
     def _call(self, events: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
         """Call readers and writers. Returns the events of asyncio's own descriptors."""
-        watched, registered = [], []
+        self._new.clear()
+        registered = []
         for fd, event in events:
-            if (watch := self.watched.get(fd)) is not None:
-                watched.append((watch, event))
-            elif (key := self._keys.get(fd)) is not None:
-                mask = (selectors.EVENT_READ if event & ~_OUT else 0) | (selectors.EVENT_WRITE if event & ~_IN else 0)
-                registered.append((key, mask & key.events))
-        # Skip a watch that an earlier callback has removed: its descriptor may be closed, and the number reused.
-        for watch, event in watched:
+            if fd in self._new:
+                continue  # a callback has closed the descriptor, and the number was reused: the event is the old one's
+            if (watch := self.watched.get(fd)) is None:
+                if (key := self._keys.get(fd)) is not None:
+                    mask = (selectors.EVENT_READ if event & ~_OUT else 0) | (selectors.EVENT_WRITE if event & ~_IN else 0)
+                    registered.append((key, mask & key.events))
+                continue
             call = None
             try:
                 if event & ~_OUT and (call := watch.reader) is not None:
@@ -195,6 +199,7 @@ class _Selector(selectors.BaseSelector):
         if fd in self._keys or fd in self.watched:
             raise KeyError(f"{fileobj!r} is registered already")
         self._epoll.register(fd, _mask(events))
+        self._new.add(fd)
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
         return key
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from asyncio.tasks import _enter_task, _leave_task
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any
 
 Done = Callable[[BaseException | None], None]
+_ENDED = object()
 _Pending = tuple[Coroutine[Any, Any, None], Any, Done]
 
 
@@ -41,28 +42,29 @@ class HandlerRunner:
         if self._task is None or self._task.done():
             self._task = self._loop.create_task(self._serve(), context=self._context)
         try:
-            yielded = self._first_step(coroutine, self._task)
-        except StopIteration:
-            done(None)
-            return
+            yielded = self._first_step(coroutine.__await__(), self._task)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a handler must not end the server
             done(error)
             return
+        if yielded is _ENDED:
+            done(None)
+            return
         self._pending = (coroutine, yielded, done)
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
-    def _first_step(self, coroutine: Coroutine[Any, Any, None], task: asyncio.Task[None]) -> Any:
+    def _first_step(self, steps: Iterator[Any], task: asyncio.Task[None]) -> Any:
+        """What the first step yields to the event loop, or _ENDED."""
         outer = asyncio.current_task(self._loop)
         if outer is task:
-            return coroutine.send(None)  # called from the ``done`` of a previous coroutine: the context is set already
+            return next(steps, _ENDED)  # called from the ``done`` of a previous coroutine: the context is set already
         if outer is not None:
             _leave_task(self._loop, outer)
         _enter_task(self._loop, task)
         try:
-            return self._context.run(coroutine.send, None)
+            return self._context.run(next, steps, _ENDED)
         finally:
             _leave_task(self._loop, task)
             if outer is not None:

@@ -55,7 +55,7 @@ class AuthContext(Context):
     default_code = 535
 
     def __init__(self, session: Session, credentials: Credentials) -> None:
-        super().__init__(session)
+        self.session = session
         self.credentials = credentials
         self.accepted = False
         self.user: Any = None
@@ -74,7 +74,7 @@ class AddressContext(Context):
     __slots__ = ("_address",)
 
     def __init__(self, session: Session, address: Address) -> None:
-        super().__init__(session)
+        self.session = session
         self._address = address
 
     @property
@@ -130,7 +130,7 @@ class DataContext(Context):
         self, session: Session, stream: MessageStream, command: str = "DATA", recipients: Sequence[Address] | None = None
     ) -> None:
         """``recipients`` are those that get a reply of their own: all of them in LMTP; None in SMTP."""
-        super().__init__(session)
+        self.session = session
         self._recipients = recipients
         self.stream = stream
         self.command = command

@@ -260,8 +260,9 @@ class MessageStream:
     def discard(self) -> None:
         """The handler needs no more: drop waiting and future content."""
         self._discarding = True
-        self._lost = self._lost or bool(self._pieces)
-        self._drop()
+        if self._pieces:
+            self._lost = True
+            self._drop()
 
     def release(self) -> None:
         """The handlers have ended: keep nothing for them any longer."""

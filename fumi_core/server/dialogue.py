@@ -16,6 +16,7 @@ from typing import Any
 
 from fumi_core.errors import MessageAborted, SMTPError
 from fumi_core.handlers.contexts import (
+    AddressContext,
     AuthContext,
     CloseContext,
     ConnectContext,
@@ -303,9 +304,9 @@ class Dialogue:
             self.protocol.refuse(replies.AUTH_FAILED)
 
     def _address_done(self, context: Context, error: BaseException | None) -> None:
-        assert isinstance(context, MailContext | RcptContext)
+        assert isinstance(context, AddressContext)
         event = self.protocol.pending
-        if isinstance(event, Mail | Rcpt):
+        if type(event) is Mail or type(event) is Rcpt:
             event.address = context.address
         self._decide(context, error)
 

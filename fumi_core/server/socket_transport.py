@@ -21,7 +21,19 @@ from fumi_core.server.transport import TransportOwner
 class SocketTransport:
     """A ``Transport`` for a connected, non-blocking stream socket. An error of the socket ends it with a call of ``lost()``."""
 
-    __slots__ = ("_backlog", "_buffer", "_closing", "_ended", "_fd", "_half_close", "_loop", "_owner", "_reading", "_sock")
+    __slots__ = (
+        "_backlog",
+        "_buffer",
+        "_closing",
+        "_ended",
+        "_fd",
+        "_half_close",
+        "_loop",
+        "_owner",
+        "_reading",
+        "_sock",
+        "blocked",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, buffer: memoryview, owner: TransportOwner) -> None:
         """``buffer`` takes each read, and may be shared by all transports of the loop."""
@@ -31,18 +43,16 @@ class SocketTransport:
         self._buffer = buffer
         self._owner: TransportOwner | None = owner
         self._backlog = b""
+        self.blocked = False
+        """Whether there is a backlog: an attribute, since it is read for each command."""
         self._closing = False
         self._half_close = False
         self._ended = False
         self._reading = True
         loop.add_reader(self._fd, self._readable)
 
-    @property
-    def blocked(self) -> bool:
-        return bool(self._backlog)
-
     def write(self, data: bytes) -> None:
-        if self._backlog:
+        if self.blocked:
             self._backlog += data
             return
         if self._closing:
@@ -55,12 +65,12 @@ class SocketTransport:
             self.abort()
             return
         if sent < len(data):
-            self._backlog = data[sent:]
+            self._backlog, self.blocked = data[sent:], True
             self._loop.add_writer(self._fd, self._writable)
 
     def write_eof(self) -> None:
         self._half_close = True
-        if not self._backlog and not self._closing:
+        if not self.blocked and not self._closing:
             self._shut_down()
 
     def pause_reading(self) -> None:
@@ -80,14 +90,14 @@ class SocketTransport:
         if not self._closing:
             self.pause_reading()
             self._closing = True
-            if not self._backlog:
+            if not self.blocked:
                 self._finish()
 
     def abort(self) -> None:
         if self._owner is not None:
             self.pause_reading()
-            if self._backlog:
-                self._backlog = b""
+            if self.blocked:
+                self._backlog, self.blocked = b"", False
                 self._loop.remove_writer(self._fd)
             self._closing = True
             self._finish()
@@ -119,6 +129,7 @@ class SocketTransport:
         self._backlog = self._backlog[sent:]
         if self._backlog:
             return
+        self.blocked = False
         self._loop.remove_writer(self._fd)
         if self._closing:
             self._finish()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import click
 import pytest
 
 from fumi_core import cli
-from fumi_core.program.listeners import LISTENER_KEYS, listening
+from fumi_core.program.listeners import LISTENER_KEYS
 from fumi_core.program.users import hash_password
+from fumi_core.program.work import CoreWork
 from tests.core.client import Client, Connect
 from tests.core.programs import Program, Start, get, run
 from tests.support.ports import free_port
@@ -164,34 +165,86 @@ def test_check_looks_at_each_listener(tmp_path: Path) -> None:
 
 VALUES = (
     *("true", "false", "0", "-1", "25", "0x" + "f" * 5000, "nan", "2020-01-01", '""', '"x"', '"\\u0000"', '"\\n"', '":25"'),
-    *('"discard:"', '"maildir:x"', '"lmtp::1"', '"smtp:"', '"unix:/x"', '"off"', '"reject"', "[]", "[[]]", '["a", 1]', "{}"),
+    *(
+        '"discard:"',
+        '"maildir:x"',
+        '"maildir:x/%d/%n"',
+        '"users"',
+        '"example.org"',
+        '"lmtp::1"',
+        '"smtp:"',
+        '"unix:/x"',
+        '"off"',
+        '"reject"',
+        "[]",
+        "[[]]",
+        '["a", 1]',
+        "{}",
+    ),
 )
 
 
-def table(chance: Random) -> str:
-    keys = {chance.choice(("listen", "app", "", *LISTENER_KEYS.flags)) for _ in range(chance.randrange(5))}
-    lines = [f"'{key}' = {chance.choice(VALUES)}" for key in sorted(keys)]
-    address = f"address = {chance.choice((*VALUES, *[repr(f'127.0.0.1:{port}') for port in range(9)]))}"
-    return "\n".join(["[[core.listener]]", address, *lines, ""])
+GOOD = {
+    "deliver": ('"discard:"', '"maildir:x"', '"maildir:x/%d/%n"', '"lmtp:unix:/x"', '"smtp:127.0.0.1:1"'),
+    "domain": ('"example.org"', '["a.example", "b.example"]'),
+    "dovecot-auth": ('"unix:/run/dovecot"',),
+    "milter": ('"unix:/run/filter"', "[]"),
+    "milter-failure": ('"accept"',),
+    "name": ('"mx.example"',),
+    "proxy-protocol": ('"off"', '"optional"'),
+    "recipient-delimiter": ('"-"',),
+    "size": ("1000",),
+    "trusted-proxy": ('["10.0.0.0/8", "unix"]', "[]"),
+    "users": ('"users"', '""'),
+}
+
+
+def value(chance: Random, key: str) -> str:
+    return chance.choice(VALUES if chance.random() < 0.15 else GOOD.get(key, ("true", "false")))
+
+
+def lines(chance: Random, keys: Sequence[str]) -> str:
+    chosen = {chance.choice(keys) for _ in range(chance.randrange(4))}
+    return "".join(f"'{key}' = {value(chance, key)}\n" for key in sorted(chosen))
+
+
+def document(chance: Random) -> str:
+    """Settings of all listeners, and tables."""
+    text = "[core]\n" + lines(chance, LISTENER_KEYS.flags)
+    for number in range(chance.randrange(1, 4)):
+        address = chance.choice(VALUES) if chance.random() < 0.1 else f"'127.0.0.1:{number}'"
+        text += f"[[core.listener]]\naddress = {address}\n" + lines(chance, ("listen", "app", *LISTENER_KEYS.flags))
+    return text
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_generated_tables_are_listeners_or_one_error(tmp_path: Path, seed: int) -> None:
-    path, good = tmp_path / "core.toml", 0
-    inputs = int(os.environ.get("FUZZ_INPUTS", "2000")) // 4
+def test_generated_tables_are_listeners_or_one_error_at_the_start_and_at_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, good, reloaded = Path("core.toml"), 0, 0
+    Path("users").write_text(f"ann@example.org:{HASH}\n")
+    inputs = int(os.environ.get("FUZZ_INPUTS", "1200")) // 4
     for number in range(inputs):
-        chance = Random(f"{seed}:{number}")
-        path.write_text("".join(table(chance) for _ in range(chance.randrange(1, 4))))
-        arguments: list[Any] = ["--config", str(path)]
+        path.write_text(text := document(Random(f"{seed}:{number}")))
         try:
-            found = listening(cli.main.make_context("fumi-core", arguments))
+            work = CoreWork(cli.main.make_context("fumi-core", ["--config", str(path)]), dry=True)
+            good += 1
+            assert len(work._listening) == text.count("[[core.listener]]")
+            path.write_text(text := document(Random(f"{seed}:{number}:again")))
+            serving = [(served.settings, served.app.options) for served in work._served]
+            try:
+                asyncio.run(work.reload())
+                reloaded += 1
+            except click.ClickException:
+                assert [(served.settings, served.app.options) for served in work._served] == serving
         except click.ClickException:
             continue
         except Exception as error:
-            raise AssertionError(f"{error!r} for this file:\n{path.read_text()}") from error
-        good += 1
-        assert len(found) == path.read_text().count("[[core.listener]]")
-    assert good > inputs // 50
+            raise AssertionError(f"{error!r} for this file:\n{text}") from error
+    assert good > inputs // 20
+    assert reloaded > inputs // 50
+    assert not {each.name for each in tmp_path.iterdir()} - {"core.toml", "users"}, "something was created"
 
 
 def test_the_page_names_all_keys_of_a_table() -> None:

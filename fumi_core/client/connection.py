@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from fumi_core.client.exclusive import ExclusiveConnection, open_connection
+from fumi_core.client.exclusive import ExclusiveConnection, open_connection, why_not
 from fumi_core.client.replies import Malformed, ReceivedReply, ReplyReader
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 
@@ -67,7 +67,7 @@ async def connect(address: SocketAddress, protocol: Dialect, name: str, timeout:
     except TimeoutError:
         raise unreachable("no connection in time") from None
     except OSError as error:
-        raise unreachable(error.strerror or str(error)) from None
+        raise unreachable(why_not(error)) from None
     try:
         await connection.greet(protocol, name)
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
@@ -38,6 +39,12 @@ async def _open(make: Callable[[], P], address: SocketAddress, seconds: float) -
             return await loop.create_unix_connection(make, address.path)
         host, port = address.host, address.port
         return await loop.create_connection(make, host, port, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS)
+
+
+def why_not(error: OSError) -> str:
+    """Why a connection could not be opened, in the system's words; asyncio's own for a refused one are "Connect call failed"."""
+    number = error.errno or 0  # the resolver's are negative
+    return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
 def _abort(opening: asyncio.Task[tuple[asyncio.BaseTransport, P]]) -> None:

@@ -66,6 +66,8 @@ def parse_address(text: str) -> SocketAddress:
             raise ValueError(f"{text!r} has no address in its brackets: for every interface write :{port}")
     elif ":" in host:
         raise ValueError(f"{text!r} is ambiguous: write an IPv6 address in brackets, as in [::1]:{port}")
+    if "\0" in host:
+        raise ValueError(f"{text!r}: {host!r} is not a host name")
     try:
         host.encode("idna")
     except UnicodeError:

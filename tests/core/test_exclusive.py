@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from fumi_core.client.exclusive import open_connection
+from fumi_core.client.exclusive import open_connection, why_not
 from fumi_core.plugins.dovecot.channel import Link, Request, Unavailable
 from fumi_core.plugins.dovecot.protocol import AuthConversation
 from fumi_core.plugins.milter.agreement import Stage
@@ -77,6 +77,16 @@ def test_a_connection_that_is_made_when_its_caller_is_cancelled_is_closed(no_gar
 
     with contextlib.suppress(ConnectionResetError):
         assert asyncio.run(run()) == b""
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("127.0.0.1:1", "Connection refused"), ("unix:/nonexistent/socket", "No such file or directory")],
+)
+def test_why_a_connection_could_not_be_opened_is_said_in_the_systems_words(address: str, words: str) -> None:
+    with pytest.raises((ConnectionRefusedError, FileNotFoundError)) as found:
+        asyncio.run(open_connection(asyncio.Protocol, parse_address(address), 60))
+    assert why_not(found.value) == words
 
 
 def test_a_filter_whose_packets_nobody_takes_is_not_read_any_further() -> None:

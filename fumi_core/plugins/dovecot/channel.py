@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
-from fumi_core.client.exclusive import open_connection
+from fumi_core.client.exclusive import open_connection, why_not
 from fumi_core.plugins.dovecot.protocol import MAX_NUMBER, Conversation, DovecotReply, Malformed, line
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.logs import event
@@ -130,7 +130,7 @@ class Channel:
         except TimeoutError:
             raise Unavailable("no connection in time" if link is None else "no handshake in time") from None
         except OSError as error:
-            raise Unavailable(error.strerror or str(error)) from None
+            raise Unavailable(why_not(error)) from None
         finally:
             if link is not None and not link.conversation.ready:
                 link.close("no handshake")

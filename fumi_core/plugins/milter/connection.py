@@ -6,11 +6,10 @@ An answer that comes too late, that nobody waits for or that breaks the protocol
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 
-from fumi_core.client.exclusive import ExclusiveConnection, open_connection
+from fumi_core.client.exclusive import ExclusiveConnection, open_connection, why_not
 from fumi_core.plugins.milter import wire
 from fumi_core.plugins.milter.agreement import Agreement, Stage, offer, read_agreement
 from fumi_core.plugins.milter.wire import Change, Malformed, PacketReader, ReplyCode, Verdict, parse_answer
@@ -35,9 +34,7 @@ async def connect(address: SocketAddress, connect_timeout: float, command_timeou
     except TimeoutError:
         raise MilterFailure("no connection in time") from None
     except OSError as error:
-        # asyncio's own text for a refused connection is "Connect call failed".
-        number = error.errno or 0
-        raise MilterFailure(os.strerror(number) if number > 0 else error.strerror or str(error)) from None
+        raise MilterFailure(why_not(error)) from None
     try:
         await connection.negotiate(command_timeout)
     except BaseException:

@@ -4,7 +4,8 @@ Nobody closes such a connection, and the kernel's defaults find out after 15 min
 hours without (tcp_keepalive_time). All options are here (tcp(7)):
 
 - Data that is not acknowledged for USER_TIMEOUT_SECONDS: TCP_USER_TIMEOUT. Fifteen seconds without network are survived: data is
-  retransmitted after 0.2, 0.6, 1.4, 3, 6.2, 12.6 and 25.4 seconds.
+  retransmitted after 0.2, 0.6, 1.4, 3, 6.2, 12.6 and 25.4 seconds. When ARP fails after the last of these, it takes Linux 40
+  seconds in all (RFC 6069), also with a user timeout of 27 seconds; with a shorter one, 15 seconds are not survived.
 - Nothing in flight: a keepalive probe after KEEPALIVE_IDLE_SECONDS of silence, then one every KEEPALIVE_INTERVAL_SECONDS until
   one is answered. Where there is a user timeout, Linux does not count them: it ends the connection when the peer has been silent
   for that long and one probe is unanswered. If the first probe came later than that, one lost packet would end a session. With
@@ -42,8 +43,10 @@ _OPTIONS = [
     if hasattr(socket, name)
 ]
 """Those that this system has."""
-_UNACKED_AND_NOTSENT = struct.Struct("24xI116xI")
-"""tcpi_unacked (segments) and tcpi_notsent_bytes of struct tcp_info (linux/tcp.h; Linux 4.6 and newer)."""
+_IN_FLIGHT = struct.Struct("3xB20xI116xI")
+"""tcpi_probes, tcpi_unacked (segments) and tcpi_notsent_bytes of struct tcp_info (linux/tcp.h; Linux 4.6 and newer)."""
+_DEAD_PROBES = 3
+"""Unanswered probes of a closed window, one after the other, after which nobody seems to be there: two may have been lost."""
 
 
 def detect_dead_peer(sock: socket.socket) -> None:
@@ -57,18 +60,21 @@ def detect_dead_peer(sock: socket.socket) -> None:
 def check_window(sock: socket.socket) -> bool:
     """Suspend the user timeout of a connection while the peer's window is closed, and resume it when data flows again.
 
-    To be called every CHECK_SECONDS while data may be unacknowledged. Returns False when all of it is acknowledged; True on
-    systems that do not tell, too. A host that dies with its window closed is found by the connection's own timeouts only.
+    To be called every CHECK_SECONDS while data may be unacknowledged. Returns False when all of it is acknowledged, or the system
+    has no user timeouts.
+
+    A peer that is alive answers the kernel's probes of its window. A host that dies meanwhile does not, and nor does one that can
+    no longer be sent to: a packet that cannot leave this host is not in flight.
     """
     if _USER_TIMEOUT is None or _TCP_INFO is None or sock.family == socket.AF_UNIX:
         return False
     try:
-        unacked, notsent = _UNACKED_AND_NOTSENT.unpack(sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _UNACKED_AND_NOTSENT.size))
-        if unacked:
+        probes, unacked, notsent = _IN_FLIGHT.unpack(sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _IN_FLIGHT.size))
+        if unacked or (notsent and probes >= _DEAD_PROBES):
             if not sock.getsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT):
                 sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, USER_TIMEOUT_SECONDS * 1000)
-        elif notsent:
-            # Nothing is in flight although there is something to send.
+        elif notsent and not probes:
+            # Nothing is in flight although there is something to send, and the last probe was answered.
             sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, 0)
     except (OSError, struct.error):
         return True  # it has ended, which its owner learns elsewhere, or this kernel is too old

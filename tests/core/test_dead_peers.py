@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
@@ -108,6 +110,36 @@ def test_a_closed_window_suspends_the_user_timeout_until_data_flows_again(pair: 
         return check_window(sender) and timeout_of(sender) == 30_000
 
     until(resumed)
+
+
+class Kernel:
+    """What the kernel says of a connection, and its user timeout."""
+
+    family = socket.AF_INET
+
+    def __init__(self, timeout: int, probes: int, unacked: int, notsent: int) -> None:
+        self.timeout = timeout
+        self._info = struct.pack("3xB20xI116xI", probes, unacked, notsent)
+
+    def getsockopt(self, level: int, option: int, size: int = 0) -> int | bytes:
+        return self._info if option == socket.TCP_INFO else self.timeout
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        assert option == socket.TCP_USER_TIMEOUT
+        self.timeout = value
+
+
+@pytest.mark.parametrize(
+    ("probes", "unacked", "notsent", "timeout"),
+    [(0, 0, 1, 0), (0, 0, 0, None), (1, 0, 1, None), (2, 0, 1, None), (3, 0, 1, 30_000), (0, 1, 0, 30_000), (0, 1, 1, 30_000)],
+)
+@pytest.mark.parametrize("before", [0, 30_000])
+def test_the_user_timeout_is_suspended_only_while_the_window_is_closed_and_probes_are_answered(
+    probes: int, unacked: int, notsent: int, timeout: int | None, before: int
+) -> None:
+    kernel = Kernel(before, probes, unacked, notsent)
+    assert check_window(cast(socket.socket, kernel)) == bool(unacked or notsent)
+    assert kernel.timeout == (before if timeout is None else timeout)
 
 
 def test_a_closed_socket_is_left_to_its_owner(pair: tuple[socket.socket, socket.socket]) -> None:

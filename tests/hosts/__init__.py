@@ -1,0 +1,1 @@
+"""Mail through six hosts, of which one or the other dies: network namespaces, real programs, a steady load."""

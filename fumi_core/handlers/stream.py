@@ -18,6 +18,8 @@ READ_ALREADY = "the message was read already: await ctx.spool() before reading i
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
 HIGH_WATER_BYTES = 64 * 1024
 """When more bytes than this wait for the handler, the socket is not read; one more read may already be on its way."""
+HIGH_WATER_PIECES = 1024
+"""The same for pieces: one of two bytes takes 56 bytes of memory."""
 
 
 class MessageStream:
@@ -213,7 +215,7 @@ class MessageStream:
     @property
     def full(self) -> bool:
         """Whether reading the socket should pause."""
-        return self._buffered > HIGH_WATER_BYTES
+        return self._buffered > HIGH_WATER_BYTES or len(self._pieces) > HIGH_WATER_PIECES
 
     @property
     def has_text(self) -> bool:

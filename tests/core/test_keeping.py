@@ -16,6 +16,7 @@ import pytest
 from fumi_core import DataContext, Fumi, MessageAborted, Next
 from fumi_core.delivery.maildir import Maildir
 from fumi_core.handlers.spool import Spool
+from fumi_core.handlers.stream import MessageStream
 from fumi_core.testing import running
 from tests.core.client import Client, Connect
 from tests.support.waiting import until
@@ -43,6 +44,25 @@ def open_temporary_files() -> int:
 
 async def read(ctx: DataContext) -> bytes:
     return b"".join([piece async for piece in ctx.stream])
+
+
+def test_a_message_that_arrives_in_tiny_pieces_is_not_read_far_ahead_of_a_slow_handler() -> None:
+    async def pieces_until_full() -> int:
+        resumed = asyncio.Event()
+        stream = MessageStream(None, resumed.set)
+        pieces = 0
+        while not stream.full:
+            stream.feed(b"ab")
+            pieces += 1
+        reader = aiter(stream)
+        for _ in range(pieces):
+            assert not resumed.is_set()
+            assert await anext(reader) == b"ab"
+        assert resumed.is_set()
+        assert not stream.full
+        return pieces
+
+    assert 500 < asyncio.run(pieces_until_full()) < 2000
 
 
 def test_a_message_that_arrives_in_tiny_pieces_is_not_kept_in_them() -> None:

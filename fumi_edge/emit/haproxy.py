@@ -38,6 +38,7 @@ _APPLIED = {
     *("socket_mode", "log_level", "user"),
 }
 """The flags that have an equivalent in HAProxy."""
+_TCP_USER_TIMEOUT = 'tcp-ut "${FUMI_TCP_USER_TIMEOUT-30s}"'
 _REASONS = {
     "require_tls": "applies to STARTTLS listeners only.",
     "hide_starttls": "applies to STARTTLS listeners only.",
@@ -120,7 +121,8 @@ def _filled_in(flags: Flags, services: Sequence[Service]) -> str:
     end = next(number for number, line in enumerate(lines) if line.name == "metrics")
     everywhere = Service(flags, (), ())
     parts = [_part(lines[:begin], everywhere, flags)]
-    parts += [_numbered(_part(lines[begin:end], each, flags), number) for number, each in enumerate(services, 1)]
+    for number, each in enumerate(services, 1):
+        parts.append(_numbered(_part(lines[begin:end], each, flags) + _tls_sections(each.flags), number))
     parts.append(_part(lines[end:], everywhere, flags))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
 
@@ -136,7 +138,7 @@ def _numbered(section: str, number: int) -> str:
     """The section of a service after the first, with names of its own."""
     if number == 1:
         return section
-    names = re.compile(r"^(?:backend|listen) \w+$|(?<=table )clients|(?<=\()clients(?=\))", re.MULTILINE)
+    names = re.compile(r"^(?:backend|listen) \w+$|(?<=table )clients|(?<=\()clients(?=\))|(?<=abns@)fumi-core\d+", re.MULTILINE)
     return names.sub(lambda name: f"{name[0]}-{number}", section)
 
 
@@ -163,7 +165,8 @@ def _rewritten(line: Line, service: Service, general: Flags) -> list[str]:
             return [text + _bind_options(service) + _own_tls(flags, general), *_trust(flags), *_own_times(flags, general)]
         case "backend":
             return [
-                text.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}") + _server_options(backend, flags)
+                text.replace("core1", f"core{n}").replace("BACKEND_1", f"BACKEND_{n}")
+                + ("" if _is_header_inside(flags) else _server_options(backend, flags))
                 for n, backend in enumerate(flags.get("backend") or (None,), 1)
             ]
         case "proxy-header":
@@ -180,6 +183,24 @@ def _default_server(text: str, flags: Flags) -> str:
     return text if flags.get("health_interval") != 0 else text.partition(" check ")[0]
 
 
+def _is_header_inside(flags: Flags) -> bool:
+    """Whether TLS backends get a PROXY header: HAProxy sends its own one before TLS, so a section of its own must do TLS."""
+    return flags.get("proxy_protocol") != "off"
+
+
+def _tls_sections(flags: Flags) -> str:
+    """A section for each TLS backend, which takes the bytes from the service's section, its PROXY header first, into TLS."""
+    if not _is_header_inside(flags):
+        return ""
+    return "".join(
+        "\n# HAProxy sends a PROXY header before TLS. Here the header of the section above is the first thing inside TLS.\n"
+        f'listen core{number}_tls\n    no log\n    bind "abns@fumi-core{number}"\n'
+        f"    server core{number} {_quoted(str(backend.plain))} {_TCP_USER_TIMEOUT}{_server_options(backend, flags)}\n"
+        for number, backend in enumerate(flags.get("backend") or (), 1)
+        if backend.tls
+    )
+
+
 def _server_options(backend: BackendAddress | None, flags: Flags) -> str:
     """The options of a server line for a backend over TLS; checks are made over TLS, too."""
     if backend is None or not backend.tls:
@@ -187,7 +208,7 @@ def _server_options(backend: BackendAddress | None, flags: Flags) -> str:
     name, cert = _verified(backend, flags), flags.get("backend_cert")
     options = [f"ssl verify required ca-file {_quoted(flags.get('backend_ca') or '@system-ca')} verifyhost {_quoted(name)}"]
     if not _is_ip(name):
-        options.append(f"sni str({_quoted(name)}) check-sni {_quoted(name)}")
+        options.append(f"sni str({_quoted(name)})" + ("" if _is_header_inside(flags) else f" check-sni {_quoted(name)}"))
     if cert:
         options.append(f"crt {_quoted(cert + '.both' if flags.get('backend_key') else cert)}")
     options.append("ssl-min-ver TLSv1.2")
@@ -264,7 +285,10 @@ def _values(service: Service) -> dict[str, str]:
     if service.pairs:
         values["CERT"] = label(service.pairs[0].cert)
     for number, address in enumerate(flags.get("backend") or (), 1):
-        values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address.plain, "127.0.0.1")
+        if address.tls and _is_header_inside(flags):
+            values[f"BACKEND_{number}"] = f"abns@fumi-core{number}"
+        else:
+            values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address.plain, "127.0.0.1")
     for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
         values[flag.upper()] = flags.get(flag)
     for flag in TIMES:

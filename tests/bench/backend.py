@@ -4,6 +4,8 @@
 `PORT hold`      banner, then silence: an idle connection.
 `PORT transfer`  no banner; after `U n` it takes n blocks and answers their SHA-256, after `D n` it sends n blocks; then close.
 
+With CERTIFICATE and KEY behind these words, all of it over TLS.
+
 The banner is `220 VERSION ADDRESS PORT TLS`, where TLS is 1 or 0 as the SSL TLV says, and `-` in v1, which has none: a client
 that reads its own port there knows that its connection was delivered. It is not fumi_core that parses the header here, so that no
 mistake can hide itself.
@@ -11,7 +13,9 @@ mistake can hide itself.
 
 import contextlib
 import hashlib
+import io
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -26,6 +30,7 @@ PROXY_V2_TCP4 = b"\x21\x11"
 TCP4_LENGTH = 12
 PP2_TYPE_SSL = 0x20
 PP2_CLIENT_SSL = 0x01
+TLS_HANDSHAKE = b"\x16"
 
 
 class BadHeader(Exception):
@@ -101,21 +106,58 @@ def digest_of(stream: BinaryIO, size: int) -> str:
 TALKS: dict[str, Callable[[socket.socket, BinaryIO], None]] = {"greet": greet, "hold": hold, "transfer": transfer}
 
 
-def serve(listener: socket.socket, talk: Callable[[socket.socket, BinaryIO], None]) -> None:
+def serve(listener: socket.socket, talk: Callable[[socket.socket, BinaryIO], None], tls: ssl.SSLContext | None) -> None:
     """Take one connection after the other, for ever."""
     while True:
         connection, _ = listener.accept()
         connection.settimeout(SILENCE)
         # A probe that only connects sends no header; who is gone or lied finds its banner missing. None of it ends the server.
-        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError, BadHeader, ValueError):
-            talk(connection, stream)
+        with contextlib.suppress(OSError, BadHeader, ValueError), contextlib.ExitStack() as stack:
+            stack.enter_context(connection)
+            if tls is None:
+                talk(connection, stack.enter_context(connection.makefile("rb")))
+                continue
+            before = header_before_tls(connection)
+            encrypted = stack.enter_context(tls.wrap_socket(connection, server_side=True))
+            talk(encrypted, io.BufferedReader(Prefixed(before, encrypted)))
+            encrypted.unwrap()
 
 
-def main(port: str, name: str) -> None:
+class Prefixed(io.RawIOBase):
+    """A connection's stream, with bytes in front of it."""
+
+    def __init__(self, before: bytes, connection: socket.socket) -> None:
+        self._before = before
+        self._connection = connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if self._before:
+            count = min(len(buffer), len(self._before))
+            buffer[:count], self._before = self._before[:count], self._before[count:]
+            return count
+        return self._connection.recv_into(buffer)
+
+
+def header_before_tls(connection: socket.socket) -> bytes:
+    """HAProxy sends its PROXY header before TLS; others send it inside, and then this is empty."""
+    if connection.recv(1, socket.MSG_PEEK) == TLS_HANDSHAKE:
+        return b""
+    start = connection.recv(16, socket.MSG_WAITALL)
+    return start + connection.recv(int.from_bytes(start[14:16], "big"), socket.MSG_WAITALL)
+
+
+def main(port: str, name: str, certificate: str = "", key: str = "") -> None:
     """Serve until killed. Several threads, as a terminator may take its time between connecting and sending the header."""
     listener = socket.create_server(("127.0.0.1", int(port)), backlog=1024)
+    tls = None
+    if certificate:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate, key)
     for _ in range(THREADS):
-        threading.Thread(target=serve, args=(listener, TALKS[name])).start()
+        threading.Thread(target=serve, args=(listener, TALKS[name], tls)).start()
 
 
 if __name__ == "__main__":

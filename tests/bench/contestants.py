@@ -117,29 +117,33 @@ def smtp_sink(site: Site) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def backend(site: Site, talk: str) -> Iterator[int]:
+def backend(site: Site, talk: str, tls: bool = False) -> Iterator[int]:
     """`backend.py` in one of its three ways; gives its port, for nobody counts its CPU."""
     port = free_port()
-    with running([sys.executable, "-m", "tests.bench.backend", str(port), talk], port, site.log(f"backend-{port}"), FUMI):
+    argv = [sys.executable, "-m", "tests.bench.backend", str(port), talk, *certificate(site, tls)]
+    with running(argv, port, site.log(f"backend-{port}"), FUMI):
         yield port
 
 
-def fumi_edge(talk: str) -> Start:
-    """`fumi-edge` in front of the backend."""
+def fumi_edge(talk: str, tls_backend: bool = False) -> Start:
+    """`fumi-edge` in front of the backend, which it may reach over TLS."""
 
     @contextlib.contextmanager
     def start(site: Site) -> Iterator[Server]:
-        with backend(site, talk) as behind, edge_in_front_of(site, f"127.0.0.1:{behind}") as server:
-            yield server
+        with backend(site, talk, tls_backend) as behind:
+            flags = ["--backend-ca", str(site.certificate)] if tls_backend else []
+            address = f"tls:localhost:{behind}" if tls_backend else f"127.0.0.1:{behind}"
+            with edge_in_front_of(site, address, *flags) as server:
+                yield server
 
     return start
 
 
 @contextlib.contextmanager
-def edge_in_front_of(site: Site, backend: str) -> Iterator[Server]:
+def edge_in_front_of(site: Site, backend: str, *flags: str) -> Iterator[Server]:
     """`fumi-edge` in front of an address."""
     port = free_port()
-    files = ["--cert", str(site.certificate), "--key", str(site.key)]
+    files = ["--cert", str(site.certificate), "--key", str(site.key), *flags]
     # The peers do not check their backend either.
     ports = ["--backend", backend, "--listen", f"127.0.0.1:{port}", "--health-interval", "0"]
     argv = [str(PROGRAMS / "fumi-edge"), *files, *ports]
@@ -166,18 +170,20 @@ defaults
     timeout server 5m
 listen smtps
     bind 127.0.0.1:{port} ssl crt {site.certificate_and_key}
-    server core 127.0.0.1:{behind} send-proxy-v2-ssl-cn
+    server core 127.0.0.1:{behind} send-proxy-v2-ssl-cn {ssl}
 """
+HAPROXY_TLS_BACKEND = "ssl verify required ca-file {site.certificate} verifyhost localhost sni str(localhost)"
 
 
-def haproxy(talk: str) -> Start:
-    """HAProxy on one thread in front of the backend."""
+def haproxy(talk: str, tls_backend: bool = False) -> Start:
+    """HAProxy on one thread in front of the backend, which it may reach over TLS."""
 
     @contextlib.contextmanager
     def start(site: Site) -> Iterator[Server]:
         port, configuration = free_port(), site.directory / "haproxy.cfg"
-        with backend(site, talk) as behind:
-            configuration.write_text(HAPROXY.format(port=port, behind=behind, site=site))
+        ssl = HAPROXY_TLS_BACKEND.format(site=site) if tls_backend else ""
+        with backend(site, talk, tls_backend) as behind:
+            configuration.write_text(HAPROXY.format(port=port, behind=behind, site=site, ssl=ssl))
             with running(["haproxy", "-db", "-f", str(configuration)], port, site.log("haproxy")) as pid:
                 yield Server(port, (pid,))
 

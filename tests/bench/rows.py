@@ -93,6 +93,14 @@ def edge_row(name: str, work: str, unit: str, measure: Measure, talk: str, of_ha
     return Row(name, work, unit, measure, Contestant("fumi-edge", fumi_edge(talk)), peers)
 
 
+def tls_backend_row(direction: str, word: str, measure: Measure) -> Row:
+    """A row of bytes through TLS on both sides. stunnel has TLS on one side only, and HAProxy sends its header before TLS."""
+    work = f"bytes {word} a backend over TLS through one connection, all arriving"
+    ours = Contestant("fumi-edge", fumi_edge("transfer", tls_backend=True))
+    peer = Peer(Contestant("haproxy", haproxy("transfer", tls_backend=True)), 1.15)
+    return Row(f"edge-bytes-tls-backend-{direction}", work, "µs a MiB", measure, ours, (peer,))
+
+
 SOAK_MESSAGES, SOAK_SLICE = 1_000_000, 10_000
 SOAKING = client("messages", "--sessions", "10", "--connections", str(SOAK_SLICE // 100))
 
@@ -180,6 +188,8 @@ ROWS = (
         of_haproxy=1.1,
         of_stunnel=1.0,
     ),
+    tls_backend_row("up", "to", UPLOAD),
+    tls_backend_row("down", "from", DOWNLOAD),
     edge_row(
         "edge-memory",
         "memory of an idle TLS connection",

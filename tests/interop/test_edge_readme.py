@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import smtplib
+import socket
 import ssl
 import tempfile
 import urllib.request
@@ -34,7 +35,7 @@ README = re.sub(r"<!--.*?-->", "", (ROOT / "fumi_edge" / "README.md").read_text(
 SECTIONS = {section.title: section.text for section in sections(README)}
 RECIPES = ("Port 25: mail from other servers", "Port 587: submission with STARTTLS", "Port 465: submission with implicit TLS",
            "Let's Encrypt", "Clients with certificates", "Behind a load balancer", "Postfix", "Any SMTP server",
-           "Several backends", "An app in the same program", "All of it in a file",
+           "Several backends", "A core on another host, over TLS", "An app in the same program", "All of it in a file",
            "Listeners with settings of their own")  # fmt: skip
 CLIENT = ("127.0.0.9", 0)
 """The address that clients come from, which is not this host's usual one."""
@@ -56,7 +57,7 @@ class Kitchen:
     def __init__(self, programs: Programs, certificate: CertificateFiles) -> None:
         self.programs = programs
         self.directory: Path = programs.directory
-        self.ports = {port: free_port() for port in ("25", "465", "587", "2525", "2587", "9465", "10025")}
+        self.ports = {port: free_port() for port in ("25", "465", "587", "2465", "2525", "2587", "9465", "10025")}
         self.context = ssl.create_default_context(cafile=str(certificate[0]))
         for path in certificate:
             shutil.copy(path, self.directory)
@@ -82,6 +83,10 @@ class Kitchen:
         smtp = self.plain(port)
         smtp.starttls(context=self.context)
         return smtp
+
+    def tls_socket(self) -> ssl.SSLSocket:
+        sock = socket.create_connection(("localhost", self.ports["465"]), timeout=60)
+        return self.context.wrap_socket(sock, server_hostname="localhost")
 
     def tls(self) -> smtplib.SMTP_SSL:
         return smtplib.SMTP_SSL("localhost", self.ports["465"], timeout=60, context=self.context, source_address=CLIENT)

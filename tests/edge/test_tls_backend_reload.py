@@ -96,7 +96,8 @@ def test_a_wrong_file_changes_nothing_is_logged_and_counted(
     replace(ca, b"nothing\n")
     reload(program, interval)
     until(lambda: reloads(program, "failed") >= 1, "the failure")
-    assert f"{ca}: holds no PEM certificate" in [entry["error"] for entry in program.events("certificate not loaded")]
+    until(lambda: program.events("certificate not loaded"), "the line about it")
+    assert program.events("certificate not loaded")[0]["error"] == f"{ca}: holds no PEM certificate"
     if interval == "0":
         until(lambda: program.events("reloaded in part"), "the line about the reload")
     session(program, clients)

@@ -95,6 +95,47 @@ def test_haproxy_accepts_what_is_emitted_and_finds_nothing_to_warn_of(
     accepted(programs, emit("haproxy", "--cert", both, "--backend", "127.0.0.1:2525", *flags))
 
 
+@pytest.mark.parametrize("version", ["v2", "v1", "off"])
+def test_backends_over_tls_are_verified_and_get_the_header_inside_tls(
+    programs: Programs, emit: Emit, both: Path, certificate: CertificateFiles, version: str
+) -> None:
+    ca, key = certificate
+    text = emit(
+        "haproxy", "--cert", both, "--backend", "127.0.0.1:2525", "--backend", "tls:localhost:2465", "--backend-ca", ca,
+        "--backend-cert", ca, "--backend-key", key, "--proxy-protocol", version,
+    )  # fmt: skip
+    assert f"cat {ca} {key} > {ca}.both" in notes(text)
+    Path(f"{ca}.both").write_bytes(both.read_bytes())
+    accepted(programs, text)
+    verified = f'ssl verify required ca-file "{ca}" verifyhost "localhost" sni str("localhost")'
+    if version == "off":
+        whole = (
+            f'server core2 "localhost:2465" {USER_TIMEOUT} {verified} check-sni "localhost" crt "{ca}.both" ssl-min-ver TLSv1.2'
+        )
+        assert whole in settings(text)
+    else:
+        assert f'server core2 "abns@fumi-core2" {USER_TIMEOUT}' in settings(text)
+        assert f'server core2 "localhost:2465" {USER_TIMEOUT} {verified} crt "{ca}.both" ssl-min-ver TLSv1.2' in settings(text)
+        assert 'bind "abns@fumi-core2"' in settings(text)
+
+
+def test_what_haproxy_cannot_verify_is_noted(programs: Programs, emit: Emit, both: Path) -> None:
+    """It compares DNS names only."""
+    flags = ("--cert", both, "--backend", "tls:127.0.0.1:2465", "--backend-ca", both)
+    text = emit("haproxy", *flags)
+    accepted(programs, text)
+    assert "127.0.0.1: HAProxy compares DNS names only" in notes(text)
+    assert 'verifyhost "127.0.0.1"' in text
+    text = emit("haproxy", *flags, "--backend-name", "core.example.org")
+    assert "DNS names only" not in text
+    assert 'verifyhost "core.example.org" sni str("core.example.org")' in text
+
+
+def test_stunnel_has_tls_on_one_side_only(emit: Emit, both: Path) -> None:
+    said = emit("stunnel", "--cert", both, "--backend", "tls:127.0.0.1:2465", status=2)
+    assert "tls:127.0.0.1:2465: a service of stunnel has TLS on one side only" in said
+
+
 def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_certificate: ClientCertificate) -> None:
     text = emit(
         "haproxy", "--cert", both, "--cert", both, "--backend", "127.0.0.1:2525", "--backend", "unix:/run/core.sock",
@@ -314,9 +355,10 @@ def test_a_reworded_comment_in_a_template_changes_no_setting(
     assert emitted() == before
 
 
-@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+@pytest.mark.parametrize(("program", "unix"), [("haproxy", False), ("haproxy", True), ("stunnel", False)])
 def test_mail_comes_through_what_was_emitted(
     program: str,
+    unix: bool,
     programs: Programs,
     emit: Emit,
     fumi_core: StartFumiCore,
@@ -324,11 +366,12 @@ def test_mail_comes_through_what_was_emitted(
     certificate: CertificateFiles,
     client_certificate: ClientCertificate,
 ) -> None:
-    core, _ = fumi_core(*(["--assume-tls"] if program == "stunnel" else []))
-    port = free_port()
+    local = f"unix:{programs.directory}/core.sock"
+    core, _ = fumi_core("--listen", local, *(["--assume-tls"] if program == "stunnel" else []))
+    port, backend = free_port(), local if unix else f"127.0.0.1:{core}"
     path = programs.directory / "emitted"
     # From the environment, as flags may come.
-    settings = {"FUMI_EDGE_LISTEN": f"127.0.0.1:{port}", "FUMI_EDGE_BACKEND": f"127.0.0.1:{core}", "FUMI_EDGE_CERT": str(both)}
+    settings = {"FUMI_EDGE_LISTEN": f"127.0.0.1:{port}", "FUMI_EDGE_BACKEND": backend, "FUMI_EDGE_CERT": str(both)}
     path.write_text(emit(program, "--client-ca", client_certificate.ca, "--client-cert", "required", **settings))
     programs.start(program, *(["-f"] if program == "haproxy" else []), path, port=port)
     context = ssl.create_default_context(cafile=str(certificate[0]))
@@ -421,6 +464,7 @@ BAD = {
     "ciphers": (["--ciphers", "NOPE"], "--ciphers: 'NOPE' selects no TLS 1.2 cipher"),
     "a descriptor": (["--listen", "fd:smtps"], "name HOST:PORT"),
     "a backend that is none": (["--backend", "fd:3"], "fd:3 is not a backend"),
+    "a backend over TLS without a host": (["--backend", "tls::465"], "names no host"),
     "a program nobody knows": (["--emit", "nginx"], "nginx"),
 }
 

@@ -135,3 +135,19 @@ def test_a_message_does_not_pass_with(
     until(lambda: "backend down" in kitchen.log(), "the line about the backend")
     assert "reason=certificate" in kitchen.log()
     assert running.messages == []
+
+
+def test_haproxy_with_what_is_emitted_for_the_recipe_does_the_same_as_its_edge(kitchen: Kitchen, core: StartCore) -> None:
+    core()
+    sh(MAKING.replace("ops/", f"{ROOT}/ops/"), kitchen.directory)
+    receive(kitchen, "fumi-edge")
+    (kitchen.directory / "cert.pem.key").symlink_to("key.pem")
+    path = kitchen.directory / "front.cfg"
+    path.write_text(sh(f"{kitchen.here(EDGE, HERE).strip()} --emit haproxy", kitchen.directory))
+    assert "verifyhost" in path.read_text()
+    kitchen.programs.start("haproxy", "-db", "-f", path, port=kitchen.ports["465"], log="front.log")
+    kitchen.context.maximum_version = ssl.TLSVersion.TLSv1_2
+    send(kitchen.tls())
+    (session,) = kitchen.sessions
+    assert session.tls
+    assert (session.tls.version, session.tls.sni, session.remote_address) == ("TLSv1.2", "localhost", "127.0.0.9")

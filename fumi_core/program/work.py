@@ -26,6 +26,7 @@ from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.master import READ_TIMEOUT
 from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.overview import Facts, Overview
+from fumi_core.runtime.process_metrics import register_process_metrics
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError, check_mode, read_again
 from fumi_core.server.metrics import CoreMetrics
@@ -57,6 +58,7 @@ class CoreWork:
         for app in apps:
             app.tally = apps[0].tally
         if self._settings["metrics"]:
+            register_process_metrics(self.registry)
             metrics = CoreMetrics(self.registry, apps[0].tally, () if reference else TARGETS)
             for app in apps:
                 app.observer = metrics

@@ -119,7 +119,8 @@ def register_restarts(registry: CollectorRegistry, prefix: str, board: Scoreboar
 
 
 def _counted(family: Metric, reports: list[Samples]) -> Samples:
-    total = _samples(family)
+    # The process that adds them up has used CPU time, which is not a worker's.
+    total = dict.fromkeys(_samples(family), 0.0)
     for samples in reports:
         _add(total, samples)
     return total

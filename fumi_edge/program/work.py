@@ -20,6 +20,7 @@ from fumi_core.runtime.master import READ_TIMEOUT
 from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.overview import Facts, Overview
 from fumi_core.runtime.privileges import PrivilegeError, become
+from fumi_core.runtime.process_metrics import register_process_metrics
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.certificate_reload import SETTLE_SECONDS, Renewed
@@ -54,6 +55,8 @@ class EdgeWork:
         self._user = user
         self._serving = False
         self._facts = EdgeFacts(edge)
+        if edge.settings.metrics is not None:
+            register_process_metrics(edge.registry)
 
     @property
     def registry(self) -> CollectorRegistry:

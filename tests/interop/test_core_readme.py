@@ -29,6 +29,7 @@ from fumi_core.delivery import TARGETS
 from fumi_core.handlers import contexts
 from fumi_core.handlers.stream import MessageStream
 from fumi_core.proxy_protocol import TLSInfo
+from fumi_core.runtime.process_metrics import register_process_metrics
 from fumi_core.runtime.scoreboard import Scoreboard
 from fumi_core.runtime.totals import register_restarts
 from fumi_core.server.metrics import CoreMetrics
@@ -245,6 +246,7 @@ def test_the_table_of_targets_is_theirs() -> None:
 def test_the_table_of_metrics_is_theirs() -> None:
     registry = CollectorRegistry()
     CoreMetrics(registry, Tally(), TARGETS)
+    register_process_metrics(registry)
     register_restarts(registry, "fumi_core", Scoreboard(1))
     real = {
         family.name + "_total" * (family.type == "counter"): {

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.hosts.verdict import Attempt, Verdict, judge
+from tests.support import starter
 from tests.support.certificates import self_signed
 from tests.support.hosts import Host, network
 from tests.support.starter import BIN, ROOT, Process
@@ -36,7 +36,7 @@ class MailHosts:
         self.loads = 0
         self._certificate, key = self_signed(directory, "mx.example.org")
         self._running: dict[str, Process] = {}
-        self._idle: list[Process] = []
+        self.clients: list[Process] = []
         address = {name: host.address for name, host in hosts.items()}
         edge: list[str | Path] = [BIN / "fumi-edge", "--accept-proxy", "--trusted-proxy", address["balancer"]]
         edge += ["--cert", self._certificate, "--key", key]
@@ -89,16 +89,17 @@ class MailHosts:
         self.start(name)
 
     def close(self) -> None:
-        for process in [*self._running.values(), *self._idle]:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        for process in [*self._running.values(), *self.clients]:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait(60)
 
     def start_idle_client(self) -> Path:
         """Start a client that says EHLO and nothing else, and return the file with what it hears, and "ended" at the end."""
-        log = self.directory / f"idle{len(self._idle)}.log"
+        log = self.directory / f"idle{len(self.clients)}.log"
         command = [sys.executable, "-m", "tests.hosts.idle", self.hosts["balancer"].address, "25"]
-        self._idle.append(self.hosts["client"].start(*command, log=log, cwd=ROOT))
+        self.clients.append(self.hosts["client"].start(*command, log=log, cwd=ROOT))
         return log
 
     def idle_sessions_ended(self) -> int:
@@ -123,9 +124,10 @@ class Load:
         self._log = mail.directory / "client.log"
         reader, self._stdin = os.pipe()
         command = [sys.executable, "-m", "tests.hosts.load", mail.hosts["balancer"].address, "25", str(RATE)]
-        with os.fdopen(reader) as stdin, self._output.open("wb") as output, self._log.open("ab") as log:
+        with os.fdopen(reader, "rb") as stdin, self._output.open("wb") as output, self._log.open("ab") as log:
             words = mail.hosts["client"].command(*command, mail.directory / "cert.pem", self._prefix)
-            self._process = subprocess.Popen(words, stdin=stdin, stdout=output, stderr=log, cwd=ROOT)
+            self._process = starter.start(*words, stdin=stdin, stdout=output, stderr=log, cwd=ROOT)
+        mail.clients.append(self._process)
 
     def attempts(self) -> list[Attempt]:
         lines = self._output.read_text().split("\n")[:-1]

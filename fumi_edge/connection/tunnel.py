@@ -292,11 +292,15 @@ class Tunnel:
                 taken = self._put(flow, data)
                 if taken < count and flow.state is _OPEN:
                     flow.leftover = bytes(data[taken:])
-        if after is ENDED:
+        if after is MORE:
+            if flow.leftover:
+                self._watch(source)
+                self._watch(flow.sink)
+        elif after is ENDED:
             self._source_ended(flow)
         elif isinstance(after, OSError):
             self._source_failed(flow, after)
-        elif flow.leftover or flow.wants_write:
+        else:
             self._watch(source)
             self._watch(flow.sink)
 

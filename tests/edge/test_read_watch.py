@@ -39,6 +39,12 @@ class Endless(socket.socket):
         raise AssertionError("the read was not ended")
 
 
+class EndlessBackend(Endless):
+    """One of which the edge is the client."""
+
+    server_side = False
+
+
 def read(sock: Endless) -> tuple[int, After | OSError]:
     return read_records(cast(ssl.SSLSocket, sock), memoryview(bytearray(RECORD_SIZE)), streaming=False)
 
@@ -51,6 +57,15 @@ def test_a_read_that_does_not_return_is_ended(watch: ReadWatch, caplog: pytest.L
         assert client.recv(1) == b""
     assert until(lambda: caplog.messages) == ["TLS read does not end, disconnected client_ip=127.0.0.1"]
     assert READING.now is None
+
+
+def test_of_a_backend_the_line_has_its_address(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as backend:
+        accepted, _ = listener.accept()
+        with EndlessBackend(fileno=accepted.detach()) as sock:
+            assert read(sock) == (0, ENDED)
+        assert backend.recv(1) == b""
+    assert until(lambda: caplog.messages) == ["TLS read does not end, disconnected backend_ip=127.0.0.1"]
 
 
 def test_many_reads_of_one_connection_are_not_one_that_lasts(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -231,7 +231,7 @@ def main(**flags: Unpack[Flags]) -> None:
         directory = stack.enter_context(dev.directory(flags, tables)) if flags["dev_mode"] else None
         inner = Inner(flags, given(ctx), tables) if flags["app"] else None
         if directory is not None:
-            flags = dev.defaults(flags, directory)
+            flags = dev.defaults(flags, given(ctx), directory)
         if inner is not None:
             flags = inner.defaults(flags, tables)
         core = None if inner is None else inner.core

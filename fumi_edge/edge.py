@@ -218,9 +218,7 @@ class Edge:
         """Stop accepting, wait up to ``drain_timeout`` for connections to end, then close the rest; if cancelled, at once."""
         try:
             await asyncio.gather(*(listener.close() for listener in self.listeners))
-            if self._connections:
-                event(log, logging.INFO, "draining", connections=len(self._connections))
-                await self._wait_for_connections(self.settings.drain_timeout)
+            await self._wait_for_connections(self.settings.drain_timeout)
         finally:
             await self._close_connections()
 

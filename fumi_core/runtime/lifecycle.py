@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -26,13 +27,15 @@ from fumi_core.runtime.journal import journal
 from fumi_core.runtime.logs import configure, event
 from fumi_core.runtime.metrics_server import MetricsServer, Page
 from fumi_core.runtime.overview import Facts, Overview, Worker
-from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, WorkerState
+from fumi_core.runtime.scoreboard import ConnectionCount, Scoreboard, Slot, WorkerState
 from fumi_core.runtime.systemd import Notifier
 from fumi_core.runtime.totals import register_restarts
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLEANUP_TIMEOUT = 2.0
 """Seconds that a process may take to end after it has drained, or after it was told to end at once."""
+DRAIN_NOTICE_SECONDS = 0.2
+"""Seconds that a stop takes before the log says that connections are still open."""
 _ending = threading.Event()
 """Set when the process has begun to clean up; it then ends within CLEANUP_TIMEOUT."""
 HELD_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
@@ -222,10 +225,26 @@ async def run_alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signa
         event(work.log, logging.INFO, "stopping", signal=number.name)
         slot.state = WorkerState.DRAINING
         notifier.stopping()
-        await work.close()
+        await drain(work, slot, number)
     end_within(CLEANUP_TIMEOUT, 0)
     if metrics_server is not None:
         await asyncio.to_thread(metrics_server.close)
+
+
+async def drain(work: Work, slot: Slot, number: signal.Signals | None = None) -> None:
+    """Close, and log how many connections are open if that takes a moment; ``number`` is the signal that stopped the program."""
+    closing = asyncio.ensure_future(work.close())
+    await asyncio.wait([closing], timeout=DRAIN_NOTICE_SECONDS)
+    if not closing.done() and (connections := slot.connection_count.connections):
+        event(work.log, logging.INFO, "draining", connections=connections)
+        tell_how_to_quit(number, connections)
+    await closing
+
+
+def tell_how_to_quit(number: signal.Signals | None, connections: int) -> None:
+    """Tell someone who has pressed Ctrl-C in a terminal why the program has not ended."""
+    if number is signal.SIGINT and connections and sys.stderr.isatty():
+        click.echo(f"draining {connections} connection{'s' * (connections != 1)} (Ctrl-C again to quit)", err=True)
 
 
 def serve_metrics(work: Work, overview: Overview) -> MetricsServer | None:

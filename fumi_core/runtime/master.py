@@ -24,7 +24,7 @@ from functools import partial
 
 from fumi_core.runtime.daemon_thread import start_thread
 from fumi_core.runtime.journal import journal
-from fumi_core.runtime.lifecycle import HELD_SIGNALS, Outcome, Work, reload
+from fumi_core.runtime.lifecycle import HELD_SIGNALS, Outcome, Work, reload, tell_how_to_quit
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import Scoreboard, WorkerState
 from fumi_core.runtime.systemd import Notifier
@@ -222,6 +222,7 @@ class Master:
     def _stop(self, number: signal.Signals) -> None:
         self._stopping = True
         event(self._work.log, logging.INFO, "stopping", signal=number.name)
+        tell_how_to_quit(number, sum(self._board.connections))
         self._notifier.stopping()
         self._work.unbind()
         self._signal_children(signal.SIGTERM)

@@ -25,6 +25,7 @@ from fumi_core.runtime.lifecycle import (
     STOP_SIGNALS,
     Left,
     Work,
+    drain,
     end_within,
     every,
     handle_signals,
@@ -119,7 +120,7 @@ async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int
     with every(REPORT_SECONDS, report):
         await stopped.wait()
         slot.state = WorkerState.DRAINING
-        await work.close()
+        await drain(work, slot)
     end_within(CLEANUP_TIMEOUT, 0)
     report()
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from fumi_core.runtime.addresses import parse_address
@@ -60,10 +60,12 @@ def _check(flags: Flags) -> None:
         )
 
 
-def defaults(flags: Flags, path: str) -> Flags:
-    """The flags with the values of --dev; addresses are kept."""
+def defaults(flags: Flags, given: Collection[str], path: str) -> Flags:
+    """The flags with the values of --dev; addresses, and a drain timeout that was given, are kept."""
     return {
         **flags,
+        # Whoever stops a trial does not want to wait for the connection that a mail client keeps open.
+        "drain_timeout": flags["drain_timeout"] if "drain_timeout" in given else 0.0,
         "cert": (_take(f"{path}/cert.pem"),),
         "key": (_take(f"{path}/key.pem"),),
         "backend": (BackendAddress("unix", path=f"{path}/core.sock"),),
@@ -93,7 +95,9 @@ class DevCore:
     async def start(self) -> None:
         from fumi_core.program.builtin import build
 
-        self._core = build(DELIVER, proxy_protocol="required", trusted_proxies=("unix",))
+        self._core = build(
+            DELIVER, proxy_protocol="required", trusted_proxies=("unix",), close_timeout=self._edge.settings.drain_timeout
+        )
         await self._core.listen(path=f"{self._path}/core.sock")
 
     async def close(self) -> None:

@@ -20,7 +20,7 @@ def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(
     clients: Clients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    program = Program("--dev", *PORTS, cwd=tmp_path)
+    program = Program("--dev", *PORTS, "--drain-timeout", "600", cwd=tmp_path)
     try:
         assert clients.plain(program.starttls_port).line().startswith(b"220")
         assert list(tmp_path.glob("fumi-dev-*"))
@@ -54,5 +54,18 @@ def test_dev_mode_takes_a_message_over_both_ports(tmp_path: Path) -> None:
         printed = program.stdout.read()
         for name in ("swaks", "curl", "openssl s_client", "smtplib", str(program.tls_port)):
             assert name in printed
+    finally:
+        program.kill()
+
+
+def test_dev_mode_ends_at_the_first_ctrl_c_although_a_client_stays(clients: Clients, tmp_path: Path) -> None:
+    program = Program("--dev", *PORTS, cwd=tmp_path)
+    try:
+        client = clients.plain(program.starttls_port)
+        assert client.line().startswith(b"220")
+        assert client.ask(b"EHLO me\r\n")
+        assert client.ask(b"MAIL FROM:<a@example.org>\r\n") == [b"250 2.1.0 Ok\r\n"]
+        assert program.stop(signal.SIGINT) == 0
+        assert not program.events("draining")
     finally:
         program.kill()

@@ -42,7 +42,10 @@ def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Programs) 
         dev = programs.start("sh", "-c", f"cd {checkout} && exec {RUN}")
         # A virtual environment takes its time, and what goes into it comes from elsewhere.
         until(lambda: listening(5870) or dev.poll() is not None, "fumi-edge --dev", patience=240)
-        assert dev.poll() is None, (programs.directory / "log").read_text()
+        log = (programs.directory / "log").read_text()
+        assert dev.poll() is None, log
+        said = [line.removeprefix("ops/run: ") for line in log.splitlines() if line.startswith("ops/run: ")]
+        assert [" ".join(line.split()[:2]) for line in said] == ["creating a", "installing Fumi", "starting fumi-edge"]
         for command in SWAKS.splitlines():
             assert " 250 2.0.0 Ok: queued as " in sh(command, checkout)
         assert len(list((checkout / "maildir" / "new").iterdir())) == 2

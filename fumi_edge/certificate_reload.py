@@ -59,8 +59,8 @@ class FileReloader:
         self._settle = min(SETTLE_SECONDS, interval or SETTLE_SECONDS)
         self._seen = files.stamp_read
         self._reported: set[str] = set()
-        self._logged_authority_problems: list[str] = []
-        """The problems of CA certificates that were logged last."""
+        self._not_valid: list[str] = []
+        """The problems of ``_log_validity()`` that were logged last."""
         self._lock = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._checked = asyncio.Event()
@@ -144,11 +144,12 @@ class FileReloader:
         """Read the files, use what is good, and log it. Returns a line for each error."""
         raise NotImplementedError
 
-    def _log_authority_problems(self, problems: list[str]) -> None:
+    def _log_validity(self, words: str, problems: list[str]) -> None:
+        """Log certificates that are not valid, beside those that clients get, unless that was logged last time."""
         for problem in problems:
-            if problem not in self._logged_authority_problems:
-                event(log, logging.WARNING, "CA certificate is not valid", error=problem, listeners=self._listeners)
-        self._logged_authority_problems = problems
+            if problem not in self._not_valid:
+                event(log, logging.WARNING, words, error=problem, listeners=self._listeners)
+        self._not_valid = problems
 
 
 class Reloader(FileReloader):
@@ -163,7 +164,7 @@ class Reloader(FileReloader):
     def start(self) -> None:
         for entry in self._certificates.entries:
             self._warn(entry)
-        self._log_authority_problems(self._certificates.authority_problems(time.time()))
+        self._log_validity("CA certificate is not valid", self._certificates.authority_problems(time.time()))
         self._log_skipped(())
         if problem := self._certificates.startup_problem():
             event(log, logging.WARNING, "no cipher for the certificates", error=problem, listeners=self._listeners)
@@ -213,7 +214,7 @@ class Reloader(FileReloader):
                 listeners=self._listeners,
             )
             self._warn(entry)
-        self._log_authority_problems(self._certificates.authority_problems(time.time()))
+        self._log_validity("CA certificate is not valid", self._certificates.authority_problems(time.time()))
         self._log_skipped(skipped)
         kept = {each.pair for each in now}
         for entry in [each for each in before if each.pair not in kept]:
@@ -242,7 +243,7 @@ class CredentialsReloader(FileReloader):
         self._publish()
 
     def start(self) -> None:
-        self._log_authority_problems(self._credentials.validity_problems(time.time()))
+        self._log_validity("certificate for backends is not valid", self._credentials.validity_problems(time.time()))
         super().start()
 
     async def _install(self) -> list[str]:
@@ -252,7 +253,7 @@ class CredentialsReloader(FileReloader):
         self._publish()
         if reading.context is not before:
             event(log, logging.INFO, "certificates for backends loaded", file=",".join(self._credentials.files()) or None)
-        self._log_authority_problems(self._credentials.validity_problems(time.time()))
+        self._log_validity("certificate for backends is not valid", self._credentials.validity_problems(time.time()))
         return reading.complaints
 
     def _publish(self) -> None:

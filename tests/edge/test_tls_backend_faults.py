@@ -369,3 +369,42 @@ def test_a_flood_of_key_updates_is_ended_and_others_are_served(
         assert other.line() == b"220 hi\r\n"
         other.close()
     client.close()
+
+
+def test_memory_stays_small_behind_a_backend_over_tls_that_stalls(
+    backend: StartBackend, edge: StartEdge, connect: Connect, authority: Authority, pair: CertificateFiles
+) -> None:
+    total = 60 << 20
+    go, pause = threading.Event(), threading.Event()
+    heard: list[int] = []
+
+    def handler(peer: Peer) -> None:
+        opening(peer, connect.tls)
+        go.wait(PATIENCE)
+        count = len(peer._buffered)
+        while count < total and (data := peer.sock.recv(1 << 20)):
+            count += len(data)
+        heard.append(count)
+
+    program = edge("--backend-ca", str(authority.path), backend=backend(handler, tls=context(pair)))
+    client = connect(program)
+    before = program.memory()
+    sent: list[int] = []
+
+    def push() -> None:
+        for _ in range(total >> 20):
+            client.sock.sendall(bytes(1 << 20))
+            sent.append(1)
+
+    pushing = threading.Thread(target=push)
+    pushing.start()
+    previous = -1
+    while previous != len(sent):
+        previous = len(sent)
+        pause.wait(0.5)
+    assert previous < total >> 20, "nothing has stalled"
+    assert program.memory() - before < 5 << 20
+    go.set()
+    pushing.join()
+    assert until(lambda: heard, "the rest") == [total]
+    assert program.memory() - before < 5 << 20

@@ -191,6 +191,7 @@ def test_a_backend_that_rejects_our_certificate_is_not_used(
     reason = "tls" if shown is None and version is ssl.TLSVersion.TLSv1_2 else "certificate"
     assert errors(program, server, reason) == 1
     assert line["error"] in program.fetch("/readyz")[1]
+    assert bool(program.events("certificate for backends is not valid")) is (own == "expired")
 
 
 def test_both_sides_show_a_certificate(

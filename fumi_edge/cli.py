@@ -175,7 +175,9 @@ class BackendType(AddressType):
 )
 @heading("Timeouts")
 @click.option("--handshake-timeout", type=SECONDS, default=10, help="Time limit for a TLS handshake.")
-@click.option("--connect-timeout", type=SECONDS, default=5, help="Time limit for connecting to a backend.")
+@click.option(
+    "--connect-timeout", type=SECONDS, default=5, help="Time limit for connecting to a backend, its TLS handshake included."
+)
 @click.option(
     "--idle-timeout",
     type=SECONDS,

@@ -100,7 +100,7 @@ def host(tmp_path: Path, compose: dict[str, Any]) -> Iterator[Containers]:
             host.users[name] = "fumi-core"
             host.serve(name, [str(BIN / program), *flags])
         published = [each for name in services for each in services[name].get("ports", ())]
-        host.ports = {int(outside): int(inside) for outside, inside in (each.split(":") for each in published)}
+        host.ports = {int(outside): int(inside) for *_, outside, inside in (each.split(":") for each in published)}
         for port in host.ports.values():
             host.await_port(port)
         yield host
@@ -128,7 +128,7 @@ def test_what_the_images_are_built_of_receives_filters_stores_and_sends(host: Co
 
 
 def test_everything_that_it_names_is_there(compose: dict[str, Any]) -> None:
-    assert set(compose) == {"name", "x-fumi", "x-debian", "services", "networks", "volumes"}
+    assert set(compose) == {"name", "x-logging", "x-fumi", "x-debian", "services", "networks", "volumes"}
     targets = {text.partition(" AS ")[2] for name, text in INSTRUCTIONS if name == "FROM"}
     for name, service in compose["services"].items():
         context = (DOCKER / service["build"]["context"]).resolve()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from fumi_core.version import VERSION
 from tests.support.ports import free_port
 from tests.support.programs import Programs
 from tests.support.starter import BIN
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "ops" / "docker"
+CONTAINERS = ROOT / "ops" / "prometheus" / "containers.yml"
 INSTRUCTIONS = re.findall(r"^([A-Z]+) (.*)$", (DOCKER / "Dockerfile").read_text().replace("\\\n", ""), re.MULTILINE)
 HEALTHCHECK = json.loads(next(text for name, text in INSTRUCTIONS if name == "HEALTHCHECK").partition("CMD")[2])
 EXPOSED = {int(port) for name, text in INSTRUCTIONS if name == "EXPOSE" for port in text.split()}
@@ -58,6 +62,29 @@ def test_the_image_runs_as_nobody_and_says_what_it_listens_on(compose: dict[str,
     assert all(port >= 1024 for port in EXPOSED)
 
 
+def test_the_image_runs_either_program_and_takes_flags_alone_for_those_of_the_edge(programs: Programs) -> None:
+    entrypoint, command = (
+        json.loads(next(text for name, text in INSTRUCTIONS if name == each)) for each in ("ENTRYPOINT", "CMD")
+    )
+    path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    assert programs.run(*entrypoint, *command, environment=path).startswith("Usage: fumi-edge ")
+    for arguments, program in (
+        (["--version"], "edge"),
+        (["fumi-edge", "--version"], "edge"),
+        (["fumi-core", "--version"], "core"),
+    ):
+        assert programs.run(*entrypoint, *arguments, environment=path) == programs.run(BIN / f"fumi-{program}", "--version")
+    assert "'a b' is not an address" in programs.run(*entrypoint, "fumi-core", "--listen", "a b", status=2, environment=path)
+
+
+def test_the_labels_have_the_version(compose: dict[str, Any]) -> None:
+    (labels,) = (text for name, text in INSTRUCTIONS if name == "LABEL")
+    values = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]+)"', labels))
+    assert values["version"] == VERSION
+    assert values["title"] == compose["x-fumi"]["image"]
+    assert f'license = "{values["licenses"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_the_health_check_asks_the_program(programs: Programs) -> None:
     metrics, listen = free_port(), free_port()
     words = [sys.executable, *HEALTHCHECK[1:]]
@@ -74,9 +101,9 @@ def test_each_service_has_flags_that_its_program_takes_and_fits_the_others(
     name: str, compose: dict[str, Any], parse_flags: Callable[[list[str]], dict[str, Any]]
 ) -> None:
     def flags(name: str) -> dict[str, Any]:
-        # An engine puts in what ${DOMAIN:?…} stands for, and starts nothing without it.
+        # An engine puts in what ${NAME:?…} stands for, and starts nothing without it.
         command = compose["services"][name]["command"]
-        return parse_flags([re.sub(r"\$\{DOMAIN:\?[^}]+\}", "example.org", word) for word in command])
+        return parse_flags([re.sub(r"\$\{(?:MAIL_HOST|DOMAIN):\?[^}]+\}", "example.org", word) for word in command])
 
     service, settings = compose["services"][name], flags(name)
     assert service["command"][0] == f"fumi-{name}"
@@ -85,24 +112,38 @@ def test_each_service_has_flags_that_its_program_takes_and_fits_the_others(
     assert service["read_only"]
     assert service["cap_drop"] == ["ALL"]
     listeners = {address.port for address in (*settings["listen"], *settings.get("starttls_listen", ()))}
-    published = {int(each.rpartition(":")[2]) for each in service.get("ports", ())}
-    assert published == (listeners if name == "edge" else set())
+    page = f"127.0.0.1:{settings['metrics'].port}:{settings['metrics'].port}"
+    assert page in service["ports"]
+    assert {int(each.partition(":")[2]) for each in service["ports"] if each != page} == (listeners if name == "edge" else set())
     if name == "core":
-        assert settings["trusted_proxy"] == (compose["networks"]["inside"]["ipam"]["config"][0]["subnet"],)
+        assert settings["trusted_proxy"] == tuple(each["subnet"] for each in compose["networks"]["inside"]["ipam"]["config"])
+        assert settings["name"] == "example.org"
         assert settings["deliver"].startswith("maildir:/var/lib/fumi/")
         assert settings["domain"] == ("example.org",)
     else:
         (backend,) = settings["backend"]
         (core,) = flags("core")["listen"]
         assert (backend.host, backend.port) == ("core", core.port)
-        assert service["depends_on"] == {"core": {"condition": "service_healthy"}}
+        # Nothing waits for a health check: it comes 10 seconds after the start, and in an upgrade clients are refused until then.
+        assert service["depends_on"] == ["core"]
+
+
+@pytest.mark.parametrize("name", ["compose.yml", "mail-host.yml"])
+def test_clients_keep_their_ipv6_addresses_and_logs_end(name: str, read_yaml: Callable[[Path], list[Any]]) -> None:
+    (document,) = read_yaml(DOCKER / name)
+    network = document["networks"]["inside"]
+    versions = [ipaddress.ip_network(each["subnet"]).version for each in network["ipam"]["config"]]
+    assert (network["enable_ipv6"], versions) == (True, [4, 6])
+    for service in document["services"].values():
+        assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+        assert "service_healthy" not in str(service)
 
 
 def test_everything_that_the_composition_names_is_there(compose: dict[str, Any]) -> None:
-    assert set(compose) == {"name", "x-fumi", "services", "networks", "volumes"}
+    assert set(compose) == {"name", "x-logging", "x-fumi", "services", "networks", "volumes"}
     for name, service in compose["services"].items():
         known = {"image", "build", "restart", "read_only", "tmpfs", "cap_drop", "security_opt", "stop_grace_period", "ulimits"}
-        known |= {"command", "environment", "volumes", "ports", "networks", "depends_on"}
+        known |= {"command", "environment", "volumes", "ports", "networks", "depends_on", "logging"}
         assert set(service) <= known, name
         assert set(service["networks"]) <= set(compose["networks"])
         if "build" in service:
@@ -112,9 +153,13 @@ def test_everything_that_the_composition_names_is_there(compose: dict[str, Any])
             source = volume.split(":")[0]
             if source == "./certs":
                 continue  # the operator's own
-            assert (DOCKER / source).is_file() if source.startswith(".") else source in compose["volumes"], volume
+            # A file that is replaced stays the old one in a container.
+            assert (DOCKER / source).is_dir() if source.startswith(".") else source in compose["volumes"], volume
 
 
 def test_prometheus_there_scrapes_the_services_by_their_names(compose: dict[str, Any]) -> None:
-    for name, port in re.findall(r'targets: \["(\w+):(\d+)"\]', (DOCKER / "prometheus.yml").read_text()):
+    prometheus = compose["services"]["prometheus"]
+    assert f"--config.file=/etc/prometheus/{CONTAINERS.name}" in prometheus["command"]
+    assert "../prometheus:/etc/prometheus:ro" in prometheus["volumes"]
+    for name, port in re.findall(r'targets: \["(\w+):(\d+)"\]', CONTAINERS.read_text()):
         assert f"--metrics=:{port}" in compose["services"][name]["command"]

@@ -67,14 +67,16 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     "--recipient-delimiter",
     metavar="C",
     show_default="+",
-    help="Begins, in a local part, what is not part of the user's name.",
+    help="Separates the user's name from a detail in a local part.",
 )
-@click.option("--milter", type=ADDRESS, multiple=True, help="Has a mail filter (milter) at this address check mail. Repeatable.")
+@click.option(
+    "--milter", type=ADDRESS, multiple=True, help="Checks mail with the mail filter (milter) at this address. Repeatable."
+)
 @click.option(
     "--milter-failure",
     type=click.Choice(["tempfail", "accept"]),
     default="tempfail",
-    help="What becomes of mail when a mail filter fails.",
+    help="Treatment of mail when a mail filter fails.",
 )
 @option_flag("--size", type=BYTES, show_default="no limit")
 @option_flag("--lmtp")
@@ -84,7 +86,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 @option_flag("--lenient-addresses")
 @heading("Authentication")
 @click.option("--users", metavar="FILE", type=click.Path(dir_okay=False), help="Password file, NAME:HASH per line.")
-@click.option("--dovecot-auth", type=ADDRESS, help="Has logins checked by Dovecot, on its auth-client socket.")
+@click.option("--dovecot-auth", type=ADDRESS, help="Checks logins with Dovecot, on its auth-client socket.")
 @click.option("--auth-required", is_flag=True, help="Rejects MAIL before AUTH.")
 @click.option("--sender-login", is_flag=True, help="Rejects senders other than the user's own address.")
 @option_flag("--require-tls")
@@ -97,7 +99,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     metavar="DIR",
     type=click.Path(file_okay=False),
     show_default="$STATE_DIRECTORY, else ./state",
-    help="Stores differing answers of an LMTP server here.",
+    help="Stores differing replies of an LMTP server here.",
 )
 @click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz, /readyz and, at /, the status page.")
 @click.option("--workers", type=WORKERS, default="1", help="Number of processes that share the work; auto is one per CPU.")

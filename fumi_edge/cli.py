@@ -184,7 +184,7 @@ class BackendType(AddressType):
     default=900,
     help="Time after which a connection without traffic in either direction is closed.",
 )
-@click.option("--drain-timeout", type=SECONDS_OR_ZERO, default=30, help="Time that connections get to end after SIGTERM.")
+@click.option("--drain-timeout", type=SECONDS_OR_ZERO, default=30, help="Time limit for open connections after SIGTERM.")
 @heading("Operation")
 @config_option("edge", LISTENER_KEYS)
 @click.option("--metrics", type=ADDRESS, help="Serves /metrics, /healthz, /readyz and, at /, the status page.")

@@ -152,7 +152,7 @@ class Options:
     data_timeout: float = _option(600.0, seconds(), "Time limit for receiving one message.")
     proxy_timeout: float = _option(5.0, seconds(), "Time limit for the PROXY header.")
     close_timeout: float = _option(
-        30.0, seconds(zero=True), "Time that transactions get to end when the server stops.", flag="--drain-timeout"
+        30.0, seconds(zero=True), "Time limit for transactions when the server stops.", flag="--drain-timeout"
     )
     lenient_addresses: bool = _switch(
         "Accepts addresses that devices and carriers send: without <> or a domain, with dots anywhere, with a final dot.",

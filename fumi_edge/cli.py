@@ -206,7 +206,10 @@ class BackendType(AddressType):
     help="Checks certificates, addresses, file permissions for --user, and backends; reports problems and exits.",
 )
 @click.option(
-    "--dev", "dev_mode", is_flag=True, help="Runs a trial with its own certificate and server, which delivers to ./maildir."
+    "--dev",
+    "dev_mode",
+    is_flag=True,
+    help="Runs a trial with its own certificate and server, which delivers to ./maildir; /mail shows what has arrived.",
 )
 @click.version_option(VERSION, help="Prints the version and exits.")
 def main(**flags: Unpack[Flags]) -> None:

@@ -28,12 +28,16 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Answer(NamedTuple):
-    """A page's content: its text, content type, HTTP status, and headers beside those that every page has."""
+    """A page's content: its text, content type, HTTP status, and headers beside those that every page has.
+
+    ``data`` is sent in place of the text, for a content type without charset.
+    """
 
     text: str
     kind: str = "text/plain"
     status: str = "200 OK"
     headers: tuple[tuple[str, str], ...] = ()
+    data: bytes | None = None
 
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
@@ -41,10 +45,15 @@ Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
 class Request(NamedTuple):
-    """A request for a page: its path, and the parameters of its query, each with its last value."""
+    """A request for a page: its path, and the parameters of its query, each with its last value.
+
+    ``client`` is the IP address of the client, or ``unix``; ``host`` is the Host field.
+    """
 
     path: str
     query: Mapping[str, str]
+    client: str = ""
+    host: str = ""
 
 
 Page = Callable[[Request], Answer]
@@ -89,8 +98,9 @@ class MetricsServer:
             page = routes.get(path)
             answer = page(_request(environ)) if page else Answer("not found\n", status="404 Not Found")
             # A name from a file system may have bytes that are not text.
-            body = answer.text.encode("utf-8", "replace")
-            headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), ("Content-Length", str(len(body)))]
+            body = answer.text.encode("utf-8", "replace") if answer.data is None else answer.data
+            kind = f"{answer.kind}; charset=utf-8" if answer.data is None else answer.kind
+            headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
             headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *answer.headers]
             start_response(answer.status, headers)
             return [body]
@@ -108,7 +118,12 @@ class MetricsServer:
 
 def _request(environ: Mapping[str, Any]) -> Request:
     query = environ.get("QUERY_STRING", "")[:MAX_QUERY]
-    return Request(environ.get("PATH_INFO", ""), dict(parse_qsl(query, keep_blank_values=True)))
+    return Request(
+        environ.get("PATH_INFO", ""),
+        dict(parse_qsl(query, keep_blank_values=True)),
+        environ.get("REMOTE_ADDR", ""),
+        environ.get("HTTP_HOST", ""),
+    )
 
 
 def _readiness_page(readiness: Readiness) -> Page:

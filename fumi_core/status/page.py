@@ -76,16 +76,23 @@ class _Status:
 class StatusPage:
     """The page of ``program``; its samples are recorded from ``start()`` on.
 
-    ``kept`` are the series that the plots need, and ``view`` shows what there is at the time of a request.
+    ``kept`` are the series that the plots need, and ``view`` shows what there is at the time of a request. ``others`` are
+    the paths of the program's other pages.
     """
 
     def __init__(
-        self, program: str, overview: Overview, kept: Iterable[Series], view: Callable[[Figures, History, Sequence[Worker]], View]
+        self,
+        program: str,
+        overview: Overview,
+        kept: Iterable[Series],
+        view: Callable[[Figures, History, Sequence[Worker]], View],
+        others: Iterable[str] = (),
     ) -> None:
         self._program = program
         self._metric_prefix = program.replace("-", "_")
         self._overview = overview
         self._view = view
+        self._others = tuple(others)
         self.history = History(self._read, kept)
 
     def start(self) -> None:
@@ -174,10 +181,10 @@ class StatusPage:
             role = "alert" if status.state is State.NOT_READY else "status"
             more = [element("p", "; ".join(status.reasons), class_=f"problem {_CLASSES[status.state]}", role=role)]
         title = element("h1", self._program, " ", element("small", socket.gethostname()), " ", pill)
-        return element("header", title, element("p", about), _links(refreshing, clients), more)
+        return element("header", title, element("p", about), _links(self._others, refreshing, clients), more)
 
 
-def _links(refreshing: bool, clients: bool) -> Element:
+def _links(others: Iterable[str], refreshing: bool, clients: bool) -> Element:
     def here(refreshing: bool, clients: bool) -> str:
         return "/" + ("" if refreshing else "?refresh=0") + (("?" if refreshing else "&") + "clients=1" if clients else "")
 
@@ -185,6 +192,7 @@ def _links(refreshing: bool, clients: bool) -> Element:
     links: list[tuple[str, str]] = [
         (refresh, here(not refreshing, clients)),
         ("without client addresses" if clients else "with client addresses", here(refreshing, not clients)),
+        *((each, each) for each in others),
         ("/metrics", "/metrics"),
         ("/readyz", "/readyz"),
         ("/status.json", "/status.json"),

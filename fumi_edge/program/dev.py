@@ -1,7 +1,7 @@
 """--dev: a trial in one process, which leaves nothing on the disk except ./maildir.
 
-It makes a self-signed certificate with the openssl program, runs the core on a Unix socket as the backend, and prints commands
-that send a test message.
+It makes a self-signed certificate with the openssl program, runs the core on a Unix socket as the backend, prints commands
+that send a test message, and shows at /mail what has arrived.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.config_file import ListenerTable
+from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.backends.addresses import BackendAddress
 from fumi_edge.edge import Edge
+from fumi_edge.mail_view.pages import MailView
 from fumi_edge.program.flags import Flags
 
 LISTEN, STARTTLS, METRICS = "127.0.0.1:4650", "127.0.0.1:5870", "127.0.0.1:9465"
-DELIVER = "maildir:./maildir"
+MAILDIR = "./maildir"
 
 _OPENSSL = (
     *("openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-days", "30"),
@@ -96,12 +99,19 @@ class DevCore:
         from fumi_core.program.builtin import build
 
         self._core = build(
-            DELIVER, proxy_protocol="required", trusted_proxies=("unix",), close_timeout=self._edge.settings.drain_timeout
+            f"maildir:{MAILDIR}",
+            proxy_protocol="required",
+            trusted_proxies=("unix",),
+            close_timeout=self._edge.settings.drain_timeout,
         )
         await self._core.listen(path=f"{self._path}/core.sock")
 
     async def close(self) -> None:
         await self._core.close()
+
+    def pages(self) -> Mapping[str, Page]:
+        """The pages that show what has arrived."""
+        return MailView(Path(MAILDIR).resolve()).pages()
 
     def instructions(self) -> str:
         """Commands to copy and paste."""
@@ -121,7 +131,10 @@ This server accepts mail for every address and stores it in ./maildir/new. Each 
   python3 -c 'import smtplib, ssl; s = smtplib.SMTP("{host.strip("[]")}", {port}); \\
       s.starttls(context=ssl._create_unverified_context()); s.sendmail("a@example.org", ["b@example.org"], "{message}"); s.quit()'
 
-The certificate is self-signed. Status page: http://{self._metrics()}/ (metrics at /metrics). Stop with Ctrl-C.
+The certificate is self-signed. Stop with Ctrl-C.
+
+  What has arrived: http://{self._metrics()}/mail
+  Status page:      http://{self._metrics()}/ (metrics at /metrics)
 """
 
     def _address(self, starttls: bool) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 
 from fumi_core.program.loading import load_app
 from fumi_core.runtime.config_file import ListenerTable
+from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.settings import SettingError
 from fumi_core.server.metrics import CoreMetrics
 from fumi_edge.app import InnerApp, LocalCore
@@ -69,6 +70,10 @@ class Inner:
 
     async def close(self) -> None:
         await self._app.close()
+
+    def pages(self) -> Mapping[str, Page]:
+        """No pages of its own."""
+        return {}
 
     def instructions(self) -> str | None:
         """Nothing to tell when it has started."""

@@ -158,7 +158,7 @@ class EdgeWork:
         return self._facts.read()
 
     def pages(self, overview: Overview) -> Mapping[str, Page]:
-        return edge_pages(self._edge, overview)
+        return edge_pages(self._edge, overview, {} if self._core is None else self._core.pages())
 
     def local_problem(self) -> str | None:
         return self._edge.local_problem()

@@ -30,13 +30,14 @@ REJECTED = series("fumi_edge_rejected_total")
 SESSIONS = series("fumi_edge_tls_sessions_total")
 
 
-def edge_pages(edge: Edge, overview: Overview) -> Mapping[str, Page]:
-    """The pages of an edge, whose samples are recorded from now on."""
+def edge_pages(edge: Edge, overview: Overview, others: Mapping[str, Page]) -> Mapping[str, Page]:
+    """The pages of an edge, whose samples are recorded from now on, and ``others``, the first of which is linked."""
     plotted = [CURRENT, TOTAL, HANDSHAKES, SUCCEEDED, BYTES_IN, BYTES_OUT, STARTTLS, UPGRADED, REJECTED]
     of_listeners = [_of_listener(TOTAL, each) for each in edge.bound]
-    page = StatusPage("fumi-edge", overview, [*plotted, *of_listeners, *connecting(edge.backends)], _Viewer(edge, overview).view)
+    kept = [*plotted, *of_listeners, *connecting(edge.backends)]
+    page = StatusPage("fumi-edge", overview, kept, _Viewer(edge, overview).view, list(others)[:1])
     page.start()
-    return page.pages()
+    return {**page.pages(), **others}
 
 
 class _Viewer:

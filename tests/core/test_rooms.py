@@ -16,6 +16,7 @@ EDGE = [
     "cli",
     "program",
     "status",
+    "mail_view",
     "emit",
     "app",
     "edge",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.browser import Page, browser
+from tests.support.browser import CONTRAST, OVERFLOW, Page, browser
 from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
 from tests.support.programs import Programs, listening
@@ -18,38 +18,6 @@ from tests.support.starter import BIN
 from tests.support.waiting import until
 
 WIDTHS = (320, 390, 768, 1080, 1280)
-
-# Of every piece of text: its colour against the nearest background behind it, as WCAG 2.1 reckons contrast.
-CONTRAST = """
-(() => {
-  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-  const light = colour => {
-    const [r, g, b] = numbers(colour).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = node => {
-    const colour = getComputedStyle(node).backgroundColor;
-    return numbers(colour)[3] === 0 ? behind(node.parentElement) : colour;
-  };
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const poor = [];
-  while (walker.nextNode()) {
-    const node = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim()) continue;
-    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) poor.push(walker.currentNode.data);
-  }
-  return poor;
-})()
-"""
-# What sticks out of the window, or out of its own card.
-OVERFLOW = """
-[...document.querySelectorAll('body *')].filter(node => {
-  const box = node.getBoundingClientRect(), card = node.closest('figure, article, header');
-  return box.right > innerWidth + 0.5 || box.left < -0.5 || (card && box.right > card.getBoundingClientRect().right + 0.5);
-}).map(node => node.tagName + ' ' + node.textContent)
-"""
-
 
 # What is above the plots.
 ABOVE_THE_PLOTS = """

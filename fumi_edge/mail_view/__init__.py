@@ -1,0 +1,1 @@
+"""The pages of --dev that show what has arrived in ./maildir."""

@@ -179,5 +179,8 @@ class LocalCore:
         self._server.admit(theirs, "", "")
         return ours
 
+    def avoid(self, sock: socket.socket) -> bool:
+        return False
+
     def copy_for_other_loop(self) -> LocalCore:
         return self

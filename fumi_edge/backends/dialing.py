@@ -7,10 +7,12 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import socket
 import ssl
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from fumi_core.proxy_protocol import Endpoint
 from fumi_core.runtime.addresses import SocketAddress
@@ -26,7 +28,10 @@ from fumi_edge.sockets.readiness import receive, send_all, writable
 log = logging.getLogger("fumi.edge.backends")
 
 RESOLVE_INTERVAL = 30.0
-"""Seconds after which a host name is resolved again, while one of its addresses can be connected to."""
+"""Seconds after which a host name is resolved again, while one of its addresses can be connected to.
+
+Caching resolvers, Kubernetes' among them, give the same answer for about as long.
+"""
 MIN_RESOLVE_INTERVAL = 1.0
 """The minimum of seconds between two lookups when none of the addresses can be connected to."""
 AVOID_ADDRESS_SECONDS = 30.0
@@ -59,20 +64,23 @@ class Destination(Protocol):
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
         """Return a connection on which ``opening`` has been sent. Each step may take ``timeout`` seconds. Raises OSError."""
 
+    def avoid(self, sock: socket.socket) -> bool:
+        """Note that a connection made by ``connect()`` had no banner, or a wrong one. Returns whether to try another address."""
+
     def copy_for_other_loop(self) -> Destination:
         """Return a destination with the same address, for another event loop."""
 
 
 class Remote:
-    """A TCP or Unix address. The addresses of a host name take turns.
+    """A TCP or Unix address, or a host name: connections are spread at random over its addresses.
 
-    A host name is resolved again every RESOLVE_INTERVAL seconds in the background, and at once when none of its addresses can be
-    connected to.
+    An address that has failed is tried after the others for AVOID_ADDRESS_SECONDS. The name is resolved again every
+    RESOLVE_INTERVAL seconds in the background, and at once when all addresses have failed.
     """
 
     descriptors = 1
 
-    __slots__ = ("_addresses", "_failed", "_failure_logged", "_lookup", "_resolved_at", "_turn", "address", "name", "tls")
+    __slots__ = ("_addresses", "_failed", "_failure_logged", "_lookup", "_resolved_at", "_used", "address", "name", "tls")
 
     def __init__(self, address: SocketAddress, tls: BackendTLS | None = None) -> None:
         """With ``tls``, connections are encrypted, and the server is verified."""
@@ -82,7 +90,8 @@ class Remote:
         self._addresses = _literal(address)
         self._failed: dict[ResolvedAddress, float] = {}
         """When a connection to an address failed, in the loop's time; kept when the name is resolved again."""
-        self._turn = -1
+        self._used: WeakKeyDictionary[socket.socket, ResolvedAddress] = WeakKeyDictionary()
+        """The addresses of the connections to a name with several."""
         self._failure_logged = False
         """Whether it has been logged that the name can no longer be resolved."""
         self._resolved_at = float("-inf") if not self._addresses else float("inf")
@@ -96,16 +105,22 @@ class Remote:
         return hash((self.address, self.tls))
 
     async def addresses(self, loop: asyncio.AbstractEventLoop, timeout: float) -> Sequence[ResolvedAddress]:
-        """The addresses in the order in which to try them. Waits only for the first lookup. Raises OSError, or TimeoutError."""
+        """The addresses in the order in which to try them. Raises OSError, or TimeoutError.
+
+        Waits only for the first lookup, and for one after all addresses have failed.
+        """
         if self._lookup is None and (not self._addresses or loop.time() - self._resolved_at >= RESOLVE_INTERVAL):
             self._start_lookup(loop)
         if not self._addresses and (failure := await in_task(self._lookup_error(timeout))) is not None:
             raise failure
+        if self._failed and all(self._avoided(each, loop.time()) for each in self._addresses):
+            await self._resolve_again(loop, timeout)
         if len(self._addresses) == 1:
             return self._addresses
-        turn = self._turn = (self._turn + 1) % len(self._addresses)
-        now = loop.time()
-        return sorted(self._addresses[turn:] + self._addresses[:turn], key=lambda address: self._avoided(address, now))
+        # Not in turn: for a client that upgrades there are two connections, and with two addresses every session would go to the
+        # same one. And all are shuffled, so that those which remain share what would have gone to one that has failed.
+        shuffled, now = random.sample(self._addresses, len(self._addresses)), loop.time()
+        return sorted(shuffled, key=lambda address: self._avoided(address, now))
 
     def _avoided(self, address: ResolvedAddress, now: float) -> bool:
         return now - self._failed.get(address, float("-inf")) < AVOID_ADDRESS_SECONDS
@@ -161,20 +176,29 @@ class Remote:
                     self._failed[address] = loop.time()
                 else:
                     self._failed.pop(address, None)
+                    if len(self._addresses) > 1:
+                        self._used[sock] = address
                     return sock
             tried.update(addresses)
-            addresses = await self._others(loop, timeout, tried)
+            # The host may have moved.
+            await self._resolve_again(loop, timeout)
+            addresses = [address for address in self._addresses if address not in tried]
         raise failure
 
-    async def _others(
-        self, loop: asyncio.AbstractEventLoop, timeout: float, tried: Collection[ResolvedAddress]
-    ) -> Sequence[ResolvedAddress]:
-        """The addresses that the name has now, without those in ``tried``: the host may have moved."""
+    async def _resolve_again(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+        """Wait for a new lookup, or for one that is running, at most ``timeout`` seconds."""
         if loop.time() - self._resolved_at >= MIN_RESOLVE_INTERVAL:
             self._start_lookup(loop)
-        with contextlib.suppress(TimeoutError):
-            await in_task(self._lookup_error(timeout))
-        return [address for address in self._addresses if address not in tried]
+        if self._lookup is not None:
+            with contextlib.suppress(TimeoutError):
+                await in_task(self._lookup_error(timeout))
+
+    def avoid(self, sock: socket.socket) -> bool:
+        """See Destination. An address of several is tried after the others for AVOID_ADDRESS_SECONDS."""
+        now = asyncio.get_running_loop().time()
+        if (address := self._used.pop(sock, None)) is not None:
+            self._failed[address] = now
+        return address is not None and not all(self._avoided(each, now) for each in self._addresses)
 
     def copy_for_other_loop(self) -> Remote:
         return Remote(self.address, self.tls and self.tls.copy_for_other_loop())

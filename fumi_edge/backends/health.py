@@ -1,5 +1,7 @@
 """Health checks of backends: connect, send the header of an own connection, expect a 220, send QUIT, expect no error.
 
+A name with several addresses is up when one of them is; those whose check fails are tried after the others for a while.
+
 A server without the PROXY protocol sends a banner as any other, and takes the header for a command: only its error reply after
 the banner shows this.
 
@@ -18,7 +20,7 @@ from collections.abc import Iterable
 
 from fumi_core.runtime.logs import failure
 from fumi_edge.backends.choice import Backend, Backends, own_opening
-from fumi_edge.backends.dialing import CLOSE_SECONDS, LOCAL_ERRORS, Destination, error_text, quit_and_close, reason_of
+from fumi_edge.backends.dialing import CLOSE_SECONDS, LOCAL_ERRORS, Destination, Opening, error_text, quit_and_close, reason_of
 from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
 from fumi_edge.backends.settings import BackendSettings
 from fumi_edge.backends.tls import explained
@@ -50,7 +52,19 @@ async def health_check(destination: Destination, settings: BackendSettings) -> N
     """Make one check. Raises BadBanner, or OSError when the connection fails."""
     loop = asyncio.get_running_loop()
     opening = own_opening(settings.proxy_protocol)
-    sock = await destination.connect(loop, settings.connect_timeout, opening)
+    while True:
+        sock = await destination.connect(loop, settings.connect_timeout, opening)
+        try:
+            return await _check_connection(loop, sock, settings, opening)
+        except (BadBanner, OSError):
+            if not destination.avoid(sock):
+                raise
+
+
+async def _check_connection(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, settings: BackendSettings, opening: Opening
+) -> None:
+    """Check what the backend sends, and close the connection. Raises BadBanner or OSError."""
     try:
         async with asyncio.timeout(settings.health_timeout):
             banner, rest = await _banner(loop, sock)

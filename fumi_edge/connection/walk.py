@@ -230,14 +230,20 @@ class Connection(Walk):
         self._resources.metrics.tls_session(self.tls, self._resumed)
 
     async def _with_backend(self, talk: Callable[[], Awaitable[T]]) -> T:
-        """Connect and ``talk()``. If the backend closes before its banner, try the next one; the client notices nothing."""
+        """Connect and ``talk()``. If the backend closes before its banner, try another one; the client notices nothing.
+
+        The next address of its name comes before other backends.
+        """
         silent: dict[Backend, str] = {}
         while True:
             backend = await self._connect(silent)
             try:
                 return await talk()
             except NoBanner as silence:
-                silent[backend] = self._no_banner(backend, silence.error)
+                reason = self._no_banner(backend, silence.error)
+                assert self._backend is not None
+                if not backend.destination.avoid(self._backend):
+                    silent[backend] = reason
                 self._leave_backend()
 
     def _no_banner(self, backend: Backend, error: OSError | None) -> str:

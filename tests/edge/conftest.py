@@ -82,11 +82,12 @@ def edge(certificate: CertificateFiles) -> Iterator[StartEdge]:
         backend: Backend | str,
         certs: Sequence[str | Path] = ("--cert", cert, "--key", key),
         inherited: Sequence[int] = (),
+        prefix: Sequence[str | Path] = (),
     ) -> Program:
         address = backend if isinstance(backend, str) else backend.address
         everything = [*map(str, certs), "--backend", address, "--listen", "127.0.0.1:0"]
         everything += ["--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--health-interval", "0", *flags]
-        started.append(Program(*everything, inherited=inherited))
+        started.append(Program(*everything, inherited=inherited, prefix=prefix))
         return started[-1]
 
     yield start

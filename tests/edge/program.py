@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tests.edge.backends import Backend
 from tests.support.proc import children, memory, open_files
-from tests.support.starter import finished, start
+from tests.support.starter import BIN, finished, start
 from tests.support.waiting import PATIENCE, until
 
 
@@ -36,18 +36,21 @@ class StartEdge(Protocol):
         backend: Backend | str,
         certs: Sequence[str | Path] = ...,
         inherited: Sequence[int] = (),
+        prefix: Sequence[str | Path] = (),
     ) -> Program: ...
 
 
 class Program:
-    """The real fumi-edge, logging JSON."""
+    """The real fumi-edge, logging JSON. ``prefix`` is a command that runs it."""
 
-    def __init__(self, *flags: str, cwd: Path | None = None, inherited: Sequence[int] = ()) -> None:
+    def __init__(
+        self, *flags: str, cwd: Path | None = None, inherited: Sequence[int] = (), prefix: Sequence[str | Path] = ()
+    ) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FUMI_")}
         (out, stdout), (err, stderr) = os.pipe(), os.pipe()
         self.stdout, self._stderr = os.fdopen(out), os.fdopen(err)
-        arguments = ("--log-format", "json", *flags)
-        self.process = start("fumi-edge", *arguments, stdout=stdout, stderr=stderr, cwd=cwd, env=environment, inherited=inherited)
+        command = (*prefix, BIN / "fumi-edge", "--log-format", "json", *flags)
+        self.process = start(*command, stdout=stdout, stderr=stderr, cwd=cwd, env=environment, inherited=inherited)
         os.close(stdout)
         os.close(stderr)
         self.logs: list[dict[str, Any]] = []

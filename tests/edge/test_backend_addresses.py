@@ -7,6 +7,7 @@ import contextlib
 import errno
 import socket
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from fumi_edge.backends.choice import AVOID_SECONDS, Backends
 from fumi_edge.backends.dialing import Opening, Remote, ResolvedAddress
 from fumi_edge.metrics import BackendError, EdgeMetrics
 from tests.edge.backends import MakePool
+from tests.support.ports import free_port
 
 Loop = asyncio.AbstractEventLoop
 
@@ -155,9 +157,10 @@ def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
         resolver.install()
         backends = pool(f"mail.test:{listening}")
-        (await backends.connect(b""))[0].close()
         remote = backends.all[0].destination
         assert isinstance(remote, Remote)
+        while not remote._failed:  # the other may be the first by chance
+            (await backends.connect(b""))[0].close()
         targets = await remote.addresses(asyncio.get_running_loop(), 1.0)
         assert [name[0] for _, name in targets] == ["127.0.0.1", "127.0.0.3"]
 
@@ -184,6 +187,9 @@ def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_a
         monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
         monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
         backends = pool(f"mail.test:{listening}")
+        while "127.0.0.3" not in connected:  # the other may be the first by chance
+            (await backends.connect(b""))[0].close()
+        resolver.asked = 0
         while resolver.asked < 5:
             (await backends.connect(b""))[0].close()
             await asyncio.sleep(0.01)
@@ -213,19 +219,93 @@ def listening_everywhere() -> Iterator[Everywhere]:
         yield server.getsockname()[1], connected
 
 
-def test_the_addresses_of_a_name_take_turns(
+def test_the_second_connections_of_clients_that_upgrade_go_to_all_addresses_of_a_name(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening_everywhere: Everywhere
 ) -> None:
+    """The first ends at the upgrade, so the second is the one that lasts."""
     port, connected = listening_everywhere
+
+    async def scenario() -> set[str]:
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
+        backends, second = pool(f"mail.test:{port}"), set()
+        for _ in range(40):  # all the same by chance: once in 2^39
+            (await backends.connect(b""))[0].close()
+            connected()
+            (await backends.connect(b"", backends.all[0]))[0].close()
+            second.add(connected())
+        return second
+
+    assert asyncio.run(scenario()) == {"127.0.0.1", "127.0.0.2"}
+
+
+def test_addresses_that_remain_share_what_an_address_that_failed_would_have_got(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> Counter[str]:
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3").install()
+        remote, loop = pool("mail.test:25").all[0].destination, asyncio.get_running_loop()
+        assert isinstance(remote, Remote)
+        dead = (socket.AF_INET, ("127.0.0.1", 25))
+        await remote.addresses(loop, 1.0)
+        remote._failed[dead] = loop.time()
+        orders = [await remote.addresses(loop, 1.0) for _ in range(900)]
+        assert {order[-1] for order in orders} == {dead}
+        return Counter(name[0] for (_, name), *_ in orders)
+
+    first = asyncio.run(scenario())
+    assert sorted(first) == ["127.0.0.2", "127.0.0.3"]
+    assert min(first.values()) > 350  # by chance alone: once in 10^10
+
+
+def test_an_address_without_a_banner_is_avoided_and_the_check_goes_on_with_the_next(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name of which one address works is up: otherwise one core that hangs would make every edge unready."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if writer.get_extra_info("sockname")[0] == "127.0.0.1":
+            writer.write(b"220 hi\r\n")
+            await reader.readline()
+        writer.close()
 
     async def scenario() -> None:
         Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3").install()
-        backends = pool(f"mail.test:{port}")
-        for _ in range(6):
-            (await backends.connect(b""))[0].close()
+        async with await asyncio.start_server(greet, ["127.0.0.1", "127.0.0.2", "127.0.0.3"], free_port()) as server:
+            backends = pool(f"mail.test:{server.sockets[0].getsockname()[1]}")
+            remote, loop = backends.all[0].destination, asyncio.get_running_loop()
+            assert isinstance(remote, Remote)
+            for _ in range(20):
+                await fumi_edge.backends.health.health_check(remote, backends.settings)
+            assert len(remote._failed) == 2
+            assert {(await remote.addresses(loop, 1.0))[0][1][0] for _ in range(20)} == {"127.0.0.1"}
+            Resolver(monkeypatch, "127.0.0.2", "127.0.0.3").install()
+            remote._start_lookup(loop)
+            await remote._lookup_error(1.0)
+            with pytest.raises(fumi_edge.backends.health.BadBanner):
+                await fumi_edge.backends.health.health_check(remote, backends.settings)
 
-    asyncio.run(scenario())
-    assert sorted(connected() for _ in range(6)) == [f"127.0.0.{n}" for n in (1, 1, 2, 2, 3, 3)]
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_addresses_come_and_go_with_the_answers_of_the_resolver(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening_everywhere: Everywhere
+) -> None:
+    port, connected = listening_everywhere
+    monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
+
+    async def scenario() -> None:
+        resolver = Resolver(monkeypatch, "127.0.0.1", "127.0.0.2")
+        resolver.install()
+        backends = pool(f"mail.test:{port}")
+        for answer in (["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.3", "127.0.0.4"], ["127.0.0.4"]):
+            resolver.answer = list(answer)
+            last: list[str] = []
+            while set(last[-30:]) != set(answer):  # the last thirty, so that none goes to an address that is gone
+                (await backends.connect(b""))[0].close()
+                last.append(connected())
+                await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
 def test_an_address_that_failed_is_used_again_after_a_while(
@@ -281,6 +361,35 @@ def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(
         assert backends.all[0].up
         for sock, _ in results:
             sock.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_while_all_addresses_are_known_to_have_failed_the_resolver_is_asked_before_they_are_tried(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
+) -> None:
+    """Each may take the whole connect timeout, and the name may have moved meanwhile."""
+
+    async def scenario() -> None:
+        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
+        resolver.install()
+        monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 0.0)
+        backends = pool(f"mail.test:{listening}")
+        with pytest.raises(fumi_edge.backends.choice.NoBackend):
+            await backends.connect(b"")
+        connected = []
+        connect = fumi_edge.backends.dialing._connect
+
+        def told(
+            loop: asyncio.AbstractEventLoop, target: ResolvedAddress, timeout: float, opening: Opening
+        ) -> Awaitable[socket.socket]:
+            connected.append(target[1][0])
+            return connect(loop, target, timeout, opening)
+
+        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
+        resolver.answer = ["127.0.0.4", "127.0.0.1"]
+        (await backends.connect(b""))[0].close()
+        assert connected == ["127.0.0.1"]
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 

@@ -4,13 +4,13 @@ A message that the server cannot carry unchanged is rejected here:
 
 - BINARYMIME needs the server's BINARYMIME and CHUNKING (RFC 3030 §3): else 554 5.6.3.
 - 8BITMIME is declared by many clients for plain ASCII, so a server without it still gets the message, as long as no byte has the
-  eighth bit set; the first one that has ends the transfer with 554 5.6.3 (RFC 6152 §3: convert, or reject).
+  eighth bit set; at the first such byte the transfer ends with 554 5.6.3 (RFC 6152 §3: convert, or reject).
 - SMTPUTF8 is rejected with 550 5.6.7 (RFC 6531 §3.5).
 - REQUIRETLS (RFC 8689 §4.2.1) is rejected with 550 5.7.30: this client has no TLS. A Unix socket and the loopback interface need
   no TLS, so a server on this host gets the message if it will itself require TLS, which it shows by offering REQUIRETLS, or if it
   is the final destination, which LMTP is for.
-- DSN's parameters (RFC 3461) are left out for a server without DSN: the report that a message was relayed is not ours to send.
-- AUTH (RFC 4954 §5) is never passed on: we would vouch for the client.
+- DSN's parameters (RFC 3461) are left out for a server without DSN: this client sends no "relayed" reports.
+- AUTH= (RFC 4954 §5) is never passed on: the server would have to trust this client about the sender.
 """
 
 from __future__ import annotations

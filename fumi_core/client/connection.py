@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from fumi_core.client.exclusive import ExclusiveConnection, open_connection, why_not
+from fumi_core.client.exclusive import ExclusiveConnection, connect_error, open_connection
 from fumi_core.client.replies import Malformed, ReceivedReply, ReplyReader
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 
 CONNECT_TIMEOUT = 30.0
-"""In seconds, as all of these."""
+"""In seconds, as the following."""
 MAIL_TIMEOUT = 300.0
 """For MAIL's reply (§4.5.3.2.2). On a new connection the banner and EHLO's reply count too."""
 RCPT_TIMEOUT = 300.0
@@ -67,7 +67,7 @@ async def connect(address: SocketAddress, protocol: Dialect, name: str, timeout:
     except TimeoutError:
         raise unreachable("no connection in time") from None
     except OSError as error:
-        raise unreachable(why_not(error)) from None
+        raise unreachable(connect_error(error)) from None
     try:
         await connection.greet(protocol, name)
     except BaseException:
@@ -85,7 +85,7 @@ class NextHopConnection(ExclusiveConnection[Failure]):
         self.local = False
         self._reader = ReplyReader()
         self._replies: deque[ReceivedReply] = deque()
-        self._outstanding = 1  # replies that are outstanding; the banner is the first
+        self._outstanding = 1  # number of outstanding replies; the banner is the first
 
     def _lost(self, detail: str) -> Failure:
         return lost(detail)

@@ -1,4 +1,4 @@
-"""Whether a server greets: for readiness checks and ``--check``. Blocks, so it is called in a thread."""
+"""Whether a server sends its banner: for readiness checks and ``--check``. Blocks, so it is called in a thread."""
 
 from __future__ import annotations
 

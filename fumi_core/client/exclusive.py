@@ -21,8 +21,8 @@ F = TypeVar("F", bound=Exception)
 async def open_connection(make: Callable[[], P], address: SocketAddress, seconds: float) -> P:
     """Connect to a TCP or Unix address, within this time. Raises OSError, of which TimeoutError is one.
 
-    When the caller is cancelled, what is under way goes on and is closed when it is connected: asyncio, if cancelled at that
-    moment, leaves the socket open until the garbage collector finds it.
+    If the caller is cancelled, the attempt continues and its connection is closed. asyncio, if it is cancelled at the moment of
+    connecting, leaves the socket open until the garbage collector finds it.
     """
     opening = asyncio.create_task(_open(make, address, seconds))
     try:
@@ -41,9 +41,9 @@ async def _open(make: Callable[[], P], address: SocketAddress, seconds: float) -
         return await loop.create_connection(make, host, port, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS)
 
 
-def why_not(error: OSError) -> str:
-    """Why a connection could not be opened, in the system's words; asyncio's own for a refused one are "Connect call failed"."""
-    number = error.errno or 0  # the resolver's are negative
+def connect_error(error: OSError) -> str:
+    """The system's text for this error; asyncio's own is "Connect call failed", with the address."""
+    number = error.errno or 0  # the resolver's numbers are negative
     return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
@@ -55,7 +55,7 @@ def _abort(opening: asyncio.Task[tuple[asyncio.BaseTransport, P]]) -> None:
 class ExclusiveConnection(asyncio.Protocol, Generic[F]):
     """The first failure closes the connection, and every later call raises it.
 
-    A wait that times out or is cancelled is a failure: the server's next answer would be taken for that to another question.
+    A wait that times out or is cancelled is a failure: the server's next reply would be taken for the reply to the next request.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class ExclusiveConnection(asyncio.Protocol, Generic[F]):
 
     @abstractmethod
     def _lost(self, detail: str) -> F:
-        """The failure of a connection that has ended; ``detail`` says how."""
+        """The failure of a connection that has ended; ``detail`` is the reason."""
 
     @abstractmethod
     def _timed_out(self) -> F:
@@ -106,10 +106,10 @@ class ExclusiveConnection(asyncio.Protocol, Generic[F]):
         """Abort the connection: what is in progress must not be completed."""
         self._fail(self._lost("connection aborted"))
 
-    def _close(self, farewell: bytes) -> None:
+    def _close(self, last_bytes: bytes) -> None:
         """Send this and close, unless the connection has failed."""
         if self.usable:
-            self._transport.write(farewell)
+            self._transport.write(last_bytes)
             self._failure = self._lost("connection closed")
             self._transport.close()
 
@@ -128,7 +128,7 @@ class ExclusiveConnection(asyncio.Protocol, Generic[F]):
             self._waiter.set_result(None)
 
     async def _wait_for_room(self, seconds: float) -> None:
-        """Return when the server has taken most of what was sent. Raises F."""
+        """Return when most of what was sent has been passed to the kernel. Raises F."""
         if self._blocked:
             await self._wait_until(lambda: not self._blocked, seconds)
 

@@ -25,7 +25,7 @@ from fumi_core.smtp.session import Address, Session
 EHLO_VALID_SECONDS = 300.0
 """Seconds for which a client may rely on an EHLO reply that offered more than the server offers now."""
 MIN_CONNECT_SECONDS = 2.0
-"""Seconds that a new connection has at least after an idle one has failed: enough for the kernel to ask twice (RFC 6298 §2.1)."""
+"""Minimum seconds for a new connection after an idle one has failed: enough for two SYNs (RFC 6298 §2.1)."""
 EXTENSIONS_TIMEOUT = 5.0
 """Seconds that the server has, at the start, to report its extensions."""
 
@@ -57,8 +57,8 @@ class Hop:
     async def _mail(self, session: Session, sender: Address) -> tuple[NextHopConnection, ReceivedReply]:
         """Use an idle connection that still works, or else a new one.
 
-        When the server's host has vanished, it takes the idle connection 30 seconds to fail (``runtime/dead_peers.py``), and the
-        client should not wait as long again for the new one.
+        If the server's host has vanished, the idle connection fails after 30 seconds (``runtime/dead_peers.py``). The client
+        should not wait as long again for the new one.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()

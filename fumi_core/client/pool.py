@@ -12,7 +12,7 @@ IDLE_SECONDS = 30.0
 
 
 class Reusable(Protocol):
-    """A connection; ``usable`` tells that it is open, as far as is known."""
+    """A connection; ``usable``: it is open, as far as is known."""
 
     @property
     def usable(self) -> bool: ...

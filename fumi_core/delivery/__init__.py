@@ -35,7 +35,7 @@ def parse_target(text: str, state: Path | None = None, recipient_delimiter: str 
     """``maildir:PATH``, ``lmtp:ADDR``, ``smtp:ADDR`` or ``discard:``. Raises ValueError for anything else.
 
     ``state`` is a directory where a target may store replies; None disables that. It is created when it is needed.
-    ``recipient_delimiter`` begins, in a local part, what does not count for the variables of ``maildir:``.
+    ``recipient_delimiter`` separates a detail in a local part, which the variables of ``maildir:`` leave out.
     """
     kind, colon, rest = text.partition(":")
     if kind == "maildir" and rest:

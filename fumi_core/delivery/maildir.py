@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fumi_core.app import Fumi
 
 CLEAN_INTERVAL = 3600.0
-"""Seconds between two searches for the remains of deliveries that were killed, while mail is delivered."""
+"""Seconds between two removals of files that killed deliveries have left, while mail is delivered."""
 LOOKUP_THREADS = 2
 """Recipients looked up at once; not in the threads that write, which wait for the disk."""
 LOOKUP_TIMEOUT = 30.0
@@ -100,7 +100,7 @@ class Maildir:
         return None
 
     def _clean(self) -> None:
-        """Remove the remains of deliveries that were killed, in a thread."""
+        """Remove the files that killed deliveries have left, in a thread."""
         self._clean_at = time.monotonic() + CLEAN_INTERVAL
         with contextlib.suppress(RuntimeError):  # no thread is available: try again next time
             self._writer.submit(self.directory.remove_stale)
@@ -165,7 +165,7 @@ class MaildirForEach:
             ctx.reject(*replies.USER_UNKNOWN)
 
     async def _deliver(self, ctx: DataContext, apart: bool) -> SMTPError | None:
-        """Deliver to all recipients, or in LMTP to those that it can. Returns the error if it can to none of them."""
+        """Deliver to all recipients or, in LMTP, to as many as possible. Returns the error if there was no delivery."""
         copies = self._maildirs.of(ctx.session.envelope.rcpt_to, ctx.session.name)
         if not copies:
             raise SMTPError(*STORE_ERROR)  # a handler has changed the recipients after they were looked up
@@ -181,7 +181,7 @@ class MaildirForEach:
                 try:
                     ctx.reject_recipient(each.address, error.message, error.code)
                 except LookupError:
-                    # A handler has added it. Nobody else can be told, and a second copy is better than none.
+                    # A handler has added it, so no reply reports its failure. A second copy is better than none.
                     raise error from None
         ctx.accept(f"Ok: queued as {name}")
         return errors[0] if len(errors) == len(copies) else None

@@ -18,9 +18,9 @@ from pathlib import Path
 from fumi_core.runtime.logs import event
 
 NAME_ATTEMPTS = 10
-"""Names that are tried for a message when they are taken already."""
+"""Names that are tried for a message, if each is in use already."""
 STALE_SECONDS = 36 * 3600.0
-"""Seconds after which a file in tmp/ is the remains of a delivery that was killed, as the specification says."""
+"""Age in seconds from which a file in tmp/ was left by a killed delivery, by the specification."""
 
 _log = logging.getLogger("fumi.core")
 # Errors that CIFS, FUSE and the like return for calls they do not support; a failing disk gives EIO.
@@ -33,7 +33,7 @@ _numbers = itertools.count(1)  # of the files of this process
 
 
 class DirectorySync:
-    """Fsyncs directories; one warning tells that a file system cannot do that."""
+    """Fsyncs directories. If a file system does not support that, one warning is logged."""
 
     def __init__(self) -> None:
         self._warned = False
@@ -70,7 +70,7 @@ class MaildirDirectory:
                 self.sync(directory)
 
     def acting(self) -> contextlib.AbstractContextManager[object]:
-        """While it lasts, this thread may work on the files of this Maildir."""
+        """In this context the thread may work on the files of this Maildir."""
         return _NOTHING
 
     def open_temporary(self, path: Path) -> int:
@@ -112,7 +112,7 @@ class MessageFile:
         self.begun = False
         """Whether there may be something to discard."""
         self.withdrawn = False
-        """The client was not sent 250, and will send the message again: nothing more is written or linked."""
+        """The client did not get 250, and will send the message again: nothing more is written or linked."""
         self.directory = directory
         self._temporary: Path | None = None
         self._final: Path | None = None

@@ -1,4 +1,4 @@
-"""Whose a recipient's Maildir is: directories and files belong to the owner of the directory that they are in.
+"""The owner of a recipient's Maildir: directories and files belong to the owner of the directory that they are in.
 
 A server that runs as root acts as that owner while it touches the owner's directories. Otherwise a user who replaces ``tmp`` or
 ``new`` by a symbolic link would have root write files wherever the user likes.
@@ -34,9 +34,10 @@ class Owner:
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
-        """If this is root: let this thread use files as the owner, and as nobody else. Raises PermissionError if it may not.
+        """If this process is root: let this thread use files with the owner's permissions only. Raises PermissionError if it may
+        not.
 
-        It is Linux's setfsuid(2), which, unlike seteuid(2), is for one thread.
+        Uses Linux's setfsuid(2), which, unlike seteuid(2), is for one thread.
         """
         if os.geteuid() != 0 or self.uid == 0:
             yield
@@ -49,7 +50,7 @@ class Owner:
             _become(0, group)
 
     def give(self, fd: int) -> None:
-        """Give an open file the permissions of the directory, but for executing, and its group if this process may do that."""
+        """Give an open file the directory's permissions, without execute, and its group if this process may do that."""
         os.fchmod(fd, self.mode & 0o666)
         if os.fstat(fd).st_gid != self.gid:
             with contextlib.suppress(PermissionError):  # this user is not in the group

@@ -46,7 +46,7 @@ class MaildirTemplate:
         self._below = variable[-1] + 1
 
     def paths(self, values: dict[str, str]) -> tuple[Path, Path] | None:
-        """The directory up to the last variable, and the Maildir; None when a value is not fit for a path."""
+        """The directory up to the last variable, and the Maildir; None if a value cannot be in a path."""
         if not all(map(_is_plain, values.values())):
             return None
         parts = [_filled(part, values) for part in self._parts]
@@ -62,7 +62,7 @@ def _filled(part: str, values: dict[str, str]) -> str:
 
 
 def _is_plain(value: str) -> bool:
-    """Whether a client's word names a file in a directory, and neither another directory nor a hidden file."""
+    """Whether a client's string is a file name, and neither leads to another directory nor names a hidden file."""
     return bool(value) and not value.startswith(".") and "/" not in value and not CONTROL_CHARACTER.search(value)
 
 
@@ -123,7 +123,7 @@ class RecipientMaildirs:
         return None
 
     def exists(self, recipient: str, host: str) -> bool:
-        """Whether the recipient has a directory. Raises OSError when that cannot be told, as when the root is not mounted."""
+        """Whether the recipient has a directory. Raises OSError when that is unknown, as when the root is not mounted."""
         paths = self._paths(recipient, host)
         if paths is None:
             return False
@@ -147,6 +147,6 @@ class RecipientMaildirs:
 
     def _paths(self, recipient: str, host: str) -> tuple[Path, Path] | None:
         user, domain = mailbox_of(recipient, self._delimiter)
-        # An address without a domain, such as <postmaster>, is one of this host.
+        # An address without a domain, such as <postmaster>, is an address of this host.
         name, domain = unicodedata.normalize("NFC", user).lower(), canonical(domain or host)
         return self._template.paths({"u": f"{name}@{domain}", "n": name, "d": domain, "%": "%"})

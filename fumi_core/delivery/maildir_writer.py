@@ -1,6 +1,6 @@
 """Writes messages into Maildirs, in threads: one as it arrives, or the same to several recipients.
 
-A delivery that fails or is cancelled leaves nothing in new/, however late it fails.
+A delivery that fails or is cancelled, at whatever time, leaves nothing in new/.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ THREADS = 16
 COPIES_AT_ONCE = 4
 """Copies of one message written at once, each with an open file."""
 WITHDRAW_TIMEOUT = 4.0
-"""Seconds that a stop waits for deliveries that are being withdrawn; a master kills its workers after five."""
+"""Seconds that a stop waits for deliveries that are being withdrawn. A master kills its workers after five seconds."""
 
 _log = logging.getLogger("fumi.core")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -50,7 +50,7 @@ class MaildirWriter:
         return self._threads.submit(work, *arguments)
 
     def wait_for_withdrawals(self) -> None:
-        """If a withdrawn message stayed in new/ it would be there twice, since its client sends it again."""
+        """Wait until withdrawn files are removed: the client sends the message again, and a file left in new/ would be a copy."""
         wait(self._withdrawals, WITHDRAW_TIMEOUT)
 
     async def store(self, ctx: DataContext, directory: MaildirDirectory, recipients: Recipients) -> str:
@@ -76,7 +76,7 @@ class MaildirWriter:
     async def store_apart(
         self, ctx: DataContext, copies: Sequence[tuple[MaildirDirectory, Recipients]]
     ) -> tuple[str, dict[int, SMTPError]]:
-        """The same, for LMTP: a Maildir that fails does not concern the others. Returns the errors by the copy's number, too."""
+        """The same, for LMTP: a Maildir that fails does not affect the others. Also returns the errors, by the copy's number."""
         files, errors = await self._stored(ctx, copies, apart=True)
         return next((file.name for number, file in enumerate(files) if number not in errors), ""), errors
 
@@ -114,7 +114,7 @@ class MaildirWriter:
         return files, errors
 
     async def _write(self, ctx: DataContext, file: MessageFile, recipients: Recipients) -> list[bytes]:
-        """Write the message but for its last part, which is returned."""
+        """Write all of the message except its last part, which is returned."""
         traced = Traced(trace_headers(ctx.session, recipients))
         batch: list[bytes] = []
         size = 0

@@ -1,7 +1,7 @@
 """A whole message, kept until its end is known: 256 KiB in memory, anything longer in an unlinked temporary file.
 
-The file is read and written in threads, so that a slow disk holds up no other connection. Errors of the disk are raised as they
-are: ``MessageStream.spool()`` makes a full one an SMTPError 452.
+The file is read and written in threads, so that a slow disk does not delay other connections. Errors of the disk are raised as
+they are: ``MessageStream.spool()`` makes a full one an SMTPError 452.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ T = TypeVar("T")
 MEMORY_BYTES = 256 * 1024
 """Bytes of a message that are kept in memory, and bytes read from the file at once."""
 SMALL_BYTES = 4 * 1024
-"""Bytes up to which a piece gets what arrives after it: a client that sends two bytes at a time must not fill memory with
-objects, nor have a reader take a hundred thousand pieces."""
+"""Bytes up to which later data is added to a piece: a client that sends two bytes at a time must not fill memory with objects,
+nor give a reader a hundred thousand pieces."""
 
 
 class Spool:

@@ -17,9 +17,9 @@ from fumi_core.smtp.replies import INSUFFICIENT_STORAGE
 READ_ALREADY = "the message was read already: await ctx.spool() before reading it more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
 HIGH_WATER_BYTES = 64 * 1024
-"""When more bytes than this wait for the handler, the socket is not read; one more read may already be on its way."""
+"""When more bytes than this are queued for the handler, the socket is not read; one more read may already be in progress."""
 HIGH_WATER_PIECES = 1024
-"""The same for pieces: one of two bytes takes 56 bytes of memory."""
+"""The same for pieces: a piece of two bytes takes 56 bytes of memory."""
 
 
 class MessageStream:
@@ -253,7 +253,7 @@ class MessageStream:
         self._wake()
 
     def abort(self, reason: str) -> None:
-        """The content will never be complete. What waits for the handler is dropped."""
+        """The content will never be complete. What is queued for the handler is dropped."""
         if not self._ended:
             self._aborted = reason
             self._drop()

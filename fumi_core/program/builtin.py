@@ -24,7 +24,7 @@ def build(
 ) -> Fumi:
     """Return the built-in app, with the target that ``deliver`` names and with these options of ``Fumi``.
 
-    ``state`` is a directory where the target may store answers; it is created when it is needed. Raises ValueError for an unknown
+    ``state`` is a directory where the target may store replies; it is created when it is needed. Raises ValueError for an unknown
     target or an invalid option, TypeError for an unknown option, OSError if a directory cannot be created.
     """
     app = Fumi(**{"auth_optional": True, **options})

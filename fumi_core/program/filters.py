@@ -17,7 +17,7 @@ from fumi_core.runtime.settings import SettingError
 def filters(settings: dict[str, Any], target: DeliveryTarget | None) -> list[Callable[[Fumi], None]]:
     """Return the filters as plugins, in order. Raises SettingError.
 
-    They cannot change the sender and recipients of a message for a next hop, which has heard them already.
+    They cannot change the sender and recipients of a message for a next hop, which already has them.
     """
     failure, changes_envelope = settings["milter_failure"], target is None or target.name not in ("smtp", "lmtp")
     try:

@@ -23,7 +23,7 @@ LISTENER_KEYS = ListenerKeys(
 """What a ``[[core.listener]]`` table may contain beside its address."""
 
 Key = tuple[SocketAddress, int] | None
-"""By which a listener is found again at a reload: its address, and how many before it have the same one. None: no table."""
+"""Identifies a listener across reloads: its address, and how many tables before it have the same one. None: no table."""
 
 
 class Listening(NamedTuple):
@@ -41,7 +41,7 @@ class Listening(NamedTuple):
 
 
 def listening(ctx: click.Context) -> list[Listening]:
-    """What to listen on, by the settings. Raises SettingError.
+    """The listeners of the settings. Raises SettingError.
 
     Without --listen and tables, the addresses that systemd passes come before the default.
     """
@@ -67,7 +67,7 @@ def listening(ctx: click.Context) -> list[Listening]:
 
 @contextlib.contextmanager
 def named(listener: Listening) -> Iterator[None]:
-    """Have errors about a listener with a table of its own begin with this table."""
+    """Errors about a listener with a table of its own begin with this table."""
     try:
         yield
     except SettingError as error:

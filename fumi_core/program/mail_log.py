@@ -38,7 +38,7 @@ def authentications(app: Fumi) -> None:
             _log_line(ctx, "authentication failed", method=method, error="connection closed before the reply")
             raise
         except BaseException as error:
-            # Only a wrong password is a failed login: whoever counts these must not block clients for an error of ours.
+            # Only a wrong password is a failed login: fail2ban and the like must not block clients for an error of the server.
             rejected = isinstance(error, SMTPError) and error.code >= 500
             _log_line(ctx, "authentication failed" if rejected else "authentication deferred", method=method)
             raise

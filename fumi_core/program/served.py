@@ -25,7 +25,7 @@ Settings = Mapping[str, Any]
 
 
 class Built(NamedTuple):
-    """What ``ServedApp.build`` has made of some settings."""
+    """The result of ``ServedApp.build``."""
 
     settings: dict[str, Any]
     app: Fumi
@@ -34,7 +34,7 @@ class Built(NamedTuple):
 
 
 class ServedApp:
-    """An app that listens, and the delivery target and the logins that its settings have made for it."""
+    """An app that listens, with the delivery target and the logins of its settings."""
 
     def __init__(self, app: Fumi, *, dry: bool = False) -> None:
         """``dry`` is for ``check()`` only: no directories and files are created. Call ``adopt(build(…))`` first."""
@@ -78,7 +78,7 @@ class ServedApp:
         return Built(settings, app, target, dovecot)
 
     def adopt(self, built: Built) -> None:
-        """Serve new connections with what was built."""
+        """Use the result of ``build`` for new connections."""
         self.app.adopt(built.app)
         self.settings, self.target, self._dovecot = built.settings, built.target, built.dovecot
 

@@ -32,8 +32,8 @@ BYTES = series("fumi_core_message_bytes_sum")
 REJECTED = series("fumi_core_rejected_total")
 SESSIONS = series("fumi_core_sessions_total")
 
-ASK_TIMEOUT = 6.0
-"""Seconds that a target may take to say whether it works: the page must be there before a browser or the server gives up."""
+CHECK_TIMEOUT = 6.0
+"""Time limit for checking a target, in seconds: shorter than the time limits of browsers and of the server for a page."""
 
 
 class CoreListener(NamedTuple):
@@ -85,8 +85,8 @@ class _Viewer:
         )
 
 
-class _Answer(NamedTuple):
-    """What a target said: when, by the monotonic clock and in seconds since 1970, and why it cannot deliver, or None."""
+class _Check(NamedTuple):
+    """A check of a target: its time, by the monotonic clock and in seconds since 1970, and the error that it found, or None."""
 
     moment: float
     at: float
@@ -94,44 +94,44 @@ class _Answer(NamedTuple):
 
 
 class Targets:
-    """Whether the delivery targets work; each is asked at most every INTERVAL seconds, however many read the page."""
+    """Whether the delivery targets work; each is checked at most every INTERVAL seconds, however many browsers show the page."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._answers: dict[str, _Answer] = {}
+        self._checks: dict[str, _Check] = {}
 
     def rows(self, served: Sequence[ServedApp], events: Sequence[Event]) -> list[Row]:
         targets = {each.settings["deliver"]: each.target for each in served if each.target is not None}
         with self._lock:
-            self._ask(targets)
-            return [_row(name, target, self._answers[name], events) for name, target in targets.items()]
+            self._check_due(targets)
+            return [_row(name, target, self._checks[name], events) for name, target in targets.items()]
 
-    def _ask(self, targets: Mapping[str, DeliveryTarget]) -> None:
-        """Ask those whose answer is old, all at once."""
+    def _check_due(self, targets: Mapping[str, DeliveryTarget]) -> None:
+        """Check those whose last check is old, concurrently."""
         old = time.monotonic() - INTERVAL
-        due = [name for name in targets if name not in self._answers or self._answers[name].moment <= old]
+        due = [name for name in targets if name not in self._checks or self._checks[name].moment <= old]
         for name, problem in zip(due, asyncio.run(_problems([targets[name] for name in due])), strict=True):
-            self._answers[name] = _Answer(time.monotonic(), time.time(), problem)
+            self._checks[name] = _Check(time.monotonic(), time.time(), problem)
 
 
 async def _problems(targets: Sequence[DeliveryTarget]) -> list[str | None]:
-    async def ask(target: DeliveryTarget) -> str | None:
+    async def check(target: DeliveryTarget) -> str | None:
         try:
-            async with asyncio.timeout(ASK_TIMEOUT):
+            async with asyncio.timeout(CHECK_TIMEOUT):
                 return await run_in_daemon_thread(target.dependency_problem)
         except TimeoutError:
-            return f"no answer within {ASK_TIMEOUT:g} s"
+            return f"no answer within {CHECK_TIMEOUT:g} s"
 
-    return await asyncio.gather(*(ask(each) for each in targets))
+    return await asyncio.gather(*(check(each) for each in targets))
 
 
-def _row(name: str, target: DeliveryTarget, answer: _Answer, events: Sequence[Event]) -> Row:
+def _row(name: str, target: DeliveryTarget, last: _Check, events: Sequence[Event]) -> Row:
     failures = [each for each in events if _concerns(each, target)]
     return {
         "target": name,
-        "state": "up" if answer.problem is None else "down",
-        "problem": answer.problem,
-        "checked": answer.at,
+        "state": "up" if last.problem is None else "down",
+        "problem": last.problem,
+        "checked": last.at,
         "last_error": {"time": failures[-1].last, "error": failures[-1].fields.get("error", "")} if failures else None,
     }
 

@@ -31,7 +31,7 @@ THREADS = 2
 MAX_MEMORY = 256 << 20
 """Bytes of memory that a password check may use. Hashes made by --hash-password use 16 MiB."""
 MAX_WORK = 1 << 22
-"""Blocks that it may compute (N·r·p), which takes one or two seconds. Hashes made by --hash-password have 1 << 17."""
+"""Blocks that a check may compute (N·r·p), which takes one or two seconds. Hashes made by --hash-password have 1 << 17."""
 
 _HASH = re.compile(r"\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,2}),p=([0-9]{1,2})\$([A-Za-z0-9+/]+)={0,2}\$([A-Za-z0-9+/]+)={0,2}")
 _LENGTH = 32  # bytes of a hash

@@ -143,7 +143,7 @@ class CoreWork:
         await asyncio.gather(*(served.app.close() for served in self._served))
 
     async def reload(self) -> Iterable[str]:
-        # In a thread: a file system may hang, and mail must not wait. The master has its own limit.
+        # In a thread: a file system may hang, and mail must not wait. The master has a time limit of its own.
         try:
             async with asyncio.timeout(READ_TIMEOUT if self._serving else None):
                 ctx, found, built = await run_in_daemon_thread(self._read_again)

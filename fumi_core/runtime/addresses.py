@@ -1,7 +1,7 @@
 """Addresses as an operator writes them, and networks of addresses.
 
 ``HOST:PORT``, ``[V6]:PORT``, ``:PORT`` (every interface), ``unix:/path``, ``fd:N`` (a socket inherited from the parent),
-``fd:NAME`` (the sockets that systemd passes under that name).
+``fd:NAME`` (the sockets that systemd passes with that name).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def start_thread(act: Callable[[], object], name: str) -> threading.Thread:
 
 
 def settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
-    """Give a future its result, or its error, from another thread. Does nothing when its loop is closed or nobody waits."""
+    """Set a future's result or error from another thread. Does nothing if its loop is closed or it is done."""
     with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
         answer.get_loop().call_soon_threadsafe(_settle, answer, outcome)
 

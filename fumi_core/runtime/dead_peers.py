@@ -1,15 +1,15 @@
-"""Ends TCP connections whose peer has vanished: its host has died, or the network between has.
+"""Ends TCP connections whose peer has vanished: its host, or the network between, is down.
 
-Nobody closes such a connection, and the kernel's defaults find out after 15 minutes with data in flight (tcp_retries2) and two
-hours without (tcp_keepalive_time). All options are here (tcp(7)):
+Neither side closes such a connection, and with the kernel's defaults it ends after 15 minutes with data in flight (tcp_retries2)
+and two hours without (tcp_keepalive_time). All options are here (tcp(7)):
 
-- Data that is not acknowledged for USER_TIMEOUT_SECONDS: TCP_USER_TIMEOUT. Fifteen seconds without network are survived: data is
-  retransmitted after 0.2, 0.6, 1.4, 3, 6.2, 12.6 and 25.4 seconds. When ARP fails after the last of these, it takes Linux 40
-  seconds in all (RFC 6069), also with a user timeout of 27 seconds; with a shorter one, 15 seconds are not survived.
+- Data that is not acknowledged for USER_TIMEOUT_SECONDS: TCP_USER_TIMEOUT. Connections survive fifteen seconds without network:
+  data is retransmitted after 0.2, 0.6, 1.4, 3, 6.2, 12.6 and 25.4 seconds. When ARP fails after the last of these, Linux needs 40
+  seconds in all (RFC 6069), also with a user timeout of 27 seconds; with a shorter one, connections do not survive 15 seconds.
 - Nothing in flight: a keepalive probe after KEEPALIVE_IDLE_SECONDS of silence, then one every KEEPALIVE_INTERVAL_SECONDS until
   one is answered. Where there is a user timeout, Linux does not count them: it ends the connection when the peer has been silent
   for that long and one probe is unanswered. If the first probe came later than that, one lost packet would end a session. With
-  these numbers it takes ten, and fifteen seconds without network are survived.
+  these numbers ten must be lost, and connections survive fifteen seconds without network.
 
 A user timeout also ends a connection whose peer is alive and acknowledges, but has kept its window closed for that long: a server
 that does not read because its handlers or its disk are slow. ``check_window()`` therefore suspends it while a window is closed.
@@ -46,7 +46,7 @@ _OPTIONS = [
 _IN_FLIGHT = struct.Struct("3xB20xI116xI")
 """tcpi_probes, tcpi_unacked (segments) and tcpi_notsent_bytes of struct tcp_info (linux/tcp.h; Linux 4.6 and newer)."""
 _DEAD_PROBES = 3
-"""Unanswered probes of a closed window, one after the other, after which nobody seems to be there: two may have been lost."""
+"""Consecutive unanswered probes of a closed window after which the peer counts as vanished: two may have been lost."""
 
 
 def detect_dead_peer(sock: socket.socket) -> None:
@@ -77,5 +77,5 @@ def check_window(sock: socket.socket) -> bool:
             # Nothing is in flight although there is something to send, and the last probe was answered.
             sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, 0)
     except (OSError, struct.error):
-        return True  # it has ended, which its owner learns elsewhere, or this kernel is too old
+        return True  # it has ended, which is handled elsewhere, or this kernel is too old
     return bool(unacked or notsent)

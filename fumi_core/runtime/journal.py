@@ -1,8 +1,7 @@
 """The last events of a process, for its status page: errors, warnings, rejections, reloads, restarts.
 
-They are lines of the log, in memory, so only what ``--log-level`` lets through is here. Equal events that follow each other
-closely are one, with a count: a flood of rejections leaves room for the others. Workers report theirs, and ``merged`` makes one
-list of all.
+They are lines of the log, in memory, so they include only what ``--log-level`` allows. Equal events in quick succession are one,
+with a count, so a flood of rejections does not displace the others. Workers report theirs, and ``merged`` makes one list of all.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ MAX_EVENTS = 50
 FOLD_SECONDS = 60.0
 """Equal events are one if no more than this many seconds lie between them."""
 CLIENT_FIELDS = frozenset(("client_ip", "client_port", "last_client_ip", "from", "to", "user"))
-"""Fields that may tell who a client or its user is."""
+"""Fields that may identify a client or its user."""
 
 _ALSO = frozenset((
     "starting", "stopping", "draining", "reloaded", "rejected", "rejected, more suppressed", "backend up", "Dovecot available",
@@ -51,7 +50,7 @@ class Event(NamedTuple):
         return latest._replace(first=min(self.first, other.first), times=self.times + other.times)
 
     def without_client(self) -> Event:
-        """The same event, without the fields that may tell who the client is."""
+        """The same event, without the fields that may identify the client."""
         return self._replace(fields={name: value for name, value in self.fields.items() if name not in CLIENT_FIELDS})
 
 
@@ -148,7 +147,7 @@ def _event(record: logging.LogRecord) -> Event:
     else:
         text, fields = record.getMessage(), {}
     if record.exc_info and record.exc_info[0] is not None:
-        # The traceback is in the log. The exception's text may have anything in it.
+        # The traceback is in the log. The exception's text may contain anything, also about clients.
         fields["exception"] = record.exc_info[0].__name__
     count = int(fields.pop("count", "1")) if fields.get("count", "1").isdecimal() else 1
     return Event(record.created, record.created, record.levelname.lower(), text, fields, count)

@@ -35,7 +35,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLEANUP_TIMEOUT = 2.0
 """Seconds that a process may take to end after it has drained, or after it was told to end at once."""
 DRAIN_NOTICE_SECONDS = 0.2
-"""Seconds that a stop takes before the log says that connections are still open."""
+"""Seconds after which a stop logs that connections are still open."""
 _ending = threading.Event()
 """Set when the process has begun to clean up; it then ends within CLEANUP_TIMEOUT."""
 HELD_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
@@ -232,7 +232,7 @@ async def run_alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signa
 
 
 async def drain(work: Work, slot: Slot, number: signal.Signals | None = None) -> None:
-    """Close, and log how many connections are open if that takes a moment; ``number`` is the signal that stopped the program."""
+    """Close; after a moment, log how many connections are still open. ``number`` is the signal that stopped the program."""
     closing = asyncio.ensure_future(work.close())
     await asyncio.wait([closing], timeout=DRAIN_NOTICE_SECONDS)
     if not closing.done() and (connections := slot.connection_count.connections):
@@ -242,7 +242,7 @@ async def drain(work: Work, slot: Slot, number: signal.Signals | None = None) ->
 
 
 def tell_how_to_quit(number: signal.Signals | None, connections: int) -> None:
-    """Tell someone who has pressed Ctrl-C in a terminal why the program has not ended."""
+    """After Ctrl-C in a terminal, print why the program has not ended."""
     if number is signal.SIGINT and connections and sys.stderr.isatty():
         click.echo(f"draining {connections} connection{'s' * (connections != 1)} (Ctrl-C again to quit)", err=True)
 

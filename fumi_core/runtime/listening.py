@@ -1,4 +1,4 @@
-"""Listening sockets: what both programs open at the start, and what ``--check`` finds out about them without listening."""
+"""Listening sockets: how both programs open them at the start, and how ``--check`` checks them without listening."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def open_listeners(places: Sequence[ListenAddress], mode: int | None) -> list[li
     """Return the sockets of each address, as ``bind()`` does. Raises ListenError, and then leaves none open."""
     if problem := clash(places):
         raise ListenError(problem)
-    descriptors()  # removes systemd's variables from the environment, also when all listeners are named
+    descriptors()  # removes systemd's variables from the environment, also if all listeners are named
     for place in places:
-        # All of them before the first socket is opened, which could get the number of a descriptor that is not there.
+        # All of them before the first socket is opened, which could get the number of a descriptor that was not passed.
         with _named(place):
             check_inherited(place.address)
     opened: list[list[socket.socket]] = []
@@ -81,7 +81,7 @@ def check_listen(places: Sequence[ListenAddress]) -> ListenCheck:
 
 
 def clash(places: Iterable[ListenAddress]) -> str | None:
-    """A message about the first two addresses that cannot both be listened on, or None."""
+    """The error of the first two addresses that conflict, or None."""
     for one, other in itertools.combinations(places, 2):
         if one.address == other.address and not _any_port(one.address):
             if one.flag == other.flag:
@@ -191,14 +191,14 @@ def _bound_to(family: int, name: Any, v6only: bool = True) -> socket.socket:
 
 
 def _bound_path(path: str, mode: int | None) -> socket.socket:
-    """A Unix socket that replaces one on which nobody listens any more; bind() refuses every other file there."""
+    """A Unix socket that replaces one on which no process listens; bind() refuses every other file there."""
     if _is_socket(path) and not _has_listener(path):
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.bind(path)
         if mode is not None:
-            os.chmod(path, mode)  # nobody can connect yet
+            os.chmod(path, mode)  # no client can connect yet
     except BaseException:
         sock.close()
         raise
@@ -225,7 +225,7 @@ def _has_listener(path: str) -> bool:
 
 
 def _is_in_use(address: SocketAddress) -> bool:
-    """Whether some process listens there now. Raises OSError if nobody does and it could not be listened on nevertheless."""
+    """Whether some process listens there now. Raises OSError if none does, and it cannot be listened on either."""
     if address.kind == "fd":
         check_inherited(address)
         return False
@@ -242,7 +242,7 @@ def _is_in_use(address: SocketAddress) -> bool:
 
 
 def _is_path_in_use(path: str) -> bool:
-    """The same of a Unix socket without binding it, which would leave a file or replace one."""
+    """The same for a Unix socket, without binding it, which would create or replace a file."""
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         raise FileNotFoundError(errno.ENOENT, f"the directory {directory} does not exist")

@@ -1,7 +1,7 @@
 """asyncio's event loop, with readers and writers that the selector calls itself, where the kernel's answer arrives.
 
 asyncio creates a handle for each event, queues it, and runs it in a context; each ``add_reader`` makes a dozen checks, and each
-wait of the selector a turn of the loop. Both programs live on readers and writers, several for each connection, and need none of
+wait of the selector a turn of the loop. Both programs use several readers and writers for each connection, and need none of
 that: the selector calls them itself, and waits again, as long as no callback of asyncio's is queued and no timer is due.
 Everything else is asyncio's.
 

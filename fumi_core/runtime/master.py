@@ -4,7 +4,7 @@ It only waits for signals: SIGTERM and SIGINT drain all workers; a second one, o
 reload their settings; SIGCHLD reports a child that ended.
 
 New settings are tried here first, and kept for workers forked later. That may take half a minute, as with a thousand
-certificates, and is done in a thread, so that neither a stop nor the watchdog waits for it. No worker is forked in the meantime;
+certificates, and is done in a thread, so that a stop and the watchdog need not wait for it. No worker is forked in the meantime;
 a thread that has not returned after READ_TIMEOUT seconds is abandoned. Otherwise there is no event loop and no thread, except the
 log's, which starts once stderr is full, and only ever writes.
 """

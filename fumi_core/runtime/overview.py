@@ -1,4 +1,4 @@
-"""What the status page of a program knows beside its metrics: its processes, what they report, and the last events."""
+"""What the status page of a program shows beside its metrics: its processes, what they report, and the last events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Facts = Mapping[str, Any]
 
 
 class Worker(NamedTuple):
-    """A process that serves clients, or the place of one that has ended. ``started`` is in seconds since 1970."""
+    """A process that serves clients, or the slot of one that has ended. ``started`` is in seconds since 1970."""
 
     number: int
     state: WorkerState
@@ -35,7 +35,7 @@ class Overview:
     """The metrics of all workers."""
     readiness: Readiness
     local_problem: Readiness
-    """The same as ``readiness``, from memory: it does not ask the backends or the next hop."""
+    """The same as ``readiness``, from memory: it does not connect to the backends or the next hop."""
     workers: Callable[[], Sequence[Worker]]
     events: Callable[[], Sequence[Event]]
     pid: int

@@ -1,9 +1,9 @@
-"""What this process uses: the metrics of prometheus_client's process and platform collectors, for one process or several.
+"""Resources of this process: the metrics of prometheus_client's process and platform collectors, for one process or several.
 
-Their names, types and texts are those of ``ProcessCollector``; their values come from /proc (proc(5)) and getrusage(2). It is not
-used itself because it lists /proc/self/fd to count the descriptors: 76 ms for 20,000 of them (Linux 6.18), which a worker would
-spend in its event loop every second. From Linux 6.2 on the kernel counts. On older kernels they are listed, rarely enough to
-take one hundredth of the time. Delete this module when ``ProcessCollector`` lets the kernel count.
+Their names, types and texts are those of ``ProcessCollector``; their values come from /proc (proc(5)) and getrusage(2). That
+collector is not used because it lists /proc/self/fd to count the descriptors: 76 ms for 20,000 of them (Linux 6.18), which a
+worker would spend in its event loop every second. From Linux 6.2 on the kernel counts. On older kernels they are listed, rarely
+enough to take one hundredth of the time. Delete this module when ``ProcessCollector`` lets the kernel count.
 """
 
 from __future__ import annotations

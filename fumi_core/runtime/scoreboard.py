@@ -1,4 +1,4 @@
-"""What the processes of one program know of each other, in shared memory. The name and the idea are Apache's.
+"""The state of a program's processes, in shared memory that all of them read. The name and the idea are Apache's.
 
 Each worker has a slot: its state, its open connections, its last sign of life, and its last report. A slot outlives its worker:
 the last report of a killed worker is still there for its replacement and for the sums. The master has a report, too.
@@ -21,7 +21,7 @@ MAX_REPORT_BYTES = 4 << 20
 MAX_LEAD = 2
 """How many connections a worker may be ahead of the least loaded one before it lets the others accept first."""
 DRAINING = "draining"
-"""The local problem of a program that is told to stop and waits for its connections to end."""
+"""The local problem of a program that is stopping and waits for its connections to end."""
 _FIELDS = 5
 """Numbers in a worker's slot."""
 

@@ -1,4 +1,4 @@
-"""Token buckets: how much each of many clients may do at once, and how fast after that.
+"""Token buckets: the burst that each of many clients may make, and its rate after that.
 
 A bucket is one number, the time at which it will be full again (the generic cell rate algorithm, ITU-T I.371), so a full one
 needs no memory.
@@ -14,7 +14,7 @@ Client = TypeVar("Client", bound=Hashable)
 MAX_CLIENTS = 65_536
 """Clients whose buckets are remembered at once."""
 _TOLERANCE = 1e-6
-"""As a part of the time that fills a bucket: a sum of intervals is not exactly their multiple."""
+"""Rounding error, as a part of the time that fills a bucket: a sum of intervals is not exactly their multiple."""
 
 
 class TokenBuckets(Generic[Client]):

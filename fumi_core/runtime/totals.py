@@ -83,7 +83,7 @@ class Totals(Collector):
         self._board = board
 
     def local_problem(self) -> str | None:
-        """Why no worker can serve, by the workers' last reports, or None when one can."""
+        """Why no worker can serve, according to their last reports, or None if one can."""
         problems = [_read(slot).local_problem for slot in self._board.slots if slot.state is WorkerState.SERVING]
         return problems[0] if problems and None not in problems else None
 
@@ -114,12 +114,12 @@ class Totals(Collector):
 
 
 def register_restarts(registry: CollectorRegistry, prefix: str, board: Scoreboard) -> None:
-    """Add ``PREFIX_worker_restarts``, which the master counts. It is nobody's to report and not in the workers' registries."""
+    """Add ``PREFIX_worker_restarts``, which the master counts. No worker reports it, and it is not in their registries."""
     Tallied(f"{prefix}_worker_restarts", "Workers that died and were replaced.", (), registry, lambda: [((), board.restarts)])
 
 
 def _counted(family: Metric, reports: list[Samples]) -> Samples:
-    # The process that adds them up has used CPU time, which is not a worker's.
+    # The process that adds them up uses CPU time too, which no worker reports.
     total = dict.fromkeys(_samples(family), 0.0)
     for samples in reports:
         _add(total, samples)

@@ -27,8 +27,8 @@ class ClientFacts(NamedTuple):
     """``remote`` and ``local`` are the addresses and ports of the client and of the server that it connected to.
 
     ``secure`` tells whether the client uses TLS, ``tls`` with which parameters, where known. ``proxy_address`` is the TLS
-    proxy's, None without one. ``id`` is the session's; None if the server is to choose one. ``greeted`` tells that the client had
-    its banner before it upgraded with STARTTLS, and does not expect a second one (RFC 3207 §4.2).
+    proxy's, None without one. ``id`` is the session's; None if the server is to choose one. ``greeted``: the client had its
+    banner before it upgraded with STARTTLS, and does not expect a second one (RFC 3207 §4.2).
     """
 
     remote: tuple[str, int]
@@ -42,7 +42,7 @@ class ClientFacts(NamedTuple):
 
 
 def from_header(header: ProxyHeader, connection: ClientFacts) -> ClientFacts:
-    """The facts in a PROXY header on a connection with these facts of its own, which count where the header has none."""
+    """The facts in a PROXY header on a connection with these facts of its own, which are used where the header has none."""
     proxied = connection._replace(proxy_address=connection.remote[0])
     if header.command == "LOCAL":
         return proxied._replace(origin=Origin.HEALTH_CHECK)

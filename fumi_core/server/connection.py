@@ -78,7 +78,7 @@ class Connection:
                                   from its first bytes on
     a message or chunk arrives    socket_timeout, and             bytes received;               421, lingering
                                   data_timeout in all             nothing
-    a handler is running, and no  none: the client waits for us   -                             -
+    a handler is running, and no  none: the client is waiting     -                             -
     message or chunk arrives
     replies wait for the client   socket_timeout                  all of them taken by the      closed without a reply
     to read, handler or not                                       kernel
@@ -361,7 +361,7 @@ class Connection:
         now = monotonic()
         dialogue = self._open_dialogue
         if dialogue is not None and (dialogue.busy or dialogue.full) and not self._transport.blocked:
-            # The client waits for us.
+            # The client waits for the server.
             self._deadline = max(self._deadline, now + self._server.options.socket_timeout)
         if now < self._due():
             self._look_again(now)

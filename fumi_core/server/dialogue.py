@@ -142,7 +142,7 @@ class Dialogue:
 
     @property
     def busy(self) -> bool:
-        """Whether the client waits for us, not we for it."""
+        """Whether the client waits for the server, and not the other way round."""
         return self.protocol.pending is not None
 
     @property
@@ -162,7 +162,7 @@ class Dialogue:
         return self._dropping_since if self.protocol.dropping else None
 
     def fail(self, error: Exception) -> None:
-        """The last resort, for a bug here or an app that changed our internals: no client may wait for ever."""
+        """The last resort, for a bug here or an app that changed Fumi's internals: every client gets a reply."""
         log_failure(self.session, "dialogue failed", error)
         self._end(replies.CONNECT_FAILED, "local error")
 

@@ -1,4 +1,4 @@
-"""A message that is arriving: how far it has come, how far its handlers have, and the replies that follow from both."""
+"""A message that is arriving: its progress, that of its handlers, and the replies that follow from both."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _log = logging.getLogger("fumi.core")
 
 
 class HeaderResult(StrEnum):
-    """What became of the wait for a PROXY header."""
+    """The result of waiting for a PROXY header."""
 
     OK = "ok"
     MALFORMED = "malformed"

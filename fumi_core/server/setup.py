@@ -28,4 +28,4 @@ class DialogueSetup:
     tally: Tally
     observer: Observer
     trusted: Networks
-    """The peers whose PROXY header, and XCLIENT, are believed."""
+    """The peers that may send PROXY headers, XCLIENT and XFORWARD."""

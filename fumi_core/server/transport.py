@@ -1,4 +1,4 @@
-"""The seam between a connection and its socket: what a ``Connection`` calls, and what it is called for.
+"""The interface between a connection and its socket: the methods that a ``Connection`` calls, and those of it that are called.
 
 ``socket_transport`` has the transport for plaintext. A transport is owned by one connection, and both run in one event loop.
 """

@@ -43,7 +43,7 @@ class DotReader:
     def feed(self, data: bytes) -> bytes:
         """Return the content in ``data``. Raises BareNewline where bare newlines are rejected. Do not call it after the end."""
         buffer = self._held + data if self._held else data
-        # A large attachment in base64 has no dots, and to search for one byte costs a twentieth of searching for three.
+        # A large attachment in base64 has no dots, and searching for one byte costs a twentieth of searching for three.
         first = buffer.find(b".")
         dot = buffer.find(b"\r\n.", max(first - 2, 0)) if first >= 0 else -1
         end = buffer.find(END, dot) if dot >= 0 else -1

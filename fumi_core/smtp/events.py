@@ -1,4 +1,4 @@
-"""The events that the protocol reports. Those marked "Asks" are pending until the application accepts or refuses them."""
+"""The events that the protocol reports. Those marked "Decision" are pending until the application accepts or refuses them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fumi_core.smtp.session import Address
 
 
 class Connect:
-    """Asks: a client has connected and waits for the banner."""
+    """Decision: a client has connected and waits for the banner."""
 
     __slots__ = ()
 
 
 class Auth:
-    """Asks: a client has sent credentials."""
+    """Decision: a client has sent credentials."""
 
     __slots__ = ("credentials",)
 
@@ -24,7 +24,7 @@ class Auth:
 
 
 class AuthEnded:
-    """Tells: AUTH ended before there were credentials. It failed when the client requested to act for another user."""
+    """Information: AUTH ended without credentials, or failed because the client requested to act for another user."""
 
     __slots__ = ("method", "result")
 
@@ -34,7 +34,7 @@ class AuthEnded:
 
 
 class Mail:
-    """Asks: MAIL, to begin a transaction."""
+    """Decision: MAIL, to begin a transaction."""
 
     __slots__ = ("address",)
 
@@ -43,7 +43,7 @@ class Mail:
 
 
 class Rcpt:
-    """Asks: RCPT, to add a recipient."""
+    """Decision: RCPT, to add a recipient."""
 
     __slots__ = ("address",)
 
@@ -52,7 +52,7 @@ class Rcpt:
 
 
 class MessageStart:
-    """Tells: a message follows. ``command`` is DATA or BDAT."""
+    """Information: a message follows. ``command`` is DATA or BDAT."""
 
     __slots__ = ("command",)
 
@@ -61,7 +61,7 @@ class MessageStart:
 
 
 class MessageData:
-    """Tells: a piece of the message's content."""
+    """Information: a piece of the message's content."""
 
     __slots__ = ("text",)
 
@@ -70,31 +70,31 @@ class MessageData:
 
 
 class MessageExcess:
-    """Tells: the arriving chunk makes the message too large, and is dropped."""
+    """Information: the arriving chunk makes the message too large, and is dropped."""
 
     __slots__ = ()
 
 
 class ChunkEnd:
-    """Asks: a chunk other than the last has arrived and needs a reply. A rejection ends the transaction."""
+    """Decision: a chunk other than the last has arrived and needs a reply. A rejection ends the transaction."""
 
     __slots__ = ()
 
 
 class ChunkDropped:
-    """Tells: a chunk without a transaction is arriving, and is dropped."""
+    """Information: a chunk without a transaction is arriving, and is dropped."""
 
     __slots__ = ()
 
 
 class MessageEnd:
-    """Asks: the whole message has arrived and needs a reply."""
+    """Decision: the whole message has arrived and needs a reply."""
 
     __slots__ = ()
 
 
 class MessageBroken:
-    """Asks: the message will never be complete. Accept this when its handlers have ended; until then no command is processed.
+    """Decision: the message will never be complete. Accept this when its handlers have ended; until then no command is processed.
 
     ``reason`` is for the log, ``result`` for the metrics. ``command`` ended the transaction, and ``reply`` is its reply, which is
     sent when the handlers have ended: until then they have their envelope. Both are None when no reply is sent.

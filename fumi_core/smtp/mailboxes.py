@@ -34,7 +34,7 @@ def mailbox_of(address: str, delimiter: str = "") -> Mailbox:
 
 
 def check_delimiter(given: object) -> str:
-    """Return characters that may begin a detail. Raises ValueError for what no local part could be split at."""
+    """Return characters that may begin a detail. Raises ValueError for characters at which no local part could be split."""
     if not isinstance(given, str) or not all(each.isascii() and each.isprintable() and not each.isalnum() for each in given):
         raise ValueError(f"a recipient delimiter consists of ASCII punctuation, such as '+', not {given!r}")
     if set(given) & set('@/." \\'):

@@ -21,11 +21,11 @@ class Arrival(Enum):
     CHUNK = "chunk"
     """A chunk of a message."""
     EXCESS_CHUNK = "excess chunk"
-    """A chunk that makes the message too large, which has yet to be reported. It is dropped."""
+    """A chunk that makes the message too large, which is not reported yet. It is dropped."""
     STRAY_CHUNK = "stray chunk"
     """A chunk without a transaction. It is dropped, and then answered with ``refusals``."""
     COMPLETE = "complete"
-    """Nothing: all of the message or chunk was read. Its end has yet to be reported, and ``arrival`` to be set to None."""
+    """Nothing: all of the message or chunk was read. Its end is not reported yet; then ``arrival`` becomes None."""
 
 
 # Names of their own: Python takes five times as long to look up an enum's member.

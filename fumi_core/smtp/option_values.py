@@ -86,7 +86,7 @@ class Choice:
 
 
 def strings(given: object) -> tuple[str, ...] | None:
-    """The strings of an iterable, None for anything else. A single string counts as anything else: nobody means its letters."""
+    """The strings of an iterable, None for anything else, also for a single string: its characters are never meant."""
     if isinstance(given, Iterable) and not isinstance(given, str | bytes):
         found = tuple(given)
         if all(isinstance(each, str) for each in found):

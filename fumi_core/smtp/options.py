@@ -173,7 +173,7 @@ class Options:
         # The protocol compares verbs as they arrive: bytes.
         object.__setattr__(self, "disabled_verbs", frozenset(verb.encode() for verb in self.disabled_commands))
         object.__setattr__(self, "paths", paths(self.lenient_addresses))
-        # If no client can authenticate, none must: as in smtp-server, whose users disable AUTH to accept mail from anyone.
+        # Without AUTH no client has to authenticate: as in smtp-server, whose users disable AUTH to accept mail from anyone.
         object.__setattr__(self, "auth_required", not self.auth_optional and "AUTH" not in self.disabled_commands)
 
     @property

@@ -1,10 +1,10 @@
 """The SMTP state machine (RFC 5321 §3 and §4; RFC 2033 for LMTP), sans-IO: bytes in, events and replies out.
 
 Theory of operation. ``receive()`` takes bytes; ``next_event()`` processes them, one command after the other, appends replies to
-the output and stops at whatever the application has to decide: the events that ask (events.py), ``Connect`` being pending from
-the start. Such an event is pending until it is answered, and no later byte is processed before, so replies are in order however
-the client pipelines. The other events only inform. All other commands are answered here. The table in states.py says which
-command may come when.
+the output and stops at whatever the application has to decide: the events marked "Decision" in events.py, ``Connect`` being
+pending from the start. Such an event is pending until it is answered, and no later byte is processed before, so replies are in
+order however the client pipelines. The other events only inform. All other commands are answered here. The table in states.py
+says which command may come when.
 
 The bytes after a command may be something else: a message after DATA, a chunk after BDAT, a response to AUTH's challenge. At most
 one of these is expected at a time, and ``next_event`` handles it first.
@@ -563,7 +563,7 @@ class Protocol:
         introduced = xclient.impersonate(self.session, attributes)
         self._reset("XCLIENT")
         self.state = states.READY if introduced else states.START
-        # As if that client had connected: the application is asked, and the reply is a banner.
+        # As if that client had connected: the application decides, and the reply is a banner.
         self.pending = event = Connect()
         return event
 

@@ -13,7 +13,7 @@ _CLASSES = {"warning": "poor", "error": "bad", "critical": "bad"}
 
 
 def events_table(events: Sequence[Event], now: float, *, clients: bool) -> Table:
-    """With ``clients``, the fields that tell who a client is are in it, too."""
+    """With ``clients``, the fields that identify clients are in it, too."""
     shown = [each if clients else each.without_client() for each in reversed(events)]
     rows: list[Row] = [
         {

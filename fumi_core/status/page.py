@@ -1,7 +1,7 @@
 """The status page of a program, and the same facts as JSON: its state, plots of the last minutes, and tables.
 
-It works without JavaScript and loads no other files; the browser reloads it every few seconds, unless ``?refresh=0`` asks for a
-page that stays. Client addresses are in it only with ``?clients=1``.
+It works without JavaScript and loads no other files; the browser reloads it every few seconds, except with
+``?refresh=0``. Client addresses are in it only with ``?clients=1``.
 """
 
 from __future__ import annotations

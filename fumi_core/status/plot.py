@@ -42,7 +42,7 @@ def plot(lines: Sequence[Sequence[Point]], span: float, top: float, label: str) 
     drawn = [element("path", d=f"M0 {HEIGHT}H{WIDTH}{marks}", class_="base")]
     for number, line in enumerate(lines):
         if len(lines) > 1 and not any(point.value for point in line):
-            continue  # it would hide the base line, and the others' zeros
+            continue  # it would hide the base line, and zeros of the other lines
         for run in _runs([point for point in line if point.ago <= span]):
             places = [f"{across(point)} {height(point)}" for point in run]
             ends = across(run[0]), across(run[-1])

@@ -1,4 +1,4 @@
-"""Tables and plots of the page: what is in them, as the page shows it and as /status.json has it."""
+"""Tables and plots of the page: their facts, for /status.json, and how the page shows them."""
 
 from __future__ import annotations
 

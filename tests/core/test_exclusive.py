@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from fumi_core.client.exclusive import open_connection, why_not
+from fumi_core.client.exclusive import connect_error, open_connection
 from fumi_core.plugins.dovecot.channel import Link, Request, Unavailable
 from fumi_core.plugins.dovecot.protocol import AuthConversation
 from fumi_core.plugins.milter.agreement import Stage
@@ -86,7 +86,7 @@ def test_a_connection_that_is_made_when_its_caller_is_cancelled_is_closed(no_gar
 def test_why_a_connection_could_not_be_opened_is_said_in_the_systems_words(address: str, words: str) -> None:
     with pytest.raises((ConnectionRefusedError, FileNotFoundError)) as found:
         asyncio.run(open_connection(asyncio.Protocol, parse_address(address), 60))
-    assert why_not(found.value) == words
+    assert connect_error(found.value) == words
 
 
 def test_a_filter_whose_packets_nobody_takes_is_not_read_any_further() -> None:
@@ -102,7 +102,7 @@ def test_a_filter_whose_packets_nobody_takes_is_not_read_any_further() -> None:
         async def change(change: object) -> None:
             await written.wait()
 
-        asked = asyncio.create_task(connection.ask(Stage.END_OF_MESSAGE, b"", {}, 60, change))
+        asked = asyncio.create_task(connection.send(Stage.END_OF_MESSAGE, b"", {}, 60, change))
         await asyncio.sleep(0)
         connection.data_received(packet(b"b", b"x"))
         await asyncio.sleep(0)
@@ -132,7 +132,7 @@ def test_logins_of_clients_that_have_gone_do_not_gather_for_a_dovecot_that_reads
     async def run() -> None:
         link, transport = await linked()
         link.pause_writing()
-        logins = [asyncio.create_task(link.ask(LOGIN, asyncio.get_running_loop().time() + 60)) for _ in range(3)]
+        logins = [asyncio.create_task(link.request(LOGIN, asyncio.get_running_loop().time() + 60)) for _ in range(3)]
         await asyncio.sleep(0)
         for each in logins[:2]:
             each.cancel()
@@ -154,7 +154,7 @@ def test_a_dovecot_that_reads_nothing_is_left_when_a_login_has_waited_for_it() -
         await asyncio.sleep(1)
         link.pause_writing()
         with pytest.raises(Unavailable, match="no reply in time"):
-            await link.ask(LOGIN, asyncio.get_running_loop().time() + 30)
+            await link.request(LOGIN, asyncio.get_running_loop().time() + 30)
         assert (link.lost, transport.closed, transport.written) == ("no reply in time", True, b"")
 
     loop = PassingLoop()

@@ -147,7 +147,7 @@ class Silent(Discard):
 
 
 def test_a_target_that_says_nothing_does_not_keep_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "ASK_TIMEOUT", 0.05)
+    monkeypatch.setattr(status, "CHECK_TIMEOUT", 0.05)
     served = [ServedApp(Fumi()), ServedApp(Fumi())]
     silent = [Silent(), Silent()]
     for number, (app, target) in enumerate(zip(served, silent, strict=True)):

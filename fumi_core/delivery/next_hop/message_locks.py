@@ -1,7 +1,7 @@
 """Which messages are being delivered at this moment, by all workers: a byte of a file is locked for each (fcntl(2), F_SETLK).
 
 The kernel frees the locks of a process that dies, and all of them when it closes any descriptor of the file. The first 8 bytes of
-the file change with every reply that is remembered, so that a worker can tell without a query of the database that nothing was
+the file change with every reply that is remembered, so that a worker sees without a query of the database that nothing was
 added.
 """
 

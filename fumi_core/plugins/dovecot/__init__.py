@@ -1,1 +1,1 @@
-"""Logins and users of a Dovecot: its protocol (sans-IO), one connection for many requests, and two plugins."""
+"""Checks logins and users with Dovecot: its protocol (sans-IO), one connection for many requests, and two plugins."""

@@ -1,4 +1,4 @@
-"""``dovecot_auth(address)``: logins are checked by a Dovecot, on its ``auth-client`` socket."""
+"""``dovecot_auth(address)``: checks logins with Dovecot, on its ``auth-client`` socket."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fumi_core.smtp.sasl import Credentials
 from fumi_core.smtp.session import Session
 
 METHODS = ("PLAIN", "LOGIN", "XOAUTH2")
-"""The mechanisms that Dovecot is asked for."""
+"""The mechanisms that Dovecot may check."""
 MAX_REASON = 200
-"""Characters of Dovecot's reason for a failure that the client gets."""
+"""Characters of Dovecot's reason for a failure that are sent to the client."""
 _log = logging.getLogger("fumi.core")
 _FAILED = "5.7.8 Error: authentication failed"
 
@@ -30,9 +30,9 @@ _FAILED = "5.7.8 Error: authentication failed"
 def dovecot_auth(address: str) -> DovecotAuth:
     """Check PLAIN, LOGIN and XOAUTH2 with the Dovecot whose ``auth-client`` socket is at ``address``: unix:/path or HOST:PORT.
 
-    ``session.user`` is the name that Dovecot gives to the user. AUTH is answered ``454 4.7.0`` when Dovecot has a temporary
-    failure, cannot be reached or does not answer within 30 seconds, and ``535 5.7.8`` if it refuses. Mechanisms that Dovecot did
-    not offer when it was last connected are not offered. Raises ValueError for an invalid address.
+    ``session.user`` is the user name that Dovecot returns. AUTH is answered ``454 4.7.0`` when Dovecot has a temporary
+    failure, cannot be reached or does not answer within 30 seconds, and ``535 5.7.8`` if the login fails. Mechanisms that Dovecot
+    did not offer when it was last connected are not offered. Raises ValueError for an invalid address.
     """
     return DovecotAuth(address)
 
@@ -46,10 +46,10 @@ class DovecotAuth:
     def __call__(self, app: Fumi) -> None:
         app.on_auth(self._authenticate)
         app.withhold(self._not_offered, take=True)
-        app.at_listen(self._learn_mechanisms)
+        app.at_listen(self._fetch_mechanisms)
         app.at_close(self._channel.close)
 
-    async def _learn_mechanisms(self) -> None:
+    async def _fetch_mechanisms(self) -> None:
         try:
             await self._channel.connect()
         except Unavailable as error:
@@ -62,7 +62,7 @@ class DovecotAuth:
         return frozenset(f"AUTH {method}" for method in METHODS if _equivalent(method, offered) is None)
 
     async def problem(self) -> str | None:
-        """Why Dovecot cannot be asked, for ``--check``; None when it can."""
+        """Why Dovecot cannot be reached, for ``--check``; None when it can."""
         try:
             await self._channel.connect()
         except Unavailable as error:
@@ -76,7 +76,7 @@ class DovecotAuth:
         if credentials.method not in METHODS or "\0" in credentials.password:
             return  # Dovecot would take a NUL for the password's end
         try:
-            reply = await self._channel.ask(lambda server: _request(ctx.session, credentials, server))
+            reply = await self._channel.request(lambda server: _request(ctx.session, credentials, server))
             ctx.accept(user_of(reply))
         except TooLong:
             return
@@ -89,7 +89,7 @@ class DovecotAuth:
 
 
 class UnusableReply(Exception):
-    """Dovecot accepts a login that this server cannot accept; the message says why."""
+    """Dovecot has accepted a login that this server cannot accept; the message says why."""
 
 
 def user_of(reply: DovecotReply) -> str:
@@ -101,7 +101,7 @@ def user_of(reply: DovecotReply) -> str:
     if reply.has("nologin"):
         raise _failure(reply)  # the password is right, but the account must not be used
     if reply.has("proxy"):
-        # The password may not have been checked: that is left to the server that Dovecot names.
+        # The password may not have been checked: the server that Dovecot names does that.
         raise UnusableReply("the user is to be proxied to another server, which is not supported")
     user = reply.value("user")
     if not user or not user.isprintable():
@@ -136,12 +136,12 @@ def _responses(mechanism: str, credentials: Credentials) -> tuple[bytes, ...]:
         return (b"\0%b\0%b" % (user, password),)
     if mechanism == "LOGIN":
         return user, password
-    # Dovecot explains a failure in a challenge, which the client answers before it is told of the failure.
+    # Dovecot explains a failure in a challenge, which the client answers before it gets the failure.
     return b"user=%b\x01auth=Bearer %b\x01\x01" % (user, credentials.access_token.encode()), b""
 
 
 def _facts(session: Session) -> Iterator[str]:
-    """What Dovecot learns of the client."""
+    """Parameters that describe the connection to Dovecot."""
     yield "service=smtp"
     if session.secure:
         yield "secured"

@@ -1,6 +1,6 @@
-"""One connection to a Dovecot for all requests of a process: made when it is needed, and made again when it was lost.
+"""One connection to Dovecot for all requests of a process, opened when it is needed, and again after it was lost.
 
-A request fails with ``Unavailable`` when Dovecot cannot be reached, closes the connection, speaks another protocol or does not
+A request fails with ``Unavailable`` when Dovecot cannot be reached, closes the connection, violates the protocol or does not
 answer in time. The log has a line when Dovecot becomes unavailable, and one when it is available again.
 """
 
@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
-from fumi_core.client.exclusive import open_connection, why_not
+from fumi_core.client.exclusive import connect_error, open_connection
 from fumi_core.plugins.dovecot.protocol import MAX_NUMBER, Conversation, DovecotReply, Malformed, line
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 from fumi_core.runtime.logs import event
@@ -20,21 +20,21 @@ from fumi_core.runtime.logs import event
 CONNECT_TIMEOUT = 5.0
 """Seconds until the connection is made and the server's handshake is complete."""
 REPLY_TIMEOUT = 30.0
-"""Seconds for a request, with its connection. Dovecot delays its answer to failed logins, by up to 17 seconds for one client."""
+"""Seconds for a request, connecting included. Dovecot delays replies to failed logins, by up to 17 seconds for one client."""
 
 _log = logging.getLogger("fumi.core")
 
 
 class Unavailable(Exception):
-    """Dovecot gave no answer; the message says why."""
+    """There is no reply from Dovecot; the message says why."""
 
 
 class TooLong(Exception):
-    """The request is longer than the lines that Dovecot takes. It was not sent."""
+    """The request is longer than the lines that Dovecot accepts. It was not sent."""
 
 
 class Lost(Unavailable):
-    """The connection ended before the answer."""
+    """The connection ended before the reply."""
 
 
 class Request(NamedTuple):
@@ -66,8 +66,8 @@ class Channel:
         self._connecting: asyncio.Task[Link] | None = None
         self._down = False
 
-    async def ask(self, request: Callable[[Conversation], Request]) -> DovecotReply:
-        """Send the request, which may depend on the server's handshake, and return its final reply.
+    async def request(self, make: Callable[[Conversation], Request]) -> DovecotReply:
+        """Send the request that ``make`` returns, and return its final reply. It may depend on the server's handshake.
 
         A request whose connection is lost is sent once more: Dovecot closes all connections when it restarts. Raises Unavailable,
         TooLong.
@@ -75,9 +75,9 @@ class Channel:
         deadline = asyncio.get_running_loop().time() + REPLY_TIMEOUT
         try:
             try:
-                reply = await self._ask(request, deadline)
+                reply = await self._request(make, deadline)
             except Lost:
-                reply = await self._ask(request, deadline)
+                reply = await self._request(make, deadline)
         except Unavailable as error:
             self.failed(error)
             raise
@@ -86,27 +86,27 @@ class Channel:
             event(_log, logging.INFO, "Dovecot available", address=self.address)
         return reply
 
-    async def _ask(self, request: Callable[[Conversation], Request], deadline: float) -> DovecotReply:
+    async def _request(self, make: Callable[[Conversation], Request], deadline: float) -> DovecotReply:
         try:
             async with asyncio.timeout_at(deadline):
                 link = await self.connect()
         except TimeoutError:
             raise Unavailable("no connection in time") from None
-        return await link.ask(request(link.conversation), deadline)
+        return await link.request(make(link.conversation), deadline)
 
     def failed(self, error: Exception) -> None:
-        """Log that Dovecot does not do its part, once until a request succeeds."""
+        """Log that Dovecot is unavailable, once until a request succeeds."""
         if not self._down:
             self._down = True
             event(_log, logging.ERROR, "Dovecot unavailable", address=self.address, error=error)
 
     @property
     def mechanisms(self) -> frozenset[str] | None:
-        """The SASL mechanisms that the server offered last; None before it did."""
+        """The SASL mechanisms that Dovecot offered last; None before the first connection."""
         return self._link.conversation.mechanisms if self._link is not None else None
 
     async def connect(self) -> Link:
-        """Return the open connection, or a new one: one attempt for all that wait. Raises Unavailable."""
+        """Return the open connection, or a new one; callers that wait share one attempt. Raises Unavailable."""
         if self._link is not None and self._link.lost is None:
             return self._link
         if self._connecting is None:
@@ -130,7 +130,7 @@ class Channel:
         except TimeoutError:
             raise Unavailable("no connection in time" if link is None else "no handshake in time") from None
         except OSError as error:
-            raise Unavailable(why_not(error)) from None
+            raise Unavailable(connect_error(error)) from None
         finally:
             if link is not None and not link.conversation.ready:
                 link.close("no handshake")
@@ -154,8 +154,8 @@ class Link(asyncio.Protocol):
         self.lost: str | None = None
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
-        self._heard = self._loop.time()  # when the server sent its last reply
-        self._room = asyncio.Event()  # the server takes requests, or the connection has ended
+        self._last_reply = self._loop.time()  # when the server sent its last reply
+        self._room = asyncio.Event()  # the server reads requests, or the connection has ended
         self._room.set()
         self._number = 0
         self._waiting: dict[int, _Waiting] = {}
@@ -186,7 +186,7 @@ class Link(asyncio.Protocol):
         self._room.set()
 
     def _take(self, reply: DovecotReply) -> None:
-        self._heard = self._loop.time()
+        self._last_reply = self._loop.time()
         waiting = self._waiting.get(reply.number)
         if waiting is None:
             if not 0 < reply.number <= self._number:
@@ -200,7 +200,7 @@ class Link(asyncio.Protocol):
         else:
             raise Malformed("a challenge that the mechanism does not have")
 
-    async def ask(self, request: Request, deadline: float) -> DovecotReply:
+    async def request(self, request: Request, deadline: float) -> DovecotReply:
         """Send a request; return the reply that ends it. ``deadline`` is the loop's time. Raises Unavailable, TooLong."""
         begun = self._loop.time()
         if not self._room.is_set():
@@ -227,7 +227,7 @@ class Link(asyncio.Protocol):
                 self._transport.write(line("CANCEL", str(number)))
 
     async def _wait_for_room(self, begun: float, deadline: float) -> None:
-        """Wait while the server reads nothing: what it does not take must not gather here, after its clients have gone."""
+        """Wait while the server does not read: requests of clients that have disconnected must not accumulate here."""
         try:
             async with asyncio.timeout_at(deadline):
                 await self._room.wait()
@@ -235,9 +235,9 @@ class Link(asyncio.Protocol):
             raise self._late(begun) from None
 
     def _late(self, begun: float) -> Unavailable:
-        """A request that was begun then has got no reply in time."""
-        if self._heard < begun:
-            # Nobody got an answer meanwhile: the server hangs. A new connection may reach a new process.
+        """The error of a request, begun at that time, that got no reply in time."""
+        if self._last_reply < begun:
+            # No request got a reply meanwhile: the server hangs. A new connection may reach a new process.
             self.close("no reply in time")
         return Unavailable("no reply in time")
 
@@ -256,7 +256,7 @@ class Link(asyncio.Protocol):
 
 
 class _Waiting(NamedTuple):
-    """A request under way."""
+    """A request without its final reply."""
 
     answer: asyncio.Future[DovecotReply]
     responses: list[str]

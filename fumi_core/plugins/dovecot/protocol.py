@@ -1,7 +1,7 @@
 """Dovecot's authentication protocol 1.x, the client's side, sans-IO.
 
 https://doc.dovecot.org/developer_manual/design/auth_protocol/ describes it. A line is a command and its parameters, separated by
-tabs. Two kinds of sockets speak it: ``auth-client`` checks credentials (AUTH; OK, FAIL or CONT), ``auth-userdb`` knows users
+tabs. Two kinds of sockets use it: ``auth-client`` checks credentials (AUTH; OK, FAIL or CONT), ``auth-userdb`` looks up users
 (USER; USER, NOTFOUND or FAIL). Replies may come in any order; each has the number of its request.
 """
 
@@ -25,7 +25,7 @@ _UNESCAPED = {escape[1]: character for character, escape in _ESCAPES.items()}
 
 
 class Malformed(Exception):
-    """The server does not speak this protocol, or not this version of it."""
+    """The server violates the protocol, or has another version of it."""
 
 
 def line(*fields: str) -> bytes:
@@ -65,7 +65,7 @@ class DovecotReply(NamedTuple):
 
 
 class Conversation:
-    """What a server sends on one connection. ``ready`` tells that its handshake is complete and requests may be sent."""
+    """What a server sends on one connection. ``ready``: its handshake is complete, and requests may be sent."""
 
     verbs: ClassVar[frozenset[str]]
     """The replies of this kind of socket."""
@@ -84,11 +84,11 @@ class Conversation:
 
     @property
     def max_request(self) -> int:
-        """Bytes of a line that the server takes, its LF included. It disconnects a client that sends a longer one."""
+        """Bytes of a line that the server accepts, its LF included. It disconnects a client that sends a longer one."""
         raise NotImplementedError
 
     def feed(self, data: bytes) -> Iterator[DovecotReply]:
-        """Yield the replies that ``data`` completes, one line at a time. Raises Malformed at the line that is."""
+        """Yield the replies that ``data`` completes, one line at a time. Raises Malformed at the first malformed line."""
         *whole, rest = (self._rest + data).split(b"\n")
         self._rest = rest
         for each in whole:

@@ -1,4 +1,4 @@
-"""``dovecot_users(address)``: recipients are looked up by a Dovecot, on its ``auth-userdb`` socket."""
+"""``dovecot_users(address)``: looks up recipients in Dovecot, on its ``auth-userdb`` socket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fumi_core.smtp.replies import LOOKUP_FAILED, USER_UNKNOWN
 
 
 def dovecot_users(address: str, *, recipient_delimiter: str = "+") -> Callable[[Fumi], None]:
-    """Answer RCPT with ``550 5.1.1`` unless the Dovecot whose ``auth-userdb`` socket is at ``address`` knows the user.
+    """Answer RCPT with ``550 5.1.1`` unless the user exists in the Dovecot whose ``auth-userdb`` socket is at ``address``.
 
     The user is the recipient's address without the delimiter and what follows it in the local part: ``joe+news@example.org`` is
     ``joe@example.org``. RCPT is answered ``451 4.3.0`` when Dovecot has a temporary failure, cannot be reached or does not answer
@@ -27,7 +27,7 @@ def dovecot_users(address: str, *, recipient_delimiter: str = "+") -> Callable[[
     async def check(ctx: RcptContext, next: Next) -> None:
         user = str(mailbox_of(ctx.address.address, delimiter))
         try:
-            reply = await channel.ask(lambda server: Request("USER", (user, "service=smtp")))
+            reply = await channel.request(lambda server: Request("USER", (user, "service=smtp")))
         except TooLong:
             ctx.reject(*USER_UNKNOWN)
         except Unavailable:

@@ -1,4 +1,4 @@
-"""``milter(address)``: asks a mail filter that speaks the milter protocol."""
+"""``milter(address)``: checks mail with a mail filter, by the milter protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server and a filter agree on when they connect: the stages that are reported and answered, and the changes allowed."""
+"""The negotiation between server and filter: which stages are sent, which are answered, and which changes are allowed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ OLDEST_VERSION = 2
 
 
 class Stage(Enum):
-    """A step that is reported to the filter: its letter, and the flags by which the filter does not want it, or not answer it.
+    """A step of a session: its letter, and the flags by which a filter declines it, or declines to answer it.
 
-    ``macro_list`` is the number of the list of macros that a filter may ask for. DATA is as of version 4.
+    ``macro_list`` is the number of the list of macros that a filter may request for it. DATA exists since version 4.
     """
 
     CONNECT = (b"C", 0x1, 0x1000, 0)
@@ -65,7 +65,7 @@ def offer() -> bytes:
 
 @dataclass(frozen=True)
 class Agreement:
-    """``macros`` has the names that the filter wants, for the stages for which it has named some."""
+    """The result. ``macros`` has the names of macros that the filter has requested, for the stages for which it has."""
 
     version: int
     actions: int
@@ -89,12 +89,12 @@ class Agreement:
         return not self.steps & stage.unanswered
 
     def check(self, stage: Stage, answer: Answer) -> None:
-        """Raises Malformed for an answer that the filter must not give at this stage."""
+        """Raises Malformed for an answer that is not allowed at this stage."""
         if not isinstance(answer, Verdict | ReplyCode):
             if stage is not Stage.END_OF_MESSAGE:
                 raise Malformed(f"{type(answer).__name__} at stage {stage.name}")
             if not self.actions & _ACTIONS[type(answer)]:
-                raise Malformed(f"{type(answer).__name__} without having asked for it")
+                raise Malformed(f"{type(answer).__name__} without having negotiated it")
         if answer is Verdict.DISCARD and stage in _AT_CONNECT:
             raise Malformed(f"DISCARD at stage {stage.name}")
         if answer is Verdict.SKIP and not (self.steps & _SKIP and stage in _SKIPPABLE):

@@ -1,4 +1,4 @@
-"""The changes that a filter makes to a message: collected while the filter answers, applied when it has accepted the message."""
+"""The changes that a filter makes to a message: collected while they arrive, applied after it has accepted the message."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from fumi_core.smtp.replies import INSUFFICIENT_STORAGE
 from fumi_core.smtp.session import Address, Session, address_key
 
 MAX_CHANGES = 2_000
-"""Changes of one message; each change of a field looks at all fields."""
+"""Changes of one message; each change of a field costs a search of all fields."""
 MAX_CHANGE_BYTES = 1024 * 1024
-"""Bytes of all changes of one message but the new body, which are kept in memory."""
+"""Bytes of all changes of one message, which are kept in memory, without the new body."""
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Bytes of a new body, or four times the message if that is more."""
 
 
 class Changes:
-    """What one filter wants to change in one message. ``close()`` frees the new body."""
+    """One filter's changes of one message. ``close()`` frees the new body."""
 
     def __init__(self, message_size: int) -> None:
         self.quarantine: str | None = None

@@ -1,7 +1,7 @@
-"""One connection to a filter: sends what happens, and waits for the answer to each step.
+"""One connection to a filter: sends the steps of a session, and waits for the answer to each.
 
-An answer that comes too late, that nobody waits for or that breaks the protocol ends the connection. The reason is a
-``MilterFailure``, which every later call raises.
+An answer that is late, unsolicited or violates the protocol ends the connection. The reason is a ``MilterFailure``, which every
+later call raises.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 
-from fumi_core.client.exclusive import ExclusiveConnection, open_connection, why_not
+from fumi_core.client.exclusive import ExclusiveConnection, connect_error, open_connection
 from fumi_core.plugins.milter import wire
 from fumi_core.plugins.milter.agreement import Agreement, Stage, offer, read_agreement
 from fumi_core.plugins.milter.wire import Change, Malformed, PacketReader, ReplyCode, Verdict, parse_answer
 from fumi_core.runtime.addresses import SocketAddress
 
 CHECK_TIMEOUT = 5.0
-"""Seconds that ``problem()`` has to connect, and for the answer."""
+"""Time limits of ``problem()``, in seconds: to connect, and for the answer."""
 HIGH_WATER_BYTES = 256 * 1024
-"""Bytes of answers that may wait to be read; above that, the socket is not read."""
+"""Bytes of answers that may be queued; above that, the socket is not read."""
 PACKET_BYTES = 128
-"""Bytes that a waiting packet takes besides its data."""
+"""Bytes that a queued packet takes besides its data."""
 
 
 class MilterFailure(Exception):
-    """The filter cannot be asked, or has not answered in a way that can be followed. The message says why."""
+    """The filter cannot be reached, is too slow, or violates the protocol. The message says which."""
 
 
 async def connect(address: SocketAddress, connect_timeout: float, command_timeout: float) -> MilterConnection:
@@ -34,7 +34,7 @@ async def connect(address: SocketAddress, connect_timeout: float, command_timeou
     except TimeoutError:
         raise MilterFailure("no connection in time") from None
     except OSError as error:
-        raise MilterFailure(why_not(error)) from None
+        raise MilterFailure(connect_error(error)) from None
     try:
         await connection.negotiate(command_timeout)
     except BaseException:
@@ -44,7 +44,7 @@ async def connect(address: SocketAddress, connect_timeout: float, command_timeou
 
 
 async def problem(address: SocketAddress) -> str | None:
-    """Why the filter cannot be asked, in a few words; None when it can."""
+    """Why the filter does not work, in a few words; None when it does."""
     try:
         connection = await connect(address, CHECK_TIMEOUT, CHECK_TIMEOUT)
     except MilterFailure as failure:
@@ -54,7 +54,7 @@ async def problem(address: SocketAddress) -> str | None:
 
 
 class MilterConnection(ExclusiveConnection[MilterFailure]):
-    """``agreement`` is there after ``negotiate()``."""
+    """``agreement`` is set by ``negotiate()``."""
 
     agreement: Agreement
 
@@ -63,7 +63,7 @@ class MilterConnection(ExclusiveConnection[MilterFailure]):
         self._reader = PacketReader()
         self._packets: deque[tuple[bytes, bytes]] = deque()
         self._unread = 0
-        self._asking = False
+        self._answer_due = False
 
     def _lost(self, detail: str) -> MilterFailure:
         return MilterFailure(detail)
@@ -74,8 +74,8 @@ class MilterConnection(ExclusiveConnection[MilterFailure]):
     def data_received(self, data: bytes) -> None:
         if self._failure is not None:
             return
-        if not self._asking:
-            self._fail(MilterFailure("an answer without a question"))
+        if not self._answer_due:
+            self._fail(MilterFailure("unsolicited data"))
             return
         try:
             for packet in self._reader.feed(data):
@@ -87,11 +87,11 @@ class MilterConnection(ExclusiveConnection[MilterFailure]):
             self._transport.pause_reading()
         self._wake()
 
-    # Questions and answers
+    # Steps and answers
 
     async def negotiate(self, seconds: float) -> None:
         """Raises MilterFailure."""
-        self._asking = True
+        self._answer_due = True
         self._transport.write(offer())
         letter, data = await self._receive(seconds)
         try:
@@ -100,7 +100,7 @@ class MilterConnection(ExclusiveConnection[MilterFailure]):
             self._fail(MilterFailure(str(error)))
         self._end_of_answer()
 
-    async def ask(
+    async def send(
         self,
         stage: Stage,
         data: bytes,
@@ -108,17 +108,17 @@ class MilterConnection(ExclusiveConnection[MilterFailure]):
         seconds: float,
         change: Callable[[Change], Awaitable[None]] | None = None,
     ) -> Verdict | ReplyCode:
-        """Report a step, and return the answer: CONTINUE if the filter does not want the step, or does not answer it.
+        """Send a step, and return the answer: CONTINUE if the filter does not want the step, or does not answer it.
 
         ``seconds`` is for each packet of the answer. ``change`` is called for each change of the message. Raises MilterFailure.
         """
         self._raise_failure()
         packets = wire.macros(stage.letter, macros) if macros else b""
         wanted = self.agreement.wants(stage)
-        self._asking = wanted and self.agreement.answers(stage)
+        self._answer_due = wanted and self.agreement.answers(stage)
         self._transport.write(packets + wire.packet(stage.letter, data) if wanted else packets)
         await self._wait_for_room(seconds)
-        if not self._asking:
+        if not self._answer_due:
             return Verdict.CONTINUE
         try:
             return await self._answer(stage, seconds, change)
@@ -144,10 +144,10 @@ class MilterConnection(ExclusiveConnection[MilterFailure]):
                 await change(answer)
 
     def _end_of_answer(self) -> None:
-        """Raises MilterFailure when more has arrived than the answer."""
-        self._asking = False
+        """Raises MilterFailure if data follows the answer."""
+        self._answer_due = False
         if self._packets or self._reader.partial:
-            self._fail(MilterFailure("a second answer"))
+            self._fail(MilterFailure("unsolicited data after an answer"))
         self._raise_failure()
 
     async def _receive(self, seconds: float) -> tuple[bytes, bytes]:
@@ -166,7 +166,7 @@ class MilterConnection(ExclusiveConnection[MilterFailure]):
             self._transport.write(wire.ABORT)
 
     def end_session(self) -> None:
-        """The client has gone, and another one may follow."""
+        """The client has disconnected; another one may follow."""
         if self.usable:
             self._transport.write(wire.QUIT_NEW_CONNECTION)
 

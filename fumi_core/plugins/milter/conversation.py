@@ -1,6 +1,6 @@
-"""What one filter is told of one client's session, and what becomes of its answers.
+"""Sends the steps of one client's session to one filter, and applies the filter's answers.
 
-A filter that fails is not asked again until the next transaction, since it has not heard the earlier steps of this one.
+After a failure the filter gets nothing more of the transaction, since it has missed a step of it.
 """
 
 from __future__ import annotations
@@ -61,27 +61,27 @@ class Filter:
 
 
 class Conversation:
-    """``discards`` tells that the filter wants the message accepted and dropped."""
+    """One filter's part of one session. ``discards``: the message is to be accepted, and not delivered."""
 
     def __init__(self, filter: Filter, session: Session) -> None:
         self.discards = False
         self._filter = filter
         self._session = session
         self._connection: MilterConnection | None = None
-        self._failure: MilterFailure | None = None  # of the attempt to connect, for the next MAIL
-        self._helo: str | None = None  # the name that the filter knows
-        self._refusal: SMTPError | None = None  # of the client, for all its mail
-        self._passes = False  # the filter wants to hear no more of this client
-        self._under_way = False  # the filter has heard MAIL, and has not decided on the message
-        self._passes_message = False  # the filter has accepted the message early
+        self._failure: MilterFailure | None = None  # to connect; the next MAIL is answered by it
+        self._helo: str | None = None  # the name that was sent to the filter
+        self._refusal: SMTPError | None = None  # the rejection of the client, and so of all its mail
+        self._client_accepted = False  # the filter accepts all mail of this client
+        self._in_transaction = False  # MAIL was sent to the filter, which has not decided on the message yet
+        self._message_accepted = False  # the filter has accepted the message early
         self._failed = False  # in this transaction
-        self._skipped: set[Stage] = set()  # what the filter wants to hear no more of in this transaction
+        self._skipped: set[Stage] = set()  # steps that the filter does not want again in this transaction
         self._changes: Changes | None = None
 
     # The steps of a session
 
     async def connected(self) -> None:
-        """The client has connected. Raises SMTPError if the filter rejects it. If the filter fails, MAIL will tell."""
+        """The client has connected. Raises SMTPError if the filter rejects it. A failure answers the next MAIL."""
         try:
             await _in_time(self._open())
         except MilterFailure as failure:
@@ -98,21 +98,21 @@ class Conversation:
     async def recipient(self, recipient: Address) -> None:
         """Raises SMTPError."""
         if self._failed:
-            self._give_up()
-        elif self.asks:
+            self._answer_failure()
+        elif self.undecided:
             await self._guarded(self._report(Stage.RCPT, _path(recipient), recipient))
 
     async def message(self, ctx: DataContext) -> None:
         """The message has arrived, and is spooled. Raises SMTPError; otherwise the filter's changes have been made."""
         if self._failed:
-            self._give_up()
-        elif self.asks:
+            self._answer_failure()
+        elif self.undecided:
             await self._guarded(self._message(ctx))
 
     @property
-    def asks(self) -> bool:
-        """Whether the filter has to be asked about the message."""
-        return self._under_way and not self._passes_message and not self.discards and not self._failed
+    def undecided(self) -> bool:
+        """Whether the filter still has to decide on the message."""
+        return self._in_transaction and not self._message_accepted and not self.discards and not self._failed
 
     def release(self) -> None:
         """The message has been delivered, or not."""
@@ -133,9 +133,9 @@ class Conversation:
             connection.quit()
 
     def _end_of_transaction(self) -> None:
-        if self._under_way and self._connection is not None:
+        if self._in_transaction and self._connection is not None:
             self._connection.abort_message()
-        self._under_way = self._passes_message = self._failed = self.discards = False
+        self._in_transaction = self._message_accepted = self._failed = self.discards = False
         self._skipped.clear()
 
     # Connection, HELO, MAIL
@@ -147,7 +147,7 @@ class Conversation:
                 await self._greet(connection)
                 return
             except MilterFailure:
-                continue  # the filter has closed it in this moment
+                continue  # the filter has just closed it
         filter = self._filter
         await self._greet(await connect(filter.address, filter.connect_timeout, filter.command_timeout))
 
@@ -158,9 +158,9 @@ class Conversation:
         await self._hello()
 
     async def _hello(self) -> None:
-        """Tell the filter the client's name if it has a new one. There is none when the client has just connected."""
+        """Send the client's name if it is new. There is none before the first EHLO."""
         name = self._session.client_hostname
-        if name is not None and name != self._helo and not self._passes and self._refusal is None:
+        if name is not None and name != self._helo and not self._client_accepted and self._refusal is None:
             self._helo = name
             await self._report(Stage.HELO, strings(name.encode(errors="replace")))
 
@@ -168,17 +168,17 @@ class Conversation:
         failure, self._failure = self._failure, None
         if failure is not None:
             self._failed = True
-            self._give_up()
+            self._answer_failure()
             return
-        if self._refusal is None and not self._passes:
+        if self._refusal is None and not self._client_accepted:
             if self._connection is None or not self._connection.usable:
                 await self._open()
             else:
                 await self._hello()
         if self._refusal is not None:
             raise self._refusal
-        if not self._passes:
-            self._under_way = True
+        if not self._client_accepted:
+            self._in_transaction = True
             await self._report(Stage.MAIL, _path(sender), sender)
 
     # The message
@@ -189,7 +189,7 @@ class Conversation:
         try:
             await self._report(Stage.DATA)
             await self._send(ctx, header)
-            if self.asks:
+            if self.undecided:
                 await self._report(Stage.END_OF_MESSAGE, change=changes.add)
                 if not self.discards:
                     self._apply(ctx, header, changes)
@@ -209,7 +209,7 @@ class Conversation:
             while len(body) >= MAX_DATA_BYTES:
                 await self._report(Stage.BODY, bytes(body[:MAX_DATA_BYTES]))
                 del body[:MAX_DATA_BYTES]
-            if header.ended and not self.asks:
+            if header.ended and not self.undecided:
                 return
         if not header.ended:
             body += header.end()
@@ -249,20 +249,20 @@ class Conversation:
         address: Address | None = None,
         change: Callable[[Change], Awaitable[None]] | None = None,
     ) -> None:
-        """Tell the filter of a step, and do what it answers. Raises SMTPError, and MilterFailure."""
-        if stage in _OF_MESSAGE and (not self.asks or stage in self._skipped):
+        """Send a step to the filter, and apply its answer. Raises SMTPError, and MilterFailure."""
+        if stage in _OF_MESSAGE and (not self.undecided or stage in self._skipped):
             return
         connection = self._connection
         assert connection is not None
         macros = macros_for(stage, connection.agreement, self._session, self._filter.login, address)
         seconds = self._filter.content_timeout if stage in _CONTENT else self._filter.command_timeout
-        answer = await connection.ask(stage, data, macros, seconds, change)
+        answer = await connection.send(stage, data, macros, seconds, change)
         if stage is Stage.END_OF_MESSAGE:
-            self._under_way = False
+            self._in_transaction = False
         if answer is Verdict.ACCEPT and stage in _OF_MESSAGE:
-            self._passes_message = True
+            self._message_accepted = True
         elif answer is Verdict.ACCEPT:
-            self._passes = True
+            self._client_accepted = True
         elif answer is Verdict.DISCARD:
             self.discards = True
         elif answer is Verdict.SKIP:
@@ -278,10 +278,10 @@ class Conversation:
         except MilterFailure as failure:
             self._log_failure(failure)
             self._failed = True
-            self._give_up()
+            self._answer_failure()
 
-    def _give_up(self) -> None:
-        """The filter has failed. Raises SMTPError, unless mail is to pass then."""
+    def _answer_failure(self) -> None:
+        """Answer a transaction whose filter has failed. Raises SMTPError unless such mail is accepted."""
         if self._filter.on_failure == "tempfail":
             raise SMTPError(*UNAVAILABLE)
 
@@ -316,7 +316,7 @@ def _client(session: Session) -> bytes:
         family = b"6" if ip_address(address).version == 6 else b"4"
     except ValueError:
         if not address.startswith("unix"):
-            return name + b"U"  # unknown to the proxy
+            return name + b"U"  # the proxy does not know it
         family = b"L"
     return name + family + session.remote_port.to_bytes(2, "big") + strings(address.encode())
 

@@ -12,7 +12,7 @@ MAX_BYTES = 256 * 1024
 MAX_FIELD_BYTES = 64_000
 """Bytes of one field, which must fit into a packet."""
 MAX_FIELDS = 10_000
-"""Fields of a header section. Each is a question to the filter."""
+"""Fields of a header section. Each is a step of its own for the filter."""
 
 # field-name, and the space that RFC 5322 §4.5 (obs-optional) still allows before the colon
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
@@ -70,9 +70,8 @@ class HeaderReader:
             return piece
         begin = max(len(self._text) - 1, 0)
         self._text += piece
-        if (
-            self._text.find(b"\r\n", begin) >= 0
-        ):  # what was searched is not searched, or copied, again for each piece of a long line
+        # From ``begin`` on: a long line in small pieces must not be searched, or copied, once more for each piece.
+        if self._text.find(b"\r\n", begin) >= 0:
             *lines, rest = bytes(self._text).split(b"\r\n")
             self._text = bytearray(rest)
             for number, line in enumerate(lines):

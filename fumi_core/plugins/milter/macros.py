@@ -1,4 +1,4 @@
-"""The macros that a filter gets: by default those of Postfix (MILTER_README), otherwise those that it has asked for."""
+"""The macros that a filter gets: by default those of Postfix (MILTER_README), otherwise those that it has requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``milter(address)``: a mail filter decides about each step of a session, and may change messages before they are delivered."""
+"""``milter(address)``: a mail filter checks each step of a session, and may change messages before they are delivered."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def milter(
     login: Callable[[Any], str] = name_of,
     reuse_connections: bool = False,
 ) -> Callable[[Fumi], None]:
-    """Ask the filter at ``address`` (HOST:PORT or unix:/path), which speaks the milter protocol, versions 2 to 6.
+    """Check mail with the filter at ``address`` (HOST:PORT or unix:/path), by the milter protocol, versions 2 to 6.
 
-    When it does not answer in time, or not as the protocol says, the client gets 451 4.7.1; with ``failure="accept"`` its mail
-    passes as if there were no filter. With ``skip_authenticated`` the filter hears nothing of mail from authenticated users, and
-    of other clients when they send MAIL. It hears of EHLO at MAIL, too.
+    When the filter cannot be reached, is too slow or violates the protocol, the client gets 451 4.7.1; with ``failure="accept"``
+    its mail is accepted as if there were no filter. EHLO's name is sent to the filter just before MAIL. With
+    ``skip_authenticated`` the filter gets nothing about mail from authenticated users, and connects for other clients at MAIL.
 
-    Use it before the handler that delivers, and several in the order in which they shall change a message. ``changes_envelope``
-    tells that this handler takes sender and recipients from ``session.envelope`` when the message has arrived; otherwise a filter
-    that changes them has failed. A message that a filter quarantines is rejected with 550, since it can be held nowhere.
+    Use it before the handler that delivers, and several filters in the order in which they may change a message.
+    ``changes_envelope``: that handler takes sender and recipients from ``session.envelope`` after the message has arrived. If it
+    is False, a change of them is a failure of the filter. A message that a filter quarantines is rejected with 550.
 
-    A connection to the filter serves one client, with all its messages. With ``reuse_connections`` another client may follow, as
-    of version 6 of the protocol: rspamd takes that, while filters that are built with libmilter 8.17 hear no more.
+    A connection to the filter serves one client, with all its messages. With ``reuse_connections``, and version 6 of the
+    protocol, it then serves another client: rspamd supports that, filters with libmilter 8.17 do not.
 
     Timeouts are in seconds: to connect, for an answer, and for one about content. ``login`` returns the name of the object given
     to ``ctx.accept()``. Raises ValueError for an invalid argument.
@@ -98,7 +98,7 @@ class _Handlers:
     async def data(self, ctx: DataContext, next: Next) -> None:
         conversation = self._conversation(ctx.session)
         try:
-            if conversation.asks:
+            if conversation.undecided:
                 await ctx.spool()
             if not ctx.size_exceeded:
                 await conversation.message(ctx)

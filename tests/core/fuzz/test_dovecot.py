@@ -164,7 +164,7 @@ async def _answers(pieces: list[bytes]) -> list[str]:
 
 async def _answer(link: Link, request: Request, deadline: float) -> str:
     try:
-        return user_of(await link.ask(request, deadline))
+        return user_of(await link.request(request, deadline))
     except SMTPError as error:
         return str(error.code) if "\n" not in error.message else "two lines"
     except UnusableReply:
@@ -201,7 +201,7 @@ async def _lookups(pieces: list[bytes]) -> list[str]:
 
     async def verb() -> str:
         try:
-            return (await link.ask(Request("USER", ("joe", "service=smtp")), deadline)).verb
+            return (await link.request(Request("USER", ("joe", "service=smtp")), deadline)).verb
         except Unavailable:
             return "lost"
 

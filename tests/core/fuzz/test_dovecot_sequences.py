@@ -156,7 +156,7 @@ class Logins(campaign.Case):
 async def _log_in(logins: Channel, user: str) -> str:
     credentials: Any = Credentials("PLAIN", user, "secret")
     try:
-        return user_of(await logins.ask(lambda server: _request(Session("1", "mx.example"), credentials, server)))
+        return user_of(await logins.request(lambda server: _request(Session("1", "mx.example"), credentials, server)))
     except Unavailable:
         return "454"
     except SMTPError as error:

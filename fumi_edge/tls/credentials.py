@@ -26,15 +26,12 @@ from fumi_edge.tls.pem import (
     load,
 )
 from fumi_edge.tls.policy import CIPHERS, EXCLUDED_CIPHERS, IGNORE_UNEXPECTED_EOF
-from fumi_edge.tls.read_watch import READING
+from fumi_edge.tls.read_watch import READING, WatchedSocket
 from fumi_edge.tls.sources import Stamp, stamp
 
 
-class ClientSocket(ssl.SSLSocket):
-    """The edge's side of a connection to a TLS server. ``on_end`` is called when its TLS ends, while its session is there.
-
-    A read that does not end is watched, as a client's is (read_watch.py).
-    """
+class ClientSocket(WatchedSocket):
+    """The edge's side of a connection to a TLS server. ``on_end`` is called when its TLS ends, while its session is there."""
 
     on_end: Callable[[ClientSocket], None] | None = None
     explain: Callable[[OSError], OSError] | None = None
@@ -43,18 +40,11 @@ class ClientSocket(ssl.SSLSocket):
     """Until when its session may be resumed, in seconds since 1970."""
 
     def do_handshake(self, block: bool = False) -> None:
-        READING.now = (self,)
+        READING.begins(self)
         try:
             super().do_handshake(block)
         finally:
-            READING.now = None
-
-    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        READING.now = (self,)
-        try:
-            return super().recv(buflen, flags)
-        finally:
-            READING.now = None
+            READING.ends()
 
     def unwrap(self) -> socket.socket:
         self._end()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fumi_edge.tls.pem import CertificateError, Pair, Source, authorities, label
+from fumi_edge.tls.read_watch import WatchedSocket
 
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """For TLS 1.2; all TLS 1.3 ciphers have forward secrecy and authenticated encryption."""
@@ -21,8 +22,8 @@ IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 EXCLUDED_CIPHERS = ":!aNULL:!eNULL"
 
 
-class TLSSocket(ssl.SSLSocket):
-    """A TLS socket with the name that its client requested (SNI)."""
+class TLSSocket(WatchedSocket):
+    """A client's TLS socket with the name that its client requested (SNI)."""
 
     server_name: str | None = None
 

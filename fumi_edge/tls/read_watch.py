@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import socket
+import ssl
 import threading
 import time
 from functools import partial
@@ -29,15 +30,45 @@ MAX_READ_SECONDS = 0.5
 
 
 class Reading:
-    """The read that is going on in this process: a tuple of its socket, new for each read, or None."""
+    """The read that is going on in the loop's thread: a tuple of its socket, new for each read, or None."""
 
-    __slots__ = ("now",)
+    __slots__ = ("now", "thread")
 
     def __init__(self) -> None:
         self.now: tuple[socket.socket] | None = None
+        self.thread = 0
+        """The thread that is watched. Checks of backends read in other threads, and must not take its reads out of sight."""
+
+    def begins(self, sock: socket.socket) -> None:
+        """The calling thread reads from this socket, until ``ends()``."""
+        if threading.get_ident() == self.thread:
+            self.now = (sock,)
+
+    def ends(self) -> None:
+        if threading.get_ident() == self.thread:
+            self.now = None
 
 
 READING = Reading()
+
+
+class WatchedSocket(ssl.SSLSocket):
+    """A TLS socket of which each call that reads is watched. ``read()`` is not: records.py does that, without a call more."""
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        READING.begins(self)
+        try:
+            return super().recv(buflen, flags)
+        finally:
+            READING.ends()
+
+    def unwrap(self) -> socket.socket:
+        """Send close_notify, and look for the peer's: OpenSSL works through whatever has arrived before it."""
+        READING.begins(self)
+        try:
+            return super().unwrap()
+        finally:
+            READING.ends()
 
 
 class ReadWatch:
@@ -48,7 +79,8 @@ class ReadWatch:
 
     def start(self) -> None:
         """Watch the calling thread, which is the event loop's. To be called after the fork. Raises OSError without threads."""
-        start_thread(partial(self._watch, time.pthread_getcpuclockid(threading.get_ident())), "read watch")
+        READING.thread = threading.get_ident()
+        start_thread(partial(self._watch, time.pthread_getcpuclockid(READING.thread)), "read watch")
 
     def close(self) -> None:
         self._closed.set()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import pytest
 
 from fumi_edge.tls import read_watch
+from fumi_edge.tls.credentials import ClientSettings, Credentials
+from fumi_edge.tls.policy import Policy
 from fumi_edge.tls.read_watch import READING, ReadWatch
 from fumi_edge.tls.records import ENDED, MORE, RECORD_SIZE, After, read_records
 from tests.support.waiting import PATIENCE, until
@@ -25,6 +28,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadWatch]:
     watch.start()
     yield watch
     watch.close()
+
+
+@pytest.fixture
+def credentials() -> Credentials:
+    return Credentials(ClientSettings())
 
 
 class Endless(socket.socket):
@@ -76,3 +84,67 @@ def test_many_reads_of_one_connection_are_not_one_that_lasts(watch: ReadWatch, c
             theirs.send(b"x")
             assert read(sock) == (1, MORE)
     assert caplog.messages == []
+
+
+class Records:
+    """In place of OpenSSL: each call reads until nothing more can arrive."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        self._sock = sock
+
+    def read(self, *_: object) -> bytes:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                return socket.socket.recv(self._sock, 1)
+        raise AssertionError("the read was not ended")
+
+    do_handshake = shutdown = read
+
+
+READS: dict[str, Callable[[ssl.SSLSocket], object]] = {
+    "recv": lambda sock: sock.recv(1),
+    "unwrap": lambda sock: sock.unwrap(),
+    "do_handshake": lambda sock: sock.do_handshake(),
+}
+
+
+@pytest.mark.parametrize(
+    ("side", "call"),
+    [("client", "recv"), ("client", "unwrap"), ("backend", "recv"), ("backend", "unwrap"), ("backend", "do_handshake")],
+)
+def test_so_is_every_other_call_that_reads(
+    watch: ReadWatch, credentials: Credentials, caplog: pytest.LogCaptureFixture, side: str, call: str
+) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    context = Policy().context() if side == "client" else credentials.context
+    name = None if side == "client" else "localhost"
+    with theirs, context.wrap_socket(ours, side == "client", False, server_hostname=name) as sock:
+        sock._sslobj = Records(sock)  # type: ignore[attr-defined]
+        READS[call](sock)
+    assert until(lambda: caplog.messages) == [f"TLS read does not end, disconnected {side}_ip=unix"]
+    assert READING.now is None
+
+
+def test_reads_of_another_thread_do_not_hide_one_that_lasts(watch: ReadWatch, credentials: Credentials) -> None:
+    """A check of the backends, for /readyz, is made in a thread."""
+    ended = threading.Event()
+
+    def check() -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs, credentials.context.wrap_socket(ours, do_handshake_on_connect=False, server_hostname="localhost") as sock:
+            while not ended.is_set():
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    sock.do_handshake()
+
+    checking = threading.Thread(target=check)
+    checking.start()
+    ours, theirs = socket.socketpair()
+    try:
+        with Endless(fileno=ours.detach()) as sock, theirs:
+            assert read(sock) == (0, ENDED)
+    finally:
+        ended.set()
+        checking.join()

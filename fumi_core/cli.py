@@ -9,6 +9,7 @@ import click
 
 from fumi_core.program.listeners import LISTENER_KEYS
 from fumi_core.program.option_flags import option_flag
+from fumi_core.program.reloading import serve_reloading
 from fumi_core.program.users import hash_password
 from fumi_core.program.work import CoreWork
 from fumi_core.runtime.config_file import config_option
@@ -112,6 +113,9 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     help="Lowest level that is logged. debug adds the SMTP dialogue, without credentials and message content.",
 )
 @click.option(
+    "--reload", is_flag=True, help="For development: restarts when a file of MODULE:APP, or of a module that it imports, changes."
+)
+@click.option(
     "--check", is_flag=True, help="Checks all settings, connects to the next hop and reads its banner, changes nothing and exits."
 )
 @click.version_option(VERSION, help="Prints the version and exits.")
@@ -119,7 +123,8 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
 def main(ctx: click.Context, /, **settings: Any) -> None:
     """An SMTP server in plaintext, for use behind fumi-edge, HAProxy or stunnel.
 
-    Runs the app APP of the Python module MODULE. Without an app, it accepts mail and delivers it, to ./maildir by default.
+    Runs the app APP of the Python module MODULE; with MODULE:MAKE(), the app that its function MAKE returns. Without an app, it
+    accepts mail and delivers it, to ./maildir by default.
 
     \b
       fumi-core --deliver maildir:/var/mail/inbox
@@ -141,6 +146,9 @@ def main(ctx: click.Context, /, **settings: Any) -> None:
             raise SettingError(f"--hash-password: {error}") from None
         return
     prepare(settings["log_format"], settings["log_level"])
+    if settings["reload"]:
+        serve_reloading(ctx)
+        return
     work = CoreWork(ctx, dry=settings["check"])
     if settings["check"]:
         for remark in work.check():

@@ -215,7 +215,7 @@ class BackendType(AddressType):
 def main(**flags: Unpack[Flags]) -> None:
     """Terminates TLS and STARTTLS in front of an SMTP server.
 
-    With MODULE:APP, the app runs in this program, and there is no backend.
+    With MODULE:APP, the app runs in this program, and there is no backend. With MODULE:MAKE(), the function MAKE returns the app.
 
     
       fumi-edge --cert cert.pem --key key.pem --backend 127.0.0.1:2525

@@ -22,7 +22,7 @@ from fumi_core.runtime.streams import complete
 
 _ARGUMENTS = "fumi.arguments"
 """The key in a context's meta of the arguments of the start."""
-ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--version"))
+ACTIONS = frozenset(("--check", "--dev", "--emit", "--hash-password", "--help", "--reload", "--version"))
 """Flags that choose an action for one run. They are not settings, so neither a variable nor a configuration key can give them."""
 _IMAGE_TAG = "VERSION"
 """FUMI_EDGE_VERSION commonly holds an image's tag, so it is ignored and not an unknown variable."""

@@ -179,3 +179,56 @@ def test_an_app_that_cannot_be_loaded_is_an_error_at_its_own_line(tmp_path: Path
     assert problem in done.stderr
     assert f"{tmp_path / 'broken.py'}:3)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FACTORIES = """
+from fumi_core import Fumi
+
+app = Fumi()
+
+def make():
+    return app
+
+def forgetful():
+    app
+
+def broken():
+    raise LookupError("no settings")
+
+def demanding(settings):
+    return app
+
+async def later():
+    return app
+"""
+
+
+@pytest.mark.parametrize(
+    ("reference", "problem"),
+    [
+        ("factories:make", "factories:make is a function, not a Fumi; if it returns one, write factories:make()"),
+        ("factories:nothing()", "factories:nothing(): factories has no nothing"),
+        ("factories:forgetful()", "factories:forgetful() returned a NoneType, not a Fumi"),
+        ("factories:broken()", "factories:broken(): LookupError: no settings ({}/factories.py:13)"),
+        (
+            "factories:demanding()",
+            "factories:demanding(): TypeError: demanding() missing 1 required positional argument: 'settings'",
+        ),
+        ("factories:demanding(1)", "a function is called without arguments: write factories:demanding()"),
+        ("factories:later()", "factories:later(): later is asynchronous; the app is made before there is an event loop"),
+        ("factories:app()", "factories:app(): app is not a function"),
+        ("factories.py:make()", "names a file and not a module: write factories:make()"),
+        ("factories:()", "is not MODULE:APP, as in myapp:app, or MODULE:MAKE(), as in myapp:make()"),
+    ],
+)
+def test_a_function_that_makes_no_app_is_one_line(tmp_path: Path, reference: str, problem: str) -> None:
+    (tmp_path / "factories.py").write_text(FACTORIES)
+    done = run(reference, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert problem.format(tmp_path) in done.stderr
+
+
+def test_a_function_makes_the_app(tmp_path: Path) -> None:
+    (tmp_path / "factories.py").write_text(FACTORIES)
+    done = run("--check", "--listen", "127.0.0.1:0", "--assume-tls", "factories:make()", cwd=tmp_path)
+    assert "factories:make(): no client can send mail" in done.stderr  # its own problem: it wants AUTH, and has no users

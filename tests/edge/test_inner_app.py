@@ -26,6 +26,9 @@ async def keep(ctx, next):
     ctx.accept(f"{len(text)} bytes {'over ' + ctx.session.tls.version if ctx.session.secure else 'in plaintext'}")
 
 needs_login = Fumi(name="mx.example")
+
+def make():
+    return app
 """
 
 
@@ -45,8 +48,8 @@ ADDRESSES = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--m
 
 
 @contextmanager
-def program(directory: Path, *flags: str) -> Iterator[Program]:
-    started = Program("--cert", "both.pem", *ADDRESSES, *flags, "myapp:app", cwd=directory)
+def program(directory: Path, *flags: str, app: str = "myapp:app") -> Iterator[Program]:
+    started = Program("--cert", "both.pem", *ADDRESSES, *flags, app, cwd=directory)
     try:
         yield started
     finally:
@@ -69,7 +72,7 @@ def test_the_status_page_has_no_backends(directory: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_app_takes_mail_over_tls_by_starttls_and_in_plaintext(directory: Path, context: ssl.SSLContext, workers: str) -> None:
-    with program(directory, "--workers", workers) as edge:
+    with program(directory, "--workers", workers, app="myapp:make()") as edge:
         with smtplib.SMTP_SSL("localhost", edge.tls_port, context=context) as smtp:
             assert send(smtp) == "2.0.0 25 bytes over TLSv1.3"
         with smtplib.SMTP("localhost", edge.starttls_port) as smtp:
@@ -125,6 +128,7 @@ def test_sigterm_lets_a_message_end(directory: Path, context: ssl.SSLContext) ->
         (("--backend", "127.0.0.1:2525", "myapp:app"), "--backend is for backends, which myapp:app replaces: leave it out"),
         (("--balance", "first", "myapp:app"), "--balance is for backends, which myapp:app replaces: leave it out"),
         (("myapp:nothing",), "myapp:nothing: myapp has no nothing"),
+        (("myapp:make",), "myapp:make is a function, not a Fumi; if it returns one, write myapp:make()"),
         (("--check", "myapp:needs_login"), "myapp:needs_login: nobody could send mail"),
         (("--emit", "haproxy", "myapp:app"), "--emit: myapp:app runs in fumi-edge alone; name a --backend instead"),
     ],
@@ -136,6 +140,7 @@ def test_what_cannot_work_is_one_line(directory: Path, flags: tuple[str, ...], s
     assert done.stderr.count("\n") == 1
 
 
-def test_check_finds_nothing_wrong(directory: Path) -> None:
-    done = starter.finished("fumi-edge", "--cert", "both.pem", "--check", *ADDRESSES, "myapp:app", cwd=directory, timeout=60)
+@pytest.mark.parametrize("app", ["myapp:app", "myapp:make()"])
+def test_check_finds_nothing_wrong(directory: Path, app: str) -> None:
+    done = starter.finished("fumi-edge", "--cert", "both.pem", "--check", *ADDRESSES, app, cwd=directory, timeout=60)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "configuration OK")

@@ -227,7 +227,9 @@ def _has_listener(path: str) -> bool:
 def _is_in_use(address: SocketAddress) -> bool:
     """Whether some process listens there now. Raises OSError if none does, and it cannot be listened on either."""
     if address.kind == "fd":
-        check_inherited(address)
+        # A name has a meaning only in what systemd starts, and it passes sockets to the service alone, not to a check.
+        if descriptors() or not address.name:
+            check_inherited(address)
         return False
     if address.kind == "unix":
         return _is_path_in_use(os.path.abspath(address.path))

@@ -59,6 +59,11 @@ def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "configuration OK\n")
 
 
+def test_check_takes_the_name_of_a_socket_that_systemd_passes_to_the_service_alone(tmp_path: Path) -> None:
+    done = run("--check", "--listen", "fd:core", "--deliver", "discard:", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "configuration OK\n")
+
+
 def test_check_fails_for_every_address_that_cannot_be_listened_on(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for addresses, problem in (

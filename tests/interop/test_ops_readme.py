@@ -77,6 +77,10 @@ def host(programs: Programs) -> Callable[[str], str]:
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     shutil.copytree(ROOT / "ops", programs.directory / "ops")
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")):
+        copy = programs.directory / page.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(page, copy)
 
     def run(text: str, given: bytes = b"") -> str:
         text = re.sub(r"(?<![\w.])/(?=(?:etc|run|opt)/)", f"{root}/", text)
@@ -156,17 +160,23 @@ def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_fr
     core: list[str | Path] = ["--config", settings(programs), "--listen", f"unix:{programs.directory}/root/run/fumi-core.socket"]
     programs.start(current / "bin" / "fumi-core", *core, log="core.log")
     until(lambda: "listening" in (programs.directory / "core.log").read_text(), "the core")
-    restart = "systemctl restart fumi-core fumi-edge"
+    restart = ["systemctl daemon-reload", "systemctl try-restart fumi-core fumi-edge"]
+    units = programs.directory / "root" / "etc" / "systemd" / "system"
+    unit = units / "fumi-core.service"
+    before = unit.read_text()
+    (programs.directory / "ops" / "systemd" / unit.name).write_text(f"{before}# newer\n")
     said = host(UPGRADE).splitlines()
     in_use = [line for line in said if line.endswith(" is already in use (by a running fumi-core or another program)")]
-    assert [line for line in said if line not in in_use] == ["pip install .", "configuration OK", "configuration OK", restart]
+    assert [line for line in said if line not in in_use] == ["pip install .", "configuration OK", "configuration OK", *restart]
     assert len(in_use) == 1  # the metrics' address
     second = current.readlink()
     assert sorted(opt.glob("fumi-*")) == [first, second]
     # What runs is not touched: the new one is another directory.
     assert first.name < second.name
-    assert host(BACK).splitlines()[-1] == restart
+    assert unit.read_text() == f"{before}# newer\n"
+    assert host(BACK).splitlines()[-2:] == restart
     assert current.readlink() == first
+    assert unit.read_text() == before
 
 
 def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[..., str], programs: Programs) -> None:

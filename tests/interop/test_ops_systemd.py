@@ -107,6 +107,27 @@ def test_the_limit_that_prometheus_knows_is_what_the_descriptors_allow() -> None
     assert 0.9 * descriptors < 2 * limit < descriptors
 
 
+@pytest.mark.parametrize("directory", [SYSTEMD, SYSTEMD.parent / "mail-host"])
+@pytest.mark.parametrize("name", ["fumi-core", "fumi-edge"])
+def test_a_reload_ends_with_a_check_of_what_is_started(name: str, directory: Path) -> None:
+    text = next(path for path in directory.glob(f"{name}.*") if path.suffix in (".service", ".conf")).read_text()
+    (start,) = re.findall("^ExecStart=(.+)$", text, re.MULTILINE)
+    *_, signals, check = re.findall("^ExecReload=(.*)$", text, re.MULTILINE)
+    assert (signals, check) == ('sh -c "kill -HUP $MAINPID"', f"{start} --check")
+
+
+@pytest.mark.parametrize("directory", [SYSTEMD, SYSTEMD.parent / "mail-host"])
+def test_the_units_name_pages_of_ours(directory: Path) -> None:
+    pages = [
+        page
+        for path in directory.glob("*.s[eo]*")
+        for page in re.findall(r"^Documentation=(.+)$", path.read_text(), re.MULTILINE)
+    ]
+    assert pages
+    for page in " ".join(pages).split():
+        assert (SYSTEMD.parents[1] / page.removeprefix("file:/opt/fumi/")).is_file(), page
+
+
 def command(service: str, directory: Path) -> list[str]:
     """ExecStart, with the settings in this directory."""
     return shlex.split(UNITS[service]["Service.ExecStart"].replace("/etc/fumi/fumi.toml", f"{directory}/fumi.toml"))

@@ -1,0 +1,1 @@
+"""Fumi run by real engines: systemd and containers, each started by its test."""

@@ -130,7 +130,7 @@ class InnerApp(core.Fumi):
 
 
 def _behind_edge(setup: DialogueSetup) -> DialogueSetup:
-    """Each client comes with the edge's facts or header. The edge applies the limit and reads a load balancer's header."""
+    """The edge passes each client's facts, or sends a header. It applies the limit, and reads a load balancer's header."""
     setup.options = override(setup.options, {"proxy_protocol": "required", "max_clients": None})
     setup.trusted = Networks((*setup.options.trusted_proxies, "unix"))
     return setup

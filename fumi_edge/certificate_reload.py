@@ -31,7 +31,7 @@ FIRST_CHECK_TIMEOUT = 5.0
 
 
 class Renewed(Protocol):
-    """What is read from certificate files, again and again."""
+    """Certificates or CAs that are read from files, and reloaded."""
 
     @property
     def stamp_read(self) -> Stamp:
@@ -51,7 +51,7 @@ class FileReloader:
     """Checks the files every ``interval`` seconds from ``start()`` to ``close()``; with 0 only ``reload()`` reads them."""
 
     def __init__(self, files: Renewed, metrics: EdgeMetrics, interval: float, listeners: str | None = None) -> None:
-        """``listeners`` are those whose certificates they are, for the log, if other listeners have other ones."""
+        """``listeners`` are those that use the certificates, for the log, if other listeners use others."""
         self._files = files
         self._metrics = metrics
         self._interval = interval
@@ -156,7 +156,7 @@ class Reloader(FileReloader):
     """Reloads the certificates for clients, and chooses again among them when one expires or becomes valid."""
 
     def __init__(self, certificates: Certificates, metrics: EdgeMetrics, interval: float, listeners: str | None = None) -> None:
-        """``listeners`` are those that serve the certificates, for the log, if other listeners serve other ones."""
+        """``listeners`` are those that use the certificates, for the log, if other listeners use others."""
         super().__init__(certificates, metrics, interval, listeners)
         self._certificates = certificates
         self._publish()

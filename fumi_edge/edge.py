@@ -155,10 +155,10 @@ class Edge:
         Returns when the health checks by the old settings have ended.
         """
         found = settings.listeners_by_key
-        # Also for the workers that are forked from this process later.
+        # Also for workers that this process forks later.
         self._bound = self._bound and [each._replace(settings=found.get(each.key, each.settings)) for each in self._bound]
         bound = {each.sock: each for each in self._bound or ()}
-        # What is served, which is not what is in the settings if addresses have changed.
+        # The listeners that are served, which differ from the settings if addresses have changed.
         listeners = settings.listeners if self._bound is None else {each.key: each.settings for each in self._bound}.values()
         served = replace(settings, listeners=tuple(listeners))
         before, loaded = self._services, {**self._services.certificates, **(certificates or {})}
@@ -194,7 +194,7 @@ class Edge:
 
     @property
     def credentials(self) -> Mapping[ClientSettings, Credentials]:
-        """What is used towards TLS backends."""
+        """The CAs and certificates for TLS backends."""
         return self._services.credentials
 
     @property
@@ -263,7 +263,7 @@ class Edge:
             connection.cancel()
 
     async def _cancel_with_the_loop(self) -> None:
-        """At its end asyncio.run() cancels all tasks, as this one; connections are none, and end in the same way."""
+        """asyncio.run() cancels all tasks at its end, this one too. Connections are not tasks, and are cancelled here."""
         try:
             await self._loop.create_future()
         except asyncio.CancelledError:
@@ -280,7 +280,7 @@ class Edge:
         self._heartbeat = self._loop.call_later(self._heartbeat_seconds, self._beat)
 
     def _beat_for(self, policy: ListenerPolicy) -> None:
-        """Check all connections at least four times in the policy's idle timeout, as far as this is possible."""
+        """Check all connections at least four times in the policy's idle timeout, if possible."""
         seconds = max(SHORTEST_HEARTBEAT_SECONDS, policy.idle_timeout / 4)
         if seconds < self._heartbeat_seconds:
             self._heartbeat_seconds = seconds

@@ -24,12 +24,12 @@ _SESSION_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
 
 
 class StarttlsResult(StrEnum):
-    """What a client of a STARTTLS port did."""
+    """The outcome of a connection to a STARTTLS port."""
 
     UPGRADED = "upgraded"
     PLAINTEXT = "plaintext"
     REFUSED = "refused"
-    """It got nowhere, for example because it must upgrade."""
+    """None of the others, for example because the client did not upgrade although it must."""
     INJECTION = "injection"
 
 
@@ -42,7 +42,7 @@ class BackendError(StrEnum):
     RESOLVE = "resolve"
     BANNER = "banner"
     CERTIFICATE = "certificate"
-    """A certificate was rejected: the backend's by the edge, or the edge's by the backend, which may be that it has none."""
+    """A certificate was rejected or missing: the backend's was rejected by the edge, or the edge's by the backend."""
     TLS = "tls"
     """TLS with the backend failed, or ended without close_notify."""
     OTHER = "other"
@@ -151,13 +151,13 @@ class EdgeMetrics:
         return BackendMetrics(self._connect_seconds, self._backend_errors, self._backend_up, name)
 
     def backend_connections(self, count: Callable[[], Mapping[str, int]]) -> None:
-        """Export what ``count`` returns: the open connections of each backend, by its name."""
+        """Export the open connections of each backend, by its name, as ``count`` returns them."""
         text = "Connections to the backend: open, or being opened."
         name = "fumi_edge_backend_connections_active"
         Level(name, text, ("backend",), self._registry, lambda: [((each,), open_now) for each, open_now in count().items()])
 
     def connections_limit(self, limits: Callable[[], tuple[float, float]]) -> None:
-        """Export what ``limits`` returns: how many clients this worker can have, and how many all workers may have."""
+        """Export the limits of this worker's clients and of all workers' clients, as ``limits`` returns them."""
         text = "Connections that --max-clients and the descriptors allow; +Inf without a limit."
         Limit("fumi_edge_connections_limit", text, self._registry, limits)
 
@@ -168,7 +168,7 @@ class EdgeMetrics:
                 self._sessions[tls, cipher, resumed] = self._tls_sessions.labels(tls, cipher, "true" if resumed else "false")
 
     def drop_backend(self, name: str) -> None:
-        """Remove the state of a backend that is no longer one; what was counted stays."""
+        """Remove the state of a backend that is no longer configured; counters stay."""
         self._backend_up.remove(name)
 
     def certificates(self, expiries: Iterable[tuple[str, float]], owner: object = None) -> None:

@@ -1,4 +1,4 @@
-"""What the clients of each listener are served with: certificates, backends and limits.
+"""The certificates, backends and limits of each listener.
 
 Listeners with the same certificates and TLS policy share one Certificates, and so its ticket keys and its reloads. Listeners with
 the same backends share one Backends, and a backend that several of them name is one backend, with one state and one health check.
@@ -29,7 +29,7 @@ from fumi_edge.tls.policy import CertificateSettings
 
 
 class _Reloading(NamedTuple):
-    """What a Reloader is for: it is kept as long as this is the same."""
+    """Identifies a Reloader, which is kept while this is the same."""
 
     files: Certificates | Credentials
     interval: float
@@ -42,7 +42,7 @@ class _Reloading(NamedTuple):
 
 
 class Services:
-    """The services of an edge by some settings. Others replace them as a whole; an open connection keeps its own."""
+    """The services of an edge for some settings. A reload replaces them as a whole; an open connection keeps its own."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Services:
         connection_count: ConnectionCount,
         before: Services | None = None,
     ) -> None:
-        """``certificates`` has those of the settings, loaded. What is known from ``before`` and still used is kept."""
+        """``certificates`` has those of the settings, loaded. State of ``before`` that is still used is kept."""
         self._settings = settings
         self.certificates = {each: certificates[each] for each in settings.all_certificates}
         for certificates_in_use in self.certificates.values():
@@ -121,12 +121,12 @@ class Services:
 
     @property
     def credentials(self) -> dict[ClientSettings, Credentials]:
-        """What is used towards TLS backends."""
+        """The CAs and certificates for TLS backends."""
         found = [backend.destination.tls.credentials for backend in self.backends.values() if backend.destination.tls]
         return {each.settings: each for each in found}
 
     def resources(self, shared: Shared, listener: ListenerSettings | None = None, key: ListenerKey | None = None) -> Resources:
-        """What the connections of a listener share; None: of one without settings of its own."""
+        """The resources of a listener's connections; None: of a listener without settings of its own."""
         certificates = (listener and listener.certificates) or self._settings.certificates
         backends = (listener and listener.backends) or self._settings.backends
         limits = self._limits.get(key) or self._limits[None]

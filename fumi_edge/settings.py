@@ -18,7 +18,7 @@ ListenerKey = tuple[SocketAddress, bool, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeSettings:
-    """What an Edge does. It never changes: ``Edge.apply`` takes another one. Times are in seconds.
+    """The settings of an Edge, which are replaced as a whole by ``Edge.apply``. Times are in seconds.
 
     ``certificates``, ``backends`` and ``limits`` are those of every listener without its own. The files of certificates are
     checked every ``cert_reload_interval``; with 0 they are read in ``Edge.reload`` only. ``metrics`` is the address where the

@@ -116,7 +116,7 @@ class StatusPage:
             now=now,
             version=", ".join(figures.by("version", Series(f"{self._metric_prefix}_build_info"))),
             state=_state(view.problem, degraded),
-            reasons=[*([] if view.problem is None else [_said(view.problem, workers)]), *degraded],
+            reasons=[*([] if view.problem is None else [_with_connections(view.problem, workers)]), *degraded],
             workers=workers,
             view=view,
             tables=[*view.tables, events],
@@ -214,7 +214,7 @@ def _state(problem: str | None, degraded: Sequence[str]) -> State:
     return State.DEGRADED if degraded else State.READY
 
 
-def _said(problem: str, workers: Sequence[Worker]) -> str:
+def _with_connections(problem: str, workers: Sequence[Worker]) -> str:
     if problem != DRAINING:
         return problem
     return f"{problem}: {wording.counted(sum(each.connections for each in workers), 'connection')} open"

@@ -11,7 +11,7 @@ _TLS = "tls:"
 
 @dataclass(frozen=True, slots=True)
 class BackendAddress(SocketAddress):
-    """An address to connect to, and whether to speak TLS there."""
+    """An address to connect to, and whether to use TLS there."""
 
     tls: bool = False
 
@@ -29,7 +29,7 @@ def parse_backend(text: str) -> BackendAddress:
     tls = text.startswith(_TLS)
     address = parse_address(text.removeprefix(_TLS))
     if tls and (address.kind != "tcp" or not address.host):
-        raise ValueError(f"{text!r} names no host, whose certificate could be verified: write tls:HOST:PORT")
+        raise ValueError(f"{text!r} names no host, so no certificate can be verified: write tls:HOST:PORT")
     return BackendAddress(address.kind, address.host, address.port, address.path, address.fd, address.name, tls)
 
 

@@ -31,7 +31,7 @@ _NEVER = float("-inf")
 
 
 class Remark(NamedTuple):
-    """What was found at a time (in seconds since 1970): the text of an error, or None."""
+    """The result of a check or connection: its time, in seconds since 1970, and the text of the error, or None."""
 
     at: float
     error: str | None
@@ -122,7 +122,7 @@ class Backend:
         return self.up or (not self._unhealthy and now - self._failed_at >= AVOID_SECONDS)
 
     def local_problem(self) -> str | None:
-        """Why it is down or not checked yet, or None when it is up; from memory."""
+        """Why it is down, or that it is not checked yet; None if it is up. From memory."""
         return None if self.up and self._checked else f"backend {self.name}: {self._problem}"
 
     def trying(self, now: float) -> None:
@@ -154,7 +154,7 @@ class Backend:
         self._judge()
 
     def check_failed(self, reason: BackendError, detail: str) -> None:
-        """Note a failed check; ``unhealthy()`` says when it was one too many."""
+        """Note a failed check; after too many, ``unhealthy()`` is called."""
         self.count_error(reason, detail)
         self.last_check = self.last_error
 
@@ -164,7 +164,7 @@ class Backend:
         self._judge(reason, detail)
 
     def unchecked(self) -> None:
-        """Note that there are no checks: what earlier ones have found no longer counts."""
+        """Note that there are no checks: the results of earlier ones no longer count."""
         self._checked = self._unhealthy = False
         self.last_check = None
         self._judge()
@@ -191,7 +191,7 @@ class Backend:
 
 
 class Backends:
-    """The backends of one listener or several, and which one the next client gets."""
+    """The backends of one listener or several, and the choice among them for each client."""
 
     def __init__(self, settings: BackendSettings, metrics: EdgeMetrics, known: Iterable[Backend] = ()) -> None:
         """``known`` are backends that exist already: those with a name that is in the settings are used."""
@@ -209,7 +209,7 @@ class Backends:
         self._turn = -1
 
     def local_problem(self) -> str | None:
-        """Why no backend is up according to the last checks, of each backend, or None when one is."""
+        """Why no backend is up according to the last checks, with the reason of each; None if one is up."""
         problems = [problem for backend in self.all if (problem := backend.local_problem()) is not None]
         return "; ".join(problems) if len(problems) == len(self.all) else None
 

@@ -98,7 +98,7 @@ class Remote:
         self._lookup: asyncio.Task[OSError | None] | None = None
 
     def __eq__(self, other: object) -> bool:
-        """Equal addresses, whatever is known of them: a reload then keeps what a name was last resolved to, and TLS sessions."""
+        """Whether the addresses are equal: a reload then keeps the result of the last lookup, and TLS sessions."""
         return type(other) is type(self) and (other.address, other.tls) == (self.address, self.tls)
 
     def __hash__(self) -> int:

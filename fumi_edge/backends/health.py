@@ -1,8 +1,8 @@
-"""Health checks of backends: connect, send the header of an own connection, expect a 220, send QUIT, expect no error.
+"""Health checks of backends: connect, send a PROXY header of the edge's own, expect a 220, send QUIT, expect no error.
 
 A name with several addresses is up when one of them is; those whose check fails are tried after the others for a while.
 
-A server without the PROXY protocol sends a banner as any other, and takes the header for a command: only its error reply after
+A server without the PROXY protocol also sends a banner, and takes the header for a command: only its error reply after
 the banner shows this.
 
 The results go to ``Backend`` (choice.py), which also knows of failed connections and decides whether it is up. Checks run in the
@@ -73,7 +73,7 @@ async def _check_connection(
     except OSError as error:
         sock.close()
         if isinstance(error, ssl.SSLError):
-            # In TLS 1.3 the backend's verdict on our certificate comes after the handshake.
+            # In TLS 1.3 the backend rejects the edge's certificate after the handshake.
             raise explained(sock, error) from None
         if not isinstance(error, TimeoutError):
             raise BadBanner(error.strerror or str(error)) from None
@@ -103,7 +103,7 @@ def _quoted(reply: bytes) -> str:
 
 
 def dependency_problems(settings: BackendSettings) -> list[str | None]:
-    """Check all backends concurrently, from outside the loop. Returns for each its problem, or None."""
+    """Check all backends concurrently, from another thread. Returns each one's problem, or None."""
 
     async def ask_all() -> list[str | None]:
         return await asyncio.gather(*_probes(settings))
@@ -112,7 +112,7 @@ def dependency_problems(settings: BackendSettings) -> list[str | None]:
 
 
 def pool_problems(pools: Iterable[BackendSettings]) -> list[str | None]:
-    """Check all pools concurrently, from outside the loop. Returns for each why none of its backends works, or None."""
+    """Check all pools concurrently, from another thread. Returns for each why none of its backends works, or None."""
 
     async def ask_pool(settings: BackendSettings) -> str | None:
         probes = _probes(settings)

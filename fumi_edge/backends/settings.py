@@ -12,7 +12,7 @@ BALANCES = ("leastconn", "roundrobin", "first")
 
 @dataclass(frozen=True, slots=True)
 class BackendSettings:
-    """Where clients are taken. Times are in seconds; at least one destination is needed.
+    """The backends and how they are used. Times are in seconds; at least one destination is needed.
 
     ``proxy_protocol`` is the version that is sent to the backends: v2, v1 or off. ``balance`` is one of BALANCES.
     ``connect_timeout`` is for each step of connecting. With ``health_interval`` 0 there are no health checks; ``health_timeout``

@@ -1,7 +1,7 @@
-"""TLS to a backend, as its client: the handshake, the sessions that are resumed, and what went wrong in words.
+"""TLS to a backend, as its client: the handshake, the sessions that are resumed, and texts for errors.
 
 The certificate is verified in every full handshake, with no way around it (tls/credentials.py). In TLS 1.3 the tickets for later
-connections arrive after the handshake, at a time of the server's choice (RFC 8446 §4.6.1), so a socket leaves its session to its
+connections arrive after the handshake, at a time of the server's choice (RFC 8446 §4.6.1), so a socket passes its session to its
 backend when its TLS ends.
 """
 
@@ -19,7 +19,8 @@ from fumi_edge.sockets.readiness import readable, send_all, writable
 from fumi_edge.tls.credentials import ClientSocket, Credentials
 
 SESSION_SECONDS = 7200.0
-"""Seconds after a full handshake in which its session may be resumed; each resumption would bring a new ticket, for ever."""
+"""Seconds after a full handshake in which its session may be resumed. Without a limit it would be for ever, since each
+resumption brings a new ticket."""
 
 _CLOSED = "closed the connection during the TLS handshake"
 _ALERT = re.compile(r"_ALERT_(\w+)")
@@ -30,7 +31,7 @@ _MISMATCH = (62, 64)
 
 
 class TLSError(OSError):
-    """TLS with a backend has failed; the message says how. ``reason`` is its label in the metrics."""
+    """TLS with a backend has failed; the message says why. ``reason`` is its label in the metrics."""
 
     def __init__(self, reason: BackendError, text: str) -> None:
         super().__init__(text)
@@ -117,7 +118,7 @@ class BackendTLS:
             raise self.explained(error) from None
 
     def explained(self, error: OSError) -> OSError:
-        """An error of the connection in words; what is not of TLS stays as it is."""
+        """An error of the connection with a text for operators; errors other than TLS's are returned unchanged."""
         if isinstance(error, ssl.SSLCertVerificationError):
             return TLSError(BackendError.CERTIFICATE, f"its certificate was rejected: {self._rejection(error)}")
         if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
@@ -168,7 +169,7 @@ def _verified_until(sock: ssl.SSLSocket) -> float:
     try:
         return min(latest, ssl.cert_time_to_seconds(str((sock.getpeercert() or {})["notAfter"])))
     except (ValueError, KeyError):
-        return 0.0  # Python cannot read a certificate with a name that is not valid text
+        return 0.0  # Python cannot decode a certificate that has a name with invalid text
 
 
 def explained(sock: socket.socket, error: OSError) -> OSError:

@@ -1,6 +1,6 @@
 """The direct path: a core in this process serves a client over TLS on the client's own socket, without a backend connection.
 
-The core gets what a PROXY header would tell it as values, and a transport that decrypts and encrypts where it reads and writes.
+The core gets the facts of a PROXY header as values, and a transport that decrypts what it reads and encrypts what it writes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fumi_edge.tls.transport import TLSTransport, TransportOwner
 class DirectClient(NamedTuple):
     """A client after its handshake. ``balancer`` is the address of the load balancer through which it came, None without one.
 
-    ``upgraded`` tells that it had a banner before TLS (RFC 3207 §4.2), ``check`` that it is the load balancer's own check, and
-    ``unnamed`` that the load balancer's header does not name it: ``source`` is then the load balancer's address.
+    ``upgraded``: it had a banner before TLS (RFC 3207 §4.2). ``check``: it is the load balancer's own check. ``unnamed``: the
+    load balancer's header does not name it, and ``source`` is the load balancer's address.
     """
 
     id: str
@@ -39,5 +39,5 @@ class DirectCore(Protocol):
     def serve(self, client: DirectClient, transport: Callable[[TransportOwner], TLSTransport]) -> Callable[[], None]:
         """Begin a dialogue with the client. ``transport`` is called once, at once, with the receiver of its events.
 
-        Returns a function that ends it at once, with a 421 if the client takes one.
+        Returns a function that ends it at once, with a 421 if the client can still get one.
         """

@@ -34,9 +34,9 @@ GONE = (
     *(End.CLIENT_CLOSED, End.CLIENT_RESET, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET),
     *(End.PROXY_HEADER, End.MAX_CLIENTS_PER_IP, End.RATE),
 )
-"""Ends without a reply after which the connection is closed at once: the client is gone, or must not cost any more time."""
+"""Ends without a reply after which the connection is closed at once: the client has disconnected, or must take no more time."""
 SILENCES = (End.CLIENT_CLOSED, End.CLIENT_RESET, End.IDLE_TIMEOUT, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET)
-"""Ends that, if the client has sent no bytes, mean a check of the port."""
+"""Ends that mean a check of the port if the client has sent no bytes."""
 INCOMPLETE = (End.CLIENT_RESET, End.IDLE_TIMEOUT, End.LINGER, End.SHUTDOWN)
 """Ends that the backend must see as a reset, because the client has not ended the connection."""
 
@@ -44,14 +44,14 @@ INCOMPLETE = (End.CLIENT_RESET, End.IDLE_TIMEOUT, End.LINGER, End.SHUTDOWN)
 class Ended(Exception):
     """Ends the connection. ``reply`` is the last reply to the client.
 
-    With ``when_asked`` the reply is sent after the client's first command, because the client does not expect one before.
+    With ``after_command`` it is sent after the client's next command, because the client does not expect a reply before.
     """
 
-    def __init__(self, reason: End, reply: bytes = b"", when_asked: bool = False) -> None:
+    def __init__(self, reason: End, reply: bytes = b"", after_command: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.reply = reply
-        self.when_asked = when_asked
+        self.after_command = after_command
 
 
 class NoBanner(Exception):

@@ -49,7 +49,7 @@ def parse_rate(text: str) -> Rate:
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """The limits; None means no limit. Those for one address are for each process alone."""
+    """The limits; None means no limit. Those for one address apply to each process."""
 
     max_clients: int | None = None
     max_clients_per_ip: int | None = None

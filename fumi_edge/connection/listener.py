@@ -90,6 +90,6 @@ class Listener:
 
 @lru_cache(64)
 def _own_address(own: Any) -> Endpoint:
-    """An address of this host from a getsockname() result: there are few, and all connections to one share it."""
+    """An address of this host from a getsockname() result. There are few of them, so connections share the objects."""
     # The path of an abstract Unix socket is bytes.
     return peer_of(own) if isinstance(own, tuple) else os.fsdecode(own)

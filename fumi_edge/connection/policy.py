@@ -1,4 +1,4 @@
-"""How the clients of a listener are served. A listener has one policy at a time, and a connection keeps the one it began with."""
+"""How the clients of a listener are served. A listener has one policy at a time; a connection keeps the one it began with."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fumi_edge.tls.policy import CertificateSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerPolicy:
-    """What the clients of one listener may do, and for how long. Times are in seconds.
+    """Rules and time limits for the clients of one listener. Times are in seconds.
 
-    ``balancers`` are the networks of the load balancers, which must send a PROXY header; nobody else may connect. None: clients
+    ``balancers`` are the networks of the load balancers, which must send a PROXY header; others are disconnected. None: clients
     connect directly. ``require_tls`` and ``hide_starttls`` apply where clients begin in plaintext.
     """
 

@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection: it decides what is counted, and at which level the end is logged."""
+"""The kind of peer of a connection: it decides what is counted, and at which level the end is logged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fumi_edge.metrics import StarttlsResult
 
 
 class Role(enum.Enum):
-    """Who is at the other end, as far as it is known."""
+    """The kind of peer, as far as it is known."""
 
     CLIENT = enum.auto()
     BALANCER = enum.auto()
@@ -22,9 +22,9 @@ class Role(enum.Enum):
     """A client that a limit rejects, which another line of the log reports."""
 
     def log_level(self, active: bool) -> int:
-        """The level of the line at the end; ``active`` tells whether a handshake was done, or bytes were received.
+        """The level of the line at the end; ``active``: a handshake was done, or bytes were received.
 
-        Checks, and what another line reports, are logged at level debug.
+        Checks, and connections that another line reports, are logged at level debug.
         """
         return logging.INFO if self is Role.CLIENT or (self is Role.BALANCER and active) else logging.DEBUG
 

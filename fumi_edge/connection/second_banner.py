@@ -15,7 +15,7 @@ BANNER_TIMEOUT = 300.0
 
 
 class BackendRefuses(Exception):
-    """The backend sent no whole banner with 220; the message is for the log. ``reply`` is its banner, empty without one."""
+    """The backend sent no complete banner with 220; the message is for the log. ``reply`` is its banner, empty without one."""
 
     def __init__(self, detail: str, reply: bytes = b"") -> None:
         super().__init__(detail)

@@ -1,4 +1,4 @@
-"""The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: takes bytes of both sides, returns bytes for both and a verdict.
+"""The SMTP preamble of a STARTTLS port (RFC 3207), sans-IO: takes bytes of both sides, returns bytes for both and a decision.
 
 Until the client upgrades, the dialogue is in lock-step: one command from the client, one whole reply from the backend. The edge
 therefore knows which bytes came in plaintext, offers STARTTLS only in the reply to EHLO or LHLO, and never takes bytes sent after
@@ -14,7 +14,7 @@ next command.
 
 ``negotiation.py`` looks for bytes after STARTTLS that arrive later, before it sends the 220.
 
-The verdict is PLAINTEXT, and the tunnel carries all that follows, when the beginning of the next command cannot be known (a BDAT
+The decision is PLAINTEXT, and the tunnel carries all that follows, when the beginning of the next command cannot be known (a BDAT
 that does not follow RFC 3030, a very long line of AUTH or BDAT, a 3yz reply to another command) or content begins and STARTTLS
 was not offered.
 """

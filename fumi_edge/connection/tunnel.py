@@ -143,13 +143,13 @@ class Tunnel:
         self._down = _Flow(server, self._client, downstream)
         self._done: Pause[End] = Pause()
         self._finished: End | None = None
-        """The reason that run() returns, once it is decided."""
+        """The reason that run() will return."""
         self._reason: End | None = None
         self._expectant = expectant
         self.unanswered = False
         """Whether an expectant tunnel has ended because the backend closed without sending any bytes."""
         self.failure: OSError | None = None
-        """How the backend's TLS has failed."""
+        """The error of the backend's TLS."""
         self._idle_timeout = idle_timeout
         self._deadline: float | None = None
         self._moved, self._moved_at = 0, loop.time()

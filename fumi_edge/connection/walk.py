@@ -114,7 +114,7 @@ class Connection(Walk):
         self._resumed = False
         self.id = unique_id()
         self._unique_id = b""
-        """That of the load balancer, if there is one."""
+        """The load balancer's address, if there is one."""
         self.admitted = self._host if self._policy.balancers is None else None
         """The address for which the limits count the client; None while it is not known."""
         self.started = time.monotonic()
@@ -135,7 +135,7 @@ class Connection(Walk):
             reason = ended.reason
             if ended.reply or reason not in GONE:
                 self.sent += len(ended.reply)
-                command_timeout = self._policy.idle_timeout if ended.when_asked else None
+                command_timeout = self._policy.idle_timeout if ended.after_command else None
                 await in_task(send_last_reply(self._client, ended.reply, command_timeout))
         except asyncio.CancelledError:
             reason = End.SHUTDOWN
@@ -247,14 +247,14 @@ class Connection(Walk):
                 self._leave_backend()
 
     def _no_banner(self, backend: Backend, error: OSError | None) -> str:
-        """Count a backend without a banner; returns why it had none."""
+        """Count a backend without a banner; returns the reason."""
         assert self._backend is not None
         failure = None if error is None else explained(self._backend, error)
         if not isinstance(failure, TLSError):
             backend.count_error(BackendError.BANNER, "closed the connection without a banner")
             return "no banner"
         if failure.reason is BackendError.CERTIFICATE:
-            # In TLS 1.3 the backend's verdict on our certificate comes after the handshake.
+            # In TLS 1.3 the backend rejects the edge's certificate after the handshake.
             backend.failed(time.monotonic(), failure.reason, failure)
         else:
             backend.count_error(failure.reason, failure)
@@ -278,7 +278,7 @@ class Connection(Walk):
         except NoBackend as error:
             self.detail = str(error)
             upgraded = self.listener.starttls and self.tls is not None
-            raise Ended(End.NO_BACKEND, NO_BACKEND, when_asked=upgraded) from None
+            raise Ended(End.NO_BACKEND, NO_BACKEND, after_command=upgraded) from None
 
     async def _negotiate(self) -> Step:
         preamble = Preamble(self._policy.require_tls, self._policy.hide_starttls)
@@ -323,7 +323,7 @@ class Connection(Walk):
                 self._resources.metrics.starttls[result].inc()
 
     def _count_rejection(self, reason: RejectReason) -> None:
-        """Count a rejection, of which the log tells in the connection's own line."""
+        """Count a rejection, which is logged in the connection's own line."""
         self._resources.metrics.rejected[reason].inc()
         journal.note("rejected", client_ip=self._host, listener=self.listener.name, reason=reason)
 
@@ -351,7 +351,7 @@ class Connection(Walk):
             self.detail = str(refusal)
             self.backend.count_error(BackendError.BANNER, self.detail)
             self._retire()
-            raise Ended(End.BACKEND_REFUSED, refusal.reply or NO_BACKEND, when_asked=True) from None
+            raise Ended(End.BACKEND_REFUSED, refusal.reply or NO_BACKEND, after_command=True) from None
 
     async def _carry(self, upstream: bytes = b"", downstream: bytes = b"", expectant: bool = True) -> End:
         """Carry bytes until one side ends; the arguments are the Tunnel's. Returns why it ended. Raises NoBanner or Ended."""
@@ -394,9 +394,9 @@ class Connection(Walk):
             self._tunnel = None
 
     def _begin_dialogue(self, core: DirectCore, finished: Pause[TransportEnd]) -> Callable[[], None]:
-        """Hand the client over to the core. Returns what ends its connection at once.
+        """Give the client to the core. Returns what ends its connection at once.
 
-        Apart from the coroutine, whose frame would keep the facts and ``make`` for as long as the client stays: 0.5 of 20.3 KiB
+        Not in the coroutine, whose frame would keep the facts and ``make`` for the whole session: 0.5 of 20.3 KiB
         of an idle session (row all-in-one-memory).
         """
         client, tls, loop, close_notify = self._client, self.tls, self._loop, self._resources.close_notify

@@ -1,4 +1,4 @@
-"""fumi-edge's flags as a configuration of HAProxy or stunnel: a file of haproxy/ or stunnel/ with the values of the flags.
+"""Converts fumi-edge's flags to a configuration of HAProxy or stunnel: a file of haproxy/ or stunnel/ with the flags' values.
 
 Comments at the top name the differences. Settings without a flag keep the values of the file. Only certificate paths are
 read on this machine, so the configuration may be for another one.

@@ -97,7 +97,7 @@ def _key_notes(pairs: Iterable[Pair]) -> list[str]:
 
 
 def _tls_backend_notes(flags: Flags) -> list[str]:
-    """What is to be done for TLS backends: HAProxy matches DNS names only, and wants certificate and key in one file."""
+    """Notes for TLS backends: HAProxy matches DNS names only, and reads certificate and key from one file."""
     names = [_verified(each, flags) for each in flags.get("backend") or () if each.tls]
     notes = [
         f"{name}: HAProxy compares DNS names only, so a certificate for this IP address is rejected. Give it a name, and add"
@@ -128,7 +128,7 @@ def _filled_in(flags: Flags, services: Sequence[Service]) -> str:
 
 
 def _part(template: Sequence[Line], service: Service, general: Flags) -> str:
-    """Some lines of the template with the values of a service; what it shares with all others stands in another part."""
+    """Lines of the template with the values of a service, without those that all services share."""
     lines = without(template, _unneeded(service.flags).__contains__)
     text = "\n".join(new for line in lines for new in _rewritten(line, service, general))
     return _Variables(text).safe_substitute(_values(service))
@@ -184,12 +184,12 @@ def _default_server(text: str, flags: Flags) -> str:
 
 
 def _is_header_inside(flags: Flags) -> bool:
-    """Whether TLS backends get a PROXY header: HAProxy sends its own one before TLS, so a section of its own must do TLS."""
+    """Whether TLS backends get a PROXY header. HAProxy sends it before TLS, so TLS needs a section of its own."""
     return flags.get("proxy_protocol") != "off"
 
 
 def _tls_sections(flags: Flags) -> str:
-    """A section for each TLS backend, which takes the bytes from the service's section, its PROXY header first, into TLS."""
+    """A section for each TLS backend, which encrypts the bytes of the service's section, its PROXY header first."""
     if not _is_header_inside(flags):
         return ""
     return "".join(
@@ -237,14 +237,14 @@ def _limit(text: str, flags: Flags) -> str:
 
 
 def _own_tls(flags: Flags, general: Flags) -> str:
-    """What a service negotiates otherwise than the global section says."""
+    """The TLS settings of a service that differ from the global section."""
     options = [f'ssl-min-ver "TLSv{flags["min_tls"]}"'] if flags.get("min_tls") != general.get("min_tls") else []
     options += [f"ciphers {_quoted(flags['ciphers'])}"] if flags.get("ciphers") != general.get("ciphers") else []
     return "".join(f" {option}" for option in options)
 
 
 def _own_times(flags: Flags, general: Flags) -> list[str]:
-    """The times that are other ones than in the defaults section."""
+    """The times that differ from the defaults section."""
     lines = []
     if flags.get("idle_timeout") != general.get("idle_timeout"):
         lines += [f'    timeout {side} "{_milliseconds(flags["idle_timeout"])}"' for side in ("client", "server")]

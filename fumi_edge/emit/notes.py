@@ -1,4 +1,4 @@
-"""What both writers need: notes on what the other program does differently, and limits of its settings."""
+"""Notes on what the other program does differently, and limits of its settings."""
 
 from __future__ import annotations
 

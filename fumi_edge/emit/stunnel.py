@@ -118,7 +118,7 @@ def _general_settings(flags: Flags) -> dict[str, list[str]]:
 
 
 def _common_settings(flags: Flags) -> dict[str, str | None]:
-    """The options that a service may have otherwise than the others."""
+    """The options in which a service may differ from the others."""
     values = {
         "sslVersionMin": f"TLSv{flags['min_tls']}" if flags.get("min_tls") else None,
         "ciphers": flags.get("ciphers"),

@@ -1,4 +1,4 @@
-"""The messages of a Maildir: which there are, and the bytes of each. Only regular files are read, and nothing is changed."""
+"""Lists and reads the messages of a Maildir. Only regular files are read, and nothing is changed."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _download(entry: Entry) -> Answer:
 
 
 def _missing() -> Answer:
-    return Answer("this message is not there any more\n", status="404 Not Found")
+    return Answer("there is no such message\n", status="404 Not Found")
 
 
 # Who may see it

@@ -1,6 +1,6 @@
-"""What a message says, as text for people: decoded headers, the text of its parts, its attachments (RFC 2045 to 2047).
+"""Decodes a message for reading: its header fields, the text of its parts, its attachments (RFC 2045 to 2047).
 
-A message comes from anyone, so whatever cannot be decoded is shown as it is.
+Anyone may send a message, so it may be malformed: what cannot be decoded is shown as it is.
 """
 
 from __future__ import annotations

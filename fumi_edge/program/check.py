@@ -62,7 +62,7 @@ def _certificate_problems(certificates: Certificates) -> Iterator[str]:
 
 
 def _each_backend_once(settings: EdgeSettings) -> Iterator[BackendSettings]:
-    """Yield the settings of all backends; one that several listeners have is among the first's only."""
+    """Yield the settings of all backends; a backend of several listeners is yielded for the first only."""
     seen: set[str] = set()
     for pool in settings.all_backends:
         new = tuple(each for each in pool.destinations if each.name not in seen)

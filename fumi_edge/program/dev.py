@@ -67,7 +67,7 @@ def defaults(flags: Flags, given: Collection[str], path: str) -> Flags:
     """The flags with the values of --dev; addresses, and a drain timeout that was given, are kept."""
     return {
         **flags,
-        # Whoever stops a trial does not want to wait for the connection that a mail client keeps open.
+        # A mail client may keep a connection open, and a trial should end at once.
         "drain_timeout": flags["drain_timeout"] if "drain_timeout" in given else 0.0,
         "cert": (_take(f"{path}/cert.pem"),),
         "key": (_take(f"{path}/key.pem"),),

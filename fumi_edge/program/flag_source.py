@@ -23,7 +23,7 @@ _ONCE = ("app", "listen", "metrics", "socket_mode", "starttls_listen", "user", "
 
 
 class Again(NamedTuple):
-    """What was read. ``certificates`` has those of the settings; of the same sources and TLS policy as before, the same ones."""
+    """What was read. ``certificates`` has those of the settings: the objects of before if sources and TLS policy are the same."""
 
     flags: Flags
     tables: Sequence[ListenerTable]
@@ -32,7 +32,7 @@ class Again(NamedTuple):
 
 
 class FlagSource:
-    """Where the flags of this process came from."""
+    """The flags of this process, and how to read them again."""
 
     def __init__(self, ctx: click.Context, inner: Inner | None = None) -> None:
         self._ctx = ctx
@@ -65,7 +65,7 @@ class FlagSource:
         return Again(flags, tables, settings, certificates)
 
     def take(self, again: Again) -> list[str]:
-        """The settings are in use now. Returns the names of those that have changed and need a restart."""
+        """Note that the settings are in use. Returns the names of those that have changed and need a restart."""
         if self._inner is not None:
             self._inner.configure(again.flags)
         changed = [name for name in _ONCE if again.flags[name] != self._flags[name]]  # type: ignore[literal-required]
@@ -75,5 +75,5 @@ class FlagSource:
 
 
 def _places(tables: Sequence[ListenerTable]) -> list[tuple[SocketAddress, str]]:
-    """What a reload cannot change about the tables' listeners."""
+    """The parts of the listener tables that a reload cannot change."""
     return [(each.address, each.values["mode"]) for each in tables]

@@ -38,28 +38,28 @@ class Inner:
         """Raise SettingError if a flag of backends is given, or a listener's table has a key of backends."""
         for name in _OF_BACKENDS:
             if name in given:
-                raise SettingError(f"--{name.replace('_', '-')} is for backends, which {self._reference} replaces: leave it out")
+                raise SettingError(f"--{name.replace('_', '-')} is for backends, which {self._reference} replaces: remove it")
         for table in tables:
             for name in _OF_BACKENDS:
                 if name in table.values:
                     key = name.replace("_", "-")
                     raise SettingError(
-                        f"{table.section} {table.address}: {key} is for backends, which {self._reference} replaces: leave it out"
+                        f"{table.section} {table.address}: {key} is for backends, which {self._reference} replaces: remove it"
                     )
 
     def defaults(self, flags: Flags, tables: Sequence[ListenerTable] = ()) -> Flags:
-        """The flags, with the app's options where they leave the choice to it."""
+        """The flags, with the app's options for those that were not given."""
         hidden = flags["hide_starttls"] or (self._options.hide_starttls and _offers_starttls(flags, tables))
         return {**flags, "max_clients": flags["max_clients"] or self._options.max_clients, "hide_starttls": hidden}
 
     def configure(self, flags: Flags) -> None:
-        """Use the flags that are for the app, too."""
+        """Apply the flags that also concern the app."""
         self._app.configure(close_timeout=flags["drain_timeout"])
 
     def check(self) -> None:
-        """Raise SettingError if nobody could ever send mail to the app."""
+        """Raise SettingError if no client can send mail to the app."""
         if problem := self._app.startup_problem():
-            raise SettingError(f"{self._reference}: nobody could send mail: {problem}")
+            raise SettingError(f"{self._reference}: no client can send mail: {problem}")
 
     def count_in(self, registry: CollectorRegistry) -> None:
         """Add the core's metrics to those of the edge."""
@@ -76,7 +76,7 @@ class Inner:
         return {}
 
     def instructions(self) -> str | None:
-        """Nothing to tell when it has started."""
+        """Prints nothing after the start."""
         return None
 
 

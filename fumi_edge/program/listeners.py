@@ -40,7 +40,7 @@ LISTENER_KEYS = ListenerKeys(
 _LIMITS = ("max_clients_per_ip", "rate_per_ip")
 _OF_TLS_BACKENDS = ("backend_ca", "backend_name", "backend_cert", "backend_key")
 LoadedCredentials = dict[ClientSettings, Credentials]
-"""Those that are loaded. What is missing is loaded and added."""
+"""The credentials that are loaded. Others are loaded and added when they are needed."""
 
 
 def listeners_of_flags(flags: Flags) -> tuple[ListenerSettings, ...]:
@@ -49,7 +49,7 @@ def listeners_of_flags(flags: Flags) -> tuple[ListenerSettings, ...]:
         if value and not flags["starttls_listen"]:
             raise SettingError(f"{flag} applies to STARTTLS listeners only: add --starttls-listen, or remove it")
     if flags["trusted_proxy"] and not flags["accept_proxy"]:
-        raise SettingError("--trusted-proxy has no effect without --accept-proxy: add it, or leave --trusted-proxy out")
+        raise SettingError("--trusted-proxy has no effect without --accept-proxy: add it, or remove --trusted-proxy")
     policy = _policy(flags)
     tls, starttls = flags["listen"], flags["starttls_listen"]
     if not tls and not starttls:
@@ -135,7 +135,7 @@ def _without_tls_backend(flags: Mapping[str, Any], backends: Sequence[BackendAdd
 
 
 def _check_same_backends(listeners: Sequence[ListenerSettings]) -> None:
-    """Raises SettingError if a backend would get one PROXY header or one TLS from one listener, and another from another one."""
+    """Raises SettingError if listeners have different PROXY headers or TLS settings for one backend."""
     seen: dict[str, tuple[str, Destination]] = {}
     for listener in listeners:
         assert listener.backends is not None
@@ -170,7 +170,7 @@ def _policy(flags: Flags) -> ListenerPolicy:
 
 @contextlib.contextmanager
 def _in_table(table: ListenerTable) -> Iterator[None]:
-    """Have errors begin with the table."""
+    """Errors begin with the table."""
     try:
         yield
     except SettingError as error:
@@ -201,7 +201,7 @@ def _tls_policy(flags: Flags) -> Policy:
 
 
 def backend_settings(flags: Flags, credentials: LoadedCredentials, core: Destination | None = None) -> BackendSettings:
-    """Where clients are taken: to ``core``, which is in this process, or to the backends. Raises SettingError."""
+    """The backends, or ``core``, which is in this process. Raises SettingError."""
     if core is not None:
         return BackendSettings((core,), health_interval=0)
     if not flags["backend"]:
@@ -222,7 +222,7 @@ def backend_settings(flags: Flags, credentials: LoadedCredentials, core: Destina
 def check_tls_backends(flags: Flags) -> None:
     """Raises SettingError if flags are for TLS backends, and no backend of the flags is one."""
     if unused := _without_tls_backend(flags, flags["backend"]):
-        raise SettingError(f"--{unused} is for backends over TLS: write --backend tls:HOST:PORT, or leave it out")
+        raise SettingError(f"--{unused} is for backends over TLS: write --backend tls:HOST:PORT, or remove it")
 
 
 def _destination(address: BackendAddress, flags: Flags, credentials: LoadedCredentials) -> Remote:

@@ -1,4 +1,4 @@
-"""The EdgeSettings that the flags of ``fumi-edge`` and the listener tables of its file make."""
+"""Makes EdgeSettings from the flags of ``fumi-edge`` and the listener tables of its file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def edge_settings(
     """
     loaded = dict(credentials or {})
     listeners = listeners_of_tables(flags, tables, loaded, core) if tables else ()
-    # Tables may have all certificates and backends, and then the edge itself needs none.
+    # If the tables have all certificates and backends, the edge itself needs none.
     certificates = (listeners[0].certificates if listeners else None) or certificate_settings(flags)
     backends = (listeners[0].backends if listeners else None) or backend_settings(flags, loaded, core)
     if not tables and core is None:

@@ -99,7 +99,7 @@ class EdgeWork:
 
     @property
     def _renewed(self) -> list[Renewed]:
-        """What is read from certificate files: for clients, and for TLS backends."""
+        """All that is read from certificate files: for clients, and for TLS backends."""
         return [*self._edge.certificates.values(), *self._edge.credentials.values()]
 
     def unbind(self) -> None:

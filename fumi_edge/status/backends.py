@@ -1,4 +1,4 @@
-"""The table of backends: each as all workers together see it."""
+"""The table of backends: the state of each, over all workers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def backend_rows(edge: Edge, figures: Figures, history: History, workers: Sequen
 
 
 def _judged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the workers found, together: down if it is so for all, partly down for some. The last check and error of any."""
+    """The state over all workers: down if it is down for all, partly down if for some. The last check and error of any worker."""
     down = [each for each in reports if not each["up"]]
     changes = [each["changed_at"] for each in down or reports if each["changed_at"] is not None]
     checks = [each["last_check"] for each in reports if each["last_check"] is not None]
@@ -60,15 +60,15 @@ def _judged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     state = "up" if not down else "down" if len(down) == len(reports) else f"down in {len(down)} of {len(reports)} workers"
     return {
         "state": state,
-        # The whole backend went down when the last worker noticed, and an operator looks for the first.
+        # It is down for all since the last worker noticed; an operator needs the time of the first.
         "since": (min(changes) if down else max(changes)) if changes else None,
         "last_check": _remark(max(checks, key=lambda each: each[0], default=None)),
         "last_error": _remark(max(errors, key=lambda each: each[0], default=None)),
     }
 
 
-def _remark(remark: Sequence[Any] | None) -> dict[str, Any] | None:
-    return None if remark is None else {"time": remark[0], "error": remark[1]}
+def _remark(result: Sequence[Any] | None) -> dict[str, Any] | None:
+    return None if result is None else {"time": result[0], "error": result[1]}
 
 
 def backends_table(rows: Sequence[Row], history: History, now: float) -> Table:
@@ -102,22 +102,22 @@ def _latency(history: History, name: str) -> Element:
 def _checked(row: Row, now: float) -> str:
     if not row["checks"]:
         return "checks are off"
-    return "not checked yet" if row["last_check"] is None else _said(row["last_check"], now)
+    return "not checked yet" if row["last_check"] is None else _result_text(row["last_check"], now)
 
 
 def _errors(row: Row, now: float) -> str:
     if not row["errors"]:
         return "none"
     counts = ", ".join(f"{wording.count(count)} {reason}" for reason, count in row["errors"].items())
-    return counts if row["last_error"] is None else f"{counts}; last at {_said(row['last_error'], now)}"
+    return counts if row["last_error"] is None else f"{counts}; last at {_result_text(row['last_error'], now)}"
 
 
-def _said(remark: Mapping[str, Any], now: float) -> str:
-    return f"{wording.clock(remark['time'], now)}: {remark['error'] or 'ok'}"
+def _result_text(result: Mapping[str, Any], now: float) -> str:
+    return f"{wording.clock(result['time'], now)}: {result['error'] or 'ok'}"
 
 
 def degraded_backends(rows: Sequence[Row], problem: str | None) -> list[str]:
-    """Why the state is degraded, if it is. When all are down, ``problem`` says so, of each."""
+    """The reason for the state degraded, if any. If all are down, ``problem`` names each."""
     down = sum(row["state"] != "up" for row in rows)
     if not down or (down == len(rows) and problem is not None):
         return []

@@ -23,7 +23,7 @@ MAX_SHOWN_NAMES = 5
 
 
 def reported(workers: Sequence[Worker]) -> tuple[list[Facts], int]:
-    """All certificates that a worker has, and how many more there are. Workers differ while they reload."""
+    """The certificates of all workers, and how many more there are. Workers differ while they reload."""
     found: dict[tuple[Any, ...], Facts] = {}
     more = 0
     for worker in workers:
@@ -76,7 +76,7 @@ def _names(row: Row) -> str:
 
 
 def degraded_certificates(certificates: Iterable[Facts], now: float) -> list[str]:
-    """Why the state is degraded, if it is: certificates in use that expire soon."""
+    """The reasons for the state degraded: certificates in use that expire soon."""
     found: dict[str, str] = {}
     for each in certificates:
         row = {**each, "days": days_left(each, now)}

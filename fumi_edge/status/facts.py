@@ -1,4 +1,4 @@
-"""What a worker of the edge reports for the status page: its view of the backends, and its certificates.
+"""What a worker of the edge reports for the status page: its state of the backends, and its certificates.
 
 A worker reports every second, so this is from memory, and the certificates are looked through only when they have changed.
 """
@@ -46,7 +46,7 @@ class EdgeFacts:
             listeners = self._edge.settings.listeners_with(settings) if several else None
             served = certificates.selection.served
             found += [_certificate(each, each in served, listeners) for each in certificates.entries]
-        # One that is in no client's way is not urgent.
+        # A certificate that no client gets is not urgent.
         return sorted(found, key=lambda each: (not each["served"], each["not_after"]))
 
 

@@ -1,4 +1,4 @@
-"""What the status page of an edge shows: its listeners, backends and certificates, and how its clients fare."""
+"""What the status page of an edge shows: its listeners, backends and certificates, and the outcomes of its clients."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Viewer:
         self._overview = overview
 
     def view(self, figures: Figures, history: History, workers: Sequence[Worker]) -> View:
-        # A reload may have named other backends.
+        # A reload may have changed the backends.
         history.keep(connecting(self._edge.backends))
         now = time.time()
         backends = backend_rows(self._edge, figures, history, workers)
@@ -99,7 +99,7 @@ class _Viewer:
             "total": int(figures.total(_of_listener(TOTAL, name))),
             "handshakes": int(attempts),
             "failed_handshakes": int(attempts - figures.total(_of_listener(SUCCEEDED, name))),
-            "limits": None if own.limits is None else _said(own.limits),
+            "limits": None if own.limits is None else _limits_text(own.limits),
         }
 
 
@@ -180,8 +180,8 @@ def _rate(limits: ClientLimits) -> str | None:
 _UNITS = {1: "s", 60: "min", 3600: "h"}
 
 
-def _said(limits: ClientLimits) -> str:
-    """A listener's own limits in words."""
+def _limits_text(limits: ClientLimits) -> str:
+    """A listener's own limits as text."""
     parts = {
         wording.counted(limits.max_clients or 0, "client"): limits.max_clients,
         f"{wording.counted(limits.max_clients_per_ip or 0, 'client')} per address": limits.max_clients_per_ip,

@@ -194,7 +194,7 @@ class Certificates:
         is_replaced = any(set(default.names[:1]) & set(each.names) for each in groups[0])
         if default.pair not in [each.pair for each in groups[0]] and not is_replaced:
             complaints.append(
-                f"{default.pair}: the file is gone; it was the default certificate and stays in use until the next start"
+                f"{default.pair}: the file was removed; it was the default certificate and stays in use until the next start"
             )
             groups[0].insert(0, default)
         client_ca = selection.client_ca
@@ -284,7 +284,7 @@ class Certificates:
         self._ticket_keys.share()
 
     def close(self) -> None:
-        """Release what later ticket keys would need. Connections that have begun can still make their handshakes."""
+        """Release the contexts of later ticket keys. Connections that have begun can still make their handshakes."""
         self._ticket_keys.close()
 
     def renew_ticket_keys(self, now: float) -> None:

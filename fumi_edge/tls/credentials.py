@@ -1,4 +1,4 @@
-"""What the edge uses as a client of TLS backends: the CAs that it trusts and its own certificate, and their renewal.
+"""The edge's CAs and certificate as a client of TLS backends, and their renewal.
 
 TLS 1.2 and newer, forward secrecy and authenticated encryption only (RFC 9325). The server's certificate is always verified: its
 chain, its validity, its purpose, and its name, which must be among the subjectAltName entries (RFC 9525 §6.3). Its common name
@@ -35,7 +35,7 @@ class ClientSocket(WatchedSocket):
 
     on_end: Callable[[ClientSocket], None] | None = None
     explain: Callable[[OSError], OSError] | None = None
-    """Puts an error of the connection into words."""
+    """Returns an error of the connection with a text for operators."""
     verified_until = 0.0
     """Until when its session may be resumed, in seconds since 1970."""
 
@@ -191,7 +191,7 @@ class Credentials:
 
 
 def _new_context() -> ssl.SSLContext:
-    """A context that trusts nobody yet."""
+    """A context without trusted CAs."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(CIPHERS + EXCLUDED_CIPHERS)

@@ -338,7 +338,7 @@ def _try_out(chain: bytes, key: bytes, leaf: str, of_client: bool) -> tuple[dict
 
 
 def _trust_alone(context: ssl.SSLContext, leaf: str) -> None:
-    """Have peers verified that show exactly this certificate, whatever its time."""
+    """Accept peers with exactly this certificate, whatever its validity."""
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.verify_flags = ssl.VerifyFlags(context.verify_flags | _NO_CHECK_TIME)

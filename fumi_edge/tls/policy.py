@@ -84,7 +84,7 @@ class Policy:
 
 
 class CertificateSettings(NamedTuple):
-    """What a Certificates is made from: the sources, and the policy under which they are served."""
+    """The arguments of a Certificates: the sources, and the policy under which they are served."""
 
     sources: tuple[Pair, ...]
     policy: Policy = Policy()

@@ -2,8 +2,8 @@
 
 OpenSSL returns from a read only with content, or when nothing more has arrived. Until then it works through records without
 content, such as key updates (RFC 8446 §4.6.3): each costs it 16 µs, and a client that has made them beforehand 27 bytes. One
-client could so keep the event loop from all others for as long as it likes, and Python cannot limit it. Therefore a thread looks
-for a read that does not return, and shuts its socket down; OpenSSL then works through what has arrived already, and ends.
+client could thus block the event loop for as long as it likes, and Python cannot limit that. Therefore a thread watches for a
+read that does not return, and shuts its socket down; OpenSSL then works through what has arrived already, and returns.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fumi_core.runtime.logs import event
 log = logging.getLogger("fumi.edge")
 
 LOOK_SECONDS = 0.25
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 MAX_READ_SECONDS = 0.5
-"""Seconds of CPU time that one read may take. A read of 64 KiB takes less than a thousandth of it."""
+"""Seconds of CPU time that one read may take. A read of 64 KiB takes less than a thousandth of that."""
 
 
 class Reading:
@@ -86,7 +86,7 @@ class ReadWatch:
         self._closed.set()
 
     def _watch(self, clock: int) -> None:
-        """``clock`` tells the CPU time of the loop's thread, which stands still while the process is stopped."""
+        """``clock`` returns the CPU time of the loop's thread, which stands still while the process is stopped."""
         last, limit = None, 0.0
         with contextlib.suppress(OSError):  # the loop's thread has ended, and so has its clock
             while not self._closed.wait(LOOK_SECONDS):

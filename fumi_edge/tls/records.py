@@ -1,7 +1,7 @@
 """Reading and writing a non-blocking TLS socket by whole records, and ending its direction to the peer.
 
-The tunnel and the transport of the direct path both use it. TLS has two peculiarities, which the results tell: a read may have to
-wait until the socket can be written, and a write until it can be read.
+The tunnel and the transport of the direct path both use it. In TLS a read may have to wait until the socket can be written, and a
+write until it can be read: the results say so.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tu
     """Decrypt one record, or all that have arrived, up to a full buffer. Returns (bytes, what follows).
 
     ``streaming`` tells that the last call returned at least LONG_RECORD bytes. Another record is read at once after a full one,
-    and while streaming after a long one: a small message comes in one record, and to find nothing behind it costs OpenSSL and
-    Python as much as to read it. What has arrived and is not read makes the event loop call again.
+    and while streaming after a long one: a small message comes in one record, and finding nothing after it costs as much as
+    reading it. If bytes are left unread, the event loop calls again.
 
     A read of RECORD_SIZE bytes takes a whole record, so OpenSSL holds back no decrypted bytes unknown to the event loop.
     When the connection or its TLS has failed, raises OSError or, if bytes were read before, returns it after them. A client that

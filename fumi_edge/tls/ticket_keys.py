@@ -48,7 +48,7 @@ class TicketKeys:
         self._prepared = {number: self._make() for number in range(2, 2 + PREPARED_CONTEXTS)}
 
     def close(self) -> None:
-        """Give up the contexts made in advance, and the lock. The context in use stays."""
+        """Release the contexts made in advance, and the lock. The context in use stays."""
         self._prepared = {}
         if self._lock >= 0:
             os.close(self._lock)

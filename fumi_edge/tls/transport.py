@@ -3,11 +3,11 @@
 Theory of operation. Records are decrypted into a buffer that all connections share, and a reply is encrypted where it is written;
 only bytes that the kernel does not take are kept. The transport has two halves that end apart:
 
-- The core's half. After ``close()`` the core is told that the connection is lost as soon as its last reply, close_notify and FIN
+- The core's half. After ``close()`` the core gets ``lost()`` as soon as its last reply, close_notify and FIN
   have been sent; after ``abort()``, at once.
 - The client's half. A client that has not closed its side by then is read to its end, without TLS, since closing a socket with
   unread bytes sends RST, and RST destroys a reply that is still on its way. ``finished`` is then called, and the caller closes
-  the socket. A client that does not close is given up after LINGER_SECONDS.
+  the socket. A client that does not close is disconnected after LINGER_SECONDS.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TransportEnd(enum.StrEnum):
 
 
 class TransportOwner(Protocol):
-    """What the core's connections are: the receiver of a transport's events (fumi_core.server.transport)."""
+    """The interface of the core's connections: the receiver of a transport's events (fumi_core.server.transport)."""
 
     def received(self, data: bytes) -> None:
         """The client sent these bytes, at least one."""
@@ -49,7 +49,7 @@ class TransportOwner(Protocol):
         """The kernel has taken all output: ``blocked`` is False again."""
 
     def lost(self) -> None:
-        """The connection is gone; no method is called after this."""
+        """The connection has ended; no method is called after this."""
 
 
 class TLSTransport:
@@ -163,7 +163,7 @@ class TLSTransport:
     # Calls by the edge and by the event loop
 
     def tick(self, now: float) -> None:
-        """Give up a client that does not close its side. The edge calls it every few seconds; ``now`` is the loop's time."""
+        """Disconnect a client that does not close its side. The edge calls it every few seconds; ``now`` is the loop's time."""
         if self._deadline is not None and now >= self._deadline:
             self._fail(TransportEnd.LINGER)
         else:
@@ -203,7 +203,7 @@ class TLSTransport:
             owner.ended()
 
     def _discard(self) -> None:
-        """Our side is closed: what the client still sends is read, without TLS, only for the last reply to arrive."""
+        """Our side is closed: read what the client still sends, without TLS, so that no RST destroys the last reply."""
         try:
             self._ended = not socket.socket.recv_into(self._sock, self._buffer)
         except (BlockingIOError, InterruptedError):
@@ -224,7 +224,7 @@ class TLSTransport:
         self._flush()
 
     def _flush(self) -> None:
-        """Send what waits. The core is told when that was all."""
+        """Send queued output. The core gets ``drained()`` when all is sent."""
         waited = bool(self._backlog)
         if waited:
             self._write()

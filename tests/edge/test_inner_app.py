@@ -103,7 +103,7 @@ def test_a_reload_refuses_settings_of_backends_as_the_start_does(directory: Path
         edge.process.send_signal(signal.SIGHUP)
         until(lambda: edge.events("reload failed: the old settings stay in use"))
         (failed,) = edge.events("reload failed: the old settings stay in use")
-        assert failed["error"] == "--backend is for backends, which myapp:app replaces: leave it out"
+        assert failed["error"] == "--backend is for backends, which myapp:app replaces: remove it"
 
 
 def test_sigterm_lets_a_message_end(directory: Path, context: ssl.SSLContext) -> None:
@@ -125,11 +125,11 @@ def test_sigterm_lets_a_message_end(directory: Path, context: ssl.SSLContext) ->
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--backend", "127.0.0.1:2525", "myapp:app"), "--backend is for backends, which myapp:app replaces: leave it out"),
-        (("--balance", "first", "myapp:app"), "--balance is for backends, which myapp:app replaces: leave it out"),
+        (("--backend", "127.0.0.1:2525", "myapp:app"), "--backend is for backends, which myapp:app replaces: remove it"),
+        (("--balance", "first", "myapp:app"), "--balance is for backends, which myapp:app replaces: remove it"),
         (("myapp:nothing",), "myapp:nothing: myapp has no nothing"),
         (("myapp:make",), "myapp:make is a function, not a Fumi; if it returns one, write myapp:make()"),
-        (("--check", "myapp:needs_login"), "myapp:needs_login: nobody could send mail"),
+        (("--check", "myapp:needs_login"), "myapp:needs_login: no client can send mail"),
         (("--emit", "haproxy", "myapp:app"), "--emit: myapp:app runs in fumi-edge alone; name a --backend instead"),
     ],
 )

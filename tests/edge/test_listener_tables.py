@@ -281,7 +281,7 @@ def test_an_app_is_served_by_all_of_them_and_its_listeners_have_no_backends(
     tables.write(pair(certificate), at(first, "tls", 'balance = "first"'))
     done = finished("fumi-edge", "--config", "edge.toml", "myapp:app", cwd=tmp_path)
     assert done.stderr == (
-        f"Error: [[edge.listener]] 127.0.0.1:{first}: balance is for backends, which myapp:app replaces: leave it out\n"
+        f"Error: [[edge.listener]] 127.0.0.1:{first}: balance is for backends, which myapp:app replaces: remove it\n"
     )
 
 

@@ -15,18 +15,17 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from tests.support.certificates import CertificateFiles
 from tests.support.ports import free_port
 from tests.support.programs import Programs
+from tests.support.prometheus import OPS, RULES, Prometheus
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
-OPS = Path(__file__).parents[2] / "ops"
-RULES = (OPS / "prometheus" / "rules.yml").read_text()
 DASHBOARD = json.loads((OPS / "grafana" / "fumi.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [(panel["title"], target["expr"], target["legendFormat"]) for panel in PANELS for target in panel["targets"]]
@@ -60,7 +59,16 @@ def both(programs: Programs, certificate: CertificateFiles) -> Both:
     flags = ["--listen", f"127.0.0.1:{behind}", "--domain", "example.org", "--users", "users"]
     programs.start(BIN / "fumi-core", *flags, "--metrics", f"127.0.0.1:{core}", port=core, log="core.log")
     flags = ["--listen", f"127.0.0.1:{tls}", "--starttls-listen", f"127.0.0.1:{starttls}", "--backend", f"127.0.0.1:{behind}"]
-    flags += ["--cert", str(certificate[0]), "--key", str(certificate[1]), "--metrics", f"127.0.0.1:{edge}"]
+    flags += [
+        "--max-clients",
+        "100",
+        "--cert",
+        str(certificate[0]),
+        "--key",
+        str(certificate[1]),
+        "--metrics",
+        f"127.0.0.1:{edge}",
+    ]
     programs.start(BIN / "fumi-edge", *flags, port=edge, log="edge.log")
     return Both(tls, starttls, f"127.0.0.1:{edge}", f"127.0.0.1:{core}")
 
@@ -71,14 +79,15 @@ def metrics(both: Both) -> Metrics:
     found: Metrics = {"up": [{"job": job, "instance": ""} for job in ("fumi-edge", "fumi-core")]}
     for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", both.read(), re.MULTILINE):
         pairs = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        found.setdefault(name, []).append({**pairs, "job": name[:9].replace("_", "-"), "instance": ""})
+        jobs = [name[:9].replace("_", "-")] if name.startswith("fumi_") else ["fumi-edge", "fumi-core"]
+        found.setdefault(name, []).extend({**pairs, "job": job, "instance": ""} for job in jobs)
     for name in ("fumi_edge_worker_restarts_total", "fumi_core_worker_restarts_total"):
         # Only a program with workers has them.
         found.setdefault(name, [{"job": "", "instance": ""}])
     for name, expression in rules("record"):
         labels = re.search(r"\bby \(([^)]*)\)", expression)
-        names = labels[1].split(", ") if labels else []
-        found[name] = [dict.fromkeys(names, "")]
+        # Without "by" it is made of what is recorded before it.
+        found[name] = [dict.fromkeys(labels[1].split(", "), "")] if labels else found[expression.split()[0]]
     return found
 
 
@@ -91,7 +100,7 @@ def wrong(expression: str, metrics: Metrics) -> Iterator[str]:
     """What an expression asks for and nobody serves: a metric, a label, a value of a label."""
     labels = {"le"}
     bare = re.sub(r'"[^"]*"', '""', expression)
-    for name in set(re.findall(r"(?<![\w:$])(?:fumi_\w*[\w:]*|\w+:[\w:]+)", bare)) - set(metrics):
+    for name in set(re.findall(r"(?<![\w:$])(?:(?:fumi|process|python)_\w*[\w:]*|\w+:[\w:]+)", bare)) - set(metrics):
         yield name
     for name, selector in re.findall(r"([a-z_][\w:]*)(?:\{([^}]*)\})?", expression):
         if name not in metrics:
@@ -126,8 +135,10 @@ def test_every_metric_has_a_place_on_the_dashboard(metrics: Metrics) -> None:
     asked = " ".join(expression for _, expression, _ in QUERIES)
     for name, expression in rules("record"):
         asked += expression if name in asked else ""
-    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metrics if name.startswith("fumi_") and ":" not in name}
-    assert {name for name in families if name not in asked} == {"fumi_core_build_info", "fumi_edge_build_info"}
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metrics if name != "up" and ":" not in name}
+    missing = {"fumi_core_build_info", "fumi_edge_build_info", "python_info"}
+    missing |= {"process_start_time_seconds", "process_virtual_memory_bytes"}
+    assert {name for name in families if name not in asked} == missing
 
 
 def test_the_checker_finds_what_is_wrong(metrics: Metrics) -> None:
@@ -184,36 +195,13 @@ def test_every_alert_comes_when_it_should_and_stays_away_when_not(programs: Prog
 
 
 def test_a_threshold_that_is_moved_fails_the_tests_of_its_alert(programs: Programs, tmp_path: Path) -> None:
-    for before, after in (("0.8 * scalar", "0.7 * scalar"), ("< 3 * 86400", "< 1 * 86400"), ('code=~"4.."', 'code=~"42."')):
+    moved = [("0.8 * fumi_edge", "0.7 * fumi_edge"), ("< 3 * 86400", "< 1 * 86400"), ('command="MAIL"', 'command="RCPT"')]
+    moved += [(', code!="503"', "")]
+    for before, after in moved:
         assert before in RULES
         (tmp_path / "rules.yml").write_text(RULES.replace(before, after))
         (tmp_path / "rules_test.yml").write_text((OPS / "prometheus" / "rules_test.yml").read_text())
         assert "FAILED" in programs.run("promtool", "test", "rules", tmp_path / "rules_test.yml", status=1)
-
-
-class Prometheus:
-    """A running one, asked over its HTTP API."""
-
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}"
-
-    def ready(self) -> bool:
-        """Whether it answers questions: it listens before it does."""
-        try:
-            with urllib.request.urlopen(f"{self._url}/-/ready", timeout=60):
-                return True
-        except urllib.error.HTTPError:
-            return False
-
-    def get(self, what: str, **query: str) -> Any:
-        with urllib.request.urlopen(f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
-            return json.load(answer)["data"]
-
-    def ask(self, query: str) -> float | None:
-        """The value of the one series that an expression gives; None when it gives none."""
-        found = self.get("query", query=query)["result"]
-        assert len(found) < 2, found
-        return float(found[0]["value"][1]) if found else None
 
 
 @pytest.fixture
@@ -221,13 +209,7 @@ def prometheus(programs: Programs, both: Both) -> Prometheus:
     """A real one, by the configuration in ops/ but for ports and intervals, that has scraped both programs."""
     text = (OPS / "prometheus" / "prometheus.yml").read_text().replace("15s", "1s")
     text = text.replace("127.0.0.1:9465", both.edge).replace("127.0.0.1:9525", both.core)
-    (programs.directory / "prometheus.yml").write_text(text)
-    (programs.directory / "rules.yml").write_text(RULES)
-    port = free_port()
-    flags = [f"--web.listen-address=127.0.0.1:{port}", "--config.file=prometheus.yml", "--storage.tsdb.path=tsdb"]
-    programs.start("prometheus", *flags, port=port, log="prometheus.log")
-    prometheus = Prometheus(port)
-    until(prometheus.ready, "its readiness")
+    prometheus = Prometheus.start(programs, text, RULES)
     until(lambda: prometheus.ask("sum(up)") == 2, "a scrape of both programs")
     return prometheus
 
@@ -301,7 +283,9 @@ def test_prometheus_says_what_was_sent(
         'fumi_core_auth_total{method="PLAIN", result="ok"}': 1,
         'fumi_core_replies_total{code="550"}': 2,
         'fumi_core_commands_total{command="DATA"}': 6,
-        "fumi_edge:connections:limit": 32000,
+        "fumi_edge_connections_limit": 100,
+        'sum(process_open_fds{job="fumi-edge"} < process_max_fds) > bool 0': 1,
+        'sum(process_resident_memory_bytes{job="fumi-core"}) > bool 0': 1,
     }
     answers: dict[str, float | None] = {}
 

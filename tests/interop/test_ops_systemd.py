@@ -100,13 +100,6 @@ def test_each_service_has_its_sockets_and_listens_on_them(parse_flags: Callable[
     assert f"unix:{UNITS['fumi-core.socket']['Socket.ListenStream']}" in (SYSTEMD / "fumi.toml").read_text()
 
 
-def test_the_limit_that_prometheus_knows_is_what_the_descriptors_allow() -> None:
-    rules = (SYSTEMD.parent / "prometheus" / "rules.yml").read_text()
-    limit = int(re.search(r"fumi_edge:connections:limit\n\s+expr: vector\((\d+)\)", rules)[1])  # type: ignore[index]
-    descriptors = int(UNITS["fumi-edge.service"]["Service.LimitNOFILE"])
-    assert 0.9 * descriptors < 2 * limit < descriptors
-
-
 @pytest.mark.parametrize("directory", [SYSTEMD, SYSTEMD.parent / "mail-host"])
 @pytest.mark.parametrize("name", ["fumi-core", "fumi-edge"])
 def test_a_reload_ends_with_a_check_of_what_is_started(name: str, directory: Path) -> None:

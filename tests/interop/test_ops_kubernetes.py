@@ -1,4 +1,4 @@
-"""ops/kubernetes: known kinds, references that lead somewhere, and command lines that the programs take."""
+"""ops/kubernetes: known kinds, references that lead somewhere, command lines that the programs take, and a kustomization."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import os
 import re
 import shutil
 import ssl
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fumi_edge.backends.dialing import RESOLVE_INTERVAL
 from tests.support.certificates import CertificateFiles, self_signed
 from tests.support.ports import free_port
 from tests.support.programs import Programs
 from tests.support.starter import BIN
 from tests.support.waiting import until
 
-KUBERNETES = Path(__file__).parents[2] / "ops" / "kubernetes"
+OPS = Path(__file__).parents[2] / "ops"
+KUBERNETES = OPS / "kubernetes"
+MANIFESTS = sorted((KUBERNETES / "manifests").iterdir())
 KINDS = {
     "Namespace": "v1",
     "Service": "v1",
@@ -35,7 +39,7 @@ PROGRAMS = ["fumi-core", "fumi-edge"]
 @pytest.fixture
 def objects(read_yaml: Callable[[Path], list[Any]]) -> Objects:
     """All objects, by kind and name."""
-    everything = [each for path in sorted(KUBERNETES.glob("*.yaml")) for each in read_yaml(path)]
+    everything = [each for path in MANIFESTS for each in read_yaml(path)]
     found = {(each["kind"], each["metadata"]["name"]): each for each in everything}
     assert len(found) == len(everything)
     return found
@@ -61,7 +65,7 @@ def container_of(objects: Objects, name: str) -> Any:
 
 def test_the_namespace_is_the_first_to_be_made(read_yaml: Callable[[Path], list[Any]]) -> None:
     # kubectl takes the files of a directory by name, and does not come back to what was too early.
-    assert read_yaml(min(KUBERNETES.iterdir()))[0]["kind"] == "Namespace"
+    assert read_yaml(MANIFESTS[0])[0]["kind"] == "Namespace"
 
 
 def test_every_object_is_of_a_known_kind_and_in_the_namespace(objects: Objects) -> None:
@@ -77,8 +81,13 @@ def test_every_selector_selects_the_pods_of_its_name(objects: Objects) -> None:
         if selector is not None:
             labels = selector if kind == "Service" else selector["matchLabels"]
             assert labels.items() <= pod_of(objects, name)["metadata"]["labels"].items(), (kind, name)
-    spread = pod_of(objects, "fumi-edge")["spec"]["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"]
-    assert spread == pod_of(objects, "fumi-edge")["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_pods_of_a_program_are_spread_over_the_nodes(name: str, objects: Objects) -> None:
+    (spread,) = pod_of(objects, name)["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["maxSkew"]) == ("kubernetes.io/hostname", 1)
+    assert spread["labelSelector"]["matchLabels"] == pod_of(objects, name)["metadata"]["labels"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -89,9 +98,9 @@ def test_ports_are_what_the_program_listens_on(name: str, objects: Objects, sett
     assert sorted(ports.values()) == sorted(address.port for address in addresses)
     for each in objects["Service", name]["spec"]["ports"]:
         assert each["targetPort"] in ports
-    for probe, paths in (("livenessProbe", ["/healthz"]), ("readinessProbe", ["/healthz", "/readyz"])):
-        assert container[probe]["httpGet"]["port"] == "metrics"
-        assert container[probe]["httpGet"]["path"] in paths
+    for probe, path in (("startupProbe", "/readyz"), ("readinessProbe", "/healthz"), ("livenessProbe", "/healthz")):
+        assert container[probe]["httpGet"] == {"path": path, "port": "metrics"}
+        assert container[probe]["timeoutSeconds"] == 5
     annotations = pod_of(objects, name)["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == str(ports["metrics"])
 
@@ -103,12 +112,20 @@ def test_a_pod_has_the_time_to_drain(name: str, objects: Objects, settings: Call
     assert grace > pause + settings(name)["drain_timeout"]
 
 
+def test_a_core_that_ends_serves_until_edges_have_resolved_its_name_again(objects: Objects) -> None:
+    assert int(container_of(objects, "fumi-core")["lifecycle"]["preStop"]["exec"]["command"][1]) > RESOLVE_INTERVAL
+
+
+def test_the_core_has_the_name_that_the_certificate_is_for(objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
+    assert [settings("fumi-core")["name"]] == objects["Certificate", "fumi-edge"]["spec"]["dnsNames"]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_pod_may_do_nothing_it_need_not(name: str, objects: Objects) -> None:
     pod, container = pod_of(objects, name)["spec"], container_of(objects, name)
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["runAsUser"] == 10001
-    assert "USER 10001:" in (KUBERNETES.parent / "docker" / "Dockerfile").read_text()
+    assert "USER 10001:" in (OPS / "docker" / "Dockerfile").read_text()
     assert pod["automountServiceAccountToken"] is False
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False,
@@ -119,6 +136,9 @@ def test_a_pod_may_do_nothing_it_need_not(name: str, objects: Objects) -> None:
 
 def test_the_edge_finds_the_cores_and_believes_the_balancer(objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
     (backend,) = settings("fumi-edge")["backend"]
+    assert objects["Service", backend.host]["spec"]["clusterIP"] == "None"
+    # The name leads to the pods themselves, and nothing between translates the port.
+    assert backend.port in [each["containerPort"] for each in container_of(objects, backend.host)["ports"]]
     assert backend.port in [each["port"] for each in objects["Service", backend.host]["spec"]["ports"]]
     annotations = objects["Service", "fumi-edge"]["metadata"]["annotations"]
     assert settings("fumi-edge")["accept_proxy"]
@@ -147,7 +167,7 @@ def test_nobody_gets_past_the_edge_to_a_core_nor_past_the_balancer_to_an_edge(
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_as_many_clients_as_are_let_in_have_room(name: str, objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
-    readme = (KUBERNETES.parent / "README.md").read_text()
+    readme = (OPS / "README.md").read_text()
     column = {"fumi-edge": 1, "fumi-core": 2}[name]
     program, connection = (
         int(re.findall(r"\d+", row.split("|")[column + 1])[0]) for row in re.findall(r"^\| memory of .*$", readme, re.MULTILINE)
@@ -178,11 +198,42 @@ def test_disruptions_and_the_autoscaler_leave_one_that_serves(objects: Objects) 
     deployment = objects[target["kind"], target["name"]]
     assert target["apiVersion"] == deployment["apiVersion"]
     assert "replicas" not in deployment["spec"]
-    assert scaler["minReplicas"] > objects["PodDisruptionBudget", "fumi-edge"]["spec"]["minAvailable"]
-    replicas = objects["Deployment", "fumi-core"]["spec"]["replicas"]
-    assert replicas > objects["PodDisruptionBudget", "fumi-core"]["spec"]["minAvailable"]
+    assert min(scaler["minReplicas"], objects["Deployment", "fumi-core"]["spec"]["replicas"]) == 2
+    for name in PROGRAMS:
+        assert objects["PodDisruptionBudget", name]["spec"]["maxUnavailable"] == 1
+        assert objects["Deployment", name]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    (policy,) = scaler["behavior"]["scaleDown"]["policies"]
+    assert (policy["type"], policy["value"]) == ("Pods", 1)
+    # One is gone before the next is removed.
+    assert policy["periodSeconds"] > pod_of(objects, "fumi-edge")["spec"]["terminationGracePeriodSeconds"]
     (metric,) = scaler["metrics"]
-    assert metric["pods"]["metric"]["name"] in (KUBERNETES.parent / "grafana" / "fumi.json").read_text()
+    assert metric["pods"]["metric"]["name"] in (OPS / "grafana" / "fumi.json").read_text()
+
+
+def test_the_kustomization_has_all_manifests_and_is_not_among_them(read_yaml: Callable[[Path], list[Any]]) -> None:
+    # kubectl apply -f DIRECTORY would take it for an object of the cluster.
+    (kustomization,) = read_yaml(KUBERNETES / "kustomization.yaml")
+    assert kustomization["resources"] == [f"manifests/{path.name}" for path in MANIFESTS]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not in Debian")
+def test_the_kustomization_of_the_readme_changes_what_it_names_and_nothing_else(
+    tmp_path: Path, objects: Objects, read_yaml: Callable[[Path], list[Any]]
+) -> None:
+    (example,) = re.findall(r"```yaml\n(resources: .*?)```", (OPS / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(OPS, tmp_path / "fumi" / "ops")
+    (tmp_path / "kustomization.yaml").write_text(example)
+    done = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, check=True)
+    (tmp_path / "built.yaml").write_bytes(done.stdout)
+    built = {(each["kind"], each["metadata"]["name"]): each for each in read_yaml(tmp_path / "built.yaml")}
+    assert container_of(built, "fumi-core")["args"] != container_of(objects, "fumi-core")["args"]
+    for name in PROGRAMS:
+        assert container_of(built, name)["image"] == "registry.example.net/fumi:0.2.0"
+        container_of(objects, name)["image"] = container_of(built, name)["image"]
+    objects["Certificate", "fumi-edge"]["spec"]["dnsNames"] = ["mx.example.net"]
+    arguments = container_of(objects, "fumi-core")["args"]
+    arguments[arguments.index("--name=mx.example.org")] = "--name=mx.example.net"
+    assert built == objects
 
 
 def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Programs, certificate: CertificateFiles) -> None:

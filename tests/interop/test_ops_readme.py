@@ -262,7 +262,7 @@ def test_the_job_is_named_as_the_alerts_know_it(programs: Programs) -> None:
     config = f"scrape_configs:\n- job_name: pods\n{textwrap.indent(relabelling, '  ')}"
     (programs.directory / "prometheus.yml").write_text(config)
     assert "SUCCESS" in programs.run("promtool", "check", "config", programs.directory / "prometheus.yml")
-    names = re.findall(r"app.kubernetes.io/name: (.+?)}", (ROOT / "ops" / "kubernetes" / "edge.yaml").read_text())
+    names = re.findall(r"app.kubernetes.io/name: (.+?)}", (ROOT / "ops" / "kubernetes" / "manifests" / "edge.yaml").read_text())
     known = re.findall(r'job=~"([^"]+)"', RULES)
     assert all(re.fullmatch(pattern, names[0]) for pattern in [*known, re.findall("regex: (.*)", relabelling)[0]])
 

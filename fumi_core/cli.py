@@ -6,7 +6,9 @@ import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from fumi_core.delivery import TARGETS
 from fumi_core.program.listeners import LISTENER_KEYS
 from fumi_core.program.option_flags import option_flag
 from fumi_core.program.reloading import serve_reloading
@@ -40,6 +42,11 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
         return text
 
 
+def complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The delivery targets that begin so, for a shell."""
+    return [CompletionItem(f"{name}:") for name in TARGETS if name.startswith(incomplete)]
+
+
 @click.command(cls=Program, context_settings={"auto_envvar_prefix": "FUMI_CORE"})
 @click.argument("app", metavar="[MODULE:APP]", required=False)
 @heading("Connections")
@@ -54,6 +61,7 @@ class DomainType(click.ParamType):  # type: ignore[type-arg]
     "--deliver",
     metavar="TARGET",
     default="maildir:./maildir",
+    shell_complete=complete_target,
     help="Delivery target: discard:, maildir:PATH, smtp:ADDR or lmtp:ADDR.",
 )
 @click.option(

@@ -13,6 +13,7 @@ from fumi_core.runtime.flag_groups import heading
 from fumi_core.runtime.flag_types import (
     ADDRESS,
     COUNT,
+    FILE,
     MODE,
     NAME,
     NETWORK,
@@ -103,7 +104,7 @@ class BackendType(AddressType):
 @heading("TLS")
 @click.option(
     "--cert",
-    type=NAME,
+    type=FILE,
     metavar="FILE|DIR",
     multiple=True,
     help="Certificate: a PEM file with its chain, or a directory: *.pem, Let's Encrypt's, or Kubernetes' (tls.crt, tls.key)."
@@ -111,7 +112,7 @@ class BackendType(AddressType):
 )
 @click.option(
     "--key",
-    type=NAME,
+    type=FILE,
     metavar="FILE",
     multiple=True,
     help="Private key of a --cert file without one. Repeatable, in the order of --cert.",
@@ -126,7 +127,7 @@ class BackendType(AddressType):
 @click.option("--ciphers", metavar="LIST", default=CIPHERS, help="OpenSSL cipher list for TLS 1.2.")
 @click.option("--alpn", metavar="LIST", help="Application protocols to negotiate, best first, separated by commas.")
 @click.option(
-    "--client-ca", type=NAME, metavar="FILE", help="Requests client certificates, signed by one of the CAs in this file."
+    "--client-ca", type=FILE, metavar="FILE", help="Requests client certificates, signed by one of the CAs in this file."
 )
 @click.option(
     "--client-cert",
@@ -146,7 +147,7 @@ class BackendType(AddressType):
 )
 @click.option(
     "--backend-ca",
-    type=NAME,
+    type=FILE,
     metavar="FILE",
     show_default="the system's",
     help="CAs that sign the certificates of TLS backends.",
@@ -158,8 +159,8 @@ class BackendType(AddressType):
     show_default="HOST",
     help="Name or IP address that a TLS backend's certificate must be for.",
 )
-@click.option("--backend-cert", type=NAME, metavar="FILE", help="Certificate, with its chain, for TLS backends that request one.")
-@click.option("--backend-key", type=NAME, metavar="FILE", help="Private key of --backend-cert, if it is not in the same file.")
+@click.option("--backend-cert", type=FILE, metavar="FILE", help="Certificate, with its chain, for TLS backends that request one.")
+@click.option("--backend-key", type=FILE, metavar="FILE", help="Private key of --backend-cert, if it is not in the same file.")
 @click.option(
     "--balance",
     type=click.Choice(BALANCES),

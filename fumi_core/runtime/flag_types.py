@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from fumi_core.runtime.addresses import Networks, SocketAddress, parse_address
 
@@ -49,6 +50,13 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         if not value:
             self.fail("must not be empty", param, ctx)
         return str(value)
+
+
+class FileType(NameType):
+    """A non-empty name of a file or directory, which a shell completes. It is opened later, by what reports errors of its own."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
 
 
 class NetworkType(click.ParamType):  # type: ignore[type-arg]
@@ -133,6 +141,7 @@ class WorkersType(CountType):
 
 ADDRESS = AddressType()
 NAME = NameType()
+FILE = FileType()
 NETWORK = NetworkType()
 SECONDS = SecondsType(min=0.001)
 SECONDS_OR_ZERO = SecondsType(min=0)

@@ -41,7 +41,8 @@ class Reloading:
     def start(self) -> None:
         flags = ["--reload", "--proxy-protocol", "off", "--listen", f"127.0.0.1:{self.port}", "app:make()"]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen([PROGRAM, *flags], cwd=self.directory, stdout=log, stderr=log)
+            command = ["env", "--default-signal=INT", PROGRAM, *flags]  # a shell starts its background jobs without SIGINT
+            self._process = subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=log)
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

@@ -27,7 +27,9 @@ BLOCKS = blocks((ROOT / "README.md").read_text())
 SHELL = [text for kind, text in BLOCKS if kind == "sh"]
 DEV = (4650, 5870, 9465)
 """Where fumi-edge --dev listens."""
-RUN, SWAKS, INSTALL, CORE, EDGE, USERS, SUBMIT_CORE, SUBMIT_EDGE, CAT, HAPROXY, STUNNEL_CORE, STUNNEL, MINE, TEST = SHELL
+RUN, SWAKS, INSTALL, COMPLETION, CORE, EDGE, USERS, SUBMIT_CORE, SUBMIT_EDGE, CAT, HAPROXY, STUNNEL_CORE, STUNNEL, MINE, TEST = (
+    SHELL
+)
 
 
 def test_the_first_command_runs_and_the_next_ones_send_mail(programs: Programs) -> None:
@@ -61,6 +63,24 @@ def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
     assert said.count(", version ") == 2
     assert "listen smtps" in said
     assert "[smtps]" in said
+
+
+def test_a_shell_completes_flags_and_files(tmp_path: Path) -> None:
+    # compopt works in a completion that a key has begun, and only there.
+    stub = "compopt() { echo compopt $*; }\n"
+
+    def completed(words: str) -> str:
+        program, number = words.split()[0], len(words.split()) - 1
+        asking = f"COMP_WORDS=({words}); COMP_CWORD={number}; _{program.replace('-', '_')}_completion {program}"
+        command = ["bash", "-c", f'{COMPLETION}{stub}{asking}; echo "${{COMPREPLY[*]}}"']
+        environment = {**os.environ, "PATH": PATH}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
+
+    assert completed("fumi-core --use") == "--users"
+    assert completed("fumi-core --users ''") == "compopt -o default"
+    assert completed("fumi-edge --backend-c") == "--backend-ca --backend-cert"
+    assert completed("fumi-edge --cert ''") == "compopt -o default"
 
 
 def test_the_two_programs_run_and_the_file_says_the_same(programs: Programs, certificate: CertificateFiles) -> None:

@@ -61,7 +61,7 @@ def test_the_backend_reads_a_v1_header() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"EHLO localhost\r\nMAIL", V2[:-1] + b"\x21\x00\x00"])
-def test_the_backend_does_without_whoever_sends_no_header(data: bytes) -> None:
+def test_the_backend_rejects_connections_without_a_header(data: bytes) -> None:
     with pytest.raises(backend.BadHeader):
         header_of(data)
 
@@ -84,7 +84,7 @@ def test_a_message_whose_reply_is_another_fails_the_session() -> None:
             client.send_messages(ours, 1, client.body(1024))
 
 
-def test_a_message_has_the_size_asked_for_and_ends_with_a_dot() -> None:
+def test_a_message_has_the_requested_size_and_ends_with_a_dot() -> None:
     message = client.body(5_000_000)
     assert message.endswith(b"\r\n.\r\n")
     assert 0 <= 5_000_000 - (len(message) - 3) < len(client.LINE)
@@ -116,7 +116,7 @@ def test_growth_is_what_a_server_keeps_of_all_loads_but_the_first(monkeypatch: p
     assert done == [10] * 4
 
 
-def test_messages_go_over_as_many_connections_as_asked() -> None:
+def test_messages_use_as_many_connections_as_requested() -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     sessions: list[str] = []
     app.on_connect(lambda ctx, next: sessions.append(ctx.session.id))

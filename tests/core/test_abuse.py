@@ -147,7 +147,7 @@ def test_the_path_of_a_unix_client_is_neither_an_address_nor_a_header(connect: C
     assert session.received_header().count("\r\n") == session.received_header().count("\r\n\t") + 1
 
 
-def test_what_is_not_text_is_made_text(connect: Connect) -> None:
+def test_an_argument_that_is_not_text_is_converted(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
 
     @app.on_mail_from
@@ -220,9 +220,7 @@ def test_close_cancels_handlers_that_do_not_end(connect: Connect) -> None:
         assert client.reply().startswith(b"421 4.3.2")
 
 
-def test_a_delivery_that_is_cancelled_leaves_nothing_behind(
-    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_delivery_that_is_cancelled_leaves_no_file(connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fumi_core.delivery import maildir
 
     app = Fumi(auth_optional=True, close_timeout=0.2)
@@ -248,7 +246,9 @@ def test_a_delivery_that_is_cancelled_leaves_nothing_behind(
     assert not [*(tmp_path / "box" / "tmp").iterdir(), *(tmp_path / "box" / "new").iterdir()]
 
 
-def test_a_failing_handler_is_logged_though_its_client_is_gone(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_handler_is_logged_though_its_client_has_disconnected(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     closed: list[CloseContext] = []
     app.on_close(lambda ctx, next: closed.append(ctx))

@@ -67,7 +67,7 @@ def test_empty_brackets_are_not_every_interface() -> None:
         parse_address("[]:25")
 
 
-def test_a_unix_listener_whose_queue_is_full_is_in_use_and_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_unix_listener_whose_queue_is_full_is_in_use_and_does_not_hang_the_start(tmp_path: Path) -> None:
     address = parse_address(f"unix:{tmp_path}/hung")
     with contextlib.ExitStack() as stack:
         hung = stack.enter_context(socket.socket(socket.AF_UNIX))

@@ -110,7 +110,7 @@ def test_a_cram_md5_digest_that_is_no_digest_is_a_wrong_password(
     assert caplog.text == ""
 
 
-def test_a_refused_xoauth2_client_is_told_why_first(make: Make, connect: Connect) -> None:
+def test_a_rejected_xoauth2_client_gets_the_reason_first(make: Make, connect: Connect) -> None:
     app, _ = make()
     with running(app) as server:
         client = connect(server.port)
@@ -121,7 +121,7 @@ def test_a_refused_xoauth2_client_is_told_why_first(make: Make, connect: Connect
         assert client.say("") == FAILED
 
 
-def test_it_is_offered_where_it_would_be_heard(make: Make, connect: Connect) -> None:
+def test_auth_is_offered_where_it_would_be_accepted(make: Make, connect: Connect) -> None:
     for insecure, tls, offered in ((True, False, True), (False, False, False), (False, True, True)):
         app, _ = make(allow_insecure_auth=insecure, assume_tls=tls)
         with running(app) as server:
@@ -184,7 +184,7 @@ def test_long_responses_are_taken_and_too_long_ones_end_the_exchange(make: Make,
         assert client.say("AUTH PLAIN " + b64("\0joe\0secret")) == OK
 
 
-def test_a_handler_that_fails_is_451_and_nobody_is_let_in(connect: Connect) -> None:
+def test_an_auth_handler_that_fails_is_451_and_authenticates_no_client(connect: Connect) -> None:
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2)
 
     @app.on_auth
@@ -210,7 +210,7 @@ def test_credentials_do_not_show_their_secrets(make: Make, connect: Connect) -> 
     assert "token'" not in repr(seen)
 
 
-def test_a_user_who_is_none_is_nobody(connect: Connect) -> None:
+def test_accepting_none_as_the_user_is_an_error(connect: Connect) -> None:
     app = Fumi(auth_optional=True, allow_insecure_auth=True, close_timeout=0.2)
     app.on_auth(lambda ctx, next: ctx.accept(None))
     with running(app) as server:

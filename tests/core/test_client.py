@@ -43,7 +43,7 @@ def test_replies_are_read_however_they_are_cut(step: int) -> None:
     ],
 )
 @pytest.mark.parametrize("step", [1, 5000])
-def test_what_is_no_reply_is_an_error_at_once(data: bytes, step: int) -> None:
+def test_a_malformed_reply_is_an_error_at_once(data: bytes, step: int) -> None:
     def feed_all(reader: ReplyReader) -> None:
         for at in range(0, len(data), step):
             reader.feed(data[at : at + step])
@@ -64,7 +64,7 @@ def test_stuffed_text_comes_out_of_a_reader_as_it_went_in(text: bytes, step: int
     assert reader.rest == b"QUIT\r\n"
 
 
-def test_requiretls_leaves_this_host_for_nobody() -> None:
+def test_requiretls_mail_never_leaves_this_host() -> None:
     envelope = Envelope(require_tls=True)
     away: Any = SimpleNamespace(extensions={"REQUIRETLS": ""}, local=False)
     for protocol in ("smtp", "lmtp"):

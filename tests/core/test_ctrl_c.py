@@ -80,7 +80,7 @@ def test_ctrl_c_ends_a_program_without_connections_in_silence(terminal: tuple[Te
     assert "draining" not in program.text
 
 
-def test_a_program_that_nobody_watches_does_not_speak_of_ctrl_c(start: Start, connect: Connect) -> None:
+def test_a_program_without_a_terminal_does_not_mention_ctrl_c(start: Start, connect: Connect) -> None:
     port = free_port()
     core = start(*FLAGS, "--listen", f"127.0.0.1:{port}")
     client = connect(port)

@@ -83,13 +83,13 @@ def test_a_connection_that_is_made_when_its_caller_is_cancelled_is_closed(no_gar
     ("address", "words"),
     [("127.0.0.1:1", "Connection refused"), ("unix:/nonexistent/socket", "No such file or directory")],
 )
-def test_why_a_connection_could_not_be_opened_is_said_in_the_systems_words(address: str, words: str) -> None:
+def test_errors_of_connecting_have_the_systems_text(address: str, words: str) -> None:
     with pytest.raises((ConnectionRefusedError, FileNotFoundError)) as found:
         asyncio.run(open_connection(asyncio.Protocol, parse_address(address), 60))
     assert connect_error(found.value) == words
 
 
-def test_a_filter_whose_packets_nobody_takes_is_not_read_any_further() -> None:
+def test_a_filter_whose_packets_are_queued_is_not_read_any_further() -> None:
     async def run() -> None:
         transport, connection = Transport(), MilterConnection()
         connection.connection_made(cast(asyncio.Transport, transport))
@@ -128,7 +128,7 @@ async def linked() -> tuple[Link, Transport]:
     return link, transport
 
 
-def test_logins_of_clients_that_have_gone_do_not_gather_for_a_dovecot_that_reads_nothing() -> None:
+def test_logins_of_disconnected_clients_do_not_accumulate_for_a_dovecot_that_does_not_read() -> None:
     async def run() -> None:
         link, transport = await linked()
         link.pause_writing()

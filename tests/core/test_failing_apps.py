@@ -369,7 +369,7 @@ def test_a_logger_that_raises_changes_nothing(connect: Connect, capfd: pytest.Ca
     assert "broken filter" in capfd.readouterr().err
 
 
-def test_what_at_close_calls_is_called_though_another_one_raises(app: Fumi, caplog: pytest.LogCaptureFixture) -> None:
+def test_functions_of_at_close_are_called_although_another_one_raises(app: Fumi, caplog: pytest.LogCaptureFixture) -> None:
     called: list[int] = []
     app.at_close(lambda: raise_it(ValueError("broken release")))
     app.at_close(lambda: called.append(1))

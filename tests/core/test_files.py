@@ -19,7 +19,7 @@ def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:
     assert read_file(tmp_path / "file") == read_file(str(tmp_path / "link")) == b"content\n"
 
 
-def test_what_is_no_regular_file_is_an_error_and_never_waited_for(tmp_path: Path) -> None:
+def test_a_file_that_is_not_regular_is_an_error_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "sock"))
@@ -42,7 +42,7 @@ def test_a_file_that_is_too_large_is_an_error_before_it_is_in_memory(tmp_path: P
         read_file(path)
 
 
-def test_what_hangs_is_given_up_and_not_tried_again_until_it_has_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_access_that_hangs_times_out_and_is_not_repeated_until_it_has_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "FILE_TIMEOUT", 0.05)
     answer, calls = threading.Event(), []
 

@@ -58,7 +58,7 @@ def test_every_phase_can_refuse_with_its_own_default_code(app: Fumi, connect: Co
         assert server.messages[0].envelope.rcpt_to[0].address == "c@d.example"
 
 
-def test_a_refused_connection_hears_the_refusal_in_place_of_the_banner(app: Fumi, connect: Connect) -> None:
+def test_a_rejected_connection_gets_the_rejection_in_place_of_the_banner(app: Fumi, connect: Connect) -> None:
     @app.on_connect
     def connected(ctx: ConnectContext, next: Next) -> None:
         ctx.reject("Go away")
@@ -80,7 +80,7 @@ def test_an_enhanced_code_of_the_message_is_kept(app: Fumi, connect: Connect) ->
         assert client.say("MAIL FROM:<>") == b"450-4.7.1 Later\r\n450-4.7.1 in two lines\r\n450 4.7.1 and three\r\n"
 
 
-def test_what_cannot_be_sent_in_a_reply_is_not(app: Fumi, connect: Connect) -> None:
+def test_characters_that_a_reply_cannot_have_are_replaced(app: Fumi, connect: Connect) -> None:
     @app.on_mail_from
     async def mail(ctx: MailContext, next: Next) -> None:
         ctx.reject("\x00é\r\n250 2.0.0 forged" + "x" * 2000, 554)
@@ -145,7 +145,7 @@ def test_data_may_choose_the_words_of_the_250(app: Fumi, connect: Connect) -> No
         assert client.say("hi\r\n.") == b"250 2.0.0 queued as X\r\n"
 
 
-def test_a_slow_handler_keeps_the_order_and_stalls_nobody_else(app: Fumi, connect: Connect) -> None:
+def test_a_slow_handler_keeps_the_order_and_delays_no_other_client(app: Fumi, connect: Connect) -> None:
     release = threading.Event()
 
     @app.on_mail_from
@@ -263,7 +263,7 @@ def test_on_close_comes_once_for_each_connection_that_reached_on_connect(app: Fu
 
 
 @pytest.mark.parametrize("ahead", [b"", b"DATA\r\n"])
-def test_a_handler_is_cancelled_when_its_client_is_gone(app: Fumi, connect: Connect, ahead: bytes) -> None:
+def test_a_handler_is_cancelled_when_its_client_disconnects(app: Fumi, connect: Connect, ahead: bytes) -> None:
     seen: list[str] = []
 
     @app.on_rcpt_to
@@ -286,7 +286,7 @@ def test_a_handler_is_cancelled_when_its_client_is_gone(app: Fumi, connect: Conn
         until(lambda: seen == ["waiting", "cancelled", "closed"])
 
 
-def test_a_client_that_says_all_and_half_closes_hears_all(app: Fumi, connect: Connect) -> None:
+def test_a_client_that_sends_all_and_half_closes_gets_all_replies(app: Fumi, connect: Connect) -> None:
     @app.on_mail_from
     async def mail(ctx: MailContext, next: Next) -> None:
         await asyncio.sleep(0.01)

@@ -151,7 +151,7 @@ def test_a_full_disk_is_452(app: Fumi, connect: Connect, monkeypatch: pytest.Mon
         assert deliver(client, SMALL).startswith(b"250 ")
 
 
-def test_a_client_that_goes_leaves_nothing_behind(app: Fumi, connect: Connect) -> None:
+def test_a_client_that_disconnects_leaves_no_temporary_file(app: Fumi, connect: Connect) -> None:
     before = open_temporary_files()
     ended: list[str] = []
 

@@ -31,7 +31,7 @@ def test_each_recipient_gets_its_own_answer(connect: Connect) -> None:
         assert client.say("NOOP").startswith(b"250")
 
 
-def test_one_refusal_is_said_to_every_recipient(connect: Connect) -> None:
+def test_one_rejection_is_the_reply_for_every_recipient(connect: Connect) -> None:
     app = Fumi(auth_optional=True, lmtp=True, close_timeout=0.2)
     app.on_data(lambda ctx, next: ctx.reject("No", 554))
     with running(app) as server:

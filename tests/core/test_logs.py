@@ -39,7 +39,7 @@ def written() -> Iterator[Callable[[logging.Formatter], tuple[logging.Logger, Li
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), logging.Formatter(logging.BASIC_FORMAT)], ids=["ours", "basicConfig"])
-def test_fields_stand_behind_the_words_in_any_text(written: Written, formatter: object) -> None:
+def test_fields_follow_the_message_in_any_text(written: Written, formatter: object) -> None:
     logger, lines = written(formatter)
     event(logger, logging.INFO, "sender accepted", id="1f", user=None, text="two words")
     assert len(lines()) == 1
@@ -47,7 +47,7 @@ def test_fields_stand_behind_the_words_in_any_text(written: Written, formatter: 
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JSONFormatter(), logging.Formatter()], ids=["text", "json", "plain"])
-def test_nobody_can_forge_a_line(written: Written, formatter: object) -> None:
+def test_no_client_can_forge_a_line(written: Written, formatter: object) -> None:
     logger, lines = written(formatter)
     event(logger, logging.INFO, FORGED, sender=FORGED)
     assert len(lines()) == 1
@@ -106,7 +106,7 @@ def words(line: bytes) -> str:
     return line.decode().rstrip("\n").split(" ", 3)[3]
 
 
-def test_who_logs_waits_for_nobody_and_no_line_is_lost_or_out_of_order(outlet: Outlets) -> None:
+def test_logging_never_blocks_and_no_line_is_lost_or_out_of_order(outlet: Outlets) -> None:
     logger, reader, _ = outlet
     for number in range(6000):
         event(logger, logging.INFO, "line", number=number)
@@ -142,7 +142,7 @@ def test_lines_that_there_is_no_room_for_are_counted_where_they_are_missing(
     assert losses
 
 
-def test_what_waits_has_a_moment_at_the_end_and_no_more(outlet: Outlets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queued_lines_have_a_short_time_limit_at_the_end(outlet: Outlets, monkeypatch: pytest.MonkeyPatch) -> None:
     logger, reader, handler = outlet
     for _ in range(6000):
         event(logger, logging.INFO, "line")
@@ -159,7 +159,7 @@ def test_what_waits_has_a_moment_at_the_end_and_no_more(outlet: Outlets, monkeyp
     assert len(lines) == 6000
 
 
-def test_what_waits_at_a_fork_is_written_once(outlet: Outlets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_queued_at_a_fork_are_written_once(outlet: Outlets, monkeypatch: pytest.MonkeyPatch) -> None:
     logger, reader, handler = outlet
     monkeypatch.setattr(logs, "FLUSH_TIMEOUT", 60)
     for _ in range(6000):
@@ -174,7 +174,7 @@ def test_what_waits_at_a_fork_is_written_once(outlet: Outlets, monkeypatch: pyte
     assert lines == {"parent": 6000, "child": 6000}
 
 
-def test_nobody_left_to_read_is_no_error(outlet: Outlets) -> None:
+def test_a_closed_reader_is_no_error(outlet: Outlets) -> None:
     logger, reader, _ = outlet
     reader.close()
     for _ in range(3):

@@ -114,7 +114,7 @@ def test_what_a_removed_reader_was_called_with_is_released_although_the_writer_s
 
 
 @pytest.mark.parametrize("add", [Loop.add_reader, asyncio.SelectorEventLoop.add_reader])
-def test_who_was_removed_in_the_same_round_is_not_called(loop: Loop, add: Callable[..., None]) -> None:
+def test_a_reader_removed_in_the_same_round_is_not_called(loop: Loop, add: Callable[..., None]) -> None:
     """Nor is the next owner of its number, for what was there for it, even if asyncio itself waits for that."""
     pairs = [socket.socketpair() for _ in range(2)]
     called: list[str] = []
@@ -141,7 +141,7 @@ def test_who_was_removed_in_the_same_round_is_not_called(loop: Loop, add: Callab
         sock.close()
 
 
-def test_an_error_in_a_reader_is_told_and_the_others_are_called(loop: Loop) -> None:
+def test_an_error_in_a_reader_is_reported_and_the_others_are_called(loop: Loop) -> None:
     told: list[dict[str, Any]] = []
     called: list[str] = []
     loop.set_exception_handler(lambda _, context: told.append(context))
@@ -159,7 +159,7 @@ def test_an_error_in_a_reader_is_told_and_the_others_are_called(loop: Loop) -> N
         loop.remove_writer(other)
 
 
-def test_what_cannot_be_waited_for_is_an_error(loop: Loop, tmp_path: Path) -> None:
+def test_a_descriptor_that_cannot_be_watched_is_an_error(loop: Loop, tmp_path: Path) -> None:
     with (tmp_path / "file").open("w") as file, pytest.raises(PermissionError):
         loop.add_reader(file.fileno(), print)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -267,7 +267,9 @@ def test_timers_that_readers_cancel_do_not_pile_up(loop: Loop, pair: tuple[socke
     assert sum(isinstance(each, asyncio.TimerHandle) for each in gc.get_objects()) < 1000
 
 
-def test_another_thread_is_heard_although_there_is_always_something_to_read(loop: Loop, pair: tuple[socket.socket, ...]) -> None:
+def test_calls_of_another_thread_run_although_there_is_always_something_to_read(
+    loop: Loop, pair: tuple[socket.socket, ...]
+) -> None:
     def each(rounds: int) -> None:
         if rounds == 1:
             thread.start()

@@ -73,7 +73,7 @@ def test_a_message_leaves_a_line_that_names_it(core: Core, tmp_path: Path) -> No
     assert "secret" not in (tmp_path / "log").read_text()
 
 
-def test_who_is_refused_is_named_with_the_reason(core: Core) -> None:
+def test_rejected_recipients_are_logged_with_the_reason(core: Core) -> None:
     port, log = core("--deliver", "maildir:inbox", "--domain", "example.org", "--size", "1000")
     with smtplib.SMTP("127.0.0.1", port) as client:
         client.ehlo()
@@ -93,7 +93,7 @@ def test_who_is_refused_is_named_with_the_reason(core: Core) -> None:
     assert (line["to"], line["code"]) == ("joe@example.org", 552)
 
 
-def test_what_may_come_again_is_deferred_in_the_log(core: Core, tmp_path: Path) -> None:
+def test_4xx_replies_are_logged_as_deferred(core: Core, tmp_path: Path) -> None:
     port, log = core("--deliver", "maildir:inbox")
     (tmp_path / "inbox" / "tmp").rmdir()  # nothing can be written
     with smtplib.SMTP("127.0.0.1", port) as client, pytest.raises(smtplib.SMTPDataError):
@@ -111,7 +111,7 @@ def test_of_many_recipients_some_are_named(core: Core) -> None:
     assert line["to"].endswith("9@example.org,and 3 more")
 
 
-def test_a_failed_login_is_told_with_its_client_and_nothing_that_was_typed(core: Core, tmp_path: Path) -> None:
+def test_a_failed_login_is_logged_with_its_client_and_nothing_that_was_typed(core: Core, tmp_path: Path) -> None:
     done = subprocess.run([PROGRAM, "--hash-password"], input=b"secret\n", capture_output=True, check=True)
     (tmp_path / "users").write_text(f"joe:{done.stdout.decode().strip()}\n")
     port, log = core("--deliver", "discard:", "--users", "users", "--allow-insecure-auth")

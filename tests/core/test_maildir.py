@@ -70,7 +70,7 @@ def test_messages_of_any_size_arrive_byte_for_byte(box: Path, connect: Connect, 
     assert body_of(stored(box)[0]) == b"\n" * bool(lines) + lines.replace(b"\r\n", b"\n")
 
 
-def test_what_a_maildir_cannot_keep_is_neither_offered_nor_taken(box: Path, connect: Connect) -> None:
+def test_extensions_that_a_maildir_cannot_support_are_neither_offered_nor_accepted(box: Path, connect: Connect) -> None:
     with running(build(box)) as server:
         client = connect(server.port)
         offered = client.say("EHLO client.example").replace(b"250 ", b"250-").split(b"\r\n")

@@ -169,7 +169,7 @@ def test_the_variables_are_the_address_its_local_part_and_its_domain(template: s
 
 
 @pytest.mark.parametrize("value", ["", ".", "..", ".x", "a/b", "/", "a\0", "a\n", "\x7f", "\u2028", "\ud800"])
-def test_what_is_no_name_is_no_path(value: str) -> None:
+def test_values_that_are_no_file_names_have_no_path(value: str) -> None:
     for name in "und":
         assert MaildirTemplate(f"/srv/%{name}").paths({"u": "u", "n": "n", "d": "d", name: value}) is None
 
@@ -184,7 +184,7 @@ def test_a_path_without_variables_may_have_percent_signs(tmp_path: Path) -> None
     assert parse_target(f"maildir:{tmp_path}/50%").check() is not None
 
 
-def test_when_the_directory_of_all_users_is_gone_recipients_are_deferred(mail: Path, connect: Connect) -> None:
+def test_without_the_directory_of_all_users_recipients_are_deferred(mail: Path, connect: Connect) -> None:
     """It may be on a file system that is not mounted."""
     with running(build(mail)) as server:
         client = ready(connect(server.port))

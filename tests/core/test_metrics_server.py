@@ -118,7 +118,7 @@ def test_a_request_without_an_end_has_its_time(endpoint: int, monkeypatch: pytes
         assert ended(sock)
 
 
-def test_where_all_clients_have_asked_the_oldest_makes_room(endpoint: int) -> None:
+def test_if_all_clients_have_sent_a_request_the_oldest_is_closed(endpoint: int) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(MAX_REQUESTS):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint), 30))

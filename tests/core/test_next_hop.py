@@ -57,7 +57,7 @@ def without_trace(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 70_000, 3_000_000])
-def test_a_message_arrives_byte_for_byte_behind_our_received_line(chain: Chain, connect: Connect, size: int) -> None:
+def test_a_message_arrives_byte_for_byte_after_our_received_line(chain: Chain, connect: Connect, size: int) -> None:
     text = (b"..dots\r\n.\r\nx.\r\n" + b"x" * 60 + b"\r\n") * (size // 76) + b"." * (size % 76) + b"\r\n" * (size > 0)
     behind, server = chain()
     client = connect(server.port)
@@ -162,7 +162,9 @@ def test_parameters_that_the_next_hop_does_not_offer_are_left_out(scripted_hop: 
     assert hop.lines == [b"EHLO front.example", b"HELO front.example", b"MAIL FROM:<a@b.example>", b"RCPT TO:<c@d.example>"]
 
 
-def test_what_the_next_hop_cannot_carry_is_refused_at_mail(scripted_hop: StartHop, serve: Serve, connect: Connect) -> None:
+def test_messages_that_the_next_hop_cannot_carry_are_rejected_at_mail(
+    scripted_hop: StartHop, serve: Serve, connect: Connect
+) -> None:
     hop = scripted_hop(EHLO=b"250-hop\r\n250 CHUNKING\r\n")
     server = serve(front(f"smtp:{hop.address}"))
     client = connect(server.port)
@@ -248,7 +250,7 @@ def test_a_transaction_given_up_is_reset_there_at_once(scripted_hop: StartHop, s
     assert hop.connections == 1
 
 
-def test_what_a_handler_behind_refuses_the_next_hop_never_hears_of(
+def test_a_rejection_by_an_earlier_handler_is_never_sent_to_the_next_hop(
     scripted_hop: StartHop, serve: Serve, connect: Connect
 ) -> None:
     hop = scripted_hop()
@@ -265,7 +267,7 @@ def test_what_a_handler_behind_refuses_the_next_hop_never_hears_of(
     assert hop.lines[-1] == b"RCPT TO:<c@d.example>"
 
 
-def test_a_recipient_refused_behind_the_next_hops_back_gets_nothing(
+def test_a_recipient_that_a_handler_rejects_after_the_next_hop_gets_nothing(
     scripted_hop: StartHop, serve: Serve, connect: Connect
 ) -> None:
     hop = scripted_hop()
@@ -334,7 +336,7 @@ def greeting(*keywords: str) -> bytes:
     ids=lambda keywords: " ".join(sorted(keywords)) or "nothing",
 )
 @pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
-def test_what_a_message_needs_all_the_way_is_offered_as_the_next_hop_offers_it(
+def test_extensions_that_need_the_next_hop_are_offered_as_it_offers_them(
     scripted_hop: StartHop, serve: Serve, connect: Connect, protocol: str, keywords: tuple[str, ...], expected: set[str]
 ) -> None:
     hop = scripted_hop(**{"EHLO" if protocol == "smtp" else "LHLO": greeting(*keywords)})
@@ -357,7 +359,7 @@ def test_what_is_offered_changes_with_each_new_connection_to_the_next_hop(
         assert offered(client) == expected
 
 
-def test_what_was_offered_a_moment_ago_is_deferred_and_not_rejected(
+def test_parameters_of_an_extension_withdrawn_just_now_are_deferred_and_not_rejected(
     scripted_hop: StartHop, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hop = scripted_hop(EHLO=greeting("SMTPUTF8"), MAIL=None)

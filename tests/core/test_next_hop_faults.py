@@ -113,7 +113,7 @@ def test_a_broken_next_hop_is_a_451_and_the_session_goes_on(
     until(lambda: hop.open == 0)
 
 
-def test_nobody_there_is_451(connect: Connect, front: Front, tmp_path: Path) -> None:
+def test_an_unreachable_next_hop_is_451(connect: Connect, front: Front, tmp_path: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))  # and nobody listens
         assert talk(connect(front(f"127.0.0.1:{sock.getsockname()[1]}").port)) == DOWN
@@ -251,7 +251,7 @@ def test_after_the_final_dot_nothing_is_tried_again(scripted_hop: StartHop, conn
     assert (hop.connections, len(hop.messages)) == (1, 1)
 
 
-def test_what_is_idle_too_long_is_left(
+def test_a_connection_idle_too_long_is_closed(
     scripted_hop: StartHop, connect: Connect, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "IDLE_SECONDS", 0.1)

@@ -43,7 +43,7 @@ RECIPIENTS = ("a@d.example", "b@d.example", "c@d.example")
     ],
     ids=["mixed", "words of their own", "lost after the first", "shut down"],
 )
-def test_an_lmtp_client_hears_the_answer_for_each_recipient(
+def test_an_lmtp_client_gets_a_reply_for_each_recipient(
     scripted_hop: StartHop, connect: Connect, answers: list[bytes | None], replies: list[bytes]
 ) -> None:
     hop = scripted_hop(dot=answers)
@@ -55,7 +55,7 @@ def test_an_lmtp_client_hears_the_answer_for_each_recipient(
     assert hop.lines[0] == b"LHLO front.example"
 
 
-def test_an_lmtp_recipient_said_twice_is_one(scripted_hop: StartHop, connect: Connect) -> None:
+def test_an_lmtp_recipient_given_twice_is_one(scripted_hop: StartHop, connect: Connect) -> None:
     hop = scripted_hop()
     with running(front(f"lmtp:{hop.address}", lmtp=True)) as server:
         client = connect(server.port)

@@ -130,13 +130,13 @@ def test_disabled_commands_take_their_extensions_along() -> None:
         assert not offers(keyword, secure=True, authenticates=True, disabled_commands=[verb])
 
 
-def test_disabled_commands_without_auth_ask_nobody_for_it() -> None:
+def test_disabled_commands_with_auth_require_no_authentication() -> None:
     said = b"NOOP\r\n" * 20 + b"MAIL FROM:<>\r\n"
     assert answer(said, auth_optional=False, disabled_commands=["AUTH"]).startswith("250")
     assert answer(said, auth_optional=False).startswith("421")
 
 
-def test_hide_starttls_makes_it_a_word_nobody_knows() -> None:
+def test_hide_starttls_makes_it_an_unknown_command() -> None:
     assert answer(b"STARTTLS\r\n").startswith("502")
     assert "STARTTLS" in answer(b"HELP\r\n").split()
     assert answer(b"STARTTLS\r\n", hide_starttls=True) == "500 5.5.2 Error: command not recognized"
@@ -241,7 +241,7 @@ def test_lenient_addresses_takes_what_devices_send() -> None:
         assert answer(b"MAIL FROM:root\r\n", lenient_addresses=lenient).startswith("250" if lenient else "501")
 
 
-def test_max_recipients_is_told_and_one_more_refused() -> None:
+def test_max_recipients_is_announced_and_one_more_rejected() -> None:
     assert "250 LIMITS RCPTMAX=1" in replies(b"", max_recipients=1)
     said = ENVELOPE + b"RCPT TO:<c@d.example>\r\n"
     assert answer(said, max_recipients=1).startswith("452 4.5.3")
@@ -254,7 +254,7 @@ def test_max_errors_are_forgiven_and_no_more() -> None:
     assert replies(b"BOGUS\r\n", max_errors=0)[-1].startswith("421 4.7.0")
 
 
-def test_max_unauthenticated_commands_are_heard_and_no_more() -> None:
+def test_max_unauthenticated_commands_are_answered_and_one_more_is_421() -> None:
     heard = replies(b"NOOP\r\n" * 3, max_unauthenticated_commands=3, auth_optional=False)[-3:]
     assert [line[:3] for line in heard] == ["250", "250", "421"]
 
@@ -397,11 +397,11 @@ def test_the_commands_that_can_be_disabled_are_those_that_are_known() -> None:
     assert {verb.decode() for verb in Tally().commands} - {"OTHER"} == set(VERBS)
 
 
-def test_use_xclient_lets_a_trusted_proxy_say_who_its_client_is() -> None:
+def test_use_xclient_lets_a_trusted_proxy_name_its_client() -> None:
     for use, answer in ((False, "502 5.5.1"), (True, "220 mx.example")):
         assert replies(b"XCLIENT ADDR=192.0.2.7\r\n", use_xclient=use)[-1].startswith(answer)
 
 
-def test_use_xforward_lets_a_trusted_proxy_tell_of_its_client() -> None:
+def test_use_xforward_records_the_client_of_a_trusted_proxy() -> None:
     for use, answer in ((False, "502 5.5.1"), (True, "250 2.0.0")):
         assert replies(b"XFORWARD ADDR=192.0.2.7\r\n", use_xforward=use)[-1].startswith(answer)

@@ -56,30 +56,30 @@ def banner(app: Fumi, connect_from: ConnectFrom) -> Banner:
     return hear
 
 
-def test_a_listed_client_is_told_by_whom(banner: Banner) -> None:
+def test_the_reply_to_a_listed_client_names_the_zone(banner: Banner) -> None:
     assert banner(Zone({"4.4.8.8.bl.example": "127.0.0.2"})) == b"554 5.7.1 Client host [8.8.4.4] blocked using bl.example\r\n"
 
 
-def test_zones_are_asked_in_order_until_one_lists_it(banner: Banner) -> None:
+def test_zones_are_queried_in_order_until_one_lists_it(banner: Banner) -> None:
     resolve = Zone({"4.4.8.8.other.example": "127.0.0.10"})
     assert b"blocked using other.example" in banner(resolve)
     assert resolve.asked == ["4.4.8.8.bl.example", "4.4.8.8.other.example"]
 
 
-def test_the_first_zone_that_lists_it_is_the_last_asked(banner: Banner) -> None:
+def test_the_first_zone_that_lists_it_is_the_last_queried(banner: Banner) -> None:
     resolve = Zone({"4.4.8.8.bl.example": "127.0.0.2"})
     banner(resolve)
     assert resolve.asked == ["4.4.8.8.bl.example"]
 
 
-def test_an_ipv6_address_is_asked_for_by_nibbles(banner: Banner) -> None:
+def test_an_ipv6_address_is_looked_up_by_nibbles(banner: Banner) -> None:
     resolve = Zone()
     assert banner(resolve, "2a00:1450:4001::1b").startswith(b"220")
     assert resolve.asked[0] == "b.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.1.0.0.4.0.5.4.1.0.0.a.2.bl.example"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "192.168.1.1", "169.254.1.1", "::1", "fe80::1", "fd00::1"])
-def test_an_address_that_is_not_public_is_not_asked_about(banner: Banner, address: str) -> None:
+def test_an_address_that_is_not_public_is_not_looked_up(banner: Banner, address: str) -> None:
     resolve = Zone()
     assert banner(resolve, address).startswith(b"220")
     assert resolve.asked == []
@@ -95,7 +95,7 @@ def test_an_address_that_is_not_public_is_not_asked_about(banner: Banner, addres
         (OSError("the resolver is ill"), "the resolver is ill"),
     ],
 )
-def test_what_is_no_verdict_lets_in_with_one_line(
+def test_an_invalid_answer_of_a_zone_admits_the_client_and_logs_one_line(
     banner: Banner, caplog: pytest.LogCaptureFixture, answer: Any, problem: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -161,7 +161,7 @@ def asked_by(clients: int, server: RunningServer, connect_from: ConnectFrom, res
 @pytest.mark.parametrize(
     ("failure", "needed"), [(OSError("down"), 3), (TimeoutError(), 3), ("203.0.113.9", 3), ("127.255.255.254", 1)]
 )
-def test_a_dead_zone_is_left_out_and_then_asked_by_one_client_a_minute(
+def test_a_dead_zone_is_skipped_and_then_queried_for_one_client_a_minute(
     app: Fumi, connect_from: ConnectFrom, clock: Clock, caplog: pytest.LogCaptureFixture, failure: Any, needed: int
 ) -> None:
     resolve = DeadZone(failure)
@@ -233,7 +233,7 @@ def test_a_resolver_that_hangs_holds_up_neither_others_nor_more_threads(
 @pytest.mark.parametrize(
     "zones", [[], "zen.spamhaus.org", ["spamhaus"], ["zen spamhaus.org"], ["-a.example"], ["a..example"], ["b" * 190 + ".x"], [1]]
 )
-def test_what_is_not_a_zone_is_refused(zones: Any) -> None:
+def test_an_invalid_zone_is_an_error(zones: Any) -> None:
     with pytest.raises(ValueError, match=r"zen\.spamhaus\.org"):
         plugins.dnsbl(zones)
 

@@ -159,7 +159,7 @@ def test_each_login_that_dovecot_accepts_and_this_server_cannot_is_one_line(
     assert [record.getMessage().partition(" id=")[0] for record in caplog.records] == ["unusable reply from Dovecot"] * 3
 
 
-def test_a_login_name_that_is_not_utf8_lets_nobody_in(dovecot: StartDovecot, connect: Connect) -> None:
+def test_a_login_name_that_is_not_utf8_is_rejected(dovecot: StartDovecot, connect: Connect) -> None:
     def serve(peer: Peer) -> None:
         peer.raw(AUTH_HANDSHAKE)
         for request in peer.requests():
@@ -176,7 +176,7 @@ def test_a_login_name_that_is_not_utf8_lets_nobody_in(dovecot: StartDovecot, con
         ("PLAIN", ("PLAIN", [b"\0joe\0secret"])),
     ],
 )
-def test_login_is_asked_as_plain_where_dovecot_has_only_that(
+def test_login_is_sent_as_plain_where_dovecot_has_only_that(
     dovecot: StartDovecot, connect: Connect, offered: str, expected: tuple[str, list[bytes]]
 ) -> None:
     asked: list[str] = []
@@ -232,7 +232,7 @@ def test_only_the_mechanisms_that_dovecot_has_are_offered(dovecot: StartDovecot,
         assert log_in(connect, core.port, xoauth2("joe", "token")) == b"504 5.5.4 Unrecognized authentication type\r\n"
 
 
-def test_a_password_with_a_nul_is_wrong_and_nobody_is_asked(dovecot: StartDovecot, connect: Connect) -> None:
+def test_a_password_with_a_nul_is_wrong_and_not_sent_to_dovecot(dovecot: StartDovecot, connect: Connect) -> None:
     with running(build(dovecot(answering("OK", "user=joe")).address)) as server:
         client = connect(server.port)
         client.say("EHLO client.example")
@@ -285,7 +285,7 @@ def test_many_logins_share_one_connection_and_are_answered_in_any_order(dovecot:
     assert fake.connections == 1
 
 
-def test_a_dovecot_that_was_restarted_is_asked_over_a_new_connection(dovecot: StartDovecot, connect: Connect) -> None:
+def test_after_a_restart_dovecot_gets_requests_over_a_new_connection(dovecot: StartDovecot, connect: Connect) -> None:
     fake = dovecot(answering("OK", "user=joe"))
     with running(build(fake.address)) as server:
         for number in range(3):
@@ -408,7 +408,7 @@ def test_a_client_that_goes_cancels_its_login(dovecot: StartDovecot, connect: Co
     ],
     ids=lambda text: repr(text[:30]) + str(len(text)),
 )  # fmt: skip
-def test_what_is_no_dovecot_lets_nobody_in_and_hangs_nobody(
+def test_a_server_that_is_not_dovecot_accepts_no_login_and_hangs_no_client(
     dovecot: StartDovecot, connect: Connect, monkeypatch: pytest.MonkeyPatch, handshake: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(channel, "CONNECT_TIMEOUT", 0.3)
@@ -427,7 +427,7 @@ def test_what_is_no_dovecot_lets_nobody_in_and_hangs_nobody(
     assert "secret" not in caplog.text
 
 
-def test_an_answer_to_another_login_lets_nobody_in(dovecot: StartDovecot, connect: Connect) -> None:
+def test_a_reply_to_another_login_authenticates_no_client(dovecot: StartDovecot, connect: Connect) -> None:
     """Neither one that was given already, nor one that nobody asked for."""
 
     def serve(peer: Peer) -> None:
@@ -457,7 +457,7 @@ def test_when_the_numbers_of_requests_are_used_up_there_is_a_new_connection(
 
 
 @pytest.mark.parametrize("address", ["fd:3", ":1234", "nonsense", "unix:", ""])
-def test_what_cannot_be_connected_to_is_an_error(address: str) -> None:
+def test_an_address_that_cannot_be_connected_to_is_an_error(address: str) -> None:
     with pytest.raises(ValueError, match=r"^dovecot_auth: "):
         plugins.dovecot_auth(address)
 

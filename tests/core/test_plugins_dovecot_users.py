@@ -108,7 +108,7 @@ def test_the_delimiter_is_a_choice(dovecot: StartDovecot, connect: Connect) -> N
 
 
 @pytest.mark.parametrize("handshake", ["", "VERSION\t2\t0\nSPID\t1\n", AUTH_HANDSHAKE, "USER\t1\tjoe\n"], ids=repr)
-def test_what_is_no_userdb_accepts_nobody(
+def test_a_server_that_is_not_a_userdb_accepts_no_recipient(
     dovecot: StartDovecot, connect: Connect, handshake: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def serve(peer: Peer) -> None:

@@ -80,7 +80,7 @@ def test_a_try_long_after_the_first_is_a_first_one(app: Fumi, connect_from: Conn
         assert rcpt(client).startswith(b"250")
 
 
-def test_who_passed_is_known_as_long_as_it_comes_again(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
+def test_a_triplet_is_remembered_while_it_is_used(app: Fumi, connect_from: ConnectFrom, clock: Clock) -> None:
     with running(app) as server:
         client = connect_from(server.port, "192.0.2.1")
         rcpt(client)

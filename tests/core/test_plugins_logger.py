@@ -134,7 +134,7 @@ def test_how_an_authentication_ended_is_logged_and_no_credential(
     assert not any(word in caplog.text for word in ("wrong", "secret", "AGpv", "AGJs"))
 
 
-def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, connect: Connect, lines: Lines) -> None:
+def test_a_message_is_logged_as_rejected_or_aborted_as_the_client_sees_it(app: Fumi, connect: Connect, lines: Lines) -> None:
     with running(app) as server:
         client = connect(server.port)
         client.envelope()
@@ -150,7 +150,7 @@ def test_a_message_is_refused_or_aborted_as_the_client_hears_it(app: Fumi, conne
     assert messages[1].startswith("message aborted client_ip=127.0.0.1 from=a@b.example recipients=1 ")
 
 
-def test_the_size_is_the_messages_though_nobody_reads_it(connect: Connect, lines: Lines, tmp_path: Path) -> None:
+def test_the_size_is_the_messages_although_no_handler_reads_it(connect: Connect, lines: Lines, tmp_path: Path) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2).use(plugins.logger())
 
     @app.on_data
@@ -186,14 +186,14 @@ def test_in_lmtp_the_refused_recipients_are_counted(connect: Connect, lines: Lin
     assert next(line for line in lines() if line.startswith("message")) == expected
 
 
-def test_who_came_through_a_terminator_is_named_with_it(connect: Connect, lines: Lines) -> None:
+def test_a_session_through_a_tls_proxy_is_logged_with_its_address(connect: Connect, lines: Lines) -> None:
     app = Fumi(auth_optional=True, proxy_protocol="required", assume_tls=True, close_timeout=0.2).use(plugins.logger())
     with running(app) as server:
         connect(server.port, ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.1", 1), ("192.0.2.2", 25)).to_bytes())
     assert lines()[0] == "connection accepted client_ip=192.0.2.1 proxy=127.0.0.1 tls=yes"
 
 
-def test_nothing_is_remembered_of_who_is_gone(connect: Connect) -> None:
+def test_disconnected_clients_leave_no_state(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2).use(plugins.logger())
     closed: list[CloseContext] = []
     app.on_close(lambda ctx, next: closed.append(ctx))

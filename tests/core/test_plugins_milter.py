@@ -78,7 +78,7 @@ def deliver(server: RunningServer, connect: Connect, text: bytes = MESSAGE, *rec
 # What the filter hears
 
 
-def test_the_filter_hears_of_each_step(scripted_milter: StartMilter, connect: Connect) -> None:
+def test_the_filter_gets_each_step(scripted_milter: StartMilter, connect: Connect) -> None:
     milter = scripted_milter()
     with running(build(milter)) as server:
         client = connect(server.port)
@@ -130,7 +130,7 @@ def test_the_macros_are_those_of_postfix(scripted_milter: StartMilter, connect: 
     assert milter.macros["data"] == milter.macros["eoh"] == milter.macros["end"] == {b"i": id}
 
 
-def test_the_filter_hears_of_the_clients_tls(scripted_milter: StartMilter, connect: Connect) -> None:
+def test_the_filter_gets_the_clients_tls_macros(scripted_milter: StartMilter, connect: Connect) -> None:
     milter = scripted_milter()
     app = build(milter)
     handlers = app._handlers["connect"]
@@ -336,7 +336,9 @@ def test_a_discarded_message_is_accepted_and_not_delivered(stage: str, scripted_
 
 
 @pytest.mark.parametrize("stage", ["connect", "helo"])
-def test_an_accepted_client_is_not_asked_about_again(stage: str, scripted_milter: StartMilter, connect: Connect) -> None:
+def test_a_filter_that_accepts_a_client_gets_no_more_steps_of_it(
+    stage: str, scripted_milter: StartMilter, connect: Connect
+) -> None:
     milter = scripted_milter(**{stage: ACCEPT})
     with running(build(milter)) as server:
         client = connect(server.port)
@@ -347,7 +349,7 @@ def test_an_accepted_client_is_not_asked_about_again(stage: str, scripted_milter
 
 
 @pytest.mark.parametrize("stage", ["mail", "rcpt", "data", "header", "eoh", "body", "end"])
-def test_an_accepted_message_is_delivered_and_the_next_is_asked_about(
+def test_an_accepted_message_is_delivered_and_the_next_is_sent_to_the_filter(
     stage: str, scripted_milter: StartMilter, connect: Connect
 ) -> None:
     milter = scripted_milter(**{stage: ACCEPT})
@@ -389,7 +391,7 @@ def test_several_filters_in_order(scripted_milter: StartMilter, connect: Connect
     assert delivered.texts == [b"A: b\r\nX-First: 1\r\nX-Second: 2\r\n\r\nbody\r\n"]
 
 
-def test_what_one_filter_rejects_no_other_sees(scripted_milter: StartMilter, connect: Connect) -> None:
+def test_a_sender_that_one_filter_rejects_is_not_sent_to_the_next(scripted_milter: StartMilter, connect: Connect) -> None:
     first, second = scripted_milter(mail=REJECT), scripted_milter()
     with running(build(first, second)) as server:
         client = connect(server.port)
@@ -527,7 +529,7 @@ BROKEN: dict[str, bytes | None] = {
 @pytest.mark.parametrize("broken", BROKEN)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("failure", ["tempfail", "accept"])
-def test_a_filter_that_fails_at_any_step_defers_mail_or_lets_it_pass(
+def test_a_filter_that_fails_at_any_step_defers_mail_or_accepts_it(
     step: str, broken: str, failure: str, scripted_milter: StartMilter, connect: Connect
 ) -> None:
     milter = scripted_milter(**{step: BROKEN[broken]})
@@ -548,7 +550,9 @@ def test_a_filter_that_fails_at_any_step_defers_mail_or_lets_it_pass(
 
 
 @pytest.mark.parametrize("failure", ["tempfail", "accept"])
-def test_what_a_failure_leaves_of_a_transaction(failure: str, scripted_milter: StartMilter, connect: Connect) -> None:
+def test_after_a_failure_the_filter_gets_nothing_more_of_the_transaction(
+    failure: str, scripted_milter: StartMilter, connect: Connect
+) -> None:
     """The filter fails between two recipients, and has not heard of the sender afterwards."""
     milter = scripted_milter(rcpt=one_by_one([CONTINUE, None, CONTINUE]))
     delivered = Delivered()
@@ -616,7 +620,7 @@ def test_a_negotiation_that_fails_defers_mail(answer: bytes, scripted_milter: St
         assert client.say("MAIL FROM:<a@b.example>") == UNAVAILABLE
 
 
-def test_a_filter_must_not_answer_what_it_was_not_asked(scripted_milter: StartMilter, connect: Connect) -> None:
+def test_unsolicited_data_from_a_filter_is_a_failure(scripted_milter: StartMilter, connect: Connect) -> None:
     """With no answer to MAIL agreed, one that comes might be taken for the answer to RCPT."""
     milter = scripted_milter(negotiate=negotiated(steps=0x4000), mail=CONTINUE, rcpt=b"")
     with running(build(milter)) as server:

@@ -331,7 +331,7 @@ def test_changes_are_made_one_after_the_other() -> None:
     assert [field.text for field in changed([new_field(b"B", b"0", False)], changes, False)] == [b"A: 3", b"B: 0"]
 
 
-def test_what_is_not_agreed_cannot_be_changed(scripted_milter: StartMilter, connect: Connect) -> None:
+def test_a_change_that_was_not_negotiated_is_a_failure(scripted_milter: StartMilter, connect: Connect) -> None:
     for actions, made in [
         (0x1FE, add(b"X", b"y")),
         (0x1FE, insert(0, b"X", b"y")),

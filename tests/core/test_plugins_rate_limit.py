@@ -67,6 +67,6 @@ def test_a_client_is_an_address_whatever_its_connections(app: Fumi, connect_from
         (1, "5", "burst"),
     ],
 )
-def test_what_is_not_a_rate_is_refused(per_minute: Any, burst: Any, problem: str) -> None:
+def test_an_invalid_rate_is_an_error(per_minute: Any, burst: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         plugins.rate_limit(per_minute, burst)

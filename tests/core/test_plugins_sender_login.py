@@ -92,7 +92,7 @@ def test_users_that_are_no_texts_need_a_function_that_names_them(connect: Connec
         assert answer(client, "ann@example.org") == NOT_YOURS
 
 
-def test_what_is_no_domain_is_refused() -> None:
+def test_an_invalid_domain_is_an_error() -> None:
     with pytest.raises(ValueError, match="is not a domain"):
         plugins.sender_login(["joe@example.org"])
 

@@ -113,7 +113,7 @@ def test_ports_that_the_kernel_chose_are_in_the_log(start: Start, connect: Conne
 
 
 @pytest.mark.parametrize(("mode", "given"), [(0o660, "flag"), (0o606, "file")])
-def test_a_unix_socket_gets_the_mode_that_was_asked_for(start: Start, tmp_path: Path, mode: int, given: str) -> None:
+def test_a_unix_socket_gets_the_requested_mode(start: Start, tmp_path: Path, mode: int, given: str) -> None:
     (tmp_path / "f.toml").write_text(f'socket-mode = "{mode:o}"\n')
     flags = ("--socket-mode", f"0{mode:o}") if given == "flag" else ("--config", "f.toml")
     start("--listen", f"unix:{tmp_path}/sock", "--proxy-protocol", "off", "--deliver", "discard:", *flags, wait="starting")

@@ -119,7 +119,7 @@ def test_check_connects_to_dovecot_and_names_what_does_not_fit(
     assert done.stderr.count("\n") == bool(reason)
 
 
-def test_what_is_no_dovecot_is_named_by_check(dovecot: StartDovecot, tmp_path: Path) -> None:
+def test_check_names_a_server_that_is_not_dovecot(dovecot: StartDovecot, tmp_path: Path) -> None:
     smtp = dovecot(lambda peer: peer.raw("220 mail.example ESMTP\r\n"))
     done = run("--check", "--listen", "127.0.0.1:0", "--dovecot-auth", smtp.address, cwd=tmp_path)
     assert done.returncode == 2

@@ -51,7 +51,7 @@ def test_a_wrong_setting_is_one_line_and_exit_2(arguments: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("reference", "wanted"), [("./m5.py:app", "write m5:app"), ("sub/m5.py:app", "write sub.m5:app"), ("m5.py:a", "write m5:a")]
 )
-def test_who_names_an_app_by_its_file_hears_how_to_name_it(reference: str, wanted: str, tmp_path: Path) -> None:
+def test_the_error_for_the_file_of_an_app_says_how_to_name_it(reference: str, wanted: str, tmp_path: Path) -> None:
     done = run(reference, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert wanted in done.stderr
@@ -155,7 +155,7 @@ def test_a_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, text: str, p
 
 
 @pytest.mark.parametrize(("name", "warned"), [("localhost", True), ("localhost.localdomain.", True), ("mx.example.org", False)])
-def test_a_server_that_calls_itself_localhost_is_told_of_name(start: Start, name: str, warned: bool) -> None:
+def test_a_banner_with_localhost_is_a_warning_that_names_the_flag(start: Start, name: str, warned: bool) -> None:
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--deliver", "discard:", "--name", name)
     program = start(*flags, wait="starting")  # which is logged after the warnings
     text = program.log.read_text()

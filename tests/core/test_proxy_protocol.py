@@ -15,7 +15,7 @@ from tests.core.proxy_headers import CHECKSUMMED, FACTS, HEADERS, SIGNATURE, TCP
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_recorded_header_is_taken_whole_and_nothing_behind_it(name: str) -> None:
+def test_a_recorded_header_is_read_whole_and_nothing_after_it(name: str) -> None:
     for behind in (b"", b"EHLO x\r\n", b"\x00", b"\xff" * 5000):
         found = parse(HEADERS[name] + behind)
         assert found is not None

@@ -76,7 +76,7 @@ def test_local_is_written_without_addresses_but_with_a_checksum() -> None:
     assert parsed(raw) == ProxyHeader(version=2, command="LOCAL")
 
 
-def test_a_checksum_among_the_tlvs_is_made_anew_at_the_end() -> None:
+def test_a_checksum_among_the_tlvs_is_computed_at_the_end() -> None:
     header = ProxyHeader(2, "PROXY", "TCP4", *ENDPOINTS["TCP4"], ((pp.PP2_TYPE_CRC32C, b"junk"), (0xE0, b"x")))
     again = parsed(header.to_bytes())
     assert [kind for kind, _ in again.tlvs] == [0xE0, pp.PP2_TYPE_CRC32C]
@@ -107,7 +107,7 @@ def test_a_path_is_bytes_in_disguise_as_everywhere_in_python() -> None:
     ],
     ids=["bare", "server only", "verified", "unverified", "no name"],
 )
-def test_what_is_known_of_tls_survives_the_journey(tls: TLSInfo) -> None:
+def test_tls_facts_are_the_same_after_encoding_and_decoding(tls: TLSInfo) -> None:
     header = ProxyHeader(2, "PROXY", "TCP4", *ENDPOINTS["TCP4"], pp.tls_tlvs(tls))
     assert parsed(header.to_bytes()).tls == tls
 
@@ -147,7 +147,7 @@ def test_the_ssl_flags_and_verify_are_the_specifications() -> None:
         (ProxyHeader(2, "PROXY", tlvs=((pp.PP2_TYPE_SSL, b"\x01"),)), "SSL"),
     ],
 )
-def test_what_cannot_be_written_is_a_value_error(header: ProxyHeader, problem: str) -> None:
+def test_a_header_that_cannot_be_encoded_is_a_value_error(header: ProxyHeader, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         header.to_bytes()
 

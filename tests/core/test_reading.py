@@ -317,7 +317,7 @@ def test_only_accepted_messages_are_recorded(connect: Connect) -> None:
         assert len(server.messages) == 1
 
 
-def test_a_test_server_that_cannot_listen_leaves_nothing_behind(app: Fumi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_server_that_cannot_listen_leaves_no_thread(app: Fumi, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fails(*arguments: object) -> None:
         raise OSError("no such port")
 

@@ -186,7 +186,7 @@ def test_a_broken_file_leaves_everything_as_it_was(
     assert not server.knows("bob")
 
 
-def test_what_needs_a_restart_is_named(server: Server, workers: str) -> None:
+def test_settings_that_need_a_restart_are_named(server: Server, workers: str) -> None:
     server.write("deliver = 'discard:'\nsize = 1\nbanner = 'b'\n", "ann")
     server.start("--workers", workers)
     server.write(f"workers = 5\nmetrics = '127.0.0.1:{free_port()}'\ndeliver = 'discard:'\nsize = 2\nbanner = 'b'\n", "ann")
@@ -274,7 +274,7 @@ app = Fumi(auth_optional=True)
     assert server.program.stop() == 0
 
 
-def test_what_is_asked_for_many_times_is_done_once_more() -> None:
+def test_many_calls_during_a_run_cause_one_further_run() -> None:
     begun = 0
 
     async def scenario() -> None:

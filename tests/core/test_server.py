@@ -59,7 +59,7 @@ def test_silence_is_421(connect: Connect) -> None:
         assert client.reply() == b""
 
 
-def test_silence_in_a_message_is_421_and_the_handler_hears_of_it(connect: Connect) -> None:
+def test_silence_in_a_message_is_421_and_raises_in_the_handler(connect: Connect) -> None:
     app = Fumi(auth_optional=True, socket_timeout=1, close_timeout=0.2)
     failures: list[BaseException] = []
 
@@ -165,7 +165,7 @@ def test_an_endless_line_is_discarded_and_answered_once(connect: Connect) -> Non
         assert client.say("NOOP " + "x" * 4090).startswith(b"500")
 
 
-def test_close_lets_a_transaction_end_and_says_421_to_the_idle(connect: Connect) -> None:
+def test_close_waits_for_the_end_of_a_transaction_and_sends_421_to_idle_clients(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=20)
     with running(app) as server:
         idle, busy = connect(server.port), connect(server.port)

@@ -60,7 +60,7 @@ def test_the_header_says_who_the_client_is_and_how_it_came(behind: Behind, conne
     assert " with ESMTPS id conn-1" in trace
 
 
-def test_the_header_may_come_byte_by_byte_with_commands_behind_it(behind: Behind, connect: Connect) -> None:
+def test_the_header_may_arrive_byte_by_byte_with_commands_after_it(behind: Behind, connect: Connect) -> None:
     app, sessions = behind()
     with running(app) as server:
         client = connect(server.port, banner=False)
@@ -149,7 +149,7 @@ def test_a_header_that_does_not_come_is_not_waited_for(behind: Behind, connect: 
 
 
 @pytest.mark.parametrize("said", [b"", b"EHLO x\r\n"])
-def test_who_connects_without_a_proxy_is_told_of_the_option_in_the_log(
+def test_the_log_names_the_flag_for_clients_without_a_proxy(
     behind: Behind, connect: Connect, caplog: pytest.LogCaptureFixture, said: bytes
 ) -> None:
     app, _ = behind(proxy_timeout=0.1)

@@ -99,7 +99,7 @@ def test_an_action_is_no_setting_of_a_file(program: str, keys: tuple[str, ...], 
         ("fumi-edge", ("--workers", "all"), "'all' is not a number of processes or \"auto\": write one such as 4"),
     ],
 )
-def test_what_is_no_number_is_told_what_one_looks_like(program: str, flags: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_number_has_an_example(program: str, flags: tuple[str, ...], said: str, tmp_path: Path) -> None:
     assert said in refusal(run(program, *flags, cwd=tmp_path))
 
 
@@ -215,7 +215,7 @@ def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("check", [(), ("--check",)])
 @pytest.mark.parametrize("flag", ["user", "cert", "key", "client-ca"])
-def test_what_has_a_name_has_some(flag: str, check: tuple[str, ...], tmp_path: Path) -> None:
+def test_names_of_files_and_users_must_not_be_empty(flag: str, check: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "f.toml").write_text(f"{flag} = ''")
     assert f"'--{flag}': must not be empty" in refusal(run("fumi-edge", f"--{flag}", "", *check, cwd=tmp_path))
     assert f'f.toml: {flag} = "": must not be empty' in refusal(run("fumi-edge", "--config", "f.toml", *check, cwd=tmp_path))
@@ -293,7 +293,7 @@ def test_a_socket_of_ones_own_was_not_passed(program: str, metrics: bool, tmp_pa
         ("a." * 128 + "example", "is not a domain"),
     ],
 )
-def test_what_no_recipient_can_have_is_no_domain(domain: str, said: str, tmp_path: Path) -> None:
+def test_a_domain_that_no_recipient_can_have_is_an_error(domain: str, said: str, tmp_path: Path) -> None:
     line = refusal(run("fumi-core", "--domain", domain, "--deliver", "discard:", "--check", cwd=tmp_path))
     assert "'--domain'" in line
     assert said in line

@@ -88,7 +88,7 @@ SENT_OK = [b"220", b"250", b"250", b"250"]
 
 @pytest.mark.parametrize("cut", ["whole", "around the dot", "bytes"])
 @pytest.mark.parametrize("before", NEWLINES, ids=repr)
-def test_no_sequence_but_one_splits_a_message_behind_data(server: RunningServer, before: bytes, cut: str) -> None:
+def test_no_sequence_but_one_ends_a_message_after_data(server: RunningServer, before: bytes, cut: str) -> None:
     normalizes = server.app.options.bare_newlines == "normalize"
     for sequence in SEQUENCES[before]:
         text = b"Subject: one\r\n\r\none" + sequence + SECOND + b"\r\n"

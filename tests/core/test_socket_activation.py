@@ -55,7 +55,7 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_passed_sockets_are_listened_on_when_nothing_else_is_said(
+def test_passed_sockets_are_the_default_listeners(
     activate: Activate, listener: socket.socket, connect: Connect, workers: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as second:

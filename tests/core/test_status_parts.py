@@ -60,7 +60,7 @@ def test_rates_are_what_a_counter_grew_by_in_a_second(measured: Measured) -> Non
     assert history.rate(series("things_total")) == 0
 
 
-def test_a_counter_that_begins_anew_is_no_negative_rate(measured: Measured) -> None:
+def test_a_counter_that_is_reset_is_no_negative_rate(measured: Measured) -> None:
     history, counter, _, _, pass_by = measured
     counter.labels("a").inc(100)
     pass_by()
@@ -70,7 +70,7 @@ def test_a_counter_that_begins_anew_is_no_negative_rate(measured: Measured) -> N
     assert history.rate(series("things_total")) == 0
 
 
-def test_what_is_too_old_is_forgotten(measured: Measured) -> None:
+def test_samples_older_than_the_span_are_dropped(measured: Measured) -> None:
     history, _, gauge, _, pass_by = measured
     for value in range(1000):
         gauge.set(value)
@@ -166,7 +166,7 @@ def test_markup_escapes_text_and_attributes() -> None:
         (wording.date(0), "1970-01-01"),
     ],
 )
-def test_numbers_are_said_for_people(said: str, meant: str) -> None:
+def test_numbers_are_formatted_for_people(said: str, meant: str) -> None:
     assert said == meant
 
 
@@ -202,7 +202,7 @@ def test_the_state_is_the_worst_of_all(
     assert not reasons or "; ".join(reasons) in page.words
 
 
-def test_what_an_event_says_is_text_without_the_client() -> None:
+def test_events_are_escaped_and_do_not_identify_the_client() -> None:
     page, facts = page_of([SERVING])
     assert not {"b", "i"} & {tag for tag, _ in page.tags}
     (row,) = page.tables["Last 50 events: errors, rejections, reloads, restarts"][1:]

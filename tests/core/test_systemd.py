@@ -66,7 +66,7 @@ def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_systemd_hears_of_start_reload_and_stop(systemd: Systemd, start: Start, workers: str) -> None:
+def test_systemd_is_notified_of_start_reload_and_stop(systemd: Systemd, start: Start, workers: str) -> None:
     port = free_port()
     flags = ("--listen", f"127.0.0.1:{port}", "--deliver", "discard:", "--workers", workers)
     program = start(*flags, environment=systemd.environment)
@@ -257,7 +257,7 @@ def test_a_watchdog_meant_for_another_process_is_none(start: Start, tmp_path: Pa
         assert systemd.silent(0.1)
 
 
-def test_what_is_said_once_waits_until_systemd_has_heard_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_single_notification_waits_until_systemd_has_read_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(fumi_core.runtime.systemd, "NOTIFY_TIMEOUT", 60)
     with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
         others = systemd.busy()
@@ -277,7 +277,7 @@ def test_what_is_said_once_waits_until_systemd_has_heard_the_others(monkeypatch:
         telling.join()
 
 
-def test_a_systemd_that_hears_nothing_is_not_waited_for_for_long(
+def test_a_systemd_that_reads_nothing_is_not_waited_for_for_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fumi_core.runtime.systemd, "NOTIFY_TIMEOUT", 0.01)

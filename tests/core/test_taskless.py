@@ -264,7 +264,7 @@ def test_a_walk_in_another_thread_is_not_the_one_that_runs_here() -> None:
         thread.join()
 
 
-def test_a_walk_that_waits_for_a_future_is_told_what_to_do() -> None:
+def test_a_walk_that_awaits_a_future_raises_an_error_that_names_in_task() -> None:
     async def main() -> BaseException | None:
         return await _end(asyncio.sleep(0))
 

@@ -48,7 +48,7 @@ def test_a_password_is_known_by_its_hash_alone() -> None:
     assert hashed != users.hash_password("sécret: $")
 
 
-def test_users_of_the_file_are_let_in(tmp_path: Path) -> None:
+def test_users_of_the_file_can_log_in(tmp_path: Path) -> None:
     path = tmp_path / "users"
     path.write_text(f"# people\n\njoe@b.example:{users.hash_password('one')}\nann:{users.hash_password('two')}\n")
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2).use(users.Users(str(path)))
@@ -91,7 +91,7 @@ def test_every_check_costs_the_same_whether_there_is_such_a_user_or_not(
     assert set(seen[0]) == {users.Cost(2, 8, 1), users.Cost(3, 8, 1)}
 
 
-def test_users_with_hashes_of_several_costs_are_let_in(tmp_path: Path) -> None:
+def test_users_with_hashes_of_several_costs_can_log_in(tmp_path: Path) -> None:
     path = write_users(tmp_path, strong=hashed("one", log_n=3), weak=hashed("two", log_n=2))
     app = Fumi(allow_insecure_auth=True, close_timeout=0.2).use(users.Users(path))
     with running(app) as server:
@@ -191,7 +191,7 @@ def test_a_wrong_line_is_named_by_check(tmp_path: Path, line: str, reason: str) 
 
 
 @pytest.mark.parametrize("text", ["", "\ufeff", "# nobody\n\n"])
-def test_a_file_without_users_is_a_warning_and_lets_nobody_in(tmp_path: Path, text: str) -> None:
+def test_a_file_without_users_is_a_warning_and_no_login_succeeds(tmp_path: Path, text: str) -> None:
     (tmp_path / "users").write_text(text)
     done = finished("fumi-core", "--users", "users", "--check", cwd=tmp_path)
     assert done.returncode == 0
@@ -202,7 +202,7 @@ def test_a_file_without_users_is_a_warning_and_lets_nobody_in(tmp_path: Path, te
         assert authenticate(server.port, "joe", "") == 535
 
 
-def test_what_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_or_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"jos\xe9:x\n")
     os.mkfifo(tmp_path / "fifo")
     for name, reason in (("latin", "is not UTF-8 text"), ("fifo", "it is not a regular file")):
@@ -244,7 +244,7 @@ def test_hash_password_without_an_input_is_one_line() -> None:
     assert done.stderr == "Error: --hash-password: the password is empty\n"
 
 
-def test_hash_password_asks_on_a_terminal() -> None:
+def test_hash_password_prompts_on_a_terminal() -> None:
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [PROGRAM, "--hash-password"], stdin=child, stdout=subprocess.PIPE, stderr=child, start_new_session=True

@@ -255,7 +255,7 @@ app = Broken()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_what_is_a_soft_stop_to_others_is_nothing(start: Start, connect: Connect, workers: str) -> None:
+def test_sigusr1_and_sigusr2_are_ignored(start: Start, connect: Connect, workers: str) -> None:
     port = free_port()
     listen = ("--listen", f"127.0.0.1:{port}", "--proxy-protocol", "off", "--metrics", f"127.0.0.1:{free_port()}")
     program = start(*listen, "--deliver", "discard:", "--workers", workers)

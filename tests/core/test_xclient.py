@@ -88,7 +88,7 @@ def test_an_authenticated_proxy_is_not_the_user_of_the_clients_it_names() -> Non
     assert seen[0]["user"] is None
 
 
-def test_what_xclient_does_not_know_is_unknown() -> None:
+def test_attributes_unavailable_in_xclient_are_unknown() -> None:
     with recorded("data") as (seen, port):
         talk(port, b"XCLIENT ADDR=[UNAVAILABLE] NAME=[TEMPUNAVAIL] PORT=[UNAVAILABLE]\r\n", HELLO, MESSAGE)
     assert (seen[0]["remote_address"], seen[0]["remote_port"]) == ("unknown", 0)
@@ -102,7 +102,7 @@ def test_xforward_is_for_one_transaction() -> None:
     assert seen[0]["remote_address"] == "127.0.0.1"
 
 
-def test_a_client_behind_a_terminator_forges_nothing() -> None:
+def test_a_client_behind_a_tls_proxy_forges_nothing() -> None:
     header = ProxyHeader(2, "PROXY", "TCP4", ("203.0.113.9", 5), ("192.0.2.1", 25)).to_bytes()
     with recorded("data", proxy_protocol="required") as (seen, port):
         answer = talk(port, header, HELLO, b"XCLIENT ADDR=127.0.0.1 LOGIN=root\r\n", b"XFORWARD ADDR=127.0.0.1\r\n", MESSAGE)
@@ -111,7 +111,7 @@ def test_a_client_behind_a_terminator_forges_nothing() -> None:
     assert (seen[0]["remote_address"], seen[0]["user"], seen[0]["xforward"]) == ("203.0.113.9", None, {})
 
 
-def test_a_client_whom_the_proxy_does_not_name_is_not_the_proxy() -> None:
+def test_a_client_that_the_proxy_does_not_name_is_not_the_proxy() -> None:
     with recorded(proxy_protocol="required") as (_, port):
         replies = talk(port, b"PROXY UNKNOWN\r\n", HELLO, b"XCLIENT ADDR=192.0.2.9\r\n", b"XFORWARD NAME=x\r\n")
     assert b"XCLIENT" not in replies

@@ -111,7 +111,7 @@ def test_a_plaintext_clients_bytes_are_counted_once(backend: StartBackend, edge:
     until(lambda: program.metric("fumi_edge_bytes_total", direction="in") == total, "the count")
 
 
-def test_clients_that_break_off_after_the_handshake_deafen_nobody(edge: StartEdge, clients: Clients) -> None:
+def test_clients_that_reset_after_the_handshake_affect_no_other_client(edge: StartEdge, clients: Clients) -> None:
     """Their descriptors pass to others. Many dead backends keep the edge busy, so that the reset comes before it has the 421."""
     dead = [f"127.0.0.{number}:9" for number in range(1, 255)]
     program = edge("--handshake-timeout", "20", *(f"--backend={address}" for address in dead[1:]), backend=dead[0])

@@ -131,7 +131,7 @@ def test_key_and_cert_are_text_bytes_or_paths(
             assert smtp.noop()[0] == 250
 
 
-def test_ca_asks_clients_for_a_certificate(make: MakeApp, clients: Clients, authority: Authority) -> None:
+def test_ca_requests_a_certificate_from_clients(make: MakeApp, clients: Clients, authority: Authority) -> None:
     names = []
     app = make(secure=True, ca=Path(authority.path).read_bytes())
     app.on_mail_from(lambda ctx, next: names.append((ctx.session.tls.client_cert_verified, ctx.session.tls.client_cn)))
@@ -236,7 +236,7 @@ def test_a_balancers_header_comes_before_tls(make: MakeApp, context: ssl.SSLCont
     assert session.secure
 
 
-def test_close_lets_a_message_end(make: MakeApp, context: ssl.SSLContext) -> None:
+def test_close_waits_for_the_end_of_a_message(make: MakeApp, context: ssl.SSLContext) -> None:
     app = make(secure=True, close_timeout=30)
     with running(app) as server, smtplib.SMTP_SSL("127.0.0.1", server.port, context=context, timeout=30) as smtp:
         smtp.ehlo()
@@ -262,7 +262,7 @@ def test_without_a_certificate_it_is_the_core(context: ssl.SSLContext) -> None:
         assert not server.messages[0].session.secure
 
 
-def test_what_cannot_work_is_said_at_once(pem: dict[str, str], make_certificate: MakeCertificate) -> None:
+def test_settings_that_cannot_work_are_reported_at_startup(pem: dict[str, str], make_certificate: MakeCertificate) -> None:
     for wrong in ({"secure": True}, {"key": pem["key"]}, {"ca": pem["cert"]}):
         with pytest.raises(TypeError, match="needs a certificate"):
             Fumi(**wrong)

@@ -38,7 +38,7 @@ def test_a_backend_that_failed_is_tried_again_after_a_while_by_one_client_at_a_t
     assert list(backends.candidates(100.0 + AVOID_SECONDS)) == [first, second]
 
 
-def test_what_the_checks_call_down_does_not_come_back_by_waiting(pool: MakePool) -> None:
+def test_a_backend_that_checks_found_down_is_not_up_again_after_a_time(pool: MakePool) -> None:
     backends = pool("127.0.0.1:1", "127.0.0.1:2", balance="first")
     first, second = backends.all
     first.unhealthy(BackendError.BANNER, "554")
@@ -365,7 +365,7 @@ def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
-def test_while_all_addresses_are_known_to_have_failed_the_resolver_is_asked_before_they_are_tried(
+def test_while_all_addresses_are_known_to_have_failed_the_name_is_resolved_before_they_are_tried(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
 ) -> None:
     """Each may take the whole connect timeout, and the name may have moved meanwhile."""
@@ -412,7 +412,7 @@ def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(
     assert caplog.text.count("keeping the old addresses") == 1
 
 
-def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(
+def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_reported(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``[::1]`` without IPv6, or no port left: neither must look like a backend that is merely not busy."""
@@ -431,7 +431,7 @@ def test_a_backend_that_no_address_of_ours_can_reach_is_down_and_said_to_be(
     assert caplog.text.count("reason=unreachable") == 2
 
 
-def test_a_backend_that_cannot_be_connected_to_in_time_is_said_to_be(
+def test_a_backend_that_cannot_be_connected_to_in_time_is_reported(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def nowhere(*_: object) -> None:

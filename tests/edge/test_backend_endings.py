@@ -44,7 +44,7 @@ def time_waits(port: int) -> int:
     return sum(row[2].endswith(f":{port:04X}") and row[3] == "06" for row in rows)
 
 
-def test_thousands_of_short_connections_leave_no_port_behind(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+def test_thousands_of_short_connections_use_up_no_ports(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     """With QUIT, with an upgrade, and without a word; it is the backend that closes first and keeps the TIME_WAIT."""
     server = backend()
     program = edge("--log-level", "debug", backend=server)
@@ -86,7 +86,7 @@ def test_thousands_of_short_connections_leave_no_port_behind(backend: StartBacke
     assert time_waits(port) < each * threads // 100
 
 
-def test_a_backend_that_goes_on_sending_after_quit_is_broken_off_and_holds_up_nobody(pool: MakePool) -> None:
+def test_a_backend_that_goes_on_sending_after_quit_is_reset_and_delays_no_other_client(pool: MakePool) -> None:
     """Something to read is always there, so the event loop would never get a turn, nor a timeout its time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port, stop = server.getsockname()[1], threading.Event()

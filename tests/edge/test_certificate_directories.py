@@ -22,7 +22,7 @@ def dev(tmp_path: Path) -> Path:
     return tmp_path / "dev"
 
 
-def test_an_authority_in_a_directory_is_left_alone_and_said_to_be(dev: Path, authority: Authority) -> None:
+def test_a_ca_certificate_in_a_directory_is_skipped_and_logged(dev: Path, authority: Authority) -> None:
     for key in (dev / "ca.key", None):
         certificates = Certificates([(dev, None)])
         assert [entry.name for entry in certificates.entries] == ["mail.example.org"]
@@ -35,7 +35,7 @@ def test_an_authority_in_a_directory_is_left_alone_and_said_to_be(dev: Path, aut
         Certificates([(dev, None)])  # no authority: somebody has forgotten its key
 
 
-def test_what_holds_no_certificate_is_left_alone_in_a_directory_and_said_to_be(authority: Authority, tmp_path: Path) -> None:
+def test_files_of_a_directory_without_a_certificate_are_skipped_and_logged(authority: Authority, tmp_path: Path) -> None:
     cert, key = authority.issue("localhost")
     both = tmp_path / "localhost.pem"
     both.write_text(cert.read_text() + key.read_text())

@@ -66,7 +66,7 @@ def test_an_expired_ca_certificate_is_warned_of_and_fails_the_check(
     assert finished("fumi-edge", "--cert", cert, "--key", key, "--backend", server.address, "--check").returncode == 0
 
 
-def test_what_serves_nobody_is_said_at_the_start(
+def test_certificates_that_no_cipher_works_with_are_reported_at_startup(
     backend: StartBackend, edge: StartEdge, make_authority: MakeAuthority, tmp_path: Path
 ) -> None:
     authority = make_authority("An authority")

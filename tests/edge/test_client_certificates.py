@@ -63,7 +63,7 @@ def context(clients: Clients) -> MakeContext:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("demand", ["optional", "required"])
-def test_the_backend_is_told_of_a_clients_certificate(
+def test_the_backend_gets_the_facts_of_a_clients_certificate(
     backend: StartBackend,
     edge: StartEdge,
     clients: Clients,
@@ -172,7 +172,7 @@ def test_optional_means_that_a_client_may_have_none(
         ("nobody", "-tls1_2", "alert handshake failure:"),
     ],
 )
-def test_a_refused_client_hears_why(
+def test_a_rejected_client_gets_the_reason(
     backend: StartBackend,
     edge: StartEdge,
     authority: Authority,
@@ -203,7 +203,7 @@ def test_a_refused_client_hears_why(
     assert len(server.peers) == (1 if starttls else 0)
 
 
-def test_a_refused_client_may_go_on_talking_and_still_hears_why(
+def test_a_rejected_client_that_goes_on_sending_still_gets_the_reason(
     backend: StartBackend, edge: StartEdge, clients: Clients, authority: Authority, context: MakeContext
 ) -> None:
     """The edge reads on for a while: to close with its words unread would reset the connection, and destroy the alert."""
@@ -249,7 +249,7 @@ def test_a_name_that_is_no_text_leaves_a_client_without_a_name(
     assert (ssl_of(server.peer()).client, ssl_of(server.peer()).verify) == (0x07, 0)
 
 
-def test_new_authorities_are_asked_from_the_next_reload_on(
+def test_new_client_cas_are_used_after_the_next_reload(
     backend: StartBackend,
     edge: StartEdge,
     clients: Clients,

@@ -60,9 +60,7 @@ def test_running_out_of_descriptors_is_survived(
     assert len(program.events("cannot accept, pausing")) == 1
 
 
-def test_whom_there_are_no_descriptors_for_waits_and_hears_no_421(
-    backend: StartBackend, edge: StartEdge, clients: Clients
-) -> None:
+def test_clients_without_a_free_descriptor_wait_and_get_no_421(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     """A client takes two: where there is one left, it is not accepted, and the backend's are not missed."""
     program = edge("--health-interval", "0.2", backend=backend())
     most = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)[1]

@@ -16,9 +16,7 @@ from tests.support.waiting import until
 PORTS = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
 
 
-def test_dev_mode_leaves_no_key_behind_when_it_is_told_twice_to_stop(
-    clients: Clients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_dev_mode_leaves_no_key_after_a_second_signal(clients: Clients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     program = Program("--dev", *PORTS, "--drain-timeout", "600", cwd=tmp_path)
     try:

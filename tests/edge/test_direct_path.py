@@ -87,7 +87,7 @@ def test_a_client_that_upgraded_gets_no_second_banner_and_is_secure(make: Callab
     assert session.tls.version == "TLSv1.3"
 
 
-def test_a_client_that_is_rejected_after_its_upgrade_hears_it_at_its_first_command(
+def test_a_client_that_is_rejected_after_its_upgrade_gets_the_reply_to_its_first_command(
     make: Callable[..., Fumi], context: ssl.SSLContext
 ) -> None:
     app = make()

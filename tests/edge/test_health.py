@@ -176,7 +176,7 @@ def test_when_all_backends_are_down_readiness_names_each(interval: str, edge: St
     until(lambda: program.fetch("/readyz") == (503, wanted), "the checks")
 
 
-def test_a_backend_that_greets_with_something_else_gets_nobody(
+def test_a_backend_with_another_banner_than_220_gets_no_clients(
     backend: StartBackend, edge: StartEdge, served: Callable[[Program], None]
 ) -> None:
     """Connecting to it works, and still nothing but the checks brings it back."""
@@ -237,7 +237,7 @@ def test_a_backend_that_answers_header_or_quit_with_an_error_is_down(
     assert (failed["reason"], failed["error"]) == ("banner", detail)
 
 
-def test_a_backend_that_waits_for_a_header_that_is_off_is_said_to(backend: StartBackend, edge: StartEdge) -> None:
+def test_a_backend_that_waits_for_a_header_that_is_off_is_reported(backend: StartBackend, edge: StartEdge) -> None:
     server = backend(lambda peer: peer.rest(), proxy=False)
     program = edge("--health-interval", "0.05", "--health-timeout", "0.1", "--proxy-protocol", "off", backend=server)
     await_backend(program, server, 0)
@@ -259,7 +259,7 @@ def test_when_all_are_down_they_are_tried_all_the_same(backend: StartBackend, ed
     assert program.events("backend up") == []
 
 
-def test_checks_that_hang_hold_up_nobody(edge: StartEdge, clients: Clients, backend: StartBackend) -> None:
+def test_checks_that_hang_delay_no_client(edge: StartEdge, clients: Clients, backend: StartBackend) -> None:
     """A backend that accepts and says nothing is down; clients go to the other."""
 
     def handler(peer: Peer) -> None:

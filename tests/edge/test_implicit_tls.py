@@ -15,7 +15,7 @@ from tests.edge.program import Program, StartEdge
 from tests.support.certificates import CertificateFiles
 
 
-def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+def test_the_backend_gets_the_clients_address_and_tls_facts(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     server = backend()
     program = edge("--alpn", "smtp", backend=server)
     context = clients.context()
@@ -43,7 +43,7 @@ def test_the_backend_is_told_who_the_client_is_and_how_it_came(backend: StartBac
     assert (ended["bytes_in"], ended["bytes_out"]) == (6, len(b"220 backend.test ESMTP\r\n221 2.0.0 bye\r\n"))
 
 
-def test_a_resumed_session_of_tls_1_2_names_the_server_that_is_asked_for_now(
+def test_a_resumed_session_of_tls_1_2_has_the_server_name_of_this_handshake(
     backend: StartBackend, edge: StartEdge, clients: Clients
 ) -> None:
     server = backend()

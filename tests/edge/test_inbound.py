@@ -82,7 +82,7 @@ HEADERS = [
 
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "starttls"])
 @pytest.mark.parametrize(("header", "source", "destination"), HEADERS)
-def test_the_backend_and_the_log_are_told_of_the_original_client(
+def test_the_backend_and_the_log_get_the_original_client(
     behind: Behind, arrive: Arrive, header: bytes, source: Endpoint, destination: Endpoint, tls: bool
 ) -> None:
     program, server = behind()
@@ -118,7 +118,7 @@ def test_the_balancers_unique_id_is_kept(behind: Behind, arrive: Arrive, given: 
     assert program.ended()[0]["id"] == logged
 
 
-def test_what_the_balancer_says_of_tls_is_not_passed_on(behind: Behind, arrive: Arrive) -> None:
+def test_tls_facts_of_the_balancer_are_not_passed_on(behind: Behind, arrive: Arrive) -> None:
     program, server = behind()
     lie = tls_tlvs(TLSInfo("TLSv1.3", "TLS_AES_128_GCM_SHA256", "liar.test", None, True, True, "liar"))
     arrive(program, v2(tlvs=lie), tls=False).line()
@@ -130,9 +130,7 @@ def test_what_the_balancer_says_of_tls_is_not_passed_on(behind: Behind, arrive: 
 
 
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "starttls"])
-def test_local_is_the_balancer_itself_and_nobodys_client_for_the_backend_either(
-    behind: Behind, arrive: Arrive, tls: bool
-) -> None:
+def test_local_is_the_balancer_itself_and_no_client_for_the_backend_either(behind: Behind, arrive: Arrive, tls: bool) -> None:
     program, server = behind()
     client = arrive(program, ProxyHeader(2, "LOCAL").to_bytes(), tls=tls)
     assert client.line().startswith(b"220")
@@ -172,7 +170,7 @@ def test_header_and_commands_may_come_in_one_packet_or_byte_by_byte(behind: Behi
     assert server.peer(1).header.source == SOURCE6
 
 
-def test_who_is_not_trusted_is_closed_at_once_and_counted(behind: Behind, clients: Clients) -> None:
+def test_an_untrusted_peer_is_closed_at_once_and_counted(behind: Behind, clients: Clients) -> None:
     program, server = behind("--trusted-proxy", "192.0.2.0/24")
     assert ended(clients.plain(program.starttls_port)) == b""
     with pytest.raises((ssl.SSLError, ConnectionError)):
@@ -279,7 +277,7 @@ def test_a_header_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("size", [1, 7, len(v2()) - 1, len(v2()), len(v2()) + 1, 1000])
-def test_a_header_is_read_however_it_is_cut_and_nothing_behind_it(size: int) -> None:
+def test_a_header_is_read_in_pieces_of_any_length_and_nothing_after_it(size: int) -> None:
     async def scenario() -> None:
         near, far = socket.socketpair()
         with near, far:

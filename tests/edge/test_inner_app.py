@@ -106,7 +106,7 @@ def test_a_reload_refuses_settings_of_backends_as_the_start_does(directory: Path
         assert failed["error"] == "--backend is for backends, which myapp:app replaces: remove it"
 
 
-def test_sigterm_lets_a_message_end(directory: Path, context: ssl.SSLContext) -> None:
+def test_sigterm_waits_for_the_end_of_a_message(directory: Path, context: ssl.SSLContext) -> None:
     with program(directory) as edge:
         smtp = smtplib.SMTP_SSL("localhost", edge.tls_port, context=context)
         smtp.ehlo()

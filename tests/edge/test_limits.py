@@ -107,7 +107,7 @@ def test_behind_a_balancer_it_is_the_clients_address_that_counts(
     assert rejected(program, reason) == 3
 
 
-def test_a_client_that_was_turned_away_does_not_count_as_open(backend: StartBackend, edge: StartEdge, come: Come) -> None:
+def test_a_rejected_client_does_not_count_as_open(backend: StartBackend, edge: StartEdge, come: Come) -> None:
     program = edge("--accept-proxy", "--max-clients", "2", "--max-clients-per-ip", "1", backend=backend())
     header = ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.7", 1), ("192.0.2.1", 25)).to_bytes()
     listener = f"127.0.0.1:{program.starttls_port}"
@@ -156,7 +156,7 @@ def test_a_flood_is_counted_whole_and_logged_in_few_lines(
     assert program.events("connection ended") == []
 
 
-def test_what_is_unsaid_at_the_end_is_said(backend: StartBackend, edge: StartEdge, come: Come) -> None:
+def test_rejections_not_logged_yet_are_logged_at_the_end(backend: StartBackend, edge: StartEdge, come: Come) -> None:
     program = edge("--max-clients-per-ip", "1", "--drain-timeout", "0", backend=backend())
     come(program.starttls_port).line()
     for _ in range(5):
@@ -217,7 +217,7 @@ def test_those_who_are_refused_do_not_wait_longer_for_it() -> None:
     assert limits.admit("192.0.2.1") is None
 
 
-def test_who_has_left_is_forgotten() -> None:
+def test_clients_that_have_left_take_no_memory() -> None:
     limits = Limits(ClientLimits(10, 1, None), count_of_one_process(), clock=Clock())
     for number in range(200):
         host = f"10.0.0.{number}"

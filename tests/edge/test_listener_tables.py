@@ -220,7 +220,7 @@ def test_a_backend_of_several_listeners_is_checked_once_and_readiness_is_for_all
     assert checks == ["LOCAL"]
 
 
-def test_readiness_without_health_checks_asks_the_backends_of_all_listeners_at_once(
+def test_readiness_without_health_checks_checks_the_backends_of_all_listeners_concurrently(
     tables: Tables, backend: StartBackend, certificate: CertificateFiles
 ) -> None:
     """Each of these takes as long as it may, and answers only when both have been asked."""

@@ -346,7 +346,7 @@ def test_the_readme_explains_every_reason() -> None:
     assert sorted(explained) == sorted(ENDS)
 
 
-def test_a_connection_that_is_not_let_in_is_a_line_too(scene: Scene) -> None:
+def test_a_rejected_connection_is_logged_too(scene: Scene) -> None:
     scene.start("--max-clients", "1")
     scene.over_tls()
     assert scene.starttls_port().rest()

@@ -208,7 +208,7 @@ def test_people_on_this_host_see_the_mail(view: View, client: str, host: str) ->
 
 @pytest.mark.parametrize("path", ["/mail", "/mail.eml"])
 @pytest.mark.parametrize("client", ["192.0.2.1", "10.0.0.1", "2001:db8::1", "::ffff:192.0.2.1", "", "localhost"])
-def test_nobody_on_another_host_sees_the_mail(view: View, path: str, client: str) -> None:
+def test_the_mail_is_not_shown_to_other_hosts(view: View, path: str, client: str) -> None:
     view.store(b"Subject: one\n\nhello\n")
     answer = view.ask(path, client=client, id=view.links()[0])
     assert (answer.status, answer.data) == ("403 Forbidden", None)

@@ -63,7 +63,7 @@ def test_starttls_inside_a_message_that_comes_with_its_envelope_is_only_text(
     assert len(server.peers) == 1
 
 
-def test_what_answers_an_auth_challenge_is_no_command(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
+def test_a_response_to_an_auth_challenge_is_no_command(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
     """STARTTLS is good base64."""
 
     def handler(peer: Peer) -> None:
@@ -99,7 +99,7 @@ HTTP = [b"GET / HTTP/1.1\r\nHost: x\r\nAccept: y\r\n\r\n", b"POST /a HTTP/1.0\r\
 @pytest.mark.parametrize(
     ("flags", "hellos"), [((), NOT_SMTP), (("--require-tls",), NOT_SMTP + HTTP)], ids=["", "require-tls"]
 )  # fmt: skip
-def test_who_does_not_speak_smtp_gets_one_554_and_the_end(
+def test_a_client_that_does_not_send_smtp_gets_one_554_and_is_disconnected(
     backend: StartBackend, edge: StartEdge, greeted: Greet, flags: tuple[str, ...], hellos: list[bytes]
 ) -> None:
     server = backend()
@@ -134,7 +134,7 @@ def test_with_require_tls_junk_ends_after_some_errors_with_a_421(backend: StartB
 
 
 @pytest.mark.parametrize("hello", [b"\x16\x03\x01\x02\x00\x01\x00", b"\0\0\0\n", b"\x16\x03\x01\n\n"])
-def test_tls_and_other_binary_on_a_starttls_port_is_turned_away(
+def test_tls_and_other_binary_data_on_a_starttls_port_is_rejected(
     backend: StartBackend, edge: StartEdge, greeted: Greet, hello: bytes
 ) -> None:
     program = edge(backend=backend())

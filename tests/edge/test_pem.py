@@ -35,7 +35,7 @@ def test_certificate_and_key_may_be_given_as_text(make_certificate: MakeCertific
     "case",
     ["missing", "directory", "no certificate", "no key", "other key", "encrypted", "no key file", "nonsense", "weak", "half"],
 )
-def test_what_cannot_be_used_is_one_line_that_names_the_file(
+def test_an_unusable_certificate_is_an_error_of_one_line_that_names_the_file(
     make_certificate: MakeCertificate, tmp_path: Path, case: str
 ) -> None:
     cert, key = make_certificate("localhost")
@@ -82,7 +82,7 @@ def test_what_cannot_be_used_is_one_line_that_names_the_file(
     assert str(caught.value).startswith("/")
 
 
-def test_who_has_another_form_hears_how_to_convert_it(make_certificate: MakeCertificate, tmp_path: Path) -> None:
+def test_the_error_for_another_pem_form_says_how_to_convert_it(make_certificate: MakeCertificate, tmp_path: Path) -> None:
     cert, key = make_certificate("localhost")
     made = {name: tmp_path / name for name in ("cert.der", "key.der", "both.p12", "new.pem")}
 
@@ -112,7 +112,7 @@ def test_who_has_another_form_hears_how_to_convert_it(make_certificate: MakeCert
         authorities(made["cert.der"])
 
 
-def test_who_has_put_the_authority_first_hears_of_it(
+def test_a_chain_that_begins_with_the_ca_is_an_error(
     authority: Authority, make_certificate: MakeCertificate, tmp_path: Path
 ) -> None:
     cert, key = authority.issue("localhost")
@@ -127,7 +127,7 @@ def test_who_has_put_the_authority_first_hears_of_it(
 
 
 @pytest.mark.parametrize("second", ["AAAA", "é", "bm9uc2Vuc2U=", None])
-def test_a_certificate_of_several_that_cannot_be_read_is_told_by_its_number(
+def test_a_certificate_of_several_that_cannot_be_read_is_named_by_its_number(
     authority: Authority, tmp_path: Path, second: str | None
 ) -> None:
     cert, key = authority.issue("localhost")
@@ -214,7 +214,7 @@ def test_loading_leaves_no_descriptor_open(make_certificate: MakeCertificate) ->
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
-def test_a_key_that_may_not_be_read_is_said_so(make_certificate: MakeCertificate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_without_permission_is_reported_as_such(make_certificate: MakeCertificate, monkeypatch: pytest.MonkeyPatch) -> None:
     cert, key = make_certificate("localhost")
     real = os.open
 

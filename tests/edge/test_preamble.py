@@ -106,7 +106,7 @@ def offered(**options: bool) -> Preamble:
 @pytest.mark.parametrize(
     "line", [b"BDAT 5 FIRST\r\n", b"BDAT\r\n", b"BDAT x\r\n", b"BDAT  5\r\n", b"BDAT 5\n", b"BDAT 1234567890123456789\r\n"]
 )
-def test_a_chunk_whose_end_nobody_knows_ends_the_preamble_with_all_that_is_there(line: bytes) -> None:
+def test_a_chunk_of_unknown_length_ends_the_preamble_with_all_that_has_arrived(line: bytes) -> None:
     preamble = offered()
     step = preamble.receive_from_client(line + b"STARTTLS\r\nhalf a li")
     assert step == Step(backend=line + b"STARTTLS\r\nhalf a li", verdict=Verdict.PLAINTEXT)
@@ -170,7 +170,7 @@ def test_a_reply_that_comes_before_the_end_of_the_content_is_the_reply_to_it() -
     assert preamble.receive_from_backend(b"") == Step(b"503 no\r\n", b"NOOP\r\n")
 
 
-def test_auth_goes_on_until_the_backend_asks_for_nothing_more() -> None:
+def test_auth_goes_on_until_the_backend_sends_no_more_challenges() -> None:
     preamble = offered()
     preamble.receive_from_client(b"AUTH LOGIN\r\n")
     for _ in range(2):
@@ -189,7 +189,7 @@ def test_a_client_whose_command_was_refused_can_still_upgrade(command: bytes) ->
     assert preamble.receive_from_client(b"STARTTLS\r\n") == Step(verdict=Verdict.UPGRADE)
 
 
-def test_a_reply_that_asks_for_more_ends_the_preamble() -> None:
+def test_an_unexpected_3yz_reply_ends_the_preamble() -> None:
     preamble = started()
     preamble.receive_from_client(b"XYZZY\r\nwhatever")
     assert preamble.receive_from_backend(b"354 go on\r\n") == Step(b"354 go on\r\n", b"whatever", Verdict.PLAINTEXT)
@@ -209,7 +209,7 @@ def test_starttls_that_waited_for_a_reply_is_an_upgrade_too() -> None:
     assert preamble.receive_from_backend(b"250 hi\r\n") == Step(b"250-hi\r\n250 STARTTLS\r\n", verdict=Verdict.UPGRADE)
 
 
-def test_anything_behind_starttls_is_an_injection() -> None:
+def test_anything_after_starttls_is_an_injection() -> None:
     for behind in (b"E", b"\r\n", b"RSET\r\n", b"\x16\x03\x01"):
         assert started().receive_from_client(b"STARTTLS\r\n" + behind).verdict is Verdict.INJECTION
         preamble = started()
@@ -221,7 +221,7 @@ def test_a_bare_newline_does_not_start_tls() -> None:
     assert started().receive_from_client(b"STARTTLS\n") == Step(backend=b"STARTTLS\n")
 
 
-def test_a_line_too_long_leaves_nothing_behind_in_memory() -> None:
+def test_a_line_too_long_takes_no_memory() -> None:
     preamble = started()
     for _ in range(100):
         assert preamble.receive_from_client(b"x" * 4096) == Step()
@@ -242,7 +242,7 @@ def test_with_require_tls_even_a_long_mail_line_is_refused() -> None:
     assert preamble.refused
 
 
-def test_what_comes_unasked_from_the_backend_is_relayed() -> None:
+def test_unsolicited_replies_of_the_backend_are_relayed() -> None:
     preamble = started()
     assert preamble.receive_from_backend(b"421 bye") == Step(b"421 bye")
     preamble.receive_from_client(b"NOOP\r\n")

@@ -43,7 +43,7 @@ def test_root_becomes_the_user_for_good(
 
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")])
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_keys_that_the_user_cannot_read_are_said_at_once(
+def test_keys_that_the_user_cannot_read_are_reported_at_startup(
     backend: StartBackend, edge: StartEdge, public: CertificateFiles, workers: tuple[str, ...]
 ) -> None:
     server, (open_to_all, secret) = backend(), public

@@ -33,9 +33,7 @@ def test_beyond_max_clients_tls_is_closed_and_starttls_gets_421(backend: StartBa
     assert clients.tls(program.tls_port).line().startswith(b"220")
 
 
-def test_one_too_many_that_talks_before_its_turn_hears_421_all_the_same(
-    backend: StartBackend, edge: StartEdge, clients: Clients
-) -> None:
+def test_one_client_too_many_that_sends_early_still_gets_421(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--max-clients", "1", backend=backend())
     first = clients.plain(program.starttls_port)
     first.line()
@@ -47,7 +45,7 @@ def test_one_too_many_that_talks_before_its_turn_hears_421_all_the_same(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_accepting_and_lets_connections_end(
+def test_a_signal_stops_accepting_and_drains_connections(
     backend: StartBackend, edge: StartEdge, clients: Clients, number: signal.Signals
 ) -> None:
     program = edge(backend=backend())
@@ -68,7 +66,7 @@ def test_a_signal_stops_accepting_and_lets_connections_end(
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_what_is_a_soft_stop_to_others_is_nothing(
+def test_sigusr1_and_sigusr2_are_ignored(
     backend: StartBackend, edge: StartEdge, clients: Clients, number: signal.Signals, workers: str
 ) -> None:
     program = edge("--workers", workers, backend=backend())
@@ -79,9 +77,7 @@ def test_what_is_a_soft_stop_to_others_is_nothing(
     assert program.stop() == 0
 
 
-def test_what_has_not_ended_after_the_drain_timeout_is_broken_off(
-    backend: StartBackend, edge: StartEdge, clients: Clients
-) -> None:
+def test_connections_open_after_the_drain_timeout_are_closed(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--drain-timeout", "0.2", backend=backend())
     client, plain = clients.tls(program.tls_port), clients.plain(program.starttls_port)
     client.line()
@@ -159,9 +155,7 @@ def test_a_listening_socket_may_be_a_unix_socket(backend: StartBackend, edge: St
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_unix_sockets_get_the_mode_that_was_asked_for(
-    backend: StartBackend, edge: StartEdge, tmp_path: Path, workers: str
-) -> None:
+def test_unix_sockets_get_the_requested_mode(backend: StartBackend, edge: StartEdge, tmp_path: Path, workers: str) -> None:
     paths = [tmp_path / name for name in ("a.sock", "b.sock")]
     listeners = ("--starttls-listen", f"unix:{paths[0]}", "--listen", f"unix:{paths[1]}")
     edge(*listeners, "--socket-mode", "0622", "--workers", workers, backend=backend())

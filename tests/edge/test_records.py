@@ -43,11 +43,11 @@ def test_a_message_that_fits_into_one_record_is_one_read() -> None:
     assert records.reads == 1
 
 
-def test_records_behind_a_full_one_are_read_at_once() -> None:
+def test_records_after_a_full_one_are_read_at_once() -> None:
     assert read(Records(RECORD_SIZE, 5000, 7), streaming=False) == (RECORD_SIZE + 5007, MORE)
 
 
-def test_long_records_behind_a_long_one_are_read_at_once() -> None:
+def test_long_records_after_a_long_one_are_read_at_once() -> None:
     assert read(Records(LONG_RECORD, 1200, 7), streaming=True) == (LONG_RECORD + 1207, MORE)
 
 
@@ -58,6 +58,6 @@ def test_no_record_is_read_for_which_there_may_be_no_room() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_end_behind_records_is_the_end(streaming: bool) -> None:
+def test_an_end_after_records_is_the_end(streaming: bool) -> None:
     assert read(Records(0), streaming) == (0, ENDED)
     assert read(Records(RECORD_SIZE, 5, 0), streaming) == (RECORD_SIZE + 5, ENDED)

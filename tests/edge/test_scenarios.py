@@ -5,28 +5,28 @@
 | half-close, backend first | test_stream_ends: test_a_backend_that_ends_its_side_still_gets_what_the_client_sends |
 | half-close, client first | test_stream_ends: test_a_client_that_ends_its_side_still_gets_the_replies |
 | half-close by close_notify | test_stream_ends: test_a_close_notify_ends_the_clients_side_only |
-| half-close that goes on | test_stream_ends: test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_off |
+| half-close that goes on | test_stream_ends: test_a_client_that_uploads_slowly_to_a_half_closed_backend_is_not_cut_off |
 | half-close on Unix sockets | here: test_unix_sockets_on_both_sides_carry_tls_and_every_end |
 | abortive close of an idle client | test_stream_ends: test_a_client_that_breaks_off_breaks_the_backend_off |
 | abortive close at every step | test_program: test_a_client_that_vanishes_at_every_step_leaves_no_trace |
 | connection churn | here: test_hundreds_of_short_connections_leave_no_descriptor |
-| connection churn, ports | test_backend_endings: test_thousands_of_short_connections_leave_no_port_behind |
+| connection churn, ports | test_backend_endings: test_thousands_of_short_connections_use_up_no_ports |
 | concurrent connections | test_tunnel: test_two_hundred_connections_at_once_do_not_mix_their_bytes |
 | full duplex, large transfer | test_tunnel: test_every_byte_arrives_in_order_in_both_directions_at_once |
 | slow client | here: test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory |
 | slow backend | test_tunnel: test_memory_stays_small_behind_a_backend_that_stalls |
-| backend flapping | test_backends: test_a_backend_that_comes_and_goes_harms_nobody |
+| backend flapping | test_backends: test_a_backend_that_goes_down_and_up_affects_no_other_client |
 | no backend | test_implicit_tls: test_without_a_backend_the_client_gets_421_over_tls_and_a_clean_close |
 | reload | test_reload: test_sighup_puts_new_certificates_into_service_and_drops_no_connection |
 | reload by itself | test_reload: test_a_change_is_noticed_without_a_signal |
 | reload of a broken certificate | test_reload_faults: test_a_bad_file_leaves_the_old_certificate_in_service |
-| reload of the client authorities | test_client_certificates: test_new_authorities_are_asked_from_the_next_reload_on |
+| reload of the client authorities | test_client_certificates: test_new_client_cas_are_used_after_the_next_reload |
 | accept errors | test_descriptors: test_running_out_of_descriptors_is_survived |
 | connect errors of our own | test_descriptors: test_running_out_of_descriptors_is_not_the_backends_fault |
 | idle timeout | test_tunnel: test_silence_ends_at_the_idle_timeout |
-| shutdown, drain | test_program: test_a_signal_stops_accepting_and_lets_connections_end |
+| shutdown, drain | test_program: test_a_signal_stops_accepting_and_drains_connections |
 | shutdown, queue | test_abuse: test_connections_that_wait_in_the_queue_at_sigterm_are_served |
-| shutdown, timeout | test_program: test_what_has_not_ended_after_the_drain_timeout_is_broken_off |
+| shutdown, timeout | test_program: test_connections_open_after_the_drain_timeout_are_closed |
 | shutdown, second signal | here: test_a_second_signal_ends_a_drain_at_once |
 | shutdown, everywhere | here: test_a_shutdown_meets_connections_at_every_step |
 | port conflict, invalid flags | test_settings: test_a_wrong_setting_is_one_line_and_status_2 |

@@ -25,7 +25,7 @@ def flags(certificate: CertificateFiles) -> list[str]:
 
 @pytest.mark.parametrize("flag", ["--backend", "--listen", "--starttls-listen", "--metrics"])
 @pytest.mark.parametrize("check", [(), ("--check",)], ids=["", "check"])
-def test_what_cannot_be_a_host_name_is_one_line(flags: list[str], flag: str, check: tuple[str, ...]) -> None:
+def test_an_invalid_host_name_is_an_error_of_one_line(flags: list[str], flag: str, check: tuple[str, ...]) -> None:
     status, lines = run(*flags, flag, "a..b:25", *check)
     assert status == 2
     assert len(lines) == 1

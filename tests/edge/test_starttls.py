@@ -16,7 +16,7 @@ from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(
+def test_after_an_upgrade_the_backend_gets_a_new_connection_with_the_tls_facts(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:
     server = backend()
@@ -42,7 +42,7 @@ def test_a_client_upgrades_and_the_backend_is_told_on_a_new_connection(
 
 
 @pytest.mark.parametrize("behind", [b"EHLO x\r\n", b"MAIL FROM:<a@example.org>\r\n", b"\r\n", b"x"])
-def test_bytes_behind_starttls_are_refused_and_never_reach_the_backend(
+def test_bytes_after_starttls_are_rejected_and_never_reach_the_backend(
     backend: StartBackend, edge: StartEdge, greeted: Greet, behind: bytes
 ) -> None:
     server = backend()
@@ -157,7 +157,7 @@ def test_a_banner_that_refuses_is_relayed_with_what_follows(backend: StartBacken
 
 
 @pytest.mark.parametrize("last", [b"554 go away\r\n", b"421 4.7.0 busy\r\n", b"220 cut of", b"220-cut\r\n"])
-def test_a_backend_that_closes_behind_its_banner_has_its_words_relayed(
+def test_the_text_of_a_backend_that_closes_after_its_banner_is_relayed(
     backend: StartBackend, edge: StartEdge, clients: Clients, last: bytes
 ) -> None:
     server = backend(lambda peer: peer.say(last))
@@ -237,7 +237,7 @@ def test_a_second_banner_that_is_cut_off_is_a_421_to_the_first_command(
     assert program.metric("fumi_edge_backend_errors_total", reason="banner") == 1
 
 
-def test_a_backend_that_is_gone_after_the_upgrade_is_a_421_to_the_first_command(
+def test_a_backend_that_is_down_after_the_upgrade_is_a_421_to_the_first_command(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:
     server = backend()
@@ -257,7 +257,7 @@ def test_without_a_backend_the_client_gets_421(edge: StartEdge, clients: Clients
     assert clients.plain(program.starttls_port).rest().startswith(b"421 4.3.2 ")
 
 
-def test_require_tls_lets_nothing_through_but_what_leads_to_tls(
+def test_require_tls_forwards_only_commands_that_may_precede_starttls(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:
     server = backend()
@@ -305,7 +305,7 @@ def test_a_handshake_that_fails_after_the_220_ends_the_connection(backend: Start
     assert len(server.peers) == 1
 
 
-def test_what_the_backend_says_when_it_closes_is_relayed(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+def test_the_last_reply_of_a_closing_backend_is_relayed(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     go = threading.Event()
 
     def handler(peer: Peer) -> None:

@@ -200,7 +200,7 @@ def test_names_with_markup_in_them_are_text(backend: StartBackend, edge: StartEd
     assert f"connect time of unix:{path}" in page.labels
 
 
-def test_what_a_backend_says_is_text(backend: StartBackend, edge: StartEdge) -> None:
+def test_text_of_backends_is_escaped(backend: StartBackend, edge: StartEdge) -> None:
     def handler(peer: Peer) -> None:
         peer.say(b"554 <script>alert(1)</script>\r\n")
 
@@ -212,7 +212,7 @@ def test_what_a_backend_says_is_text(backend: StartBackend, edge: StartEdge) -> 
     assert read_json(metrics_port(program))["backends"][0]["last_check"]["error"].startswith("answered '554 <script>")
 
 
-def test_events_tell_nothing_of_clients_unless_asked(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+def test_events_do_not_identify_clients_unless_requested(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
     program = edge("--max-clients", "1", backend=backend())
     clients.tls(program.tls_port).line()
     assert clients.plain(program.starttls_port).line().startswith(b"421 ")
@@ -274,7 +274,7 @@ def test_workers_are_one_edge(
     assert read_json(port)["reasons"] == ["1 of 2 backends down"]
 
 
-def test_what_workers_and_their_master_did_is_in_one_list(backend: StartBackend, edge: StartEdge) -> None:
+def test_events_of_workers_and_master_are_in_one_list(backend: StartBackend, edge: StartEdge) -> None:
     program = edge("--workers", "2", backend=backend())
     port = metrics_port(program)
     until(lambda: program.fetch("/readyz")[0] == 200 and len(program.workers()) == 2, "the workers")

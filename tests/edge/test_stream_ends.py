@@ -27,7 +27,7 @@ from tests.support.peer import Peer
 from tests.support.waiting import until
 
 
-def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_off() -> None:
+def test_a_client_that_uploads_slowly_to_a_half_closed_backend_is_not_cut_off() -> None:
     """Only silence counts as lingering. The tunnel is told the time, so nobody has to wait."""
 
     async def trickle(ends: Sequence[socket.socket]) -> None:
@@ -56,7 +56,7 @@ def test_a_client_that_uploads_slowly_to_a_backend_that_has_said_all_is_not_cut_
         asyncio.run(asyncio.wait_for(trickle(ends), 20))
 
 
-def test_a_client_that_goes_on_sending_to_a_backend_that_is_gone_is_disconnected_in_time() -> None:
+def test_a_client_that_goes_on_sending_to_a_closed_backend_is_disconnected_in_time() -> None:
     """Nobody takes its bytes: each of them would otherwise keep its place for another LINGER_SECONDS."""
 
     async def trickle(ends: Sequence[socket.socket]) -> None:
@@ -323,7 +323,7 @@ def pour_until_full(peer: Peer, program: Program) -> None:
 
 @pytest.mark.parametrize("stream", ["up", "down"])
 @pytest.mark.parametrize("who", ["client", "backend"])
-def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(
+def test_a_reset_in_mid_transfer_ends_both_sides_and_no_other_connection(
     backend: StartBackend, edge: StartEdge, connect: Connect, who: str, stream: str
 ) -> None:
     full, over = threading.Event(), threading.Event()
@@ -371,7 +371,9 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_nobody_else(
     assert staying.line() == b"still there\r\n"
 
 
-def test_a_reset_is_one_whoever_moves_first(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
+def test_a_reset_is_reported_to_the_side_that_writes_or_reads_first(
+    backend: StartBackend, edge: StartEdge, connect: Connect
+) -> None:
     """The kernel tells of it once: here to who writes, and not again to who reads."""
     go, gone = threading.Event(), threading.Event()
 

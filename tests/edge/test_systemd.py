@@ -24,7 +24,7 @@ LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=smtp:smtps exec "$@"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_sockets_are_told_apart_by_their_names_and_outlive_the_edge(
+def test_sockets_are_identified_by_their_names_and_outlive_the_edge(
     workers: str, backend: StartBackend, certificate: CertificateFiles, clients: Clients, tmp_path: Path
 ) -> None:
     flags = ["--cert", certificate[0], "--key", certificate[1], "--backend", backend().address, "--workers", workers]

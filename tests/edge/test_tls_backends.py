@@ -83,7 +83,7 @@ def test_a_client_that_upgrades_has_two_connections_over_tls(
     assert [peer.header.tls is None for peer in server.peers] == [True, False]
 
 
-def test_a_client_that_does_not_upgrade_is_served_over_tls_behind(
+def test_a_client_that_does_not_upgrade_is_served_by_a_backend_over_tls(
     backend: StartBackend, edge: StartEdge, clients: Clients, authority: Authority, pair: CertificateFiles
 ) -> None:
     server = backend(tls=context(pair))

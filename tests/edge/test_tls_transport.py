@@ -249,7 +249,7 @@ def test_the_last_reply_arrives_although_the_client_goes_on_sending(ends: Ends) 
     assert core.transport.sent == 15
 
 
-def test_output_that_waits_is_sent_before_the_end_and_the_core_hears_of_it_once(ends: Ends) -> None:
+def test_queued_output_is_sent_before_the_end_and_lost_is_called_once(ends: Ends) -> None:
     server, client = ends(buffer=8192)
     got: list[int] = []
 

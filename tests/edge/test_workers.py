@@ -174,7 +174,7 @@ def test_sighup_renews_the_certificate_of_every_worker_and_of_those_to_come(
     assert {shown() for _ in range(8)} == {expected}
 
 
-def test_sigterm_lets_the_connections_of_all_workers_end(two: StartTwo, clients: Clients) -> None:
+def test_sigterm_drains_the_connections_of_all_workers(two: StartTwo, clients: Clients) -> None:
     program = two()
     held = [clients.tls(program.tls_port) for _ in range(8)]
     for client in held:

@@ -59,7 +59,7 @@ class Sender(threading.Thread):
 
 
 @pytest.mark.parametrize(("protocol", "where"), [("smtp", "tcp"), ("lmtp", "unix")])
-def test_a_killed_next_hop_loses_nothing_and_doubles_only_what_nobody_could_know(
+def test_a_killed_next_hop_loses_nothing_and_doubles_only_messages_without_a_reply(
     programs: Programs, tmp_path: Path, protocol: str, where: str
 ) -> None:
     address = f"unix:{tmp_path / 'hop'}" if where == "unix" else f"127.0.0.1:{free_port()}"

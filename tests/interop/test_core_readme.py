@@ -292,7 +292,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("title", ["From aiosmtpd", "From smtp-server for Node", "From Fumi for Bun"])
-def test_what_replaces_the_names_of_others_exists(title: str) -> None:
+def test_the_replacements_of_other_libraries_names_exist(title: str) -> None:
     for _, new in _table(title):
         for span in re.findall("`([^`]+)`", new):
             words = set(re.findall(r"[A-Za-z_]\w*", re.sub(r'"[^"]*"', "", span)))

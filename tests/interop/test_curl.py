@@ -65,7 +65,7 @@ def test_any_text_arrives_as_it_is(core: StartCore, curl: Curl, text: bytes) -> 
 
 @pytest.mark.parametrize("initial", [["--sasl-ir"], []])
 @pytest.mark.parametrize("method", [*passwords("secret"), bearer("token")])
-def test_it_authenticates_and_says_for_whom(core: StartCore, curl: Curl, method: list[str], initial: list[str]) -> None:
+def test_it_authenticates_and_sends_mail_auth(core: StartCore, curl: Curl, method: list[str], initial: list[str]) -> None:
     server = core(auth_optional=False)
     curl(server, *method, *initial, *mail(), "--mail-auth", "first@b.example")
     (message,) = server.messages

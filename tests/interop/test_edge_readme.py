@@ -182,7 +182,7 @@ def test_the_recipe_for_lets_encrypt_serves_certbots_files(
     sh(kitchen.here(f"fumi-edge {one} --backend 127.0.0.1:2525 --check", change), kitchen.directory)
 
 
-def test_the_recipe_for_client_certificates_lets_in_who_has_one(
+def test_the_recipe_for_client_certificates_accepts_clients_with_one(
     kitchen: Kitchen, core: StartCore, certificate: CertificateFiles
 ) -> None:
     core()

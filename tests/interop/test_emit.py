@@ -162,7 +162,7 @@ def test_every_setting_is_where_haproxy_has_it(emit: Emit, both: Path, client_ce
 
 
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])
-def test_a_time_that_is_too_long_is_shortened_and_said_at_the_top(program: str, emit: Emit, both: Path) -> None:
+def test_a_time_that_is_too_long_is_shortened_with_a_note(program: str, emit: Emit, both: Path) -> None:
     text = emit(program, "--cert", both, "--backend", ":2525", "--idle-timeout", "2592000", "--connect-timeout", "2147483")
     said = notes(text, "#" if program == "haproxy" else ";")
     assert (
@@ -171,7 +171,7 @@ def test_a_time_that_is_too_long_is_shortened_and_said_at_the_top(program: str, 
     assert "--connect-timeout" not in said
 
 
-def test_limits_that_nobody_set_are_none(emit: Emit, both: Path) -> None:
+def test_limits_without_a_flag_are_not_emitted(emit: Emit, both: Path) -> None:
     text = emit("haproxy", "--cert", both, "--backend", ":2525")
     assert not re.search("maxconn|stick-table|sc0|prometheus", text)
     assert 'server core1 "127.0.0.1:2525" ' + USER_TIMEOUT in settings(text)
@@ -179,13 +179,13 @@ def test_limits_that_nobody_set_are_none(emit: Emit, both: Path) -> None:
     assert 'hard-stop-after "15m"' in [re.sub(r"\$\{\w+-(\w+)\}", r"\1", line) for line in settings(text)]
 
 
-def test_behind_a_balancer_only_those_who_are_trusted_may_connect(emit: Emit, both: Path) -> None:
+def test_behind_a_balancer_only_trusted_addresses_may_connect(emit: Emit, both: Path) -> None:
     said = [settings(emit("haproxy", "--cert", both, "--accept-proxy", *more)) for more in ((), ("--trusted-proxy", "192.0.2.7"))]
     assert "tcp-request connection reject if { src -m found } !{ src 127.0.0.0/8 ::1/128 }" in said[0]
     assert "tcp-request connection reject if !{ src 192.0.2.7 }" in said[1]
 
 
-def test_a_key_in_a_file_of_its_own_needs_the_link_that_is_said(
+def test_a_key_in_a_file_of_its_own_needs_the_link_in_the_note(
     programs: Programs, emit: Emit, certificate: CertificateFiles
 ) -> None:
     directory = programs.directory / "a $ directory"
@@ -224,7 +224,7 @@ def test_the_user_is_carried_over_with_its_group(emit: Emit, both: Path) -> None
         assert "--user" not in notes(haproxy) + notes(stunnel, ";")
 
 
-def test_descriptors_are_left_out_and_said_to_be(emit: Emit, both: Path) -> None:
+def test_descriptors_are_omitted_with_a_note(emit: Emit, both: Path) -> None:
     flags = ("--cert", both, "--backend", ":2525", "--listen", "fd:3", "--listen", ":4465", "--metrics", "fd:metrics")
     text = emit("haproxy", *flags)
     assert "fd:3: omitted" in notes(text)
@@ -317,7 +317,7 @@ def test_without_a_header_the_core_has_to_know(program: str, emit: Emit, both: P
 
 
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])
-def test_what_no_flag_says_stays_as_it_is_in_the_file(program: str, emit: Emit) -> None:
+def test_settings_without_a_flag_keep_the_values_of_the_file(program: str, emit: Emit) -> None:
     text = emit(program)
     assert "/etc/fumi/fumi.pem" in text
     assert "127.0.0.1:2525" in text
@@ -443,7 +443,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("program", LOST)
-def test_what_the_other_program_cannot_do_is_said_at_the_top(program: str, emit: Emit, certificate: CertificateFiles) -> None:
+def test_differences_of_the_other_program_are_noted_at_the_top(program: str, emit: Emit, certificate: CertificateFiles) -> None:
     text = emit(
         program, "--cert", certificate[0], "--key", certificate[1], "--backend", ":2525", "--backend", ":2526",
         "--listen", "127.0.0.1:4465", "--listen", "unix:tls.sock", "--starttls-listen", "127.0.0.1:2587", "--alpn", "smtp",
@@ -471,7 +471,9 @@ BAD = {
 
 @pytest.mark.parametrize("program", ["haproxy", "stunnel"])
 @pytest.mark.parametrize(("flags", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_emitted_is_one_line_and_status_2(program: str, flags: list[str], message: str, emit: Emit) -> None:
+def test_settings_that_cannot_be_emitted_are_an_error_of_one_line_and_status_2(
+    program: str, flags: list[str], message: str, emit: Emit
+) -> None:
     said = emit(program, *flags, status=2)
     assert message in said
     assert len(said.splitlines()) == 1

@@ -40,7 +40,7 @@ def test_the_tables_of_flags_are_the_groups_of_the_help(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_what_a_flag_means_begins_in_its_table_as_in_the_help(name: str) -> None:
+def test_the_meaning_of_a_flag_begins_in_its_table_as_in_the_help(name: str) -> None:
     program, path, title = DOCUMENTS[name]
     tables = documented(path, title)
     with program.make_context(name, [], resilient_parsing=True) as context:

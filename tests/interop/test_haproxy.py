@@ -101,7 +101,7 @@ listen {name}
 @pytest.mark.parametrize(
     "flags", ["send-proxy", "send-proxy-v2", "send-proxy-v2 check inter 50ms", "send-proxy check inter 50ms"]
 )
-def test_as_a_layer_4_balancer_it_lets_the_edge_do_tls_and_starttls(
+def test_as_a_layer_4_balancer_it_leaves_tls_and_starttls_to_the_edge(
     flags: str, programs: Programs, certificate: CertificateFiles
 ) -> None:
     app = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=1)

@@ -154,7 +154,7 @@ def test_both_connections_of_a_session_detect_that_the_other_host_has_vanished(
             assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in tcp] == [30_000, 10, 2]
 
 
-def test_mutual_tls_lets_in_who_has_a_certificate(
+def test_mutual_tls_accepts_clients_with_a_certificate_only(
     programs: Programs,
     haproxy: StartHAProxy,
     fumi_core: StartFumiCore,

@@ -189,14 +189,16 @@ def test_msmtp_sends_to_fifty_recipients_at_once(programs: Programs, place: Path
     assert dovecot.copies(MARK) == dict.fromkeys(GOOD, 1)
 
 
-def test_msmtp_hears_of_an_unknown_recipient_at_once(programs: Programs, place: Path, msmtp: Callable[..., str]) -> None:
+def test_msmtp_gets_the_rejection_of_an_unknown_recipient_at_once(
+    programs: Programs, place: Path, msmtp: Callable[..., str]
+) -> None:
     dovecot = Dovecot(programs, place, GOOD)
     said = msmtp(Core(programs, dovecot.port).port, *GOOD[:3], "unknown", status=RECIPIENT_REJECTED)
     assert "550 5.1.1" in said
     assert dovecot.copies(MARK) == {}
 
 
-def test_msmtp_hears_who_did_not_get_the_message_and_may_send_it_again_to_the_others(
+def test_msmtp_gets_a_reply_for_each_recipient_and_may_send_the_message_again(
     programs: Programs, place: Path, msmtp: Callable[..., str]
 ) -> None:
     dovecot = Dovecot(programs, place, GOOD, ["full"])

@@ -106,7 +106,7 @@ def host(tmp_path: Path, compose: dict[str, Any]) -> Iterator[Containers]:
         yield host
 
 
-def test_what_the_images_are_built_of_receives_filters_stores_and_sends(host: Containers) -> None:
+def test_the_contents_of_the_images_receive_filter_store_and_send_mail(host: Containers) -> None:
     assert host.started == "docker compose -f ops/docker/mail-host.yml up --build --detach\n"
     with host.smtp() as client:
         client.ehlo()

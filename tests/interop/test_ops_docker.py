@@ -53,7 +53,7 @@ def test_what_is_copied_is_all_that_an_installation_needs(tmp_path: Path) -> Non
         assert (tmp_path / "installed" / "bin" / program).exists()
 
 
-def test_the_image_runs_as_nobody_and_says_what_it_listens_on(compose: dict[str, Any]) -> None:
+def test_the_image_runs_unprivileged_and_declares_its_ports(compose: dict[str, Any]) -> None:
     assert [text for name, text in INSTRUCTIONS if name == "USER"] == ["10001:10001"]
     assert all(re.fullmatch(r"python:3\.\d+-slim(?: AS build)?", text) for name, text in INSTRUCTIONS if name == "FROM")
     flags = "\n".join(flag for name in ("core", "edge") for flag in compose["services"][name]["command"])
@@ -85,7 +85,7 @@ def test_the_labels_have_the_version(compose: dict[str, Any]) -> None:
     assert f'license = "{values["licenses"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_health_check_asks_the_program(programs: Programs) -> None:
+def test_the_health_check_connects_to_the_program(programs: Programs) -> None:
     metrics, listen = free_port(), free_port()
     words = [sys.executable, *HEALTHCHECK[1:]]
     assert HEALTHCHECK[0] == "python"

@@ -147,9 +147,7 @@ def test_the_edge_finds_the_cores_and_believes_the_balancer(objects: Objects, se
     assert {each["port"] for each in objects["Service", "fumi-edge"]["spec"]["ports"]} == {25, 465, 587}
 
 
-def test_nobody_gets_past_the_edge_to_a_core_nor_past_the_balancer_to_an_edge(
-    objects: Objects, settings: Callable[[str], dict[str, Any]]
-) -> None:
+def test_no_client_can_bypass_the_edge_or_the_balancer(objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
     for name in PROGRAMS:
         policy = objects["NetworkPolicy", name]["spec"]
         assert policy["policyTypes"] == ["Ingress"]
@@ -166,7 +164,9 @@ def test_nobody_gets_past_the_edge_to_a_core_nor_past_the_balancer_to_an_edge(
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_as_many_clients_as_are_let_in_have_room(name: str, objects: Objects, settings: Callable[[str], dict[str, Any]]) -> None:
+def test_the_memory_limit_suffices_for_max_clients(
+    name: str, objects: Objects, settings: Callable[[str], dict[str, Any]]
+) -> None:
     readme = (OPS / "README.md").read_text()
     column = {"fumi-edge": 1, "fumi-core": 2}[name]
     program, connection = (
@@ -177,7 +177,7 @@ def test_as_many_clients_as_are_let_in_have_room(name: str, objects: Objects, se
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_what_kubernetes_says_of_services_is_not_taken_for_flags(name: str, objects: Objects) -> None:
+def test_variables_that_kubernetes_sets_for_services_are_not_flags(name: str, objects: Objects) -> None:
     assert pod_of(objects, name)["spec"]["enableServiceLinks"] is False
 
 

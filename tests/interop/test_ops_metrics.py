@@ -118,13 +118,13 @@ def wrong(expression: str, metrics: Metrics) -> Iterator[str]:
         yield from set(filter(None, group.split(", "))) - labels
 
 
-def test_every_rule_asks_for_metrics_and_labels_that_exist(metrics: Metrics) -> None:
+def test_every_rule_queries_metrics_and_labels_that_exist(metrics: Metrics) -> None:
     everything = [*rules("record"), *rules("alert")]
     assert len(everything) == RULES.count("expr:")
     assert {name: found for name, expression in everything if (found := list(wrong(expression, metrics)))} == {}
 
 
-def test_every_panel_asks_for_metrics_and_labels_that_exist(metrics: Metrics) -> None:
+def test_every_panel_queries_metrics_and_labels_that_exist(metrics: Metrics) -> None:
     known = set().union(*(labels for each in metrics.values() for labels in each))
     for title, expression, legend in QUERIES:
         assert list(wrong(expression, metrics)) == [], title

@@ -50,7 +50,7 @@ def test_every_alert_says_what_to_do_and_nothing_else_does() -> None:
     assert sorted(told) == sorted(re.findall(r"- alert: (\w+)", RULES))
 
 
-def test_what_it_names_is_there(programs: Programs) -> None:
+def test_files_flags_and_metrics_that_it_names_exist(programs: Programs) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / "ops" / link).exists(), link
     # But for what an operator puts there.
@@ -149,7 +149,7 @@ def settings(programs: Programs, *more: tuple[str, str]) -> Path:
     return path
 
 
-def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_from(
+def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_rolled_back(
     host: Callable[[str], str], programs: Programs, certificate: CertificateFiles
 ) -> None:
     host(PROGRAMS + INSTALL)
@@ -179,7 +179,7 @@ def test_an_upgrade_checks_the_settings_that_are_shipped_and_can_be_gone_back_fr
     assert unit.read_text() == before
 
 
-def test_users_are_where_the_core_can_read_them_and_nobody_else(host: Callable[..., str], programs: Programs) -> None:
+def test_only_the_core_can_read_the_users_file(host: Callable[..., str], programs: Programs) -> None:
     host(PROGRAMS + INSTALL)
     assert host(USERS, given=b"secret\n") == "systemctl reload fumi-core\n"
     users = programs.directory / "root" / "etc" / "fumi" / "users"
@@ -227,7 +227,7 @@ def test_one_host_becomes_two(host: Callable[[str], str], programs: Programs, ce
     assert f'backend = ["127.0.0.1:{port}"]' in (units.parents[1] / "fumi" / "fumi.toml").read_text()
 
 
-def test_the_journal_is_asked_and_told_what_it_understands(host: Callable[[str], str], programs: Programs) -> None:
+def test_the_journalctl_commands_and_fields_are_valid(host: Callable[[str], str], programs: Programs) -> None:
     assert host(JOURNAL).count("journalctl -u ") == len(JOURNAL.splitlines())
     for flag in set(re.findall(r" (--?[a-z]+)", JOURNAL)):
         assert re.search(rf"(?<!\S){flag}\b", programs.run("journalctl", "--help")), flag

@@ -92,7 +92,7 @@ def test_mail_comes_through_by_tls_and_by_starttls(
     assert "backend down" not in (programs.directory / "edge.log").read_text()
 
 
-def test_a_sink_that_turns_everybody_away_is_heard(edge: Callable[..., tuple[int, int]], programs: Programs) -> None:
+def test_the_rejection_of_a_sink_is_relayed(edge: Callable[..., tuple[int, int]], programs: Programs) -> None:
     """Its banner is a hard error; the checks call it down, and the client still hears it in its own words."""
     _, starttls = edge(smtp_sink(programs, "-f", "connect"))
     until(lambda: "backend down" in (programs.directory / "edge.log").read_text(), "the verdict")

@@ -106,7 +106,7 @@ def test_the_two_programs_run_and_the_file_says_the_same(programs: Programs, cer
         sh(f"fumi-{program} --config {program}.toml --check", programs.directory)
 
 
-def test_users_hand_in_their_mail_and_nobody_else_does(programs: Programs, certificate: CertificateFiles) -> None:
+def test_only_users_can_submit_mail(programs: Programs, certificate: CertificateFiles) -> None:
     for path in certificate:
         (programs.directory / path.name).write_bytes(path.read_bytes())
     said = programs.run("sh", "-euc", USERS, given=b"secret\n", environment={"PATH": PATH})

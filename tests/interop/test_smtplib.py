@@ -127,7 +127,7 @@ def test_options_of_mail_and_rcpt_arrive(core: StartCore, connect: Connect) -> N
     assert envelope.rcpt_to[0].args == {"NOTIFY": "NEVER"}
 
 
-def test_refused_recipients_are_told_apart(core: StartCore, connect: Connect) -> None:
+def test_rejections_of_recipients_are_distinguished(core: StartCore, connect: Connect) -> None:
     server = core()
     refused = connect(server).sendmail("a@b.example", ["nobody@d.example", "c@d.example"], TEXT)
     assert refused == {"nobody@d.example": (550, b"5.1.1 No such user")}

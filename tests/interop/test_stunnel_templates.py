@@ -77,7 +77,7 @@ def test_mail_comes_through_with_the_clients_address(
     assert re.search(rb"\[127\.0\.0\.9\]\).*\sESMTPS id \S+", message.read_bytes(), re.DOTALL), message.read_bytes()
 
 
-def test_a_core_is_not_asked_before_the_handshake_is_over(
+def test_a_core_is_not_connected_to_before_the_handshake_is_over(
     programs: Programs, stunnel: StartStunnel, fumi_core: StartFumiCore
 ) -> None:
     core, _ = fumi_core("--assume-tls", "--log-level", "debug")
@@ -104,7 +104,7 @@ def test_tls_1_2_is_refused_when_1_3_is_the_least(programs: Programs, stunnel: S
     assert "alert protocol version" in said
 
 
-def test_mutual_tls_lets_in_who_has_a_certificate(
+def test_mutual_tls_accepts_clients_with_a_certificate_only(
     programs: Programs,
     stunnel: StartStunnel,
     fumi_core: StartFumiCore,

@@ -36,7 +36,7 @@ def after_xclient(said: str) -> str:
     return found[1]
 
 
-def test_the_message_comes_from_whom_a_trusted_client_names(core: StartCore, swaks: Callable[..., str]) -> None:
+def test_the_messages_client_is_the_one_that_a_trusted_client_names(core: StartCore, swaks: Callable[..., str]) -> None:
     server = core(**TRUSTED)
     said = swaks(server.port, "--xclient-addr", "192.0.2.1", "--xclient-port", "4321", "--xclient-name", "there.example")
     # As after a connection: the banner, and the dialogue from its start (swaks says EHLO again).

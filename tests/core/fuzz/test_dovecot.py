@@ -335,11 +335,11 @@ def _bent(chance: Random, data: bytes) -> bytes:
     return data
 
 
-def test_nobody_is_let_in_whom_dovecot_did_not_accept() -> None:
+def test_no_login_succeeds_that_dovecot_did_not_accept() -> None:
     campaign.run("dovecot", 3, replies)
 
 
-def test_a_user_is_known_only_when_the_userdb_said_so() -> None:
+def test_a_user_exists_only_when_the_userdb_says_so() -> None:
     campaign.run("dovecot-users", 2, lookups)
 
 

@@ -118,7 +118,7 @@ def test_a_delivery_that_takes_too_long_defers_the_same_message(
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")])
-def test_a_client_that_has_gone_before_its_250_gets_it_the_next_time(
+def test_a_client_that_disconnects_before_its_250_gets_it_the_next_time(
     store: MakeStore, front: Front, connect: Connect, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()

@@ -8,6 +8,7 @@ enough to take one hundredth of the time. Delete this module when ``ProcessColle
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -24,7 +25,7 @@ from fumi_core.runtime.counting import SummedGaugeFamily
 
 LISTING_SHARE = 0.01
 """The share of the time that listing the descriptors may take."""
-_DESCRIPTORS = Path("/proc/self/fd")
+_DESCRIPTORS, _STATM = Path("/proc/self/fd"), Path("/proc/self/statm")
 _START = "process_start_time_seconds"
 
 
@@ -43,9 +44,9 @@ class ProcessMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         if not self._start:
             return
-        virtual, resident = (int(pages) * resource.getpagesize() for pages in _read("/proc/self/statm").split()[:2])
-        yield SummedGaugeFamily("process_virtual_memory_bytes", "Virtual memory size in bytes.", virtual)
-        yield SummedGaugeFamily("process_resident_memory_bytes", "Resident memory size in bytes.", resident)
+        # When no descriptor is left the file cannot be opened. The other metrics are needed then more than ever.
+        with contextlib.suppress(OSError):
+            yield from _memory()
         yield from self._start
         used = resource.getrusage(resource.RUSAGE_SELF)
         text = "Total user and system CPU time spent in seconds."
@@ -60,14 +61,21 @@ class ProcessMetrics(Collector):
             return counted
         begin = time.monotonic()
         if begin >= self._list_again:
-            self._listed = len(os.listdir(_DESCRIPTORS))
+            # The last number stands while no descriptor is left to list them with.
+            with contextlib.suppress(OSError):
+                self._listed = len(os.listdir(_DESCRIPTORS))
             end = time.monotonic()
             self._list_again = end + (end - begin) / LISTING_SHARE
         return self._listed
 
 
-def _read(path: str) -> str:
-    return Path(path).read_text()
+def _memory() -> list[Metric]:
+    """Raises OSError."""
+    virtual, resident = (int(pages) * resource.getpagesize() for pages in _STATM.read_text().split()[:2])
+    return [
+        SummedGaugeFamily("process_virtual_memory_bytes", "Virtual memory size in bytes.", virtual),
+        SummedGaugeFamily("process_resident_memory_bytes", "Resident memory size in bytes.", resident),
+    ]
 
 
 def register_process_metrics(registry: CollectorRegistry) -> None:

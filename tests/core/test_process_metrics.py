@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +38,24 @@ def test_descriptors_are_counted_as_they_are_opened() -> None:
         os.close(each[1])
     assert before is not None
     assert after == before + 20
+
+
+def test_what_can_be_measured_is_reported_when_no_descriptor_is_left() -> None:
+    registry = CollectorRegistry()
+    register_process_metrics(registry)
+    before, limits, held = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 30, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open("/", os.O_RDONLY))
+        names = [family.name for family in registry.collect()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for each in held:
+            os.close(each)
+    assert {"process_open_fds", "process_max_fds", "process_cpu_seconds", "python_info"} <= set(names)
+    assert "process_resident_memory_bytes" not in names
 
 
 class OlderKernel:

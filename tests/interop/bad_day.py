@@ -224,7 +224,8 @@ class BadDay:
             os.kill(victim, signal.SIGKILL)
 
     def watch(self, prometheus: Prometheus) -> bool:
-        """Note what is pending and firing now. Whether everything expected fires."""
+        """Note what is pending and firing now, a few times a second. Whether everything expected has fired."""
+        self._stopped.wait(0.2)
         now = time.time()
         for each in prometheus.get("alerts")["alerts"]:
             key = (each["labels"]["alertname"], each["labels"]["instance"])
@@ -238,6 +239,7 @@ class BadDay:
         return all(each.firing is not None for each in self.seen.values())
 
     def night(self) -> None:
+        """Have all clients end."""
         self._stopped.set()
         for each in self._threads:
             each.join(90)
@@ -255,20 +257,17 @@ def table(day: BadDay) -> Iterator[str]:
 
 def run(directory: Path, factor: int, patience: float) -> BadDay:
     """The whole day, until everything expected fires, or ``patience`` seconds are over; everything is stopped then."""
-    with contextlib.closing(Programs(directory)) as programs, contextlib.closing(_Ended(BadDay(programs, factor))) as ended:
-        prometheus = ended.day.morning()
-        ended.day.faults()
-        with contextlib.suppress(AssertionError):
-            until(lambda: ended.day.watch(prometheus) or ended.day._stopped.wait(0.2), "every alert", patience)
-        return ended.day
-
-
-class _Ended:
-    def __init__(self, day: BadDay) -> None:
-        self.day = day
-
-    def close(self) -> None:
-        self.day.night()
+    with contextlib.closing(Programs(directory)) as programs:
+        day = BadDay(programs, factor)
+        try:
+            prometheus = day.morning()
+            day.faults()
+            # An alert that did not fire is in the table.
+            with contextlib.suppress(AssertionError):
+                until(lambda: day.watch(prometheus), "every alert", patience)
+        finally:
+            day.night()
+        return day
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ async def _problems(targets: Sequence[DeliveryTarget]) -> list[str | None]:
 
 
 def _row(name: str, target: DeliveryTarget, last: _Check, events: Sequence[Event]) -> Row:
-    failures = [each for each in events if _concerns(each, target)]
+    failures = [each.without_client() for each in events if _concerns(each, target)]
     return {
         "target": name,
         "state": "up" if last.problem is None else "down",

@@ -2,11 +2,14 @@
 
 They are lines of the log, in memory, so they include only what ``--log-level`` allows. Equal events in quick succession are one,
 with a count, so a flood of rejections does not displace the others. Workers report theirs, and ``merged`` makes one list of all.
+
+A text of the log may come from a client or an app, so it may be long or unreadable: each is cut to MAX_TEXT characters.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -15,16 +18,23 @@ from fumi_core.runtime.logs import LogMessage
 
 MAX_EVENTS = 50
 """Events that are kept."""
+MAX_TEXT = 500
+"""Characters that are kept of an event's text, and of each of its fields."""
 FOLD_SECONDS = 60.0
 """Equal events are one if no more than this many seconds lie between them."""
-CLIENT_FIELDS = frozenset(("client_ip", "client_port", "last_client_ip", "from", "to", "user"))
-"""Fields that may identify a client or its user."""
+CLIENT_FIELDS = frozenset(("client_ip", "client_port", "last_client_ip", "from", "to", "user", "path"))
+"""Fields that may identify a client or its user; the path of a mailbox does."""
+HIDDEN = "\N{HORIZONTAL ELLIPSIS}"
+"""Stands for what was left out of a text."""
 
 _ALSO = frozenset((
     "starting", "stopping", "draining", "reloaded", "rejected", "rejected, more suppressed", "backend up", "Dovecot available",
     "certificate loaded", "certificate removed",
 ))  # fmt: skip
 """Events that are kept although they are neither errors nor warnings. None of them is logged for each connection."""
+_SENTENCES = frozenset(("error", "reply"))
+"""Fields that may quote another server, which knows the client."""
+_MAIL_ADDRESS = re.compile(r"""[^\s<>()[\]",:;@]+@(?:\[[^\s\]]*\]|[^\s<>()[\]",:;@]+)""")
 _PASSING = CLIENT_FIELDS | {"id", "count", "pid", "seconds", "pause", "connections"}
 """Fields in which equal events may differ."""
 
@@ -50,8 +60,14 @@ class Event(NamedTuple):
         return latest._replace(first=min(self.first, other.first), times=self.times + other.times)
 
     def without_client(self) -> Event:
-        """The same event, without the fields that may identify the client."""
-        return self._replace(fields={name: value for name, value in self.fields.items() if name not in CLIENT_FIELDS})
+        """The same event, without CLIENT_FIELDS, and without the client's and mail addresses in what is said."""
+        client = self.fields.get("client_ip", "")
+        fields = {
+            name: _without(value, client) if name in _SENTENCES else value
+            for name, value in self.fields.items()
+            if name not in CLIENT_FIELDS
+        }
+        return self._replace(text=_without(self.text, client), fields=fields)
 
 
 class Journal(logging.Handler):
@@ -76,7 +92,7 @@ class Journal(logging.Handler):
         """Add an event that the log has in another line."""
         if self.kept:
             now = time.time()
-            self._add_locked(Event(now, now, "info", text, {name: str(value) for name, value in fields.items()}, 1))
+            self._add_locked(Event(now, now, "info", text, {name: _cut(value) for name, value in fields.items()}, 1))
 
     def _add_locked(self, new: Event) -> None:
         self.acquire()
@@ -141,13 +157,33 @@ def merged(journals: Iterable[Iterable[Event]]) -> list[Event]:
 
 
 def _event(record: logging.LogRecord) -> Event:
-    message = record.msg
-    if isinstance(message, LogMessage):
-        text, fields = message.words, {name: str(value) for name, value in message.fields.items()}
-    else:
-        text, fields = record.getMessage(), {}
+    text, fields = _texts(record)
     if record.exc_info and record.exc_info[0] is not None:
         # The traceback is in the log. The exception's text may contain anything, also about clients.
         fields["exception"] = record.exc_info[0].__name__
     count = int(fields.pop("count", "1")) if fields.get("count", "1").isdecimal() else 1
     return Event(record.created, record.created, record.levelname.lower(), text, fields, count)
+
+
+def _texts(record: logging.LogRecord) -> tuple[str, dict[str, str]]:
+    """The text and the fields of a line. Of several lines, as asyncio's, the first: the others have objects and exceptions."""
+    message = record.msg
+    try:
+        if isinstance(message, LogMessage):
+            return _cut(message.words), {name: _cut(value) for name, value in message.fields.items()}
+        return _cut(record.getMessage().partition("\n")[0]), {}
+    except Exception:
+        # A line of an app, with a wrong argument for example. The log says more, and the app must not fail here.
+        return "cannot format a log line", {"logger": record.name}
+
+
+def _cut(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + HIDDEN
+
+
+def _without(text: str, client: str) -> str:
+    """A text without mail addresses and the address of this client, which is ``unix`` on a Unix socket."""
+    if "." in client or ":" in client:
+        text = text.replace(client, HIDDEN)
+    return _MAIL_ADDRESS.sub(HIDDEN, text)

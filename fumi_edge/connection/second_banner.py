@@ -13,6 +13,9 @@ from fumi_edge.tls.records import arrived
 BANNER_TIMEOUT = 300.0
 """Seconds in which a backend must send its banner (RFC 5321 §4.5.3.2.1)."""
 
+MAX_DETAIL = 500
+"""Characters of a banner that are logged; it may have 64 KiB."""
+
 
 class BackendRefuses(Exception):
     """The backend sent no complete banner with 220; the message is for the log. ``reply`` is its banner, empty without one."""
@@ -20,6 +23,8 @@ class BackendRefuses(Exception):
     def __init__(self, detail: str, reply: bytes = b"") -> None:
         super().__init__(detail)
         self.reply = reply
+        self.summary = f"answered {reply[:3].decode('ascii', 'replace')} instead of 220" if reply else detail
+        """The same for the status page: the text of a banner may have the client's address."""
 
 
 async def second_banner(client: socket.socket, backend: socket.socket, hangup_watch: HangupWatch, idle_timeout: float) -> bytes:
@@ -42,7 +47,7 @@ async def second_banner(client: socket.socket, backend: socket.socket, hangup_wa
     except OSError as error:
         raise (BackendRefuses("closed in the middle of its banner") if replies.rest else NoBanner(error)) from None
     if not banner.startswith(b"220"):
-        raise BackendRefuses(banner.decode("ascii", "replace").strip(), banner)
+        raise BackendRefuses(banner.decode("ascii", "replace").strip()[:MAX_DETAIL], banner)
     return replies.rest
 
 

@@ -349,7 +349,7 @@ class Connection(Walk):
             return await in_task(second_banner(self._client, self._backend, hangup_watch, idle_timeout))
         except BackendRefuses as refusal:
             self.detail = str(refusal)
-            self.backend.count_error(BackendError.BANNER, self.detail)
+            self.backend.count_error(BackendError.BANNER, refusal.summary)
             self._retire()
             raise Ended(End.BACKEND_REFUSED, refusal.reply or NO_BACKEND, after_command=True) from None
 

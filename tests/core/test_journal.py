@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from fumi_core.runtime import journal as journals
-from fumi_core.runtime.journal import FOLD_SECONDS, MAX_EVENTS, Event, Journal, merged
+from fumi_core.runtime.journal import FOLD_SECONDS, MAX_EVENTS, MAX_TEXT, Event, Journal, merged
 from fumi_core.runtime.logs import event, failure
 
 log = logging.getLogger("fumi.test")
@@ -47,7 +47,7 @@ def test_equal_events_are_one_and_the_last_ones_stay(journal: Journal) -> None:
         ("lmtp:a", "3", 2),
     ]
     for number in range(MAX_EVENTS):
-        event(log, logging.ERROR, "cannot deliver", path=number)
+        event(log, logging.ERROR, "cannot deliver", zone=number)
     assert len(journal.events) == MAX_EVENTS
     assert set(texts(journal)) == {"cannot deliver"}
 
@@ -59,6 +59,50 @@ def test_a_flood_of_rejections_is_one_event_with_their_number(journal: Journal) 
     assert texts(journal) == ["worker died", "rejected, more suppressed"]
     assert journal.events[-1].times == 5000
     assert journal.events[-1].without_client().fields == {"reason": "rate"}
+
+
+def test_what_may_identify_a_client_is_left_out(journal: Journal) -> None:
+    event(
+        log, logging.ERROR, "cannot deliver", client_ip="192.0.2.7", path="/mail/example.org/joe", to="joe@example.org",
+        zone="bl.example", reply="550 5.1.1 <joe@example.org>: no such user, says [192.0.2.7] to=ann@[2001:db8::1]",
+    )  # fmt: skip
+    event(log, logging.ERROR, "cannot deliver", client_ip="unix", listener="unix:/run/fumi")
+    failed = logging.getLogger("asyncio")
+    failed.error("Task exception was never retrieved\nfuture: <Task exception=KeyError('joe')>")
+    failed.error("Exception in callback of ann@example.org")
+    assert [(each.text, each.fields) for each in (known.without_client() for known in journal.events)] == [
+        ("cannot deliver", {"zone": "bl.example", "reply": "550 5.1.1 <…>: no such user, says […] …"}),
+        ("cannot deliver", {"listener": "unix:/run/fumi"}),
+        ("Task exception was never retrieved", {}),
+        ("Exception in callback of …", {}),
+    ]
+
+
+def test_long_texts_are_cut(journal: Journal) -> None:
+    event(log, logging.ERROR, "handler failed", error="x" * 10_000_000)
+    logging.getLogger("asyncio").error("y" * 10_000_000)
+    journal.note("rejected", reason="z" * 10_000_000)
+    one, other, noted = journal.events
+    assert one.fields == {"error": "x" * MAX_TEXT + "…"}
+    assert other.text == "y" * MAX_TEXT + "…"
+    assert noted.fields == {"reason": "z" * MAX_TEXT + "…"}
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_a_line_that_cannot_be_formatted_does_not_fail_where_it_is_logged(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("fumi"), "propagate", False)  # pytest's own handler raises there
+    log.warning("%d messages", "many")
+    log.warning(Unprintable())
+    event(log, logging.ERROR, "cannot deliver", error=Unprintable())
+    unreadable = "cannot format a log line", {"logger": "fumi.test"}
+    assert [(each.text, each.fields) for each in journal.events] == [unreadable] * 2
+    assert [(each.level, each.times) for each in journal.events] == [("warning", 2), ("error", 1)]
 
 
 def test_without_a_page_nothing_is_kept() -> None:

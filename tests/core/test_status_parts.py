@@ -172,7 +172,7 @@ def test_numbers_are_formatted_for_people(said: str, meant: str) -> None:
 
 def page_of(workers: list[Worker], problem: str | None = None, degraded: tuple[str, ...] = ()) -> tuple[Reader, dict[str, Any]]:
     """The page, and its facts, of a program with these workers."""
-    event = Event(1.0, 9.0, "error", "<b>cannot deliver</b>", {"client_ip": "192.0.2.1", "path": "<i>"}, 2)
+    event = Event(1.0, 9.0, "error", "<b>cannot deliver</b>", {"client_ip": "192.0.2.1", "state": "<i>"}, 2)
     overview = Overview(CollectorRegistry(), lambda: problem, lambda: problem, lambda: workers, lambda: [event], 7, 0.0)
     view = View(problem=problem, degraded=degraded, tiles=(), tables=(), small_tables=(), limits={"--max-clients": math.inf})
     pages = StatusPage("fumi-core", overview, (), lambda figures, history, workers: view).pages()
@@ -206,8 +206,8 @@ def test_events_are_escaped_and_do_not_identify_the_client() -> None:
     page, facts = page_of([SERVING])
     assert not {"b", "i"} & {tag for tag, _ in page.tags}
     (row,) = page.tables["Last 50 events: errors, rejections, reloads, restarts"][1:]
-    assert row[1:3] + row[4:] == ["error", "<b>cannot deliver</b>", "path <i>"]
-    assert facts["events"][0]["fields"] == {"path": "<i>"}
+    assert row[1:3] + row[4:] == ["error", "<b>cannot deliver</b>", "state <i>"]
+    assert facts["events"][0]["fields"] == {"state": "<i>"}
 
 
 def test_no_limit_is_null_in_json() -> None:

@@ -372,3 +372,28 @@ def test_many_certificates_are_cut_to_those_that_expire_first() -> None:
     assert text.count("host1.example</td>") == 0
     assert text.count(", host1.example and 7 more") == 1
     assert ", not in use" in text
+
+
+def test_what_a_backend_says_about_a_client_is_not_on_the_page(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+    """The backend is told the client's address, and its second banner may name it."""
+
+    def handler(peer: Peer) -> None:
+        if peer.header.tls:
+            peer.say(b"554-5.7.1 127.0.0.1 is blocked " + b"x" * 5000 + b"\r\n554 5.7.1 go away\r\n")
+            return
+        peer.say(b"220 hi\r\n")
+        peer.rest()
+
+    program = edge(backend=backend(handler))
+    client = clients.plain(program.starttls_port)
+    client.line()
+    client.ask(b"STARTTLS\r\n")
+    client = clients.upgrade(client)
+    client.ask(b"EHLO me\r\n")
+    client.rest()
+    client.close()
+    (line,) = program.ended()
+    assert line["error"].startswith("554-5.7.1 127.0.0.1 is blocked")
+    assert len(line["error"]) == 500
+    (shown,) = read_json(metrics_port(program))["backends"]
+    assert shown["last_error"]["error"] == "answered 554 instead of 220"

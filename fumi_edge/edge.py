@@ -100,7 +100,7 @@ class Edge:
             _announce(each.name, each.settings.starttls)
         if metrics is not None:
             sock = self.metrics_sockets[0]
-            event(log, logging.INFO, "serving metrics", port=_port(sock), address=name_of(metrics, sock))
+            event(log, logging.INFO, "serving metrics", address=name_of(metrics, sock))
 
     def unbind(self) -> None:
         """Close the listening sockets for clients, in a process that does not serve them."""
@@ -311,8 +311,3 @@ def _shared(metrics: EdgeMetrics, count: ConnectionCount, direct: DirectCore | N
 
 def _announce(name: str, starttls: bool) -> None:
     event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
-
-
-def _port(sock: socket.socket) -> int | None:
-    name = sock.getsockname()
-    return name[1] if isinstance(name, tuple) else None

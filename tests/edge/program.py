@@ -72,8 +72,8 @@ class Program:
         if self.process.poll() is not None:
             self._reader.join(PATIENCE)  # for its last words
         assert self.process.poll() is None, self.noise
-        if metrics and self.events("serving metrics")[0].get("port"):
-            # The log tells of sockets that are bound; what serves them is there when somebody answers.
+        if metrics and not self.events("serving metrics")[0]["address"].startswith("unix:"):
+            # The line is logged when the socket is bound, which is before it is served.
             self.fetch("/healthz")
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -91,8 +91,12 @@ class Program:
     def starttls_port(self) -> int:
         return self._port("starttls")
 
+    @property
+    def metrics_port(self) -> int:
+        return int(self.events("serving metrics")[0]["address"].rpartition(":")[2])
+
     def fetch(self, path: str) -> tuple[int, str]:
-        url = "http://127.0.0.1:{}{}".format(self.events("serving metrics")[0]["port"], path)
+        url = f"http://127.0.0.1:{self.metrics_port}{path}"
         try:
             with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
                 return answer.status, answer.read().decode()

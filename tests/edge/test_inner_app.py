@@ -65,7 +65,7 @@ def send(smtp: smtplib.SMTP) -> str:
 
 def test_the_status_page_has_no_backends(directory: Path) -> None:
     with program(directory) as edge:
-        page, _ = read_page(edge.events("serving metrics")[0]["port"])
+        page, _ = read_page(edge.metrics_port)
         assert "Backends" not in page.tables
         assert page.row("Listeners", f"127.0.0.1:{edge.tls_port}")[:2] == ["TLS", "core"]
 

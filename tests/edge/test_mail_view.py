@@ -237,7 +237,7 @@ def test_dev_mode_shows_a_message_that_has_arrived(tmp_path: Path) -> None:
         page = Reader(program.fetch(link)[1])
         assert "hello\n" in page.words
         (file,) = (tmp_path / "maildir" / "new").iterdir()
-        port = program.events("serving metrics")[0]["port"]
+        port = program.metrics_port
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", link.replace("/mail?", "/mail.eml?"))
         answer = connection.getresponse()

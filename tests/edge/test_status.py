@@ -28,13 +28,8 @@ from tests.support.status_page import Reader, read_json, read_page
 from tests.support.waiting import until
 
 
-def metrics_port(program: Program) -> int:
-    port: int = program.events("serving metrics")[0]["port"]
-    return port
-
-
 def look(program: Program, path: str = "/") -> tuple[Reader, Message]:
-    return read_page(metrics_port(program), path)
+    return read_page(program.metrics_port, path)
 
 
 @pytest.fixture
@@ -130,7 +125,7 @@ def test_it_is_ready_while_all_is_well(backend: StartBackend, edge: StartEdge, l
     program = edge(backend=backend(), certs=lasting)
     page, _ = look(program)
     assert page.state == "ready"
-    assert read_json(metrics_port(program))["reasons"] == []
+    assert read_json(program.metrics_port)["reasons"] == []
 
 
 def test_it_is_degraded_when_a_certificate_expires_soon(
@@ -209,7 +204,7 @@ def test_text_of_backends_is_escaped(backend: StartBackend, edge: StartEdge) -> 
     until(lambda: "alert(1)" in look(program)[0].row("Backends", server.address)[6], "the check")
     page, _ = look(program)
     assert "script" not in {tag for tag, _ in page.tags}
-    assert read_json(metrics_port(program))["backends"][0]["last_check"]["error"].startswith("answered '554 <script>")
+    assert read_json(program.metrics_port)["backends"][0]["last_check"]["error"].startswith("answered '554 <script>")
 
 
 def test_events_do_not_identify_clients_unless_requested(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
@@ -227,7 +222,7 @@ def test_events_do_not_identify_clients_unless_requested(backend: StartBackend, 
     assert row[4] == f"listener 127.0.0.1:{program.starttls_port}, reason max_clients"
     (row,) = rejections("/?clients=1")
     assert row[4] == f"client_ip 127.0.0.1, listener 127.0.0.1:{program.starttls_port}, reason max_clients"
-    port = metrics_port(program)
+    port = program.metrics_port
     for query, told in (("", False), ("?clients=1", True)):
         event = next(each for each in read_json(port, query)["events"] if each["event"] == "rejected")
         assert ("client_ip" in event["fields"]) is told
@@ -238,7 +233,7 @@ def test_the_json_has_the_facts_of_the_page(backend: StartBackend, edge: StartEd
     program = edge("--max-clients", "7", "--rate-per-ip", "600/m", backend=server)
     clients.tls(program.tls_port).line()
     page, _ = look(program)
-    facts = read_json(metrics_port(program))
+    facts = read_json(program.metrics_port)
     assert (facts["program"], facts["pid"], facts["state"]) == ("fumi-edge", program.process.pid, page.state)
     assert {f"PID {facts['pid']}", "1 worker"} <= set(page.words)
     assert [each["address"] for each in facts["backends"]] == [server.address]
@@ -258,7 +253,7 @@ def test_workers_are_one_edge(
 ) -> None:
     server = backend()
     program = edge("--workers", "2", "--health-interval", "0.1", "--backend", "127.0.0.1:9", backend=server, certs=lasting)
-    port = metrics_port(program)
+    port = program.metrics_port
     until(lambda: program.fetch("/readyz")[0] == 200 and len(program.workers()) == 2, "the workers")
     held = [clients.plain(program.starttls_port) for _ in range(6)]
     for client in held:
@@ -276,7 +271,7 @@ def test_workers_are_one_edge(
 
 def test_events_of_workers_and_master_are_in_one_list(backend: StartBackend, edge: StartEdge) -> None:
     program = edge("--workers", "2", backend=backend())
-    port = metrics_port(program)
+    port = program.metrics_port
     until(lambda: program.fetch("/readyz")[0] == 200 and len(program.workers()) == 2, "the workers")
     os.kill(min(program.workers()), signal.SIGKILL)
 
@@ -334,7 +329,7 @@ rate-per-ip = "10/s"
     assert (second[:2], second[-1]) == (["TLS", other.address], "10/s per address")
     assert page.row("Certificates", "mx.example")[-1] == f"127.0.0.1:{ports[0]}"
     assert page.row("Certificates", "mail.example")[-1] == f"127.0.0.1:{ports[1]}"
-    assert [each["address"] for each in read_json(metrics_port(program))["backends"]] == [one.address, other.address]
+    assert [each["address"] for each in read_json(program.metrics_port)["backends"]] == [one.address, other.address]
     program.stop()
 
 
@@ -345,7 +340,7 @@ def test_a_reload_shows_other_backends(backend: StartBackend, certificate: Certi
     cert, key = map(str, certificate)
     flags = ("--workers", "2", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--health-interval", "0")
     program = Program("--config", str(config), "--cert", cert, "--key", key, *flags)
-    port = metrics_port(program)
+    port = program.metrics_port
     until(lambda: program.fetch("/readyz")[0] == 200 and len(program.workers()) == 2, "the workers")
     config.write_text(f'backend = ["{new.address}"]')
     program.process.send_signal(signal.SIGHUP)
@@ -395,5 +390,5 @@ def test_what_a_backend_says_about_a_client_is_not_on_the_page(backend: StartBac
     (line,) = program.ended()
     assert line["error"].startswith("554-5.7.1 127.0.0.1 is blocked")
     assert len(line["error"]) == 500
-    (shown,) = read_json(metrics_port(program))["backends"]
+    (shown,) = read_json(program.metrics_port)["backends"]
     assert shown["last_error"]["error"] == "answered 554 instead of 220"

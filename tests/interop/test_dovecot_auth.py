@@ -320,11 +320,11 @@ def test_the_pages_configuration_of_dovecot_makes_the_socket(dovecot: Callable[.
     """The block of PROGRAM.md, with another group, in this Dovecot's own file."""
     (text,) = (each.text for each in sections((ROOT / "fumi_core/PROGRAM.md").read_text()) if each.title == "Users of Dovecot")
     block = text.split("```\n")[1]
-    assert "group = fumi\n" in block
+    assert "group = fumi-core\n" in block
     started = dovecot()
     started.kill()
     with (started.directory / "dovecot.conf").open("a") as file:
-        file.write(block.replace("group = fumi", "group = mail"))
+        file.write(block.replace("group = fumi-core", "group = mail"))
     started.start()
     socket = started.directory / "base" / "auth-fumi"
     assert socket.stat().st_mode & 0o777 == 0o660

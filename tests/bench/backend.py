@@ -1,4 +1,4 @@
-"""What stands behind a TLS terminator in the benchmarks: reads the PROXY header, v1 or v2, and says in its banner what that said.
+"""The backend of the TLS proxies in the benchmarks: reads the PROXY header, v1 or v2, and has its values in the banner.
 
 `PORT greet`     banner, then close.
 `PORT hold`      banner, then silence: an idle connection.

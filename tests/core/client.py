@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Client:
-    """A raw SMTP client: says lines, hears replies."""
+    """A raw SMTP client: sends lines, reads replies."""
 
     def __init__(self, port: int, first: bytes = b"", banner: bool = True) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -43,7 +43,7 @@ class Client:
 
 
 class Connect(Protocol):
-    """Connects to a port of this host, sends ``first``, and reads the banner unless told otherwise."""
+    """Connects to a port of this host, sends ``first``, and reads the banner by default."""
 
     def __call__(self, port: int, first: bytes = b"", banner: bool = True) -> Client: ...
 

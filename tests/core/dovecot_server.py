@@ -1,4 +1,4 @@
-"""A server that speaks Dovecot's authentication protocol as a test wants it to, right or wrong."""
+"""A server with Dovecot's authentication protocol that sends what a test prescribes, right or wrong."""
 
 from __future__ import annotations
 

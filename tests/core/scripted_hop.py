@@ -31,13 +31,13 @@ class ScriptedHop:
     def __init__(self, path: str | None = None, /, **answers: Answer) -> None:
         self.answers: dict[str, Answer] = {**_ANSWERS, **{verb.replace("dot", "."): answer for verb, answer in answers.items()}}
         self.lines: list[bytes] = []
-        """What was said to it, over all connections, without messages."""
+        """The lines it received, over all connections, without messages."""
         self.messages: list[bytes] = []
         """The whole ones."""
         self.broken: list[bytes] = []
         """Those that broke off."""
         self.begun = 0
-        """Messages of which the first line is here: whoever sends it has heard the answer to DATA."""
+        """Messages of which the first line has arrived: the client has the reply to DATA."""
         self.connections = 0
         self._open: set[socket.socket] = set()
         self.sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)

@@ -32,7 +32,7 @@ class Terminal:
         self._reader.start()
 
     def _read(self, fd: int) -> None:
-        # Reading fails when nobody has the other side any more.
+        # Reading fails when no process has the other side open.
         try:
             while shown := os.read(fd, 4096):
                 self.text += shown.decode()

@@ -1,4 +1,4 @@
-"""Dovecot decides who is let in; whatever it does wrong lets nobody in, and hangs nobody."""
+"""Dovecot checks logins; whatever it sends wrong, no login succeeds and no client hangs."""
 
 from __future__ import annotations
 
@@ -428,7 +428,7 @@ def test_a_server_that_is_not_dovecot_accepts_no_login_and_hangs_no_client(
 
 
 def test_a_reply_to_another_login_authenticates_no_client(dovecot: StartDovecot, connect: Connect) -> None:
-    """Neither one that was given already, nor one that nobody asked for."""
+    """Neither a second reply, nor one without a request."""
 
     def serve(peer: Peer) -> None:
         peer.raw(AUTH_HANDSHAKE)

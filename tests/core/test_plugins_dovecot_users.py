@@ -1,4 +1,4 @@
-"""RCPT is accepted for the users that Dovecot knows, and deferred when it cannot tell."""
+"""RCPT is accepted for users that exist in Dovecot, and deferred while Dovecot is unavailable."""
 
 from __future__ import annotations
 

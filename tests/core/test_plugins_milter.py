@@ -1,4 +1,4 @@
-"""A mail filter is told of each step of a session, and its answers decide."""
+"""A mail filter gets each step of a session, and its answers decide."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def deliver(server: RunningServer, connect: Connect, text: bytes = MESSAGE, *rec
     return message(client, text)
 
 
-# What the filter hears
+# What the filter gets
 
 
 def test_the_filter_gets_each_step(scripted_milter: StartMilter, connect: Connect) -> None:
@@ -553,7 +553,7 @@ def test_a_filter_that_fails_at_any_step_defers_mail_or_accepts_it(
 def test_after_a_failure_the_filter_gets_nothing_more_of_the_transaction(
     failure: str, scripted_milter: StartMilter, connect: Connect
 ) -> None:
-    """The filter fails between two recipients, and has not heard of the sender afterwards."""
+    """The filter fails between two recipients, and then has no sender for the second."""
     milter = scripted_milter(rcpt=one_by_one([CONTINUE, None, CONTINUE]))
     delivered = Delivered()
     with running(build(milter, delivered=delivered, failure=failure)) as server:

@@ -1,4 +1,4 @@
-"""fumi-core with a standard stream that is closed, or that nobody reads."""
+"""fumi-core with a standard stream that is closed, or that no process reads."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Behind = Callable[..., tuple[Fumi, list[Session]]]
 
 @pytest.fixture
 def behind() -> Behind:
-    """An app behind a terminator, and the sessions its handlers saw."""
+    """An app behind a TLS proxy, and the sessions its handlers saw."""
 
     def make(**options: Any) -> tuple[Fumi, list[Session]]:
         app = Fumi(**{"auth_optional": True, "proxy_protocol": "required", "close_timeout": 0.2, **options})

@@ -133,7 +133,7 @@ def test_each_listener_has_its_own_target(start: Start, tmp_path: Path) -> None:
 
 
 class Silent(Discard):
-    """A target that says nothing until it is released; ``asked`` counts."""
+    """A target whose check hangs until it is released; ``asked`` counts checks."""
 
     def __init__(self) -> None:
         super().__init__()

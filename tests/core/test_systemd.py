@@ -1,4 +1,4 @@
-"""fumi-core as a service of systemd: what it tells, and the watchdog."""
+"""fumi-core as a service of systemd: its notifications, and the watchdog."""
 
 from __future__ import annotations
 

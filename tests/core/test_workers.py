@@ -156,7 +156,7 @@ def test_metrics_add_up_over_workers_and_survive_their_death(two_workers: TwoWor
     assert open_before == before["fumi_core_connections_total"] >= 2
 
     os.kill(min(clients), signal.SIGKILL)
-    # Of what workers have now, less is left while one is gone.
+    # Gauges are lower while a worker is missing.
     lasting = [name for name in before if re.search(r"(_total|_count|_sum|_bucket|_info|_start_time_seconds)\b", name)]
     assert len(lasting) == len(before) - 5  # connections, descriptors and their limit, two kinds of memory
     while (now := metrics.values())["fumi_core_worker_restarts_total"] == 0:

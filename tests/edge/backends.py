@@ -1,4 +1,4 @@
-"""Backends for the edge, in threads: the small SMTP server, one that comes and goes, and what tests ask about several."""
+"""Backends for the edge, in threads: the small SMTP server, one that goes down and up, and functions over several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MakePool(Protocol):
 
 
 def smtp(peer: Peer) -> None:
-    """A small SMTP server: answers 250 to everything, takes DATA, and keeps what it heard in ``peer.heard``."""
+    """A small SMTP server: answers 250 to everything, takes DATA, and keeps what it received in ``peer.heard``."""
     peer.say(b"220 backend.test ESMTP\r\n")
     while line := peer.line():
         peer.heard.append(line)
@@ -123,7 +123,7 @@ class Backend:
         return self.peers[number]
 
     def close(self) -> None:
-        """Be gone: who connects is refused."""
+        """Go down: connections are refused."""
         # close() alone leaves the thread in accept() to take one more.
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
@@ -151,7 +151,7 @@ def counts(*servers: Backend) -> list[int]:
 
 
 class Flapping:
-    """Stands before a backend, there one moment and gone the next."""
+    """A relay in front of a backend that goes down and up."""
 
     def __init__(self) -> None:
         self._kept = kept_port()

@@ -22,7 +22,7 @@ def waiting(sock: socket.socket, what: int = termios.FIONREAD) -> int:
 
 
 def settled(measure: Callable[[], T], program: Program) -> T:
-    """Poll until the measure has not changed for a while, the program being idle, and return it: nobody moves any more."""
+    """Poll until the measure has not changed for a while, the program being idle, and return it: no more bytes move."""
     value, since = measure(), time.monotonic()
     deadline = since + 20
     while time.monotonic() - since < 0.15 and time.monotonic() < deadline:

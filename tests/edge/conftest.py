@@ -130,7 +130,7 @@ def greeted(clients: Clients) -> Greet:
 
 @pytest.fixture
 def public(certificate: CertificateFiles) -> Iterator[CertificateFiles]:
-    """A certificate that everybody can read, and its key that only the owner can; pytest's directories are for nobody else."""
+    """A certificate that all users can read, and its key that only the owner can; pytest's directories are private."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         cert, key = Path(name, "cert.pem"), Path(name, "key.pem")

@@ -45,7 +45,7 @@ class Engine:
 
 
 def update_key(tls: ssl.SSLObject | ssl.SSLSocket) -> None:
-    """Change our key, and ask the other side to change its own (RFC 8446 §4.6.3): ssl has no such call, OpenSSL has."""
+    """Change our key, and request the other side to change its own (RFC 8446 §4.6.3): ssl has no such call, OpenSSL has."""
     import _ssl
 
     openssl = ctypes.CDLL(getattr(_ssl, "__file__", None))

@@ -1,4 +1,4 @@
-"""Replies of the edge, and of the small backend behind it, that many tests expect."""
+"""Replies of the edge, and of the small backend, that many tests expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The addresses behind the name of a backend: which are tried, in which order, when the name is resolved again."""
+"""The addresses of a backend's name: which are tried, in which order, when the name is resolved again."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_addresses_are_kept_when_the_resolver_fails_later(
         backends = pool(f"mail.test:{listening}")
         monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
         for number in range(1, 4):
-            while resolver.asked < number:  # a connection does not ask while the one before is still asking
+            while resolver.asked < number:  # a connection starts no lookup while another one is running
                 sock, backend = await backends.connect(b"")
                 sock.close()
                 await asyncio.sleep(0.01)
@@ -170,7 +170,7 @@ def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(
 def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_at_each_question(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
 ) -> None:
-    """It stays behind those that answer, in whatever order the resolver names them."""
+    """It stays after those that work, in whatever order the resolver returns them."""
 
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
@@ -300,7 +300,7 @@ def test_addresses_come_and_go_with_the_answers_of_the_resolver(
         for answer in (["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.3", "127.0.0.4"], ["127.0.0.4"]):
             resolver.answer = list(answer)
             last: list[str] = []
-            while set(last[-30:]) != set(answer):  # the last thirty, so that none goes to an address that is gone
+            while set(last[-30:]) != set(answer):  # the last thirty, so that none goes to a removed address
                 (await backends.connect(b""))[0].close()
                 last.append(connected())
                 await asyncio.sleep(0)

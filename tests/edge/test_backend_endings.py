@@ -1,4 +1,4 @@
-"""How connections to backends end: after QUIT, without waiting for the backend and without leaving ports behind."""
+"""How connections to backends end: after QUIT, without waiting for the backend and without using up ports."""
 
 from __future__ import annotations
 

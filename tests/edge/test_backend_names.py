@@ -109,7 +109,7 @@ def test_clients_are_served_while_addresses_of_the_name_fail_and_where_it_moves_
     all_served("127.0.0.2", "127.0.0.3", "127.0.0.4")
     cores.silent.add("127.0.0.3")
     all_served("127.0.0.2", "127.0.0.4")
-    cores.are_at("127.0.0.3", "127.0.0.4")  # the resolver is not asked before none answers
+    cores.are_at("127.0.0.3", "127.0.0.4")  # the name is not resolved again while an address works
     all_served("127.0.0.4")
     assert program.fetch("/readyz")[0] == 200
     assert program.events("backend down") == []

@@ -87,7 +87,7 @@ def test_a_file_that_loses_its_certificate_keeps_it_in_service(authority: Author
         cert, key = authority.issue(f"{name}.test")
         (tmp_path / f"{name}.pem").write_text(cert.read_text() + key.read_text())
     certificates = Certificates([(tmp_path, None)])
-    (tmp_path / "b.pem").write_text("")  # as it is for a moment while it is written anew
+    (tmp_path / "b.pem").write_text("")  # as it is for a moment while it is replaced
     reading = certificates.read()
     assert (reading.complaints, reading.skipped) == ([f"{tmp_path}/b.pem: holds no PEM certificate"], [])
     certificates.install(reading)

@@ -1,4 +1,4 @@
-"""What the start and --check say of certificates: which are served, which have expired, which nobody can get."""
+"""What the log at startup and --check report of certificates: served, expired, or unusable by any client."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_clients_that_upgrade_at_once_find_descriptors_although_backends_are_slo
     upgraded = [clients.upgrade(peer) for peer in peers]
     for peer in upgraded:
         assert peer.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
-    # Others wait until there is room, and are not turned away.
+    # Others wait for a free descriptor, and are not rejected.
     late = [clients.plain(program.starttls_port) for _ in range(20)]
     until(lambda: program.events("cannot accept, pausing"), "the pause")
     go.set()

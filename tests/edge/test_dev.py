@@ -1,4 +1,4 @@
-"""--dev: one command that serves mail with a certificate of its own, and leaves nothing behind."""
+"""--dev: one command that serves mail with a certificate of its own, and leaves no files."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_the_cores_log_says_nothing_of_checks(certificate: CertificateFiles, edg
 
 
 def quits(port: int) -> float:
-    """How often the core has been told QUIT."""
+    """How often the core has received QUIT."""
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()

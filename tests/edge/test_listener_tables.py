@@ -156,7 +156,7 @@ def test_a_reload_changes_one_listener_and_leaves_its_open_connections_and_the_o
     assert clients.tls(first).line() == b"220 one\r\n"
     assert open_before.ask(b"NOOP\r\n") == [b"250 one\r\n"]
     until(lambda: f'fumi_edge_backend_up{{backend="{two.address}"}} 1.0' in program.fetch("/metrics")[1])
-    # And back: what nobody uses any more is neither checked nor shown.
+    # And back: backends that no listener uses any more are neither checked nor shown.
     tables.write(edge, at(first, "tls"), at(second, "tls"))
     tables.reload("reloaded")
     assert clients.tls(second).line() == b"220 one\r\n"
@@ -223,7 +223,7 @@ def test_a_backend_of_several_listeners_is_checked_once_and_readiness_is_for_all
 def test_readiness_without_health_checks_checks_the_backends_of_all_listeners_concurrently(
     tables: Tables, backend: StartBackend, certificate: CertificateFiles
 ) -> None:
-    """Each of these takes as long as it may, and answers only when both have been asked."""
+    """Each of these takes as long as it may, and answers only when both are being checked."""
     asked = threading.Barrier(2)
 
     def handler(peer: Peer) -> None:

@@ -1,4 +1,4 @@
-"""/mail of --dev: what has arrived, as text, for nobody but people on this host."""
+"""/mail of --dev: what has arrived, as text, for clients on this host only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENVELOPE = b"Return-Path: <a@example.org>\nDelivered-To: b@example.org\nReceived
 
 
 class View:
-    """The pages of a Maildir, asked from this host unless told otherwise."""
+    """The pages of a Maildir, requested from this host by default."""
 
     def __init__(self, maildir: Path) -> None:
         self.maildir = maildir

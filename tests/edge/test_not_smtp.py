@@ -14,7 +14,7 @@ from tests.support.waiting import until
 
 
 def insists_on_tls(peer: Peer) -> None:
-    """A backend that takes mail and AUTH only from clients who came by TLS, as the header tells."""
+    """A backend that accepts mail and AUTH only from clients with TLS, according to the header."""
     peer.say(b"220 backend.test ESMTP\r\n")
     while line := peer.line():
         peer.heard.append(line)

@@ -46,7 +46,7 @@ from tests.support.waiting import until
 def test_a_bad_file_leaves_the_old_certificate_in_service(
     backend: StartBackend, edge: StartEdge, authority: Authority, files: CertificateFiles, shown: Callable[..., str], case: str
 ) -> None:
-    """It is counted and reported once, not at every look, and again when somebody asks; what comes next is taken."""
+    """It is counted and reported once, not at every check, and again at SIGHUP; the next change is loaded."""
     old, new, expired = authority.issue("localhost"), authority.issue("localhost"), authority.issue("localhost", days=-1)
     put(old, *files)
     program = edge("--cert-reload-interval", "0.1", backend=backend(), certs=("--cert", files[0], "--key", files[1]))

@@ -370,7 +370,7 @@ def test_many_certificates_are_cut_to_those_that_expire_first() -> None:
 
 
 def test_what_a_backend_says_about_a_client_is_not_on_the_page(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
-    """The backend is told the client's address, and its second banner may name it."""
+    """The backend gets the client's address, and its second banner may contain it."""
 
     def handler(peer: Peer) -> None:
         if peer.header.tls:

@@ -28,7 +28,7 @@ from tests.support.waiting import until
 
 
 def test_a_client_that_uploads_slowly_to_a_half_closed_backend_is_not_cut_off() -> None:
-    """Only silence counts as lingering. The tunnel is told the time, so nobody has to wait."""
+    """Only silence counts as lingering. The test sets the tunnel's time, so it need not wait."""
 
     async def trickle(ends: Sequence[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
@@ -248,7 +248,7 @@ def test_the_last_reply_arrives_although_the_backend_closes_with_bytes_unread(
     if not connect.tls:
         talking.start()
     else:
-        # Python's TLS sockets are not for two threads at such a moment: talk first, as far as nobody reads.
+        # Python's TLS sockets are not for two threads at such a moment: send first, as much as fits without a reader.
         client.say(b"x" * 400_000)
     received = 0
     while received < size:
@@ -312,7 +312,7 @@ def test_a_client_that_breaks_off_breaks_the_backend_off(backend: StartBackend, 
 
 
 def pour_until_full(peer: Peer, program: Program) -> None:
-    """Send until nobody has taken any for a while, nor is about to: every buffer on the way is full then."""
+    """Send until no bytes are taken for a while: every buffer on the way is full then."""
     peer.sock.setblocking(False)
     data = bytes(1 << 16)
     while select.select([], [peer.sock], [], 0.3)[1] or not program.rests():
@@ -374,7 +374,7 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_no_other_connection(
 def test_a_reset_is_reported_to_the_side_that_writes_or_reads_first(
     backend: StartBackend, edge: StartEdge, connect: Connect
 ) -> None:
-    """The kernel tells of it once: here to who writes, and not again to who reads."""
+    """The kernel reports it once: here to the write, and not again to the read."""
     go, gone = threading.Event(), threading.Event()
 
     def handler(peer: Peer) -> None:

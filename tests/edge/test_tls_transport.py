@@ -25,7 +25,7 @@ SIZE = 20 * 1024 * 1024
 
 
 class Core:
-    """The owner of a transport, as the core's connection is one. What it is told, in order, is in ``events``."""
+    """The owner of a transport, as the core's connection is one. The calls it gets, in order, are in ``events``."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -134,7 +134,7 @@ def carry(core: Core, server: TLSSocket, talk: Callable[[], None], look: Callabl
             async with asyncio.timeout(30):
                 return await finished
         finally:
-            await asyncio.sleep(0)  # the core is told in a turn of its own
+            await asyncio.sleep(0)  # the core is called in a turn of its own
             server.close()
             await loop.run_in_executor(None, talking.join)
             close_notify.close()

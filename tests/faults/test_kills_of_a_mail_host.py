@@ -201,7 +201,7 @@ def kill_worker(service: Process) -> None:
 
 
 def alive(group: int) -> bool:
-    """Whether a process of this group lives; one that nobody has waited for does not."""
+    """Whether a process of this group lives; a zombie does not."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
@@ -211,7 +211,7 @@ def alive(group: int) -> bool:
 
 
 def kill_group(process: Process) -> None:
-    """Kill a program with its processes, and wait until they are gone."""
+    """Kill a program with its processes, and wait until they have ended."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     until(lambda: not alive(process.pid), "the end of its processes")

@@ -1,1 +1,1 @@
-"""Mail through six hosts, of which one or the other dies: network namespaces, real programs, a steady load."""
+"""Mail through six hosts, of which one dies: network namespaces, real programs, a steady load."""

@@ -1,4 +1,4 @@
-"""A client that says EHLO and no more, until its connection ends.
+"""A client that sends EHLO and nothing else, until its connection ends.
 
     python -m tests.hosts.idle HOST PORT
 

@@ -96,7 +96,7 @@ class MailHosts:
             process.wait(60)
 
     def start_idle_client(self) -> Path:
-        """Start a client that says EHLO and nothing else, and return the file with what it hears, and "ended" at the end."""
+        """Start a client that sends EHLO and nothing else; return the file with the replies, and "ended" at the end."""
         log = self.directory / f"idle{len(self.clients)}.log"
         command = [sys.executable, "-m", "tests.hosts.idle", self.hosts["balancer"].address, "25"]
         self.clients.append(self.hosts["client"].start(*command, log=log, cwd=ROOT))

@@ -37,7 +37,7 @@ class Attempt:
 
     @property
     def unsure(self) -> bool:
-        """Whether the message was sent and the client does not know what became of it, or was told to send it again."""
+        """Whether the message was sent, and the client has no reply, or a reply that asks for a retry."""
         return self.step == "message" and not self.accepted
 
 
@@ -68,7 +68,7 @@ class Verdict:
         return self.ROW.format(name, *numbers, f"{self.longest:.1f} s", f"{self.silence:.1f} s")
 
     def problems(self, answered: bool = True) -> list[str]:
-        """What must not be; ``answered`` tells whether messages can be accepted in spite of the fault."""
+        """Violations; ``answered``: messages can be accepted in spite of the fault."""
         found = [f"{self.lost} lost"] * bool(self.lost) + [f"{self.unexplained} doubled after a 250"] * bool(self.unexplained)
         found += [f"a client waited {self.longest:.1f} s"] * (self.longest > WAIT_LIMIT)
         return found + [f"no message accepted for {self.silence:.1f} s"] * (answered and self.silence > LIMIT)

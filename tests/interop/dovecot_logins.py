@@ -1,4 +1,4 @@
-"""A Dovecot with users, for logins, for recipients and for IMAP, and the servers that it asks about tokens and policy."""
+"""A Dovecot with users, for logins, for recipients and for IMAP, and the servers that it queries about tokens and policy."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from tests.support.starter import BIN, Process
 from tests.support.waiting import until
 
 SERVER, CLIENT = "203.0.113.1", "198.51.100.7"
-"""The machine's address, and that of a client from outside, whom rspamd does not take for a local one."""
+"""The machine's address, and that of a client from outside, which rspamd does not treat as local."""
 NAME, DOMAIN = "mx.example.org", "example.org"
 PASSWORD = "secret"
 SETUP = r"""

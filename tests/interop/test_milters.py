@@ -66,7 +66,7 @@ KILLS = int(os.environ.get("KILLS", "3"))
 
 
 class Sender:
-    """Sends one message after the other, each with its own number, until it is told to stop."""
+    """Sends one message after the other, each with its own number, until it is stopped."""
 
     def __init__(self, port: int, name: str) -> None:
         self.accepted: list[str] = []

@@ -204,7 +204,7 @@ def test_disruptions_and_the_autoscaler_leave_one_that_serves(objects: Objects) 
         assert objects["Deployment", name]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     (policy,) = scaler["behavior"]["scaleDown"]["policies"]
     assert (policy["type"], policy["value"]) == ("Pods", 1)
-    # One is gone before the next is removed.
+    # One has ended before the next is removed.
     assert policy["periodSeconds"] > pod_of(objects, "fumi-edge")["spec"]["terminationGracePeriodSeconds"]
     (metric,) = scaler["metrics"]
     assert metric["pods"]["metric"]["name"] in (OPS / "grafana" / "fumi.json").read_text()

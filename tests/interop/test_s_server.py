@@ -16,7 +16,7 @@ from tests.support.waiting import until
 
 
 class Server:
-    """``openssl s_server``: what it is told goes to its client, and with TLS 1.3 a line ``K`` is a command."""
+    """``openssl s_server``: its input goes to its client, and with TLS 1.3 a line ``K`` is a command."""
 
     def __init__(self, port: int, certificate: CertificateFiles, log: Path, version: str) -> None:
         self._log = log

@@ -28,7 +28,7 @@ _FLAGS = (
 _MOVE = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 
 
-# Of every piece of text: its colour against the nearest background behind it, as WCAG 2.1 reckons contrast.
+# Of every piece of text: its colour against the nearest background behind it, as WCAG 2.1 computes contrast.
 CONTRAST = """
 (() => {
   const numbers = colour => colour.match(/[\\d.]+/g).map(Number);

@@ -53,7 +53,7 @@ class Host(Namespace):
         self.ip("link set eth0 up")
 
     def pull(self) -> None:
-        """Pull the cable: its programs go on, and nobody hears of them, or they of anybody."""
+        """Pull the cable: its programs go on, without network."""
         self._switch.ip(f"link set {self.name} down")
 
     def plug(self) -> None:
@@ -82,7 +82,7 @@ class Host(Namespace):
             self.ip("link set slow up")
             yield
         finally:
-            # Its two ends are gone with it.
+            # Its two ends are removed with it.
             relay.send_signal(15)
             relay.wait(60)
             self.ip(f"addr add {self.address}/24 dev eth0")

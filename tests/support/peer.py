@@ -40,7 +40,7 @@ class Peer:
 
     @property
     def tls(self) -> ssl.SSLSocket:
-        """The socket of a peer that speaks TLS."""
+        """The socket of a peer with TLS."""
         assert isinstance(self.sock, ssl.SSLSocket)
         return self.sock
 

@@ -10,13 +10,13 @@ import socket
 import time
 from collections.abc import Iterator
 
-# Below those that the kernel gives to whoever asks for any: one of these would often be somebody else's by the time that the
-# server is there, for several test runs go on at once and each connection takes one. So each run has a share of its own.
+# Below the kernel's ephemeral ports: one of those would often be in use by the time that the server starts, since several
+# test runs go on at once and each connection takes one. So each run has a share of its own.
 FIRST, SHARE, SHARES = 12_000, 1_000, 20
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this host that nobody has, and a different one each time. Raises OSError for a host that is not here."""
+    """A free port of this host, a different one each time. Raises OSError for an address that this machine does not have."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
         port = next(_numbers)

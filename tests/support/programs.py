@@ -16,7 +16,7 @@ from tests.support.waiting import until
 
 
 def listening(port: int) -> bool:
-    """Whether somebody listens, on IPv4 or IPv6, asked without connecting."""
+    """Whether a process listens, on IPv4 or IPv6, found without connecting."""
     tables = [path.read_text() for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
     return any(re.search(f":{port:04X} 0+:0000 0A", table) for table in tables)
 
@@ -69,7 +69,7 @@ class Programs:
         until(lambda: listening(port) or process.poll() is not None, f"{process.args[0]} listening")
 
     def maildir(self) -> Maildir:
-        """The Maildir that fumi-core delivers into unless told otherwise."""
+        """The Maildir that fumi-core delivers into by default."""
         return Maildir(self.directory / "maildir")
 
     def run(self, *command: str | Path, given: bytes = b"", status: int = 0, environment: Mapping[str, str] | None = None) -> str:

@@ -29,7 +29,7 @@ def quicker(rules: str, factor: int) -> str:
 
 
 class Prometheus:
-    """A running one, asked over its HTTP API."""
+    """A running Prometheus, queried over its HTTP API."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""What a Dovecot may send, right and wrong: nobody is let in whom it did not accept, no login waits for ever, however it arrives.
+"""Replies of Dovecot, right and wrong, in pieces: no login succeeds that it did not accept, and none waits for ever.
 
 And what a client may call its recipients: no name becomes a path outside the directory of all users.
 """
@@ -216,7 +216,7 @@ async def _lookups(pieces: list[bytes]) -> list[str]:
 
 @dataclass(frozen=True)
 class Handshake(campaign.Case):
-    """What a server sends before it is asked anything."""
+    """What a server sends before the first request."""
 
     def check(self) -> None:
         for pieces in (speech.cut(Random(self.cut), self.data), [self.data]):
@@ -237,7 +237,7 @@ class Handshake(campaign.Case):
 
 
 async def _ready(pieces: list[bytes]) -> bool:
-    """Whether the server may be asked; one that said something wrong is disconnected, and may not."""
+    """Whether the server may get requests; after a violation of the protocol it is disconnected."""
     link, transport = Link(AuthConversation()), Transport()
     link.connection_made(cast(Any, transport))
     for piece in pieces:

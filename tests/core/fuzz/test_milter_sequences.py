@@ -44,7 +44,7 @@ class Filter:
         self.unanswered: set[int] = set()
         self.rejected: set[int] = set()
         self.passed: set[str] = set()
-        """Labels of what the filter wants to hear no more of."""
+        """Labels of steps that the filter does not want again."""
         self.transports: list[Transport] = []
 
     async def connect(self, *given: Any) -> MilterConnection:

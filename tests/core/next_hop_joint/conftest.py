@@ -1,4 +1,4 @@
-"""A core that speaks SMTP to its clients and delivers by LMTP."""
+"""A core with SMTP clients that delivers by LMTP."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class MakeStore(Protocol):
 
 
 class Front(Protocol):
-    """Starts a core that delivers to an LMTP server and has a state directory, each its own unless told otherwise."""
+    """Starts a core that delivers to an LMTP server and has a state directory, each its own by default."""
 
     def __call__(self, hop: Store, state: Path | None = ..., **options: Any) -> RunningServer: ...
 

@@ -1,4 +1,4 @@
-"""``lmtp:`` in front of clients that speak SMTP: one reply for all recipients, and nobody gets a message twice or not at all."""
+"""``lmtp:`` with SMTP clients: one reply for all recipients, and each recipient gets a message exactly once."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def connections(server: RunningServer) -> int:
 
 
 def gone(server: RunningServer) -> bool:
-    """Whether the server has noticed that its client has gone."""
+    """Whether the server has noticed that its client has disconnected."""
     (connection,) = server.app._server.connections  # type: ignore[union-attr]
     dialogue = connection._dialogue
     return dialogue is not None and dialogue.closed

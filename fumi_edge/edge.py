@@ -97,7 +97,7 @@ class Edge:
             for sock in sockets
         ]
         for each in self._bound:
-            _announce(each.name, each.settings.starttls)
+            _announce(each.name, each.settings.starttls, each.settings.policy)
         if metrics is not None:
             sock = self.metrics_sockets[0]
             event(log, logging.INFO, "serving metrics", address=name_of(metrics, sock))
@@ -141,7 +141,7 @@ class Edge:
     def listen(self, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
         """Serve the clients of one more listening, non-blocking socket, which the edge takes over."""
         self._serve_at(self._services.resources(self._shared), sock, name, starttls, policy)
-        _announce(name, starttls)
+        _announce(name, starttls, policy)
 
     def _serve_at(self, resources: Resources, sock: socket.socket, name: str, starttls: bool, policy: ListenerPolicy) -> None:
         self.listeners.append(Listener(resources, sock, name, starttls, policy, self._serve, self._served))
@@ -309,5 +309,6 @@ def _shared(metrics: EdgeMetrics, count: ConnectionCount, direct: DirectCore | N
     )
 
 
-def _announce(name: str, starttls: bool) -> None:
-    event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls")
+def _announce(name: str, starttls: bool, policy: ListenerPolicy) -> None:
+    header = "off" if policy.balancers is None else "required"
+    event(log, logging.INFO, "listening", listener=name, mode="starttls" if starttls else "tls", proxy_protocol=header)

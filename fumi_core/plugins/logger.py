@@ -92,7 +92,8 @@ class _Lines:
             # In LMTP each recipient has its own reply.
             errors = [ctx.rejected.get(each.address) for each in envelope.rcpt_to]
             best = min((error.code if error else 250 for error in errors), default=250)
-            _log_line(ctx, f"message {verdict(best)}", **fields, rejected=sum(error is not None for error in errors) or None)
+            rejected = sum(error is not None for error in errors) or None
+            _log_line(ctx, f"message {verdict(best)}", **fields, recipients_rejected=rejected)
         if failure is not None:
             raise failure
 

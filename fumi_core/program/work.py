@@ -98,7 +98,8 @@ class CoreWork:
                 served.sockets += sockets
                 for name in dict.fromkeys(name_of(place.address, sock) for sock in sockets):
                     served.names.append(name)
-                    event(self.log, logging.INFO, "listening", listener=name, proxy_protocol=served.app.options.proxy_protocol)
+                    proxy_protocol = served.app.options.proxy_protocol
+                    event(self.log, logging.INFO, "listening", listener=name, mode="plaintext", proxy_protocol=proxy_protocol)
         for place, sockets in found:
             self.metrics_sockets = sockets
             event(self.log, logging.INFO, "serving metrics", address=name_of(place.address, sockets[0]))

@@ -142,7 +142,7 @@ class Connection(Walk):
             raise
         except Exception as error:
             # A programming error ends this connection and no other.
-            failure(log, "connection failed", error, id=self.id, client_ip=self._host)
+            failure(log, "connection failed", error, id=self.id, client_ip=self._host, client_port=self._port)
         finally:
             self._close(reason)
             self._report(reason)
@@ -443,19 +443,24 @@ class Connection(Walk):
             self._loop.remove_reader(self._client.fileno())
         self._client.close()
 
+    @property
+    def _port(self) -> int | None:
+        """The client's port; None on a Unix socket."""
+        return None if isinstance(self._source, str) else self._source[1]
+
     def _report(self, reason: End) -> None:
         seconds = time.monotonic() - self.started
         self._count(self.received, self.sent)
         metrics = self._resources.metrics
         metrics.session_seconds.observe(seconds)
         self._decide(StarttlsResult.REFUSED)
-        tls, port = self.tls, None if isinstance(self._source, str) else self._source[1]
+        tls = self.tls
         active = tls is not None or self.received > 0
         # The requested name is logged even if the handshake failed: that is when it is needed most.
         sni = self._client.server_name if isinstance(self._client, TLSSocket) else None
         event(
             log, self._role.log_level(active), "connection ended",
-            id=self.id, client_ip=self._host, client_port=port, listener=self.listener.name,
+            id=self.id, client_ip=self._host, client_port=self._port, listener=self.listener.name,
             tls=tls and tls.version, cipher=tls and tls.cipher, sni=sni,
             backend=self.backend and self.backend.name, bytes_in=self.received, bytes_out=self.sent,
             seconds=round(seconds, 3), reason=reason, error=self.detail,

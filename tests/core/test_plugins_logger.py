@@ -182,7 +182,7 @@ def test_in_lmtp_the_refused_recipients_are_counted(connect: Connect, lines: Lin
         client.say("RCPT TO:<e@f.example>")
         client.say("DATA")
         client.say("hello\r\n.")
-    expected = f"message {verdict} client_ip=127.0.0.1 from=a@b.example recipients=2 size=7 rejected={len(refusing)}"
+    expected = f"message {verdict} client_ip=127.0.0.1 from=a@b.example recipients=2 size=7 recipients_rejected={len(refusing)}"
     assert next(line for line in lines() if line.startswith("message")) == expected
 
 

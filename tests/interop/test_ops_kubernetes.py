@@ -1,19 +1,23 @@
-"""ops/kubernetes: known kinds, references that lead somewhere, command lines that the programs take, and a kustomization."""
+"""ops/kubernetes: Kubernetes' schemas, references that lead somewhere, command lines that the programs take, a kustomization."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import ssl
 import subprocess
-from collections.abc import Callable
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fumi_edge.backends.dialing import RESOLVE_INTERVAL
+from tests.bench import environment
 from tests.support.certificates import CertificateFiles, self_signed
 from tests.support.ports import free_port
 from tests.support.programs import Programs
@@ -32,6 +36,25 @@ KINDS = {
     "NetworkPolicy": "networking.k8s.io/v1",
     "Certificate": "cert-manager.io/v1",
 }
+SCHEMAS = "kubernetes-validate==1.37.0"
+"""PyPI's package of the schemas of Kubernetes. Its "strict" ones refuse unknown keys."""
+VERSIONS = [f"1.{minor}.0" for minor in range(30, 38)]
+STRICTLY = """
+import json, pathlib, sys
+from jsonschema.validators import Draft202012Validator
+from referencing import Registry, Resource
+objects, versions, directory = json.load(sys.stdin)
+for version in versions:
+    schemas = pathlib.Path(directory, f"v{version}-local-strict")
+    definitions = Resource.from_contents(json.loads((schemas / "_definitions.json").read_text()))
+    for each in objects:
+        group, _, number = each["apiVersion"].rpartition("/")
+        name = "-".join([each["kind"].lower(), *filter(None, [group.partition(".")[0]]), number])
+        schema = json.loads((schemas / f"{name}.json").read_text())
+        registry = definitions @ (Resource.from_contents(schema) @ Registry())
+        for error in Draft202012Validator(schema, registry=registry).iter_errors(each):
+            print(version, each["kind"], *error.path, error.message)
+"""
 Objects = dict[tuple[str, str], Any]
 PROGRAMS = ["fumi-core", "fumi-edge"]
 
@@ -73,6 +96,57 @@ def test_every_object_is_of_a_known_kind_and_in_the_namespace(objects: Objects) 
         assert each["apiVersion"] == KINDS[kind]
         if kind != "Namespace":
             assert ("Namespace", each["metadata"]["namespace"]) in objects
+
+
+@pytest.fixture(scope="session")
+def schemas() -> Path:
+    """What imports jsonschema and has the schemas of Kubernetes: of the package's 36,000 files only those that are needed."""
+    made = environment.INSTALLED / SCHEMAS
+    if not (made / "installed").exists():
+        pip = [sys.executable, "-m", "pip", "--quiet"]
+        environment.run(*pip, "install", "--upgrade", "--target", str(made), "jsonschema==4.26.0")
+        environment.run(*pip, "download", "--no-deps", "--dest", str(made), SCHEMAS)
+        (archive,) = made.glob("*.whl")
+        kinds = "|".join(["_definitions", *(f"{kind.lower()}-[a-z0-9-]+" for kind in KINDS)])
+        wanted = re.compile(rf"/v({'|'.join(map(re.escape, VERSIONS))})-local-strict/({kinds})\.json$")
+        with zipfile.ZipFile(archive) as files:
+            files.extractall(made, [name for name in files.namelist() if wanted.search(name)])
+        archive.unlink()
+        (made / "installed").touch()
+    return made
+
+
+def strictly(schemas: Path, objects: Iterable[Any]) -> list[str]:
+    """What the schemas of all these versions do not allow, unknown keys among it."""
+    directory = schemas / "kubernetes_validate" / "kubernetes-json-schema"
+    given = json.dumps([list(objects), VERSIONS, str(directory)]).encode()
+    search = {**os.environ, "PYTHONPATH": str(schemas)}
+    done = subprocess.run([sys.executable, "-c", STRICTLY], input=given, env=search, capture_output=True, check=True)
+    return done.stdout.decode().splitlines()
+
+
+def test_eight_versions_of_kubernetes_accept_the_manifests(schemas: Path, objects: Objects) -> None:
+    assert strictly(schemas, (each for (kind, _), each in objects.items() if kind != "Certificate")) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("timeoutSecond", 5), ("timeoutSeconds", "five")], ids=["misspelt", "not a number"])
+def test_the_schemas_would_find_a_mistake(schemas: Path, objects: Objects, key: str, value: object) -> None:
+    deployment = objects["Deployment", "fumi-edge"]
+    container_of(objects, "fumi-edge")["readinessProbe"][key] = value
+    found = strictly(schemas, [deployment])
+    assert [line.split()[0] for line in found] == VERSIONS
+    assert all(str(value if value == "five" else key) in line for line in found)
+
+
+def test_the_certificate_has_only_keys_that_cert_manager_knows(objects: Objects) -> None:
+    """Its kinds are not in Kubernetes' schemas. https://cert-manager.io/docs/reference/api-docs/#cert-manager.io/v1.Certificate"""
+    spec = objects["Certificate", "fumi-edge"]["spec"]
+    assert spec.keys() <= {"secretName", "dnsNames", "privateKey", "issuerRef", "duration", "renewBefore", "usages", "subject"}
+    assert spec["privateKey"].keys() <= {"algorithm", "size", "rotationPolicy", "encoding"}
+    assert spec["issuerRef"].keys() <= {"name", "kind", "group"}
+    assert (spec["privateKey"]["algorithm"], spec["privateKey"]["size"]) in [("ECDSA", 256), ("ECDSA", 384), ("RSA", 2048)]
+    assert spec["privateKey"]["rotationPolicy"] in ("Always", "Never")
+    assert spec["issuerRef"]["kind"] in ("Issuer", "ClusterIssuer")
 
 
 def test_every_selector_selects_the_pods_of_its_name(objects: Objects) -> None:

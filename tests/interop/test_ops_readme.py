@@ -292,7 +292,7 @@ def start_edge(programs: Programs, listener: socket.socket, certificate: Certifi
         with log.open("wb") as output:
             edge = subprocess.Popen([BIN / "fumi-edge", *flags], stderr=output, pass_fds=[listener.fileno()])
         started.append(edge)
-        until(lambda: "metrics port=" in log.read_text() or edge.poll() is not None, "the start of an edge")
+        until(lambda: "metrics address=" in log.read_text() or edge.poll() is not None, "the start of an edge")
         return edge
 
     yield start

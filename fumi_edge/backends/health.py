@@ -15,7 +15,6 @@ import asyncio
 import logging
 import random
 import socket
-import ssl
 from collections.abc import Iterable
 
 from fumi_core.runtime.logs import failure
@@ -23,7 +22,7 @@ from fumi_edge.backends.choice import Backend, Backends, own_opening
 from fumi_edge.backends.dialing import CLOSE_SECONDS, LOCAL_ERRORS, Destination, Opening, error_text, quit_and_close, reason_of
 from fumi_edge.backends.replies import STARTTLS_OFFER, Replies
 from fumi_edge.backends.settings import BackendSettings
-from fumi_edge.backends.tls import explained
+from fumi_edge.backends.tls import TLSError, explained
 from fumi_edge.metrics import BackendError
 from fumi_edge.sockets.readiness import receive, send_all
 
@@ -72,9 +71,9 @@ async def _check_connection(
             raise BadBanner(f"answered {_quoted(banner)} instead of 220")
     except OSError as error:
         sock.close()
-        if isinstance(error, ssl.SSLError):
+        if isinstance(problem := explained(sock, error), TLSError):
             # In TLS 1.3 the backend rejects the edge's certificate after the handshake.
-            raise explained(sock, error) from None
+            raise problem from None
         if not isinstance(error, TimeoutError):
             raise BadBanner(error.strerror or str(error)) from None
         raise BadBanner(

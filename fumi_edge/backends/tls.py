@@ -92,7 +92,7 @@ class BackendTLS:
             wrapped.close()
             if isinstance(error, TimeoutError) or not isinstance(error, OSError):
                 raise
-            gone = isinstance(error, ssl.SSLEOFError | ssl.SSLSyscallError) or not isinstance(error, ssl.SSLError)
+            gone = _is_end(error) or not isinstance(error, ssl.SSLError)
             raise TLSError(BackendError.TLS, _CLOSED) if gone else self.explained(error) from None
         wrapped.verified_until = kept.until if kept and wrapped.session_reused else _verified_until(wrapped)
         wrapped.on_end, wrapped.explain = self._keep, self.explained
@@ -114,14 +114,14 @@ class BackendTLS:
             try:
                 sock.recv(1)
             except ssl.SSLError as alert:
-                error = error if isinstance(alert, ssl.SSLWantReadError | ssl.SSLEOFError) else alert
+                error = error if isinstance(alert, ssl.SSLWantReadError) or _is_end(alert) else alert
             raise self.explained(error) from None
 
     def explained(self, error: OSError) -> OSError:
         """An error of the connection with a text for operators; errors other than TLS's are returned unchanged."""
         if isinstance(error, ssl.SSLCertVerificationError):
             return TLSError(BackendError.CERTIFICATE, f"its certificate was rejected: {self._rejection(error)}")
-        if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
+        if _is_end(error):
             return TLSError(BackendError.TLS, "closed the connection without close_notify")
         if not isinstance(error, ssl.SSLError):
             return error
@@ -150,6 +150,12 @@ class BackendTLS:
             return TLSError(BackendError.CERTIFICATE, f"{what} (alert: {text})")
         hint = "" if own or alert != "HANDSHAKE_FAILURE" else "; it may require a certificate: --backend-cert"
         return TLSError(BackendError.TLS, f"ended TLS with an alert: {text}{hint}")
+
+
+def _is_end(error: OSError) -> bool:
+    """Whether the backend has closed or reset the connection: Python's versions have different errors for it."""
+    ends = ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError | ConnectionError
+    return isinstance(error, ends) or getattr(error, "reason", None) == "UNEXPECTED_EOF_WHILE_READING"
 
 
 async def _handshake(loop: asyncio.AbstractEventLoop, sock: ssl.SSLSocket) -> None:

@@ -354,8 +354,8 @@ class Tunnel:
         if flow is self._up:
             self._finish(End.CLIENT_RESET)
             return
-        if isinstance(error, ssl.SSLError):
-            self.failure = error
+        if flow.source.tls is not None:
+            self.failure = error  # also a reset, which anybody on the way can send: the client must not see a whole stream
         self._reason = self._reason or End.BACKEND_RESET
         self._source_ended(flow)
 

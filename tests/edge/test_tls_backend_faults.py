@@ -195,6 +195,30 @@ def test_a_backend_that_closes_without_close_notify_in_mid_reply_is_an_error_and
     nothing_kept(program, server.address)
 
 
+def test_a_backend_whose_connection_is_reset_in_mid_reply_is_not_taken_for_one_that_has_ended(
+    backend: StartBackend, edge: StartEdge, clients: Clients, authority: Authority, pair: CertificateFiles
+) -> None:
+    """Anybody on the way can send a reset, and TLS does not protect from it: the client must not see a whole stream."""
+    read = threading.Event()
+
+    def handler(peer: Peer) -> None:
+        peer.say(b"250-half\r\n")
+        read.wait(PATIENCE)
+        peer.reset()
+
+    server = backend(handler, tls=context(pair))
+    program = edge("--backend-ca", str(authority.path), backend=server)
+    client = clients.tls(program.tls_port)
+    assert client.line() == b"250-half\r\n"
+    read.set()
+    assert received(client) == (b"", False)
+    client.close()
+    (line,) = program.ended()
+    assert (line["reason"], line["error"]) == ("backend_reset", "backend: closed the connection without close_notify")
+    assert errors(program, server, "tls") == 1
+    nothing_kept(program, server.address)
+
+
 def test_a_record_that_was_changed_ends_the_connection_after_what_came_before(
     backend: StartBackend, edge: StartEdge, clients: Clients, authority: Authority, pair: CertificateFiles
 ) -> None:

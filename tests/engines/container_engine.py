@@ -1,0 +1,256 @@
+"""Debian's Docker with Compose v2, and its podman with podman-compose, each in namespaces of its own, on a host on a switch.
+
+debootstrap makes their Debian once, and the image that FROM names, with what pip installs for Fumi: nothing is pulled from there.
+What an engine writes into its Debian is in memory, and gone with it; images, containers and volumes are in a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.bench import environment
+from tests.support import starter
+from tests.support.certificates import CertificateFiles
+from tests.support.hosts import Host
+from tests.support.programs import Maildir
+from tests.support.readme import ROOT, sections
+from tests.support.waiting import until
+
+NAME = "mx.example.org"
+DEBIAN = "trixie"
+ENGINES = (
+    "ca-certificates", "iproute2", "prometheus",
+    "docker.io", "docker-cli", "docker-compose", "docker-buildx", "iptables",
+    "podman", "podman-compose", "crun", "netavark", "aardvark-dns", "nftables",
+)  # fmt: skip
+PYTHON = ("python3", "python3-venv", "python-is-python3")
+BOOT = r"""
+set -eu
+base=$1 debian=$2 files=$3 data=$4 store=$5
+shift 5
+mount --make-rprivate /
+mount -t tmpfs -o mode=755 tmpfs "$base"
+mkdir "$base/upper" "$base/work" "$base/root"
+mount -t overlay overlay -o "lowerdir=$debian,upperdir=$base/upper,workdir=$base/work" "$base/root"
+cp -r "$files/." "$base/root"
+cd "$base/root"
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+# cgroups of version 2 and no others, whatever is mounted elsewhere.
+umount -R /sys/fs/cgroup
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount --rbind /dev dev
+mount -t tmpfs tmpfs run
+mount -t tmpfs tmpfs tmp
+mkdir -p ".$store" .old
+mount --bind "$data" ".$store"
+pivot_root . .old
+umount -l /.old
+exec chroot . "$@"
+"""
+PIP = "[global]\nno-index = true\nfind-links = /wheels\ndisable-pip-version-check = true\n"
+PROMETHEUS = """
+FROM python:3.13-slim
+COPY prometheus /bin/prometheus
+RUN install -d -o nobody -g nogroup /prometheus
+USER nobody
+ENTRYPOINT ["/bin/prometheus"]
+"""
+"""As much of that image as matters: what it starts, and as whom."""
+CONTAINERS = next(each.text for each in sections((ROOT / "ops/README.md").read_text()) if each.title == "Containers")
+START, UPGRADE = re.findall(r"^```sh\n(.*?)^```", CONTAINERS, re.MULTILINE | re.DOTALL)[:2]
+COMPOSE = "docker compose -f ops/docker/compose.yml"
+(DAEMON,) = re.findall(r"`(\{\"experimental\".*\})`", CONTAINERS)
+"""What the page has a Docker that is older than 27 be told."""
+(PODMAN_COMPOSE,) = re.findall(r"`(podman-compose [^`]*)` takes", CONTAINERS)
+"""What it has podman's users run in place of COMPOSE."""
+
+
+def debian(name: str, packages: tuple[str, ...], add: Callable[[Path], None] = lambda made: None) -> Path:
+    """The directory of a Debian with these packages, made if it is not there; ``add`` is called with the new one."""
+    directory = environment.INSTALLED / name
+    if not directory.exists():
+        if not shutil.which("debootstrap"):
+            environment.run("apt-get", "update")
+            environment.run("apt-get", "install", "--yes", "--no-install-recommends", "debootstrap")
+        environment.INSTALLED.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=environment.INSTALLED) as parts:
+            made = Path(parts) / "root"
+            # What debootstrap mounts is gone with its mount namespace.
+            words = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", DEBIAN, str(made)]
+            environment.run("unshare", "--mount", "--pid", "--fork", "--kill-child", *words)
+            for package in (made / "var/cache/apt/archives").glob("*.deb"):
+                package.unlink()
+            add(made)
+            made.rename(directory)
+    return directory
+
+
+def _add_wheels(made: Path) -> None:
+    """What pip installs for Fumi."""
+    needed = ("setuptools>=77", "click>=8.1", "prometheus-client>=0.20")
+    environment.run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(made / "wheels"), *needed)
+    (made / "etc/pip.conf").write_text(PIP)
+
+
+class ContainerEngine:
+    """An engine with a checkout of Fumi in /root/fumi and a certificate where certbot has it; ``close()`` ends all of it."""
+
+    program: str
+    store: str
+    daemon: tuple[str, ...]
+
+    def __init__(self, host: Host, directory: Path, certificate: CertificateFiles) -> None:
+        """``directory`` is for its files here, while it runs."""
+        self.host = host
+        self._data = directory / "data"
+        self._log = directory / "engine.log"
+        base, files = directory / "base", directory / "files"
+        for made in (self._data, base, files):
+            made.mkdir()
+        self._limit = min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        self._write(files, certificate)
+        words: list[str | Path] = [base, debian("debian-engines", ENGINES), files, self._data, self.store, *self.daemon]
+        command = host.command("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", BOOT, "sh", *words)
+        with self._log.open("wb") as log:
+            self._process = starter.start(*command, stdout=log, stderr=log)
+        try:
+            until(lambda: self.ready() or self._process.poll() is not None, "the engine")
+            assert self._process.poll() is None, self._log.read_text()
+            self._import_images()
+        except BaseException:
+            self.close()
+            raise
+
+    def _write(self, files: Path, certificate: CertificateFiles) -> None:
+        """The files that it finds in its Debian. Where the hard limit is lower, it cannot give containers more descriptors."""
+        listed = ["git", "ls-files", "-z", ":!tests"]
+        for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")[:-1]:
+            target = files / "root/fumi" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+        ulimits = {"ulimits": {"nofile": {"soft": self._limit, "hard": self._limit}}}
+        (files / "root/limits.yml").write_text(json.dumps({"services": {"core": ulimits, "edge": ulimits}}))
+        for name, text in {
+            # podman wants one; containers find each other without it.
+            "etc/resolv.conf": "nameserver 192.0.2.1\n",
+            "etc/docker/daemon.json": DAEMON,
+            "etc/containers/containers.conf": (
+                f'[containers]\ndefault_ulimits = ["nofile={self._limit}:{self._limit}", "nproc=4096:4096"]\npids_limit = 0\n'
+                '[engine]\ncgroup_manager = "cgroupfs"\n'
+            ),
+            f"etc/letsencrypt/live/{NAME}/fullchain.pem": certificate[0].read_text(),
+            f"etc/letsencrypt/live/{NAME}/privkey.pem": certificate[1].read_text(),
+        }.items():
+            (files / name).parent.mkdir(parents=True, exist_ok=True)
+            (files / name).write_text(text)
+
+    def _import_images(self) -> None:
+        name = "docker.io/library/python:3.13-slim"
+        words = ["tar", "--create", "--directory", str(debian("debian-python", PYTHON, _add_wheels)), "--exclude=./dev/*", "."]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as tar:
+            subprocess.run(self._inside(f"{self.program} import - {name}"), stdin=tar.stdout, check=True, capture_output=True)
+        (image,) = re.findall(r"image: (.*prometheus.*)", (ROOT / "ops/docker/compose.yml").read_text())
+        self.run("mkdir /tmp/prometheus; cp /usr/bin/prometheus /tmp/prometheus; cat >/tmp/prometheus/Dockerfile", PROMETHEUS)
+        self.run(f"{self.program} build --tag {image} /tmp/prometheus")
+
+    def _first(self) -> int | None:
+        """The first process in its namespaces, in which there is the Debian by now."""
+        with contextlib.suppress(OSError):
+            for child in Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split():
+                if (Path(f"/proc/{child}/comm").read_text().strip()) == self.daemon[0]:
+                    return int(child)
+        return None
+
+    def ready(self) -> bool:
+        return self._first() is not None and self.outcome(f"{self.program} info").returncode == 0
+
+    def path(self, inside: str) -> Path:
+        """Where a file of its Debian is."""
+        return Path(f"/proc/{self._first()}/root{inside}")
+
+    def _inside(self, text: str) -> list[str]:
+        environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"]
+        words = ["nsenter", f"--target={self._first()}", "--mount", "--net", "--pid", "env", "--ignore-environment", *environment]
+        return [*words, "sh", "-euc", f"cd /root/fumi; {text}"]
+
+    def command(self, text: str) -> list[str]:
+        """The words that run commands of the page there, as root in the checkout."""
+        return self._inside(text.replace(COMPOSE, self.compose))
+
+    @property
+    def compose(self) -> str:
+        raise NotImplementedError
+
+    def outcome(self, text: str, given: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(text), input=given, capture_output=True, text=True, timeout=600, check=False)
+
+    def run(self, text: str, given: str = "") -> str:
+        """What commands print that must succeed."""
+        done = self.outcome(text, given)
+        assert done.returncode == 0, f"{text}\n{done.stdout[-4000:]}{done.stderr[-4000:]}\n{self._log.read_text()[-2000:]}"
+        return done.stdout
+
+    def log(self, service: str) -> str:
+        """All that a service has written since its container was made."""
+        return self.run(f"{self.program} logs {self.container(service)} 2>&1")
+
+    def inspect(self, service: str, what: str) -> str:
+        """A value that the engine knows of a service's container."""
+        return self.run(f"{self.program} inspect --format '{{{{{what}}}}}' {self.container(service)}").strip()
+
+    def container(self, service: str) -> str:
+        raise NotImplementedError
+
+    @property
+    def inbox(self) -> Maildir:
+        """The Maildir of the composition."""
+        (volumes,) = self._data.glob("volumes")
+        return Maildir(volumes / "fumi_mail/_data/inbox")
+
+    def close(self) -> None:
+        if self._first():
+            self.outcome(f"{self.program} rm --force $({self.program} ps --all --quiet)")
+        # The first process of a namespace ends with all others in it.
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._data)
+
+
+class Docker(ContainerEngine):
+    """The Docker engine, with Compose v2."""
+
+    program = "docker"
+    store = "/var/lib/docker"
+    daemon = ("dockerd", "--storage-driver=overlay2")
+
+    @property
+    def compose(self) -> str:
+        return f"{COMPOSE} -f /root/limits.yml"
+
+    def container(self, service: str) -> str:
+        return f"fumi-{service}-1"
+
+
+class Podman(ContainerEngine):
+    """podman, which has no daemon."""
+
+    program = "podman"
+    store = "/var/lib/containers/storage"
+    daemon = ("sleep", "infinity")
+
+    @property
+    def compose(self) -> str:
+        return f"{PODMAN_COMPOSE} -f /root/limits.yml"
+
+    def container(self, service: str) -> str:
+        return f"fumi_{service}_1"

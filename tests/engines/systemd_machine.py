@@ -61,7 +61,9 @@ def debian(version: str, *packages: str) -> Path:
         with tempfile.TemporaryDirectory(dir=environment.INSTALLED) as parts:
             made = Path(parts) / "root"
             include = ",".join([*PACKAGES, *packages])
-            environment.run("debootstrap", "--variant=minbase", f"--include={include}", DEBIANS[version], str(made))
+            # With mounts of its own: what it mounts there is gone when it ends, whatever happens, before files are removed.
+            command = ("unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={include}")
+            environment.run(*command, DEBIANS[version], str(made))
             made.rename(directory)
     return directory
 

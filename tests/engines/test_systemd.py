@@ -199,8 +199,10 @@ def setting(machine: SystemdMachine, section: str, line: str) -> Iterator[None]:
     settings = machine.path("/etc/fumi/fumi.toml")
     before = settings.read_text()
     settings.write_text(before.replace(f"[{section}]\n", f"[{section}]\n{line}\n"))
-    yield
-    settings.write_text(before)
+    try:
+        yield
+    finally:
+        settings.write_text(before)
     machine.run(f"systemctl reload fumi-{section}")
 
 

@@ -51,7 +51,7 @@ PP2_CLIENT_CERT_CONN = 0x02
 PP2_CLIENT_CERT_SESS = 0x04
 
 V1_MAX_LENGTH = 107
-V2_MAX_LENGTH = 4096  # the format allows 65,551; nobody sends that much, and a receiver has to buffer it
+V2_MAX_LENGTH = 4096  # the format allows 65,551; no sender needs that much, and a receiver has to buffer it
 UNIQUE_ID_MAX_LENGTH = 128
 
 Endpoint = tuple[str, int] | str
@@ -398,8 +398,8 @@ def _parse_v2(data: bytes) -> tuple[ProxyHeader, int] | None:
         return ProxyHeader(2, "LOCAL"), total
     tlvs, crc_at = _split_tlvs(data, start, total)
     if crc_at:
-        behind = crc_at + 4
-        if crc32c(data[:crc_at] + bytes(4) + data[behind:total]) != int.from_bytes(data[crc_at:behind], "big"):
+        after = crc_at + 4
+        if crc32c(data[:crc_at] + bytes(4) + data[after:total]) != int.from_bytes(data[crc_at:after], "big"):
             raise ProxyProtocolError("wrong CRC32C")
     source, destination = _v2_addresses(transport, data)
     return ProxyHeader(2, "PROXY", transport, source, destination, tlvs), total

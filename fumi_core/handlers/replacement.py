@@ -12,7 +12,7 @@ from fumi_core.smtp.data import ChunkReader
 class Replacement(MessageStream):
     """Read like the client's message. Its line ends become CRLF, unless it is ``binary``.
 
-    It ends only when the client has sent all of its own message, so that nobody delivers a message that the client aborts. The
+    It ends only when the client has sent all of its own message, so that no message is delivered that the client aborts. The
     ``size`` option limits what clients send; ``restrict()`` also limits this content.
     """
 

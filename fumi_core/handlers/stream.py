@@ -58,7 +58,7 @@ class MessageStream:
         self._ended = False
         self._aborted: str | None = None
         self._discarding = False
-        self._lost = False  # content was dropped that nobody had read
+        self._lost = False  # content was dropped that no handler had read
         self._reader: object | None = None  # the first reader; others must not read
         self._spool: Spool | None = None  # the whole message, for any number of readers
         self._waiter: asyncio.Future[None] | None = None

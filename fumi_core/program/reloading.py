@@ -128,7 +128,7 @@ def serve_reloading(ctx: click.Context) -> None:
     try:
         run(work, 1)
     except BaseException:
-        restart.wanted.clear()  # a second signal: whoever sent it does not want a restart
+        restart.wanted.clear()  # a second signal: end without a restart
         raise
     if restart.wanted.is_set():
         restart.at_once()

@@ -187,6 +187,6 @@ class CoreWork:
 
     def dependency_problem(self) -> str | None:
         """Why the target of some listener cannot deliver, or None."""
-        # Listeners with the same --deliver have a target each, of which one is asked.
+        # Listeners with the same --deliver have a target each, of which one is checked.
         targets = {served.settings["deliver"]: served.target for served in self._served if served.target is not None}
         return next((problem for each in targets.values() if (problem := each.dependency_problem()) is not None), None)

@@ -160,7 +160,7 @@ class Acceptor:
             client.setblocking(False)
             own = self._own or client.getsockname()
         except OSError:
-            client.close()  # the client has gone already
+            client.close()  # the client has disconnected already
         else:
             self._admit(client, name, own)
         return True

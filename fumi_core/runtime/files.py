@@ -1,6 +1,6 @@
 """Reads files that may be anything: regular files only, of a limited size, and within a time limit.
 
-A FIFO, or a network file system whose server is gone, would block its reader for ever, and nothing interrupts a system call on
+A FIFO, or a network file system whose server is down, would block its reader for ever, and nothing interrupts a system call on
 such a file system. So the call is made in a thread, which is abandoned when it does not return in time. While one call hangs, the
 next call for the same place fails at once, and the number of hanging threads is limited.
 """

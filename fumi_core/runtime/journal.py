@@ -60,7 +60,7 @@ class Event(NamedTuple):
         return latest._replace(first=min(self.first, other.first), times=self.times + other.times)
 
     def without_client(self) -> Event:
-        """The same event, without CLIENT_FIELDS, and without the client's and mail addresses in what is said."""
+        """The same event, without CLIENT_FIELDS, and without the client's address and mail addresses in texts."""
         client = self.fields.get("client_ip", "")
         fields = {
             name: _without(value, client) if name in _SENTENCES else value
@@ -79,7 +79,7 @@ class Journal(logging.Handler):
         self.changes = 0
         """How often an event was added."""
         self.kept = False
-        """Whether events are kept; without a status page nobody reads them."""
+        """Whether events are kept; without a status page they are not read."""
 
     def handle(self, record: logging.LogRecord) -> bool:
         # Called for each line of the log: most of them end here.

@@ -33,7 +33,7 @@ from fumi_core.runtime.totals import register_restarts
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLEANUP_TIMEOUT = 2.0
-"""Seconds that a process may take to end after it has drained, or after it was told to end at once."""
+"""Seconds that a process may take to end after it has drained, or after a signal to end at once."""
 DRAIN_NOTICE_SECONDS = 0.2
 """Seconds after which a stop logs that connections are still open."""
 _ending = threading.Event()

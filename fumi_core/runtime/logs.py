@@ -2,7 +2,7 @@
 
 A field's value may come from a client, so text quotes unusual characters and JSON escapes them: clients cannot forge log lines.
 
-The reader of stderr may stop reading: a pipe that nobody empties, a journal on a disk that hangs. Mail goes on then; lines for
+The reader of stderr may stop reading: a pipe that is not read, a journal on a disk that hangs. Mail goes on then; lines for
 which there is no room are dropped and counted.
 """
 

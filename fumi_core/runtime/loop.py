@@ -77,7 +77,7 @@ class Loop(asyncio.SelectorEventLoop):
         return True
 
     def add_writer(self, fd: Any, callback: Callable[[Unpack[_Arguments]], Any], *args: *_Arguments) -> None:
-        """Call ``callback`` whenever there is room to write, or the peer is gone. Replaces the descriptor's writer."""
+        """Call ``callback`` whenever there is room to write, or the peer has disconnected. Replaces the descriptor's writer."""
         watch = self._poll.watch(fd)
         watch.writer, watch.writer_args = callback, args
         self._poll.update(watch)
@@ -104,9 +104,9 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class _Watch:
-    """A descriptor, its reader and its writer, and the events that the kernel was asked for."""
+    """A descriptor, its reader and its writer, and the events that are registered with the kernel."""
 
-    __slots__ = ("asked", "fd", "reader", "reader_args", "writer", "writer_args")
+    __slots__ = ("fd", "reader", "reader_args", "registered", "writer", "writer_args")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -114,7 +114,7 @@ class _Watch:
         self.reader_args: tuple[Any, ...] = ()
         self.writer: Callback | None = None
         self.writer_args: tuple[Any, ...] = ()
-        self.asked = 0
+        self.registered = 0
 
 
 class _Selector(selectors.BaseSelector):
@@ -139,9 +139,9 @@ class _Selector(selectors.BaseSelector):
     def update(self, watch: _Watch) -> None:
         """Ask the kernel for the events that are wanted now. Raises OSError for a descriptor that cannot be polled."""
         wanted = (_IN if watch.reader else 0) | (_OUT if watch.writer else 0)
-        if wanted == watch.asked:
+        if wanted == watch.registered:
             return
-        if not watch.asked:
+        if not watch.registered:
             self._epoll.register(watch.fd, wanted)
             self._new.add(watch.fd)
             self.watched[watch.fd] = watch
@@ -150,7 +150,7 @@ class _Selector(selectors.BaseSelector):
         else:
             del self.watched[watch.fd]
             self._forget(watch.fd)
-        watch.asked = wanted
+        watch.registered = wanted
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait, and call readers and writers, until asyncio has something to do. Returns the events of its own descriptors."""

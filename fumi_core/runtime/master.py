@@ -44,7 +44,7 @@ MAX_PAUSE_SECONDS = 30.0
 DRAIN_GRACE_SECONDS = 5.0
 """Seconds that draining may take beyond the drain timeout."""
 KILL_TIMEOUT = 2.0
-"""Seconds that a worker may take to end when told to end at once."""
+"""Seconds that a worker may take to end after a signal to end at once."""
 READ_TIMEOUT = 60.0
 """Seconds that reading new settings may take; after that the file system counts as hung."""
 HANG_SECONDS = 3.0
@@ -103,7 +103,7 @@ class Master:
     def run(self) -> int | None:
         """Return in each child, as fork() does, with the child's role; return None in the master when all children have ended.
 
-        Raises SystemExit in the master when it was told to end at once.
+        Raises SystemExit in the master after a signal to end at once.
         """
         # The parent may have SIGCHLD ignored; then the exit status of a child would be lost.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

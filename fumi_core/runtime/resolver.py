@@ -65,7 +65,7 @@ class Resolver:
         while (lookup := self._next()) is not None:
             name, answer = lookup
             if answer.done():
-                continue  # nobody waits for it any more
+                continue  # its caller has stopped waiting
             try:
                 outcome: Sequence[str] | Exception = self._resolve(name)
             except BaseException as error:  # SystemExit too: it would end the thread, and the caller would get no answer

@@ -61,13 +61,13 @@ class Notifier:
         self._send("WATCHDOG=1", 0.0)
 
     def _send(self, state: str, patience: float) -> None:
-        """Wait up to ``patience`` seconds for room: systemd never asks again for a state that is sent once."""
+        """Wait up to ``patience`` seconds for room: systemd never requests a state that is sent once."""
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(patience)
             try:
-                # Only a connected socket is told when the other end has room.
+                # Only a connected socket reports when the other end has room.
                 sock.connect(self._address)
                 sock.send(state.encode())
             except OSError as error:

@@ -1,7 +1,7 @@
 """Runs a coroutine without a task, for connections that wait two or three times in their life.
 
 A task costs itself, and for each wait a future, a handle and one more turn of the loop. A Walk's coroutine waits for a Pause, and
-whoever ends the pause continues the coroutine there and then, as a callback would. Only asyncio's own waits need a task: its
+the call that ends the pause continues the coroutine at once, as a callback would. Only asyncio's own waits need a task: its
 timeouts, futures and locks. A walk awaits them with ``in_task()``.
 
 It replaces a task for each of the edge's connections. Without tasks, and with one timer for all handshakes, a connection of the

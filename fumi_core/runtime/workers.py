@@ -50,7 +50,7 @@ REPORT_SECONDS = 1.0
 
 
 def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
-    """Bind, and work until told to stop; returns in each process when that process is to end. Raises SettingError, and
+    """Bind, and work until a stop signal; returns in each process when that process is to end. Raises SettingError, and
     SystemExit.
 
     ``stops`` are the signals that stop a single process.

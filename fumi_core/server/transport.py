@@ -54,4 +54,4 @@ class TransportOwner(Protocol):
         """All output that waited was sent: ``blocked`` is False again."""
 
     def lost(self) -> None:
-        """The connection is gone; no method is called after this."""
+        """The connection has ended; no method is called after this."""

@@ -95,6 +95,6 @@ class MessageReader:
         return text
 
     def reset(self) -> None:
-        """The message has ended, or was given up. A chunk that is being dropped is still read to its end."""
+        """The message has ended, or was aborted. A chunk that is being dropped is still read to its end."""
         self._chunks = None
         self._size = 0

@@ -279,7 +279,7 @@ class Protocol:
             self.abandon()
 
     def abandon(self) -> None:
-        """End the dialogue without a reply: the client has gone."""
+        """End the dialogue without a reply: the client has disconnected."""
         if type(self.pending) is Auth:
             self._tally.authentications[self.pending.credentials.method, AuthResult.ABORTED] += 1
         self.pending = None

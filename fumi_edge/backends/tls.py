@@ -92,8 +92,8 @@ class BackendTLS:
             wrapped.close()
             if isinstance(error, TimeoutError) or not isinstance(error, OSError):
                 raise
-            gone = _is_end(error) or not isinstance(error, ssl.SSLError)
-            raise TLSError(BackendError.TLS, _CLOSED) if gone else self.explained(error) from None
+            closed = _is_end(error) or not isinstance(error, ssl.SSLError)
+            raise TLSError(BackendError.TLS, _CLOSED) if closed else self.explained(error) from None
         wrapped.verified_until = kept.until if kept and wrapped.session_reused else _verified_until(wrapped)
         wrapped.on_end, wrapped.explain = self._keep, self.explained
         return wrapped

@@ -188,7 +188,7 @@ def _missing() -> Answer:
 
 
 def _local(page: Page) -> Page:
-    """The same page, for clients on this host that ask for it by a name or address of this host."""
+    """The same page, for clients on this host whose URL has a name or address of this host."""
 
     def answer(request: Request) -> Answer:
         if not _is_loopback(request.client):

@@ -80,7 +80,7 @@ def defaults(flags: Flags, given: Collection[str], path: str) -> Flags:
 
 
 def _take(path: str) -> bytes:
-    """Read a file and remove it, so that nobody else can read the key."""
+    """Read a file and remove it, so that no other process can read the key."""
     with open(path, "rb") as file:
         data = file.read()
     os.unlink(path)

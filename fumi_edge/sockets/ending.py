@@ -34,7 +34,7 @@ async def send_last_reply(sock: socket.socket, reply: bytes, command_timeout: fl
     With ``command_timeout`` (seconds), the client's first command is awaited before the reply.
     """
     loop = asyncio.get_running_loop()
-    # The client may be gone, silent or sending invalid TLS: the connection ends anyway.
+    # The client may have disconnected, be silent or send invalid TLS: the connection ends anyway.
     with contextlib.suppress(OSError, ValueError):
         if command_timeout is not None:
             async with asyncio.timeout(command_timeout):

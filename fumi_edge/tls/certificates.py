@@ -183,7 +183,7 @@ class Certificates:
 
         A source with an error keeps its previous certificates: one whose files cannot be used any more, a directory that is
         missing or empty, a valid certificate whose new version is not valid. The default certificate, which is the first, stays
-        even when its file is gone from a directory, unless another file there has a certificate for its name.
+        even when its file was removed from a directory, unless another file there has a certificate for its name.
         """
         sources, old, selection, *_ = self._current
         before = self.stamp()
@@ -303,7 +303,7 @@ class Certificates:
         sock.context = self._current.selection.context_for(name)
 
     def wrap(self, sock: socket.socket) -> TLSSocket:
-        """Wrap a connected non-blocking socket, and take it over. Raises OSError when the connection is gone."""
+        """Wrap a connected non-blocking socket, and take it over. Raises OSError when the connection has ended."""
         # When OpenSSL accepts a missing close_notify as an end, a ragged EOF in Python can only be a reset.
         wrapped = self._front.wrap_socket(
             sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=not IGNORE_UNEXPECTED_EOF

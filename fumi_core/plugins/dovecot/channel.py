@@ -252,7 +252,7 @@ class Link(asyncio.Protocol):
             each.fail(Lost(reason))
         if not self.ready.done():
             self.ready.set_exception(Unavailable(reason))
-            self.ready.exception()  # nobody may be waiting for it
+            self.ready.exception()  # there may be no caller that waits for it
 
 
 class _Waiting(NamedTuple):

@@ -297,7 +297,7 @@ def test_rset_between_chunks_ends_the_reader_before_the_next_transaction_begins(
     assert seen == ["mail", "reader ended", "mail", "reader ended"]
 
 
-def test_nothing_leaks_when_clients_come_and_go_at_random(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_leaks_when_clients_connect_and_disconnect_at_random(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     import random
 
     chance = random.Random(2821)

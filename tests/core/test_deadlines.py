@@ -81,7 +81,7 @@ def connections(app: Fumi) -> int:
 
 @pytest.mark.parametrize("half_closes", [True, False])
 @pytest.mark.parametrize("first", [b"EHLO x\r\nMAIL FROM:<>\r\n", b""], ids=["behind a handler", "at once"])
-def test_a_client_that_never_reads_loses_its_place(first: bytes, half_closes: bool) -> None:
+def test_a_client_that_never_reads_is_disconnected(first: bytes, half_closes: bool) -> None:
     app = Fumi(auth_optional=True, max_clients=3, socket_timeout=1, close_timeout=0.2)
     app.observer = observer = Reasons()
     answers_slowly(app)
@@ -96,7 +96,7 @@ def test_a_client_that_never_reads_loses_its_place(first: bytes, half_closes: bo
         client()
 
 
-def test_a_client_that_never_reads_loses_its_place_though_each_reply_comes_late() -> None:
+def test_a_client_that_never_reads_is_disconnected_although_each_reply_is_late() -> None:
     """What a handler says later is no reason to wait longer for a client that reads none of it."""
     app = Fumi(auth_optional=True, socket_timeout=0.5, close_timeout=0.2)
     answers_slowly(app)

@@ -133,7 +133,7 @@ def test_a_421_from_a_handler_closes(app: Fumi, connect: Connect) -> None:
         assert client.reply() == b""
 
 
-def test_data_may_choose_the_words_of_the_250(app: Fumi, connect: Connect) -> None:
+def test_a_data_handler_may_set_the_text_of_the_250(app: Fumi, connect: Connect) -> None:
     @app.on_data
     async def data(ctx: DataContext, next: Next) -> None:
         ctx.accept("queued as X")

@@ -54,7 +54,7 @@ def test_no_client_can_forge_a_line(written: Written, formatter: object) -> None
     assert "\x1b" not in lines()[0]
 
 
-def test_json_keeps_words_and_fields_apart(written: Written) -> None:
+def test_json_has_the_message_and_each_field_as_a_key(written: Written) -> None:
     logger, lines = written(JSONFormatter())
     event(logger, logging.INFO, "message accepted", size=4, user=None)
     logger.info("a %s of others", "line")

@@ -107,7 +107,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(("call", "turn"), [("open", 1), ("write", 1), ("fsync", 1), ("link", 1), ("fsync", 2)])
-def test_a_delivery_that_is_cancelled_in_a_slow_call_is_taken_back(
+def test_a_delivery_that_is_cancelled_in_a_slow_call_is_withdrawn(
     box: Path, connect: Connect, hold: Hold, call: str, turn: int, before: bool
 ) -> None:
     observer = Deliveries()
@@ -129,7 +129,7 @@ def test_a_delivery_that_is_cancelled_in_a_slow_call_is_taken_back(
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(("call", "turn"), [("open", 2), ("write", 1), ("fsync", 2), ("link", 1), ("link", 2), ("fsync", 4)])
-def test_copies_that_are_cancelled_in_a_slow_call_are_all_taken_back(
+def test_copies_that_are_cancelled_in_a_slow_call_are_all_withdrawn(
     tmp_path: Path, connect: Connect, hold: Hold, call: str, turn: int, before: bool
 ) -> None:
     boxes = [tmp_path / name / "box" for name in ("c@d.example", "e@f.example")]
@@ -152,7 +152,7 @@ def test_copies_that_are_cancelled_in_a_slow_call_are_all_taken_back(
         assert observer.results == ["deferred"]
 
 
-def test_a_stop_waits_until_a_delivery_is_taken_back(
+def test_a_stop_waits_until_a_delivery_is_withdrawn(
     box: Path, connect: Connect, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(build(box)) as server:

@@ -72,7 +72,7 @@ def test_a_message_arrives_byte_for_byte_after_our_received_line(chain: Chain, c
     assert message.session.client_hostname == "front.example"
 
 
-def test_the_250_is_the_next_hops_with_its_words(chain: Chain, connect: Connect) -> None:
+def test_the_250_has_the_next_hops_text(chain: Chain, connect: Connect) -> None:
     hop = back()
     hop.on_data(lambda ctx, next: ctx.accept("2.6.0 Ok: queued as 4711\nand so on"))
     _, server = chain(hop)

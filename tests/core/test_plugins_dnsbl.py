@@ -196,7 +196,7 @@ def test_a_zone_that_is_left_out_does_not_silence_the_next(app: Fumi, connect_fr
     assert sum(name.endswith("bl.example") for name in resolve.asked) == 1
 
 
-def test_memory_is_bounded_however_many_addresses_come(clock: Clock) -> None:
+def test_memory_is_bounded_for_any_number_of_addresses(clock: Clock) -> None:
     blocklist = Blocklist("bl.example", Resolver(Zone(), timeout=30), clock, limit=8)
 
     async def ask() -> None:

@@ -241,7 +241,7 @@ def test_a_password_with_a_nul_is_wrong_and_not_sent_to_dovecot(dovecot: StartDo
 
 
 @pytest.mark.parametrize(("version", "size", "expected"), [("1", 9000, FAILED), ("2", 9000, ACCEPTED)])
-def test_a_login_longer_than_dovecot_takes_fails_alone(
+def test_a_login_longer_than_dovecots_limit_fails_and_no_other(
     dovecot: StartDovecot, connect: Connect, version: str, size: int, expected: bytes
 ) -> None:
     """Dovecot closes the connection that sends such a line, with the logins of all others on it."""
@@ -309,7 +309,7 @@ def test_a_login_that_is_under_way_at_a_restart_is_sent_again(dovecot: StartDove
         assert log_in(connect, server.port) == ACCEPTED
 
 
-def test_while_dovecot_is_away_logins_are_deferred_and_the_log_has_one_line_each_way(
+def test_while_dovecot_is_down_logins_are_deferred_and_the_log_has_a_line_at_both_ends(
     dovecot: StartDovecot, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fumi.core")
@@ -379,7 +379,7 @@ def test_one_login_that_dovecot_does_not_answer_is_cancelled_and_holds_up_no_oth
     assert fake.connections == 1
 
 
-def test_a_client_that_goes_cancels_its_login(dovecot: StartDovecot, connect: Connect) -> None:
+def test_a_client_that_disconnects_cancels_its_login(dovecot: StartDovecot, connect: Connect) -> None:
     seen: list[list[str]] = []
 
     def serve(peer: Peer) -> None:
@@ -471,7 +471,7 @@ def test_lines_are_escaped_and_read_back() -> None:
     assert protocol.fields(b"x\x01yz\x01") == ["xyz"]
 
 
-def test_logins_at_once_while_dovecot_comes_and_goes_are_accepted_or_deferred(dovecot: StartDovecot, connect: Connect) -> None:
+def test_concurrent_logins_while_dovecot_restarts_are_accepted_or_deferred(dovecot: StartDovecot, connect: Connect) -> None:
     fake = dovecot(answering("OK", "user=joe"))
     replies: list[bytes] = []
     with running(build(fake.address)) as server:

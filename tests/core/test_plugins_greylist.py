@@ -60,7 +60,7 @@ def test_two_spellings_of_a_domain_are_one_recipient(app: Fumi, connect_from: Co
         ("2001:db8:0:2::1", "a@b.example", "c@d.example", False),
     ],
 )
-def test_known_is_a_block_with_a_sender_and_a_recipient(
+def test_a_triplet_is_a_network_a_sender_and_a_recipient(
     app: Fumi, connect_from: ConnectFrom, clock: Clock, address: str, sender: str, recipient: str, known: bool
 ) -> None:
     with running(app) as server:
@@ -101,7 +101,7 @@ def test_authenticated_users_do_not_wait(app: Fumi, connect_from: ConnectFrom) -
         assert rcpt(client).startswith(b"250")
 
 
-def test_memory_is_bounded_however_many_come() -> None:
+def test_memory_is_bounded_for_any_number_of_clients() -> None:
     triplets = Triplets(shards=4, size=8)
     for number in range(1000):
         triplets.put((str(number), "a", "b"), 1.0)

@@ -643,7 +643,7 @@ def test_changes_that_were_not_agreed_are_a_failure(scripted_milter: StartMilter
         assert deliver(server, connect) == UNAVAILABLE
 
 
-def test_a_client_that_goes_leaves_no_connection_in_use(scripted_milter: StartMilter, connect: Connect) -> None:
+def test_a_client_that_disconnects_leaves_no_connection_in_use(scripted_milter: StartMilter, connect: Connect) -> None:
     milter = scripted_milter(mail=b"")
     with running(build(milter)) as server:
         client = connect(server.port)

@@ -63,7 +63,7 @@ def test_version_1_is_the_line_of_the_specification() -> None:
 
 
 @pytest.mark.parametrize("transport", ["UNIX", "UNIX_DGRAM", "UDP4", "UDP6", "UNKNOWN"])
-def test_version_1_says_unknown_for_what_it_has_no_word_for(transport: str) -> None:
+def test_version_1_sends_unknown_for_what_it_cannot_express(transport: str) -> None:
     assert ProxyHeader(1, "PROXY", transport, *ENDPOINTS[transport]).to_bytes() == b"PROXY UNKNOWN\r\n"
     assert ProxyHeader(1, "LOCAL").to_bytes() == b"PROXY UNKNOWN\r\n"
 

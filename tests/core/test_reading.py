@@ -240,7 +240,7 @@ def test_an_app_that_no_client_can_send_mail_to_says_so(
     assert warned in caplog.text
 
 
-def test_a_rejection_with_code_and_message_swapped_says_what_comes_first(
+def test_the_error_for_swapped_code_and_message_names_the_order(
     app: Fumi, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     app.on_mail_from(lambda ctx, next: ctx.reject(550, "no"))

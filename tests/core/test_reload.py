@@ -101,7 +101,7 @@ def workers(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_new_users_and_settings_are_taken_over_by_all_workers(server: Server, workers: str) -> None:
+def test_all_workers_reload_users_and_settings(server: Server, workers: str) -> None:
     server.write("size = 1000\nbanner = 'old'\ndeliver = 'discard:'\n", "ann")
     server.start("--workers", workers)
     old = server.client()
@@ -117,7 +117,7 @@ def test_new_users_and_settings_are_taken_over_by_all_workers(server: Server, wo
     assert server.program.stop() == 0
 
 
-def test_domains_and_the_target_are_taken_over(server: Server, workers: str, tmp_path: Path) -> None:
+def test_domains_and_the_target_are_reloaded(server: Server, workers: str, tmp_path: Path) -> None:
     server.write("deliver = 'discard:'\ndomain = ['a.example']\n")
     server.start("--workers", workers)
     server.write("deliver = 'maildir:box'\ndomain = ['b.example']\n")
@@ -210,7 +210,7 @@ def test_a_worker_that_comes_later_has_the_new_settings(server: Server) -> None:
     assert server.knows("bob")
 
 
-def test_workers_that_die_while_the_master_reads_come_back_with_the_new_settings(server: Server, tmp_path: Path) -> None:
+def test_workers_that_die_during_a_reload_are_replaced_with_the_new_settings(server: Server, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     server.write("", "ann")
     server.start("--workers", "2", "slow:app")

@@ -116,7 +116,7 @@ def test_context_variables_survive_suspending() -> None:
     assert run(sets, reads) == [None, None]
 
 
-def test_a_cancelled_coroutine_ends_and_the_fiber_goes_on() -> None:
+def test_a_cancelled_coroutine_ends_and_the_runner_goes_on() -> None:
     async def sleeps(fiber: HandlerRunner) -> None:
         asyncio.get_running_loop().call_soon(fiber.cancel)
         await asyncio.sleep(60)

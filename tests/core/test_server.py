@@ -245,7 +245,7 @@ def test_a_close_that_is_cancelled_cuts_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("said", "level"), [(b"", "DEBUG"), (b"QUIT\r\n", "INFO"), (b"EHLO x\r\n", "INFO"), (b"BOGUS\r\n", "INFO"), (b"NO", "INFO")]
 )
-def test_a_client_that_closes_without_a_word_is_worth_a_line_only_to_those_who_debug(
+def test_a_client_that_closes_without_a_command_is_logged_at_level_debug(
     connect: Connect, caplog: pytest.LogCaptureFixture, said: bytes, level: str
 ) -> None:
     """Load balancers look in this way whether a port is open."""

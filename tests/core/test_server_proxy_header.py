@@ -119,7 +119,7 @@ def test_a_local_session_is_worth_a_line_only_to_those_who_debug(
 @pytest.mark.parametrize(
     "sent", [b"EHLO x\r\n", b"PROXY TCP4 1 2 3 4\r\n", header()[:-1] + b"\x00", b"\r\n\r\n\x00\r\nQUIT\n\x31"]
 )
-def test_a_bad_header_ends_the_connection_without_a_word(behind: Behind, connect: Connect, sent: bytes) -> None:
+def test_a_bad_header_ends_the_connection_without_a_reply(behind: Behind, connect: Connect, sent: bytes) -> None:
     app, sessions = behind()
     with running(app) as server:
         client = connect(server.port, sent, banner=False)

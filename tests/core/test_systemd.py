@@ -249,7 +249,7 @@ def test_settings_that_cannot_be_read_in_time_are_given_up_and_workers_are_repla
     assert program.process.poll() is None
 
 
-def test_a_watchdog_meant_for_another_process_is_none(start: Start, tmp_path: Path) -> None:
+def test_a_watchdog_for_another_process_is_ignored(start: Start, tmp_path: Path) -> None:
     with contextlib.closing(Systemd(str(tmp_path / "notify"))) as systemd:
         flags = ("--listen", f"127.0.0.1:{free_port()}", "--deliver", "discard:")
         start(*flags, environment={**systemd.environment, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"})

@@ -6,7 +6,7 @@ from fumi_core.runtime.token_buckets import TokenBuckets
 from tests.support.clock import Clock
 
 
-def test_memory_is_bounded_however_many_addresses_come(clock: Clock) -> None:
+def test_memory_is_bounded_for_any_number_of_addresses(clock: Clock) -> None:
     buckets = TokenBuckets[str](60, 2, clock, limit=64)
     for number in range(1000):
         assert buckets.take(str(number))

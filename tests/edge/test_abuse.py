@@ -58,7 +58,7 @@ def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgo
     assert {entry["reason"] for entry in program.ended(10)} == {"client_reset"}
 
 
-def test_a_client_that_never_reads_is_let_go_even_when_the_220_does_not_fit(
+def test_a_client_that_never_reads_is_disconnected_even_when_the_220_does_not_fit(
     backend: StartBackend, edge: StartEdge, dial: Dial, tmp_path: Path
 ) -> None:
     def handler(peer: Peer) -> None:

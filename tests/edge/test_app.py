@@ -177,7 +177,7 @@ def test_auth_is_there_only_inside_tls(make: MakeApp, context: ssl.SSLContext) -
         assert server.messages[0].session.transmission_type == "ESMTPSA"
 
 
-def test_hide_starttls_hides_it_and_takes_it_all_the_same(make: MakeApp, context: ssl.SSLContext) -> None:
+def test_hide_starttls_hides_it_and_still_accepts_it(make: MakeApp, context: ssl.SSLContext) -> None:
     with running(make(hide_starttls=True)) as server, smtplib.SMTP("127.0.0.1", server.port, timeout=30) as smtp:
         smtp.ehlo()
         assert not smtp.has_extn("starttls")

@@ -112,7 +112,7 @@ def test_a_backend_that_goes_on_sending_after_quit_is_reset_and_delays_no_other_
         assert not sender.is_alive()
 
 
-def test_a_backend_that_does_not_go_after_quit_is_broken_off(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_does_not_close_after_quit_is_reset(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The port would be ours for a minute otherwise."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -133,7 +133,7 @@ def test_after_the_upgrade_another_backend_will_do(backend: StartBackend, edge: 
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
-def test_a_backend_that_hangs_up_without_a_word_is_passed_over_unnoticed(
+def test_if_a_backend_closes_without_a_banner_another_one_serves_the_client(
     backend: StartBackend, silent: Callable[..., Backend], edge: StartEdge, clients: Clients, reset: bool
 ) -> None:
     bad, good = silent(reset), backend()

@@ -229,7 +229,7 @@ def test_why_a_certificate_did_not_verify_is_in_the_log(
 
 
 @pytest.mark.parametrize(("length", "known"), [(CN_LIMIT, True), (CN_LIMIT + 1, False)])
-def test_a_name_that_a_header_has_no_room_for_is_none(length: int, known: bool) -> None:
+def test_a_name_too_long_for_the_header_is_left_out(length: int, known: bool) -> None:
     """openssl would not sign one; some authority may."""
     name = "x" * length
 

@@ -41,7 +41,7 @@ def test_a_check_says_local_and_quit_and_is_no_client(backend: StartBackend, edg
 
 @pytest.mark.parametrize("interval", ["30", "0"], ids=["by the clock", "when asked"])
 @pytest.mark.parametrize("version", ["v1", "off"])
-def test_a_check_says_what_the_protocol_has_words_for(
+def test_a_check_without_version_2_names_its_own_connection_or_nothing(
     backend: StartBackend, edge: StartEdge, version: str, interval: str
 ) -> None:
     """Version 1 has none that servers take: a check names its own connection, as HAProxy's do."""
@@ -67,7 +67,7 @@ def named_in_version_1(peer: Peer) -> bytes:
     return f"PROXY TCP4 {client[0]} {server[0]} {client[1]} {server[1]}\r\n".encode()
 
 
-def test_a_balancers_own_check_is_one_that_a_backend_of_version_1_takes(
+def test_a_balancers_own_check_is_accepted_by_a_backend_with_version_1(
     backend: StartBackend, edge: StartEdge, clients: Clients
 ) -> None:
     """It comes in as LOCAL, for which version 1 has no word that servers take."""

@@ -198,7 +198,7 @@ def ended(client: Peer) -> bytes:
     [b"EHLO me\r\n", b"\x16\x03\x01\x02\x00\x01\x00", v2()[:12] + b"\xff", b"PROXY TCP4 1.2.3.4\r\n", b"PROXY " + b"x" * 200],
 )
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "starttls"])
-def test_anything_but_a_header_is_closed_without_a_word_and_counted(
+def test_data_that_is_no_header_is_closed_without_a_reply_and_counted(
     behind: Behind, clients: Clients, junk: bytes, tls: bool
 ) -> None:
     program, server = behind()

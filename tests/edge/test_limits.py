@@ -64,7 +64,7 @@ def test_an_address_has_so_many_connections_and_others_have_their_own(
     assert come(program.starttls_port).rest() == TOO_MANY
 
 
-def test_an_address_may_come_so_often(backend: StartBackend, edge: StartEdge, clients: Clients, come: Come) -> None:
+def test_an_address_may_connect_at_its_rate(backend: StartBackend, edge: StartEdge, clients: Clients, come: Come) -> None:
     program = edge("--rate-per-ip", "3/h", backend=backend())
     for _ in range(2):
         client = come(program.starttls_port)

@@ -44,7 +44,7 @@ def test_an_invalid_host_name_is_an_error_of_one_line(flags: list[str], flag: st
         ("--drain-timeout", "nan"),
     ],
 )
-def test_a_time_that_is_none_is_refused(flags: list[str], flag: str, value: str) -> None:
+def test_an_invalid_time_is_an_error(flags: list[str], flag: str, value: str) -> None:
     # With --check it would end even if it took the value.
     status, lines = run(*flags, flag, value, "--check")
     assert status == 2

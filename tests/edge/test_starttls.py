@@ -96,7 +96,7 @@ def test_a_backend_that_offers_starttls_itself_is_not_offered_twice(
     assert greeted(program).ask(b"EHLO x\r\n") == [b"250-hi\r\n", b"250-starttls\r\n", b"250 SIZE\r\n"]
 
 
-def test_hide_starttls_hides_it_and_takes_it_all_the_same(
+def test_hide_starttls_hides_it_and_still_accepts_it(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:
     program = edge("--hide-starttls", backend=backend())
@@ -169,7 +169,7 @@ def test_the_text_of_a_backend_that_closes_after_its_banner_is_relayed(
     assert len(server.peers) == 1
 
 
-def test_helo_will_do_before_starttls_and_ehlo_may_come_again(
+def test_helo_suffices_before_starttls_and_ehlo_may_be_repeated(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:
     program = edge(backend=backend())

@@ -195,7 +195,7 @@ def test_a_backend_that_closes_without_close_notify_in_mid_reply_is_an_error_and
     nothing_kept(program, server.address)
 
 
-def test_a_backend_whose_connection_is_reset_in_mid_reply_is_not_taken_for_one_that_has_ended(
+def test_a_reset_of_the_backend_in_mid_reply_is_not_an_orderly_end(
     backend: StartBackend, edge: StartEdge, clients: Clients, authority: Authority, pair: CertificateFiles
 ) -> None:
     """Anybody on the way can send a reset, and TLS does not protect from it: the client must not see a whole stream."""

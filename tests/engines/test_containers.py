@@ -188,7 +188,7 @@ def stop_with_a_session_open(engine: ContainerEngine, client: Host, certificate:
     assert len(engine.inbox) == stored + 1
 
 
-def test_sigterm_reaches_process_1_which_lets_a_session_end(docker: Started, certificate: CertificateFiles) -> None:
+def test_sigterm_reaches_process_1_which_drains_a_session(docker: Started, certificate: CertificateFiles) -> None:
     engine, client = docker
     stop_with_a_session_open(engine, client, certificate[0])
     engine.run(f"{COMPOSE} up --detach")

@@ -146,7 +146,7 @@ def test_fifty_recipients_of_postfix_get_one_copy_or_one_bounce(
 
 @pytest.mark.parametrize("killed", [{"Dovecot"}, {"core"}, {"core", "Dovecot"}], ids="+".join)
 @pytest.mark.parametrize("full", [[], FULL], ids=["all good", "full"])
-def test_a_kill_between_answers_gives_no_second_copy_and_loses_none(
+def test_a_kill_between_replies_causes_no_second_copy_and_no_loss(
     chain: Callable[..., Chain], programs: Programs, killed: set[str], full: list[str]
 ) -> None:
     names = mixed(full)

@@ -166,7 +166,7 @@ VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 @pytest.mark.parametrize("family", HOSTS)
 @pytest.mark.parametrize("certified", [False, True], ids=["anonymous", "certificate"])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_a_handler_sees_what_the_client_knows(
+def test_a_handler_sees_the_tls_facts_that_the_client_has(
     row: Row, certified: bool, family: str, version: str, programs: Programs, haproxy: StartHAProxy, stunnel: StartStunnel,
     certificate: CertificateFiles, client_certificate: ClientCertificate,
 ) -> None:  # fmt: skip

@@ -76,7 +76,7 @@ def front() -> Iterator[Callable[..., RunningServer]]:
 
 @pytest.mark.parametrize("where", ["tcp", "unix"])
 @pytest.mark.parametrize("protocol", ["smtp", "lmtp"])
-def test_it_takes_our_mail(sink: Callable[..., Sink], front: Callable[..., RunningServer], where: str, protocol: str) -> None:
+def test_it_accepts_our_mail(sink: Callable[..., Sink], front: Callable[..., RunningServer], where: str, protocol: str) -> None:
     hop = sink(where, *(["-L"] if protocol == "lmtp" else []))
     server = front(f"{protocol}:{hop.address}", lmtp=protocol == "lmtp")
     client = smtplib.LMTP if protocol == "lmtp" else smtplib.SMTP

@@ -69,7 +69,7 @@ def test_it_authenticates(core: StartCore, send: Send, transport: dict[str, Any]
 
 
 @pytest.mark.parametrize("transport", [auth("PLAIN", "x"), auth("LOGIN", "x"), auth("CRAM-MD5", "x"), oauth("stale")])
-def test_wrong_credentials_are_an_eauth_with_the_servers_words(core: StartCore, send: Send, transport: dict[str, Any]) -> None:
+def test_wrong_credentials_are_an_eauth_with_the_servers_text(core: StartCore, send: Send, transport: dict[str, Any]) -> None:
     server = core(auth_optional=False)
     method = transport.get("authMethod", "XOAUTH2")
     (result,) = send(server.port, MAIL, token="stale too", **transport)

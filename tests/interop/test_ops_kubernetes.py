@@ -310,7 +310,7 @@ def test_the_kustomization_of_the_readme_changes_what_it_names_and_nothing_else(
     assert built == objects
 
 
-def test_a_secret_that_the_kubelet_renews_is_taken_into_service(programs: Programs, certificate: CertificateFiles) -> None:
+def test_a_secret_that_the_kubelet_renews_is_loaded(programs: Programs, certificate: CertificateFiles) -> None:
     """It puts the files into a directory of their own, to which ..data is turned by renaming a link."""
     mount = programs.directory / "certs"
     mount.mkdir()

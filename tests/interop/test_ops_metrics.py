@@ -185,7 +185,7 @@ def test_promtool_finds_nothing_wrong_with_what_is_served(both: Both, certificat
             assert programs.run("promtool", "check", "metrics", given=answer.read()) == ""
 
 
-def test_every_alert_comes_when_it_should_and_stays_away_when_not(programs: Programs) -> None:
+def test_every_alert_fires_when_it_should_and_not_otherwise(programs: Programs) -> None:
     text = (OPS / "prometheus" / "rules_test.yml").read_text()
     for alert in ALERTS:
         cases = re.findall(rf"alertname: {alert}\n +exp_alerts:( \[\])?", text)

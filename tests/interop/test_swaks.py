@@ -203,7 +203,7 @@ def test_an_unknown_family_leaves_the_connection_its_own_addresses(core: StartCo
         [],
     ],
 )
-def test_a_header_that_is_none_gets_no_banner(core: StartCore, swaks: Swaks, flags: list[str]) -> None:
+def test_data_that_is_no_header_gets_no_banner(core: StartCore, swaks: Swaks, flags: list[str]) -> None:
     said = swaks(core(proxy_protocol="required", proxy_timeout=0.2).port, *flags, status=6)
     assert "Remote host closed connection unexpectedly" in said
     assert "<-" not in said

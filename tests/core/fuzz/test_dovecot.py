@@ -343,7 +343,7 @@ def test_a_user_exists_only_when_the_userdb_says_so() -> None:
     campaign.run("dovecot-users", 2, lookups)
 
 
-def test_a_handshake_that_is_none_makes_no_connection() -> None:
+def test_a_malformed_handshake_makes_no_connection() -> None:
     campaign.run("dovecot-handshake", 3, handshake)
 
 

@@ -99,6 +99,8 @@ class Targets:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._checks: dict[str, _Check] = {}
+        self._hanging: set[str] = set()
+        """Those whose check has not returned yet. They are not checked again: each would keep one more thread."""
 
     def rows(self, served: Sequence[ServedApp], events: Sequence[Event]) -> list[Row]:
         targets = {each.settings["deliver"]: each.target for each in served if each.target is not None}
@@ -109,20 +111,33 @@ class Targets:
     def _check_due(self, targets: Mapping[str, DeliveryTarget]) -> None:
         """Check those whose last check is old, concurrently."""
         old = time.monotonic() - INTERVAL
-        due = [name for name in targets if name not in self._checks or self._checks[name].moment <= old]
-        for name, problem in zip(due, asyncio.run(_problems([targets[name] for name in due])), strict=True):
+        due = [
+            name
+            for name in targets
+            if name not in self._checks or (self._checks[name].moment <= old and name not in self._hanging)
+        ]
+        for name, problem in zip(due, asyncio.run(self._problems({name: targets[name] for name in due})), strict=True):
             self._checks[name] = _Check(time.monotonic(), time.time(), problem)
 
+    async def _problems(self, targets: Mapping[str, DeliveryTarget]) -> list[str | None]:
+        return await asyncio.gather(*(self._problem(name, target) for name, target in targets.items()))
 
-async def _problems(targets: Sequence[DeliveryTarget]) -> list[str | None]:
-    async def check(target: DeliveryTarget) -> str | None:
+    async def _problem(self, name: str, target: DeliveryTarget) -> str | None:
+        def check() -> str | None:
+            try:
+                return target.dependency_problem()
+            finally:
+                self._hanging.discard(name)
+
+        self._hanging.add(name)
         try:
             async with asyncio.timeout(CHECK_TIMEOUT):
-                return await run_in_daemon_thread(target.dependency_problem)
+                return await run_in_daemon_thread(check)
         except TimeoutError:
             return f"no answer within {CHECK_TIMEOUT:g} s"
-
-    return await asyncio.gather(*(check(each) for each in targets))
+        except OSError as error:
+            self._hanging.discard(name)  # the system has no more threads
+            return str(error)
 
 
 def _row(name: str, target: DeliveryTarget, last: _Check, events: Sequence[Event]) -> Row:

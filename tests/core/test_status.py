@@ -158,3 +158,23 @@ def test_a_target_that_says_nothing_does_not_keep_the_page(monkeypatch: pytest.M
     assert [target.asked for target in silent] == [1, 1]
     for target in silent:
         target.released.set()
+
+
+def test_a_target_whose_check_hangs_is_not_checked_again_until_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that stays open asks every few seconds: each check is a thread, and that of a file system may hang for days."""
+    monkeypatch.setattr(status, "CHECK_TIMEOUT", 0.05)
+    monkeypatch.setattr(status, "INTERVAL", 0)
+    app, silent = ServedApp(Fumi()), Silent()
+    app.target, app.settings = silent, {"deliver": "discard:"}
+    targets = status.Targets()
+
+    def problem() -> str | None:
+        (row,) = targets.rows([app], ())
+        found: str | None = row["problem"]
+        return found
+
+    assert [problem() for _ in range(3)] == ["no answer within 0.05 s"] * 3
+    assert silent.asked == 1
+    silent.released.set()
+    until(lambda: problem() is None, "the next check")
+    assert silent.asked >= 2

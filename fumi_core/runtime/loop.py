@@ -99,7 +99,7 @@ class Loop(asyncio.SelectorEventLoop):
         if executor is not None:
             executor.shutdown(wait=False)
 
-    def _failed(self, call: Callback | None, error: Exception) -> None:
+    def _failed(self, call: Callback | None, error: BaseException) -> None:
         self.call_exception_handler({"message": f"Exception in {call!r}", "exception": error})
 
 
@@ -120,7 +120,7 @@ class _Watch:
 class _Selector(selectors.BaseSelector):
     """epoll, for watched descriptors, and for the few that asyncio registers itself."""
 
-    def __init__(self, failed: Callable[[Callback | None, Exception], None]) -> None:
+    def __init__(self, failed: Callable[[Callback | None, BaseException], None]) -> None:
         self._epoll = select.epoll()
         self._failed = failed
         self._keys: dict[Any, selectors.SelectorKey] = {}
@@ -188,7 +188,9 @@ class _Selector(selectors.BaseSelector):
                     call(*watch.reader_args)
                 if event & ~_IN and (call := watch.writer) is not None:
                     call(*watch.writer_args)
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # CancelledError, too, as asyncio does
                 self._failed(call, error)
         return registered
 

@@ -141,13 +141,14 @@ def test_a_reader_removed_in_the_same_round_is_not_called(loop: Loop, add: Calla
         sock.close()
 
 
-def test_an_error_in_a_reader_is_reported_and_the_others_are_called(loop: Loop) -> None:
+@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, GeneratorExit])
+def test_an_error_in_a_reader_is_reported_and_the_others_are_called(loop: Loop, error: type[BaseException]) -> None:
     told: list[dict[str, Any]] = []
     called: list[str] = []
     loop.set_exception_handler(lambda _, context: told.append(context))
 
     def fail() -> None:
-        raise ValueError("on purpose")
+        raise error("on purpose")
 
     with socket.socketpair()[0] as one, socket.socketpair()[0] as other:
         loop.add_writer(one, fail)

@@ -73,6 +73,7 @@ COMPOSE = "docker compose -f ops/docker/compose.yml"
 """What the page has a Docker that is older than 27 be told."""
 (PODMAN_COMPOSE,) = re.findall(r"`(podman-compose [^`]*)` takes", CONTAINERS)
 """What it has podman's users run in place of COMPOSE."""
+(PODMAN_UP,) = re.findall(r"`(up --build [^`]*)` of", CONTAINERS)
 
 
 def debian(name: str, packages: tuple[str, ...], add: Callable[[Path], None] = lambda made: None) -> Path:
@@ -108,6 +109,7 @@ class ContainerEngine:
     program: str
     store: str
     daemon: tuple[str, ...]
+    up = "up --build"
 
     def __init__(self, host: Host, directory: Path, certificate: CertificateFiles) -> None:
         """``directory`` is for its files here, while it runs."""
@@ -185,7 +187,7 @@ class ContainerEngine:
 
     def command(self, text: str) -> list[str]:
         """The words that run commands of the page there, as root in the checkout."""
-        return self._inside(text.replace(COMPOSE, self.compose))
+        return self._inside(text.replace(COMPOSE, self.compose).replace("up --build", self.up))
 
     @property
     def compose(self) -> str:
@@ -247,6 +249,7 @@ class Podman(ContainerEngine):
     program = "podman"
     store = "/var/lib/containers/storage"
     daemon = ("sleep", "infinity")
+    up = PODMAN_UP
 
     @property
     def compose(self) -> str:

@@ -256,3 +256,11 @@ def test_podman_compose_runs_the_same(podman: Started, certificate: CertificateF
     engine.run(f"{COMPOSE} kill --signal HUP edge core")
     assert served(client) == certificate[0].read_text()
     stop_with_a_session_open(engine, client, certificate[0])
+
+
+def test_podman_compose_upgrades(podman: Started) -> None:
+    engine, _ = podman
+    engine.run(f"{COMPOSE} up --detach")
+    await_mail(engine)
+    upgrade(engine)
+    await_mail(engine)

@@ -210,7 +210,7 @@ class BackendType(AddressType):
     "--dev",
     "dev_mode",
     is_flag=True,
-    help="Runs a trial with its own certificate and server, which delivers to ./maildir; /mail shows what has arrived.",
+    help="Runs a trial with its own certificate and server, which delivers to ./maildir; /mail shows received mail.",
 )
 @click.version_option(VERSION, help="Prints the version and exits.")
 def main(**flags: Unpack[Flags]) -> None:

@@ -1,1 +1,1 @@
-"""The pages of --dev that show what has arrived in ./maildir."""
+"""The pages of --dev that show the mail in ./maildir."""

@@ -1,7 +1,7 @@
 """--dev: a trial in one process, which leaves nothing on the disk except ./maildir.
 
 It makes a self-signed certificate with the openssl program, runs the core on a Unix socket as the backend, prints commands
-that send a test message, and shows at /mail what has arrived.
+that send a test message, and shows received mail at /mail.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class DevCore:
         await self._core.close()
 
     def pages(self) -> Mapping[str, Page]:
-        """The pages that show what has arrived."""
+        """The pages that show received mail."""
         return MailView(Path(MAILDIR).resolve()).pages()
 
     def instructions(self) -> str:
@@ -133,8 +133,8 @@ This server accepts mail for every address and stores it in ./maildir/new. Each 
 
 The certificate is self-signed. Stop with Ctrl-C.
 
-  What has arrived: http://{self._metrics()}/mail
-  Status page:      http://{self._metrics()}/ (metrics at /metrics)
+  Received mail: http://{self._metrics()}/mail
+  Status page:   http://{self._metrics()}/ (metrics at /metrics)
 """
 
     def _address(self, starttls: bool) -> str:

@@ -1,4 +1,4 @@
-"""/mail of --dev: what has arrived, as text, for clients on this host only."""
+"""/mail of --dev: received mail, as text, for clients on this host only."""
 
 from __future__ import annotations
 

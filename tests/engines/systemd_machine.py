@@ -6,6 +6,7 @@ for there is no way to PyPI from there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -160,6 +161,18 @@ class SystemdMachine:
         if port != 465:
             smtp.starttls(context=trust)
         return smtp
+
+    @contextlib.contextmanager
+    def setting(self, section: str, line: str) -> Iterator[None]:
+        """With one more line in the settings, which are reloaded without it in the end."""
+        settings = self.path("/etc/fumi/fumi.toml")
+        before = settings.read_text()
+        settings.write_text(before.replace(f"[{section}]\n", f"[{section}]\n{line}\n"))
+        try:
+            yield
+        finally:
+            settings.write_text(before)
+        self.run(f"systemctl reload fumi-{section}")
 
     @property
     def inbox(self) -> Maildir:

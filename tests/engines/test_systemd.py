@@ -193,24 +193,11 @@ def renewed(directory: Path) -> CertificateFiles:
     return self_signed(new, NAME)
 
 
-@contextlib.contextmanager
-def setting(machine: SystemdMachine, section: str, line: str) -> Iterator[None]:
-    """With one more line in the settings, which are reloaded without it in the end."""
-    settings = machine.path("/etc/fumi/fumi.toml")
-    before = settings.read_text()
-    settings.write_text(before.replace(f"[{section}]\n", f"[{section}]\n{line}\n"))
-    try:
-        yield
-    finally:
-        settings.write_text(before)
-    machine.run(f"systemctl reload fumi-{section}")
-
-
 @pytest.mark.parametrize("section", ["core", "edge"])
 def test_a_reload_of_wrong_settings_fails_and_the_old_ones_stay(site: Site, section: str) -> None:
     machine, name = site.first, f"fumi-{section}"
     pid = machine.show(name, "MainPID")
-    with setting(machine, section, 'max-clients = "many"'):
+    with machine.setting(section, 'max-clients = "many"'):
         assert machine.outcome(f"systemctl reload {name}").returncode != 0
         assert "max-clients" in machine.journal(f"--unit={name}", "--lines=10")
         assert machine.show(name, "ActiveState") == "active"
@@ -223,7 +210,7 @@ def test_a_reload_reaches_the_edge_while_the_core_is_down(site: Site) -> None:
     machine = site.first
     reloads = machine.journal("--unit=fumi-edge").count(RELOADED)
     machine.run("systemctl stop fumi-core fumi-core.socket")
-    with setting(machine, "edge", "max-clients = 999"):
+    with machine.setting("edge", "max-clients = 999"):
         assert machine.outcome("systemctl reload fumi-edge").returncode != 0
         until(lambda: machine.journal("--unit=fumi-edge").count(RELOADED) > reloads, "a reload")
         machine.run("systemctl start fumi-core")

@@ -214,7 +214,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request(request, client_address or ("unix", 0))
         except RuntimeError:
             # The system has no more threads.
-            self._give_back_place(request)
+            self._release_place(request)
             raise
 
     def head_received(self, request: Any) -> None:
@@ -226,9 +226,9 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._give_back_place(request)
+            self._release_place(request)
 
-    def _give_back_place(self, request: Any) -> None:
+    def _release_place(self, request: Any) -> None:
         self._heads.pop(request, None)
         self._requests.pop(request, None)
         self._free.release()

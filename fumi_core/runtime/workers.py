@@ -130,7 +130,7 @@ def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int, begun: fl
     work.unbind()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    start_thread(partial(_reload_when_told, work), "reload")
+    start_thread(partial(_reload_on_signal, work), "reload")
     totals, registry = Totals(work.registry, board), CollectorRegistry()
     registry.register(totals)
     register_restarts(registry, work.metric_prefix, board)
@@ -145,7 +145,7 @@ def _serve_metrics(work: Work, board: Scoreboard, master_alive_r: int, begun: fl
     os.read(master_alive_r, 1)
 
 
-def _reload_when_told(work: Work) -> None:
+def _reload_on_signal(work: Work) -> None:
     """Reload in a thread, for one SIGHUP after the other; a signal handler could interrupt itself."""
     while True:
         signal.sigwait([signal.SIGHUP])

@@ -190,7 +190,7 @@ class Connection:
             self._server.connection_count.client_left()
             if self._dialogue.protocol.unused:
                 self._origin = Origin.HEALTH_CHECK
-            self._dialogue.gone(self._closed)
+            self._dialogue.disconnected(self._closed)
 
     # The PROXY header
 
@@ -345,26 +345,26 @@ class Connection:
             self._timer.cancel()
         now = monotonic()
         self._deadline = now + seconds
-        self._look_again(now)
+        self._schedule_check(now)
 
-    def _look_again(self, now: float) -> None:
+    def _schedule_check(self, now: float) -> None:
         """Set the timer for the deadline, or sooner, since a message that begins in the meantime may have an earlier deadline."""
         due = min(self._due(), now + self._server.options.data_timeout)
-        self._timer = self._server.loop.call_at(due, self._look)
+        self._timer = self._server.loop.call_at(due, self._check_deadline)
 
     def _due(self) -> float:
         """When the client, or the message that is arriving, exceeds its time limit."""
         started = self._dialogue.message_started if self._dialogue is not None else None
         return self._deadline if started is None else min(self._deadline, started + self._server.options.data_timeout)
 
-    def _look(self) -> None:
+    def _check_deadline(self) -> None:
         now = monotonic()
         dialogue = self._open_dialogue
         if dialogue is not None and (dialogue.busy or dialogue.full) and not self._transport.blocked:
             # The client waits for the server.
             self._deadline = max(self._deadline, now + self._server.options.socket_timeout)
         if now < self._due():
-            self._look_again(now)
+            self._schedule_check(now)
         elif self._phase is Phase.HEADER:
             self._refuse_header(HeaderResult.TIMEOUT, "no PROXY header in time")
         elif dialogue is not None:

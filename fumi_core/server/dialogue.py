@@ -104,7 +104,7 @@ class Dialogue:
         self.draining = False
         """Whether the dialogue ends as soon as no transaction is in progress."""
         self._reported = False
-        self._gone: Callable[[], None] | None = None
+        self._on_closed: Callable[[], None] | None = None
 
     # Calls by the connection
 
@@ -174,7 +174,7 @@ class Dialogue:
         self.draining = True
         self.proceed()
 
-    def gone(self, closed: Callable[[], None]) -> None:
+    def disconnected(self, closed: Callable[[], None]) -> None:
         """The client has disconnected: end the handler that runs, run those of the close phase, then call ``closed``.
 
         A handler of a message is not cancelled: reading raises MessageAborted, and a whole message may have been stored already.
@@ -182,9 +182,9 @@ class Dialogue:
         self.protocol.abandon()
         self._auth_ended(self.protocol.break_off_exchange())
         self._abort_message("client disconnected")
-        self._gone = closed  # from now on, the end of a running handler leads to the close phase
+        self._on_closed = closed  # from now on, the end of a running handler leads to the close phase
         if self._running is None:
-            self._after_gone()
+            self._after_disconnect()
         elif not isinstance(self._running, DataContext):
             self._runner.cancel()
 
@@ -281,9 +281,9 @@ class Dialogue:
         if error is not None:
             # An app may raise one exception again and again, and each time Python makes its traceback longer.
             BaseException.with_traceback(error, None)
-        if self._gone is not None:
+        if self._on_closed is not None:
             if not isinstance(context, CloseContext):
-                self._after_gone()
+                self._after_disconnect()
         elif not self._proceeding:
             self.proceed()
 
@@ -388,11 +388,11 @@ class Dialogue:
             self._runner.cancel()
         self._changed()
 
-    def _after_gone(self) -> None:
+    def _after_disconnect(self) -> None:
         self._run("close", CloseContext(self.session))
 
     def _close_done(self, context: Context, error: BaseException | None) -> None:
-        closed = self._gone
+        closed = self._on_closed
         assert closed is not None
         if error is not None:
             log_handler_failure(context, error)

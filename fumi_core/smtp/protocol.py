@@ -117,7 +117,7 @@ class Protocol:
         self._broken: MessageBroken | None = None
         self._failed: tuple[Reply, ...] = ()
         """In LMTP, the rejections, one for each recipient, of a message with a rejected chunk: sent after its last chunk."""
-        self._excused = 0
+        self._tolerated = 0
         """How many commands that depend on the rejected sender, recipient or chunk do not count as protocol errors."""
         self._recognized = False
         self._errors = 0
@@ -249,7 +249,7 @@ class Protocol:
             self._reset("MAIL")
         elif type(event) is ChunkEnd:
             self._broken = MessageBroken("a chunk was rejected", verdict(reply.code), "BDAT", reply)
-        self._reply(self._excuse(reply))
+        self._reply(self._tolerate_after(reply))
         if reply.code == 421 or type(event) is Connect:
             self.state = states.CLOSED
 
@@ -339,14 +339,14 @@ class Protocol:
             return False
         return grammar.NOT_TEXT.search(line.rstrip(b"\r\n")) is not None
 
-    def _excuse(self, refusal: Reply) -> Reply:
+    def _tolerate_after(self, refusal: Reply) -> Reply:
         """Commands that the client pipelined before it could know of this rejection do not count as protocol errors."""
-        self._excused = self._options.max_recipients + 1
+        self._tolerated = self._options.max_recipients + 1
         return refusal
 
     def _reply_to_consequence(self, reply: Reply) -> None:
-        if self._excused:
-            self._excused -= 1
+        if self._tolerated:
+            self._tolerated -= 1
             self._reply(reply)
         else:
             self._mistake(reply)
@@ -402,12 +402,12 @@ class Protocol:
 
     def _mail(self, argument: bytes) -> Event | Reply:
         if self._options.require_tls and not self.session.secure:
-            return self._excuse(replies.MUST_STARTTLS)
+            return self._tolerate_after(replies.MUST_STARTTLS)
         if self._options.auth_required and self.session.user is None:
-            return self._excuse(replies.AUTHENTICATION_REQUIRED)
+            return self._tolerate_after(replies.AUTHENTICATION_REQUIRED)
         sender = grammar.read_path(self._options.paths.mail, argument)
         if sender is None:
-            return self._excuse(replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL)
+            return self._tolerate_after(replies.BAD_SENDER if grammar.has_path(argument) else replies.SYNTAX_MAIL)
         envelope = self.session.envelope
         refusal = None
         if sender.args:
@@ -416,7 +416,7 @@ class Protocol:
             refusal = replies.NEED_SMTPUTF8
         if refusal is not None:
             self._reset("MAIL")
-            return self._excuse(refusal)
+            return self._tolerate_after(refusal)
         self.session.transaction += 1
         if not self._decides_mail:
             return self._set_sender(sender)
@@ -425,21 +425,21 @@ class Protocol:
 
     def _set_sender(self, sender: Address) -> Reply:
         self.session.envelope.mail_from = sender
-        self._excused = 0
+        self._tolerated = 0
         self.state = states.MAIL
         return replies.SENDER_OK
 
     def _rcpt(self, argument: bytes) -> Event | Reply:
         recipient = grammar.read_path(self._options.paths.rcpt, argument)
         if recipient is None:
-            return self._excuse(replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT)
+            return self._tolerate_after(replies.BAD_RECIPIENT if grammar.has_path(argument) else replies.SYNTAX_RCPT)
         if recipient.args:
             refusal = parameters.read_rcpt(recipient.args, self._options, self._greetings.withheld())
             if refusal is not None:
-                return self._excuse(refusal)
+                return self._tolerate_after(refusal)
         envelope = self.session.envelope
         if not envelope.smtputf8 and not recipient.address.isascii():
-            return self._excuse(replies.NEED_SMTPUTF8)
+            return self._tolerate_after(replies.NEED_SMTPUTF8)
         # In SMTP a repeated recipient takes no place of its own.
         if len(envelope.rcpt_to) >= self._options.max_recipients and (
             self._options.lmtp or recipient.address not in (each.address for each in envelope.rcpt_to)
@@ -636,7 +636,7 @@ class Protocol:
             self._conclude(error or event.reply)
             return
         # A chunk was rejected and has its reply. The rest of the message in the pipeline gets replies all the same.
-        self._excuse(event.reply)
+        self._tolerate_after(event.reply)
         if self._options.lmtp:
             self._failed = (event.reply,) * len(self.recipients)
 
@@ -679,7 +679,7 @@ class Protocol:
         """
         self._message_reader.reset()
         self._failed = ()
-        self._excused = 0
+        self._tolerated = 0
         ended, self.session.envelope = self.session.envelope, Envelope()
         if self.session.xforward:
             self.session.xforward = {}

@@ -33,7 +33,7 @@ class DSN(NamedTuple):
     envid: str | None = None
 
 
-_NOTHING_ASKED = DSN()
+_NO_DSN = DSN()
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Envelope:
     body: str = "7BIT"
     smtputf8: bool = False
     require_tls: bool = False
-    dsn: DSN = _NOTHING_ASKED
+    dsn: DSN = _NO_DSN
     at_end: tuple[Callable[[], None], ...] = field(default=(), repr=False, compare=False)
     """Called when the transaction ends while the connection is open: by a reply to the message, RSET, EHLO or a rejected MAIL."""
 

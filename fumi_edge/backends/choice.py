@@ -134,7 +134,7 @@ class Backend:
         self.metrics.connect_seconds.observe(seconds)
         if self._failed_at != _NEVER:
             self._failed_at = _NEVER
-            self._judge()
+            self._update_state()
 
     def count_error(self, reason: BackendError, detail: object) -> None:
         """Count an error of a connection or a check, which alone does not mean that the backend is down."""
@@ -145,13 +145,13 @@ class Backend:
         """Note a failed attempt to connect."""
         self.count_error(reason, detail)
         self._failed_at = now
-        self._judge(reason, detail)
+        self._update_state(reason, detail)
 
     def healthy(self) -> None:
         """Note a successful check."""
         self._failed_at, self._checked, self._unhealthy = _NEVER, True, False
         self.last_check = Remark(time(), None)
-        self._judge()
+        self._update_state()
 
     def check_failed(self, reason: BackendError, detail: str) -> None:
         """Note a failed check; after too many, ``unhealthy()`` is called."""
@@ -161,20 +161,20 @@ class Backend:
     def unhealthy(self, reason: BackendError, detail: object) -> None:
         """Note that the checks have failed."""
         self._checked = self._unhealthy = True
-        self._judge(reason, detail)
+        self._update_state(reason, detail)
 
     def unchecked(self) -> None:
         """Note that there are no checks: the results of earlier ones no longer count."""
         self._checked = self._unhealthy = False
         self.last_check = None
-        self._judge()
+        self._update_state()
 
     def undecided(self, detail: str) -> None:
         """Note that a check could not be made because this process or this host lacks resources."""
         self.check_failed(BackendError.OTHER, detail)
         self._problem = detail
 
-    def _judge(self, reason: BackendError | None = None, detail: object = "") -> None:
+    def _update_state(self, reason: BackendError | None = None, detail: object = "") -> None:
         self._problem = str(detail) or self._problem
         up = not self._unhealthy and self._failed_at == _NEVER
         if up is self.up:

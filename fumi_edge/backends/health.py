@@ -104,16 +104,16 @@ def _quoted(reply: bytes) -> str:
 def dependency_problems(settings: BackendSettings) -> list[str | None]:
     """Check all backends concurrently, from another thread. Returns each one's problem, or None."""
 
-    async def ask_all() -> list[str | None]:
+    async def run_all() -> list[str | None]:
         return await asyncio.gather(*_probes(settings))
 
-    return asyncio.run(ask_all())
+    return asyncio.run(run_all())
 
 
 def pool_problems(pools: Iterable[BackendSettings]) -> list[str | None]:
     """Check all pools concurrently, from another thread. Returns for each why none of its backends works, or None."""
 
-    async def ask_pool(settings: BackendSettings) -> str | None:
+    async def check_pool(settings: BackendSettings) -> str | None:
         probes = _probes(settings)
         for earliest in asyncio.as_completed(probes):
             if await earliest is None:
@@ -121,10 +121,10 @@ def pool_problems(pools: Iterable[BackendSettings]) -> list[str | None]:
         named = zip(settings.destinations, probes, strict=True)
         return "; ".join(f"backend {destination.name}: {probe.result()}" for destination, probe in named)
 
-    async def ask_all() -> list[str | None]:
-        return await asyncio.gather(*(ask_pool(each) for each in pools))
+    async def run_all() -> list[str | None]:
+        return await asyncio.gather(*(check_pool(each) for each in pools))
 
-    return asyncio.run(ask_all())
+    return asyncio.run(run_all())
 
 
 def _probes(settings: BackendSettings) -> list[asyncio.Task[str | None]]:
@@ -136,10 +136,10 @@ def _probes(settings: BackendSettings) -> list[asyncio.Task[str | None]]:
 def offering_starttls(settings: BackendSettings) -> list[bool]:
     """Whether each backend offers STARTTLS to the edge; False when that cannot be determined. To be called outside the loop."""
 
-    async def ask_all() -> list[bool]:
+    async def run_all() -> list[bool]:
         return await asyncio.gather(*(_offers_starttls(each.copy_for_other_loop(), settings) for each in settings.destinations))
 
-    return asyncio.run(ask_all())
+    return asyncio.run(run_all())
 
 
 async def _offers_starttls(destination: Destination, settings: BackendSettings) -> bool:

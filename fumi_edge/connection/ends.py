@@ -30,7 +30,7 @@ class End(StrEnum):
     ERROR = "error"
 
 
-GONE = (
+CLOSE_AT_ONCE = (
     *(End.CLIENT_CLOSED, End.CLIENT_RESET, End.HANDSHAKE_TIMEOUT, End.HANDSHAKE_RESET),
     *(End.PROXY_HEADER, End.MAX_CLIENTS_PER_IP, End.RATE),
 )

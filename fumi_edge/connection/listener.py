@@ -75,11 +75,11 @@ class Listener:
             reason = limits.enter(None) if peer[0] in balancers else RejectReason.UNTRUSTED
         if reason is not None:
             self.resources.rejections.add(reason, peer[0], self.name)
-            self._turn_away(client, reason)
+            self._reject(client, reason)
             return
         self._serve(self, client, peer if isinstance(name, tuple) else "", _own_address(own))
 
-    def _turn_away(self, client: socket.socket, reason: RejectReason) -> None:
+    def _reject(self, client: socket.socket, reason: RejectReason) -> None:
         if self.starttls and reason is not RejectReason.UNTRUSTED:
             with contextlib.suppress(OSError):
                 client.send(TOO_MANY_CLIENTS)

@@ -22,7 +22,7 @@ from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Opening
 from fumi_edge.backends.tls import TLSError, explained
 from fumi_edge.connection.direct import DirectClient, DirectCore
-from fumi_edge.connection.ends import GONE, INCOMPLETE, SILENCES, End, Ended, NoBanner
+from fumi_edge.connection.ends import CLOSE_AT_ONCE, INCOMPLETE, SILENCES, End, Ended, NoBanner
 from fumi_edge.connection.ids import unique_id
 from fumi_edge.connection.inbound import HeaderError, receive_client
 from fumi_edge.connection.listener import Listener
@@ -133,7 +133,7 @@ class Connection(Walk):
             reason = await self._walk()
         except Ended as ended:
             reason = ended.reason
-            if ended.reply or reason not in GONE:
+            if ended.reply or reason not in CLOSE_AT_ONCE:
                 self.sent += len(ended.reply)
                 command_timeout = self._policy.idle_timeout if ended.after_command else None
                 await in_task(send_last_reply(self._client, ended.reply, command_timeout))
@@ -162,7 +162,7 @@ class Connection(Walk):
         if self._resources.direct is not None:
             return await self._serve_directly(self._resources.direct)
         if self.listener.starttls:
-            return await self._carry(b"", await self._with_backend(self._swallow_banner), expectant=False)
+            return await self._carry(b"", await self._with_backend(self._skip_second_banner), expectant=False)
         return await self._with_backend(self._carry)
 
     async def _identify(self) -> None:
@@ -340,7 +340,7 @@ class Connection(Walk):
             self._backend = None
             self._resources.backends.release(self.backend)
 
-    async def _swallow_banner(self) -> bytes:
+    async def _skip_second_banner(self) -> bytes:
         """Read the second banner, which the client must not get. Returns the bytes after it. Raises NoBanner or Ended."""
         assert self._backend is not None
         assert self.backend is not None

@@ -59,7 +59,7 @@ class HangupWatch:
         """Open the epoll. To be called after the fork, because processes must not share an epoll. Raises OSError."""
         self._loop = loop
         self._epoll = select.epoll()
-        loop.add_reader(self._epoll.fileno(), self._look)
+        loop.add_reader(self._epoll.fileno(), self._check)
 
     def close(self) -> None:
         if self._epoll is not None:
@@ -83,7 +83,7 @@ class HangupWatch:
             self._epoll.unregister(watched)
             del self._waiting[watched]
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         assert self._epoll is not None
         for fd, _ in self._epoll.poll(0):
             _wake(self._waiting[fd], fd)

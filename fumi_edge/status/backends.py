@@ -42,7 +42,7 @@ def backend_rows(edge: Edge, figures: Figures, history: History, workers: Sequen
                 "rate": history.rate(of_backend(CONNECTING, name, "_count")),
                 "connect_seconds": latency[-1].value if latency else None,
                 "checks": checked,
-                **_judged([each[name] for each in reports if name in each]),
+                **_state_of_all([each[name] for each in reports if name in each]),
                 "errors": {
                     reason: int(count) for reason, count in figures.by("reason", of_backend(ERRORS, name)).items() if count
                 },
@@ -51,7 +51,7 @@ def backend_rows(edge: Edge, figures: Figures, history: History, workers: Sequen
     return rows
 
 
-def _judged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _state_of_all(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state over all workers: down if it is down for all, partly down if for some. The last check and error of any worker."""
     down = [each for each in reports if not each["up"]]
     changes = [each["changed_at"] for each in down or reports if each["changed_at"] is not None]

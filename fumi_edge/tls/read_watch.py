@@ -23,7 +23,7 @@ from fumi_core.runtime.logs import event
 
 log = logging.getLogger("fumi.edge")
 
-LOOK_SECONDS = 0.25
+CHECK_SECONDS = 0.25
 """Seconds between two checks."""
 MAX_READ_SECONDS = 0.5
 """Seconds of CPU time that one read may take. A read of 64 KiB takes less than a thousandth of that."""
@@ -89,7 +89,7 @@ class ReadWatch:
         """``clock`` returns the CPU time of the loop's thread, which stands still while the process is stopped."""
         last, limit = None, 0.0
         with contextlib.suppress(OSError):  # the loop's thread has ended, and so has its clock
-            while not self._closed.wait(LOOK_SECONDS):
+            while not self._closed.wait(CHECK_SECONDS):
                 now, used = READING.now, time.clock_gettime(clock)
                 if now is not last:
                     last, limit = now, used + MAX_READ_SECONDS

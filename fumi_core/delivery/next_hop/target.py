@@ -145,7 +145,7 @@ class NextHop:
             connection, reply = await self._hop.mail(session, sender)
         except Failure as failure:
             raise self._failed(session, failure) from None
-        error = self._judge(session, reply)
+        error = self._error_of(session, reply)
         if error is None:
             return Transaction(connection, sender, replies)
         self._hop.give_back(connection, clean=True)
@@ -175,7 +175,7 @@ class NextHop:
         if recipient in transaction.rejected:
             raise transaction.rejected[recipient]
         reply = await transaction.replies.recall(recipient) if transaction.replies is not None else None
-        error = None if reply is None else self._judge(session, reply)
+        error = None if reply is None else self._error_of(session, reply)
         if error is not None:
             transaction.rejected[recipient] = error
             raise error
@@ -190,7 +190,7 @@ class NextHop:
         except Failure as failure:
             transaction.ended = self._failed(session, failure)
             raise transaction.ended from None
-        error = self._judge(session, reply)
+        error = self._error_of(session, reply)
         if error is not None and reply.code == 421:
             transaction.ended = error
         if error is not None:
@@ -270,7 +270,7 @@ class NextHop:
 
     # Errors
 
-    def _judge(self, session: Session, reply: ReceivedReply) -> SMTPError | None:
+    def _error_of(self, session: Session, reply: ReceivedReply) -> SMTPError | None:
         """The error to reply with; None for a positive reply."""
         log_verdicts(session, self._label, [reply])
         return error_for(reply)

@@ -96,7 +96,7 @@ class Conversation:
             if self.ready:
                 yield self._reply(verb, parameters)
             else:
-                self._shake_hands(verb, parameters)
+                self._handshake(verb, parameters)
         _of_valid_length(rest)
 
     def _reply(self, verb: str, parameters: list[str]) -> DovecotReply:
@@ -107,7 +107,7 @@ class Conversation:
             raise Malformed(f"{verb} without a request's number")
         return DovecotReply(verb, int(number), tuple(parameters[1:]))
 
-    def _shake_hands(self, verb: str, parameters: list[str]) -> None:
+    def _handshake(self, verb: str, parameters: list[str]) -> None:
         if verb == "VERSION":
             if not parameters or parameters[0] != "1":
                 raise Malformed(f"protocol version {'.'.join(parameters)[:40]!r} instead of 1")

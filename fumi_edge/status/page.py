@@ -17,6 +17,7 @@ from fumi_edge.connection.limits import ClientLimits
 from fumi_edge.edge import Edge
 from fumi_edge.status.backends import backend_rows, backends_table, connecting, degraded_backends
 from fumi_edge.status.certificates import certificates_table, degraded_certificates, reported
+from fumi_edge.status.readiness import Readiness
 
 CURRENT = series("fumi_edge_connections_active")
 LIMIT = series("fumi_edge_connections_limit")
@@ -43,7 +44,7 @@ def edge_pages(edge: Edge, overview: Overview, others: Mapping[str, Page]) -> Ma
 class _Viewer:
     def __init__(self, edge: Edge, overview: Overview) -> None:
         self._edge = edge
-        self._overview = overview
+        self._readiness = Readiness(overview.readiness)
 
     def view(self, figures: Figures, history: History, workers: Sequence[Worker]) -> View:
         # A reload may have changed the backends.
@@ -51,7 +52,7 @@ class _Viewer:
         now = time.time()
         backends = backend_rows(self._edge, figures, history, workers)
         certificates, more = reported(workers)
-        problem = self._overview.readiness()
+        problem = self._readiness.problem()
         return View(
             problem=problem,
             degraded=[*degraded_backends(backends, problem), *degraded_certificates(certificates, now)],

@@ -45,7 +45,7 @@ def test_what_is_copied_is_all_that_an_installation_needs(tmp_path: Path) -> Non
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            (tmp_path / "source").mkdir(exist_ok=True)
+            (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / "source" / name)
     install = ["install", "--quiet", "--no-deps", "--target", str(tmp_path / "installed"), "."]
     subprocess.run([sys.executable, "-m", "pip", *install], cwd=tmp_path / "source", check=True, timeout=600)

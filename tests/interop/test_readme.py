@@ -61,6 +61,8 @@ def test_the_installation_installs_both_programs(tmp_path: Path) -> None:
     # Not from the checkout: what is not in the package is not there.
     said = sh(text, tmp_path)
     assert said.count(", version ") == 2
+    pages = tmp_path / "fumi" / "share" / "man" / "man1"
+    assert sorted(each.name for each in pages.iterdir()) == ["fumi-core.1", "fumi-edge.1"]
     assert "listen smtps" in said
     assert "[smtps]" in said
 

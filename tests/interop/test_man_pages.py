@@ -1,0 +1,46 @@
+"""The man pages, which are made from the pages in Markdown: every flag is in them, and man has nothing to complain of."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from fumi_core.cli import main as core
+from fumi_core.version import VERSION
+from fumi_edge.cli import main as edge
+from tests.support.readme import ROOT
+
+PROGRAMS = {"fumi-core": core, "fumi-edge": edge}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("man")
+    subprocess.run([sys.executable, ROOT / "ops/manpages.py", directory], check=True, stdout=subprocess.DEVNULL)
+    return directory
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_flag_is_in_the_page(directory: Path, name: str) -> None:
+    page = (directory / f"{name}.1").read_text()
+    assert page.startswith(f'.TH "{name.upper()}" "1" "" "Fumi {VERSION}"')
+    flags = [option.opts[-1] for option in PROGRAMS[name].params if isinstance(option, click.Option)]
+    assert not [flag for flag in flags if f"\\fB{flag}".replace("-", "\\-") not in page]
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_man_shows_the_page_without_a_warning(directory: Path, name: str) -> None:
+    command = ["man", "--warnings=all", "-l", str(directory / f"{name}.1")]
+    shown = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60, env={"MANWIDTH": "100", "PATH": "/usr/bin:/bin"}
+    )
+    assert shown.stderr == ""
+    assert f"{name} - " in shown.stdout
+    for mark in ("| ---", "```", "](", "\\f"):
+        assert mark not in shown.stdout

@@ -48,7 +48,8 @@ def directory(flags: Flags, tables: Sequence[ListenerTable] = ()) -> Iterator[st
         except FileNotFoundError:
             raise SettingError("--dev makes its certificate with the openssl program, which is not installed") from None
         except subprocess.CalledProcessError as error:
-            raise SettingError(f"openssl could not make a certificate: {error.stderr.strip().splitlines()[-1:]}") from None
+            last = error.stderr.strip().rpartition("\n")[2]
+            raise SettingError(f"openssl could not make a certificate: {last}") from None
         yield path
 
 

@@ -37,6 +37,14 @@ def test_dev_mode_can_be_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert list(tmp_path.glob("fumi-dev-*")) == []
 
 
+def test_an_error_of_openssl_is_one_line_with_its_last_line(tmp_path: Path) -> None:
+    program = tmp_path / "openssl"
+    program.write_text("#!/bin/sh\necho first >&2; echo no entropy >&2; exit 1\n")
+    program.chmod(0o755)
+    environment = {"PATH": str(tmp_path)}
+    assert run("--dev", *PORTS, environment=environment) == (2, ["Error: openssl could not make a certificate: no entropy"])
+
+
 def test_dev_mode_takes_a_message_over_both_ports(tmp_path: Path) -> None:
     ports = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
     program = Program("--dev", *ports, cwd=tmp_path)

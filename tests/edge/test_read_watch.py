@@ -22,7 +22,7 @@ from tests.support.waiting import PATIENCE, until
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadWatch]:
-    monkeypatch.setattr(read_watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(read_watch, "CHECK_SECONDS", 0.01)
     monkeypatch.setattr(read_watch, "MAX_READ_SECONDS", 0.1)
     watch = ReadWatch()
     watch.start()

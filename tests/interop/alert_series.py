@@ -120,13 +120,18 @@ class Recorder:
 
     @staticmethod
     def _until_moved(read: Callable[[], dict[str, float]], before: dict[str, float], sign: str) -> dict[str, float]:
-        """The series once one whose name has ``sign`` in it has moved."""
+        """The series once one whose name has ``sign`` in it has moved, and the clients are gone, unless it is they who stay."""
         deadline = time.monotonic() + 60
         while True:
             after = _readable(read())
-            if any(sign in name and value != before.get(name) for name, value in after.items()):
+            moved = any(sign in name and value != before.get(name) for name, value in after.items())
+            if moved and ("active" in sign or _clients(after) <= _clients(before)):
                 return after
             assert time.monotonic() < deadline, f"{sign} did not move"
+
+
+def _clients(series: dict[str, float]) -> float:
+    return sum(value for name, value in series.items() if "_connections_active" in name)
 
 
 def _is_counter(series: str) -> bool:

@@ -31,6 +31,11 @@ def nothing() -> None:
     """The program is as it is."""
 
 
+def kill_a_worker(program: Program) -> None:
+    """Of a program that has answered: the workers are its first children, and the process that answers is the last."""
+    os.kill(proc.children(program.process.pid)[0], signal.SIGKILL)
+
+
 class RecordedPrograms:
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
@@ -162,10 +167,8 @@ class RecordedPrograms:
     def _of_workers(self) -> Iterator[Step]:
         edge = self._fleet.edge("forking-edge", [self._core.port], *NO_CHECKS, "--workers", "2")
         core = self._fleet.core("forking-core", "--deliver", "discard:", "--workers", "2")
-        for name, each in (("edge", edge), ("core", core)):
-            worker = proc.children(each.process.pid)[0]
-            kill = lambda worker=worker: os.kill(worker, signal.SIGKILL)  # noqa: E731
-            yield step(f"{name}'s worker dies", each, kill, "worker_restarts_total")
+        yield step("edge's worker dies", edge, lambda: kill_a_worker(edge), "worker_restarts_total")
+        yield step("core's worker dies", core, lambda: kill_a_worker(core), "worker_restarts_total")
 
 
 def _since(edge: Program, days: int) -> Series:

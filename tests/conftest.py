@@ -1,10 +1,13 @@
-"""Fixtures for tests with several programs: an edge in front of a core, and what they deliver."""
+"""Fixtures for tests with several programs: an edge in front of a core, what they deliver, and files of YAML."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +60,29 @@ def dev(programs: Programs) -> Callable[[], Setup]:
         return Setup(tls_port, starttls_port, programs.maildir(), {"edge": edge})
 
     return start
+
+
+YAML = """
+import json, sys, yaml
+
+class Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        assert len(set(keys)) == len(keys), f"{node.start_mark}: a key stands there twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+json.dump(list(yaml.load_all(sys.stdin, Loader)), sys.stdout)
+"""
+
+
+@pytest.fixture(scope="session")
+def read_yaml() -> Callable[[Path], list[Any]]:
+    """Reads the documents of a YAML file: in Debian's own Python, which has PyYAML from python3-yaml; ours is not to need it."""
+
+    def read(path: Path) -> list[Any]:
+        done = subprocess.run(["/usr/bin/python3", "-c", YAML], input=path.read_bytes(), capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        documents: list[Any] = json.loads(done.stdout)
+        return documents
+
+    return read

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,32 +69,6 @@ def edge(programs: Programs, certificate: CertificateFiles) -> StartEdge:
         return ports
 
     return start
-
-
-YAML = """
-import json, sys, yaml
-
-class Loader(yaml.SafeLoader):
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        assert len(set(keys)) == len(keys), f"{node.start_mark}: a key stands there twice: {keys}"
-        return super().construct_mapping(node, deep)
-
-json.dump(list(yaml.load_all(sys.stdin, Loader)), sys.stdout)
-"""
-
-
-@pytest.fixture(scope="session")
-def read_yaml() -> Callable[[Path], list[Any]]:
-    """Reads the documents of a YAML file: in Debian's own Python, which has PyYAML from python3-yaml; ours is not to need it."""
-
-    def read(path: Path) -> list[Any]:
-        done = subprocess.run(["/usr/bin/python3", "-c", YAML], input=path.read_bytes(), capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()
-        documents: list[Any] = json.loads(done.stdout)
-        return documents
-
-    return read
 
 
 @pytest.fixture(scope="session")

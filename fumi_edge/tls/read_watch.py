@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import socket
 import ssl
 import threading
@@ -32,10 +31,12 @@ MAX_READ_SECONDS = 0.5
 class Reading:
     """The read that is going on in the loop's thread: a tuple of its socket, new for each read, or None."""
 
-    __slots__ = ("now", "thread")
+    __slots__ = ("disconnected", "now", "thread")
 
     def __init__(self) -> None:
         self.now: tuple[socket.socket] | None = None
+        self.disconnected: tuple[socket.socket] | None = None
+        """The last read that was ended. Several edges in one thread have a watch each, which must not report it again."""
         self.thread = 0
         """The thread that is watched. Checks of backends read in other threads, and must not take its reads out of sight."""
 
@@ -93,8 +94,8 @@ class ReadWatch:
                 now, used = READING.now, time.clock_gettime(clock)
                 if now is not last:
                     last, limit = now, used + MAX_READ_SECONDS
-                elif now is not None and used >= limit:
-                    limit = math.inf
+                elif now is not None and now is not READING.disconnected and used >= limit:
+                    READING.disconnected = now
                     _end(*now)
 
 

@@ -47,6 +47,17 @@ class Endless(socket.socket):
         raise AssertionError("the read was not ended")
 
 
+class Slow(Endless):
+    """Its read goes on for a while after what ends it, as one does whose thread gets no CPU."""
+
+    def read(self, size: int, buffer: memoryview) -> int:
+        count = super().read(size, buffer)
+        begun = time.thread_time()
+        while time.thread_time() - begun < 2 * read_watch.MAX_READ_SECONDS:
+            pass
+        return count
+
+
 class EndlessBackend(Endless):
     """One of which the edge is the client."""
 
@@ -65,6 +76,18 @@ def test_a_read_that_does_not_return_is_ended(watch: ReadWatch, caplog: pytest.L
         assert client.recv(1) == b""
     assert until(lambda: caplog.messages) == ["TLS read does not end, disconnected client_ip=127.0.0.1"]
     assert READING.now is None
+
+
+def test_two_edges_in_one_thread_report_it_once(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:
+    other = ReadWatch()
+    other.start()
+    try:
+        ours, theirs = socket.socketpair()
+        with Slow(fileno=ours.detach()) as sock, theirs:
+            assert read(sock) == (0, ENDED)
+    finally:
+        other.close()
+    assert caplog.messages == ["TLS read does not end, disconnected client_ip=unix"]
 
 
 def test_of_a_backend_the_line_has_its_address(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -150,6 +150,7 @@ def test_a_backend_is_not_used_whose_certificate_is(
     client = clients.tls(program.tls_port)
     assert client.line() == b"421 4.3.2 Service not available, closing connection\r\n"
     assert client.rest() == b""
+    client.close()
     (line,) = program.ended()
     assert (line["reason"], why in line["error"]) == ("no_backend", True), line
     assert errors(program, server, "certificate") == 1
@@ -180,6 +181,7 @@ def test_a_backend_that_rejects_our_certificate_is_not_used(
     program = edge("--backend-ca", str(authority.path), *flags, backend=server)
     client = clients.tls(program.tls_port)
     assert client.line() == b"421 4.3.2 Service not available, closing connection\r\n"
+    client.close()
     (line,) = program.ended()
     if shown is not None:
         assert f"rejected the certificate in {shown[0]}" in line["error"]

@@ -229,7 +229,7 @@ def test_a_program_that_hangs_is_started_again_by_the_watchdog(site: Site, name:
     site.send(f"after-{name}-hung")
 
 
-def test_an_upgrade_and_a_rollback_lose_and_refuse_nothing(site: Site) -> None:
+def test_an_upgrade_and_a_rollback_lose_no_mail_and_refuse_no_connection(site: Site) -> None:
     machine = site.first
     old = machine.run("readlink /opt/fumi")
     machine.run("sed -i 's/^VERSION = .*/VERSION = \"99.0\"/' fumi_core/version.py")

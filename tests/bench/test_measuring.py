@@ -10,6 +10,7 @@ import pytest
 
 from fumi_core import Fumi
 from fumi_core.testing import running
+from tests.support.waiting import PATIENCE
 
 from . import backend, blocks, client, measures, processes
 
@@ -100,8 +101,8 @@ def test_the_digest_finds_a_piece_that_is_missing_or_out_of_order() -> None:
 def test_the_backend_greets_each_client_by_its_header() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        threading.Thread(target=backend.serve, args=(listener.dup(), backend.greet), daemon=True).start()
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+        threading.Thread(target=backend.serve, args=(listener.dup(), backend.greet, None), daemon=True).start()
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
             connection.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 12345 25\r\n")
             assert connection.recv(1024) == b"220 v1 192.0.2.1 12345 -\r\n"
 

@@ -7,7 +7,6 @@ real machine. What is missing is systemd and DNS.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import imaplib
 import os
 import re
@@ -15,10 +14,10 @@ import smtplib
 import socket
 import ssl
 import sys
-import threading
 from pathlib import Path
 
 from tests.bench import environment
+from tests.support import inside
 from tests.support.certificates import self_signed
 from tests.support.programs import Maildir, Programs
 from tests.support.readme import ROOT
@@ -109,9 +108,9 @@ class Machine:
         for source, name in zip(self.certificate, ("fullchain.pem", "privkey.pem"), strict=True):
             (directory / name).write_bytes(source.read_bytes())
 
-    def path(self, inside: str | Path) -> Path:
+    def path(self, within: str | Path) -> Path:
         """Where a file of the machine is."""
-        return Path(f"/proc/{self._machine.pid}/root{inside}")
+        return Path(f"/proc/{self._machine.pid}/root{within}")
 
     def run(self, text: str, given: str = "", directory: str | Path = ROOT) -> str:
         """What the commands print that root runs there, in this directory; they are to succeed."""
@@ -145,24 +144,7 @@ class Machine:
 
     def connect(self, port: int, timeout: float = 60) -> socket.socket:
         """Connect to the machine as a client from outside."""
-        made: list[socket.socket | OSError] = []
-
-        def inside() -> None:
-            try:
-                with open(f"/proc/{self._machine.pid}/ns/net") as namespace:
-                    assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-                made.append(socket.create_connection((SERVER, self.ports.get(port, port)), timeout, (CLIENT, 0)))
-            except OSError as error:
-                made.append(error)
-
-        # A thread of its own, which alone changes to the machine's network.
-        thread = threading.Thread(target=inside)
-        thread.start()
-        thread.join()
-        (connected,) = made
-        if isinstance(connected, OSError):
-            raise connected
-        return connected
+        return inside.connect(self._machine.pid, (SERVER, self.ports.get(port, port)), timeout, (CLIENT, 0))
 
     @property
     def tls(self) -> ssl.SSLContext:

@@ -122,21 +122,17 @@ class History:
 
     def levels(self, wanted: Series) -> list[Point]:
         """The values at each sample, the oldest first."""
-        column, now = self._columns[wanted], self._clock()
-        return [Point(now - at, row[column]) for at, row in self._samples() if column < len(row)]
+        return self._levels((wanted,))[0]
 
     def rates(self, counter: Series) -> list[Point]:
         """The rates per second between each two samples."""
-        points = self.levels(counter)
-        return [
-            Point(late.ago, max(0.0, late.value - early.value) / (early.ago - late.ago))
-            for early, late in pairwise(points)
-            if early.ago > late.ago
-        ]
+        return _rates(self.levels(counter))
 
     def means(self, histogram: Series) -> list[Point]:
         """The means of the observations between each two samples; no point where nothing was observed."""
-        sums, counts = (self.rates(Series(histogram.name + part, histogram.labels)) for part in ("_sum", "_count"))
+        parts = [Series(histogram.name + part, histogram.labels) for part in ("_sum", "_count")]
+        # From the same samples: another may be taken at any time.
+        sums, counts = map(_rates, self._levels(parts))
         return [Point(count.ago, each.value / count.value) for each, count in zip(sums, counts, strict=True) if count.value]
 
     def rate(self, counter: Series) -> float:
@@ -147,6 +143,17 @@ class History:
             return 0.0
         return max(0.0, recent[-1].value - recent[0].value) / (recent[0].ago - recent[-1].ago)
 
-    def _samples(self) -> list[tuple[float, array[float]]]:
+    def _levels(self, wanted: Iterable[Series]) -> list[list[Point]]:
+        """The values of several series at the same samples."""
         with self._lock:
-            return list(self._rows)
+            samples = list(self._rows)
+        now, columns = self._clock(), [self._columns[each] for each in wanted]
+        return [[Point(now - at, row[column]) for at, row in samples if column < len(row)] for column in columns]
+
+
+def _rates(points: Iterable[Point]) -> list[Point]:
+    return [
+        Point(late.ago, max(0.0, late.value - early.value) / (early.ago - late.ago))
+        for early, late in pairwise(points)
+        if early.ago > late.ago
+    ]

@@ -28,11 +28,12 @@ def connecting(backends: Iterable[str]) -> list[Series]:
     return [of_backend(CONNECTING, each, part) for each in backends for part in ("_sum", "_count")]
 
 
-def backend_rows(edge: Edge, figures: Figures, history: History, workers: Sequence[Worker]) -> list[Row]:
+def backend_rows(edge: Edge, names: Iterable[str], figures: Figures, history: History, workers: Sequence[Worker]) -> list[Row]:
+    """The facts of the backends of these names, whose series are kept."""
     reports = [each.facts["backends"] for each in workers if "backends" in each.facts]
     checked = any(each.health_interval for each in edge.settings.all_backends)
     rows: list[Row] = []
-    for name in edge.backends:
+    for name in names:
         latency = history.means(of_backend(CONNECTING, name))
         rows.append(
             {

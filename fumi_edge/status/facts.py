@@ -6,13 +6,16 @@ A worker reports every second, so this is from memory, and the certificates are 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fumi_core.runtime.overview import Facts
 from fumi_edge.backends.choice import Backend
 from fumi_edge.edge import Edge
+from fumi_edge.settings import EdgeSettings
 from fumi_edge.tls.certificates import Selection
 from fumi_edge.tls.pem import Certificate
+from fumi_edge.tls.policy import CertificateSettings
 
 MAX_CERTIFICATES = 100
 """Certificates that are reported: those that expire first."""
@@ -25,29 +28,28 @@ class EdgeFacts:
 
     def __init__(self, edge: Edge) -> None:
         self._edge = edge
-        self._selections: list[Selection] = []
+        self._looked_at: tuple[EdgeSettings, dict[CertificateSettings, Selection]] | None = None
         self._certificates: list[dict[str, Any]] = []
 
     def read(self) -> Facts:
-        selections = [each.selection for each in self._edge.certificates.values()]
-        if selections != self._selections:
-            self._selections, self._certificates = selections, self._all_certificates()
+        looked_at = self._edge.settings, {own: each.selection for own, each in self._edge.certificates.items()}
+        if looked_at != self._looked_at:
+            self._certificates, self._looked_at = _all_certificates(*looked_at), looked_at
         return {
             "backends": {name: _backend(each) for name, each in self._edge.backends.items()},
             "certificates": self._certificates[:MAX_CERTIFICATES],
             "more_certificates": max(0, len(self._certificates) - MAX_CERTIFICATES),
         }
 
-    def _all_certificates(self) -> list[dict[str, Any]]:
-        """All certificates, those that expire first at the beginning."""
-        several = len(self._edge.certificates) > 1
-        found = []
-        for settings, certificates in self._edge.certificates.items():
-            listeners = self._edge.settings.listeners_with(settings) if several else None
-            served = certificates.selection.served
-            found += [_certificate(each, each in served, listeners) for each in certificates.entries]
-        # A certificate that no client gets is not urgent.
-        return sorted(found, key=lambda each: (not each["served"], each["not_after"]))
+
+def _all_certificates(settings: EdgeSettings, selections: Mapping[CertificateSettings, Selection]) -> list[dict[str, Any]]:
+    """All certificates, those that expire first at the beginning."""
+    found = []
+    for own, selection in selections.items():
+        listeners = settings.listeners_with(own) if len(selections) > 1 else None
+        found += [_certificate(each, each in selection.served, listeners) for each in selection.certificates]
+    # A certificate that no client gets is not urgent.
+    return sorted(found, key=lambda each: (not each["served"], each["not_after"]))
 
 
 def _backend(backend: Backend) -> dict[str, Any]:

@@ -47,10 +47,10 @@ class _Viewer:
         self._readiness = Readiness(overview.readiness)
 
     def view(self, figures: Figures, history: History, workers: Sequence[Worker]) -> View:
-        # A reload may have changed the backends.
-        history.keep(connecting(self._edge.backends))
-        now = time.time()
-        backends = backend_rows(self._edge, figures, history, workers)
+        # A reload may have changed the backends, and may change them again at any time: they are read once.
+        names, now = list(self._edge.backends), time.time()
+        history.keep(connecting(names))
+        backends = backend_rows(self._edge, names, figures, history, workers)
         certificates, more = reported(workers)
         problem = self._readiness.problem()
         return View(

@@ -91,6 +91,28 @@ def test_means_are_of_what_was_observed_in_between(measured: Measured) -> None:
     assert history.means(series("seconds")) == [Point(INTERVAL, 2)]
 
 
+def test_a_sample_that_is_taken_meanwhile_is_not_in_half_of_a_mean() -> None:
+    """The page reads in one thread, and the history samples in another."""
+    registry, clock = CollectorRegistry(), Clock()
+    histogram = Histogram("seconds", "", registry=registry)
+    sampling = False
+
+    def time() -> float:
+        nonlocal sampling
+        clock.now += INTERVAL
+        if not sampling:
+            sampling = True
+            history.sample()
+            sampling = False
+        return clock.now
+
+    history = History(lambda: Figures(registry.collect()), [series("seconds_sum"), series("seconds_count")], time)
+    for _ in range(3):
+        histogram.observe(2)
+        assert {each.value for each in history.means(series("seconds"))} <= {2}
+    assert history.means(series("seconds"))
+
+
 def test_a_quantile_is_estimated_as_prometheus_does() -> None:
     registry = CollectorRegistry()
     histogram = Histogram("seconds", "", registry=registry, buckets=(1, 2, 4))

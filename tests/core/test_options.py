@@ -397,11 +397,11 @@ def test_the_commands_that_can_be_disabled_are_those_that_are_known() -> None:
     assert {verb.decode() for verb in Tally().commands} - {"OTHER"} == set(VERBS)
 
 
-def test_use_xclient_lets_a_trusted_proxy_name_its_client() -> None:
+def test_use_xclient_accepts_the_command_from_a_trusted_proxy() -> None:
     for use, answer in ((False, "502 5.5.1"), (True, "220 mx.example")):
         assert replies(b"XCLIENT ADDR=192.0.2.7\r\n", use_xclient=use)[-1].startswith(answer)
 
 
-def test_use_xforward_records_the_client_of_a_trusted_proxy() -> None:
+def test_use_xforward_accepts_the_command_from_a_trusted_proxy() -> None:
     for use, answer in ((False, "502 5.5.1"), (True, "250 2.0.0")):
         assert replies(b"XFORWARD ADDR=192.0.2.7\r\n", use_xforward=use)[-1].startswith(answer)

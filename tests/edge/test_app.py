@@ -262,7 +262,7 @@ def test_without_a_certificate_it_is_the_core(context: ssl.SSLContext) -> None:
         assert not server.messages[0].session.secure
 
 
-def test_settings_that_cannot_work_are_reported_at_startup(pem: dict[str, str], make_certificate: MakeCertificate) -> None:
+def test_arguments_that_cannot_work_raise_an_error(pem: dict[str, str], make_certificate: MakeCertificate) -> None:
     for wrong in ({"secure": True}, {"key": pem["key"]}, {"ca": pem["cert"]}):
         with pytest.raises(TypeError, match="needs a certificate"):
             Fumi(**wrong)

@@ -44,8 +44,8 @@ def time_waits(port: int) -> int:
     return sum(row[2].endswith(f":{port:04X}") and row[3] == "06" for row in rows)
 
 
-def test_thousands_of_short_connections_use_up_no_ports(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
-    """With QUIT, with an upgrade, and without a word; it is the backend that closes first and keeps the TIME_WAIT."""
+def test_hundreds_of_short_connections_use_up_no_ports(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
+    """With QUIT, with an upgrade, and without a command; it is the backend that closes first and keeps the TIME_WAIT."""
     server = backend()
     program = edge("--log-level", "debug", backend=server)
     each, threads = 50, 10

@@ -154,7 +154,7 @@ def test_both_connections_of_a_session_detect_that_the_other_host_has_vanished(
             assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in tcp] == [30_000, 10, 2]
 
 
-def test_mutual_tls_accepts_clients_with_a_certificate_only(
+def test_mutual_tls_requires_a_client_certificate_unless_it_is_optional(
     programs: Programs,
     haproxy: StartHAProxy,
     fumi_core: StartFumiCore,

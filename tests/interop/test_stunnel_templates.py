@@ -104,7 +104,7 @@ def test_tls_1_2_is_refused_when_1_3_is_the_least(programs: Programs, stunnel: S
     assert "alert protocol version" in said
 
 
-def test_mutual_tls_accepts_clients_with_a_certificate_only(
+def test_mutual_tls_requires_a_client_certificate_unless_it_is_optional(
     programs: Programs,
     stunnel: StartStunnel,
     fumi_core: StartFumiCore,

@@ -61,7 +61,7 @@ def test_connections_that_are_over_hold_no_memory(make: Callable[[Random], Any])
         b"EHLO x\r\nBDAT 99999999999 LAST\r\n",
     ],
 )
-def test_content_that_no_handler_reads_is_not_collected(begin: bytes) -> None:
+def test_long_lines_and_content_that_no_handler_reads_are_not_collected(begin: bytes) -> None:
     setting = next(setting for setting in SETTINGS if setting.name == "knowing")
     conversation = Conversation(setting)
     conversation.hear(setting.greeting + begin)

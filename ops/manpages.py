@@ -15,31 +15,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Page(NamedTuple):
-    """What a man page is made from: a file, and the sections of it that the page has, after the file's first paragraph."""
+    """What a man page is made from: a file, of which it has the first paragraph and all sections."""
 
     source: str
     about: str
     synopsis: str
-    sections: tuple[str, ...]
 
 
 PAGES = {
-    "fumi-core": Page(
-        "fumi_core/PROGRAM.md",
-        "an SMTP server in plaintext, behind a TLS proxy",
-        "[FLAGS] [MODULE:APP]",
-        ("Command line", "Configuration file and environment", "Logs", "Workers, reload, systemd"),
-    ),
-    "fumi-edge": Page(
-        "fumi_edge/README.md",
-        "a TLS and STARTTLS proxy for SMTP",
-        "[FLAGS] [MODULE:APP]",
-        ("Flags", "Certificates", "Limits", "Signals", "Workers and systemd", "The log"),
-    ),
+    "fumi-core": Page("fumi_core/PROGRAM.md", "an SMTP server in plaintext, behind a TLS proxy", "[FLAGS] [MODULE:APP]"),
+    "fumi-edge": Page("fumi_edge/README.md", "a TLS and STARTTLS proxy for SMTP", "[FLAGS] [MODULE:APP]"),
 }
 _SPECIAL = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti", "…": "..."})
 _INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*")
-_BLOCK = re.compile(r"```\w*\n(?P<code>[^`]*)```|(?P<table>(?:\|.*\n)+)|(?P<list>(?:- .*\n(?:  .*\n)*)+)|(?P<text>(?:.+\n)+)")
+_ITEM = r"(?:-|\d+\.) .*\n(?:  .*\n)*"
+_BLOCK = re.compile(rf"```\w*\n(?P<code>[^`]*)```|(?P<table>(?:\|.*\n)+)|(?P<list>(?:{_ITEM})+)|(?P<text>(?:.+\n)+)")
 
 
 def pages(directory: Path) -> list[Path]:
@@ -56,7 +46,7 @@ def pages(directory: Path) -> list[Path]:
 
 
 def _page(name: str, page: Page, markdown: str, version: str) -> str:
-    texts = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", markdown, re.MULTILINE))
+    sections = re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", markdown, re.MULTILINE)
     lines = [
         f'.TH "{name.upper()}" "1" "" "Fumi {version}" "User Commands"',
         *(".SH NAME", f"{_escaped(name)} \\- {_escaped(page.about)}"),
@@ -64,8 +54,8 @@ def _page(name: str, page: Page, markdown: str, version: str) -> str:
     ]
     about = next(block["text"] for block in _BLOCK.finditer(markdown.partition("\n")[2]) if block["text"])
     lines += [".SH DESCRIPTION", _inline(about)]
-    for title in page.sections:
-        lines += [f'.SH "{_escaped(title.upper())}"', *_blocks(texts[title])]
+    for title, text in sections:
+        lines += [f'.SH "{_escaped(title.upper())}"', *_blocks(text)]
     others = [f"\\fB{_escaped(each)}\\fR(1)" for each in PAGES if each != name]
     return "\n".join([*lines, ".SH SEE ALSO", *others]) + "\n"
 
@@ -81,9 +71,10 @@ def _blocks(text: str) -> Iterator[str]:
             elif block["table"] is not None:
                 yield from _table(block["table"])
             elif block["list"] is not None:
-                for item in re.findall(r"- (.*\n(?:  .*\n)*)", block["list"]):
-                    yield from (r".IP \(bu 2", _inline(item))
-            elif re.fullmatch(r"\w[\w ]*:\n", block["text"]):
+                for item in re.findall(_ITEM, block["list"]):
+                    mark, _, rest = item.partition(" ")
+                    yield from (r".IP \(bu 2" if mark == "-" else f".IP {mark} 3", _inline(rest))
+            elif part.startswith("\n| flag", block.end()):
                 yield f'.SS "{_inline(block["text"].rstrip(":" + chr(10)))}"'  # the name of a group of flags
             else:
                 yield from (".PP", _inline(block["text"]))
@@ -92,9 +83,12 @@ def _blocks(text: str) -> Iterator[str]:
 def _table(text: str) -> Iterator[str]:
     """A list of its rows: the first cell, and below it the others, with their heads where there are more than two."""
     head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines())
+    if head[0] != "flag":
+        yield from (".TP", *(f"\\fI{_escaped(cell.replace('`', ''))}\\fR" for cell in head[:2]))
     for first, second, *more in rows:
         named = [f"{name.capitalize()}: {cell}." for name, cell in zip(head[2:], more, strict=True) if cell]
-        yield from (".TP", _inline(first, bold=True), _inline(" ".join([second, *named]) or "\\&"))
+        meaning = f"{second}." if named and second and not second.endswith(".") else second
+        yield from (".TP", _inline(first, bold=True), _inline(" ".join([meaning, *named]).strip()) or r"\&")
 
 
 def _inline(text: str, bold: bool = False) -> str:

@@ -1,7 +1,8 @@
-"""The man pages, which are made from the pages in Markdown: every flag is in them, and man has nothing to complain of."""
+"""The man pages, which are made from the pages in Markdown: all sections and flags are in them, and man prints no warning."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from fumi_core.cli import main as core
 from fumi_core.version import VERSION
 from fumi_edge.cli import main as edge
-from tests.support.readme import ROOT
+from tests.interop.test_flag_tables import DOCUMENTS, documented
+from tests.support.readme import ROOT, sections
 
 PROGRAMS = {"fumi-core": core, "fumi-edge": edge}
 
@@ -33,6 +35,18 @@ def test_every_flag_is_in_the_page(directory: Path, name: str) -> None:
     assert not [flag for flag in flags if f"\\fB{flag}".replace("-", "\\-") not in page]
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_its_sections_are_those_of_the_document(directory: Path, name: str) -> None:
+    """So that nothing refers to a section that the page does not have."""
+    _, path, flags = DOCUMENTS[name]
+    expected = ["NAME", "SYNOPSIS", "DESCRIPTION"]
+    for section in sections((ROOT / path).read_text())[1:]:
+        expected.append(section.title.upper() if section.level == 2 else section.title)
+        expected += documented(path, flags) if section.title == flags else ()
+    shown = re.findall(r'^\.S[HS] "?(.*?)"?$', (directory / f"{name}.1").read_text(), re.MULTILINE)
+    assert [title.replace("\\-", "-").replace("\\(aq", "'") for title in shown] == [*expected, "SEE ALSO"]
+
+
 @pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_man_shows_the_page_without_a_warning(directory: Path, name: str) -> None:
@@ -42,5 +56,5 @@ def test_man_shows_the_page_without_a_warning(directory: Path, name: str) -> Non
     )
     assert shown.stderr == ""
     assert f"{name} - " in shown.stdout
-    for mark in ("| ---", "```", "](", "\\f"):
+    for mark in ("| ---", "```", "](", "\\f", "\\&"):
         assert mark not in shown.stdout

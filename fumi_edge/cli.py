@@ -87,18 +87,25 @@ class BackendType(AddressType):
     "--trusted-proxy",
     type=NETWORK,
     multiple=True,
-    show_default="loopback and unix",
+    show_default="this host",
     help="Addresses of load balancers; connections from others are closed. Repeatable.",
 )
-@click.option("--max-clients", type=COUNT, help="Maximum number of concurrent connections.")
+@click.option(
+    "--max-clients",
+    type=COUNT,
+    show_default="no limit",
+    help="Maximum number of concurrent connections, in all workers together.",
+)
 @click.option(
     "--max-clients-per-ip",
     type=COUNT,
+    show_default="no limit",
     help="Maximum number of concurrent connections from one IPv4 address or IPv6 /64, in each worker.",
 )
 @click.option(
     "--rate-per-ip",
     type=RateType(),
+    show_default="no limit",
     help="Maximum rate of new connections from one IPv4 address or IPv6 /64, in each worker: 10/s, 600/m, 1000/h.",
 )
 @heading("TLS")

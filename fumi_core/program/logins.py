@@ -59,7 +59,7 @@ def _users(path: str) -> Users:
     except OSError as error:
         raise SettingError(f"--users {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SettingError(f"--users {path}: is not UTF-8 text") from None
+        raise SettingError(f"--users {path}: the file is not UTF-8 text") from None
     except ValueError as error:
         raise SettingError(f"--users: {error}") from None
 

@@ -116,7 +116,7 @@ class CoreWork:
         """Log settings that are valid but probably not intended."""
         settings, name = served.settings, served.app.options.name
         if name.lower().rstrip(".") in _LOCALHOST_NAMES:
-            event(self.log, logging.WARNING, "the banner is 220 localhost: set --name", name=name, listener=listener)
+            event(self.log, logging.WARNING, "set --name: the banner is 220 localhost", name=name, listener=listener)
         if settings["assume_tls"]:
             for name in [sock.getsockname() for sock in served.sockets]:
                 if peer_of(name)[0] not in _THIS_HOST:

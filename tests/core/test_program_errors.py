@@ -60,7 +60,7 @@ def test_the_error_for_the_file_of_an_app_says_how_to_name_it(reference: str, wa
 def test_users_that_are_no_text_are_blamed_on_their_file(tmp_path: Path) -> None:
     (tmp_path / "users").write_bytes(b"joe:\xff\n")
     done = run("--users", "users", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "Error: --users users: is not UTF-8 text\n")
+    assert (done.returncode, done.stderr) == (2, "Error: --users users: the file is not UTF-8 text\n")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_banner_with_localhost_is_a_warning_that_names_the_flag(start: Start, 
     flags = ("--listen", f"127.0.0.1:{free_port()}", "--proxy-protocol", "off", "--deliver", "discard:", "--name", name)
     program = start(*flags, wait="starting")  # which is logged after the warnings
     text = program.log.read_text()
-    assert (f"WARNING fumi.core the banner is 220 localhost: set --name name={name}" in text) is warned
+    assert (f"WARNING fumi.core set --name: the banner is 220 localhost name={name}" in text) is warned
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_a_file_without_users_is_a_warning_and_no_login_succeeds(tmp_path: Path,
 def test_a_file_that_is_not_text_or_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"jos\xe9:x\n")
     os.mkfifo(tmp_path / "fifo")
-    for name, reason in (("latin", "is not UTF-8 text"), ("fifo", "it is not a regular file")):
+    for name, reason in (("latin", "the file is not UTF-8 text"), ("fifo", "it is not a regular file")):
         done = finished("fumi-core", "--users", name, "--check", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (2, f"Error: --users {name}: {reason}\n")
 

@@ -371,9 +371,7 @@ def test_a_reset_in_mid_transfer_ends_both_sides_and_no_other_connection(
     assert staying.line() == b"still there\r\n"
 
 
-def test_a_reset_that_a_write_finds_first_is_logged_as_a_reset(
-    backend: StartBackend, edge: StartEdge, connect: Connect
-) -> None:
+def test_a_reset_that_a_write_finds_first_is_logged_as_a_reset(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
     """The kernel reports it once: here to the write, and not again to the read."""
     go, gone = threading.Event(), threading.Event()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +10,11 @@ from typing import NamedTuple
 from fumi_core.delivery import DeliveryTarget
 from fumi_core.delivery.next_hop.target import NextHop
 from fumi_core.program.served import ServedApp
-from fumi_core.runtime.daemon_thread import run_in_daemon_thread
+from fumi_core.program.target_checks import TargetChecks, problems, targets_of
 from fumi_core.runtime.journal import Event
 from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.overview import Overview, Worker
+from fumi_core.runtime.slow_check import Run
 from fumi_core.server.observer import DeliveryResult
 from fumi_core.smtp.results import MessageResult
 from fumi_core.status import wording
@@ -32,9 +32,6 @@ BYTES = series("fumi_core_message_bytes_sum")
 REJECTED = series("fumi_core_rejected_total")
 SESSIONS = series("fumi_core_sessions_total")
 
-CHECK_TIMEOUT = 6.0
-"""Time limit for checking a target, in seconds: shorter than the time limits of browsers and of the server for a page."""
-
 
 class CoreListener(NamedTuple):
     """A listener of the page: its address, and its app."""
@@ -43,10 +40,12 @@ class CoreListener(NamedTuple):
     served: ServedApp
 
 
-def core_pages(listeners: Callable[[], Sequence[CoreListener]], overview: Overview) -> Mapping[str, Page]:
+def core_pages(
+    listeners: Callable[[], Sequence[CoreListener]], overview: Overview, target_checks: TargetChecks
+) -> Mapping[str, Page]:
     """The pages of a core, whose samples are recorded from now on. ``listeners`` returns the present ones."""
     codes = list(Figures(overview.registry.collect()).by("code", REPLIES))
-    viewer = _Viewer(listeners, overview, codes)
+    viewer = _Viewer(listeners, overview, codes, target_checks)
     kept = [ACTIVE, CONNECTIONS, BYTES, REJECTED, *(_with(REPLIES, "code", each) for each in codes)]
     kept += [_with(MESSAGES, "result", each) for each in MessageResult]
     kept += [_with(DELIVERIES, "result", each) for each in DeliveryResult]
@@ -56,11 +55,17 @@ def core_pages(listeners: Callable[[], Sequence[CoreListener]], overview: Overvi
 
 
 class _Viewer:
-    def __init__(self, listeners: Callable[[], Sequence[CoreListener]], overview: Overview, codes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        listeners: Callable[[], Sequence[CoreListener]],
+        overview: Overview,
+        codes: Sequence[str],
+        target_checks: TargetChecks,
+    ) -> None:
         self._listeners = listeners
         self._overview = overview
         self._codes = codes
-        self._targets = Targets()
+        self._targets = Targets(target_checks)
 
     def view(self, figures: Figures, history: History, workers: Sequence[Worker]) -> View:
         listeners = self._listeners()
@@ -91,53 +96,29 @@ class _Check(NamedTuple):
     moment: float
     at: float
     problem: str | None
+    run: Run
 
 
 class Targets:
     """Whether the delivery targets work; each is checked at most every INTERVAL seconds, however many browsers show the page."""
 
-    def __init__(self) -> None:
+    def __init__(self, target_checks: TargetChecks) -> None:
+        self._target_checks = target_checks
         self._lock = threading.Lock()
         self._checks: dict[str, _Check] = {}
-        self._hanging: set[str] = set()
-        """Those whose check has not returned yet. They are not checked again: each would keep one more thread."""
 
     def rows(self, served: Sequence[ServedApp], events: Sequence[Event]) -> list[Row]:
-        targets = {each.settings["deliver"]: each.target for each in served if each.target is not None}
+        targets = targets_of(served)
         with self._lock:
-            self._check_due(targets)
+            runs = self._target_checks.begin(targets, [name for name in targets if self._is_due(name)])
+            for name, problem in problems(runs).items():
+                self._checks[name] = _Check(time.monotonic(), time.time(), problem, runs[name])
             return [_row(name, target, self._checks[name], events) for name, target in targets.items()]
 
-    def _check_due(self, targets: Mapping[str, DeliveryTarget]) -> None:
-        """Check those whose last check is old, concurrently."""
-        old = time.monotonic() - INTERVAL
-        due = [
-            name
-            for name in targets
-            if name not in self._checks or (self._checks[name].moment <= old and name not in self._hanging)
-        ]
-        for name, problem in zip(due, asyncio.run(self._problems({name: targets[name] for name in due})), strict=True):
-            self._checks[name] = _Check(time.monotonic(), time.time(), problem)
-
-    async def _problems(self, targets: Mapping[str, DeliveryTarget]) -> list[str | None]:
-        return await asyncio.gather(*(self._problem(name, target) for name, target in targets.items()))
-
-    async def _problem(self, name: str, target: DeliveryTarget) -> str | None:
-        def check() -> str | None:
-            try:
-                return target.dependency_problem()
-            finally:
-                self._hanging.discard(name)
-
-        self._hanging.add(name)
-        try:
-            async with asyncio.timeout(CHECK_TIMEOUT):
-                return await run_in_daemon_thread(check)
-        except TimeoutError:
-            return f"no answer within {CHECK_TIMEOUT:g} s"
-        except OSError as error:
-            self._hanging.discard(name)  # the system has no more threads
-            return str(error)
+    def _is_due(self, name: str) -> bool:
+        """Whether its last check is old; one that has not returned since would keep each page waiting."""
+        last = self._checks.get(name)
+        return last is None or (last.moment <= time.monotonic() - INTERVAL and not last.run.is_running)
 
 
 def _row(name: str, target: DeliveryTarget, last: _Check, events: Sequence[Event]) -> Row:

@@ -19,6 +19,7 @@ from fumi_core.program.listeners import Key, Listening, listening, named
 from fumi_core.program.loading import load_app
 from fumi_core.program.served import Built, ServedApp
 from fumi_core.program.status import CoreListener, core_pages
+from fumi_core.program.target_checks import TargetChecks
 from fumi_core.runtime.addresses import THIS_HOST, Networks, SocketAddress, peer_of
 from fumi_core.runtime.daemon_thread import run_in_daemon_thread
 from fumi_core.runtime.listening import ListenAddress, ListenError, check_listen, name_of, open_listeners
@@ -47,6 +48,7 @@ class CoreWork:
         """``dry`` is for ``check()`` only: no directories and files are created. Raises SettingError."""
         self._ctx = ctx
         self._serving = False
+        self._target_checks = TargetChecks()
         self._settings = ctx.params
         self._listening = listening(ctx)
         check_mode(self._settings["socket_mode"], [each.address for each in self._places()])
@@ -177,7 +179,7 @@ class CoreWork:
         return {}
 
     def pages(self, overview: Overview) -> Mapping[str, Page]:
-        return core_pages(self._listeners, overview)
+        return core_pages(self._listeners, overview, self._target_checks)
 
     def _listeners(self) -> list[CoreListener]:
         return [CoreListener(name, served) for served in self._served for name in served.names]
@@ -187,6 +189,4 @@ class CoreWork:
 
     def dependency_problem(self) -> str | None:
         """Why the target of some listener cannot deliver, or None."""
-        # Listeners with the same --deliver have a target each, of which one is checked.
-        targets = {served.settings["deliver"]: served.target for served in self._served if served.target is not None}
-        return next((problem for each in targets.values() if (problem := each.dependency_problem()) is not None), None)
+        return self._target_checks.problem(self._served)

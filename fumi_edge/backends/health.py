@@ -36,6 +36,9 @@ DOWN_INTERVAL = 5.0
 """Seconds between checks of a backend that is down, unless the interval is shorter."""
 JITTER = 0.1
 
+ANSWER_SECONDS = 8.0
+"""Seconds that readiness waits for a backend. Postfix's postscreen greets after 6, and the server of /readyz closes after 10."""
+
 _HINT_HEADER_AWAITED = "; it may be waiting for a PROXY header"
 _HINT_HEADER_UNKNOWN = "the PROXY header; if it does not know the PROXY protocol, use --proxy-protocol off"
 
@@ -111,10 +114,13 @@ def dependency_problems(settings: BackendSettings) -> list[str | None]:
 
 
 def pool_problems(pools: Iterable[BackendSettings]) -> list[str | None]:
-    """Check all pools concurrently, from another thread. Returns for each why none of its backends works, or None."""
+    """Check all pools concurrently, from another thread. Returns for each why none of its backends works, or None.
+
+    A backend that has not answered within ANSWER_SECONDS does not work.
+    """
 
     async def check_pool(settings: BackendSettings) -> str | None:
-        probes = _probes(settings)
+        probes = _probes(settings, ANSWER_SECONDS)
         for earliest in asyncio.as_completed(probes):
             if await earliest is None:
                 return None
@@ -127,10 +133,11 @@ def pool_problems(pools: Iterable[BackendSettings]) -> list[str | None]:
     return asyncio.run(run_all())
 
 
-def _probes(settings: BackendSettings) -> list[asyncio.Task[str | None]]:
-    """A check of each backend, begun."""
+def _probes(settings: BackendSettings, seconds: float | None = None) -> list[asyncio.Task[str | None]]:
+    """A check of each backend, begun; within so many seconds in all."""
     loop = asyncio.get_running_loop()
-    return [loop.create_task(_dependency_problem(each.copy_for_other_loop(), settings)) for each in settings.destinations]
+    copies = [each.copy_for_other_loop() for each in settings.destinations]
+    return [loop.create_task(_dependency_problem(each, settings, seconds)) for each in copies]
 
 
 def offering_starttls(settings: BackendSettings) -> list[bool]:
@@ -160,11 +167,12 @@ async def _offers_starttls(destination: Destination, settings: BackendSettings) 
     return STARTTLS_OFFER.search(reply) is not None
 
 
-async def _dependency_problem(destination: Destination, settings: BackendSettings) -> str | None:
+async def _dependency_problem(destination: Destination, settings: BackendSettings, seconds: float | None) -> str | None:
     try:
-        await health_check(destination, settings)
+        async with asyncio.timeout(seconds) as limit:
+            await health_check(destination, settings)
     except OSError as error:
-        return error_text(error)
+        return f"no answer yet after {seconds:g} s" if limit.expired() else error_text(error)
     except BadBanner as error:
         return str(error)
     return None

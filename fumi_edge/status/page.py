@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from fumi_core.runtime.metrics_server import Page
 from fumi_core.runtime.overview import Overview, Worker
+from fumi_core.runtime.slow_check import SlowCheck
 from fumi_core.status import wording
 from fumi_core.status.history import Figures, History, Point, Series, less, series
 from fumi_core.status.page import StatusPage, View
@@ -17,7 +18,6 @@ from fumi_edge.connection.limits import ClientLimits
 from fumi_edge.edge import Edge
 from fumi_edge.status.backends import backend_rows, backends_table, connecting, degraded_backends
 from fumi_edge.status.certificates import certificates_table, degraded_certificates, reported
-from fumi_edge.status.readiness import Readiness
 
 CURRENT = series("fumi_edge_connections_active")
 LIMIT = series("fumi_edge_connections_limit")
@@ -29,6 +29,9 @@ STARTTLS = series("fumi_edge_starttls_total")
 UPGRADED = series("fumi_edge_starttls_total", result="upgraded")
 REJECTED = series("fumi_edge_rejected_total")
 SESSIONS = series("fumi_edge_tls_sessions_total")
+
+CHECK_TIMEOUT = 6.0
+"""Seconds for which a page waits for the readiness."""
 
 
 def edge_pages(edge: Edge, overview: Overview, others: Mapping[str, Page]) -> Mapping[str, Page]:
@@ -44,7 +47,7 @@ def edge_pages(edge: Edge, overview: Overview, others: Mapping[str, Page]) -> Ma
 class _Viewer:
     def __init__(self, edge: Edge, overview: Overview) -> None:
         self._edge = edge
-        self._readiness = Readiness(overview.readiness)
+        self._readiness = SlowCheck(overview.readiness)
 
     def view(self, figures: Figures, history: History, workers: Sequence[Worker]) -> View:
         # A reload may have changed the backends, and may change them again at any time: they are read once.
@@ -52,7 +55,7 @@ class _Viewer:
         history.keep(connecting(names))
         backends = backend_rows(self._edge, names, figures, history, workers)
         certificates, more = reported(workers)
-        problem = self._readiness.problem()
+        problem = self._problem()
         return View(
             problem=problem,
             degraded=[*degraded_backends(backends, problem), *degraded_certificates(certificates, now)],
@@ -71,6 +74,13 @@ class _Viewer:
             ],
             limits=_limits(self._edge, figures),
         )
+
+    def _problem(self) -> str | None:
+        """Why the edge is not ready, or None; in time also while backends without health checks do not answer."""
+        try:
+            return self._readiness.run().problem(time.monotonic() + CHECK_TIMEOUT)
+        except TimeoutError:
+            return f"no answer from the backends within {CHECK_TIMEOUT:g} s"
 
     def _listeners(self, figures: Figures, history: History) -> Table:
         rows = [self._listener(name, figures, history) for name in self._edge.bound]

@@ -12,7 +12,7 @@ import pytest
 
 from fumi_core import Fumi
 from fumi_core.delivery.discard import Discard
-from fumi_core.program import status
+from fumi_core.program import status, target_checks
 from fumi_core.program.served import ServedApp
 from tests.core.client import Connect
 from tests.core.programs import Program, Start, get
@@ -147,14 +147,17 @@ class Silent(Discard):
 
 
 def test_a_target_that_says_nothing_does_not_keep_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "CHECK_TIMEOUT", 0.05)
+    monkeypatch.setattr(target_checks, "CHECK_TIMEOUT", 0.05)
     served = [ServedApp(Fumi()), ServedApp(Fumi())]
     silent = [Silent(), Silent()]
     for number, (app, target) in enumerate(zip(served, silent, strict=True)):
         app.target, app.settings = target, {"deliver": f"discard:{number}"}
-    targets = status.Targets()
+    targets = status.Targets(target_checks.TargetChecks())
     for _ in range(2):
-        assert [row["problem"] for row in targets.rows(served, ())] == ["no answer within 0.05 s"] * 2
+        assert [row["problem"] for row in targets.rows(served, ())] == [
+            "discard:0: no answer within 0.05 s",
+            "discard:1: no answer within 0.05 s",
+        ]
     assert [target.asked for target in silent] == [1, 1]
     for target in silent:
         target.released.set()
@@ -162,19 +165,32 @@ def test_a_target_that_says_nothing_does_not_keep_the_page(monkeypatch: pytest.M
 
 def test_a_target_whose_check_hangs_is_not_checked_again_until_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that stays open asks every few seconds: each check is a thread, and that of a file system may hang for days."""
-    monkeypatch.setattr(status, "CHECK_TIMEOUT", 0.05)
+    monkeypatch.setattr(target_checks, "CHECK_TIMEOUT", 0.05)
     monkeypatch.setattr(status, "INTERVAL", 0)
     app, silent = ServedApp(Fumi()), Silent()
     app.target, app.settings = silent, {"deliver": "discard:"}
-    targets = status.Targets()
+    targets = status.Targets(target_checks.TargetChecks())
 
     def problem() -> str | None:
         (row,) = targets.rows([app], ())
         found: str | None = row["problem"]
         return found
 
-    assert [problem() for _ in range(3)] == ["no answer within 0.05 s"] * 3
+    assert [problem() for _ in range(3)] == ["discard:: no answer within 0.05 s"] * 3
     assert silent.asked == 1
     silent.released.set()
     until(lambda: problem() is None, "the next check")
     assert silent.asked >= 2
+
+
+def test_readiness_names_a_target_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many probes ask, one thread checks."""
+    monkeypatch.setattr(target_checks, "CHECK_TIMEOUT", 0.05)
+    well, app, silent = ServedApp(Fumi()), ServedApp(Fumi()), Silent()
+    well.target, well.settings = Discard(), {"deliver": "discard:0"}
+    app.target, app.settings = silent, {"deliver": "discard:1"}
+    checks = target_checks.TargetChecks()
+    assert [checks.problem([well, app]) for _ in range(3)] == ["discard:1: no answer within 0.05 s"] * 3
+    assert silent.asked == 1
+    silent.released.set()
+    until(lambda: checks.problem([well, app]) is None, "the next check")

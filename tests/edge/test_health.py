@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from fumi_core.proxy_protocol import ProxyHeader
+from fumi_edge.backends import health
+from fumi_edge.backends.addresses import BackendAddress
+from fumi_edge.backends.dialing import Remote
+from fumi_edge.backends.settings import BackendSettings
 from tests.edge.backends import Flapping, StartBackend, backend_flags, counts, smtp
 from tests.edge.clients import Clients
 from tests.edge.metrics import await_backend, errors, up
@@ -19,6 +23,7 @@ from tests.support.certificates import CertificateFiles
 from tests.support.peer import Peer
 from tests.support.ports import free_port
 from tests.support.programs import Programs
+from tests.support.status_page import read_page
 from tests.support.waiting import until
 
 CORE = Path(sys.executable).with_name("fumi-core")
@@ -109,6 +114,27 @@ def test_a_backend_that_does_not_greet_within_the_health_timeout_is_down(
     program = edge("--health-interval", interval, "--health-timeout", "0.2", backend=server)
     said = f"backend {server.address}: sent no banner within 0.2 s\n"
     until(lambda: program.fetch("/readyz") == (503, said), "the fall")
+
+
+def silent(backend: StartBackend) -> BackendSettings:
+    """A backend that is never given up, and says nothing."""
+    host, _, port = backend(lambda peer: peer.rest()).address.rpartition(":")
+    return BackendSettings((Remote(BackendAddress("tcp", host=host, port=int(port))),), health_interval=0, health_timeout=3600)
+
+
+def test_readiness_names_a_backend_that_has_not_answered_yet(backend: StartBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "ANSWER_SECONDS", 0.05)
+    pool = silent(backend)
+    assert health.pool_problems([pool]) == [f"backend {pool.destinations[0].name}: no answer yet after 0.05 s"]
+
+
+@pytest.mark.long
+def test_readiness_is_answered_in_time_whatever_the_health_timeout(backend: StartBackend, edge: StartEdge) -> None:
+    server = backend(lambda peer: peer.rest())
+    program = edge("--health-interval", "0", "--health-timeout", "3600", backend=server)
+    assert program.fetch("/readyz") == (503, f"backend {server.address}: no answer yet after 8 s\n")
+    page, _ = read_page(program.metrics_port)
+    assert [each for each in page.words if "no answer from the backends within 6 s" in each]
 
 
 def test_one_backend_that_greets_is_enough_however_long_another_takes(backend: StartBackend, edge: StartEdge) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
@@ -18,7 +17,6 @@ from fumi_core.runtime.overview import Worker
 from fumi_core.runtime.scoreboard import WorkerState
 from fumi_core.status.history import INTERVAL
 from fumi_core.status.markup import document
-from fumi_edge.status import readiness
 from fumi_edge.status.certificates import certificates_table, reported
 from tests.edge.backends import Flapping, StartBackend
 from tests.edge.clients import Clients
@@ -394,20 +392,3 @@ def test_what_a_backend_says_about_a_client_is_not_on_the_page(backend: StartBac
     assert len(line["error"]) == 500
     (shown,) = read_json(program.metrics_port)["backends"]
     assert shown["last_error"]["error"] == "answered 554 instead of 220"
-
-
-def test_backends_that_do_not_answer_do_not_keep_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without health checks each page asks them; they may take longer than the page's server allows."""
-    monkeypatch.setattr(readiness, "CHECK_TIMEOUT", 0.05)
-    go, asked = threading.Event(), []
-
-    def check() -> str | None:
-        asked.append(1)
-        go.wait()
-        return "none is up" if len(asked) == 1 else None
-
-    page = readiness.Readiness(check)
-    assert [page.problem() for _ in range(3)] == ["no answer from the backends within 0.05 s"] * 3
-    assert len(asked) == 1
-    go.set()
-    until(lambda: page.problem() is None, "the next check")

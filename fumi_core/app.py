@@ -29,8 +29,9 @@ H = TypeVar("H", bound=Handler)
 class Fumi:
     """An SMTP server. Add handlers, then call ``listen()``.
 
-    There is one ``on_…`` method for each phase of a session. It adds a handler, a function of ``(ctx, next)``, and can be used as
-    a decorator. The handlers of a phase run in the order in which they were added.
+    There is one ``on_…`` method for each phase of a session. It adds a handler, a function of ``(ctx, next)``, returns it, and so
+    can be used as a decorator. It raises TypeError for a function that cannot be called so. The handlers of a phase run in the
+    order in which they were added.
     """
 
     def __init__(self, **options: Unpack[OptionArguments]) -> None:
@@ -97,7 +98,10 @@ class Fumi:
         return handler
 
     def forget(self, phase: str, handler: Callable[..., Any]) -> None:
-        """Remove a handler from a phase, such as ``"data"``. Raises ValueError if the phase does not have it."""
+        """Remove a handler from a phase, such as ``"data"``. Raises ValueError if the phase does not have it.
+
+        Raises KeyError for a phase that is not one of ``connect``, ``auth``, ``mail_from``, ``rcpt_to``, ``data`` and ``close``.
+        """
         self._handlers[phase].remove(handler)
         self._chains[phase] = compose(self._handlers[phase]) if self._handlers[phase] else None
 
@@ -165,8 +169,9 @@ class Fumi:
     ) -> None:
         """Listen on a TCP port (0 picks a free one), a Unix socket's ``path`` or a listening ``sock``. Returns once it is bound.
 
-        It may be called several times. The first call logs a warning if no client can ever send mail. Raises OSError if the
-        address cannot be bound.
+        ``host`` is an address or a name; "" is every interface. The umask decides the permissions of a Unix socket. It may be
+        called several times; the first call logs a warning if no client can ever send mail. Raises OSError if the address
+        cannot be bound.
         """
         if sock is not None:
             sockets = [sock]

@@ -109,9 +109,10 @@ class TLSInfo:
 
 
 class SSLValue(NamedTuple):
-    """The value of a PP2_TYPE_SSL TLV (section 2.2.6): PP2_CLIENT_… flags, the verify result, the TLVs inside.
+    """The value of a PP2_TYPE_SSL TLV (section 2.2.6): PP2_CLIENT_… flags, the verify result (0 is success), the TLVs inside.
 
-    `sig_alg`, `key_alg` and `sig_scheme` are those of the proxy's certificate, not of the client's.
+    A property is the text of one of these TLVs, None without it. `sig_alg`, `key_alg` and `sig_scheme` are those of the proxy's
+    certificate, not of the client's.
     """
 
     client: int
@@ -120,39 +121,48 @@ class SSLValue(NamedTuple):
 
     @classmethod
     def from_bytes(cls, value: bytes) -> SSLValue:
+        """Decode the value. Raises ProxyProtocolError."""
         tlvs = _split_ssl(value, 0, len(value))
         client, verify = _SSL_HEAD.unpack_from(value)
         return cls(client, verify, tlvs)
 
     def to_bytes(self) -> bytes:
+        """Encode the value. Raises ValueError for a TLV that is too long."""
         return _SSL_HEAD.pack(self.client, self.verify) + b"".join([_tlv(kind, value) for kind, value in self.tlvs])
 
     @property
     def version(self) -> str | None:
+        """The TLS version, such as "TLSv1.3"."""
         return _text(self.tlvs, PP2_SUBTYPE_SSL_VERSION)
 
     @property
     def cn(self) -> str | None:
+        """The common name of the client's certificate."""
         return _text(self.tlvs, PP2_SUBTYPE_SSL_CN)
 
     @property
     def cipher(self) -> str | None:
+        """The cipher, such as "TLS_AES_256_GCM_SHA384"."""
         return _text(self.tlvs, PP2_SUBTYPE_SSL_CIPHER)
 
     @property
     def sig_alg(self) -> str | None:
+        """The algorithm that signed the certificate, such as "RSA-SHA256"."""
         return _text(self.tlvs, PP2_SUBTYPE_SSL_SIG_ALG)
 
     @property
     def key_alg(self) -> str | None:
+        """The kind of the certificate's key, such as "RSA2048"."""
         return _text(self.tlvs, PP2_SUBTYPE_SSL_KEY_ALG)
 
     @property
     def group(self) -> str | None:
+        """The group of the key exchange, such as "secp256r1"."""
         return _text(self.tlvs, PP2_SUBTYPE_SSL_GROUP)
 
     @property
     def sig_scheme(self) -> str | None:
+        """The algorithm that signed the handshake, such as "rsa_pss_rsae_sha256"."""
         return _text(self.tlvs, PP2_SUBTYPE_SSL_SIG_SCHEME)
 
     @property
@@ -180,39 +190,44 @@ class ProxyHeader:
 
     @property
     def alpn(self) -> str | None:
+        """The negotiated application protocol (section 2.2.1)."""
         return _text(self.tlvs, PP2_TYPE_ALPN)
 
     @property
     def authority(self) -> str | None:
-        """The host name that the client requested: with TLS its SNI."""
+        """The host name that the client requested: with TLS its SNI (section 2.2.2)."""
         return _text(self.tlvs, PP2_TYPE_AUTHORITY)
 
     @property
     def crc32c(self) -> int | None:
+        """The checksum of the header (section 2.2.3)."""
         value = _first(self.tlvs, PP2_TYPE_CRC32C)
         return None if value is None else int.from_bytes(value, "big")
 
     @property
     def noop(self) -> bytes | None:
-        """Padding without a meaning."""
+        """Padding without a meaning (section 2.2.4)."""
         return _first(self.tlvs, PP2_TYPE_NOOP)
 
     @property
     def unique_id(self) -> bytes | None:
+        """The connection's ID, at most 128 bytes (section 2.2.5)."""
         return _first(self.tlvs, PP2_TYPE_UNIQUE_ID)
 
     @property
     def netns(self) -> str | None:
+        """The network namespace (section 2.2.7)."""
         return _text(self.tlvs, PP2_TYPE_NETNS)
 
     @property
     def ssl(self) -> SSLValue | None:
+        """The SSL TLV (section 2.2.6). Raises ProxyProtocolError for a malformed one, which `parse` never returns."""
         value = _first(self.tlvs, PP2_TYPE_SSL)
         return None if value is None else SSLValue.from_bytes(value)
 
     @property
     def tls(self) -> TLSInfo | None:
-        """None unless the SSL TLV is there and has PP2_CLIENT_SSL: the TLV alone does not say that there was TLS."""
+        """The client's TLS session; None unless the SSL TLV has PP2_CLIENT_SSL: the TLV alone does not say that there was TLS."""
         ssl = self.ssl
         if ssl is None or not ssl.client & PP2_CLIENT_SSL:
             return None

@@ -32,7 +32,7 @@ class RecordedMessage:
 
 
 class RunningServer:
-    """A running server: its ``host`` and ``port``, and the ``messages`` that it has accepted so far."""
+    """A running server: its ``host``, its ``port``, and its ``messages``, a list of those that it has accepted so far."""
 
     def __init__(self, app: Fumi, loop: asyncio.AbstractEventLoop, messages: list[RecordedMessage]) -> None:
         self.app = app

@@ -47,7 +47,7 @@ class ConnectContext(Context):
 
 
 class AuthContext(Context):
-    """A client authenticates with ``credentials``. Call ``accept()``, or the client gets 535."""
+    """A client authenticates with ``credentials``, a Credentials. Call ``accept()``, or the client gets 535."""
 
     __slots__ = ("accepted", "credentials", "user")
     hook = "on_auth"
@@ -116,7 +116,7 @@ class RcptContext(AddressContext):
 
 
 class DataContext(Context):
-    """A message arrives: ``stream`` is its content. ``accept(text)`` sets the text of the 250 reply.
+    """A message arrives: ``stream`` is its content, an async iterator of bytes. ``accept(text)`` sets the text of the 250 reply.
 
     In LMTP each recipient has its own reply: ``reject_recipient()`` rejects the message for one of them.
     """
@@ -139,6 +139,7 @@ class DataContext(Context):
 
     @property
     def size_exceeded(self) -> bool:
+        """Whether the message is larger than the option ``size``; it is then answered 552, whatever the handlers decide."""
         return self.stream.size_exceeded
 
     async def spool(self) -> None:
@@ -152,7 +153,8 @@ class DataContext(Context):
     def replace(self, text: bytes | AsyncIterable[bytes]) -> None:
         """Replace the message for the later handlers, by bytes or by what an async iterator yields.
 
-        The iterator may read ``ctx.stream``. Line ends become CRLF, unless the message has BODY=BINARYMIME (RFC 3030 §3).
+        The iterator may read ``ctx.stream``. Line ends become CRLF, unless the message has BODY=BINARYMIME (RFC 3030 §3). Raises
+        TypeError for anything else.
         """
         self.stream = Replacement(self.stream, text, self.session.envelope.body == "BINARYMIME")
 

@@ -18,7 +18,10 @@ Chain = Callable[[Any], Coroutine[Any, Any, None]]
 
 
 class Next:
-    """The later handlers of the phase. Call and await it once, ``await next()``, to run them."""
+    """The later handlers of the phase. Call and await it once, ``await next()``, to run them.
+
+    Raises what they raise, and RuntimeError the second time.
+    """
 
     __slots__ = ("_called", "_context", "_handlers", "_index", "_started")
 

@@ -68,7 +68,10 @@ NOT_TEXT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f-\xff]")
 
 
 class Address(NamedTuple):
-    """A reverse-path or forward-path: ``address`` ("" for the null sender) and its parameters, ``{"SIZE": "1024"}``."""
+    """A reverse-path or forward-path (RFC 5321 §4.1.2): ``address``, "" for the null sender, and the parameters of its command.
+
+    ``args`` has upper-case names and their values, True for a parameter without one: ``{"SIZE": "1024", "SMTPUTF8": True}``.
+    """
 
     address: str
     args: dict[str, str | bool]

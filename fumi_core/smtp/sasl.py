@@ -34,7 +34,10 @@ class NotAuthorized(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client authenticates with. ``method`` is the mechanism; fields that it does not use are empty.
+    """What a client authenticates with (RFC 4954). ``method`` is the mechanism; fields that it does not use are "".
+
+    All mechanisms have ``username``. PLAIN (RFC 4616) and LOGIN have ``password``, XOAUTH2 has ``access_token``, and CRAM-MD5
+    (RFC 2195) has the server's ``challenge`` and the client's ``challenge_response``, in hex.
 
     Secrets are not in the representation, so that they are never logged.
     """
@@ -47,9 +50,9 @@ class Credentials:
     challenge_response: str = field(default="", repr=False)
 
     def validate_password(self, password: str) -> bool:
-        """Whether the client knows this password; the time taken does not depend on the first difference.
+        """Whether the client has sent this password, compared in constant time; with CRAM-MD5, a response computed from it.
 
-        Other Unicode forms of a password are the same password (RFC 4013).
+        Always False with XOAUTH2. Other Unicode forms of a password are the same password (RFC 4013).
         """
         if self.method == "CRAM-MD5":
             found = False

@@ -38,7 +38,12 @@ _NO_DSN = DSN()
 
 @dataclass(slots=True)
 class Envelope:
-    """The transaction so far: from MAIL to the end of the message."""
+    """The transaction so far: from MAIL to the end of the message.
+
+    ``mail_from`` is the reverse-path, None before MAIL; ``rcpt_to`` are the accepted forward-paths. ``body`` is ``7BIT``,
+    ``8BITMIME`` (RFC 6152) or ``BINARYMIME`` (RFC 3030); ``smtputf8`` (RFC 6531) and ``require_tls`` (RFC 8689) tell whether MAIL
+    had these parameters; ``dsn`` has RET and ENVID (RFC 3461). ``at_end`` are functions to call at the end: add one with ``+=``.
+    """
 
     mail_from: Address | None = None
     rcpt_to: list[Address] = field(default_factory=list)
@@ -51,35 +56,31 @@ class Envelope:
 
 
 class Session:
-    """One client connection, as the PROXY header and the client describe it.
+    """One client connection, as the PROXY header and the client describe it: the same object in every hook.
 
-    ``remote_address`` and ``remote_port`` are the client's, ``proxy_address`` is the TLS proxy's if there is one (else None).
-    ``secure`` says whether the client uses TLS, ``tls`` with which parameters, where known. ``transaction`` counts the
-    transactions begun, from 1. ``user`` is what ``ctx.accept(user)`` set, ``auth_method`` how the client authenticated, such as
-    PLAIN. ``xclient`` and ``xforward`` are the attributes that a trusted proxy sent by those commands, by name in capitals, None
-    for an unknown one; ``xforward`` lasts for one transaction.
+    An app's own values go into ``state``: other attributes cannot be added.
     """
 
-    __slots__ = (
-        "_state",
-        "auth_method",
-        "client_hostname",
-        "envelope",
-        "id",
-        "local_address",
-        "local_port",
-        "name",
-        "opening_command",
-        "proxy_address",
-        "remote_address",
-        "remote_port",
-        "secure",
-        "tls",
-        "transaction",
-        "user",
-        "xclient",
-        "xforward",
-    )
+    __slots__ = {  # noqa: RUF023  # in the order of the README, with what help() shows
+        "id": "The connection's ID, as in the log: from the PROXY header if that has one.",
+        "name": "This server's host name, from the option ``name``.",
+        "remote_address": "The client's IP address, from the PROXY header if there is one; ``unix`` on a Unix socket.",
+        "remote_port": "The client's port; 0 on a Unix socket.",
+        "local_address": "The address that the client connected to.",
+        "local_port": "The port that the client connected to.",
+        "proxy_address": "The TLS proxy's address; None without a PROXY header.",
+        "secure": "Whether the client's connection is encrypted with TLS.",
+        "tls": "A TLSInfo; None without TLS, or if its parameters are unknown.",
+        "client_hostname": "The argument of EHLO, HELO or LHLO; None before.",
+        "opening_command": "``EHLO``, ``HELO`` or ``LHLO``; None before.",
+        "user": "The argument of ``ctx.accept(user)``; None before.",
+        "auth_method": "The SASL mechanism (RFC 4954), such as ``PLAIN``; None before, and for a user that XCLIENT names.",
+        "_state": "``state``, once it is used.",
+        "envelope": "The Envelope of the present transaction.",
+        "transaction": "Number of transactions begun, including those whose MAIL was rejected.",
+        "xclient": "The attributes that a trusted proxy sent with XCLIENT: upper-case names to values, None if unavailable.",
+        "xforward": "The same for XFORWARD; for one transaction.",
+    }
 
     def __init__(self, id: str, name: str) -> None:
         """``name`` is the server's own host name, for the Received header."""
@@ -104,7 +105,7 @@ class Session:
 
     @property
     def state(self) -> dict[Any, Any]:
-        """For the app's own data about this connection."""
+        """A dict for the app's own values, empty when the client connects."""
         if self._state is None:
             self._state = {}
         return self._state

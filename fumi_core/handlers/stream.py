@@ -68,6 +68,7 @@ class MessageStream:
 
     @property
     def size_exceeded(self) -> bool:
+        """Whether more bytes have arrived, or were declared, than are allowed."""
         return self._limit is not None and self.size > self._limit
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -146,14 +147,14 @@ class MessageStream:
         self._spool = spool
 
     async def message(self, policy: EmailPolicy[EmailMessage]) -> EmailMessage:
-        """The parsed message. Raises the same exceptions as ``spool()``."""
+        """Return the parsed message. Raises the same exceptions as ``spool()``."""
         await self.spool()
         await self._complete()
         assert self._spool is not None
         return await self._spool.parse(policy)
 
     async def read(self) -> bytes:
-        """The whole message. Raises MessageAborted, ``refusal`` if it is set, and RuntimeError when it was read already."""
+        """Return the whole message. Raises MessageAborted, ``refusal`` if it is set, and RuntimeError if it was read already."""
         return b"".join([piece async for piece in self])
 
     @property
@@ -219,9 +220,11 @@ class MessageStream:
 
     @property
     def has_text(self) -> bool:
+        """Whether content waits to be read."""
         return bool(self._pieces)
 
     def feed(self, piece: bytes) -> None:
+        """The next piece of the content, in the order of arrival."""
         self.size += len(piece)
         if self._listeners:
             self._call_listeners(piece)
@@ -248,6 +251,7 @@ class MessageStream:
         self._wake()
 
     def end(self) -> None:
+        """The content is complete."""
         self._ended = True
         self._listeners = ()  # they often refer to this stream: a cycle that only the garbage collector would break
         self._wake()

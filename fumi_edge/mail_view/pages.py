@@ -33,9 +33,6 @@ MAX_HEAD_BYTES = 1 << 16
 MAX_SHOWN_BYTES = 2_000_000
 """Bytes of a message that are read for its page."""
 
-MAX_FIELDS = 1000
-"""Header fields that are shown."""
-
 _STYLE = (files("fumi_core.status") / "status.css").read_text("utf-8") + (files(__package__) / "mail.css").read_text("utf-8")
 _HEADERS = (("Content-Security-Policy", policy(_STYLE)), ("Referrer-Policy", "no-referrer"))
 _HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?")
@@ -125,7 +122,7 @@ class MailView:
             cards.append(_attachments(found.attachments))
         if found.more:
             cards.append(element("article", element("p", f"{wording.counted(found.more, 'more part')} not shown.")))
-        every = element("details", element("summary", element("h2", "All headers")), _fields(found.headers.fields[:MAX_FIELDS]))
+        every = element("details", element("summary", element("h2", "All headers")), _fields(found.headers.fields))
         cards.append(element("article", every))
         return _page(subject, [_header(subject, None, links), element("main", cards)])
 

@@ -1,20 +1,43 @@
 """Decodes a message for reading: its header fields, the text of its parts, its attachments (RFC 2045 to 2047).
 
-Anyone may send a message, so it may be malformed: what cannot be decoded is shown as it is.
+Anyone may send a message, so it may be malformed: what cannot be decoded is shown as it is. Python's email takes time that grows
+with the square of a field's length, and with the product of lines and boundaries; hence the limits.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from email import message_from_bytes
 from email.errors import MessageError
-from email.header import decode_header, make_header
+from email.header import decode_header
 from email.message import Message
+from email.policy import Compat32
+from itertools import islice
 from typing import NamedTuple
 
 MAX_PARTS = 100
 """Parts and attachments that are shown."""
+MAX_FIELDS = 1000
+"""Header fields of a message, or of a part, that are read."""
+MAX_FIELD = 10_000
+"""Characters of a field's value that are read."""
+MAX_WORK = 10_000_000
+"""Lines times boundaries of a message that is parsed, which is half a second: each line may be compared with each boundary."""
+_NO_CHARSETS = frozenset({"punycode", "idna"})
+"""Python's encodings of domain names (RFC 3492, RFC 3490), which take time that grows with the square of a text's length."""
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+
+
+class _Shortening(Compat32):
+    """Leaves out the end of long fields when a message is parsed."""
+
+    def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
+        name, value = super().header_source_parse(sourcelines)
+        return name, value if len(value) <= MAX_FIELD else value[:MAX_FIELD] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+_POLICY = _Shortening()
 
 
 class Text(NamedTuple):
@@ -67,13 +90,13 @@ class Content(NamedTuple):
 def headers(data: bytes) -> Headers:
     """The headers of a message, of which ``data`` is the beginning."""
     head = data.replace(b"\r\n", b"\n").partition(b"\n\n")[0]
-    return _headers(message_from_bytes(head + b"\n\n"))
+    return _headers(message_from_bytes(head + b"\n\n", policy=_POLICY))
 
 
 def content(data: bytes) -> Content:
     """Everything that is shown of a message."""
     try:
-        message = message_from_bytes(data)
+        message = _parsed(data)
         parts = [part for part in message.walk() if not part.is_multipart()]
     except (RecursionError, ValueError, LookupError, MessageError):
         # Parts inside parts, deeper than Python can go, and boundaries that the parser does not expect.
@@ -85,6 +108,13 @@ def content(data: bytes) -> Content:
         tuple(each for each in shown if isinstance(each, Attachment)),
         len(parts) - len(shown),
     )
+
+
+def _parsed(data: bytes) -> Message:
+    """Raises MessageError for a message that would take long."""
+    if data.lower().count(b"boundary") * (data.count(b"\n") + data.count(b"\r")) > MAX_WORK:
+        raise MessageError("too many boundaries and lines")
+    return message_from_bytes(data, policy=_POLICY)
 
 
 def _part(part: Message) -> Text | Attachment:
@@ -113,13 +143,15 @@ def _charset(part: Message) -> str:
 
 def _decoded(data: bytes, charset: str) -> str:
     try:
+        if codecs.lookup(charset).name in _NO_CHARSETS:
+            charset = "utf-8"
         return data.decode(charset, "replace")
     except (LookupError, ValueError):
         return data.decode("utf-8", "replace")
 
 
 def _headers(message: Message) -> Headers:
-    return Headers(tuple((visible(name), visible(_words(value))) for name, value in _raw(message)))
+    return Headers(tuple((visible(name), visible(_words(value))) for name, value in islice(_raw(message), MAX_FIELDS)))
 
 
 def _raw(message: Message) -> Iterator[tuple[str, str]]:
@@ -130,10 +162,17 @@ def _raw(message: Message) -> Iterator[tuple[str, str]]:
 
 def _words(value: str) -> str:
     """Decode encoded words (RFC 2047)."""
+    if "=?" not in value:
+        return value
     try:
-        return str(make_header(decode_header(value))) if "=?" in value else value
+        return "".join(_word(text, charset) for text, charset in decode_header(value))
     except (ValueError, LookupError, MessageError):
         return value
+
+
+def _word(text: bytes | str, charset: str | None) -> str:
+    """A part of what decode_header() returns; text beside encoded words is bytes in the encoding raw-unicode-escape."""
+    return text if isinstance(text, str) else text.decode(charset or "raw-unicode-escape", "replace")
 
 
 def visible(text: str) -> str:

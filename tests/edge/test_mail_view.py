@@ -14,6 +14,7 @@ import pytest
 
 from fumi_core.runtime.metrics_server import Answer, Request
 from fumi_edge.mail_view.pages import MAX_LISTED, MAX_SHOWN_BYTES, MailView
+from fumi_edge.mail_view.reading import MAX_FIELD, MAX_FIELDS, MAX_WORK
 from tests.edge.program import Program
 from tests.support.status_page import Reader
 
@@ -168,6 +169,41 @@ def test_markup_is_text_wherever_it_stands(view: View, text: bytes) -> None:
 def test_no_message_breaks_the_pages(view: View, text: bytes) -> None:
     assert view.message(text).words
     assert len(view.rows()) == 1
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"Subject: ", b"Content-Type: text/plain", b'Content-Disposition: attachment; filename="', b"Subject: =?utf-8?q?x?="],
+)
+def test_a_long_field_is_shown_in_part_and_downloaded_as_a_whole(view: View, start: bytes) -> None:
+    # Python's email takes time that grows with the square of a field's length.
+    text = start + b";=?a?q?" * 20_000 + b"\n\nhello\n"
+    page = view.message(text)
+    shown = [words for words in page.words if ";=?a?q?" in words]
+    assert shown
+    assert all(len(words) <= MAX_FIELD + 1 and words.endswith("…") for words in shown)
+    assert view.ask("/mail.eml", id=view.links()[0]).data == ENVELOPE + text
+
+
+def test_a_message_with_too_many_boundaries_and_lines_is_shown_as_its_source(view: View) -> None:
+    nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (n, n) for n in range(200))
+    page = view.message(nested + b"\n" + b"x\n" * (MAX_WORK // 200))
+    assert "source, which cannot be parsed" in page.words
+
+
+def test_text_beside_an_encoded_word_is_utf8(view: View) -> None:
+    view.store("Subject: é € =?utf-8?q?=C3=A9?= ü\n\n".encode())
+    assert view.rows()[0][0] == "é € é ü"
+
+
+@pytest.mark.parametrize("charset", [b"punycode", b"Idna"])
+def test_an_encoding_of_domain_names_is_not_a_charset(view: View, charset: bytes) -> None:
+    assert "mnchen-3ya" in view.message(b"Content-Type: text/plain; charset=%b\n\nmnchen-3ya" % charset).words
+
+
+def test_the_list_keeps_few_fields_of_each_message(view: View) -> None:
+    view.store(b"x: y\n" * (MAX_FIELDS - 3) + b"Subject: late\n\n")
+    assert view.rows()[0][0] == "(no subject)"
 
 
 def test_a_long_message_is_shown_in_part_and_downloaded_as_a_whole(view: View) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -79,30 +80,58 @@ class ReadWatch:
         self._closed = threading.Event()
 
     def start(self) -> None:
-        """Watch the calling thread, which is the event loop's. To be called after the fork. Raises OSError without threads."""
+        """Watch the calling thread, which is the event loop's. To be called after the fork.
+
+        Opens two descriptors, so that ending a read needs none. Raises OSError without these or without threads.
+        """
         READING.thread = threading.get_ident()
-        start_thread(partial(self._watch, time.pthread_getcpuclockid(READING.thread)), "read watch")
+        disconnecting = _Disconnecting()
+        try:
+            start_thread(partial(self._watch, time.pthread_getcpuclockid(READING.thread), disconnecting), "read watch")
+        except OSError:
+            disconnecting.close()
+            raise
 
     def close(self) -> None:
         self._closed.set()
 
-    def _watch(self, clock: int) -> None:
+    def _watch(self, clock: int, disconnecting: _Disconnecting) -> None:
         """``clock`` returns the CPU time of the loop's thread, which stands still while the process is stopped."""
         last, limit = None, 0.0
-        with contextlib.suppress(OSError):  # the loop's thread has ended, and so has its clock
+        # OSError: the loop's thread has ended, and so has its clock.
+        with contextlib.closing(disconnecting), contextlib.suppress(OSError):
             while not self._closed.wait(CHECK_SECONDS):
                 now, used = READING.now, time.clock_gettime(clock)
                 if now is not last:
                     last, limit = now, used + MAX_READ_SECONDS
                 elif now is not None and now is not READING.disconnected and used >= limit:
                     READING.disconnected = now
-                    _end(*now)
+                    disconnecting.end(now)
 
 
-def _end(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the client may have closed in the meantime
-        peer, _ = peer_of(sock.getpeername())
-        # Not sock.shutdown(), which is not for another thread: it would end the TLS of the socket.
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        side = "client_ip" if getattr(sock, "server_side", True) else "backend_ip"
-        event(log, logging.WARNING, "TLS read does not end, disconnected", **{side: peer})
+class _Disconnecting:
+    """Shuts down the socket of a read that is going on, and no other one.
+
+    The read may return at any moment, and the number of its descriptor may then belong to another connection, or to the socket
+    pair of close_notify.py. Therefore the descriptor is copied, and the copy is shut down if the same read still goes on after
+    that: as long as it does, the loop's thread neither closes nor replaces the descriptor.
+    """
+
+    def __init__(self) -> None:
+        self._copy, self._nothing = socket.socketpair()
+
+    def close(self) -> None:
+        self._copy.close()
+        self._nothing.close()
+
+    def end(self, now: tuple[socket.socket]) -> None:
+        """Disconnect this read's socket, with a line in the log, if ``READING.now`` still is this read."""
+        (sock,) = now
+        with contextlib.suppress(OSError):  # the client may have closed in the meantime
+            peer, _ = peer_of(sock.getpeername())
+            os.dup2(sock.fileno(), self._copy.fileno(), inheritable=False)
+            if READING.now is now:
+                self._copy.shutdown(socket.SHUT_RDWR)
+                side = "client_ip" if getattr(sock, "server_side", True) else "backend_ip"
+                event(log, logging.WARNING, "TLS read does not end, disconnected", **{side: peer})
+        os.dup2(self._nothing.fileno(), self._copy.fileno(), inheritable=False)

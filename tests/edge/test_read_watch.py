@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
 import threading
@@ -17,6 +18,7 @@ from fumi_edge.tls.credentials import ClientSettings, Credentials
 from fumi_edge.tls.policy import Policy
 from fumi_edge.tls.read_watch import READING, ReadWatch
 from fumi_edge.tls.records import ENDED, MORE, RECORD_SIZE, After, read_records
+from tests.edge.held_watch import CALLS, HeldWatch
 from tests.support.waiting import PATIENCE, until
 
 
@@ -171,3 +173,22 @@ def test_reads_of_another_thread_do_not_hide_one_that_lasts(watch: ReadWatch, cr
     finally:
         ended.set()
         checking.join()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_next_connection_with_its_descriptor_is_not_disconnected(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    watch = HeldWatch(monkeypatch, call)
+    ours, theirs = socket.socketpair()
+    accepted, client = socket.socketpair()
+    with ours, theirs, accepted, client:
+        watch.read(ours)
+        os.dup2(accepted.fileno(), ours.fileno())
+        accepted.close()
+        watch.finish()
+        ours.send(b"220")
+        assert client.recv(3) == b"220"
+    if call != "shutdown":
+        # It had returned before it was to be ended.
+        assert caplog.messages == []

@@ -263,11 +263,12 @@ class Edge:
             connection.cancel()
 
     async def _cancel_with_the_loop(self) -> None:
-        """asyncio.run() cancels all tasks at its end, this one too. Connections are not tasks, and are cancelled here."""
+        """asyncio.run() cancels all tasks at its end, this one too. It ends what is not a task: connections, and a thread."""
         try:
             await self._loop.create_future()
         except asyncio.CancelledError:
             self._cancel_connections()
+            self._read_watch.close()
             raise
 
     def _beat(self) -> None:

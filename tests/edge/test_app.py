@@ -23,6 +23,7 @@ from fumi_edge import Fumi
 from fumi_edge.tls.pem import CertificateError
 from tests.edge.clients import Clients
 from tests.support.certificates import Authority, CertificateFiles, MakeCertificate, shown_pem
+from tests.support.waiting import until
 
 TEXT = "Subject: hello\r\n\r\nhello\r\n"
 
@@ -296,6 +297,17 @@ def test_a_close_that_is_cancelled_breaks_off_what_is_left(make: MakeApp) -> Non
             await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+def test_a_loop_that_ends_without_a_close_ends_the_threads(make: MakeApp) -> None:
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        await make().listen(0, "127.0.0.1")
+        assert set(threading.enumerate()) - before
+
+    asyncio.run(main())
+    until(lambda: not set(threading.enumerate()) - before, "the end of all threads")
 
 
 @pytest.mark.parametrize("secure", [True, False])

@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import time
+from ipaddress import ip_address
 from typing import NamedTuple
 
 from fumi_edge.metrics import BackendError
@@ -22,6 +23,11 @@ SESSION_SECONDS = 7200.0
 """Seconds after a full handshake in which its session may be resumed. Without a limit it would be for ever, since each
 resumption brings a new ticket."""
 
+MAX_NAME_BYTES = 253
+"""The maximum size in bytes of a host name, with its dots (RFC 1035 §2.3.4)."""
+
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")
+_NUMBER = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 _CLOSED = "closed the connection during the TLS handshake"
 _ALERT = re.compile(r"_ALERT_(\w+)")
 _UNKNOWN_CA = (2, 18, 19, 20, 21)
@@ -47,7 +53,7 @@ class _Kept(NamedTuple):
 
 
 class BackendTLS:
-    """TLS with one backend, whose certificate must be for ``name``. Raises ValueError for a name that no server can have."""
+    """TLS with one backend, whose certificate must be for ``name``. Raises ValueError for a name that no certificate can have."""
 
     __slots__ = ("_kept", "credentials", "name")
 
@@ -55,10 +61,8 @@ class BackendTLS:
         self.credentials = credentials
         self.name = name.removesuffix(".")
         self._kept: _Kept | None = None
-        try:
-            credentials.context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=self.name)
-        except (ValueError, TypeError):
-            raise ValueError(f"{name!r} is not a host name or an IP address") from None
+        if not _can_be_certified(self.name):
+            raise ValueError(f"{name!r} is not a host name or an IP address, so no certificate can be for it")
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and (other.credentials, other.name) == (self.credentials, self.name)
@@ -150,6 +154,26 @@ class BackendTLS:
             return TLSError(BackendError.CERTIFICATE, f"{what} (alert: {text})")
         hint = "" if own or alert != "HANDSHAKE_FAILURE" else "; it may require a certificate: --backend-cert"
         return TLSError(BackendError.TLS, f"ended TLS with an alert: {text}{hint}")
+
+
+def _can_be_certified(name: str) -> bool:
+    """Whether a certificate can be for this name: an IP address, or a host name in the form in which OpenSSL compares it.
+
+    OpenSSL takes everything that is not an IP address for a name, and compares it with those of the certificate: an address in
+    brackets, with a zone or in another form (``127.1``) never matches, nor does a name with a port. ``*`` in it would match only
+    the same wildcard, and no server has such a name (RFC 9525 §6.1). Underscores match, and private CAs issue names with them.
+    """
+    try:
+        return getattr(ip_address(name), "scope_id", None) is None
+    except ValueError:
+        pass
+    try:
+        # As Python's ssl does it.
+        labels = name.encode("idna").decode("ascii").split(".")
+    except UnicodeError:
+        return False
+    in_length = len(".".join(labels)) <= MAX_NAME_BYTES
+    return in_length and all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(labels[-1])
 
 
 def _is_end(error: OSError) -> bool:

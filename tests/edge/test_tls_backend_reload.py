@@ -145,7 +145,13 @@ def test_settings_for_tls_backends_change_on_sighup(
     program = edge("--config", str(path), backend=server)
     session(program, clients)
     for number, text in enumerate(
-        ('backend-name = ""', 'backend-name = "core.example"\nbackend-key = "x"', 'backend-ca = "nowhere"'), 1
+        (
+            'backend-name = ""',
+            'backend-name = "*.example"',
+            'backend-name = "core.example"\nbackend-key = "x"',
+            'backend-ca = "nowhere"',
+        ),
+        1,
     ):
         path.write_text(f'[edge]\nbackend-ca = "{authority.path}"\n{text}\n' if "ca" not in text else f"[edge]\n{text}\n")
         program.process.send_signal(signal.SIGHUP)
@@ -155,7 +161,7 @@ def test_settings_for_tls_backends_change_on_sighup(
     program.process.send_signal(signal.SIGHUP)
     until(lambda: program.events("reloaded"), "the reload")
     session(program, clients)
-    assert names == ["core.example"] * 4 + ["other.example"]
+    assert names == ["core.example"] * 5 + ["other.example"]
 
 
 def test_workers_have_them_too(

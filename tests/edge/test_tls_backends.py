@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fumi_edge.backends.tls import BackendTLS
+from fumi_edge.tls.credentials import ClientSettings, Credentials
 from tests.edge.backends import StartBackend
 from tests.edge.clients import Clients
 from tests.edge.metrics import errors
@@ -279,6 +282,9 @@ WRONG = {
         "{key}: the private key does not belong to the certificate in {ca}",
     ),
     "a name that is none": (("--backend", "tls:a:1", "--backend-name", ".x"), "--backend-name: '.x' is not a host name"),
+    "a name with a wildcard": (("--backend", "tls:a:1", "--backend-name", "*.x"), "--backend-name: '*.x' is not a host name"),
+    "a name that is too long for SNI": (("--backend", "tls:a:1", "--backend-name", "a." * 130), "' is not a host name"),
+    "a host that no certificate can be for": (("--backend", "tls:127.1:465"), "tls:127.1:465: '127.1' is not a host name"),
     "with an app": (("--backend-ca", "{ca}", "x:app"), "--backend-ca is for backends, which x:app replaces"),
 }
 
@@ -291,6 +297,59 @@ def test_a_wrong_setting_is_one_line(what: str, authority: Authority, certificat
     status, lines = run("--cert", certificate[0], "--key", certificate[1], *given, "--check")
     assert (status, len(lines)) == (2, 1), lines
     assert line.format(**files) in lines[0]
+
+
+LONG = ".".join(["a" * 60] * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("core.example", "DNS:core.example"),
+        ("Core.Example.", "DNS:core.example"),
+        ("a.core.example", "DNS:*.core.example"),
+        ("my_core", "DNS:my_core"),
+        ("münchen.example", "DNS:xn--mnchen-3ya.example"),
+        (f"{LONG}.{'a' * 9}", f"DNS:{LONG}.{'a' * 9}"),
+        ("192.0.2.1", "IP:192.0.2.1"),
+        ("2001:db8:0::1", "IP:2001:db8::1"),
+    ],
+)
+def test_a_name_that_a_certificate_has_is_accepted(authority: Authority, name: str, entry: str) -> None:
+    credentials = Credentials(ClientSettings(str(authority.path)))
+    verified = BackendTLS(credentials, name).name
+    server = context(authority.issue("other", alternative=entry))
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = credentials.context.wrap_bio(to_client, to_server, server_hostname=verified)
+    theirs = server.wrap_bio(to_server, to_client, server_side=True)
+    for each in (ours, theirs):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            each.do_handshake()
+    ours.do_handshake()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "*.core.example",
+            "a*.example",
+            "a..example",
+            ".example",
+            "a b.example",
+            "a\tb",
+            "a\0b",
+            "a/b",
+            "a@b",
+            "core.example:465",
+        ),
+        *("[2001:db8::1]", "fe80::1%lo", "127.1", "0x7f.1", "2130706433", "192.0.2.300", "192.0.2.1/32", "", "."),
+        *("a" * 64, f"{LONG}.{'a' * 10}", f"{LONG}.{'a' * 12}", "\N{LATIN SMALL LETTER U WITH DIAERESIS}" * 60, "\udcff.example"),
+    ],
+)
+def test_a_name_that_no_certificate_can_have_is_an_error(authority: Authority, name: str) -> None:
+    with pytest.raises(ValueError, match="is not a host name or an IP address"):
+        BackendTLS(Credentials(ClientSettings(str(authority.path))), name)
 
 
 def test_listeners_may_differ_in_their_tls_backends(
@@ -311,3 +370,5 @@ def test_listeners_may_differ_in_their_tls_backends(
     assert same in check(("tls:127.0.0.1:1", ca), ("tls:127.0.0.1:1", ""))[0]
     assert "Connection refused" in check(("tls:127.0.0.1:1", ca), ("127.0.0.1:1", ""))[0]
     assert "backend-key without" in check(("tls:127.0.0.1:1", f'backend-key = "{key}"'))[0]
+    wildcard = 'backend-name = "*.example"'
+    assert "edge.listener]] 127.0.0.1:0: --backend-name: '*.example' is not" in check(("tls:127.0.0.1:1", wildcard))[0]

@@ -39,7 +39,7 @@ def load_app(reference: str) -> Fumi:
         found = getattr(loaded, name, None)
         app = found if written == name else found() if callable(found) else None
     except (Exception, SystemExit) as error:
-        problem = f"{reference}: {type(error).__name__}: {error} ({_place_of(error)})"
+        problem = f"{reference}: {type(error).__name__}: {error}{_place_of(error)}"
         raise AppError(problem, (*_candidates(module), *_files_of(error))) from None
     if not isinstance(app, Fumi):
         raise AppError(f"{reference}{_mismatch(module, written, found, app)}", tuple(_candidates(module)))
@@ -73,12 +73,11 @@ def _files_of(error: BaseException) -> Iterator[str]:
 
 
 def _place_of(error: BaseException) -> str:
-    """The file and line of the app's own code that raised the error, directly or in a function it called."""
+    """The file and line of the app's own code that raised the error, directly or in a function it called; "" if none did."""
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
+        return f" ({error.filename}:{error.lineno})"
     above = Path(__file__).parents[2]
     ours = tuple(os.path.join(above, package, "") for package in ("fumi_core", "fumi_edge"))
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [each for each in frames if not each.filename.startswith(("<frozen ", importlib.__file__, *ours))]
-    at = (theirs or frames)[-1]
-    return f"{at.filename}:{at.lineno}"
+    return f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""

@@ -41,8 +41,8 @@ class SocketAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_address(text: str) -> SocketAddress:
-    """Parse ADDR. The message of the ValueError says what is wrong."""
+def parse_address(text: str, forms: str = "HOST:PORT, [V6]:PORT, :PORT, unix:/path or fd:N") -> SocketAddress:
+    """Parse ADDR. The message of the ValueError says what is wrong, and names these ``forms``."""
     scheme, _, rest = text.partition(":")
     if scheme == "unix":
         if not rest or "\0" in rest:
@@ -60,7 +60,7 @@ def parse_address(text: str) -> SocketAddress:
         return SocketAddress("fd", fd=int(rest))
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{text!r} is not an address: write HOST:PORT, [V6]:PORT, :PORT, unix:/path or fd:N")
+        raise ValueError(f"{text!r} is not an address: write {forms}")
     if host.startswith("[") and host.endswith("]"):
         if not (host := host[1:-1]):
             raise ValueError(f"{text!r} has no address in its brackets: for every interface write :{port}")

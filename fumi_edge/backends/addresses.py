@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fumi_core.runtime.addresses import SocketAddress, parse_address
 
 _TLS = "tls:"
+_FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:/path or tls:HOST:PORT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class BackendAddress(SocketAddress):
 def parse_backend(text: str) -> BackendAddress:
     """Parse the address of a backend. The message of the ValueError says what is wrong."""
     tls = text.startswith(_TLS)
-    address = parse_address(text.removeprefix(_TLS))
+    address = parse_address(text.removeprefix(_TLS), "tls:HOST:PORT" if tls else _FORMS)
     if tls and (address.kind != "tcp" or not address.host):
         raise ValueError(f"{text!r} names no host, so no certificate can be verified: write tls:HOST:PORT")
     return BackendAddress(address.kind, address.host, address.port, address.path, address.fd, address.name, tls)

@@ -25,8 +25,8 @@ def give_keys(certs: Sequence[Source], keys: Sequence[Source]) -> list[Pair]:
         wanting = [number for number in wanting if not holds_key(certs[number])]
     if len(wanting) != len(keys):
         raise CertificateError(
-            f"{len(certs)} --cert but {len(keys)} --key: {len(wanting)} of the --cert are files without a key; each of these"
-            " needs its --key, in their order, and directories need none"
+            f"{len(certs)} --cert but {len(keys)} --key: each --cert that is a file without a key, here {len(wanting)}, needs its"
+            " --key, in their order; directories need none"
         )
     given = dict(zip(wanting, keys, strict=True))
     return [Pair(cert, given.get(number)) for number, cert in enumerate(certs)]

@@ -57,6 +57,12 @@ def test_the_error_for_the_file_of_an_app_says_how_to_name_it(reference: str, wa
     assert wanted in done.stderr
 
 
+def test_the_error_for_a_missing_module_names_no_place_in_python_itself(tmp_path: Path) -> None:
+    done = run("missing_app:app", cwd=tmp_path)
+    problem = "missing_app:app: ModuleNotFoundError: No module named 'missing_app'"
+    assert (done.returncode, done.stderr) == (2, f"Error: {problem}\n")
+
+
 def test_users_that_are_no_text_are_blamed_on_their_file(tmp_path: Path) -> None:
     (tmp_path / "users").write_bytes(b"joe:\xff\n")
     done = run("--users", "users", cwd=tmp_path)

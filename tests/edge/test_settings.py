@@ -80,7 +80,8 @@ def test_a_wrong_setting_is_one_line_and_status_2(
             (("--cert", str(cert), "--key", str(other), "--backend", "127.0.0.1:9"), "does not belong"),
             (("--cert", str(tmp_path / "none"), "--backend", "127.0.0.1:9"), "cannot read the certificate"),
             ((*flags, "--cert", str(cert)), "2 --cert but 1 --key"),
-            ((*flags, "--backend", "nonsense"), "is not an address"),
+            ((*flags, "--backend", "nonsense"), "write HOST:PORT, [V6]:PORT, :PORT, unix:/path or tls:HOST:PORT"),
+            ((*flags, "--backend", "tls:nonsense"), "'nonsense' is not an address: write tls:HOST:PORT"),
             ((*flags, "--backend", "127.0.0.1:0"), "is not a backend"),
             (
                 (*flags, "--listen", f"127.0.0.1:{port}"),

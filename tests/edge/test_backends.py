@@ -212,7 +212,7 @@ def test_a_client_that_has_spoken_is_not_sent_elsewhere(backend: StartBackend, e
     assert heard == [b"EHLO early\r\n"]
 
 
-def test_a_backend_that_goes_down_and_up_affects_no_other_client(
+def test_a_backend_that_goes_down_and_up_affects_no_client(
     backend: StartBackend, edge: StartEdge, served: Callable[[Program], None]
 ) -> None:
     """Two backends, one of them flapping, with and without checks; every client is served."""

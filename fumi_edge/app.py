@@ -54,7 +54,9 @@ class Fumi(core.Fumi):
         ca: Source | None = None,
         **options: Unpack[OptionArguments],
     ) -> None:
-        """Raises TypeError for an unknown option or a certificate that is missing, CertificateError for a bad one."""
+        """Raises TypeError and ValueError for an option, as ``fumi_core.Fumi`` does, and TypeError without a certificate that is
+        needed. Raises CertificateError (``fumi_edge.tls.pem``) for one that cannot be used.
+        """
         super().__init__(**options)
         if cert is None:
             for name, value in (("secure", secure), ("key", key), ("ca", ca)):
@@ -67,7 +69,7 @@ class Fumi(core.Fumi):
     def update_secure_context(self, *, cert: Source, key: Source | None = None) -> None:
         """Use another certificate for handshakes from now on; existing connections are unaffected.
 
-        Raises CertificateError, and then the old certificate stays in service.
+        Raises CertificateError, and then the old certificate stays in service; TypeError if the app was made without ``cert``.
         """
         if self._certificates is None:
             raise TypeError("there is no certificate to update: the app was made without cert=")

@@ -16,7 +16,7 @@ from fumi_core.smtp.replies import INSUFFICIENT_STORAGE
 
 READ_ALREADY = "the message was read already: await ctx.spool() before reading it more than once"
 DROPPED = "the rest of the message was dropped: a handler skipped it, or the handlers have ended"
-HIGH_WATER_BYTES = 64 * 1024
+HIGH_WATER_BYTES = 112 * 1024
 """When more bytes than this are queued for the handler, the socket is not read; one more read may already be in progress."""
 HIGH_WATER_PIECES = 1024
 """The same for pieces: a piece of two bytes takes 56 bytes of memory."""

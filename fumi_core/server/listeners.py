@@ -21,11 +21,12 @@ from fumi_core.server.transport import Transport, TransportOwner
 
 _log = logging.getLogger("fumi.core")
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 112 * 1024
 """Bytes taken from a socket at once, into one buffer that all connections share.
 
-A 5 MB message costs 4.2 ms with this size, 4.6 with twice as much and 5.0 with half (bench row core-large): above 64 KiB, malloc
-returns the memory of each piece to the kernel and requests it again.
+A 5 MB message costs 3.2 ms with this size, 3.6 with 64 KiB, and 3.3 with 128 KiB, where malloc maps and unmaps some pieces
+(bench row core-large; medians of 5 rounds on a busy machine, Python 3.11.2). One whole read is not more than HIGH_WATER_BYTES
+(handlers/stream.py): pausing after each read costs more than the larger reads save.
 """
 
 DESCRIPTORS = 2

@@ -20,6 +20,7 @@ from fumi_core.proxy_protocol import PP2_TYPE_UNIQUE_ID, Endpoint, ProxyHeader, 
 from fumi_core.runtime.logs import event
 from fumi_edge.backends.dialing import LOCAL_ERRORS, Destination, Opening, error_text, reason_of
 from fumi_edge.backends.settings import BackendSettings
+from fumi_edge.backends.tls import TLSError, explained
 from fumi_edge.metrics import BackendError, BackendMetrics, EdgeMetrics
 
 log = logging.getLogger("fumi.edge.backends")
@@ -146,6 +147,27 @@ class Backend:
         self.count_error(reason, detail)
         self._failed_at = now
         self._update_state(reason, detail)
+
+    def closed_without_banner(self, sock: socket.socket, error: OSError | None) -> str:
+        """Count a connection that was closed before its banner, because of ``error`` if there is one. Returns the reason."""
+        failure = None if error is None else explained(sock, error)
+        if not isinstance(failure, TLSError):
+            self.count_error(BackendError.BANNER, "closed the connection without a banner")
+            return "no banner"
+        if failure.reason is BackendError.CERTIFICATE:
+            # In TLS 1.3 the backend rejects the edge's certificate after the handshake.
+            self.failed(monotonic(), failure.reason, failure)
+        else:
+            self.count_error(failure.reason, failure)
+        return str(failure)
+
+    def tls_failure(self, sock: socket.socket, error: OSError) -> str | None:
+        """Count the error that has ended a connection, if it is one of TLS, and return its text; otherwise None."""
+        failure = explained(sock, error)
+        if not isinstance(failure, TLSError):
+            return None
+        self.count_error(failure.reason, failure)
+        return str(failure)
 
     def healthy(self) -> None:
         """Note a successful check."""

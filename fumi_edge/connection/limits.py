@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from fumi_core.runtime.addresses import unmapped
 from fumi_core.runtime.counting import Count
+from fumi_core.runtime.journal import journal
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.scoreboard import ConnectionCount
 from fumi_core.runtime.token_buckets import TokenBuckets
@@ -135,7 +136,13 @@ class Rejections:
         self._client = ""
         self._timer: asyncio.TimerHandle | None = None
 
+    def count(self, reason: RejectReason, client: str, listener: str) -> None:
+        """Count a client that the log has in another line, which says why its connection ended."""
+        self._counters[reason].inc()
+        journal.note("rejected", client_ip=client, listener=listener, reason=reason)
+
     def add(self, reason: RejectReason, client: str, listener: str) -> None:
+        """Count and log a client."""
         self._counters[reason].inc()
         if self._timer is not None:
             self._unlogged[reason] += 1

@@ -15,12 +15,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from fumi_core.proxy_protocol import Endpoint, TLSInfo, unique_id_text
-from fumi_core.runtime.journal import journal
 from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.taskless import Pause, Walk, in_task
 from fumi_edge.backends.choice import Backend, NoBackend, header, own_opening
 from fumi_edge.backends.dialing import Opening
-from fumi_edge.backends.tls import TLSError, explained
 from fumi_edge.connection.direct import DirectClient, DirectCore
 from fumi_edge.connection.ends import CLOSE_AT_ONCE, INCOMPLETE, SILENCES, End, Ended, NoBanner
 from fumi_edge.connection.ids import unique_id
@@ -174,7 +172,7 @@ class Connection(Walk):
             if error.silent:
                 self._role = Role.PORT_CHECK
                 raise Ended(End.CLIENT_CLOSED) from None
-            self._count_rejection(RejectReason.PROXY_HEADER)
+            self._resources.rejections.count(RejectReason.PROXY_HEADER, self._host, self.listener.name)
             raise Ended(End.PROXY_HEADER) from None
         self._before = client.length
         self._balancer = self._source
@@ -240,25 +238,11 @@ class Connection(Walk):
             try:
                 return await talk()
             except NoBanner as silence:
-                reason = self._no_banner(backend, silence.error)
                 assert self._backend is not None
+                reason = backend.closed_without_banner(self._backend, silence.error)
                 if not backend.destination.avoid(self._backend):
                     silent[backend] = reason
                 self._leave_backend()
-
-    def _no_banner(self, backend: Backend, error: OSError | None) -> str:
-        """Count a backend without a banner; returns the reason."""
-        assert self._backend is not None
-        failure = None if error is None else explained(self._backend, error)
-        if not isinstance(failure, TLSError):
-            backend.count_error(BackendError.BANNER, "closed the connection without a banner")
-            return "no banner"
-        if failure.reason is BackendError.CERTIFICATE:
-            # In TLS 1.3 the backend rejects the edge's certificate after the handshake.
-            backend.failed(time.monotonic(), failure.reason, failure)
-        else:
-            backend.count_error(failure.reason, failure)
-        return str(failure)
 
     async def _connect(self, silent: Mapping[Backend, str]) -> Backend:
         """Connect to a backend, if possible to the same as before, with a header that holds all that is known of the client."""
@@ -288,9 +272,10 @@ class Connection(Walk):
         try:
             return await in_task(negotiation.run())
         except Ended as ended:
-            self._tls_ended(negotiation.failure)
+            if negotiation.failure is not None:
+                self._backend_failed(negotiation.failure)
             if ended.reason in _REJECTED:
-                self._count_rejection(_REJECTED[ended.reason])
+                self._resources.rejections.count(_REJECTED[ended.reason], self._host, self.listener.name)
             if ended.reason is End.INJECTION:
                 self._decide(StarttlsResult.INJECTION)
             elif ended.reason in SILENCES and not negotiation.received and not received_since(self._client, self._before):
@@ -307,12 +292,12 @@ class Connection(Walk):
             self.received, self.sent = negotiation.received, negotiation.sent
             self._negotiation = None
 
-    def _tls_ended(self, error: OSError | None) -> None:
+    def _backend_failed(self, error: OSError) -> None:
         """Count and log an error of the backend's TLS, if the error is one."""
         assert self._backend is not None
-        failure = None if error is None else explained(self._backend, error)
-        if isinstance(failure, TLSError) and self.backend is not None:
-            self.backend.count_error(failure.reason, failure)
+        assert self.backend is not None
+        failure = self.backend.tls_failure(self._backend, error)
+        if failure is not None:
             self.detail = f"backend: {failure}"
 
     def _decide(self, result: StarttlsResult) -> None:
@@ -321,11 +306,6 @@ class Connection(Walk):
             self._undecided = False
             if self._role.counts(result):
                 self._resources.metrics.starttls[result].inc()
-
-    def _count_rejection(self, reason: RejectReason) -> None:
-        """Count a rejection, which is logged in the connection's own line."""
-        self._resources.metrics.rejected[reason].inc()
-        journal.note("rejected", client_ip=self._host, listener=self.listener.name, reason=reason)
 
     def _retire(self) -> None:
         """End the backend connection that carried plaintext: the backend gets QUIT, and no SMTP state survives."""
@@ -367,7 +347,8 @@ class Connection(Walk):
             reason = await tunnel.run()
             if tunnel.unanswered and not tunnel.received:
                 raise NoBanner(tunnel.failure)
-            self._tls_ended(tunnel.failure)
+            if tunnel.failure is not None:
+                self._backend_failed(tunnel.failure)
             if not tunnel.unanswered:
                 return reason
             # A client that has sent bytes cannot be moved to another backend, but can get a 421.

@@ -10,7 +10,7 @@
 | abortive close of an idle client | test_stream_ends: test_a_client_that_breaks_off_breaks_the_backend_off |
 | abortive close at every step | test_program: test_a_client_that_vanishes_at_every_step_leaves_no_trace |
 | connection churn | here: test_hundreds_of_short_connections_leave_no_descriptor |
-| connection churn, ports | test_backend_endings: test_thousands_of_short_connections_use_up_no_ports |
+| connection churn, ports | test_backend_endings: test_hundreds_of_short_connections_use_up_no_ports |
 | concurrent connections | test_tunnel: test_two_hundred_connections_at_once_do_not_mix_their_bytes |
 | full duplex, large transfer | test_tunnel: test_every_byte_arrives_in_order_in_both_directions_at_once |
 | slow client | here: test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory |

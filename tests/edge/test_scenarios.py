@@ -15,7 +15,7 @@
 | full duplex, large transfer | test_tunnel: test_every_byte_arrives_in_order_in_both_directions_at_once |
 | slow client | here: test_a_client_that_reads_a_byte_at_a_time_gets_all_and_costs_no_memory |
 | slow backend | test_tunnel: test_memory_stays_small_behind_a_backend_that_stalls |
-| backend flapping | test_backends: test_a_backend_that_goes_down_and_up_affects_no_other_client |
+| backend flapping | test_backends: test_a_backend_that_goes_down_and_up_affects_no_client |
 | no backend | test_implicit_tls: test_without_a_backend_the_client_gets_421_over_tls_and_a_clean_close |
 | reload | test_reload: test_sighup_puts_new_certificates_into_service_and_drops_no_connection |
 | reload by itself | test_reload: test_a_change_is_noticed_without_a_signal |

@@ -65,7 +65,7 @@ def test_a_rejected_chunk_leaves_the_envelope_to_the_handlers(connect: Connect) 
     assert [sender and sender.address for sender in seen] == ["a@b.example"]
 
 
-def test_a_next_hop_is_not_blamed_on_the_app_when_a_client_gives_a_message_up(
+def test_a_message_that_a_client_abandons_is_not_logged_as_a_bypassed_next_hop(
     scripted_hop: StartHop, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = build(f"smtp:{scripted_hop().address}")

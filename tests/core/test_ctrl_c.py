@@ -58,7 +58,7 @@ def terminal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[T
     terminal.process.wait()
 
 
-def test_ctrl_c_tells_what_it_waits_for_and_the_second_one_does_not_wait(
+def test_ctrl_c_prints_what_it_waits_for_and_the_second_one_ends_at_once(
     terminal: tuple[Terminal, int], connect: Connect
 ) -> None:
     program, port = terminal

@@ -171,7 +171,7 @@ def test_nothing_is_promised_before_file_and_directory_are_synced(
         assert steps == ["write", "fsync", "link", "fsync"]
 
 
-def test_a_killed_core_has_kept_what_it_promised_and_shows_nothing_half_written(tmp_path: Path, connect: Connect) -> None:
+def test_a_killed_core_has_stored_what_it_accepted_and_no_partial_message(tmp_path: Path, connect: Connect) -> None:
     box = tmp_path / "box"
     command = [PROGRAM, "--proxy-protocol", "off", "--listen"]
     path = tmp_path / "s"

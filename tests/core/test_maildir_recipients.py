@@ -226,7 +226,7 @@ def test_a_file_system_that_hangs_defers_the_recipient(
     assert 'to=joe@d.example error="no answer in time"' in caplog.text
 
 
-def test_a_user_that_goes_before_the_message_is_deferred_and_nothing_is_made(mail: Path, connect: Connect) -> None:
+def test_a_user_removed_before_the_message_is_deferred_and_nothing_is_created(mail: Path, connect: Connect) -> None:
     with running(build(mail)) as server:
         client = connect(server.port)
         client.envelope("a@b.example", "joe@d.example", "ann@d.example")

@@ -208,7 +208,7 @@ def test_a_binary_message_keeps_every_byte(chain: Chain, connect: Connect) -> No
     ("protocol", "promises", "reply"),
     [("smtp", False, b"550 5.7.30 "), ("smtp", True, b"250 "), ("lmtp", False, b"250 ")],
 )
-def test_requiretls_goes_on_within_this_host_to_who_honours_it(
+def test_requiretls_mail_within_this_host_goes_to_lmtp_and_to_smtp_servers_that_offer_it(
     chain: Chain, connect: Connect, protocol: str, promises: bool, reply: bytes
 ) -> None:
     hop = back(lmtp=protocol == "lmtp", assume_tls=promises)

@@ -328,7 +328,7 @@ def test_a_chunk_given_up_breaks_off_there(scripted_hop: StartHop, connect: Conn
     assert len(hop.messages) == 1
 
 
-def test_a_server_that_closes_cuts_what_is_under_way(scripted_hop: StartHop, connect: Connect) -> None:
+def test_a_server_that_closes_aborts_transactions_with_the_next_hop(scripted_hop: StartHop, connect: Connect) -> None:
     hop = scripted_hop(dot=b"")
     app: Fumi = builtin.build(f"smtp:{hop.address}", close_timeout=0.2)
     with running(app) as server:

@@ -65,7 +65,7 @@ def test_every_option_has_a_test_that_bears_its_name() -> None:
     assert untested == []
 
 
-def test_require_tls_wants_it_for_mail_and_auth() -> None:
+def test_require_tls_requires_it_for_mail_and_auth() -> None:
     for said in (b"MAIL FROM:<>\r\n", b"AUTH PLAIN\r\n"):
         for required, secure in ((False, False), (True, True)):
             heard = answer(said, authenticates=True, allow_insecure_auth=True, require_tls=required, secure=secure)
@@ -74,26 +74,26 @@ def test_require_tls_wants_it_for_mail_and_auth() -> None:
         assert heard == "530 5.7.0 Must issue a STARTTLS command first"
 
 
-def test_auth_methods_are_offered_and_no_others_taken() -> None:
+def test_auth_methods_are_offered_and_no_others_accepted() -> None:
     options: dict[str, Any] = {"authenticates": True, "secure": True, "auth_methods": ["cram-md5", "XOAUTH2"]}
     assert "250 AUTH CRAM-MD5 XOAUTH2" in replies(b"", **options)
     assert answer(b"AUTH CRAM-MD5\r\n", **options).startswith("334")
     assert answer(b"AUTH PLAIN\r\n", **options).startswith("504")
 
 
-def test_auth_optional_takes_mail_from_anybody() -> None:
+def test_auth_optional_accepts_mail_without_authentication() -> None:
     assert answer(b"MAIL FROM:<>\r\n", auth_optional=True).startswith("250")
     assert answer(b"MAIL FROM:<>\r\n", auth_optional=False).startswith("530")
     assert answer(b"MAIL FROM:<>\r\n", auth_optional=False, user="joe").startswith("250")
 
 
-def test_allow_insecure_auth_offers_and_takes_it_in_the_clear() -> None:
+def test_allow_insecure_auth_offers_and_accepts_auth_without_tls() -> None:
     for allowed, code in ((False, "538 5.7.11"), (True, "334")):
         assert offers("AUTH", authenticates=True, allow_insecure_auth=allowed) is allowed
         assert answer(b"AUTH PLAIN\r\n", authenticates=True, allow_insecure_auth=allowed).startswith(code)
 
 
-def test_size_is_offered_and_what_declares_more_is_refused() -> None:
+def test_size_is_offered_and_a_larger_declared_size_is_rejected() -> None:
     assert "250-SIZE 1000" in replies(b"", size=1000)
     assert answer(b"MAIL FROM:<> SIZE=1001\r\n", size=1000).startswith("552 5.3.4")
     assert answer(b"MAIL FROM:<> SIZE=1001\r\n", size=None).startswith("250")
@@ -103,7 +103,7 @@ def test_size_holds_for_chunks() -> None:
     assert answer(ENVELOPE + b"BDAT 11 LAST\r\nhello wor\r\n", size=10).startswith("552 5.3.4")
 
 
-def test_max_clients_turns_away_one_more(connect: Connect) -> None:
+def test_max_clients_are_admitted_and_one_more_is_421(connect: Connect) -> None:
     with running(Fumi(max_clients=1, close_timeout=0.2)) as server:
         assert connect(server.port).banner.startswith(b"220")
         assert connect(server.port).banner.startswith(b"421 4.7.0")
@@ -124,7 +124,7 @@ def test_disabled_commands_are_not_implemented() -> None:
     assert answer(b"VRFY root\r\n").startswith("252")
 
 
-def test_disabled_commands_take_their_extensions_along() -> None:
+def test_disabled_commands_remove_their_extensions() -> None:
     for verb, keyword in (("AUTH", "AUTH"), ("BDAT", "CHUNKING"), ("BDAT", "BINARYMIME")):
         assert offers(keyword, secure=True, authenticates=True)
         assert not offers(keyword, secure=True, authenticates=True, disabled_commands=[verb])
@@ -143,51 +143,51 @@ def test_hide_starttls_makes_it_an_unknown_command() -> None:
     assert "STARTTLS" not in answer(b"HELP\r\n", hide_starttls=True).split()
 
 
-def test_hide_size_takes_the_keyword_out_alone() -> None:
+def test_hide_size_removes_the_keyword_only() -> None:
     assert offers("SIZE")
     assert not offers("SIZE", hide_size=True)
     assert answer(b"MAIL FROM:<> SIZE=1001\r\n", hide_size=True, size=1000).startswith("552")
 
 
-def test_hide_pipelining_takes_the_keyword_out() -> None:
+def test_hide_pipelining_removes_the_keyword() -> None:
     assert offers("PIPELINING")
     assert not offers("PIPELINING", hide_pipelining=True)
 
 
-def test_hide_enhancedstatuscodes_takes_them_out_of_replies() -> None:
+def test_hide_enhancedstatuscodes_removes_them_from_replies() -> None:
     assert offers("ENHANCEDSTATUSCODES")
     assert not offers("ENHANCEDSTATUSCODES", hide_enhancedstatuscodes=True)
     assert answer(b"NOOP\r\n", hide_enhancedstatuscodes=True) == "250 Ok"
 
 
 @pytest.mark.parametrize("parameter", [b"MAIL FROM:<> RET=HDRS", b"MAIL FROM:<>\r\nRCPT TO:<a@b.example> NOTIFY=NEVER"])
-def test_hide_dsn_takes_its_parameters_too(parameter: bytes) -> None:
+def test_hide_dsn_rejects_its_parameters_too(parameter: bytes) -> None:
     assert offers("DSN")
     assert not offers("DSN", hide_dsn=True)
     assert answer(parameter + b"\r\n").startswith("250")
     assert answer(parameter + b"\r\n", hide_dsn=True).startswith("555")
 
 
-def test_hide_requiretls_takes_its_parameter_too() -> None:
+def test_hide_requiretls_rejects_its_parameter_too() -> None:
     assert offers("REQUIRETLS", secure=True)
     assert not offers("REQUIRETLS", secure=True, hide_requiretls=True)
     assert answer(b"MAIL FROM:<> REQUIRETLS\r\n", secure=True).startswith("250")
     assert answer(b"MAIL FROM:<> REQUIRETLS\r\n", secure=True, hide_requiretls=True).startswith("555")
 
 
-def test_hide_8bitmime_takes_the_keyword_out() -> None:
+def test_hide_8bitmime_removes_the_keyword() -> None:
     assert offers("8BITMIME")
     assert not offers("8BITMIME", hide_8bitmime=True)
 
 
-def test_hide_smtputf8_takes_its_parameter_too() -> None:
+def test_hide_smtputf8_rejects_its_parameter_too() -> None:
     assert offers("SMTPUTF8")
     assert not offers("SMTPUTF8", hide_smtputf8=True)
     assert answer(b"MAIL FROM:<> SMTPUTF8\r\n").startswith("250")
     assert answer(b"MAIL FROM:<> SMTPUTF8\r\n", hide_smtputf8=True).startswith("555")
 
 
-def test_hide_chunking_takes_bdat_and_binarymime_too() -> None:
+def test_hide_chunking_rejects_bdat_and_binarymime_too() -> None:
     for keyword in ("CHUNKING", "BINARYMIME"):
         assert offers(keyword)
         assert not offers(keyword, hide_chunking=True)
@@ -197,7 +197,7 @@ def test_hide_chunking_takes_bdat_and_binarymime_too() -> None:
     assert "BDAT" not in answer(b"HELP\r\n", hide_chunking=True)
 
 
-def test_lmtp_wants_another_greeting() -> None:
+def test_lmtp_requires_lhlo() -> None:
     assert replies(b"LHLO x\r\n", lmtp=True)[:2] == ["220 mx.example LMTP", "250-mx.example"]
     assert answer(b"EHLO x\r\n", lmtp=True).startswith("500")
     assert answer(b"LHLO x\r\n").startswith("500")
@@ -232,11 +232,11 @@ def test_assume_tls_makes_every_session_secure(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize(("setting", "code"), [("reject", "550 5.6.11"), ("normalize", "250")])
-def test_bare_newlines_are_refused_or_made_whole(setting: str, code: str) -> None:
+def test_bare_newlines_are_rejected_or_normalized(setting: str, code: str) -> None:
     assert answer(ENVELOPE + b"BDAT 4\r\na\nb\n", bare_newlines=setting).startswith(code)
 
 
-def test_lenient_addresses_takes_what_devices_send() -> None:
+def test_lenient_addresses_accepts_addresses_that_devices_send() -> None:
     for lenient in (True, False):
         assert answer(b"MAIL FROM:root\r\n", lenient_addresses=lenient).startswith("250" if lenient else "501")
 
@@ -248,7 +248,7 @@ def test_max_recipients_is_announced_and_one_more_rejected() -> None:
     assert answer(said, max_recipients=2).startswith("250")
 
 
-def test_max_errors_are_forgiven_and_no_more() -> None:
+def test_max_errors_are_tolerated_and_one_more_is_421() -> None:
     heard = replies(b"BOGUS\r\n" * 3 + b"NOOP\r\n", max_errors=2)[-3:]
     assert [line[:3] for line in heard] == ["500", "500", "421"]
     assert replies(b"BOGUS\r\n", max_errors=0)[-1].startswith("421 4.7.0")
@@ -264,7 +264,7 @@ def test_socket_timeout_ends_a_silence(connect: Connect) -> None:
         assert connect(server.port).reply().startswith(b"421 4.4.2")
 
 
-def test_data_timeout_ends_a_message_that_goes_on_and_on(connect: Connect) -> None:
+def test_data_timeout_ends_a_message_that_does_not_end(connect: Connect) -> None:
     with running(Fumi(auth_optional=True, data_timeout=0.1, close_timeout=0.2)) as server:
         client = connect(server.port)
         client.envelope()
@@ -291,7 +291,7 @@ def test_close_timeout_is_what_a_transaction_gets(connect: Connect) -> None:
         assert client.reply().startswith(b"421 4.3.2")
 
 
-def test_logger_tells_of_sessions(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+def test_logger_logs_sessions(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     own = logging.getLogger("own")
     for setting, name in ((False, None), (True, "fumi.core"), (own, "own")):
         caplog.clear()

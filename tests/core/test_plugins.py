@@ -23,7 +23,7 @@ def test_require_tls(app: Fumi, connect: Connect) -> None:
         assert client.say("MAIL FROM:<>") == b"530 5.7.0 Must issue a STARTTLS command first\r\n"
 
 
-def test_require_tls_is_content_with_it(connect: Connect) -> None:
+def test_require_tls_accepts_mail_over_tls(connect: Connect) -> None:
     app = Fumi(auth_optional=True, assume_tls=True).use(plugins.require_tls())
     with running(app) as server:
         client = connect(server.port)
@@ -40,7 +40,7 @@ def test_denylist(app: Fumi, connect: Connect, ips: list[str], banner: bytes) ->
         assert connect(server.port).banner.startswith(banner)
 
 
-def test_denylist_wants_networks() -> None:
+def test_denylist_raises_an_error_for_anything_but_networks() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         plugins.denylist(["nonsense"])
 

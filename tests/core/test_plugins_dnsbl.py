@@ -207,7 +207,7 @@ def test_memory_is_bounded_for_any_number_of_addresses(clock: Clock) -> None:
     assert len(blocklist) == 8
 
 
-def test_a_resolver_that_hangs_holds_up_neither_others_nor_more_threads(
+def test_a_resolver_that_hangs_delays_no_other_client_and_uses_few_threads(
     app: Fumi, connect: Connect, connect_from: ConnectFrom, caplog: pytest.LogCaptureFixture
 ) -> None:
     release = threading.Event()

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.core.programs import run
 
 
-def test_check_says_so_and_ends(tmp_path: Path) -> None:
+def test_check_prints_that_the_configuration_is_ok_and_ends(tmp_path: Path) -> None:
     done = run("--check", "--listen", "127.0.0.1:0", "--deliver", "discard:", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "configuration OK\n")
 
@@ -40,7 +40,7 @@ def test_check_fails_for_an_app_that_can_never_take_mail(tmp_path: Path) -> None
     assert run(*check, "--assume-tls", "never:plaintext", cwd=tmp_path).returncode == 0
 
 
-def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:
+def test_check_creates_no_maildir_and_names_the_user_that_will(tmp_path: Path) -> None:
     flags = ("--check", "--listen", "127.0.0.1:0", "--deliver", "maildir:mail/box")
     done = run(*flags, cwd=tmp_path)
     user = pwd.getpwuid(os.getuid()).pw_name
@@ -52,7 +52,7 @@ def test_check_makes_no_maildir_and_says_who_would(tmp_path: Path) -> None:
     assert f"--deliver maildir:mail/box: does not exist, and user {user} cannot create it in {tmp_path / 'mail'}" in done.stderr
 
 
-def test_check_is_content_with_a_maildir_that_is_there(tmp_path: Path) -> None:
+def test_check_accepts_a_maildir_that_exists(tmp_path: Path) -> None:
     for name in ("tmp", "new", "cur"):
         (tmp_path / "maildir" / name).mkdir(parents=True)
     done = run("--check", "--listen", "127.0.0.1:0", cwd=tmp_path)

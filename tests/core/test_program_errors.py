@@ -63,7 +63,7 @@ def test_the_error_for_a_missing_module_names_no_place_in_python_itself(tmp_path
     assert (done.returncode, done.stderr) == (2, f"Error: {problem}\n")
 
 
-def test_users_that_are_no_text_are_blamed_on_their_file(tmp_path: Path) -> None:
+def test_the_error_for_users_that_are_not_text_names_their_file(tmp_path: Path) -> None:
     (tmp_path / "users").write_bytes(b"joe:\xff\n")
     done = run("--users", "users", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "Error: --users users: the file is not UTF-8 text\n")

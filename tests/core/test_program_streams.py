@@ -45,7 +45,7 @@ def test_no_socket_takes_the_place_of_a_stream_that_is_closed_from_the_start(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_mail_does_not_wait_for_who_reads_the_log(connect: Connect, tmp_path: Path, workers: str) -> None:
+def test_mail_does_not_wait_for_the_reader_of_the_log(connect: Connect, tmp_path: Path, workers: str) -> None:
     port, metrics = free_port(), free_port()
     flags = ["--listen", f"127.0.0.1:{port}", "--metrics", f"127.0.0.1:{metrics}", "--workers", workers, "--deliver", "discard:"]
     ours, theirs = os.pipe()
@@ -78,7 +78,7 @@ def test_mail_does_not_wait_for_who_reads_the_log(connect: Connect, tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_stop_does_not_wait_for_who_reads_the_log(connect: Connect, tmp_path: Path, workers: str) -> None:
+def test_a_stop_does_not_wait_for_the_reader_of_the_log(connect: Connect, tmp_path: Path, workers: str) -> None:
     port = free_port()
     with contextlib.ExitStack() as stack:
         ours, theirs = socket.socketpair()

@@ -23,7 +23,7 @@ def test_a_recorded_header_is_read_whole_and_nothing_after_it(name: str) -> None
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_every_fact_that_a_recorded_header_carries_comes_out(name: str) -> None:
+def test_every_fact_of_a_recorded_header_is_parsed(name: str) -> None:
     raw, facts = HEADERS[name], FACTS[name]
     header = parsed(raw)
     assert header.command == "PROXY"
@@ -129,7 +129,7 @@ def test_headers_bent_in_several_places_are_refused_or_parse() -> None:
         outcome(bytes(bent))
 
 
-def test_once_refused_is_refused_whatever_follows() -> None:
+def test_once_invalid_a_header_stays_invalid_whatever_follows() -> None:
     numbers = random.Random(8)
     headers = sorted(HEADERS.values())
     for _ in range(1_500):

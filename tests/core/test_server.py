@@ -183,7 +183,7 @@ def test_close_waits_for_the_end_of_a_transaction_and_sends_421_to_idle_clients(
         assert len(server.messages) == 1
 
 
-def test_close_cuts_what_does_not_end_in_time(connect: Connect) -> None:
+def test_close_ends_transactions_after_its_time_limit(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.05)
     closed: list[str] = []
     app.on_close(lambda ctx, next: closed.append(ctx.session.id))
@@ -223,7 +223,7 @@ def test_a_second_close_returns_when_the_first_has_ended() -> None:
     asyncio.run(main())
 
 
-def test_a_close_that_is_cancelled_cuts_what_is_left() -> None:
+def test_a_cancelled_close_closes_the_remaining_connections() -> None:
     async def main() -> None:
         app = Fumi(auth_optional=True, close_timeout=1000)
         ended: list[str] = []
@@ -260,9 +260,7 @@ def test_a_client_that_closes_without_a_command_is_logged_at_level_debug(
     assert observer.reasons == []
 
 
-def test_a_client_that_is_refused_is_worth_a_line_though_it_says_nothing(
-    connect: Connect, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rejected_client_is_logged_although_it_sends_nothing(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     app = Fumi(auth_optional=True, logger=True, close_timeout=0.2).use(plugins.denylist(["127.0.0.1"]))
     with caplog.at_level("DEBUG"), running(app) as server:
         assert connect(server.port).banner.startswith(b"554")

@@ -41,7 +41,7 @@ def behind() -> Behind:
     return make
 
 
-def test_the_header_says_who_the_client_is_and_how_it_came(behind: Behind, connect: Connect) -> None:
+def test_the_header_gives_the_session_its_client_and_its_tls_facts(behind: Behind, connect: Connect) -> None:
     app, sessions = behind()
     with running(app) as server:
         client = connect(server.port, header())
@@ -103,9 +103,7 @@ def test_a_local_header_is_greeted_by_the_connections_own_addresses(behind: Behi
     assert (sessions[0].remote_address, sessions[0].secure) == ("127.0.0.1", False)
 
 
-def test_a_local_session_is_worth_a_line_only_to_those_who_debug(
-    behind: Behind, connect: Connect, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_local_session_is_logged_at_level_debug(behind: Behind, connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     """A health check comes every few seconds."""
     app, _ = behind(logger=True)
     with caplog.at_level("DEBUG"), running(app) as server:

@@ -68,7 +68,7 @@ def test_a_program_ends_although_a_hook_sits_in_a_thread(stuck: Stuck, workers: 
 
 
 @pytest.mark.parametrize("sender", ["a@b.example", "busy@b.example"])
-def test_a_second_signal_ends_it_whatever_a_hook_does(stuck: Stuck, sender: str) -> None:
+def test_a_second_signal_ends_the_program_whatever_a_hook_does(stuck: Stuck, sender: str) -> None:
     process, log = stuck(sender, "--drain-timeout", "1000")
     process.send_signal(signal.SIGTERM)
     if not sender.startswith("busy@"):

@@ -118,7 +118,7 @@ def test_a_client_that_the_proxy_does_not_name_is_not_the_proxy() -> None:
     assert replies.count(b"\r\n550 5.7.0 Error: insufficient authorization") == 2
 
 
-def test_trust_stays_with_the_connection_whomever_it_speaks_for() -> None:
+def test_a_trusted_proxy_may_name_a_second_client() -> None:
     with recorded("data") as (seen, port):
         talk(port, b"XCLIENT ADDR=203.0.113.9\r\n", HELLO, b"XCLIENT ADDR=203.0.113.10\r\n", HELLO, MESSAGE)
     assert seen[0]["remote_address"] == "203.0.113.10"

@@ -22,7 +22,7 @@ from tests.support.waiting import until
 
 @pytest.mark.parametrize("ahead", [b"", b"EHLO ahead\r\n"])
 @pytest.mark.parametrize("hang", ["the second banner", "a reply to EHLO", "the first banner"])
-def test_a_client_that_breaks_off_while_a_backend_keeps_it_waiting_is_soon_forgotten(
+def test_a_client_that_resets_while_it_waits_for_a_backend_is_soon_closed(
     backend: StartBackend, edge: StartEdge, clients: Clients, hang: str, ahead: bytes
 ) -> None:
     waits = []

@@ -278,7 +278,7 @@ def test_arguments_that_cannot_work_raise_an_error(pem: dict[str, str], make_cer
         Fumi().update_secure_context(**pem)
 
 
-def test_a_close_that_is_cancelled_breaks_off_what_is_left(make: MakeApp) -> None:
+def test_a_cancelled_close_closes_the_remaining_connections(make: MakeApp) -> None:
     async def main() -> None:
         app = make(close_timeout=1000)
         await app.listen(0)

@@ -167,7 +167,7 @@ def test_a_backend_that_hangs_up_after_the_upgrade_is_replaced_too(
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
-def test_when_every_backend_hangs_up_it_is_as_if_there_were_none(
+def test_when_every_backend_closes_without_a_banner_the_client_gets_421(
     silent: Callable[..., Backend], edge: StartEdge, clients: Clients, reset: bool
 ) -> None:
     servers = [silent(reset), silent(reset)]

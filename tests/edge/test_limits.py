@@ -206,7 +206,7 @@ def test_a_bucket_holds_so_many_and_fills_steadily(rate: Rate) -> None:
     assert taken() == rate.clients
 
 
-def test_those_who_are_refused_do_not_wait_longer_for_it() -> None:
+def test_rejected_connections_do_not_delay_the_next_admission() -> None:
     clock = Clock()
     limits = Limits(ClientLimits(None, None, Rate(1, 1)), count_of_one_process(), clock=clock)
     assert limits.admit("192.0.2.1") is None

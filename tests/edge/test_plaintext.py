@@ -100,7 +100,7 @@ def test_a_long_message_in_plaintext_arrives_as_it_is(
 
 @pytest.mark.parametrize("end", ["close", "reset", "end"])
 @pytest.mark.parametrize("opening", [b"DATA\r\n", b"BDAT 10 LAST\r\n"])
-def test_a_message_that_breaks_off_in_plaintext_is_not_made_whole(
+def test_a_message_cut_off_in_plaintext_is_not_completed(
     backend: StartBackend, edge: StartEdge, greeted: Greet, opening: bytes, end: str
 ) -> None:
     """A QUIT of the edge's would be the last six octets of this chunk."""

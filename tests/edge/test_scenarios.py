@@ -7,7 +7,7 @@
 | half-close by close_notify | test_stream_ends: test_a_close_notify_ends_the_clients_side_only |
 | half-close that goes on | test_stream_ends: test_a_client_that_uploads_slowly_to_a_half_closed_backend_is_not_cut_off |
 | half-close on Unix sockets | here: test_unix_sockets_on_both_sides_carry_tls_and_every_end |
-| abortive close of an idle client | test_stream_ends: test_a_client_that_breaks_off_breaks_the_backend_off |
+| abortive close of an idle client | test_stream_ends: test_a_client_that_resets_resets_the_connection_to_the_backend |
 | abortive close at every step | test_program: test_a_client_that_vanishes_at_every_step_leaves_no_trace |
 | connection churn | here: test_hundreds_of_short_connections_leave_no_descriptor |
 | connection churn, ports | test_backend_endings: test_hundreds_of_short_connections_use_up_no_ports |
@@ -310,7 +310,7 @@ def test_an_inherited_abstract_unix_socket_is_listened_on(backend: StartBackend,
         assert program.ended()[0]["listener"] == f"fd:{listening.fileno()}"
 
 
-def test_a_stop_while_accepting_pauses_for_want_of_descriptors_is_a_stop(
+def test_the_edge_stops_while_accepting_pauses_for_lack_of_descriptors(
     backend: StartBackend, edge: StartEdge, clients: Clients
 ) -> None:
     program = edge("--drain-timeout", "0.2", backend=backend())

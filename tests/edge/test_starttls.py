@@ -106,7 +106,7 @@ def test_hide_starttls_hides_it_and_still_accepts_it(
     assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
-def test_banners_of_several_lines_are_relayed_and_then_swallowed_whole(
+def test_the_first_banner_of_several_lines_is_relayed_and_the_second_is_not(
     backend: StartBackend, edge: StartEdge, clients: Clients
 ) -> None:
     def handler(peer: Peer) -> None:

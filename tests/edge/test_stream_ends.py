@@ -292,7 +292,9 @@ def test_the_end_of_the_stream_is_a_close_notify(backend: StartBackend, edge: St
     assert program.ended()[0]["reason"] == "backend_closed"
 
 
-def test_a_client_that_breaks_off_breaks_the_backend_off(backend: StartBackend, edge: StartEdge, connect: Connect) -> None:
+def test_a_client_that_resets_resets_the_connection_to_the_backend(
+    backend: StartBackend, edge: StartEdge, connect: Connect
+) -> None:
     seen: list[bytes | str] = []
 
     def handler(peer: Peer) -> None:

@@ -141,7 +141,7 @@ def test_a_client_that_never_upgrades_is_not_secure(two_processes: Callable[...,
     assert message.text == TEXT.replace("\r\n", "\n").encode()
 
 
-def test_require_tls_turns_plaintext_mail_away(two_processes: Callable[..., Setup], certificate: CertificateFiles) -> None:
+def test_require_tls_rejects_mail_in_plaintext(two_processes: Callable[..., Setup], certificate: CertificateFiles) -> None:
     setup = two_processes("--require-tls")
     with smtplib.SMTP("127.0.0.1", setup.starttls_port) as smtp:
         smtp.ehlo()

@@ -288,7 +288,7 @@ def test_a_login_by_dovecot_sends_to_maildirs_that_its_imap_server_reads(
     assert not [word for word in ("secret", "wrong") if word in log]
 
 
-def test_behind_an_edge_users_send_over_tls_and_the_world_by_starttls(
+def test_behind_an_edge_users_log_in_over_tls_and_other_servers_use_starttls(
     dovecot: Callable[..., DovecotLogins], programs: Programs, edge: StartEdge
 ) -> None:
     started, port = dovecot(), free_port()

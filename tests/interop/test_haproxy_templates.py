@@ -315,7 +315,7 @@ def test_old_tls_is_refused(offer: list[str], programs: Programs, haproxy: Start
     assert "alert" in said
 
 
-def test_it_may_run_as_somebody_else(programs: Programs, haproxy: StartHAProxy) -> None:
+def test_it_may_run_as_another_user(programs: Programs, haproxy: StartHAProxy) -> None:
     user = re.findall(r"FUMI_USER=(\w+)", README)[0] if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
     entry = pwd.getpwnam(user)
     port = free_port()

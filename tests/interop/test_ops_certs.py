@@ -48,7 +48,7 @@ def test_the_authority_stays_and_keys_are_the_owners_alone(programs: Programs) -
     "words", [[], ["ca"], ["ca", "server"], ["ca", "robot", "x"], ["ca", "client", "a", "b"], ["ca", "server", "a;b"],
               ["ca", "server", "../x"], ["ca", "server", "x", "-y"], ["ca", "server", "ca"]]
 )  # fmt: skip
-def test_words_that_make_no_sense_are_refused(words: list[str], programs: Programs) -> None:
+def test_invalid_arguments_are_errors(words: list[str], programs: Programs) -> None:
     assert "dev-ca" in programs.run(DEV_CA, *words, status=2)
     assert list(programs.directory.rglob("*.pem")) in ([], [programs.directory / "ca" / "ca.pem"])
 

@@ -310,7 +310,7 @@ def send(smtp: smtplib.SMTP) -> None:
     assert smtp.sendmail("a@b.example", ["c@d.example"], "hi") == {}
 
 
-def test_a_restart_loses_neither_who_is_connected_nor_who_comes_meanwhile(
+def test_a_restart_loses_neither_open_nor_new_connections(
     start_edge: Start, listener: socket.socket, certificate: CertificateFiles
 ) -> None:
     first = start_edge()

@@ -173,7 +173,7 @@ def deploy(programs: Programs, cert: Path, key: Path, reload: int | None = None,
     return programs.run(HOOK, environment=environment)
 
 
-def test_mail_comes_in_by_every_socket(
+def test_every_socket_accepts_mail(
     running: tuple[dict[str, int], Service, Service], certificate: CertificateFiles, directory: Path, programs: Programs
 ) -> None:
     ports, core, edge = running
@@ -208,5 +208,5 @@ def test_the_hook_has_a_renewed_certificate_taken_into_service(
     assert file.read_bytes() == new[0].read_bytes() + new[1].read_bytes()
 
 
-def test_the_hook_says_what_it_wants_when_somebody_else_runs_it(programs: Programs) -> None:
+def test_without_its_variable_the_hook_names_it(programs: Programs) -> None:
     assert "RENEWED_LINEAGE" in programs.run("env", "-u", "RENEWED_LINEAGE", HOOK, status=2)

@@ -165,7 +165,7 @@ def somebody() -> pwd.struct_passwd:
     return pwd.getpwnam("nobody") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
 
 
-def test_it_may_run_as_somebody_else(programs: Programs, stunnel: StartStunnel) -> None:
+def test_it_may_run_as_another_user(programs: Programs, stunnel: StartStunnel) -> None:
     entry = somebody()
     port = free_port()
     own = {"USER": entry.pw_name, "GROUP": grp.getgrgid(entry.pw_gid).gr_name}

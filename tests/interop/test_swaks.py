@@ -101,7 +101,7 @@ def test_the_protocol_is_named_in_the_trace_line(core: StartCore, swaks: Swaks, 
     assert f"from client.example ([127.0.0.1])\r\n\tby mx.example with {protocol} id " in message.session.received_header()
 
 
-def test_lmtp_wants_lhlo(core: StartCore, swaks: Swaks) -> None:
+def test_an_lmtp_server_requires_lhlo(core: StartCore, swaks: Swaks) -> None:
     said = swaks(core(lmtp=True).port, status=22)
     assert "<** 500 5.5.1 Error: this is an LMTP server, use LHLO" in said
 

@@ -84,7 +84,7 @@ HAPROXY = {
 }
 
 
-USER_TIMEOUT = 'tcp-ut "${FUMI_TCP_USER_TIMEOUT-30s}"'
+USER_TIMEOUT = 'tcp-ut "${FUMI_TCP_USER_TIMEOUT-25s}"'
 BIND = f"v6only {USER_TIMEOUT}"
 
 

@@ -3,9 +3,12 @@
 Neither side closes such a connection, and with the kernel's defaults it ends after 15 minutes with data in flight (tcp_retries2)
 and two hours without (tcp_keepalive_time). All options are here (tcp(7)):
 
-- Data that is not acknowledged for USER_TIMEOUT_SECONDS: TCP_USER_TIMEOUT. Connections survive fifteen seconds without network:
-  data is retransmitted after 0.2, 0.6, 1.4, 3, 6.2, 12.6 and 25.4 seconds. When ARP fails after the last of these, Linux needs 40
-  seconds in all (RFC 6069), also with a user timeout of 27 seconds; with a shorter one, connections do not survive 15 seconds.
+- Data that is not acknowledged for USER_TIMEOUT_SECONDS: TCP_USER_TIMEOUT. Linux ends the connection when it would retransmit
+  next, which by default is after 0.2, 0.6, 1.4, 3, 6.2, 12.6 and 25.4 seconds, or when the time has passed. But when the last
+  packet was answered by "host unreachable", as this host's own ARP does when it fails, the next retransmission is set anew,
+  without regard to the user timeout (RFC 6069; tcp_ld_RTO_revert()): 38 to 42 seconds were measured. TCP_RTO_MAX_MS, which
+  Linux has since 6.15, therefore limits the pause between retransmissions to RETRANSMIT_SECONDS. For the same time at most, a
+  connection waits to go on when the network is back.
 - Nothing in flight: a keepalive probe after KEEPALIVE_IDLE_SECONDS of silence, then one every KEEPALIVE_INTERVAL_SECONDS until
   one is answered. Where there is a user timeout, Linux does not count them: it ends the connection when the peer has been silent
   for that long and one probe is unanswered. If the first probe came later than that, one lost packet would end a session. With
@@ -19,10 +22,14 @@ A listening socket passes its options on to those that it accepts, without a sys
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import sys
 
 USER_TIMEOUT_SECONDS = 30
+RETRANSMIT_SECONDS = 3
+"""Not 2: Linux also ends a connection after 15 unanswered probes of a closed window (tcp_retries2), which would be 27 seconds."""
 KEEPALIVE_IDLE_SECONDS = 10
 KEEPALIVE_INTERVAL_SECONDS = 2
 KEEPALIVE_PROBES = 10
@@ -43,10 +50,14 @@ _OPTIONS = [
     if hasattr(socket, name)
 ]
 """Those that this system has."""
-_IN_FLIGHT = struct.Struct("3xB20xI116xI")
-"""tcpi_probes, tcpi_unacked (segments) and tcpi_notsent_bytes of struct tcp_info (linux/tcp.h; Linux 4.6 and newer)."""
+_TCP_RTO_MAX_MS = 44
+"""Of linux/tcp.h; Python does not name it."""
+_IN_FLIGHT = struct.Struct("3xB20xI28xI84xI")
+"""tcpi_probes, tcpi_unacked (segments), tcpi_last_ack_recv (milliseconds ago) and tcpi_notsent_bytes of struct tcp_info
+(linux/tcp.h; Linux 4.6 and newer)."""
 _DEAD_PROBES = 3
-"""Consecutive unanswered probes of a closed window after which the peer counts as vanished: two may have been lost."""
+"""Consecutive unanswered probes of a closed window after which a peer that has been silent for the user timeout counts as
+vanished: two may have been lost."""
 
 
 def detect_dead_peer(sock: socket.socket) -> None:
@@ -55,6 +66,9 @@ def detect_dead_peer(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _OPTIONS:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # before 6.15
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, RETRANSMIT_SECONDS * 1000)
 
 
 def check_window(sock: socket.socket) -> bool:
@@ -69,8 +83,9 @@ def check_window(sock: socket.socket) -> bool:
     if _USER_TIMEOUT is None or _TCP_INFO is None or sock.family == socket.AF_UNIX:
         return False
     try:
-        probes, unacked, notsent = _IN_FLIGHT.unpack(sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _IN_FLIGHT.size))
-        if unacked or (notsent and probes >= _DEAD_PROBES):
+        probes, unacked, silent_ms, notsent = _IN_FLIGHT.unpack(sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _IN_FLIGHT.size))
+        vanished = probes >= _DEAD_PROBES and silent_ms >= USER_TIMEOUT_SECONDS * 1000
+        if unacked or (notsent and vanished):
             if not sock.getsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT):
                 sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, USER_TIMEOUT_SECONDS * 1000)
         elif notsent and not probes:

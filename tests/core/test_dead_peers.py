@@ -27,9 +27,15 @@ OPTIONS = {
 }
 
 
+TCP_RTO_MAX_MS = 44
+"""Linux has it since 6.15."""
+
+
 def assert_detects(sock: socket.socket) -> None:
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert {option: sock.getsockopt(socket.IPPROTO_TCP, option) for option in OPTIONS} == OPTIONS
+    with contextlib.suppress(OSError):
+        assert sock.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS) == 3_000
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -117,9 +123,9 @@ class Kernel:
 
     family = socket.AF_INET
 
-    def __init__(self, timeout: int, probes: int, unacked: int, notsent: int) -> None:
+    def __init__(self, timeout: int, probes: int, unacked: int, silent_ms: int, notsent: int) -> None:
         self.timeout = timeout
-        self._info = struct.pack("3xB20xI116xI", probes, unacked, notsent)
+        self._info = struct.pack("3xB20xI28xI84xI", probes, unacked, silent_ms, notsent)
 
     def getsockopt(self, level: int, option: int, size: int = 0) -> int | bytes:
         return self._info if option == socket.TCP_INFO else self.timeout
@@ -130,14 +136,23 @@ class Kernel:
 
 
 @pytest.mark.parametrize(
-    ("probes", "unacked", "notsent", "timeout"),
-    [(0, 0, 1, 0), (0, 0, 0, None), (1, 0, 1, None), (2, 0, 1, None), (3, 0, 1, 30_000), (0, 1, 0, 30_000), (0, 1, 1, 30_000)],
+    ("probes", "unacked", "silent_ms", "notsent", "timeout"),
+    [
+        (0, 0, 0, 1, 0),
+        (0, 0, 0, 0, None),
+        (1, 0, 30_000, 1, None),
+        (2, 0, 30_000, 1, None),
+        (3, 0, 29_999, 1, None),
+        (3, 0, 30_000, 1, 30_000),
+        (0, 1, 0, 0, 30_000),
+        (0, 1, 0, 1, 30_000),
+    ],
 )
 @pytest.mark.parametrize("before", [0, 30_000])
 def test_the_user_timeout_is_suspended_only_while_the_window_is_closed_and_probes_are_answered(
-    probes: int, unacked: int, notsent: int, timeout: int | None, before: int
+    probes: int, unacked: int, silent_ms: int, notsent: int, timeout: int | None, before: int
 ) -> None:
-    kernel = Kernel(before, probes, unacked, notsent)
+    kernel = Kernel(before, probes, unacked, silent_ms, notsent)
     assert check_window(cast(socket.socket, kernel)) == bool(unacked or notsent)
     assert kernel.timeout == (before if timeout is None else timeout)
 

@@ -41,19 +41,11 @@ def table() -> Iterator[list[str]]:
     print("", *rows, sep="\n")
 
 
-def killed(name: str) -> Fault:
+def ended(how: Callable[[MailHosts, str], None], name: str) -> Fault:
+    """Its program ends, and somebody starts it again."""
+
     def fault(mail: MailHosts, load: Load) -> None:
-        mail.kill(name)
-        load.run_for(BACK_SECONDS)
-        mail.restart(name)
-        load.await_accepted(FIRST)
-
-    return fault
-
-
-def terminated(name: str) -> Fault:
-    def fault(mail: MailHosts, load: Load) -> None:
-        mail.terminate(name)
+        how(mail, name)
         load.run_for(BACK_SECONDS)
         mail.restart(name)
         load.await_accepted(FIRST)
@@ -108,8 +100,8 @@ def restarted(mail: MailHosts, load: Load) -> None:
 
 PROGRAMS = ("balancer", "edge1", "core1", "store")
 FAULTS: dict[str, Fault] = {
-    **{f"kill -9 of {name}": killed(name) for name in PROGRAMS},
-    **{f"SIGTERM of {name}": terminated(name) for name in PROGRAMS},
+    **{f"kill -9 of {name}": ended(MailHosts.kill, name) for name in PROGRAMS},
+    **{f"SIGTERM of {name}": ended(MailHosts.terminate, name) for name in PROGRAMS},
     **{f"{name} cut off for 15 s": cut_off(name) for name in ("client", *PROGRAMS)},
     **{f"{name} vanishes": vanished(name) for name in ("edge1", "core1", "store")},
     **{f"{name}: 200 ms, 2 % loss": slow(name) for name in ("client", "edge1", "core1", "store")},

@@ -59,6 +59,10 @@ class Host(Namespace):
     def plug(self) -> None:
         self._switch.ip(f"link set {self.name} up")
 
+    def forget_neighbors(self) -> None:
+        """Have it ask by ARP for each host that it sends to from now on."""
+        self.ip("neigh flush dev eth0")
+
     @contextlib.contextmanager
     def slow(self, seconds: float, loss: float, log: Path) -> Iterator[None]:
         """With a cable on which each packet takes so long, and a share of them is lost, see tests/support/slow_link.py."""

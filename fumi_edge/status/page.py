@@ -176,7 +176,7 @@ def _limits(edge: Edge, figures: Figures) -> dict[str, float | str | None]:
     limit = figures.total(LIMIT)
     return {
         "--max-clients": limits.max_clients,
-        "connections, by it and the descriptors": limit,
+        "connections that --max-clients and the descriptors allow": limit,
         "--max-clients-per-ip (of each worker)": limits.max_clients_per_ip,
         "--rate-per-ip (of each worker)": _rate(limits),
         "--drain-timeout": f"{edge.settings.drain_timeout:g} s",

@@ -26,7 +26,7 @@ from fumi_core.handlers.contexts import (
     RcptContext,
 )
 from fumi_core.handlers.runner import HandlerRunner
-from fumi_core.handlers.stream import HIGH_WATER_BYTES, MessageStream
+from fumi_core.handlers.stream import MessageStream
 from fumi_core.runtime.logs import event as log_event
 from fumi_core.server import dialogue_log
 from fumi_core.server.handler_replies import log_failure, log_handler_failure, rejection
@@ -55,6 +55,12 @@ from fumi_core.smtp.session import Session, log_fields
 from fumi_core.smtp.states import State
 
 _log = logging.getLogger("fumi.core")
+
+PIPELINED_BYTES = 32 * 1024
+"""When more bytes than this wait behind a command whose handlers run, the socket is not read.
+
+With a message's bytes that wait for its handler (HIGH_WATER_BYTES) and one more read (READ_BYTES), at most 256 KiB are buffered.
+"""
 
 
 class Dialogue:
@@ -152,7 +158,7 @@ class Dialogue:
         if message is not None and message.stream.full:
             return True
         # Reading goes on while a handler runs, so that a disconnect is noticed, even after further bytes.
-        return (protocol.pending is not None and protocol.buffered > HIGH_WATER_BYTES) or protocol.throttled
+        return (protocol.pending is not None and protocol.buffered > PIPELINED_BYTES) or protocol.throttled
 
     @property
     def message_started(self) -> float | None:

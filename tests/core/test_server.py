@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import threading
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from fumi_core import DataContext, Fumi, MailContext, Next, plugins
-from fumi_core.handlers.stream import MessageStream
+from fumi_core.handlers.stream import HIGH_WATER_BYTES, MessageStream
 from fumi_core.server.observer import Observer
+from fumi_core.smtp.protocol import Protocol
 from fumi_core.testing import running
 from tests.core.client import Connect
 from tests.support.waiting import until
@@ -113,6 +115,28 @@ def test_a_slow_handler_is_no_silence_of_the_client(connect: Connect) -> None:
         client = connect(server.port)
         client.say("EHLO x")
         assert client.say("MAIL FROM:<>").startswith(b"250")
+
+
+def test_a_message_and_what_follows_it_take_at_most_256_kib(connect: Connect) -> None:
+    app = Fumi(auth_optional=True, close_timeout=0.2)
+    go = threading.Event()
+    streams: list[MessageStream] = []
+
+    @app.on_data
+    async def data(ctx: DataContext, next: Next) -> None:
+        streams.append(ctx.stream)
+        await asyncio.to_thread(go.wait, 20)
+
+    with running(app) as server:
+        client = connect(server.port)
+        client.envelope()
+        client.say("DATA")
+        client.sock.sendall((b"x" * 998 + b"\r\n") * (HIGH_WATER_BYTES // 1000) + b".\r\n")
+        client.sock.settimeout(0.3)
+        send_until_blocked(client.sock, b"NOOP\r\n" * 1000)
+        (protocol,) = (each for each in gc.get_objects() if isinstance(each, Protocol) and each.pending is not None)
+        assert 0 < protocol.buffered <= 256 * 1024 - streams[0]._buffered < 256 * 1024
+        go.set()
 
 
 def test_a_slow_reader_of_a_message_slows_the_client_down(connect: Connect) -> None:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 import fumi_edge.backends.choice
 import fumi_edge.backends.dialing
 import fumi_edge.backends.health
-from fumi_edge.backends.choice import AVOID_SECONDS, Backends
+from fumi_edge.backends.choice import AVOID_SECONDS, Backend, Backends
 from fumi_edge.backends.dialing import Opening, Remote, ResolvedAddress
 from fumi_edge.metrics import BackendError, EdgeMetrics
 from tests.edge.backends import MakePool
@@ -58,15 +58,12 @@ def test_without_checks_what_earlier_ones_have_found_does_not_count(pool: MakePo
 
 
 class Resolver:
-    """Answers in the system's place; ``answer`` is a list of addresses, or an error, or empty for silence."""
+    """Answers in the system's place from now on; ``answer`` is a list of addresses, or an error, or empty for silence."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answer: str | Exception) -> None:
         self.answer = list(answer)
         self.asked = 0
-        self._monkeypatch = monkeypatch
-
-    def install(self) -> None:
-        self._monkeypatch.setattr(socket, "getaddrinfo", self._resolve)
+        monkeypatch.setattr(socket, "getaddrinfo", self._resolve)
 
     def _resolve(self, host: str, port: int, *, type: int) -> list[tuple[socket.AddressFamily, int, int, str, tuple[str, int]]]:
         self.asked += 1
@@ -80,18 +77,38 @@ class Resolver:
         return addresses
 
 
+def dialed_hosts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The IP addresses that are connected to from now on, in this order."""
+    dialed = []
+    dial = fumi_edge.backends.dialing._connect
+
+    def noted(
+        loop: asyncio.AbstractEventLoop, address: ResolvedAddress, timeout: float, opening: Opening
+    ) -> Awaitable[socket.socket]:
+        dialed.append(address[1][0])
+        return dial(loop, address, timeout, opening)
+
+    monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", noted)
+    return dialed
+
+
+async def come_and_go(backends: Backends, preferred: Backend | None = None) -> Backend:
+    """A client's connection to a backend, closed at once. Returns the backend."""
+    sock, backend = await backends.connect(b"", preferred)
+    sock.close()
+    return backend
+
+
 def test_addresses_are_kept_when_the_resolver_fails_later(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.1")
-        resolver.install()
         backends = pool(f"mail.test:{listening}")
         monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
         for number in range(1, 4):
             while resolver.asked < number:  # a connection starts no lookup while another one is running
-                sock, backend = await backends.connect(b"")
-                sock.close()
+                backend = await come_and_go(backends)
                 await asyncio.sleep(0.01)
             resolver.answer = [socket.gaierror("no more")]
         assert backend.up
@@ -104,14 +121,11 @@ def test_addresses_are_kept_when_the_resolver_fails_later(
 def test_addresses_are_kept_when_the_settings_change(pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int) -> None:
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.1")
-        resolver.install()
         name, metrics = f"mail.test:{listening}", EdgeMetrics(CollectorRegistry(), [], "0")
         before = pool(name)
-        sock, _ = await before.connect(b"")
-        sock.close()
+        await come_and_go(before)
         resolver.answer = [socket.gaierror("no more")]
-        sock, _ = await Backends(pool(name).settings, metrics, before.all).connect(b"")
-        sock.close()
+        await come_and_go(Backends(pool(name).settings, metrics, before.all))
 
     asyncio.run(scenario())
 
@@ -119,7 +133,6 @@ def test_addresses_are_kept_when_the_settings_change(pool: MakePool, monkeypatch
 def test_a_resolver_that_hangs_is_given_up_after_the_connect_timeout(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         resolver = Resolver(monkeypatch)
-        resolver.install()
         backends = pool("mail.test:25", timeout=0.1)
         results = await asyncio.gather(*(backends.connect(b"") for _ in range(20)), return_exceptions=True)
         assert {type(each) for each in results} == {fumi_edge.backends.choice.NoBackend}
@@ -154,13 +167,12 @@ def test_of_several_addresses_the_one_that_answered_comes_first_from_then_on(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
 ) -> None:
     async def scenario() -> None:
-        resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
-        resolver.install()
+        Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
         backends = pool(f"mail.test:{listening}")
         remote = backends.all[0].destination
         assert isinstance(remote, Remote)
         while not remote._failed:  # the other may be the first by chance
-            (await backends.connect(b""))[0].close()
+            await come_and_go(backends)
         targets = await remote.addresses(asyncio.get_running_loop(), 1.0)
         assert [name[0] for _, name in targets] == ["127.0.0.1", "127.0.0.3"]
 
@@ -174,31 +186,21 @@ def test_an_address_that_does_not_answer_costs_one_client_its_time_and_not_one_a
 
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.1")
-        resolver.install()
-        connected = []
-        connect = fumi_edge.backends.dialing._connect
-
-        def told(
-            loop: asyncio.AbstractEventLoop, target: ResolvedAddress, timeout: float, opening: Opening
-        ) -> Awaitable[socket.socket]:
-            connected.append(target[1][0])
-            return connect(loop, target, timeout, opening)
-
-        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
+        dialed = dialed_hosts(monkeypatch)
         monkeypatch.setattr(fumi_edge.backends.dialing, "RESOLVE_INTERVAL", 0.0)
         backends = pool(f"mail.test:{listening}")
-        while "127.0.0.3" not in connected:  # the other may be the first by chance
-            (await backends.connect(b""))[0].close()
+        while "127.0.0.3" not in dialed:  # the other may be the first by chance
+            await come_and_go(backends)
         resolver.asked = 0
         while resolver.asked < 5:
-            (await backends.connect(b""))[0].close()
+            await come_and_go(backends)
             await asyncio.sleep(0.01)
-        assert connected.count("127.0.0.3") == 1
+        assert dialed.count("127.0.0.3") == 1
         # When there is nothing else, it gets its chance.
         resolver.answer = ["127.0.0.3"]
-        while connected[-1] != "127.0.0.3":
+        while dialed[-1] != "127.0.0.3":
             with contextlib.suppress(fumi_edge.backends.choice.NoBackend):
-                (await backends.connect(b""))[0].close()
+                await come_and_go(backends)
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -226,12 +228,12 @@ def test_the_second_connections_of_clients_that_upgrade_go_to_all_addresses_of_a
     port, connected = listening_everywhere
 
     async def scenario() -> set[str]:
-        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2")
         backends, second = pool(f"mail.test:{port}"), set()
         for _ in range(40):  # all the same by chance: once in 2^39
-            (await backends.connect(b""))[0].close()
+            await come_and_go(backends)
             connected()
-            (await backends.connect(b"", backends.all[0]))[0].close()
+            await come_and_go(backends, backends.all[0])
             second.add(connected())
         return second
 
@@ -242,7 +244,7 @@ def test_addresses_that_remain_share_what_an_address_that_failed_would_have_got(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> Counter[str]:
-        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3").install()
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3")
         remote, loop = pool("mail.test:25").all[0].destination, asyncio.get_running_loop()
         assert isinstance(remote, Remote)
         dead = (socket.AF_INET, ("127.0.0.1", 25))
@@ -269,7 +271,7 @@ def test_an_address_without_a_banner_is_avoided_and_the_check_goes_on_with_the_n
         writer.close()
 
     async def scenario() -> None:
-        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3").install()
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3")
         async with await asyncio.start_server(greet, ["127.0.0.1", "127.0.0.2", "127.0.0.3"], free_port()) as server:
             backends = pool(f"mail.test:{server.sockets[0].getsockname()[1]}")
             remote, loop = backends.all[0].destination, asyncio.get_running_loop()
@@ -278,7 +280,7 @@ def test_an_address_without_a_banner_is_avoided_and_the_check_goes_on_with_the_n
                 await fumi_edge.backends.health.health_check(remote, backends.settings)
             assert len(remote._failed) == 2
             assert {(await remote.addresses(loop, 1.0))[0][1][0] for _ in range(20)} == {"127.0.0.1"}
-            Resolver(monkeypatch, "127.0.0.2", "127.0.0.3").install()
+            Resolver(monkeypatch, "127.0.0.2", "127.0.0.3")
             remote._start_lookup(loop)
             await remote._lookup_error(1.0)
             with pytest.raises(fumi_edge.backends.health.BadBanner):
@@ -295,13 +297,12 @@ def test_addresses_come_and_go_with_the_answers_of_the_resolver(
 
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.1", "127.0.0.2")
-        resolver.install()
         backends = pool(f"mail.test:{port}")
         for answer in (["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.3", "127.0.0.4"], ["127.0.0.4"]):
             resolver.answer = list(answer)
             last: list[str] = []
             while set(last[-30:]) != set(answer):  # the last thirty, so that none goes to a removed address
-                (await backends.connect(b""))[0].close()
+                await come_and_go(backends)
                 last.append(connected())
                 await asyncio.sleep(0)
 
@@ -315,7 +316,7 @@ def test_an_address_that_failed_is_used_again_after_a_while(
     monkeypatch.setattr(fumi_edge.backends.dialing, "AVOID_ADDRESS_SECONDS", 0.05)
 
     async def scenario() -> None:
-        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2").install()
+        Resolver(monkeypatch, "127.0.0.1", "127.0.0.2")
         backends = pool(f"mail.test:{port}")
         dial = fumi_edge.backends.dialing._connect
 
@@ -329,11 +330,11 @@ def test_an_address_that_failed_is_used_again_after_a_while(
         with monkeypatch.context() as patch:
             patch.setattr(fumi_edge.backends.dialing, "_connect", broken)
             for _ in range(4):
-                (await backends.connect(b""))[0].close()
+                await come_and_go(backends)
                 assert connected() == "127.0.0.1"
         seen = set()
         while "127.0.0.2" not in seen:
-            (await backends.connect(b""))[0].close()
+            await come_and_go(backends)
             seen.add(connected())
             await asyncio.sleep(0.01)
 
@@ -347,7 +348,6 @@ def test_when_no_address_of_a_name_can_be_connected_to_it_is_resolved_at_once(
 
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
-        resolver.install()
         backends = pool(f"mail.test:{listening}")
         monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 3600.0)
         for _ in range(5):
@@ -372,24 +372,14 @@ def test_while_all_addresses_are_known_to_have_failed_the_name_is_resolved_befor
 
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3", "127.0.0.4")
-        resolver.install()
         monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 0.0)
         backends = pool(f"mail.test:{listening}")
         with pytest.raises(fumi_edge.backends.choice.NoBackend):
             await backends.connect(b"")
-        connected = []
-        connect = fumi_edge.backends.dialing._connect
-
-        def told(
-            loop: asyncio.AbstractEventLoop, target: ResolvedAddress, timeout: float, opening: Opening
-        ) -> Awaitable[socket.socket]:
-            connected.append(target[1][0])
-            return connect(loop, target, timeout, opening)
-
-        monkeypatch.setattr(fumi_edge.backends.dialing, "_connect", told)
+        dialed = dialed_hosts(monkeypatch)
         resolver.answer = ["127.0.0.4", "127.0.0.1"]
-        (await backends.connect(b""))[0].close()
-        assert connected == ["127.0.0.1"]
+        await come_and_go(backends)
+        assert dialed == ["127.0.0.1"]
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -399,7 +389,6 @@ def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(
 ) -> None:
     async def scenario() -> None:
         resolver = Resolver(monkeypatch, "127.0.0.3")
-        resolver.install()
         monkeypatch.setattr(fumi_edge.backends.dialing, "MIN_RESOLVE_INTERVAL", 0.0)
         backends = pool("mail.test:9")
         for _ in range(5):

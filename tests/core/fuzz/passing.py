@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+from collections.abc import Coroutine
 from typing import Any
 
 
@@ -28,3 +29,14 @@ class PassingLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._clock.now
+
+
+def run_passing(main: Coroutine[Any, Any, None]) -> None:
+    """Run it in a loop of its own. An error that asyncio would only log fails, too."""
+    loop, errors = PassingLoop(), []
+    loop.set_exception_handler(lambda loop, context: errors.append(context))
+    try:
+        loop.run_until_complete(main)
+    finally:
+        loop.close()
+    assert not errors

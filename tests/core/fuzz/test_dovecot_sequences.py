@@ -21,7 +21,7 @@ from fumi_core.smtp.session import Session
 from tests.core.dovecot_server import AUTH_HANDSHAKE
 
 from . import campaign, speech
-from .passing import PassingLoop
+from .passing import run_passing
 
 DELAYS = (0.0, 0.0, 0.0, 2.0, 20.0, 40.0)
 """Seconds until an answer; the time limit is 30."""
@@ -114,13 +114,7 @@ class Logins(campaign.Case):
     """``data`` and ``cut`` are seeds, of the server and of the clients."""
 
     def check(self) -> None:
-        loop, errors = PassingLoop(), []
-        loop.set_exception_handler(lambda loop, context: errors.append(context))
-        try:
-            loop.run_until_complete(self._run())
-        finally:
-            loop.close()
-        assert not errors
+        run_passing(self._run())
 
     async def _run(self) -> None:
         server, chance = Server(Random(self.data)), Random(self.cut)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 from dataclasses import dataclass
 from random import Random
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 from unittest import mock
 
@@ -25,8 +23,8 @@ from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.smtp.session import Address, Envelope, Session
 
 from . import campaign
-from .passing import PassingLoop
-from .test_milters import OFFERED, frames, packet
+from .filters import OFFERED, FilterTransport, frames, packet
+from .passing import run_passing
 
 DELAYS = (0.0, 0.0, 0.0, 1.0, 25.0, 35.0, 280.0, 400.0)
 """Seconds until an answer; the time limits are 30 for a command and 300 for content."""
@@ -62,16 +60,16 @@ class Filter:
         return connection
 
 
-class Transport:
+class Transport(FilterTransport):
     """One connection to the filter. ``label`` is the client or message that it is about."""
 
     def __init__(self, connection: MilterConnection, filter: Filter) -> None:
+        super().__init__()
         self._connection = connection
         self._filter = filter
         self._sent = b""
         self._label = ""
         self._open: int | None = None
-        self.closed = False
 
     def write(self, data: bytes) -> None:
         assert not self.closed
@@ -133,18 +131,6 @@ class Transport:
         if not self.closed:
             self.closed = True
             self._connection.connection_lost(None)
-
-    def abort(self) -> None:
-        self.closed = True
-
-    close = abort
-
-    def get_extra_info(self, name: str) -> Any:
-        return SimpleNamespace(family=socket.AF_UNIX)
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
 
 
 class Client:
@@ -219,13 +205,7 @@ class Clients(campaign.Case):
     reuse: bool
 
     def check(self) -> None:
-        loop, errors = PassingLoop(), []
-        loop.set_exception_handler(lambda loop, context: errors.append(context))
-        try:
-            loop.run_until_complete(self._run())
-        finally:
-            loop.close()
-        assert not errors
+        run_passing(self._run())
 
     async def _run(self) -> None:
         filter, pool = Filter(Random(self.data)), cast("Pool[MilterConnection]", Pool())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 from unittest import mock
 
@@ -24,13 +22,13 @@ from fumi_core.runtime.addresses import SocketAddress
 from fumi_core.smtp.session import Address, Session
 
 from . import campaign, speech
+from .filters import OFFERED, FilterTransport, frames, packet
 from .passing import PassingLoop
 
 STEPS = {"C": "connect", "H": "helo", "M": "mail", "R": "rcpt", "T": "data", "L": "header", "N": "eoh", "B": "body", "E": "end"}
 TEXT = b"Subject: hi\r\nX-Two: lines\r\n of it\r\n\r\nbody\r\n.\r\n"
 HEADER, BODY = TEXT.partition(b"\r\n\r\n")[0], b"body\r\n.\r\n"
 FAILED = "failed"
-OFFERED = struct.pack("!III", 6, 0x1FF, 0x400)
 
 # The model: what an answer means, by somebody who knows the protocol's description and nothing of the code.
 
@@ -38,18 +36,6 @@ REPLY_LINE = re.compile(rb"[45]\d\d(?:[ -][^\r\n]*)?")
 NAME = re.compile(rb"[!-9;-~]+")
 PATH = re.compile(rb"[a-z]+@[a-z]+(\.[a-z]+)*")
 DECISIONS = {b"c": "accepted", b"a": "accepted", b"d": "discarded", b"r": "550", b"t": "451", b"4": "421", b"f": "421"}
-
-
-def frames(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """The packets, and what is left."""
-    found = []
-    while len(data) >= 5:
-        length = struct.unpack("!I", data[:4])[0]
-        if length == 0 or len(data) < 4 + length:
-            break
-        found.append((data[4:5], data[5 : 4 + length]))
-        data = data[4 + length :]
-    return found, data
 
 
 def is_change(letter: bytes, data: bytes) -> bool:
@@ -122,24 +108,24 @@ def decision(step: str, letter: bytes, text: bytes) -> str:
     return found
 
 
-class Transport:
+class Transport(FilterTransport):
     """The connection to a filter that answers each step with continue, and one step with the bytes of the case."""
 
     def __init__(self, connection: MilterConnection, case: Misbehaviour) -> None:
+        super().__init__()
         self._connection = connection
         self._case = case
         self._said = b""
-        self.closed = False
 
     def write(self, data: bytes) -> None:
         packets, self._said = frames(self._said + data)
         for letter, _ in packets:
             if letter == b"O":
-                self._answer([struct.pack("!I", 13) + b"O" + OFFERED])
+                self._answer([packet(b"O", OFFERED)])
             elif letter.decode() in STEPS and STEPS[letter.decode()] == self._case.step:
                 self._answer(speech.cut(Random(self._case.cut), self._case.data))
             elif letter not in b"DAQK":
-                self._answer([b"\0\0\0\1c"])
+                self._answer([packet(b"c")])
 
     def _answer(self, pieces: list[bytes]) -> None:
         for piece in filter(None, pieces):
@@ -148,18 +134,6 @@ class Transport:
     def _arrive(self, piece: bytes) -> None:
         if not self.closed:
             self._connection.data_received(piece)
-
-    def abort(self) -> None:
-        self.closed = True
-
-    close = abort
-
-    def get_extra_info(self, name: str) -> Any:
-        return SimpleNamespace(family=socket.AF_UNIX)
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -240,10 +214,6 @@ def _session() -> Session:
 
 
 # What filters answer, more or less
-
-
-def packet(letter: bytes, data: bytes = b"") -> bytes:
-    return struct.pack("!I", 1 + len(data)) + letter + data
 
 
 WORDS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DECLARATIONS = {each.flag: each for each in DECLARATIONS.values() if each.flag is not None}
 OPTIONS = {flag.lstrip("-").replace("-", "_"): each.name for flag, each in _DECLARATIONS.items()}
 """The option that each flag sets. The keys are the names that click gives to the flags."""
+_FLAGS = {each.name: flag for flag, each in _DECLARATIONS.items()}
 
 
 def option_flag(flag: str, **attributes: Any) -> Callable[[F], F]:
@@ -29,3 +31,8 @@ def option_flag(flag: str, **attributes: Any) -> Callable[[F], F]:
     elif isinstance(declared.check, Choice):
         own |= {"type": click.Choice(declared.check.values), "default": declared.default}
     return click.option(flag, **{**own, **attributes})
+
+
+def error_text(error: ValueError) -> str:
+    """The text of an option's error, which begins with the option's name, with its flag in place of that name."""
+    return re.sub(r"^\w+", lambda name: _FLAGS.get(name[0], name[0]), str(error))

@@ -16,7 +16,7 @@ from fumi_core.plugins.dovecot.auth import DovecotAuth
 from fumi_core.program import builtin
 from fumi_core.program.filters import check_filters, filters
 from fumi_core.program.logins import dovecot_at, use_logins
-from fumi_core.program.option_flags import OPTIONS
+from fumi_core.program.option_flags import OPTIONS, error_text
 from fumi_core.runtime.settings import SettingError
 from fumi_core.smtp.mailboxes import check_delimiter
 
@@ -72,7 +72,7 @@ class ServedApp:
         try:
             app.configure(**{OPTIONS[flag]: settings[flag] for flag in wanted})
         except ValueError as error:
-            raise SettingError(str(error)) from None
+            raise SettingError(error_text(error)) from None
         if target is not None and not self._dry:
             _equip(app, target, settings, milters)
         return Built(settings, app, target, dovecot)

@@ -57,6 +57,15 @@ def test_the_error_for_the_file_of_an_app_says_how_to_name_it(reference: str, wa
     assert wanted in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "form"), [("--name", "two words", "a host name"), ("--banner", "grüß Gott", "printable")]
+)
+def test_the_error_for_a_value_that_its_option_rejects_names_the_flag(flag: str, value: str, form: str, tmp_path: Path) -> None:
+    done = run(flag, value, "--deliver", "discard:", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"Error: {flag} is {form}")
+
+
 def test_the_error_for_a_missing_module_names_no_place_in_python_itself(tmp_path: Path) -> None:
     done = run("missing_app:app", cwd=tmp_path)
     problem = "missing_app:app: ModuleNotFoundError: No module named 'missing_app'"

@@ -11,9 +11,7 @@ import os
 import re
 import ssl
 import subprocess
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +20,12 @@ import pytest
 from fumi_core.version import VERSION
 from tests.bench import environment
 from tests.engines.container_engine import COMPOSE, NAME, START, UPGRADE, ContainerEngine, Docker, Podman
-from tests.hosts.verdict import Attempt, Verdict, judge
 from tests.support.certificates import CertificateFiles, self_signed, shown_pem
 from tests.support.hosts import Host, network
 from tests.support.inside import Client
+from tests.support.load import Load
 from tests.support.readme import ROOT
+from tests.support.verdict import Verdict
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(os.getuid() != 0, reason="only root starts engines")]
@@ -195,29 +194,6 @@ def test_sigterm_reaches_process_1_which_drains_a_session(docker: Started, certi
     await_mail(engine)
 
 
-class Load:
-    """A client's messages, each sent again until it has its 250."""
-
-    def __init__(self, client: Host, certificate: Path, directory: Path) -> None:
-        self._output = directory / "load.jsonl"
-        words = client.command(sys.executable, "-m", "tests.hosts.load", "10.7.0.1", "25", str(RATE), certificate, "load-")
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=output, cwd=ROOT)
-
-    def attempts(self) -> list[Attempt]:
-        return [Attempt(**json.loads(line)) for line in self._output.read_text().split("\n")[:-1]]
-
-    def await_accepted(self, count: int) -> None:
-        enough = sum(each.accepted for each in self.attempts()) + count
-        until(lambda: sum(each.accepted for each in self.attempts()) >= enough, f"{count} messages accepted", 120)
-
-    def finish(self, engine: ContainerEngine) -> Verdict:
-        """Begin no more messages, wait until all are accepted, and judge by what is stored."""
-        self._process.communicate(timeout=180)
-        stored = b"\n".join(each.text for each in engine.inbox.messages())
-        return judge(self.attempts(), Counter(name.decode() for name in re.findall(rb"^X-Load: (\S+)", stored, re.MULTILINE)))
-
-
 def upgrade(engine: ContainerEngine) -> None:
     """Follow the page with another version."""
     engine.run("echo 'VERSION = \"9.9\"' >>fumi_core/version.py")
@@ -231,12 +207,12 @@ def test_an_upgrade_replaces_both_at_once_and_loses_nothing(
     docker: Started, certificate: CertificateFiles, tmp_path: Path
 ) -> None:
     engine, client = docker
-    load = Load(client, certificate[0], tmp_path)
+    load = Load(client, "10.7.0.1", RATE, certificate[0], tmp_path)
     load.await_accepted(FEW)
     began = engine.run("date +%s").strip()
     upgrade(engine)
     load.await_accepted(FEW)
-    verdict = load.finish(engine)
+    verdict = load.finish(each.text.decode() for each in engine.inbox.messages())
     events = engine.run(
         f"docker events --since {began} --until $(date +%s) --filter type=container --format '{{{{.Action}}}}'"
     ).split()

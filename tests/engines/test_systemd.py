@@ -6,23 +6,20 @@ The tests of a Debian share its machine, in this order; each leaves it serving m
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import ssl
-import subprocess
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engines.systemd_machine import DEBIANS, NAME, SystemdMachine, debian
-from tests.hosts.verdict import Attempt, Verdict, judge
 from tests.support.certificates import CertificateFiles, self_signed, shown_pem
-from tests.support.hosts import Host, network
+from tests.support.hosts import network
+from tests.support.load import Load
 from tests.support.readme import ROOT, blocks, sections
+from tests.support.verdict import Verdict
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(os.getuid() != 0, reason="only root boots containers")]
@@ -48,33 +45,6 @@ PROGRAMS, UNITS, START, USERS, _ = shell("One host, with systemd")
 OTHER_CORE, OTHER_BACKEND = shell("Two hosts")
 UPGRADE, SECOND_EDGE, ROLL_BACK = shell("Upgrade")
 (USERS_SETTING,) = re.findall(r"`(users = .*?)`", README)
-
-
-class Load:
-    """A client's messages, each sent again until it has its 250."""
-
-    def __init__(self, client: Host, target: str, certificate: Path, directory: Path, prefix: str) -> None:
-        self._output, self._log = directory / f"{prefix}.jsonl", directory / f"{prefix}.log"
-        command = [sys.executable, "-m", "tests.hosts.load", target, "25", str(RATE), str(certificate), prefix]
-        with self._output.open("wb") as output, self._log.open("wb") as log:
-            words = client.command(*command)
-            self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=output, stderr=log, cwd=ROOT)
-
-    def attempts(self) -> list[Attempt]:
-        return [Attempt(**json.loads(line)) for line in self._output.read_text().split("\n")[:-1]]
-
-    def await_accepted(self, count: int) -> None:
-        """Wait until so many messages more have been accepted."""
-        enough = sum(each.accepted for each in self.attempts()) + count
-        until(lambda: sum(each.accepted for each in self.attempts()) >= enough, f"{count} messages accepted", 120)
-
-    def finish(self, stored: Iterator[str]) -> Verdict:
-        """Begin no more messages, wait until all are accepted, and judge by what is stored."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        assert self._process.wait(180) == 0, self._log.read_text()
-        ids = (re.search(r"^X-Load: (\w+)", text, re.MULTILINE) for text in stored)
-        return judge(self.attempts(), Counter(found[1] for found in ids if found))
 
 
 class Site:
@@ -122,7 +92,7 @@ class Site:
     def load(self, what: str) -> Iterator[Load]:
         """A load, of which no message may be lost, and no connection refused or broken. Prints what became of it."""
         self.loads += 1
-        load = Load(self.client, self.first.host.address, self.certificate[0], self.directory, f"load{self.loads}x")
+        load = Load(self.client, self.first.host.address, RATE, self.certificate[0], self.directory, f"load{self.loads}")
         load.await_accepted(FEW)
         yield load
         load.await_accepted(FEW)

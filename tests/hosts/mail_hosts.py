@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.hosts.verdict import Attempt, Verdict, judge
-from tests.support import starter
 from tests.support.certificates import self_signed
 from tests.support.hosts import Host, network
+from tests.support.load import Load
 from tests.support.starter import BIN, ROOT, Process
 from tests.support.waiting import until
 
@@ -107,47 +103,18 @@ class MailHosts:
         logs = [(self.directory / f"{name}.log").read_text() for name in ("core1", "core2")]
         return sum(len(re.findall(r" session ended .*helo=idle\.example\.net", log)) for log in logs)
 
-    def stored(self) -> Counter[str]:
-        """How often each message of the load is in the store's Maildir, by its id."""
-        texts = [path.read_text() for path in (self.inbox / "new").iterdir()]
-        return Counter(found[1] for text in texts if (found := re.search(r"^X-Load: (\w+)", text, re.MULTILINE)))
+    def load(self) -> Load:
+        """Start a load from the client; ids of messages differ from load to load."""
+        self.loads += 1
+        address, name = self.hosts["balancer"].address, f"load{self.loads}"
+        load = Load(self.hosts["client"], address, RATE, self._certificate, self.directory, name)
+        self.clients.append(load.process)
+        return load
 
-
-class Load:
-    """The client's messages; ids are numbered on from load to load."""
-
-    def __init__(self, mail: MailHosts) -> None:
-        mail.loads += 1
-        self._mail = mail
-        self._prefix = f"load{mail.loads}x"
-        self._output = mail.directory / f"{self._prefix}.jsonl"
-        self._log = mail.directory / "client.log"
-        reader, self._stdin = os.pipe()
-        command = [sys.executable, "-m", "tests.hosts.load", mail.hosts["balancer"].address, "25", str(RATE)]
-        with os.fdopen(reader, "rb") as stdin, self._output.open("wb") as output, self._log.open("ab") as log:
-            words = mail.hosts["client"].command(*command, mail.directory / "cert.pem", self._prefix)
-            self._process = starter.start(*words, stdin=stdin, stdout=output, stderr=log, cwd=ROOT)
-        mail.clients.append(self._process)
-
-    def attempts(self) -> list[Attempt]:
-        lines = self._output.read_text().split("\n")[:-1]
-        return [Attempt(**json.loads(line)) for line in lines]
-
-    def await_accepted(self, count: int) -> None:
-        """Wait until so many messages more have been accepted."""
-        enough = sum(each.accepted for each in self.attempts()) + count
-        until(lambda: sum(each.accepted for each in self.attempts()) >= enough, f"{count} messages accepted")
-
-    def run_for(self, seconds: float) -> None:
-        """Let it go on for a time."""
-        end = time.monotonic() + seconds
-        until(lambda: time.monotonic() > end, patience=2 * seconds)
-
-    def finish(self) -> Verdict:
-        """Begin no more messages, wait until all are accepted, and judge."""
-        os.close(self._stdin)
-        assert self._process.wait(180) == 0, self._log.read_text()
-        return judge(self.attempts(), self._mail.stored())
+    def texts(self) -> Iterator[str]:
+        """All messages that are stored."""
+        for path in (self.inbox / "new").iterdir():
+            yield path.read_text()
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.hosts.mail_hosts import Load, MailHosts, mail_hosts
-from tests.hosts.verdict import LIMIT, Verdict
+from tests.hosts.mail_hosts import MailHosts, mail_hosts
+from tests.support.load import Load
+from tests.support.verdict import LIMIT, Verdict
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root makes network namespaces")
@@ -116,7 +117,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def test_a_core_that_dies_and_an_edge_that_stops_lose_no_mail(mail: MailHosts) -> None:
-    load = Load(mail)
+    load = mail.load()
     load.await_accepted(FEW)
     mail.kill("core1")
     load.await_accepted(FEW)
@@ -124,7 +125,7 @@ def test_a_core_that_dies_and_an_edge_that_stops_lose_no_mail(mail: MailHosts) -
     mail.terminate("edge1")
     load.await_accepted(FEW)
     mail.restart("edge1")
-    verdict = load.finish()
+    verdict = load.finish(mail.texts())
     assert verdict.problems() == [], verdict.row("a core dies, an edge stops")
 
 
@@ -151,16 +152,16 @@ def test_an_idle_session_ends_everywhere_when_one_of_its_hosts_vanishes(kind: st
     print(f"{kind} vanishes, idle session: ended after {time.monotonic() - began:.1f} s")
     for host in hosts:
         host.plug()
-    load = Load(mail)
+    load = mail.load()
     load.await_accepted(FEW)
-    assert load.finish().problems() == []
+    assert load.finish(mail.texts()).problems() == []
 
 
 def assert_harmless(name: str, mail: MailHosts, table: list[str]) -> None:
-    load = Load(mail)
+    load = mail.load()
     load.await_accepted(FIRST)
     FAULTS[name](mail, load)
-    verdict = load.finish()
+    verdict = load.finish(mail.texts())
     table.append(verdict.row(name))
     # While the only store is away, all that clients can get is an answer.
     assert verdict.problems(answered=name != "store vanishes") == [], verdict.row(name)

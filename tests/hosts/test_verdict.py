@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.hosts.verdict import Attempt, judge
+from tests.support.verdict import Attempt, judge
 
 ACCEPTED = Attempt("a", began=0, ended=2, step="QUIT", accepted=True, longest=1)
 UNSURE = Attempt("b", began=0, ended=31, step="message", error="ConnectionResetError", longest=30)

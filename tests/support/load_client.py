@@ -1,6 +1,6 @@
 """A steady load: so many messages a second by STARTTLS, each sent again until it has its 250.
 
-    python -m tests.hosts.load HOST PORT RATE CERTIFICATE PREFIX
+    python -m tests.support.load_client HOST PORT RATE CERTIFICATE PREFIX
 
 writes a line of JSON to stdout for each attempt (verdict.Attempt). Ids of messages begin with PREFIX. At the end of stdin no new
 message is begun; it ends when all have their 250.
@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from tests.hosts.verdict import Attempt
+from tests.support.verdict import Attempt
 
 ATTEMPT_SECONDS = 120.0
 """More than any attempt may take."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.edge.program import Program
+from tests.edge.replies import READY
 from tests.support.peer import Peer
 from tests.support.waiting import PATIENCE
 
@@ -51,6 +52,11 @@ class Clients:
         # With ragged ends not suppressed, a stream that ends without close_notify is an error.
         sock = (context or self.context()).wrap_socket(peer.sock, server_hostname=name, suppress_ragged_eofs=False)
         return self._keep(Peer(sock))
+
+    def starttls(self, peer: Peer) -> Peer:
+        """Upgrade a client in plaintext by STARTTLS."""
+        assert peer.ask(b"STARTTLS\r\n") == READY
+        return self.upgrade(peer)
 
     def _keep(self, peer: Peer) -> Peer:
         self._peers.append(peer)

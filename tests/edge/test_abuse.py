@@ -15,7 +15,6 @@ from tests.edge.clients import Clients, Dial, Greet
 from tests.edge.memory_tls import Engine
 from tests.edge.metrics import gone
 from tests.edge.program import StartEdge
-from tests.edge.replies import READY
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
@@ -46,8 +45,7 @@ def test_a_client_that_resets_while_it_waits_for_a_backend_is_soon_closed(
         if hang == "a reply to EHLO":
             client.say(b"EHLO x\r\nNOOP\r\n")
         elif hang == "the second banner":
-            assert client.ask(b"STARTTLS\r\n") == READY
-            client = clients.upgrade(client)
+            client = clients.starttls(client)
         peers.append(client)
     until(lambda: len(waits) == 10, "the wait")
     for client in peers:

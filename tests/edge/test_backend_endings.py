@@ -18,7 +18,6 @@ from fumi_edge.sockets.readiness import receive
 from tests.edge.backends import MakePool, StartBackend
 from tests.edge.clients import Clients
 from tests.edge.program import StartEdge
-from tests.edge.replies import READY
 
 
 def test_farewells_to_backends_that_do_not_answer_are_bounded(
@@ -59,8 +58,7 @@ def test_hundreds_of_short_connections_use_up_no_ports(backend: StartBackend, ed
                 if number % 4 == 1:
                     client.close()
                     return
-                assert client.ask(b"STARTTLS\r\n") == READY
-                client = clients.upgrade(client)
+                client = clients.starttls(client)
             else:
                 client = clients.tls(program.tls_port)
                 client.reply()

@@ -113,8 +113,7 @@ def test_after_the_upgrade_the_client_keeps_its_backend(
     for _ in range(4):
         client = clients.plain(program.starttls_port)
         client.reply()
-        assert client.ask(b"STARTTLS\r\n") == READY
-        assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+        assert clients.starttls(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     for server in servers:
         ids = [peer.header.unique_id for peer in server.peers]
         assert len(ids) == 4
@@ -144,8 +143,7 @@ def test_if_a_backend_closes_without_a_banner_another_one_serves_the_client(
     assert client.rest() == b""
     plain = clients.plain(program.starttls_port)
     assert plain.line() == b"220 backend.test ESMTP\r\n"
-    assert plain.ask(b"STARTTLS\r\n") == READY
-    plain = clients.upgrade(plain)
+    plain = clients.starttls(plain)
     assert plain.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     assert errors(program, bad, "banner") == 2
     # What happened to one client is no verdict on the backend, or a client who is not welcome there could bring it down.
@@ -160,8 +158,7 @@ def test_a_backend_that_hangs_up_after_the_upgrade_is_replaced_too(
     program = edge("--balance", "first", *backend_flags(good), backend=bad)
     client = clients.plain(program.starttls_port)
     assert client.reply() == [b"220 silent.test\r\n"]
-    assert client.ask(b"STARTTLS\r\n") == READY
-    client = clients.upgrade(client)
+    client = clients.starttls(client)
     assert client.ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     assert counts(bad, good) == [2, 1]
 

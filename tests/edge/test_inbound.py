@@ -17,7 +17,6 @@ from tests.edge.backends import Backend, StartBackend
 from tests.edge.clients import Clients
 from tests.edge.metrics import rejected
 from tests.edge.program import Program, StartEdge
-from tests.edge.replies import READY
 from tests.support.peer import Peer
 from tests.support.waiting import until
 
@@ -102,8 +101,7 @@ def test_the_client_stays_the_same_through_an_upgrade(behind: Behind, arrive: Ar
     program, server = behind()
     client = arrive(program, v2(), tls=False)
     client.line()
-    assert client.ask(b"STARTTLS\r\n") == READY
-    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert clients.starttls(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
     assert [peer.header.source for peer in server.peers] == [SOURCE, SOURCE]
 
 

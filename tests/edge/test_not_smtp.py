@@ -40,8 +40,7 @@ def test_a_client_whose_backend_insists_on_tls_can_upgrade_then_and_send(
     client.ask(b"EHLO plain.test\r\n")
     assert client.ask(command)[0][:3] in (b"530", b"538")
     assert client.ask(command)[0][:3] in (b"530", b"538")
-    assert client.ask(b"STARTTLS\r\n") == READY
-    client = clients.upgrade(client)
+    client = clients.starttls(client)
     mail = [b"EHLO secure.test\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n"]
     assert [client.ask(line)[0][:3] for line in mail] == [b"250", b"250", b"250", b"354"]
     assert client.ask(b"hello\r\n.\r\n") == [b"250 2.0.0 queued\r\n"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -23,8 +24,7 @@ def test_after_an_upgrade_the_backend_gets_a_new_connection_with_the_tls_facts(
     program = edge(backend=server)
     client = greeted(program)
     assert client.ask(b"EHLO plain.test\r\n") == GREETED
-    assert client.ask(b"STARTTLS\r\n") == READY
-    client = clients.upgrade(client)
+    client = clients.starttls(client)
     assert client.ask(b"EHLO secure.test\r\n") == [b"250-backend.test\r\n", b"250-PIPELINING\r\n", b"250 SIZE 1000\r\n"]
     assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
     assert client.rest() == b""
@@ -102,8 +102,7 @@ def test_hide_starttls_hides_it_and_still_accepts_it(
     program = edge("--hide-starttls", backend=backend())
     client = greeted(program)
     assert client.ask(b"EHLO x\r\n") == [b"250-backend.test\r\n", b"250-PIPELINING\r\n", b"250 SIZE 1000\r\n"]
-    assert client.ask(b"STARTTLS\r\n") == READY
-    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert clients.starttls(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
 def test_the_first_banner_of_several_lines_is_relayed_and_the_second_is_not(
@@ -118,8 +117,7 @@ def test_the_first_banner_of_several_lines_is_relayed_and_the_second_is_not(
     program = edge(backend=backend(handler))
     client = clients.plain(program.starttls_port)
     assert client.reply() == [b"220-first\r\n", b"220-second\r\n", b"220 third\r\n"]
-    assert client.ask(b"STARTTLS\r\n") == READY
-    assert clients.upgrade(client).ask(b"NOOP me\r\n") == [b"250 NOOP me\r\n"]
+    assert clients.starttls(client).ask(b"NOOP me\r\n") == [b"250 NOOP me\r\n"]
 
 
 def test_a_slow_banner_is_waited_for_and_commands_wait_with_it(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:
@@ -178,8 +176,7 @@ def test_helo_suffices_before_starttls_and_ehlo_may_be_repeated(
     for _ in range(3):
         assert client.ask(b"EHLO x\r\n") == GREETED
     assert client.ask(b"HELO x\r\n") == [b"250 2.0.0 ok\r\n"]
-    assert client.ask(b"STARTTLS\r\n") == READY
-    assert clients.upgrade(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert clients.starttls(client).ask(b"NOOP\r\n") == [b"250 2.0.0 ok\r\n"]
 
 
 def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend: StartBackend, edge: StartEdge, greeted: Greet) -> None:
@@ -194,20 +191,22 @@ def test_a_handshake_that_never_begins_after_the_220_is_given_up(backend: StartB
     assert len(server.peers) == 1
 
 
+def after_the_upgrade(banner: bytes) -> Callable[[Peer], None]:
+    """A backend that sends this on the second connection, and closes it."""
+
+    def handler(peer: Peer) -> None:
+        peer.say(banner if peer.header.tls else b"220 hi\r\n")
+        if not peer.header.tls:
+            peer.rest()
+
+    return handler
+
+
 def test_a_second_banner_that_refuses_answers_the_first_command(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:
-    def handler(peer: Peer) -> None:
-        if peer.header.tls:
-            peer.say(b"554-go\r\n554 away\r\n")
-            return
-        peer.say(b"220 hi\r\n")
-        peer.rest()
-
-    program = edge(backend=backend(handler))
-    client = greeted(program)
-    assert client.ask(b"STARTTLS\r\n") == READY
-    client = clients.upgrade(client)
+    program = edge(backend=backend(after_the_upgrade(b"554-go\r\n554 away\r\n")))
+    client = clients.starttls(greeted(program))
     assert client.ask(b"EHLO x\r\n") == [b"554-go\r\n", b"554 away\r\n"]
     assert client.rest() == b""
     client.close()
@@ -218,17 +217,8 @@ def test_a_second_banner_that_refuses_answers_the_first_command(
 def test_a_second_banner_that_is_cut_off_is_a_421_to_the_first_command(
     backend: StartBackend, edge: StartEdge, clients: Clients, greeted: Greet
 ) -> None:
-    def handler(peer: Peer) -> None:
-        if peer.header.tls:
-            peer.say(b"220-mail.example\r\n220 cut of")
-            return
-        peer.say(b"220 hi\r\n")
-        peer.rest()
-
-    program = edge(backend=backend(handler))
-    client = greeted(program)
-    assert client.ask(b"STARTTLS\r\n") == READY
-    client = clients.upgrade(client)
+    program = edge(backend=backend(after_the_upgrade(b"220-mail.example\r\n220 cut of")))
+    client = clients.starttls(greeted(program))
     assert client.ask(b"EHLO x\r\n")[0].startswith(b"421 4.3.2 ")
     assert client.rest() == b""
     client.close()
@@ -281,8 +271,7 @@ def test_require_tls_forwards_only_commands_that_may_precede_starttls(
     client.say(b"MAIL FROM:<a@b>\r\nNOOP\r\nMAIL FROM:<a@b>\r\n")
     assert [client.reply() for _ in range(3)] == [refused, [b"250 2.0.0 ok\r\n"], refused]
     assert client.ask(b"EHLO x\r\n") == GREETED
-    assert client.ask(b"STARTTLS\r\n") == READY
-    assert clients.upgrade(client).ask(b"MAIL FROM:<a@b>\r\n") == [b"250 2.0.0 ok\r\n"]
+    assert clients.starttls(client).ask(b"MAIL FROM:<a@b>\r\n") == [b"250 2.0.0 ok\r\n"]
     plain = greeted(program)
     assert plain.ask(b"MAIL FROM:<a@b>\r\n") == refused
     assert plain.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]

@@ -13,7 +13,7 @@ from hashlib import sha256
 import pytest
 
 from fumi_edge.tls.close_notify import CloseNotify
-from tests.edge.backends import StartBackend, opening
+from tests.edge.backends import Backend, StartBackend, opening
 from tests.edge.clients import Clients, Connect
 from tests.edge.memory_tls import update_key
 from tests.edge.metrics import errors
@@ -62,6 +62,13 @@ def nothing_kept(program: Program, address: str) -> None:
     """No connection to the backend is left, nor a client."""
     until(lambda: program.metric("fumi_edge_backend_connections_active", backend=address) == 0, "the end")
     assert program.metric("fumi_edge_connections_active") == 0
+
+
+def tls_failed(program: Program, server: Backend, error: str) -> None:
+    """The only connection's line has this error of the backend's TLS, which is counted."""
+    (line,) = program.ended()
+    assert (line["reason"], line["error"]) == ("backend_reset", f"backend: {error}")
+    assert errors(program, server, "tls") == 1
 
 
 def received(client: Peer) -> tuple[bytes, bool]:
@@ -188,10 +195,7 @@ def test_a_backend_that_closes_without_close_notify_in_mid_reply_is_an_error_and
     assert not whole
     assert sha256(got).digest() == sha256(data).digest()
     client.close()
-    (line,) = program.ended()
-    assert line["reason"] == "backend_reset"
-    assert line["error"] == "backend: closed the connection without close_notify"
-    assert errors(program, server, "tls") == 1
+    tls_failed(program, server, "closed the connection without close_notify")
     nothing_kept(program, server.address)
 
 
@@ -213,9 +217,7 @@ def test_a_reset_of_the_backend_in_mid_reply_is_not_an_orderly_end(
     read.set()
     assert received(client) == (b"", False)
     client.close()
-    (line,) = program.ended()
-    assert (line["reason"], line["error"]) == ("backend_reset", "backend: closed the connection without close_notify")
-    assert errors(program, server, "tls") == 1
+    tls_failed(program, server, "closed the connection without close_notify")
     nothing_kept(program, server.address)
 
 
@@ -232,12 +234,7 @@ def test_a_record_that_was_changed_ends_the_connection_after_what_came_before(
     client = clients.tls(program.tls_port)
     assert received(client) == (b"x" * 40_000, False)
     client.close()
-    (line,) = program.ended()
-    assert (line["reason"], line["error"]) == (
-        "backend_reset",
-        "backend: TLS has failed: decryption failed or bad record mac",
-    )
-    assert errors(program, server, "tls") == 1
+    tls_failed(program, server, "TLS has failed: decryption failed or bad record mac")
 
 
 def test_before_an_upgrade_a_cut_reply_is_an_error_too(
@@ -257,9 +254,7 @@ def test_before_an_upgrade_a_cut_reply_is_an_error_too(
     client.say(b"EHLO me\r\n")
     client.rest()
     client.close()
-    (line,) = program.ended()
-    assert (line["reason"], line["error"]) == ("backend_reset", "backend: closed the connection without close_notify")
-    assert errors(program, server, "tls") == 1
+    tls_failed(program, server, "closed the connection without close_notify")
     nothing_kept(program, server.address)
 
 

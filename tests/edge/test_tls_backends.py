@@ -15,7 +15,6 @@ from tests.edge.backends import StartBackend
 from tests.edge.clients import Clients
 from tests.edge.metrics import errors
 from tests.edge.program import Program, StartEdge, run
-from tests.edge.replies import READY
 from tests.support.certificates import Authority, CertificateFiles, MakeAuthority, MakeCertificate
 from tests.support.peer import Peer
 from tests.support.waiting import until
@@ -77,8 +76,7 @@ def test_a_client_that_upgrades_has_two_connections_over_tls(
     client = clients.plain(program.starttls_port)
     assert client.line() == b"220 backend.test ESMTP\r\n"
     assert b"250 STARTTLS\r\n" in client.ask(b"EHLO me\r\n") or b"250-STARTTLS\r\n" in client.ask(b"EHLO me\r\n")
-    assert client.ask(b"STARTTLS\r\n") == READY
-    client = clients.upgrade(client)
+    client = clients.starttls(client)
     assert client.ask(b"EHLO me\r\n")[0] == b"250-backend.test\r\n"
     assert client.ask(b"QUIT\r\n") == [b"221 2.0.0 bye\r\n"]
     assert client.rest() == b""

@@ -26,7 +26,7 @@ from fumi_edge.tls.pem import (
     load,
 )
 from fumi_edge.tls.policy import CIPHERS, EXCLUDED_CIPHERS, IGNORE_UNEXPECTED_EOF
-from fumi_edge.tls.read_watch import READING, WatchedSocket
+from fumi_edge.tls.read_watch import CURRENT_READ, WatchedSocket
 from fumi_edge.tls.sources import Stamp, stamp
 
 
@@ -40,11 +40,11 @@ class ClientSocket(WatchedSocket):
     """Until when its session may be resumed, in seconds since 1970."""
 
     def do_handshake(self, block: bool = False) -> None:
-        READING.begins(self)
+        CURRENT_READ.begins(self)
         try:
             super().do_handshake(block)
         finally:
-            READING.ends()
+            CURRENT_READ.ends()
 
     def unwrap(self) -> socket.socket:
         self._end()

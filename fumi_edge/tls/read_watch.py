@@ -29,7 +29,7 @@ MAX_READ_SECONDS = 0.5
 """Seconds of CPU time that one read may take. A read of 64 KiB takes less than a thousandth of that."""
 
 
-class Reading:
+class CurrentRead:
     """The read that is going on in the loop's thread: a tuple of its socket, new for each read, or None."""
 
     __slots__ = ("disconnected", "now", "thread")
@@ -51,26 +51,26 @@ class Reading:
             self.now = None
 
 
-READING = Reading()
+CURRENT_READ = CurrentRead()
 
 
 class WatchedSocket(ssl.SSLSocket):
     """A TLS socket of which each call that reads is watched. ``read()`` is not: records.py does that, without a call more."""
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        READING.begins(self)
+        CURRENT_READ.begins(self)
         try:
             return super().recv(buflen, flags)
         finally:
-            READING.ends()
+            CURRENT_READ.ends()
 
     def unwrap(self) -> socket.socket:
         """Send close_notify, and look for the peer's: OpenSSL works through whatever has arrived before it."""
-        READING.begins(self)
+        CURRENT_READ.begins(self)
         try:
             return super().unwrap()
         finally:
-            READING.ends()
+            CURRENT_READ.ends()
 
 
 class ReadWatch:
@@ -84,10 +84,10 @@ class ReadWatch:
 
         Opens two descriptors, so that ending a read needs none. Raises OSError without these or without threads.
         """
-        READING.thread = threading.get_ident()
+        CURRENT_READ.thread = threading.get_ident()
         disconnecting = _Disconnecting()
         try:
-            start_thread(partial(self._watch, time.pthread_getcpuclockid(READING.thread), disconnecting), "read watch")
+            start_thread(partial(self._watch, time.pthread_getcpuclockid(CURRENT_READ.thread), disconnecting), "read watch")
         except OSError:
             disconnecting.close()
             raise
@@ -101,11 +101,11 @@ class ReadWatch:
         # OSError: the loop's thread has ended, and so has its clock.
         with contextlib.closing(disconnecting), contextlib.suppress(OSError):
             while not self._closed.wait(CHECK_SECONDS):
-                now, used = READING.now, time.clock_gettime(clock)
+                now, used = CURRENT_READ.now, time.clock_gettime(clock)
                 if now is not last:
                     last, limit = now, used + MAX_READ_SECONDS
-                elif now is not None and now is not READING.disconnected and used >= limit:
-                    READING.disconnected = now
+                elif now is not None and now is not CURRENT_READ.disconnected and used >= limit:
+                    CURRENT_READ.disconnected = now
                     disconnecting.end(now)
 
 
@@ -125,12 +125,12 @@ class _Disconnecting:
         self._nothing.close()
 
     def end(self, now: tuple[socket.socket]) -> None:
-        """Disconnect this read's socket, with a line in the log, if ``READING.now`` still is this read."""
+        """Disconnect this read's socket, with a line in the log, if ``CURRENT_READ.now`` still is this read."""
         (sock,) = now
         with contextlib.suppress(OSError):  # the client may have closed in the meantime
             peer, _ = peer_of(sock.getpeername())
             os.dup2(sock.fileno(), self._copy.fileno(), inheritable=False)
-            if READING.now is now:
+            if CURRENT_READ.now is now:
                 self._copy.shutdown(socket.SHUT_RDWR)
                 side = "client_ip" if getattr(sock, "server_side", True) else "backend_ip"
                 event(log, logging.WARNING, "TLS read does not end, disconnected", **{side: peer})

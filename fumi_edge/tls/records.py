@@ -11,7 +11,7 @@ import socket
 import ssl
 
 from fumi_edge.tls.close_notify import CloseNotify
-from fumi_edge.tls.read_watch import READING
+from fumi_edge.tls.read_watch import CURRENT_READ
 
 RECORD_SIZE = 16 * 1024
 """The maximum number of bytes in one TLS record (RFC 8446 §5.1)."""
@@ -41,7 +41,7 @@ def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tu
     When the connection or its TLS has failed, raises OSError or, if bytes were read before, returns it after them. A client that
     makes the read last is disconnected (read_watch.py).
     """
-    READING.now = (sock,)
+    CURRENT_READ.now = (sock,)
     count: int = 0
     got: int
     try:
@@ -63,7 +63,7 @@ def read_records(sock: ssl.SSLSocket, buffer: memoryview, streaming: bool) -> tu
             raise
         return count, error
     finally:
-        READING.now = None
+        CURRENT_READ.now = None
     return count, MORE if got else ENDED
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fumi_edge.tls import read_watch
-from fumi_edge.tls.read_watch import READING, ReadWatch
+from fumi_edge.tls.read_watch import CURRENT_READ, ReadWatch
 from tests.support.waiting import PATIENCE
 
 CALLS = ("getpeername", "dup2", "shutdown")
@@ -58,10 +58,10 @@ class HeldWatch:
     def read(self, sock: socket.socket) -> None:
         """A read of the socket that the watch is about to end when it returns."""
         end = time.monotonic() + PATIENCE
-        READING.begins(sock)
+        CURRENT_READ.begins(sock)
         while not self._held.is_set():
             assert time.monotonic() < end, "the watch did not make this call"
-        READING.ends()
+        CURRENT_READ.ends()
 
     def finish(self) -> None:
         """Let the watch's thread go on, and return when it has ended."""

@@ -16,7 +16,7 @@ import pytest
 from fumi_edge.tls import read_watch
 from fumi_edge.tls.credentials import ClientSettings, Credentials
 from fumi_edge.tls.policy import Policy
-from fumi_edge.tls.read_watch import READING, ReadWatch
+from fumi_edge.tls.read_watch import CURRENT_READ, ReadWatch
 from fumi_edge.tls.records import ENDED, MORE, RECORD_SIZE, After, read_records
 from tests.edge.held_watch import CALLS, HeldWatch
 from tests.support.waiting import PATIENCE, until
@@ -77,7 +77,7 @@ def test_a_read_that_does_not_return_is_ended(watch: ReadWatch, caplog: pytest.L
             assert read(sock) == (0, ENDED)
         assert client.recv(1) == b""
     assert until(lambda: caplog.messages) == ["TLS read does not end, disconnected client_ip=127.0.0.1"]
-    assert READING.now is None
+    assert CURRENT_READ.now is None
 
 
 def test_two_edges_in_one_thread_report_it_once(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +149,7 @@ def test_so_is_every_other_call_that_reads(
         sock._sslobj = Records(sock)  # type: ignore[attr-defined]
         READS[call](sock)
     assert until(lambda: caplog.messages) == [f"TLS read does not end, disconnected {side}_ip=unix"]
-    assert READING.now is None
+    assert CURRENT_READ.now is None
 
 
 def test_reads_of_another_thread_do_not_hide_one_that_lasts(watch: ReadWatch, credentials: Credentials) -> None:

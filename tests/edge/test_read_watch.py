@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import ssl
 import threading
@@ -78,6 +79,29 @@ def test_a_read_that_does_not_return_is_ended(watch: ReadWatch, caplog: pytest.L
         assert client.recv(1) == b""
     assert until(lambda: caplog.messages) == ["TLS read does not end, disconnected client_ip=127.0.0.1"]
     assert CURRENT_READ.now is None
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+    taken = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_it_is_ended_when_no_descriptor_is_left(watch: ReadWatch) -> None:
+    ours, theirs = socket.socketpair()
+    with Endless(fileno=ours.detach()) as sock, theirs, no_descriptor_left():
+        assert read(sock) == (0, ENDED)
 
 
 def test_two_edges_in_one_thread_report_it_once(watch: ReadWatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -380,6 +380,7 @@ def _session(facts: ClientFacts, options: Options) -> Session:
     session.remote_address, session.remote_port = facts.remote
     session.local_address, session.local_port = facts.local
     session.proxy_address = facts.proxy_address
+    session.health_check = facts.origin is Origin.HEALTH_CHECK
     session.secure = facts.secure or options.assume_tls
     session.tls = facts.tls
     return session

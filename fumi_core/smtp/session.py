@@ -69,6 +69,7 @@ class Session:
         "local_address": "The address that the client connected to.",
         "local_port": "The port that the client connected to.",
         "proxy_address": "The TLS proxy's address; None without a PROXY header.",
+        "health_check": "Whether the connection is the proxy's own, for no client: a PROXY header with LOCAL.",
         "secure": "Whether the client's connection is encrypted with TLS.",
         "tls": "A TLSInfo; None without TLS, or if its parameters are unknown.",
         "client_hostname": "The argument of EHLO, HELO or LHLO; None before.",
@@ -93,6 +94,7 @@ class Session:
         self.local_address = ""
         self.local_port = 0
         self.proxy_address: str | None = None
+        self.health_check = False
         self.client_hostname: str | None = None
         self.opening_command: str | None = None
         self.user: Any = None

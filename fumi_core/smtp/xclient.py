@@ -94,6 +94,7 @@ def impersonate(session: Session, attributes: Attributes) -> bool:
     Everything the connection had sent about itself is discarded, except TLS, which belongs to the connection.
     """
     session.xclient = {**session.xclient, **attributes}
+    session.health_check = False
     if "ADDR" in attributes:
         session.remote_address = attributes["ADDR"] or UNKNOWN
     if "PORT" in attributes:

@@ -11,6 +11,7 @@ from fumi_core import Fumi, plugins
 from fumi_core.handlers.contexts import DataContext
 from fumi_core.handlers.middleware import Next
 from fumi_core.plugins.milter import conversation
+from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.testing import RunningServer, running
 from tests.core.client import Client, Connect
 from tests.core.scripted_milter import (
@@ -576,6 +577,46 @@ def test_a_filter_that_never_decides_is_too_slow(
     with running(build(milter)) as server:
         assert deliver(server, connect) == UNAVAILABLE
     assert milter.closed == 1
+
+
+LOCAL = ProxyHeader(2, "LOCAL").to_bytes()
+BEHIND_PROXY = {"proxy_protocol": "required", "use_xclient": True}
+
+
+def test_a_health_check_is_no_client_of_the_filter(scripted_milter: StartMilter, connect: Connect) -> None:
+    milter = scripted_milter(connect=REJECT)
+    with running(build(milter, options=BEHIND_PROXY)) as server:
+        client = connect(server.port, LOCAL)
+        assert client.banner.startswith(b"220")
+        assert client.say("QUIT").startswith(b"221")
+        named = connect(server.port, ProxyHeader(2, "PROXY", "TCP4", ("192.0.2.7", 1), ("192.0.2.1", 25)).to_bytes())
+        assert named.banner == REJECTED
+    assert milter.connections == 1
+
+
+def test_a_health_check_logs_nothing_of_a_filter_that_is_not_there(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    with kept_port() as sock, running(build(f"127.0.0.1:{sock.getsockname()[1]}", options=BEHIND_PROXY)) as server:
+        client = connect(server.port, LOCAL)
+        assert client.say("QUIT").startswith(b"221")
+        client = connect(server.port, LOCAL)
+        client.say("EHLO client.example")
+        assert client.say("MAIL FROM:<a@b.example>") == UNAVAILABLE
+    (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert line.startswith("milter failed")
+
+
+def test_mail_of_the_proxy_itself_and_of_clients_that_it_names_later_is_filtered(
+    scripted_milter: StartMilter, connect: Connect
+) -> None:
+    milter = scripted_milter()
+    with running(build(milter, options=BEHIND_PROXY)) as server:
+        client = connect(server.port, LOCAL)
+        client.envelope()
+        assert milter.data("connect")[-1].endswith(b"127.0.0.1\0")
+        client = connect(server.port, LOCAL)
+        client.say("EHLO proxy.example")
+        assert client.say("XCLIENT ADDR=192.0.2.7 NAME=client.example PORT=99").startswith(b"220")
+    assert milter.data("connect")[-1] == b"client.example\x004\x00\x63192.0.2.7\0"
 
 
 def test_another_client_that_a_proxy_names_is_reported(scripted_milter: StartMilter, connect: Connect) -> None:

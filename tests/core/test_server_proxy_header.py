@@ -100,7 +100,9 @@ def test_a_local_header_is_greeted_by_the_connections_own_addresses(behind: Behi
     app, sessions = behind()
     with running(app) as server:
         assert connect(server.port, ProxyHeader(2, "LOCAL").to_bytes()).banner.startswith(b"220")
+        assert connect(server.port, header()).banner.startswith(b"220")
     assert (sessions[0].remote_address, sessions[0].secure) == ("127.0.0.1", False)
+    assert [each.health_check for each in sessions] == [True, False]
 
 
 def test_a_local_session_is_logged_at_level_debug(behind: Behind, connect: Connect, caplog: pytest.LogCaptureFixture) -> None:

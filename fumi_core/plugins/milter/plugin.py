@@ -38,8 +38,9 @@ def milter(
     ``changes_envelope``: that handler takes sender and recipients from ``session.envelope`` after the message has arrived. If it
     is False, a change of them is a failure of the filter. A message that a filter quarantines is rejected with 550.
 
-    A connection to the filter serves one client, with all its messages. With ``reuse_connections``, and version 6 of the
-    protocol, it then serves another client: rspamd supports that, filters with libmilter 8.17 do not.
+    A proxy's own connection, such as a health check (a PROXY header with LOCAL), is no client: the filter gets it only if it
+    sends mail, at MAIL. A connection to the filter serves one client, with all its messages. With ``reuse_connections``, and
+    version 6 of the protocol, it then serves another client: rspamd supports that, filters with libmilter 8.17 do not.
 
     Timeouts are in seconds: to connect, for an answer, and for one about content. ``login`` returns the name of the object given
     to ``ctx.accept()``. Raises ValueError for an invalid argument.
@@ -79,7 +80,8 @@ class _Handlers:
 
     async def connect(self, ctx: ConnectContext, next: Next) -> None:
         self._end(ctx.session)  # a trusted proxy has named another client by XCLIENT
-        await self._conversation(ctx.session).connected()
+        if not ctx.session.health_check:
+            await self._conversation(ctx.session).connected()
         await next()
 
     async def mail(self, ctx: MailContext, next: Next) -> None:

@@ -1,6 +1,6 @@
 """Debian's Docker with Compose v2, and its podman with podman-compose, each in namespaces of its own, on a host on a switch.
 
-debootstrap makes their Debian once, and the image that FROM names, with what pip installs for Fumi: nothing is pulled from there.
+debootstrap makes their Debian once, and the images that FROM names, with what pip and apt-get install there: nothing is pulled.
 What an engine writes into its Debian is in memory, and gone with it; images, containers and volumes are in a directory.
 """
 
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from tests.bench import environment
@@ -26,13 +28,15 @@ from tests.support.readme import ROOT, sections
 from tests.support.waiting import until
 
 NAME = "mx.example.org"
-DEBIAN = "trixie"
+DEBIAN, OLD_DEBIAN = "trixie", "bookworm"
 ENGINES = (
     "ca-certificates", "iproute2", "prometheus",
     "docker.io", "docker-cli", "docker-compose", "docker-buildx", "iptables",
     "podman", "podman-compose", "crun", "netavark", "aardvark-dns", "nftables",
 )  # fmt: skip
 PYTHON = ("python3", "python3-venv", "python-is-python3")
+MAIL_HOST = ("ca-certificates", "rspamd", "dovecot-imapd", "postfix")
+"""What apt-get installs in the images of the mail host."""
 BOOT = r"""
 set -eu
 base=$1 debian=$2 files=$3 data=$4 store=$5
@@ -66,9 +70,11 @@ USER nobody
 ENTRYPOINT ["/bin/prometheus"]
 """
 """As much of that image as matters: what it starts, and as whom."""
+(PROMETHEUS_IMAGE,) = re.findall(r"\$\{PROMETHEUS_IMAGE:-(.*)\}", (ROOT / "ops/docker/compose.yml").read_text())
 CONTAINERS = next(each.text for each in sections((ROOT / "ops/README.md").read_text()) if each.title == "Containers")
-START, UPGRADE = re.findall(r"^```sh\n(.*?)^```", CONTAINERS, re.MULTILINE | re.DOTALL)[:2]
+START, _, TRY, UPGRADE = re.findall(r"^```sh\n(.*?)^```", CONTAINERS, re.MULTILINE | re.DOTALL)[:4]
 COMPOSE = "docker compose -f ops/docker/compose.yml"
+_ANY_COMPOSE = re.compile(r"docker compose -f ops/docker/([\w-]+\.yml)")
 (DAEMON,) = re.findall(r"`(\{\"experimental\".*\})`", CONTAINERS)
 """What the page has a Docker that is older than 27 be told."""
 (PODMAN_COMPOSE,) = re.findall(r"`(podman-compose [^`]*)` takes", CONTAINERS)
@@ -76,7 +82,15 @@ COMPOSE = "docker compose -f ops/docker/compose.yml"
 (PODMAN_UP,) = re.findall(r"`(up --build [^`]*)` of", CONTAINERS)
 
 
-def debian(name: str, packages: tuple[str, ...], add: Callable[[Path], None] = lambda made: None) -> Path:
+@dataclass(frozen=True)
+class Composition:
+    """A project of ops/docker, and what adds the images that it needs besides Python's and those that it builds."""
+
+    project: str
+    add_images: Callable[[ContainerEngine], None]
+
+
+def debian(name: str, packages: tuple[str, ...], add: Callable[[Path], None] = lambda made: None, release: str = DEBIAN) -> Path:
     """The directory of a Debian with these packages, made if it is not there; ``add`` is called with the new one."""
     directory = environment.INSTALLED / name
     if not directory.exists():
@@ -87,7 +101,7 @@ def debian(name: str, packages: tuple[str, ...], add: Callable[[Path], None] = l
         with tempfile.TemporaryDirectory(dir=environment.INSTALLED) as parts:
             made = Path(parts) / "root"
             # What debootstrap mounts is gone with its mount namespace.
-            words = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", DEBIAN, str(made)]
+            words = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", release, str(made)]
             environment.run("unshare", "--mount", "--pid", "--fork", "--kill-child", *words)
             for package in (made / "var/cache/apt/archives").glob("*.deb"):
                 package.unlink()
@@ -103,17 +117,39 @@ def _add_wheels(made: Path) -> None:
     (made / "etc/pip.conf").write_text(PIP)
 
 
+def _add_packages(made: Path) -> None:
+    """What apt-get installs in the mail host's images, and what has no package's program started there, as in Debian's image."""
+    with tempfile.TemporaryDirectory(dir=environment.INSTALLED) as parts:
+        words = ["--variant=minbase", "--download-only", f"--include={','.join(MAIL_HOST)}", OLD_DEBIAN, parts]
+        environment.run("unshare", "--mount", "--pid", "--fork", "--kill-child", "debootstrap", *words)
+        (made / "packages").mkdir()
+        for package in (Path(parts) / "var/cache/apt/archives").glob("*.deb"):
+            shutil.copy(package, made / "packages")
+    with (made / "packages/Packages").open("w") as index:
+        for package in (made / "packages").glob("*.deb"):
+            data = package.read_bytes()
+            facts = subprocess.run(["dpkg-deb", "--field", package], check=True, capture_output=True, text=True).stdout
+            print(f"{facts}Filename: ./{package.name}\nSize: {len(data)}\nSHA256: {sha256(data).hexdigest()}\n", file=index)
+    (made / "etc/apt/sources.list").write_text("deb [trusted=yes] file:/packages ./\n")
+    (made / "usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")
+    (made / "usr/sbin/policy-rc.d").chmod(0o755)
+
+
 class ContainerEngine:
     """An engine with a checkout of Fumi in /root/fumi and a certificate where certbot has it; ``close()`` ends all of it."""
 
     program: str
     store: str
     daemon: tuple[str, ...]
+    compose: str
+    """What replaces _ANY_COMPOSE."""
+    prometheus_image = PROMETHEUS_IMAGE
     up = "up --build"
 
-    def __init__(self, host: Host, directory: Path, certificate: CertificateFiles) -> None:
+    def __init__(self, host: Host, directory: Path, certificate: CertificateFiles, composition: Composition) -> None:
         """``directory`` is for its files here, while it runs."""
         self.host = host
+        self.composition = composition
         self._data = directory / "data"
         self._log = directory / "engine.log"
         base, files = directory / "base", directory / "files"
@@ -157,13 +193,14 @@ class ContainerEngine:
             (files / name).write_text(text)
 
     def _import_images(self) -> None:
-        name = "docker.io/library/python:3.13-slim"
-        words = ["tar", "--create", "--directory", str(debian("debian-python", PYTHON, _add_wheels)), "--exclude=./dev/*", "."]
+        self.import_image("python:3.13-slim", debian("debian-python", PYTHON, _add_wheels))
+        self.composition.add_images(self)
+
+    def import_image(self, name: str, root: Path) -> None:
+        """Have an image of this name, with the files of this Debian."""
+        words = ["tar", "--create", "--directory", str(root), "--exclude=./dev/*", "."]
         with subprocess.Popen(words, stdout=subprocess.PIPE) as tar:
             subprocess.run(self._inside(f"{self.program} import - {name}"), stdin=tar.stdout, check=True, capture_output=True)
-        (image,) = re.findall(r"image: (.*prometheus.*)", (ROOT / "ops/docker/compose.yml").read_text())
-        self.run("mkdir /tmp/prometheus; cp /usr/bin/prometheus /tmp/prometheus; cat >/tmp/prometheus/Dockerfile", PROMETHEUS)
-        self.run(f"{self.program} build --tag {image} /tmp/prometheus")
 
     def _first(self) -> int | None:
         """The first process in its namespaces, in which there is the Debian by now."""
@@ -187,11 +224,7 @@ class ContainerEngine:
 
     def command(self, text: str) -> list[str]:
         """The words that run commands of the page there, as root in the checkout."""
-        return self._inside(text.replace(COMPOSE, self.compose).replace("up --build", self.up))
-
-    @property
-    def compose(self) -> str:
-        raise NotImplementedError
+        return self._inside(_ANY_COMPOSE.sub(self.compose, text).replace("up --build", self.up))
 
     def outcome(self, text: str, given: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(text), input=given, capture_output=True, text=True, timeout=600, check=False)
@@ -213,11 +246,15 @@ class ContainerEngine:
     def container(self, service: str) -> str:
         raise NotImplementedError
 
+    def volume(self, name: str) -> Path:
+        """Where the files of a volume of the composition are."""
+        (volumes,) = self._data.glob("volumes")
+        return volumes / f"{self.composition.project}_{name}/_data"
+
     @property
     def inbox(self) -> Maildir:
-        """The Maildir of the composition."""
-        (volumes,) = self._data.glob("volumes")
-        return Maildir(volumes / "fumi_mail/_data/inbox")
+        """The Maildir of compose.yml."""
+        return Maildir(self.volume("mail") / "inbox")
 
     def close(self) -> None:
         if self._first():
@@ -234,13 +271,10 @@ class Docker(ContainerEngine):
     program = "docker"
     store = "/var/lib/docker"
     daemon = ("dockerd", "--storage-driver=overlay2")
-
-    @property
-    def compose(self) -> str:
-        return f"{COMPOSE} -f /root/limits.yml"
+    compose = r"\g<0> -f /root/limits.yml"
 
     def container(self, service: str) -> str:
-        return f"fumi-{service}-1"
+        return f"{self.composition.project}-{service}-1"
 
 
 class Podman(ContainerEngine):
@@ -249,11 +283,22 @@ class Podman(ContainerEngine):
     program = "podman"
     store = "/var/lib/containers/storage"
     daemon = ("sleep", "infinity")
+    compose = f"{PODMAN_COMPOSE} -f /root/limits.yml"
     up = PODMAN_UP
-
-    @property
-    def compose(self) -> str:
-        return f"{PODMAN_COMPOSE} -f /root/limits.yml"
+    prometheus_image = f"registry.example.net/{PROMETHEUS_IMAGE}"
 
     def container(self, service: str) -> str:
-        return f"fumi_{service}_1"
+        return f"{self.composition.project}_{service}_1"
+
+
+def _add_prometheus(engine: ContainerEngine) -> None:
+    engine.run("mkdir /tmp/prometheus; cp /usr/bin/prometheus /tmp/prometheus; cat >/tmp/prometheus/Dockerfile", PROMETHEUS)
+    engine.run(f"{engine.program} build --tag {engine.prometheus_image} /tmp/prometheus")
+
+
+def _add_debian(engine: ContainerEngine) -> None:
+    engine.import_image("debian:12-slim", debian("debian-packages", ("apt",), _add_packages, OLD_DEBIAN))
+
+
+PAIR = Composition("fumi", _add_prometheus)
+MAIL = Composition("fumi-mail-host", _add_debian)

@@ -19,7 +19,18 @@ import pytest
 
 from fumi_core.version import VERSION
 from tests.bench import environment
-from tests.engines.container_engine import COMPOSE, NAME, START, UPGRADE, ContainerEngine, Docker, Podman
+from tests.engines.container_engine import (
+    COMPOSE,
+    NAME,
+    PAIR,
+    PROMETHEUS_IMAGE,
+    START,
+    TRY,
+    UPGRADE,
+    ContainerEngine,
+    Docker,
+    Podman,
+)
 from tests.support.certificates import CertificateFiles, self_signed, shown_pem
 from tests.support.hosts import Host, network
 from tests.support.inside import Client
@@ -45,8 +56,12 @@ def started(kind: type[ContainerEngine], certificate: CertificateFiles) -> Itera
     with network(engine=1, client=9) as hosts, tempfile.TemporaryDirectory(dir=environment.INSTALLED) as directory:
         for name, address in ADDRESSES.items():
             hosts[name].ip(f"address add {address}/64 dev eth0 nodad")
-        with contextlib.closing(kind(hosts["engine"], Path(directory), certificate)) as engine:
-            engine.run(START)
+        with contextlib.closing(kind(hosts["engine"], Path(directory), certificate, PAIR)) as engine:
+            settings, up = START.rsplit("\n", 2)[:2]
+            engine.run(settings)
+            if engine.prometheus_image != PROMETHEUS_IMAGE:
+                engine.run(f"echo PROMETHEUS_IMAGE={engine.prometheus_image} >>ops/docker/.env")
+            engine.run(up)
             await_mail(engine)
             yield engine, hosts["client"]
 
@@ -122,12 +137,23 @@ def test_a_client_keeps_its_address_and_gets_the_hosts_name(
     assert f" by {NAME} with ESMTPS id " in message.headers
 
 
+def test_the_page_says_how_to_see_that_it_works(docker: Started) -> None:
+    engine, _ = docker
+    services, send_one, stored = TRY.splitlines()
+    assert all(f"fumi-{name}-1 " in engine.run(services) for name in ("edge", "core", "prometheus"))
+    said = subprocess.run(engine.host.command("sh", "-euc", send_one), capture_output=True, text=True, check=True).stdout
+    (name,) = re.findall(r" 250 2\.0\.0 Ok: queued as (\S+)", said)
+    assert name.endswith(NAME)
+    assert name in engine.run(stored).split()
+
+
 def test_pages_are_published_for_the_host_alone(docker: Started) -> None:
     engine, client = docker
     for port, program in ((9465, "fumi-edge"), (9525, "fumi-core")):
         page = get(engine.host, f"http://127.0.0.1:{port}/")
         assert page is not None
         assert program in page
+        assert NAME in page
         assert get(client, f"http://10.7.0.1:{port}/") is None
 
 

@@ -13,6 +13,12 @@ from tests.support.readme import ROOT, blocks, sections
 
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 WITH_CONTENTS = ("CONTRIBUTING.md", "fumi_core/README.md", "fumi_core/PROGRAM.md", "fumi_core/MIGRATING.md")
+REGISTRIES = re.compile(
+    r"\b((docker\.io/|(gcr|ghcr|quay|lscr|azurecr|crates)\.io|hub\.docker\.com|mcr\.microsoft\.com|ecr\.aws|pkg\.dev)"
+    r"|(pypi\.(python\.)?|pythonhosted\.|npmjs\.)(org|com)"
+    r"|registry[\w-]*\.(?!example\.)([\w-]+\.)+(io|com|org|net))"
+)
+"""Hosts of images and packages; docker.io alone is a package of Debian."""
 STAYS = re.compile(r"^(\w+=\S+ )*(fumi-core|fumi-edge|haproxy -W|stunnel/run|python serve\.py|ops/run)\b")
 RETURNS = re.compile(r"--(check|hash-password|version|emit)\b|&$")
 
@@ -35,6 +41,14 @@ def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: str) -> N
         linked = (path.parent / file).resolve() if file else path
         assert linked.exists(), target
         assert not anchor or anchor in _anchors(linked), target
+
+
+def test_no_file_names_the_host_of_a_registry_which_is_the_users_choice() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[
+        :-1
+    ]
+    found = {name: match[0] for name in listed if (match := REGISTRIES.search((ROOT / name).read_text(errors="replace")))}
+    assert found == {}
 
 
 @pytest.mark.parametrize("page", ["README.md", "fumi_core/README.md", "fumi_core/PROGRAM.md", "fumi_core/MIGRATING.md"])

@@ -142,12 +142,14 @@ def test_everything_that_the_composition_names_is_there(compose: dict[str, Any])
     assert set(compose) == {"name", "x-logging", "x-fumi", "services", "networks", "volumes"}
     for name, service in compose["services"].items():
         known = {"image", "build", "restart", "read_only", "tmpfs", "cap_drop", "security_opt", "stop_grace_period", "ulimits"}
-        known |= {"command", "environment", "volumes", "ports", "networks", "depends_on", "logging"}
+        known |= {"command", "environment", "volumes", "ports", "networks", "depends_on", "logging", "hostname", "pull_policy"}
         assert set(service) <= known, name
         assert set(service["networks"]) <= set(compose["networks"])
         if "build" in service:
             context = (DOCKER / service["build"]["context"]).resolve()
             assert (context / service["build"]["dockerfile"]) == DOCKER / "Dockerfile"
+        elif name == "edge":  # The core's image, which it builds.
+            assert (service["image"], service["pull_policy"]) == (compose["services"]["core"]["image"], "never")
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             if source == "./certs":

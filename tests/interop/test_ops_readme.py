@@ -28,7 +28,7 @@ README = (ROOT / "ops" / "README.md").read_text()
 RULES = (ROOT / "ops" / "prometheus" / "rules.yml").read_text()
 SHELL = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 PROGRAMS, INSTALL, START, USERS, CERTS, CORE_HOST, EDGE_HOST, *OTHERS = SHELL
-COMPOSE, COMPOSE_UPGRADE, SYSCTL, UPGRADE, NEXT, BACK, PROMTOOL, JOURNAL, RETENTION = OTHERS
+COMPOSE, COMPOSE_CERT, COMPOSE_TRY, COMPOSE_UPGRADE, SYSCTL, UPGRADE, NEXT, BACK, PROMTOOL, JOURNAL, RETENTION = OTHERS
 YAML = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 STUBS = ("systemctl", "systemd-sysusers", "certbot", "chown", "docker", "journalctl")
 VENV = """#!/bin/sh
@@ -246,13 +246,15 @@ def test_the_composition_finds_its_names_and_its_certificate(
     assert host(COMPOSE) == "docker compose -f ops/docker/compose.yml up --build --detach\n"
     docker = programs.directory / "ops" / "docker"
     needed = re.findall(r"\$\{(\w+):\?", (docker / "compose.yml").read_text())
-    assert re.findall(r"^(\w+)=\S+$", (docker / ".env").read_text(), re.MULTILINE) == needed
+    assert set(re.findall(r"^(\w+)=\S+$", (docker / ".env").read_text(), re.MULTILINE)) == set(needed)
     (file,) = (docker / "certs").iterdir()
     assert file.read_bytes() == (live / "fullchain.pem").read_bytes() + (live / "privkey.pem").read_bytes()
     assert [stat.S_IMODE(path.stat().st_mode) for path in (docker / "certs", file)] == [0o700, 0o600]
     if os.getuid() == 0:
         assert {path.stat().st_uid for path in (docker / "certs", file)} == {10001}
     compose = "docker compose -f ops/docker/compose.yml"
+    host(COMPOSE_CERT)
+    assert file.read_text() == (programs.directory / "dev/mx.example.org.pem").read_text()
     assert host(COMPOSE_UPGRADE).splitlines() == [f"{compose} up --build --detach", f"{compose} kill --signal HUP prometheus"]
 
 

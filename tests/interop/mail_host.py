@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 PAGE = (ROOT / "ops/mail-host/README.md").read_text()
 SHELL = [text for kind, text in blocks(PAGE) if kind == "sh"]
-PACKAGES, SETTINGS, POSTFIX, JOE, LINKS, START, RENEWAL, CONTAINERS, CONTAINER_USER = SHELL
+PACKAGES, SETTINGS, POSTFIX, JOE, LINKS, START, RENEWAL, CONTAINERS, CONTAINERS_START, CONTAINER_USER = SHELL
 
 
 class MailHost(Machine):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.interop.machine import DOMAIN, NAME, PASSWORD, Machine
-from tests.interop.mail_host import CONTAINER_USER, CONTAINERS, PAGE
+from tests.interop.mail_host import CONTAINER_USER, CONTAINERS, CONTAINERS_START, PAGE
 from tests.interop.test_mail_host import GTUBE, JOE, SENDER, letter
 from tests.support.programs import Programs
 from tests.support.readme import ROOT
@@ -56,7 +56,7 @@ class Containers(Machine):
         self._build()
         self.run("ln -s /srv/mail /var/lib/fumi; ln -s /opt/checkout/ops/docker/certs /srv/certs; mkdir -p /etc/fumi")
         self.lineage()
-        self.started = self.run(CONTAINERS, directory=CHECKOUT)
+        self.started = self.run(CONTAINERS + CONTAINERS_START, directory=CHECKOUT)
         # The host has it, and no container.
         self.run("rm -r /etc/letsencrypt")
         self.run("cp ops/docker/mail-host/etc/* /etc/fumi", directory=CHECKOUT)
@@ -107,7 +107,7 @@ def host(tmp_path: Path, compose: dict[str, Any]) -> Iterator[Containers]:
 
 
 def test_the_contents_of_the_images_receive_filter_store_and_send_mail(host: Containers) -> None:
-    assert host.started == "docker compose -f ops/docker/mail-host.yml up --build --detach\n"
+    assert host.started == "docker compose -f ops/docker/mail-host.yml up --build --wait\n"
     with host.smtp() as client:
         client.ehlo()
         client.mail(SENDER)
@@ -124,16 +124,19 @@ def test_the_contents_of_the_images_receive_filter_store_and_send_mail(host: Con
         assert client.mail(f"ann@{DOMAIN}")[0] == 553
     assert len(host.maildir("/srv/relayed")) == 1
     (reload,) = re.findall(r"`(docker compose [^`]*reload)`", PAGE)
-    host.run(reload.replace("\n", " "), directory=CHECKOUT)
+    host.run(reload, directory=CHECKOUT)
 
 
 def test_everything_that_it_names_is_there(compose: dict[str, Any]) -> None:
     assert set(compose) == {"name", "x-logging", "x-fumi", "x-debian", "services", "networks", "volumes"}
     targets = {text.partition(" AS ")[2] for name, text in INSTRUCTIONS if name == "FROM"}
     for name, service in compose["services"].items():
-        context = (DOCKER / service["build"]["context"]).resolve()
-        assert (context / service["build"]["dockerfile"]).is_file(), name
-        assert service["build"].get("target", "debian") in targets
+        if name == "edge":  # The core's image, which it builds.
+            assert (service["image"], service["pull_policy"]) == (compose["services"]["core"]["image"], "never")
+        else:
+            context = (DOCKER / service["build"]["context"]).resolve()
+            assert (context / service["build"]["dockerfile"]).is_file(), name
+            assert service["build"].get("target", "debian") in targets
         assert set(service["networks"]) == set(compose["networks"])
         assert "no-new-privileges:true" in service["security_opt"]
         assert set(service.get("depends_on", ())) <= set(compose["services"])

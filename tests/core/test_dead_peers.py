@@ -72,6 +72,7 @@ def test_unix_sockets_and_systems_without_the_options_are_no_error(monkeypatch: 
             assert not check_window(sock)
     monkeypatch.setattr("fumi_core.runtime.dead_peers._OPTIONS", [])
     monkeypatch.setattr("fumi_core.runtime.dead_peers._USER_TIMEOUT", None)
+    monkeypatch.setattr("fumi_core.runtime.dead_peers._TCP_RTO_MAX_MS", 9999)
     with socket.socket() as sock:
         detect_dead_peer(sock)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

@@ -246,6 +246,7 @@ def test_a_reply_to_a_message_that_cannot_be_made_is_451(connect: Connect, caplo
         hello = b"LHLO x" if what == "rejected" else b"EHLO x"
         client.sock.sendall(hello + b"\r\nMAIL FROM:<>\r\nRCPT TO:<c@d.example>\r\nDATA\r\nhi\r\n.\r\nNOOP\r\n")
         replies = [client.reply() for _ in range(6)]
+        client.close()
     assert replies[-2:] == [LOCAL_ERROR, b"250 2.0.0 Ok\r\n"]
     assert "hook=on_data command=DATA" in caplog.text
 
@@ -334,7 +335,9 @@ def test_an_observer_that_raises_changes_nothing(
 
     with running(app) as server, caplog.at_level(logging.ERROR):
         assert send(server.port, "hi\r\n") == {}
-        connect(server.port).say("GET / HTTP/1.1")
+        client = connect(server.port)
+        client.say("GET / HTTP/1.1")
+        client.close()
         until(lambda: "method=rejected" in caplog.text)
         until(lambda: caplog.text.count("method=connection_closed") == 2)
     for name in ("connection_opened", "session_started", "message", "delivery"):

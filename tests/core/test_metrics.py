@@ -96,3 +96,4 @@ def test_handlers_are_timed_until_they_have_ended(connect: Connect) -> None:
         assert before == 0
         assert client.reply().startswith(b"250")
         assert _timed(registry)["data"] == 1
+        client.close()

@@ -48,7 +48,9 @@ def test_settings_come_from_flags_then_environment_then_file(start: Start, conne
         'banner = "file"\ndeliver = "discard:"\n[edge]\nnothing = 1\n'
     )
     program = start("--config", str(config), "--name", "flag", environment={"FUMI_CORE_BANNER": "environment"})
-    assert connect(port).banner == b"220 flag ESMTP environment\r\n"
+    client = connect(port)
+    assert client.banner == b"220 flag ESMTP environment\r\n"
+    client.close()
     program.stop()
     lines = [json.loads(line) for line in program.log.read_text().splitlines()]
     assert lines[0]["event"] == "listening"
@@ -133,7 +135,9 @@ def test_it_listens_on_an_inherited_descriptor(tmp_path: Path, connect: Connect)
         flags = ["--listen", f"fd:{sock.fileno()}", "--proxy-protocol", "off", "--deliver", "discard:"]
         process = subprocess.Popen([PROGRAM, *flags], pass_fds=[sock.fileno()], stderr=subprocess.DEVNULL)
         try:
-            assert connect(sock.getsockname()[1]).banner.startswith(b"220")
+            client = connect(sock.getsockname()[1])
+            assert client.banner.startswith(b"220")
+            client.close()
         finally:
             process.terminate()
             assert process.wait(40) == 0

@@ -80,6 +80,7 @@ def test_an_mx_and_a_submission_service_are_one_process(
     assert client.say("RCPT TO:<x@elsewhere.example>").startswith(b"550")
     client.say("RSET")
     deliver(client, "a@b.example", "x@example.org")
+    client.close()
 
     client = connect(own)
     assert b"AUTH PLAIN" in client.say("EHLO x")
@@ -87,6 +88,7 @@ def test_an_mx_and_a_submission_service_are_one_process(
     log_in(client)
     assert client.say("MAIL FROM:<bob@example.org>").startswith(b"553")
     deliver(client, "ann@example.org", "x@elsewhere.example")
+    client.close()
 
     assert (stored(tmp_path / "mx"), stored(tmp_path / "out")) == (1, 1)
     until(lambda: 'fumi_core_messages_total{result="accepted"} 2.0' in get(f"http://127.0.0.1:{metrics}/metrics")[1])

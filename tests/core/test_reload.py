@@ -78,7 +78,9 @@ class Server:
         client = self.client()
         client.say("EHLO x")
         secret = b64encode(f"\0{name}\0{name}'s".encode()).decode()
-        return bool(client.say(f"AUTH PLAIN {secret}").startswith(b"235"))
+        reply = client.say(f"AUTH PLAIN {secret}")
+        client.close()
+        return reply.startswith(b"235")
 
     def settings(self, clients: int = 8) -> set[tuple[bytes, bytes]]:
         """The banners and SIZEs that so many clients see."""
@@ -88,6 +90,7 @@ class Server:
             size = re.search(rb"SIZE (\d+)", client.say("EHLO x"))
             assert size
             seen.add((client.banner.split(b" ESMTP ")[1].strip(), size[1]))
+            client.close()
         return seen
 
 
@@ -114,6 +117,7 @@ def test_all_workers_reload_users_and_settings(server: Server, workers: str) -> 
     assert all(server.knows("bob") for _ in range(4))
     assert not server.knows("ann")
     assert b"SIZE 1000" in old.say("EHLO x")  # a connection keeps what it began with
+    old.close()
     assert server.program.stop() == 0
 
 

@@ -61,14 +61,18 @@ def test_passed_sockets_are_the_default_listeners(
     with socket.create_server(("127.0.0.1", 0)) as second:
         process = activate({"a": listener, "b": second}, "--workers", workers)
         for sock in (listener, second):
-            assert connect(sock.getsockname()[1]).banner.startswith(b"220")
+            client = connect(sock.getsockname()[1])
+            assert client.banner.startswith(b"220")
+            client.close()
         assert stop(process) == 0
 
 
 def test_sockets_are_chosen_by_their_names(activate: Activate, listener: socket.socket, connect: Connect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as second, socket.create_server(("127.0.0.1", 0)) as third:
         process = activate({"smtp": listener, "other": second}, "--listen", "fd:other", "--banner", "chosen")
-        assert b"chosen" in connect(second.getsockname()[1]).banner
+        client = connect(second.getsockname()[1])
+        assert b"chosen" in client.banner
+        client.close()
         assert stop(process) == 0
         process = activate({"smtp": third}, "--listen", "fd:smtps")
         assert process.wait(60) == 2

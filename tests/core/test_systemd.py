@@ -96,6 +96,7 @@ def test_a_program_that_stops_does_not_reload(systemd: Systemd, start: Start, co
     program.process.send_signal(signal.SIGHUP)
     until(lambda: not pending(program.process.pid, signal.SIGHUP))
     assert client.say(".").startswith(b"250")
+    client.close()
     assert program.process.wait(60) == 0
     assert systemd.silent(0.1)
 

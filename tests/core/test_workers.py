@@ -56,7 +56,8 @@ class Set:
         found: dict[int, Client] = {}
         while len(found) < 2:
             client, pid = self.client()
-            found.setdefault(pid, client)
+            if found.setdefault(pid, client) is not client:
+                client.close()
         return found
 
     @property
@@ -101,11 +102,14 @@ def test_a_killed_worker_is_replaced_and_only_its_own_connections_suffer(two_wor
     assert victim.reply() == b""
     pids: set[int] = set()
     while not pids - {other}:
-        pids.add(workers.client()[1])  # never refused, never reset
+        client, pid = workers.client()  # never refused, never reset
+        client.close()
+        pids.add(pid)
     assert killed not in pids
     assert bystander.say(b"the rest\r\n.").startswith(b"250")
     assert [line for line in workers.log.splitlines() if "died" in line and f"pid={killed} reason=SIGKILL" in line]
     assert workers.log.count("died") == 1
+    bystander.close()
     assert workers.program.stop() == 0
 
 
@@ -187,6 +191,7 @@ def test_sigterm_drains_all_workers(two_workers: TwoWorkers) -> None:
     for client in clients:
         assert client.say(b"the rest\r\n.").startswith(b"250")
         assert client.reply().startswith(b"421")
+        client.close()
     assert workers.program.process.wait(60) == 0
     assert "died" not in workers.log
 
@@ -199,6 +204,7 @@ def test_sigterm_to_the_whole_group_is_one_stop_not_two(two_workers: TwoWorkers)
     until(lambda: not listening(workers.port))
     for client in clients.values():
         assert client.say(b".").startswith(b"250")
+        client.close()
     assert workers.program.process.wait(60) == 0
 
 
@@ -225,13 +231,15 @@ def test_workers_end_with_a_master_that_is_killed(two_workers: TwoWorkers) -> No
     workers = two_workers("--metrics", f"127.0.0.1:{port}")
     until(Metrics(port).ready)
     clients = workers.clients()
-    (busy, client), (idle, _) = clients.items()
+    (busy, client), (idle, other) = clients.items()
     in_flight(client)
     workers.program.process.kill()
     workers.program.process.wait()
+    other.close()
     until(lambda: gone(idle))
     until(lambda: not listening(workers.port) and not listening(port))
     assert client.say(b".").startswith(b"250")
+    client.close()
     until(lambda: gone(busy))
 
 
@@ -266,7 +274,9 @@ def test_sigusr1_and_sigusr2_are_ignored(start: Start, connect: Connect, workers
     for each in (pid, *map(int, before.split())):
         os.kill(each, signal.SIGUSR1)
         os.kill(each, signal.SIGUSR2)
-    assert connect(port).banner.startswith(b"220")
+    client = connect(port)
+    assert client.banner.startswith(b"220")
+    client.close()
     assert children.read_text() == before
     assert program.stop() == 0
     assert "died" not in program.log.read_text()

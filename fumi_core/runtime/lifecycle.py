@@ -36,6 +36,8 @@ CLEANUP_TIMEOUT = 2.0
 """Seconds that a process may take to end after it has drained, or after a signal to end at once."""
 DRAIN_NOTICE_SECONDS = 0.2
 """Seconds after which a stop logs that connections are still open."""
+_draining = threading.Event()
+"""Set when the process has begun to drain."""
 _ending = threading.Event()
 """Set when the process has begun to clean up; it then ends within CLEANUP_TIMEOUT."""
 HELD_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
@@ -233,12 +235,19 @@ async def run_alone(work: Work, notifier: Notifier, stops: Sequence[signal.Signa
 
 async def drain(work: Work, slot: Slot, number: signal.Signals | None = None) -> None:
     """Close; after a moment, log how many connections are still open. ``number`` is the signal that stopped the program."""
+    _draining.set()
     closing = asyncio.ensure_future(work.close())
     await asyncio.wait([closing], timeout=DRAIN_NOTICE_SECONDS)
     if not closing.done() and (connections := slot.connection_count.connections):
         event(work.log, logging.INFO, "draining", connections=connections)
         tell_how_to_quit(number, connections)
     await closing
+
+
+def stop_unless_draining() -> None:
+    """Have the program drain, as a first SIGTERM does."""
+    if not _draining.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def tell_how_to_quit(number: signal.Signals | None, connections: int) -> None:

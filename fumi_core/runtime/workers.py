@@ -35,8 +35,9 @@ from fumi_core.runtime.lifecycle import (
     reload,
     run_alone,
     serve_metrics,
+    stop_unless_draining,
 )
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.loop import Loop
 from fumi_core.runtime.master import METRICS_ROLE, Master
 from fumi_core.runtime.overview import Overview
@@ -64,7 +65,7 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOP_SIGNALS
     event(work.log, logging.INFO, "starting", version=VERSION, pid=os.getpid(), workers=workers)
     notifier = Notifier()
     if workers == 1:
-        _run(run_alone(work, notifier, stops))
+        _run(run_alone(work, notifier, stops), work.log)
         return
     board = Scoreboard(workers)
     master_alive_r, master_alive_w = os.pipe()
@@ -76,15 +77,37 @@ def run(work: Work, workers: int, stops: Sequence[signal.Signals] = STOP_SIGNALS
     if role == METRICS_ROLE:
         _serve_metrics(work, board, master_alive_r, begun)
     else:
-        _run(_serve(work, board, role, master_alive_r))
+        _run(_serve(work, board, role, master_alive_r), work.log)
 
 
-def _run(program: Coroutine[Any, Any, None]) -> None:
+def _run(program: Coroutine[Any, Any, None], log: logging.Logger) -> None:
     try:
         with asyncio.Runner(loop_factory=Loop) as runner:
-            runner.run(program)
+            _run_to_the_end(program, runner, log)
     except Left as left:
         raise SystemExit(left.args[0]) from None
+
+
+def _run_to_the_end(program: Coroutine[Any, Any, None], runner: asyncio.Runner, log: logging.Logger) -> None:
+    """Run it. If a task or callback of an app calls ``sys.exit()``, which ends the loop, drain first, and then raise that."""
+    main = runner.get_loop().create_task(program)
+    ended_by: BaseException | None = None
+
+    async def wait() -> None:
+        await asyncio.wait([main])
+
+    while not main.done():
+        try:
+            runner.run(wait())
+        except (SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, Left) or main.done():
+                raise
+            failure(log, "the app ended the program outside a hook, stopping", error)
+            ended_by = ended_by or error
+            stop_unless_draining()
+    main.result()
+    if ended_by is not None:
+        raise ended_by
 
 
 async def _serve(work: Work, board: Scoreboard, number: int, master_alive_r: int) -> None:

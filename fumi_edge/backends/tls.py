@@ -61,7 +61,7 @@ class BackendTLS:
         self.credentials = credentials
         self.name = name.removesuffix(".")
         self._kept: _Kept | None = None
-        if not _can_be_certified(self.name):
+        if not can_be_certified(self.name):
             raise ValueError(f"{name!r} is not a host name or an IP address, so no certificate can be for it")
 
     def __eq__(self, other: object) -> bool:
@@ -156,7 +156,7 @@ class BackendTLS:
         return TLSError(BackendError.TLS, f"ended TLS with an alert: {text}{hint}")
 
 
-def _can_be_certified(name: str) -> bool:
+def can_be_certified(name: str) -> bool:
     """Whether a certificate can be for this name: an IP address, or a host name in the form in which OpenSSL compares it.
 
     OpenSSL takes everything that is not an IP address for a name, and compares it with those of the certificate: an address in

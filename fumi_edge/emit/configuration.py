@@ -17,10 +17,11 @@ from fumi_core.runtime.addresses import parse_address
 from fumi_core.runtime.config_file import ListenerTable
 from fumi_core.runtime.settings import SettingError
 from fumi_edge.backends.addresses import is_destination
+from fumi_edge.backends.tls import can_be_certified
 from fumi_edge.emit import haproxy, stunnel
 from fumi_edge.emit.notes import Flags, Service, missing, shortened
-from fumi_edge.tls.pem import CertificateError, Pair
-from fumi_edge.tls.policy import CIPHERS, Policy
+from fumi_edge.tls.pem import CertificateError, Pair, label
+from fumi_edge.tls.policy import CIPHERS, Policy, protocols
 from fumi_edge.tls.sources import find, give_keys
 
 _PROGRAMS = {"haproxy": ("HAProxy", "#", haproxy.write), "stunnel": ("stunnel", ";", stunnel.write)}
@@ -74,26 +75,41 @@ def _of_tables(flags: Flags, tables: Sequence[tuple[ListenerTable, Flags]]) -> t
 
 def _check(flags: Flags) -> None:
     """Raises SettingError for values that fumi-edge would reject, too, and for those that no file can hold."""
-    if named := [flag for flag, value in flags.items() if any("\n" in str(part) for part in _each(value))]:
-        raise SettingError(
-            f"--emit: --{named[0].replace('_', '-')} contains a line end, which a configuration file cannot express"
-        )
+    for flag, value in flags.items():
+        for part in _each(value):
+            _on_one_line(f"--{flag.replace('_', '-')}", str(part))
     try:
-        Policy(ciphers=flags.get("ciphers") or CIPHERS)
+        protocols(flags.get("alpn") or "")
+    except ValueError as error:
+        raise SettingError(f"--alpn: {error}") from None
+    try:
+        Policy(ciphers=flags.get("ciphers", CIPHERS))
     except ValueError as error:
         raise SettingError(f"--ciphers: {error}") from None
     for address in flags.get("backend") or ():
         if not is_destination(address):
             raise SettingError(f"{address} is not a backend: write HOST:PORT, tls:HOST:PORT or unix:/path")
+        name = flags.get("backend_name") or address.host
+        if address.tls and not can_be_certified(name.removesuffix(".")):
+            flag = "--backend-name" if flags.get("backend_name") else "--backend"
+            raise SettingError(f"{flag}: {name!r} is not a host name or an IP address, so no certificate can be for it")
+
+
+def _on_one_line(what: str, text: str) -> None:
+    if "\n" in text or "\r" in text:
+        raise SettingError(f"--emit: {what} contains a line end, which a configuration file cannot express")
 
 
 def _pairs(flags: Flags) -> list[Pair]:
     """The certificates with their keys. A directory stands for the certificates that are in it now."""
     try:
         given = give_keys(flags.get("cert") or (), flags.get("key") or ())
-        return [pair for each in given for pair in find(each)]
+        found = [pair for each in given for pair in find(each)]
     except CertificateError as error:
         raise SettingError(str(error)) from None
+    for path in (label(source) for pair in found for source in pair if source is not None):
+        _on_one_line(repr(path), path)
+    return found
 
 
 def _each(value: Any) -> Iterable[Any]:

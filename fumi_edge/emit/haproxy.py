@@ -29,6 +29,7 @@ from fumi_edge.emit.notes import (
 )
 from fumi_edge.emit.template import Line, haproxy_template, without
 from fumi_edge.tls.pem import Pair, label
+from fumi_edge.tls.policy import protocols
 
 _APPLIED = {
     *("listen", "starttls_listen", "cert", "key", "balance", "health_interval", "proxy_protocol", "accept_proxy"),
@@ -38,6 +39,8 @@ _APPLIED = {
     *("socket_mode", "log_level", "user"),
 }
 """The flags that have an equivalent in HAProxy."""
+_MAX_LISTENER_PATH = 95
+"""Bytes of a Unix socket's path: HAProxy binds it with a dot, its PID (7 digits) and ``.tmp`` appended, and renames it."""
 _TCP_USER_TIMEOUT = 'tcp-ut "${FUMI_TCP_USER_TIMEOUT-25s}"'
 _REASONS = {
     "require_tls": "applies to STARTTLS listeners only.",
@@ -260,7 +263,7 @@ def _bind_options(service: Service) -> str:
     if flags.get("client_ca"):
         options.append(f"ca-file {_quoted(flags['client_ca'])} verify {flags.get('client_cert') or 'optional'}")
     if flags.get("alpn"):
-        options.append(f"alpn {_quoted(','.join(name.strip() for name in flags['alpn'].split(',')))}")
+        options.append(f"alpn {_quoted(','.join(protocols(flags['alpn'])))}")
     if flags.get("accept_proxy"):
         options.append("accept-proxy")
     if flags.get("socket_mode") is not None:
@@ -288,7 +291,7 @@ def _values(service: Service) -> dict[str, str]:
         if address.tls and _is_header_inside(flags):
             values[f"BACKEND_{number}"] = f"abns@fumi-core{number}"
         else:
-            values[f"BACKEND_{number}"] = f"unix@{address.path}" if address.kind == "unix" else _host(address.plain, "127.0.0.1")
+            values[f"BACKEND_{number}"] = _unix(address) if address.kind == "unix" else _host(address.plain, "127.0.0.1")
     for flag in ("balance", "min_tls", "ciphers", "max_clients", "max_clients_per_ip", "user"):
         values[flag.upper()] = flags.get(flag)
     for flag in TIMES:
@@ -314,7 +317,21 @@ def _milliseconds(seconds: float) -> str:
 def _listener(address: SocketAddress) -> str:
     if address.kind == "tcp" and not address.host:
         return f":{address.port},[::]:{address.port}"
-    return f"unix@{address.path}" if address.kind == "unix" else str(address)
+    if address.kind != "unix":
+        return str(address)
+    if "," in address.path:
+        raise SettingError(f"--emit haproxy: {address}: HAProxy takes a comma as the end of an address; use another path")
+    if len(os.fsencode(address.path)) > _MAX_LISTENER_PATH:
+        raise SettingError(
+            f"--emit haproxy: {address}: HAProxy binds paths of at most {_MAX_LISTENER_PATH} bytes; use a shorter one"
+        )
+    return _unix(address)
+
+
+def _unix(address: SocketAddress) -> str:
+    if "$" in address.path:
+        raise SettingError(f"--emit haproxy: {address}: HAProxy takes $ in a socket's path for a variable; use another path")
+    return f"unix@{address.path}"
 
 
 def _host(address: SocketAddress, default: str) -> str:
@@ -327,6 +344,6 @@ def _quoted(text: str) -> str:
 
 
 class _Variables(string.Template):
-    """The environment variables of an HAProxy file. Those without a value stay."""
+    """The environment variables of an HAProxy file. Those without a value stay, and so does \\${…}, which is part of a value."""
 
-    pattern = r"\$(?:(?P<escaped>(?!))|(?P<named>(?!))|\{FUMI_(?P<braced>[A-Z0-9_]+)-[^}]*\}|(?P<invalid>(?!)))"  # type: ignore[assignment]
+    pattern = r"(?<!\\)\$(?:(?P<escaped>(?!))|(?P<named>(?!))|\{FUMI_(?P<braced>[A-Z0-9_]+)-[^}]*\}|(?P<invalid>(?!)))"  # type: ignore[assignment]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fumi_core.runtime.addresses import SocketAddress
@@ -145,7 +146,7 @@ def _service_settings(service: Service) -> dict[str, list[str]]:
             settings["connect"].append("failover = " + ("prio" if flags.get("balance") == "first" else "rr"))
     if pairs:
         cert, key = pairs[0]
-        settings["cert"] = [f"cert = {label(cert)}", *([f"key = {label(key)}"] if key is not None else [])]
+        settings["cert"] = [f"cert = {_path(label(cert))}", *([f"key = {_path(label(key))}"] if key is not None else [])]
     if flags.get("proxy_protocol") == "off":
         settings["protocol"] = []
     return settings
@@ -155,11 +156,20 @@ def _client_certificates(flags: Flags) -> list[str]:
     if not flags.get("client_ca"):
         return []
     required = "yes" if flags.get("client_cert") == "required" else "no"
-    return [f"CAfile = {flags['client_ca']}", "verifyChain = yes", f"requireCert = {required}"]
+    return [f"CAfile = {_path(flags['client_ca'])}", "verifyChain = yes", f"requireCert = {required}"]
+
+
+def _path(text: str) -> str:
+    """The path as a value. stunnel leaves out white space at both ends of a value, and has no quotes. Raises SettingError."""
+    if text != text.strip(string.whitespace):
+        raise SettingError(
+            f"--emit stunnel: {text!r} begins or ends with white space, which stunnel leaves out; use another path"
+        )
+    return text
 
 
 def _bare(address: SocketAddress, default: str) -> str:
     """stunnel uses no brackets: the port follows the last colon. A path is what begins with a slash."""
     if address.kind == "unix":
-        return os.path.abspath(address.path)
+        return _path(os.path.abspath(address.path))
     return f"{address.host or default}:{address.port}"

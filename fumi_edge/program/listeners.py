@@ -24,7 +24,7 @@ from fumi_edge.connection.policy import ListenerPolicy, ListenerSettings
 from fumi_edge.program.flags import Flags
 from fumi_edge.tls.credentials import ClientSettings, Credentials
 from fumi_edge.tls.pem import CertificateError, Pair
-from fumi_edge.tls.policy import CertificateSettings, Policy
+from fumi_edge.tls.policy import CertificateSettings, Policy, protocols
 from fumi_edge.tls.sources import give_keys
 
 LISTENER_KEYS = ListenerKeys(
@@ -189,13 +189,14 @@ def certificate_settings(flags: Flags) -> CertificateSettings:
 
 
 def _tls_policy(flags: Flags) -> Policy:
-    protocols = tuple(name.strip() for name in flags["alpn"].split(",")) if flags["alpn"] else ()
-    if not all(name.isascii() and 0 < len(name) < 256 for name in protocols):
-        raise SettingError("--alpn: the name of a protocol must have 1 to 255 ASCII characters")
+    try:
+        alpn = protocols(flags["alpn"] or "")
+    except ValueError as error:
+        raise SettingError(f"--alpn: {error}") from None
     if flags["client_cert"] and not flags["client_ca"]:
         raise SettingError("--client-cert needs the CAs of client certificates: add --client-ca")
     try:
-        return Policy(flags["min_tls"], protocols, flags["ciphers"], flags["client_ca"], flags["client_cert"] or "optional")
+        return Policy(flags["min_tls"], alpn, flags["ciphers"], flags["client_ca"], flags["client_cert"] or "optional")
     except ValueError as error:
         raise SettingError(f"--ciphers: {error}") from None
 

@@ -22,6 +22,14 @@ IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 EXCLUDED_CIPHERS = ":!aNULL:!eNULL"
 
 
+def protocols(text: str) -> tuple[str, ...]:
+    """The names of application protocols (ALPN, RFC 7301), given separated by commas. Raises ValueError."""
+    names = tuple(name.strip() for name in text.split(",")) if text else ()
+    if not all(name.isascii() and 0 < len(name) < 256 for name in names):
+        raise ValueError("the name of a protocol must have 1 to 255 ASCII characters")
+    return names
+
+
 class TLSSocket(WatchedSocket):
     """A client's TLS socket with the name that its client requested (SNI)."""
 

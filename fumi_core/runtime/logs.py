@@ -246,13 +246,16 @@ def _second(seconds: int) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """``2026-01-31T12:00:00.123Z INFO fumi.core session ended id=… client_ip=…``; a traceback follows on lines of its own."""
+    """``2026-01-31T12:00:00.123Z INFO fumi.core session ended id=… client_ip=…``; a traceback follows on indented lines.
+
+    The text of an exception may come from a client, so each of these lines is escaped as fields are.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        words = [_stamp(record), record.levelname, record.name, _one_line(record.getMessage())]
-        if record.exc_info:
-            words.append("\n" + self.formatException(record.exc_info))
-        return " ".join(words)
+        line = " ".join([_stamp(record), record.levelname, record.name, _one_line(record.getMessage())])
+        if not record.exc_info:
+            return line
+        return line + "".join(f"\n  {_one_line(each)}" for each in self.formatException(record.exc_info).split("\n"))
 
 
 class JSONFormatter(logging.Formatter):

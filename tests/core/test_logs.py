@@ -67,7 +67,14 @@ def test_a_failure_comes_with_its_traceback(written: Written) -> None:
     logger, lines = written(TextFormatter())
     failure(logger, "a handler failed", KeyError("oops"), id="1f")
     assert "ERROR fumi.test a handler failed id=1f" in lines()[0]
-    assert lines()[-1] == "KeyError: 'oops'"
+    assert lines()[-1] == "  KeyError: 'oops'"
+
+
+def test_an_error_whose_text_comes_from_a_client_forges_no_line(written: Written) -> None:
+    logger, lines = written(TextFormatter())
+    failure(logger, "a handler failed", ValueError(FORGED))
+    assert all(line.startswith("  ") and line.isprintable() for line in lines()[1:])
+    assert lines()[-2:] == [r"  ValueError: a@b.example\r", r"  2026 INFO forged \u001b[31m \u00e9"]
 
 
 def test_what_is_below_the_level_is_not_logged(written: Written) -> None:
@@ -185,5 +192,5 @@ def test_a_line_that_cannot_be_formatted_is_one_that_says_so(outlet: Outlets) ->
     logger, reader, _ = outlet
     logger.info("%d", "no number")
     assert words(reader.readline()).startswith(f"cannot format a log line logger=fumi.test file={__file__} line=")
-    while not (line := reader.readline()).startswith(b"TypeError"):
+    while not (line := reader.readline()).startswith(b"  TypeError"):
         assert line

@@ -79,7 +79,7 @@ _ANY_COMPOSE = re.compile(r"docker compose -f ops/docker/([\w-]+\.yml)")
 """What the page has a Docker that is older than 27 be told."""
 (PODMAN_COMPOSE,) = re.findall(r"`(podman-compose [^`]*)` takes", CONTAINERS)
 """What it has podman's users run in place of COMPOSE."""
-(PODMAN_UP,) = re.findall(r"`(up --build [^`]*)` of", CONTAINERS)
+((PODMAN_UP, UP),) = re.findall(r"`(up --build [^`]*)` of `(up --build [^`]*)`", CONTAINERS)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class ContainerEngine:
     compose: str
     """What replaces _ANY_COMPOSE."""
     prometheus_image = PROMETHEUS_IMAGE
-    up = "up --build"
+    up = UP
 
     def __init__(self, host: Host, directory: Path, certificate: CertificateFiles, composition: Composition) -> None:
         """``directory`` is for its files here, while it runs."""
@@ -224,7 +224,7 @@ class ContainerEngine:
 
     def command(self, text: str) -> list[str]:
         """The words that run commands of the page there, as root in the checkout."""
-        return self._inside(_ANY_COMPOSE.sub(self.compose, text).replace("up --build", self.up))
+        return self._inside(_ANY_COMPOSE.sub(self.compose, text).replace(UP, self.up))
 
     def outcome(self, text: str, given: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(text), input=given, capture_output=True, text=True, timeout=600, check=False)

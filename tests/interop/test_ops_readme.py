@@ -243,7 +243,7 @@ def test_the_composition_finds_its_names_and_its_certificate(
     host: Callable[[str], str], programs: Programs, certificate: CertificateFiles
 ) -> None:
     live = lineage(programs, certificate)
-    assert host(COMPOSE) == "docker compose -f ops/docker/compose.yml up --build --detach\n"
+    assert host(COMPOSE) == "docker compose -f ops/docker/compose.yml up --build --wait\n"
     docker = programs.directory / "ops" / "docker"
     needed = re.findall(r"\$\{(\w+):\?", (docker / "compose.yml").read_text())
     assert set(re.findall(r"^(\w+)=\S+$", (docker / ".env").read_text(), re.MULTILINE)) == set(needed)
@@ -255,7 +255,7 @@ def test_the_composition_finds_its_names_and_its_certificate(
     compose = "docker compose -f ops/docker/compose.yml"
     host(COMPOSE_CERT)
     assert file.read_text() == (programs.directory / "dev/mx.example.org.pem").read_text()
-    assert host(COMPOSE_UPGRADE).splitlines() == [f"{compose} up --build --detach", f"{compose} kill --signal HUP prometheus"]
+    assert host(COMPOSE_UPGRADE).splitlines() == [f"{compose} up --build --wait", f"{compose} kill --signal HUP prometheus"]
 
 
 def test_the_job_is_named_as_the_alerts_know_it(programs: Programs) -> None:

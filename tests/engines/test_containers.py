@@ -238,7 +238,7 @@ def test_an_upgrade_replaces_both_at_once_and_loses_nothing(
     began = engine.run("date +%s").strip()
     upgrade(engine)
     load.await_accepted(FEW)
-    verdict = load.finish(each.text.decode() for each in engine.inbox.messages())
+    verdict = load.finish(lambda: [each.text.decode() for each in engine.inbox.messages()])
     events = engine.run(
         f"docker events --since {began} --until $(date +%s) --filter type=container --format '{{{{.Action}}}}'"
     ).split()

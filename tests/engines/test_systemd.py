@@ -96,7 +96,7 @@ class Site:
         load.await_accepted(FEW)
         yield load
         load.await_accepted(FEW)
-        verdict = load.finish(self.texts())
+        verdict = load.finish(self.texts)
         print("", Verdict.HEAD, verdict.row(what), sep="\n")
         assert verdict.problems() == []
         assert verdict.broken == 0

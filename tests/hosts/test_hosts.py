@@ -125,7 +125,7 @@ def test_a_core_that_dies_and_an_edge_that_stops_lose_no_mail(mail: MailHosts) -
     mail.terminate("edge1")
     load.await_accepted(FEW)
     mail.restart("edge1")
-    verdict = load.finish(mail.texts())
+    verdict = load.finish(mail.texts)
     assert verdict.problems() == [], verdict.row("a core dies, an edge stops")
 
 
@@ -154,14 +154,14 @@ def test_an_idle_session_ends_everywhere_when_one_of_its_hosts_vanishes(kind: st
         host.plug()
     load = mail.load()
     load.await_accepted(FEW)
-    assert load.finish(mail.texts()).problems() == []
+    assert load.finish(mail.texts).problems() == []
 
 
 def assert_harmless(name: str, mail: MailHosts, table: list[str]) -> None:
     load = mail.load()
     load.await_accepted(FIRST)
     FAULTS[name](mail, load)
-    verdict = load.finish(mail.texts())
+    verdict = load.finish(mail.texts)
     table.append(verdict.row(name))
     # While the only store is away, all that clients can get is an answer.
     assert verdict.problems(answered=name != "store vanishes") == [], verdict.row(name)

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.support import starter
@@ -47,9 +47,9 @@ class Load:
         end = time.monotonic() + seconds
         until(lambda: time.monotonic() > end, patience=2 * seconds)
 
-    def finish(self, stored: Iterable[str]) -> Verdict:
-        """Begin no more messages, wait until all are accepted, and judge by the texts that are stored then."""
+    def finish(self, stored: Callable[[], Iterable[str]]) -> Verdict:
+        """Begin no more messages, wait until all are accepted, and judge by the texts that ``stored`` returns then."""
         os.close(self._stdin)
         assert self.process.wait(180) == 0, self._log.read_text()
-        ids = (re.search(r"^X-Load: (\w+)", text, re.MULTILINE) for text in stored)
+        ids = (re.search(r"^X-Load: (\w+)", text, re.MULTILINE) for text in stored())
         return judge(self.attempts(), Counter(found[1] for found in ids if found))

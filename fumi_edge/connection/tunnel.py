@@ -122,6 +122,7 @@ class Tunnel:
         "_reason",
         "_unacknowledged",
         "_up",
+        "client_failure",
         "failure",
         "unanswered",
     )
@@ -154,6 +155,8 @@ class Tunnel:
         """Whether an expectant tunnel has ended because the backend closed without sending any bytes."""
         self.failure: OSError | None = None
         """The error of the backend's TLS."""
+        self.client_failure: OSError | None = None
+        """The error of reading from the client."""
         self._idle_timeout = idle_timeout
         self._deadline: float | None = None
         self._moved, self._moved_at = 0, loop.time()
@@ -356,6 +359,7 @@ class Tunnel:
     def _source_failed(self, flow: _Flow, error: OSError) -> None:
         """End the tunnel when the client was reset. After a reset of the backend the client still gets the bytes read so far."""
         if flow is self._up:
+            self.client_failure = error
             self._finish(End.CLIENT_RESET)
             return
         if flow.source.tls is not None:

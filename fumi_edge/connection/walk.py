@@ -32,7 +32,7 @@ from fumi_edge.connection.tunnel import Tunnel
 from fumi_edge.metrics import BackendError, RejectReason, StarttlsResult
 from fumi_edge.sockets.ending import NO_BACKEND, TOO_MANY_CLIENTS, reset_on_close, send_last_reply
 from fumi_edge.sockets.readiness import received_since
-from fumi_edge.tls.handshake import Handshake, HandshakeError, HandshakeResult, session
+from fumi_edge.tls.handshake import Handshake, HandshakeError, HandshakeResult, session, text_of
 from fumi_edge.tls.policy import TLSSocket
 from fumi_edge.tls.transport import TLSTransport, TransportEnd, TransportOwner
 
@@ -349,6 +349,8 @@ class Connection(Walk):
                 raise NoBanner(tunnel.failure)
             if tunnel.failure is not None:
                 self._backend_failed(tunnel.failure)
+            if tunnel.client_failure is not None:
+                self.detail = text_of(tunnel.client_failure)
             if not tunnel.unanswered:
                 return reason
             # A client that has sent bytes cannot be moved to another backend, but can get a 421.
@@ -370,6 +372,8 @@ class Connection(Walk):
             raise
         finally:
             transport.abort()
+            if transport.failure is not None:
+                self.detail = text_of(transport.failure)
             self.received += transport.received
             self.sent += transport.sent
             self._tunnel = None

@@ -60,6 +60,12 @@ def classify(error: OSError) -> HandshakeError:
     return HandshakeError(HandshakeResult.CERTIFICATE if of_certificate else HandshakeResult.PROTOCOL, detail)
 
 
+def text_of(error: OSError) -> str | None:
+    """The text for the log when reading from a client fails after the handshake; None if the client has only disconnected."""
+    failure = classify(error)
+    return None if failure.result is HandshakeResult.RESET else str(failure)
+
+
 def server_name(hello: bytes) -> str | None:
     """The name in the server_name extension (RFC 6066 §3) of a ClientHello record; None without one, or when it is cut off."""
     try:

@@ -77,6 +77,7 @@ class TLSTransport:
         "_wants_read",
         "_wants_write",
         "_watched",
+        "failure",
         "received",
         "sent",
     )
@@ -112,6 +113,8 @@ class TLSTransport:
         self._end_seen: TransportEnd | None = None
         """The end that came first."""
         self._deadline: float | None = None
+        self.failure: OSError | None = None
+        """The error of reading from the client."""
         self.received = self.sent = 0
         self._watched = (True, False)
         loop.add_reader(self._sock.fileno(), self._readable)
@@ -185,7 +188,8 @@ class TLSTransport:
     def _read(self) -> None:
         try:
             count, then = read_records(self._sock, self._buffer, self._streaming)
-        except OSError:
+        except OSError as error:
+            self.failure = error
             self._fail(TransportEnd.FAILED)
             return
         self._streaming = count >= LONG_RECORD
@@ -197,6 +201,7 @@ class TLSTransport:
             self.received += count
             owner.received(bytes(self._buffer[:count]))
         if isinstance(then, OSError):
+            self.failure = then
             self._fail(TransportEnd.FAILED)
         if self._ended and not self._closing and owner is not None:
             self._end_seen = TransportEnd.CLIENT_CLOSED

@@ -11,7 +11,7 @@ import pytest
 
 from tests.edge.backends import StartBackend
 from tests.edge.clients import Clients
-from tests.edge.program import StartEdge
+from tests.edge.program import Program, StartEdge
 from tests.edge.raw_tls import ALERT, CHANGE_CIPHER_SPEC, HANDSHAKE, RawClient
 from tests.support.peer import Peer
 from tests.support.waiting import until
@@ -123,6 +123,46 @@ def test_records_that_mean_nothing_change_nothing(attack: Attack) -> None:
 
 def test_after_a_record_that_is_wrong_nothing_is_delivered_and_the_backend_sees_a_reset(attack: Attack) -> None:
     assert different(attack, WRONG, ([b"NOOP\r\n", b"reset"], "client_reset", "cut off")) == {}
+
+
+def log_of_wrong_records(program: Program, clients: Clients, secrets: Path) -> list[tuple[str, str]]:
+    """Reason and error, as logged, of a client whose record is changed on the way, and of one that rejects the certificate."""
+
+    def rejection(client: RawClient) -> bytes:
+        return client.record(b"\2\x2e", ALERT)
+
+    for number, records in enumerate((WRONG["a changed record"], rejection)):
+        peer = clients.plain(program.tls_port)
+        client = RawClient(peer.sock, clients.context(), secrets)
+        client.read()
+        client.send(records(client))
+        program.ended(number + 1)
+        peer.close()
+    return [(each["reason"], each["error"]) for each in program.ended(2)]
+
+
+LOGGED = [("client_reset", "decryption failed or bad record mac"), ("client_reset", "sslv3 alert certificate unknown")]
+
+
+def test_what_is_wrong_with_a_record_is_in_the_log(
+    edge: StartEdge, backend: StartBackend, clients: Clients, tmp_path: Path
+) -> None:
+    def greet(peer: Peer) -> None:
+        peer.say(b"220 hi\r\n")
+        with contextlib.suppress(ConnectionError):
+            peer.line()
+
+    assert log_of_wrong_records(edge(backend=backend(greet)), clients, tmp_path / "secrets") == LOGGED
+
+
+def test_an_app_in_the_edge_has_the_same_log(clients: Clients, certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "myapp.py").write_text("from fumi_core import Fumi\napp = Fumi(auth_optional=True)\n")
+    addresses = ("--listen", "127.0.0.1:0", "--starttls-listen", "127.0.0.1:0")
+    program = Program("--cert", str(certificate[0]), "--key", str(certificate[1]), *addresses, "myapp:app", cwd=tmp_path)
+    try:
+        assert log_of_wrong_records(program, clients, tmp_path / "secrets") == LOGGED
+    finally:
+        program.stop()
 
 
 def test_after_close_notify_nothing_is_delivered_whatever_it_is(attack: Attack) -> None:

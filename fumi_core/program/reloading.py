@@ -20,7 +20,7 @@ import click
 from fumi_core.program.loading import AppError
 from fumi_core.program.work import CoreWork
 from fumi_core.runtime.daemon_thread import start_thread
-from fumi_core.runtime.logs import event
+from fumi_core.runtime.logs import event, failure
 from fumi_core.runtime.settings import SettingError
 from fumi_core.runtime.workers import run
 
@@ -28,6 +28,8 @@ CHECK_SECONDS = 0.3
 """Seconds between two checks of the files. A file that still changes between two checks is being written."""
 DRAIN_SECONDS = 1.0
 """Seconds that transactions get to end before a restart."""
+KILL_SECONDS = 1.0
+"""Seconds to wait for a process that was killed."""
 _log = logging.getLogger("fumi.core")
 
 
@@ -85,8 +87,11 @@ class _Restart:
         self._environment = dict(os.environ)
         self.wanted = threading.Event()
         """Set when the process drains in order to restart."""
+        self.failed = threading.Event()
+        """Set when the app could not start, so that there is nothing to drain."""
 
     def at_once(self) -> NoReturn:
+        _end_children()
         os.chdir(self._directory)
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -94,6 +99,8 @@ class _Restart:
 
     def after_draining(self) -> None:
         """Called in a thread: a hook may keep the event loop, or the end of the process, for as long as it likes."""
+        if self.failed.is_set():
+            self.at_once()
         self.wanted.set()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(DRAIN_SECONDS)
@@ -101,8 +108,17 @@ class _Restart:
             self.at_once()
 
 
+def _end_children() -> None:
+    """Kill the processes of multiprocessing, such as those of a pool: forked ones have our listening sockets."""
+    from multiprocessing import active_children  # not loaded at each start of the program
+
+    for child in active_children():
+        child.kill()
+        child.join(KILL_SECONDS)
+
+
 def serve_reloading(ctx: click.Context) -> None:
-    """Serve, and restart at each change; an app that cannot be loaded is one line, and the next change is waited for.
+    """Serve, and restart at each change; an app that cannot be loaded or cannot start is logged, and waits for the next change.
 
     Returns when a signal has stopped the program. Raises SettingError.
     """
@@ -124,9 +140,16 @@ def serve_reloading(ctx: click.Context) -> None:
         event(_log, logging.INFO, "restarting", changed=",".join(changed))
         restart.after_draining()
 
-    start_thread(restart_at_a_change, "reload")
+    thread = start_thread(restart_at_a_change, "reload")
     try:
         run(work, 1)
+    except SettingError:
+        raise
+    except Exception as error:
+        failure(_log, "the app cannot start, waiting for a change", error)
+        restart.failed.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # so that Ctrl-C ends it
+        thread.join()
     except BaseException:
         restart.wanted.clear()  # a second signal: end without a restart
         raise

@@ -155,6 +155,67 @@ def test_a_hook_that_keeps_the_event_loop_does_not_keep_a_restart(program: Reloa
     assert connect(program.port).banner.startswith(b"220 two.example ")
 
 
+FORKING = """
+import multiprocessing, threading
+from fumi_core import Fumi
+from helper import NAME
+
+def make():
+    app = Fumi(auth_optional=True, name=NAME)
+    app.on_mail_from(fork)
+    return app
+
+async def fork(ctx, next):
+    child = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+    child.start()
+    with open("child", "w") as file:
+        file.write(str(child.pid))
+"""
+
+
+def test_processes_of_the_app_do_not_keep_the_ports_of_a_program_that_restarts(program: Reloading, connect: Connect) -> None:
+    program.write(FORKING, "app.py")
+    program.start()
+    program.await_logged("INFO fumi.core listening")
+    client = connect(program.port)
+    client.say("EHLO client.example")
+    client.say("MAIL FROM:<a@b.example>")
+    child = int((program.directory / "child").read_text())
+    program.write("NAME = 'two.example'")
+    program.await_logged("INFO fumi.core listening", 2)
+    assert connect(program.port).banner.startswith(b"220 two.example ")
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+FAILING = """
+from fumi_core import Fumi
+from helper import NAME
+
+def make():
+    app = Fumi(auth_optional=True, name=NAME)
+    app.at_listen(prepare)
+    return app
+
+async def prepare():
+    if NAME == "one.example":
+        raise ValueError("no database")
+"""
+
+
+def test_an_app_that_cannot_start_waits_for_a_change(program: Reloading, connect: Connect) -> None:
+    program.write(FAILING, "app.py")
+    program.start()
+    program.await_logged("the app cannot start, waiting for a change")
+    program.await_logged("ValueError: no database")
+    program.write("NAME = 'two.example'")
+    program.await_logged("INFO fumi.core listening", 2)
+    assert connect(program.port).banner.startswith(b"220 two.example ")
+    program.write("NAME = 'one.example'")
+    program.await_logged("the app cannot start, waiting for a change", 2)
+    assert program.stop(signal.SIGINT) == 130
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [

@@ -36,6 +36,9 @@ MIN_RESOLVE_INTERVAL = 1.0
 """The minimum of seconds between two lookups when none of the addresses can be connected to."""
 AVOID_ADDRESS_SECONDS = 30.0
 """Seconds for which an address is tried after the others of the same name when a connection to it has failed."""
+MAX_TIMEOUTS = 12
+"""Connect timeouts, together a minute by default, after which no further address of a name is tried for one client: it waits five
+minutes for a banner (RFC 5321 §4.5.3.2.1), and there may be other backends."""
 CLOSE_SECONDS = 5.0
 """Seconds that a backend gets to close its side after QUIT."""
 LAST_REPLY_LIMIT = 64 * 1024
@@ -155,10 +158,11 @@ class Remote:
         return None
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout: float, opening: Opening) -> socket.socket:
-        """See Destination. The lookup may take ``timeout`` seconds, and then each address."""
+        """See Destination. The lookup may take ``timeout`` seconds, and then each address; none is begun after MAX_TIMEOUTS."""
         tried: set[ResolvedAddress] = set()
         failure: OSError = OSError("no address")
         addresses = await self.addresses(loop, timeout)
+        until = loop.time() + MAX_TIMEOUTS * timeout
         while addresses:
             for address in addresses:
                 if address in self._failed:
@@ -173,7 +177,9 @@ class Remote:
                     failure = error
                     if error.errno in LOCAL_ERRORS:
                         raise
-                    self._failed[address] = loop.time()
+                    self._failed[address] = now = loop.time()
+                    if now >= until:
+                        raise
                 else:
                     self._failed.pop(address, None)
                     if len(self._addresses) > 1:

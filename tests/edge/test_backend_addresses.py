@@ -384,6 +384,22 @@ def test_while_all_addresses_are_known_to_have_failed_the_name_is_resolved_befor
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
+def test_a_client_does_not_wait_for_all_addresses_of_a_name_when_trying_them_takes_long(
+    pool: MakePool, monkeypatch: pytest.MonkeyPatch, listening: int
+) -> None:
+    """There may be a thousand, and each may take the whole connect timeout; the next backend may serve at once."""
+
+    async def scenario() -> None:
+        Resolver(monkeypatch, *(f"127.0.0.{number}" for number in range(3, 250)))
+        monkeypatch.setattr(fumi_edge.backends.dialing, "MAX_TIMEOUTS", 0)
+        backends = pool(f"mail.test:{listening}", f"127.0.0.1:{listening}", balance="first")
+        dialed = dialed_hosts(monkeypatch)
+        assert await come_and_go(backends) is backends.all[1]
+        assert dialed[1:] == ["127.0.0.1"]
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_a_name_that_cannot_be_resolved_any_more_is_one_line_in_the_log(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -69,7 +69,8 @@ def test_the_message_that_arrives_is_answered_and_the_log_says_why_it_stops(
     assert program.process.wait(60) == status
     log = program.log.read_text()
     assert log.count(LOGGED) == 1
-    assert f"\n{shown}\n" in log.partition(LOGGED)[2].partition("INFO fumi.core stopping signal=SIGTERM")[0]
+    reason = log.partition(LOGGED)[2].partition("INFO fumi.core stopping signal=SIGTERM")[0]
+    assert shown in map(str.strip, reason.splitlines())
 
 
 def test_another_worker_takes_the_place_of_one_that_exits(start: Start, connect: Connect, tmp_path: Path) -> None:

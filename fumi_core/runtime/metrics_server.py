@@ -9,7 +9,9 @@ the connection that has been silent longest is closed or, if all have sent their
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
+import re
 import socket
 import threading
 import time
@@ -55,12 +57,37 @@ class Request(NamedTuple):
     client: str = ""
     host: str = ""
 
+    @property
+    def is_from_this_host(self) -> bool:
+        """Whether the client is at a loopback address or a Unix socket."""
+        return self.client == "unix" or _is_loopback(self.client)
+
+    @property
+    def names_this_host(self) -> bool:
+        """Whether the URL has ``localhost`` or a loopback address.
+
+        A page elsewhere on the web could have its own name resolve to 127.0.0.1 (DNS rebinding) and so read, in a browser here,
+        what is for this host only; its requests have that name in Host (RFC 9110 §7.2).
+        """
+        found = _HOST.fullmatch(self.host)
+        name = "" if found is None else found["name"].strip("[]").lower()
+        return name == "localhost" or _is_loopback(name)
+
+
+def _is_loopback(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
 
 Page = Callable[[Request], Answer]
 """Called in the server's thread for each request."""
 Readiness = Callable[[], str | None]
 """Returns None when ready, else the reason in a few words. Called in the server's thread."""
 
+_HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?")
 MAX_QUERY = 1000
 """Characters of a query that are read; later ones are ignored."""
 MAX_REQUESTS = 16

@@ -99,7 +99,7 @@ class StatusPage:
         self.history.start()
 
     def pages(self) -> Mapping[str, Page]:
-        return {"/": self._html, "/status.json": self._json}
+        return {"/": _guarded(self._html), "/status.json": _guarded(self._json)}
 
     def _read(self) -> Figures:
         return Figures(self._overview.registry.collect())
@@ -182,6 +182,22 @@ class StatusPage:
             more = [element("p", "; ".join(status.reasons), class_=f"problem {_CLASSES[status.state]}", role=role)]
         title = element("h1", self._program, " ", element("small", socket.gethostname()), " ", pill)
         return element("header", title, element("p", about), _links(self._others, refreshing, clients), more)
+
+
+def _guarded(page: Page) -> Page:
+    """The same page, without client addresses for pages elsewhere on the web that a browser on this host shows."""
+
+    def answer(request: Request) -> Answer:
+        if request.query.get("clients") == "1" and _is_of_elsewhere(request):
+            return Answer("client addresses: use a URL with 127.0.0.1 or localhost as its host\n", status="403 Forbidden")
+        return page(request)
+
+    return answer
+
+
+def _is_of_elsewhere(request: Request) -> bool:
+    # No browser connects to a Unix socket.
+    return request.client != "unix" and request.is_from_this_host and not request.names_this_host
 
 
 def _links(others: Iterable[str], refreshing: bool, clients: bool) -> Element:

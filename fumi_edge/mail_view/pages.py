@@ -1,15 +1,12 @@
 """/mail and /mail.eml: a list of the messages, a page for each, and its file.
 
-For people on this host only. A page elsewhere on the web could have its own name resolve to 127.0.0.1 (DNS rebinding) and so
-read what is here; it would come with that name in Host, so only names and addresses of this host are accepted there.
+For people on this host only, and only with a name or address of this host in the URL (Request.names_this_host).
 
 Everything in a message is shown as text: HTML is its source, and the page's policy allows no scripts, images or other files.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -35,7 +32,6 @@ MAX_SHOWN_BYTES = 2_000_000
 
 _STYLE = (files("fumi_core.status") / "status.css").read_text("utf-8") + (files(__package__) / "mail.css").read_text("utf-8")
 _HEADERS = (("Content-Security-Policy", policy(_STYLE)), ("Referrer-Policy", "no-referrer"))
-_HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?")
 _ADDRESSES = ("From", "To", "Cc", "Date")
 """Fields that the page of a message shows above all others."""
 
@@ -188,26 +184,10 @@ def _local(page: Page) -> Page:
     """The same page, for clients on this host whose URL has a name or address of this host."""
 
     def answer(request: Request) -> Answer:
-        if not _is_loopback(request.client):
+        if not request.is_from_this_host:
             return Answer("the mail is shown to clients on this host only\n", status="403 Forbidden")
-        if not _names_this_host(request.host):
+        if not request.names_this_host:
             return Answer("use a URL with 127.0.0.1 or localhost as its host\n", status="403 Forbidden")
         return page(request)
 
     return answer
-
-
-def _is_loopback(client: str) -> bool:
-    """``client`` is an IP address, or ``unix``."""
-    try:
-        address = ipaddress.ip_address(client)
-    except ValueError:
-        return client == "unix"
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-
-def _names_this_host(host: str) -> bool:
-    """``host`` is a Host field (RFC 9110, section 7.2)."""
-    found = _HOST.fullmatch(host)
-    name = "" if found is None else found["name"].strip("[]").lower()
-    return name == "localhost" or (name != "unix" and _is_loopback(name))

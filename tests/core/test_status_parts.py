@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from fumi_core.runtime.journal import Event
-from fumi_core.runtime.metrics_server import Request
+from fumi_core.runtime.metrics_server import Page, Request
 from fumi_core.runtime.overview import Overview, Worker
 from fumi_core.runtime.scoreboard import WorkerState
 from fumi_core.status import wording
@@ -192,13 +192,41 @@ def test_numbers_are_formatted_for_people(said: str, meant: str) -> None:
     assert said == meant
 
 
-def page_of(workers: list[Worker], problem: str | None = None, degraded: tuple[str, ...] = ()) -> tuple[Reader, dict[str, Any]]:
-    """The page, and its facts, of a program with these workers."""
+def pages_of(workers: list[Worker], problem: str | None = None, degraded: tuple[str, ...] = ()) -> Mapping[str, Page]:
+    """The pages of a program with these workers."""
     event = Event(1.0, 9.0, "error", "<b>cannot deliver</b>", {"client_ip": "192.0.2.1", "state": "<i>"}, 2)
     overview = Overview(CollectorRegistry(), lambda: problem, lambda: problem, lambda: workers, lambda: [event], 7, 0.0)
     view = View(problem=problem, degraded=degraded, tiles=(), tables=(), small_tables=(), limits={"--max-clients": math.inf})
-    pages = StatusPage("fumi-core", overview, (), lambda figures, history, workers: view).pages()
+    return StatusPage("fumi-core", overview, (), lambda figures, history, workers: view).pages()
+
+
+def page_of(workers: list[Worker], problem: str | None = None, degraded: tuple[str, ...] = ()) -> tuple[Reader, dict[str, Any]]:
+    """The page, and its facts, of a program with these workers."""
+    pages = pages_of(workers, problem, degraded)
     return Reader(pages["/"](Request("/", {})).text), json.loads(pages["/status.json"](Request("/status.json", {})).text)
+
+
+@pytest.mark.parametrize("path", ["/", "/status.json"])
+@pytest.mark.parametrize(
+    ("client", "host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1:9525", True),
+        ("::1", "[::1]:9525", True),
+        ("127.0.0.1", "localhost", True),  # also through ssh -L
+        ("unix", "", True),
+        ("192.0.2.9", "mail.example.org:9525", True),
+        ("127.0.0.1", "rebound.example:9525", False),  # a browser here, and a name of somebody else that resolves to 127.0.0.1
+        ("::1", "rebound.example", False),
+        ("::ffff:127.0.0.1", "localhost.rebound.example", False),
+        ("127.0.0.1", "", False),
+    ],
+)
+def test_a_page_elsewhere_on_the_web_cannot_read_client_addresses(path: str, client: str, host: str, shown: bool) -> None:
+    page = pages_of([SERVING])[path]
+    assert "192.0.2.1" not in page(Request(path, {}, client, host)).text
+    answer = page(Request(path, {"clients": "1"}, client, host))
+    assert ("192.0.2.1" in answer.text) is shown
+    assert answer.status == ("200 OK" if shown else "403 Forbidden")
 
 
 SERVING, ABSENT = Worker(0, WorkerState.SERVING, 8, 0.0, 3, {}), Worker(1, WorkerState.ABSENT, None, None, 0, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +46,6 @@ def test_its_sections_are_those_of_the_document(directory: Path, name: str) -> N
     assert [title.replace("\\-", "-").replace("\\(aq", "'") for title in shown] == [*expected, "SEE ALSO"]
 
 
-@pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_man_shows_the_page_without_a_warning(directory: Path, name: str) -> None:
     command = ["man", "--warnings=all", "-l", str(directory / f"{name}.1")]

@@ -163,6 +163,10 @@ def host(tmp_path_factory: pytest.TempPathFactory, certificate: CertificateFiles
         yield host
 
 
+def test_dovecot_starts_without_an_error_before_there_is_a_user(host: MailHost) -> None:
+    assert "Error" not in host.engine.log("dovecot")
+
+
 def test_mail_from_outside_is_filtered_stored_and_read(host: MailHost) -> None:
     with host.smtp() as client:
         client.sendmail(SENDER, [JOE], letter("lunch"))

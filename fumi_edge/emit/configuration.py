@@ -44,6 +44,8 @@ def configuration(program: str, context: click.Context, tables: Sequence[tuple[L
         raise SettingError("--emit: name a certificate and a backend; those of --dev are temporary")
     if "app" in given:
         raise SettingError(f"--emit: {flags['app']} runs in fumi-edge alone; name a --backend instead")
+    for table, _ in tables:
+        _on_one_line(f"the address of a {table.section} table", str(table.address))
     for each in (flags, *(own for _, own in tables)):
         _check(each)
     name, sign, write = _PROGRAMS[program]

@@ -141,12 +141,16 @@ The certificate is self-signed. Stop with Ctrl-C.
     def _address(self, starttls: bool) -> str:
         for listener in self._edge.listeners:
             if listener.starttls is starttls and isinstance(listener.address, tuple):
-                host, port = listener.address
-                host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-                return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                return _for_clients(*listener.address)
         return "127.0.0.1:0"
 
     def _metrics(self) -> str:
         (sock, *_) = self._edge.metrics_sockets
         name = sock.getsockname()
-        return f"127.0.0.1:{name[1]}" if isinstance(name, tuple) else f"unix:{name}"
+        return _for_clients(name[0], name[1]) if isinstance(name, tuple) else f"unix:{name}"
+
+
+def _for_clients(host: str, port: int) -> str:
+    """The address to connect to on this host, of a socket that listens at this one."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import signal
 import smtplib
+import socket
 import ssl
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from fumi_edge.edge import Edge
+from fumi_edge.program.dev import DevCore
 from tests.edge.clients import Clients
 from tests.edge.program import Program, run
 from tests.support.waiting import until
@@ -35,6 +40,14 @@ def test_dev_mode_can_be_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert run("--dev", *PORTS, "--check") == (0, [])
     assert list(tmp_path.glob("fumi-dev-*")) == []
+
+
+@pytest.mark.parametrize(("listens", "shown"), [("::1", "[::1]"), ("::", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("", "127.0.0.1")])
+def test_the_addresses_of_the_pages_are_where_they_are(listens: str, shown: str) -> None:
+    family = socket.AF_INET6 if ":" in listens else socket.AF_INET
+    with socket.create_server((listens, 0), family=family) as sock:
+        edge = cast(Edge, SimpleNamespace(listeners=[], metrics_sockets=[sock]))
+        assert f"http://{shown}:{sock.getsockname()[1]}/mail\n" in DevCore(edge, "").instructions()
 
 
 def test_an_error_of_openssl_is_one_line_with_its_last_line(tmp_path: Path) -> None:

@@ -41,6 +41,15 @@ def test_the_name_of_a_file_in_a_directory_is_no_line_of_the_configuration(progr
     assert "contains a line end" in refusal(program, "--cert", str(tmp_path), *BACKEND)
 
 
+@pytest.mark.parametrize("program", ["haproxy", "stunnel"])
+@pytest.mark.parametrize("mode", ["tls", "starttls"])
+def test_the_address_of_a_table_is_no_line_of_the_configuration(program: str, mode: str, tmp_path: Path) -> None:
+    (tmp_path / "fumi.toml").write_text(
+        f'[[edge.listener]]\naddress = "unix:a\\nuser root"\nmode = "{mode}"\n[[edge.listener]]\naddress = ":4465"\n'
+    )
+    assert "contains a line end" in refusal(program, "--config", str(tmp_path / "fumi.toml"), "--proxy-protocol", "off", *BACKEND)
+
+
 @pytest.mark.parametrize(
     ("flag", "address"),
     [

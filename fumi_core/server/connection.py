@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from enum import Enum
 from time import monotonic
@@ -78,8 +79,8 @@ class Connection:
                                   from its first bytes on
     a message or chunk arrives    socket_timeout, and             bytes received;               421, lingering
                                   data_timeout in all             nothing
-    a handler is running, and no  none: the client is waiting     -                             -
-    message or chunk arrives
+    a handler is running, and no  data_timeout + socket_timeout   nothing                       cancelled: 451; if it
+    message or chunk arrives                                                                    does not end, 421
     replies wait for the client   socket_timeout                  all of them taken by the      closed without a reply
     to read, handler or not                                       kernel
     lingering, replies waiting    socket_timeout                  nothing; as below once the    closed
@@ -353,9 +354,17 @@ class Connection:
         self._timer = self._server.loop.call_at(due, self._check_deadline)
 
     def _due(self) -> float:
-        """When the client, or the message that is arriving, exceeds its time limit."""
-        started = self._dialogue.message_started if self._dialogue is not None else None
-        return self._deadline if started is None else min(self._deadline, started + self._server.options.data_timeout)
+        """When the client, the message that is arriving, or a handler exceeds its time limit."""
+        if self._dialogue is None:
+            return self._deadline
+        started = self._dialogue.message_started
+        limit = math.inf if started is None else started + self._server.options.data_timeout
+        return min(self._deadline, limit, self._handlers_due(self._dialogue))
+
+    def _handlers_due(self, dialogue: Dialogue) -> float:
+        """When handlers must have ended: later than a client waits (RFC 5321 §4.5.3.2), and than deliveries take at most."""
+        options = self._server.options
+        return math.inf if dialogue.awaited is None else dialogue.awaited + options.data_timeout + options.socket_timeout
 
     def _check_deadline(self) -> None:
         now = monotonic()
@@ -367,6 +376,10 @@ class Connection:
             self._schedule_check(now)
         elif self._phase is Phase.HEADER:
             self._refuse_header(HeaderResult.TIMEOUT, "no PROXY header in time")
+        elif dialogue is not None and now >= self._handlers_due(dialogue):
+            dialogue.stop_handlers()
+            if self._phase is _OPEN:
+                self._schedule_check(now)
         elif dialogue is not None:
             dialogue.time_out()
             if self._transport.blocked:

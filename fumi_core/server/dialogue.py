@@ -96,9 +96,14 @@ class Dialogue:
         self.messages = 0
         self._setup = setup
         self._observer = setup.observer
-        # The clock is not read for the default observer, which does nothing.
+        # The default observer does nothing.
         self._timed = type(setup.observer) is not Observer
-        self._began = 0.0  # when the handlers that run, or ran last, were called, by the monotonic clock
+        self._began = 0.0
+        """When the handlers that run, or ran last, were called, by the monotonic clock."""
+        self._awaited = 0.0
+        """Since when the client waits for them: since then or, with a message, its end."""
+        self._cancelled: Context | None = None
+        """The context of the handlers that were cancelled, since they did not end."""
         self._changed = changed
         self._runner = HandlerRunner(asyncio.get_running_loop())
         self._running: Context | None = None
@@ -167,6 +172,11 @@ class Dialogue:
             return self._message.started
         return self._dropping_since if self.protocol.dropping else None
 
+    @property
+    def awaited(self) -> float | None:
+        """Since when the client waits for handlers, by the monotonic clock; None when it does not."""
+        return self._awaited if self._running is not None and self.busy else None
+
     def fail(self, error: Exception) -> None:
         """The last resort, for a bug here or an app that changed Fumi's internals: every client gets a reply."""
         log_failure(self.session, "dialogue failed", error)
@@ -174,6 +184,19 @@ class Dialogue:
 
     def time_out(self) -> None:
         self._end(replies.TIMED_OUT, "timed out")
+
+    def stop_handlers(self) -> None:
+        """The client has waited too long: cancel the handlers, which is answered 451. If they do not end, end the dialogue."""
+        context = self._running
+        assert context is not None
+        fields = {**log_fields(self.session), "hook": context.hook, "command": context.command}
+        if self._cancelled is context:
+            log_event(_log, logging.ERROR, "handler does not end, although it was cancelled", **fields)
+            self._end(replies.CONNECT_FAILED, "the handlers do not end")
+            return
+        log_event(_log, logging.ERROR, "handler does not end, cancelled", **fields)
+        self._cancelled, self._awaited = context, time.monotonic()
+        self._runner.cancel()
 
     def drain(self) -> None:
         """Send 421 as soon as no transaction is in progress."""
@@ -255,6 +278,7 @@ class Dialogue:
         message = self._message
         assert message is not None
         message.reception = COMPLETE
+        self._awaited = time.monotonic()
         message.stream.end()
         self._run_message(message)
         if message.stage is DONE and self._message is message:
@@ -271,8 +295,7 @@ class Dialogue:
             _DONE[phase](self, context, None)
             return
         self._running, self._phase = context, phase
-        if self._timed:
-            self._began = time.monotonic()
+        self._began = self._awaited = time.monotonic()
         self._runner.run(chain(context), self._handlers_ended)
 
     def _handlers_ended(self, error: BaseException | None) -> None:

@@ -13,7 +13,6 @@ import signal
 import smtplib
 import ssl
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 
 from tests.bench import environment
 from tests.engines.container_engine import MAIL, NAME, Docker
+from tests.engines.name_server import name_server
 from tests.support.certificates import CertificateFiles, self_signed, shown_pem
 from tests.support.hosts import Host, network
 from tests.support.inside import Client, connect
@@ -147,10 +147,8 @@ def host(tmp_path_factory: pytest.TempPathFactory, certificate: CertificateFiles
             hosts[name].ip(f"address add {address}/24 dev eth0")
         for name, address in (("engine", "192.0.2.2"), ("client", NAME_SERVER)):
             hosts[name].ip(f"address add {address}/24 dev eth0")
-        client, words = hosts["client"], (NAME_SERVER, FRIEND.partition("@")[2], PUBLIC["client"])
-        name_server = client.start(sys.executable, "-m", "tests.engines.name_server", *words, log=outside / "log", cwd=ROOT)
-        stack.callback(name_server.wait)
-        stack.callback(name_server.kill)
+        client, known = hosts["client"], {"elsewhere.example": PUBLIC["client"], "example.org": PUBLIC["engine"]}
+        stack.enter_context(name_server(client, NAME_SERVER, known, outside / "log"))
         friend = Friend(client, outside)
         stack.callback(friend.stop)
         engine = stack.enter_context(contextlib.closing(Docker(hosts["engine"], directory, certificate, MAIL)))
@@ -201,6 +199,15 @@ def test_a_user_with_dovecots_password_sends_to_another_host_which_postfix_finds
         client.login(JOE, PASSWORD)
         client.sendmail(JOE, [FRIEND], letter(f"out-{port}", sender=JOE))
     host.await_friend(f"out-{port}")
+
+
+def test_postfix_takes_mail_to_another_user_and_returns_what_it_cannot_deliver(host: MailHost) -> None:
+    with host.smtp(587) as client:
+        client.login(JOE, PASSWORD)
+        client.sendmail(JOE, [JOE], letter("colleague", sender=JOE))
+        client.sendmail(JOE, ["eve@nowhere.example"], letter("astray", sender=JOE))
+    until(lambda: host.received("colleague"), "delivery to a user")
+    until(lambda: host.received("Undelivered"), "Postfix's notice")
 
 
 def test_a_wrong_password_is_535_and_another_sender_553(host: MailHost) -> None:

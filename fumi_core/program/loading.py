@@ -69,6 +69,8 @@ def _candidates(module: str) -> Iterator[str]:
 def _files_of(error: BaseException) -> Iterator[str]:
     if isinstance(error, SyntaxError) and error.filename:
         yield error.filename
+    if isinstance(error, ImportError) and error.name:
+        yield from _candidates(error.name)
     yield from (each.filename for each in traceback.extract_tb(error.__traceback__) if os.path.isabs(each.filename))
 
 

@@ -118,6 +118,15 @@ def test_a_file_that_is_broken_at_the_start_is_waited_for(program: Reloading, co
     assert program.stop(signal.SIGINT) == 0
 
 
+def test_a_module_that_an_app_imports_and_that_is_not_written_yet_is_waited_for(program: Reloading, connect: Connect) -> None:
+    (program.directory / "helper.py").unlink()
+    program.start()
+    program.await_logged("cannot load the app, waiting for a change")
+    program.write("NAME = 'one.example'")
+    program.await_logged("INFO fumi.core listening")
+    assert connect(program.port).banner.startswith(b"220 one.example ")
+
+
 def test_ctrl_c_ends_a_program_that_waits_for_a_change(program: Reloading) -> None:
     program.write("NAME = ")
     program.start()

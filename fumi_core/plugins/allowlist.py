@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from fumi_core.app import Fumi
-from fumi_core.handlers.contexts import ConnectContext
-from fumi_core.handlers.middleware import Next
+from fumi_core.handlers.contexts import ConnectContext, MailContext
 from fumi_core.plugins import arguments
+from fumi_core.plugins.by_address import by_address
 
 
 def allowlist(cidrs: Iterable[str]) -> Callable[[Fumi], None]:
@@ -20,12 +20,8 @@ def allowlist(cidrs: Iterable[str]) -> Callable[[Fumi], None]:
         raise ValueError("allowlist([]) would reject every client: write the networks that may connect")
     allowed = arguments.networks("allowlist", given)
 
-    async def check(ctx: ConnectContext, next: Next) -> None:
+    async def judge(ctx: ConnectContext | MailContext) -> None:
         if ctx.session.remote_address not in allowed:
             ctx.reject("5.7.1 Access denied", 554)
-        await next()
 
-    def plugin(app: Fumi) -> None:
-        app.on_connect(check)
-
-    return plugin
+    return by_address(judge)

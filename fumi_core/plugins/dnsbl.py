@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from fumi_core.app import Fumi
-from fumi_core.handlers.contexts import ConnectContext
-from fumi_core.handlers.middleware import Next
+from fumi_core.handlers.contexts import ConnectContext, MailContext
 from fumi_core.plugins import arguments
+from fumi_core.plugins.by_address import by_address
 from fumi_core.runtime.logs import event
 from fumi_core.runtime.resolver import Resolve, Resolver, ipv4_addresses
 
@@ -54,17 +54,13 @@ def dnsbl(
         for zone in _zones(zones)
     ]
 
-    async def check(ctx: ConnectContext, next: Next) -> None:
+    async def judge(ctx: ConnectContext | MailContext) -> None:
         address = _public(ctx.session.remote_address)
         for blocklist in lists:
             if address is not None and await blocklist.lists(address, ctx.session.id):
                 ctx.reject(f"5.7.1 Client host [{address}] blocked using {blocklist.zone}", 554)
-        await next()
 
-    def plugin(app: Fumi) -> None:
-        app.on_connect(check)
-
-    return plugin
+    return by_address(judge)
 
 
 class Blocklist:

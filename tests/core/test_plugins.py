@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fumi_core import Fumi, plugins
+from fumi_core.proxy_protocol import ProxyHeader
 from fumi_core.testing import running
 from tests.core.client import Connect
 
@@ -29,6 +30,17 @@ def test_require_tls_accepts_mail_over_tls(connect: Connect) -> None:
         client = connect(server.port)
         client.say("EHLO x")
         assert client.say("MAIL FROM:<>").startswith(b"250")
+        client.close()
+
+
+@pytest.mark.parametrize("plugin", [plugins.allowlist(["192.0.2.0/24"]), plugins.denylist(["127.0.0.1"])])
+def test_a_proxys_health_check_is_judged_only_if_it_sends_mail(connect: Connect, plugin: Callable[[Fumi], None]) -> None:
+    app = Fumi(auth_optional=True, proxy_protocol="required", close_timeout=0.2).use(plugin)
+    with running(app) as server:
+        client = connect(server.port, ProxyHeader(2, "LOCAL").to_bytes())
+        assert client.banner.startswith(b"220")
+        client.say("EHLO x")
+        assert client.say("MAIL FROM:<>") == b"554 5.7.1 Access denied\r\n"
         client.close()
 
 

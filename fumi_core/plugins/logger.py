@@ -22,6 +22,8 @@ _log = logging.getLogger("fumi.core.events")
 def logger() -> Callable[[Fumi], None]:
     """Log connects, authentications, senders, recipients, messages and closes, at level INFO, to ``fumi.core.events``.
 
+    A proxy's health checks are logged at level DEBUG.
+
     Use it first: it then sees the results of all later handlers, rejections included. Passwords and other credentials are never
     logged; a user name only when the login succeeded, since people type passwords there. Without the ``fumi-core`` program,
     ``logging.basicConfig(level=logging.INFO)`` is enough to see the lines.
@@ -139,4 +141,5 @@ def _refusal(error: Exception) -> dict[str, Any]:
 
 
 def _log_line(ctx: Context, words: str, **fields: Any) -> None:
-    event(_log, logging.INFO, words, **log_fields(ctx.session), **fields)
+    level = logging.DEBUG if ctx.session.health_check else logging.INFO
+    event(_log, level, words, **log_fields(ctx.session), **fields)

@@ -41,7 +41,7 @@ _APPLIED = {
 """The flags that have an equivalent in HAProxy."""
 _MAX_LISTENER_PATH = 95
 """Bytes of a Unix socket's path: HAProxy binds it with a dot, its PID (7 digits) and ``.tmp`` appended, and renames it."""
-_TCP_USER_TIMEOUT = 'tcp-ut "${FUMI_TCP_USER_TIMEOUT-25s}"'
+_TCP_USER_TIMEOUT = 'tcp-ut "${FUMI_NODE_TCP_USER_TIMEOUT-25s}"'
 _REASONS = {
     "require_tls": "applies to STARTTLS listeners only.",
     "hide_starttls": "applies to STARTTLS listeners only.",
@@ -78,7 +78,7 @@ def _notes(flags: Flags, given: Collection[str], services: Sequence[Service], un
     local = of_kind([each for service in services for each in service.listeners], "unix")
     notes += [f"{address}: HAProxy's PROXY header has no client address for a Unix socket." for address in local]
     notes.append("A client is disconnected without 421 when no core is available, and when its address has reached a limit.")
-    notes.append("A client or core that is alive but reads nothing for 25 s (tcp-ut) is disconnected.")
+    notes.append("A client or core that is alive but reads nothing for 30 or 25 s (tcp-ut) is disconnected.")
     if flags.get("max_clients"):
         notes.append("--max-clients: clients above the limit wait to be accepted instead of being rejected.")
     if len(services) > 1 and (flags.get("max_clients_per_ip") or flags.get("rate_per_ip")):

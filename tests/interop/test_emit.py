@@ -84,8 +84,8 @@ HAPROXY = {
 }
 
 
-USER_TIMEOUT = 'tcp-ut "${FUMI_TCP_USER_TIMEOUT-25s}"'
-BIND = f"v6only {USER_TIMEOUT}"
+USER_TIMEOUT = 'tcp-ut "${FUMI_NODE_TCP_USER_TIMEOUT-25s}"'
+BIND = 'v6only tcp-ut "${FUMI_TCP_USER_TIMEOUT-30s}"'
 
 
 @pytest.mark.parametrize("flags", HAPROXY.values(), ids=HAPROXY)

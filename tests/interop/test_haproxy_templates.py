@@ -124,7 +124,8 @@ def test_mail_comes_through_implicit_tls_and_checks_leave_no_trace(
 @pytest.mark.parametrize("name", FILES)
 def test_every_server_and_listener_for_clients_has_a_user_timeout(name: str) -> None:
     lines = re.findall(r"^ +(?:server|bind) .*", _settings(name), re.MULTILINE)
-    without = [line for line in lines if ' tcp-ut "${FUMI_TCP_USER_TIMEOUT-25s}"' not in line]
+    expected = {"server": "${FUMI_NODE_TCP_USER_TIMEOUT-25s}", "bind": "${FUMI_TCP_USER_TIMEOUT-30s}"}
+    without = [line for line in lines if f' tcp-ut "{expected[line.split()[0]]}"' not in line]
     assert [line.split()[1] for line in without] == ['"${FUMI_METRICS-127.0.0.1:8405}"']
 
 
@@ -150,8 +151,9 @@ def test_both_connections_of_a_session_detect_that_the_other_host_has_vanished(
         until(lambda: sum(sock.getpeername()[1] in ends for sock in connections(process.pid)) == 2, "the end of the check")
         for sock in connections(process.pid):
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            timeout = 25_000 if sock.getpeername()[1] == core else 30_000
             tcp = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
-            assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in tcp] == [25_000, 10, 2]
+            assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in tcp] == [timeout, 10, 2]
 
 
 def test_mutual_tls_requires_a_client_certificate_unless_it_is_optional(

@@ -122,6 +122,12 @@ class Edge:
 
     def begin(self, connection_count: ConnectionCount | None = None) -> None:
         """Start health checks, certificate reloads and the heartbeat; for a caller that adds listeners by ``listen()``."""
+        self._loop = asyncio.get_running_loop()
+        self._guard = self._loop.create_task(self._cancel_with_the_loop())
+        self._shared.hangup_watch.open(self._loop)
+        self._shared.close_notify.open()
+        self._read_watch.start()
+        # Now, since the descriptors that these have opened are not available for clients.
         retiring = self._shared.retiring
         count = connection_count or self._shared.connection_count
         each = 1 + max(backend.destination.descriptors for backend in self._services.backends.values())
@@ -130,11 +136,6 @@ class Edge:
         retiring.full = lambda: limit.reached(count.connections)
         self._shared = replace(self._shared, connection_count=count, descriptor_limit=limit)
         self._services.count_clients_in(count)
-        self._loop = asyncio.get_running_loop()
-        self._guard = self._loop.create_task(self._cancel_with_the_loop())
-        self._shared.hangup_watch.open(self._loop)
-        self._shared.close_notify.open()
-        self._read_watch.start()
         self._services.start()
         self._beat()
 

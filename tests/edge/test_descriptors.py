@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 
+from fumi_core.runtime.acceptor import SPARE_DESCRIPTORS
 from tests.edge.backends import StartBackend, smtp
 from tests.edge.clients import Clients
 from tests.edge.program import StartEdge
@@ -58,6 +59,15 @@ def test_running_out_of_descriptors_is_survived(
 
     until(answered, "an answer")
     assert len(program.events("cannot accept, pausing")) == 1
+
+
+def test_the_limit_leaves_out_the_descriptors_of_the_edge_itself(backend: StartBackend, edge: StartEdge) -> None:
+    program = edge(backend=backend())
+    pid = program.process.pid
+    allowed, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    clients = program.metric("fumi_edge_connections_limit")
+    free = allowed - len(os.listdir(f"/proc/{pid}/fd")) - SPARE_DESCRIPTORS
+    assert 0 <= free - 2 * clients <= 3
 
 
 def test_clients_without_a_free_descriptor_wait_and_get_no_421(backend: StartBackend, edge: StartEdge, clients: Clients) -> None:

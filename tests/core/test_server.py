@@ -41,6 +41,19 @@ def send_until_blocked(sock: socket.socket, piece: bytes) -> int:
     raise AssertionError("nothing slows the sender down")
 
 
+def streams_read_after(app: Fumi, go: threading.Event) -> list[MessageStream]:
+    """The streams of the app's messages. A handler waits for ``go`` before the next one reads."""
+    streams: list[MessageStream] = []
+
+    @app.on_data
+    async def wait(ctx: DataContext, next: Next) -> None:
+        streams.append(ctx.stream)
+        await asyncio.to_thread(go.wait, 20)
+        await next()
+
+    return streams
+
+
 def test_one_client_too_many_is_421(connect: Connect) -> None:
     app = Fumi(auth_optional=True, max_clients=2, close_timeout=0.2)
     with running(app) as server:
@@ -120,12 +133,7 @@ def test_a_slow_handler_is_no_silence_of_the_client(connect: Connect) -> None:
 def test_a_message_and_what_follows_it_take_at_most_256_kib(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     go = threading.Event()
-    streams: list[MessageStream] = []
-
-    @app.on_data
-    async def data(ctx: DataContext, next: Next) -> None:
-        streams.append(ctx.stream)
-        await asyncio.to_thread(go.wait, 20)
+    streams = streams_read_after(app, go)
 
     with running(app) as server:
         client = connect(server.port)
@@ -142,13 +150,7 @@ def test_a_message_and_what_follows_it_take_at_most_256_kib(connect: Connect) ->
 def test_a_slow_reader_of_a_message_slows_the_client_down(connect: Connect) -> None:
     app = Fumi(auth_optional=True, close_timeout=0.2)
     go = threading.Event()
-    streams: list[MessageStream] = []
-
-    @app.on_data
-    async def data(ctx: DataContext, next: Next) -> None:
-        streams.append(ctx.stream)
-        await asyncio.to_thread(go.wait, 20)
-        await next()
+    streams = streams_read_after(app, go)
 
     with running(app) as server:
         client = connect(server.port)

@@ -349,7 +349,7 @@ class Connection(Walk):
                 raise NoBanner(tunnel.failure)
             if tunnel.failure is not None:
                 self._backend_failed(tunnel.failure)
-            if tunnel.client_failure is not None:
+            elif tunnel.client_failure is not None:
                 self.detail = text_of(tunnel.client_failure)
             if not tunnel.unanswered:
                 return reason

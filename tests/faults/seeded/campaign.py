@@ -244,7 +244,8 @@ class Bench:
         for attempts in tried:
             self._check_letter(attempts, copies)
         if self.hop is not None:
-            assert not self.hop.busy, "a transaction at the next hop that nobody ends"
+            hop = self.hop
+            until(lambda: not hop.busy, "the end of the transactions at the next hop")
         if case.death == "hang up" and not any(way.stop for _, way in case.letters):
             self._check_failures(tried, 0)
         if case.fault is not None and case.fault.action in ("fail", "shorten"):

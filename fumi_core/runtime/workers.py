@@ -103,8 +103,9 @@ def _run_to_the_end(program: Coroutine[Any, Any, None], runner: asyncio.Runner, 
             if isinstance(error, Left) or main.done():
                 raise
             failure(log, "the app ended the program outside a hook, stopping", error)
-            ended_by = ended_by or error
-            stop_unless_draining()
+            if ended_by is None:
+                stop_unless_draining()  # a second signal would end the program at once
+                ended_by = error
     main.result()
     if ended_by is not None:
         raise ended_by

@@ -73,6 +73,14 @@ def test_the_message_that_arrives_is_answered_and_the_log_says_why_it_stops(
     assert shown in map(str.strip, reason.splitlines())
 
 
+def test_a_second_exit_does_not_cut_off_what_the_first_lets_end(start: Start, connect: Connect, tmp_path: Path) -> None:
+    twice = "asyncio.get_running_loop().call_soon(sys.exit, 4); sys.exit(3)"
+    program = start(*flags(tmp_path, twice, port := free_port()))
+    assert deliver(connect, port, "last.example").startswith(b"250")
+    assert program.process.wait(60) == 3
+    assert program.log.read_text().count(LOGGED) == 2
+
+
 def test_another_worker_takes_the_place_of_one_that_exits(start: Start, connect: Connect, tmp_path: Path) -> None:
     port = free_port()
     program = start(*flags(tmp_path, "sys.exit(3)", port), "--workers", "2")

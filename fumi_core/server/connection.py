@@ -87,6 +87,7 @@ class Connection:
                                                                   kernel has taken them
     lingering                     LINGER_SECONDS                  nothing                       closed
     closing                       unchanged                       nothing                       closed
+    closed, a handler is running  data_timeout + socket_timeout   nothing                       cancelled
     ============================  ==============================  ============================  =====================
 
     A client that has closed its side (a half-close) is in the same states: it gets the replies to what it sent, then the end.
@@ -192,6 +193,9 @@ class Connection:
             if self._dialogue.protocol.unused:
                 self._origin = Origin.HEALTH_CHECK
             self._dialogue.disconnected(self._closed)
+            if self._dialogue is not None:
+                self._deadline = math.inf  # only handlers have one from now on
+                self._schedule_check(monotonic())
 
     # The PROXY header
 
@@ -318,6 +322,8 @@ class Connection:
     def _closed(self) -> None:
         """The connection has ended, and so have its handlers."""
         server, dialogue = self._server, self._dialogue
+        if self._timer is not None:
+            self._timer.cancel()
         self._dialogue = None  # it refers to this connection: a cycle that only the garbage collector would break
         server.forget(self)
         if server.logger is not None and dialogue is not None:
@@ -376,10 +382,12 @@ class Connection:
             self._schedule_check(now)
         elif self._phase is Phase.HEADER:
             self._refuse_header(HeaderResult.TIMEOUT, "no PROXY header in time")
-        elif dialogue is not None and now >= self._handlers_due(dialogue):
-            dialogue.stop_handlers()
-            if self._phase is _OPEN:
+        elif self._dialogue is not None and now >= self._handlers_due(self._dialogue):
+            self._dialogue.stop_handlers()
+            if self._phase is _OPEN or self._deadline == math.inf:
                 self._schedule_check(now)
+            elif self._transport.blocked:
+                self._transport.abort()  # there is no room for the 421
         elif dialogue is not None:
             dialogue.time_out()
             if self._transport.blocked:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -167,15 +168,17 @@ class Dialogue:
 
     @property
     def message_started(self) -> float | None:
-        """When the arriving message, or chunk without a transaction, began, by the monotonic clock."""
-        if self._message is not None and self._message.reception is not COMPLETE:
+        """When the arriving message, or chunk without a transaction, began, by the monotonic clock; None if none arrives."""
+        if self.closed:
+            return None
+        if self._message is not None and self._message.reception is ARRIVING:
             return self._message.started
         return self._dropping_since if self.protocol.dropping else None
 
     @property
     def awaited(self) -> float | None:
-        """Since when the client waits for handlers, by the monotonic clock; None when it does not."""
-        return self._awaited if self._running is not None and self.busy else None
+        """Since when the client waits for handlers, or would if it had not gone, by the monotonic clock; None if it does not."""
+        return self._awaited if self._running is not None and (self.busy or self._on_closed is not None) else None
 
     def fail(self, error: Exception) -> None:
         """The last resort, for a bug here or an app that changed Fumi's internals: every client gets a reply."""
@@ -192,6 +195,7 @@ class Dialogue:
         fields = {**log_fields(self.session), "hook": context.hook, "command": context.command}
         if self._cancelled is context:
             log_event(_log, logging.ERROR, "handler does not end, although it was cancelled", **fields)
+            self._awaited = math.inf
             self._end(replies.CONNECT_FAILED, "the handlers do not end")
             return
         log_event(_log, logging.ERROR, "handler does not end, cancelled", **fields)
@@ -390,6 +394,7 @@ class Dialogue:
         if message is None or message.reception is not ARRIVING:
             return  # a whole message belongs to its handler, which may have stored it already
         message.reception = ABORTED
+        self._awaited = time.monotonic()
         self._observer.message(result, message.stream.size, time.monotonic() - message.started)
         message.stream.abort(reason)
         if message.stage is DONE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import threading
 import time
 from typing import Any
@@ -80,6 +81,31 @@ def test_a_client_that_has_gone_leaves_its_place_although_the_handler_does_not_e
         client.sock.sendall(COMMANDS["data"])
         client.close()
         until(lambda: connect(server.port).banner.startswith(b"220"), "the place of the client")
+
+
+@pytest.mark.parametrize("phase", ["data", "close"])
+@pytest.mark.parametrize("ignored", [0, 1])
+def test_a_handler_is_cancelled_although_its_client_has_gone(
+    connect: Connect, caplog: pytest.LogCaptureFixture, phase: str, ignored: int
+) -> None:
+    caplog.set_level(logging.INFO, "fumi.core")
+    app = app_with(phase, ignored)
+    app.configure(logger=True)
+    started = threading.Event()
+
+    def starts(ctx: Any, next: Next) -> Any:
+        started.set()
+        return next()
+
+    app.on_data(starts, first=True)
+    with running(app, record=False) as server:
+        client = connect(server.port)
+        client.sock.sendall(COMMANDS["data"].removesuffix(b".\r\n"))
+        assert started.wait(10)
+        client.reset()
+        until(lambda: "handler does not end, cancelled" in caplog.text, "the cancellation")
+        outcome = "handler does not end, although it was cancelled" if ignored else "session ended"
+        until(lambda: outcome in caplog.text, outcome)
 
 
 def test_a_handler_has_its_whole_time_from_the_end_of_the_message(connect: Connect) -> None:

@@ -37,6 +37,10 @@ LINGER_SECONDS = 5.0
 """Seconds that a client has to close its side, after it has taken the last reply."""
 
 
+HANDLER_SECONDS = 900.0
+"""Seconds that handlers have at least: more than a client waits for a reply (RFC 5321 §4.5.3.2) and than a delivery takes."""
+
+
 class Phase(Enum):
     HEADER = "header"
     OPEN = "open"
@@ -79,15 +83,15 @@ class Connection:
                                   from its first bytes on
     a message or chunk arrives    socket_timeout, and             bytes received;               421, lingering
                                   data_timeout in all             nothing
-    a handler is running, and no  data_timeout + socket_timeout   nothing                       cancelled: 451; if it
-    message or chunk arrives                                                                    does not end, 421
+    a handler is running, and no  HANDLER_SECONDS, or longer:     nothing                       cancelled: 451; if it
+    message or chunk arrives      data_timeout + socket_timeout                                 does not end, 421
     replies wait for the client   socket_timeout                  all of them taken by the      closed without a reply
     to read, handler or not                                       kernel
     lingering, replies waiting    socket_timeout                  nothing; as below once the    closed
                                                                   kernel has taken them
     lingering                     LINGER_SECONDS                  nothing                       closed
     closing                       unchanged                       nothing                       closed
-    closed, a handler is running  data_timeout + socket_timeout   nothing                       cancelled
+    closed, a handler is running  the same                        nothing                       cancelled
     ============================  ==============================  ============================  =====================
 
     A client that has closed its side (a half-close) is in the same states: it gets the replies to what it sent, then the end.
@@ -368,9 +372,10 @@ class Connection:
         return min(self._deadline, limit, self._handlers_due(self._dialogue))
 
     def _handlers_due(self, dialogue: Dialogue) -> float:
-        """When handlers must have ended: later than a client waits (RFC 5321 §4.5.3.2), and than deliveries take at most."""
+        """When handlers must have ended."""
         options = self._server.options
-        return math.inf if dialogue.awaited is None else dialogue.awaited + options.data_timeout + options.socket_timeout
+        limit = max(HANDLER_SECONDS, options.data_timeout + options.socket_timeout)
+        return math.inf if dialogue.awaited is None else dialogue.awaited + limit
 
     def _check_deadline(self) -> None:
         now = monotonic()

@@ -27,10 +27,15 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fumi_core.server.connection.HANDLER_SECONDS", 0.0)
+
+
 def app_with(phase: str, ignored: int = 0) -> Fumi:
     """An app whose handler for this phase waits for ever, and ignores so many cancellations."""
     app = Fumi(
-        auth_optional=True, allow_insecure_auth=True, max_clients=1, data_timeout=0.2, socket_timeout=0.2, close_timeout=0.2
+        auth_optional=True, allow_insecure_auth=True, max_clients=1, data_timeout=0.1, socket_timeout=0.1, close_timeout=0.2
     )
 
     async def wait(ctx: Any, next: Next) -> None:
